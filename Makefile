@@ -1,0 +1,62 @@
+# make demo: adapt a model on real photographs.   make test: every test a CPU can run.   make help: the rest.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-interp test-aot test-gpu long check format bench bench-gpu bench-compare clean
+
+help:            ## this list
+	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
+
+install: $(STAMP)  ## make .venv and install the package with its tools
+
+# dependencies first, then the package without build isolation: the compiled ops need the torch that is installed
+$(STAMP): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip setuptools cmake ninja pybind11
+	$(BIN)/pip install --quiet torch timm
+	$(BIN)/pip install --quiet --no-build-isolation -e '.[dev]'
+	touch $@
+
+demo: install    ## adapt base_tiny to hand-sign photographs, without labels (about 4 minutes on 2 cores)
+	$(BIN)/upstep-fast demo
+
+test: install    ## every test a CPU can run: unit, interpreter, ahead-of-time compiles
+	$(BIN)/pytest -m "not gpu and not long and not interp"
+	TRITON_INTERPRET=1 $(BIN)/pytest -m "interp and not long"
+
+test-interp: install  ## the Triton kernels in the CPU interpreter
+	TRITON_INTERPRET=1 $(BIN)/pytest -m "interp and not long"
+
+test-aot: install  ## compile the Triton kernels for sm_80, sm_90 and sm_100
+	$(BIN)/pytest -m "aot and not long"
+
+test-gpu:        ## the tests that need a GPU, with the python that is active
+	python3 -m pytest -m gpu
+
+long: install    ## the long forms of the tests (hours)
+	$(BIN)/pytest -m "long and not gpu and not interp"
+	TRITON_INTERPRET=1 $(BIN)/pytest -m "interp and long"
+
+check: install   ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install  ## apply the formatter and the safe fixes
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: install   ## the benchmarks, small shapes on a CPU
+	$(BIN)/pytest bench --benchmark-only --benchmark-json=bench/results/local.json
+
+bench-gpu:       ## the benchmarks on the GPU of this machine, with the python that is active
+	python3 -m pytest bench --benchmark-only --benchmark-json=bench/results/gpu.json
+
+bench-compare: install  ## against the stored run
+	$(BIN)/pytest-benchmark compare bench/results/*.json
+
+clean:           ## remove what make made
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

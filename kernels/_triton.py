@@ -1,0 +1,31 @@
+"""Triton, or a stand-in that lets the kernel files import where Triton is not installed.
+
+Windows and CPU-only builds of torch have no Triton. There `triton.jit` returns the function untouched,
+nothing can be launched, and `_dispatch` names the reason and runs the reference.
+"""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+MISSING: str | None = None  # why Triton cannot be used, or None
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    MISSING = f"triton is not installed ({error})"
+
+    def _unchanged(function: Any = None, **_: Any) -> Any:
+        return function if function is not None else _unchanged
+
+    triton = SimpleNamespace(jit=_unchanged, cdiv=lambda a, b: -(-a // b))  # type: ignore[assignment]
+    tl = SimpleNamespace(constexpr=None)  # type: ignore[assignment]
+
+# The interpreter's tl.dot is wrong on bf16 (triton 3.6 and 3.9): kernels take UPCAST_DOT=INTERPRET as a
+# constexpr and widen the operands to fp32 when it is set.
+INTERPRET = MISSING is None and os.environ.get("TRITON_INTERPRET") == "1"
+
+__all__ = ["INTERPRET", "MISSING", "tl", "triton"]

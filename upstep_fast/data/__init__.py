@@ -1,0 +1,1 @@
+"""From bytes to views: sources, decode, views, loader."""

@@ -1,0 +1,1 @@
+"""Bridges into other people's libraries; each is imported only when it is used."""
