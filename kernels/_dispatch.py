@@ -77,11 +77,11 @@ def choose(op: str, device: torch.device, candidates: Mapping[str, str | None]) 
     if want is not None and want in candidates:
         if candidates[want] is not None:
             raise RuntimeError(f"{op}: implementation {want!r} was asked for but cannot run: {candidates[want]}")
-        return _record(op, device, want, "asked for", fallback=False)
+        return record(op, device, want, "asked for", fallback=False)
     passed = []
     for name, why_not in candidates.items():
         if why_not is None:
-            return _record(op, device, name, "; ".join(passed) or "preferred", fallback=bool(passed))
+            return record(op, device, name, "; ".join(passed) or "preferred", fallback=bool(passed))
         passed.append(f"not {name}: {why_not}")
     raise RuntimeError(f"{op}: no implementation can run on {device}: {'; '.join(passed)}")
 
@@ -101,7 +101,8 @@ def report() -> list[Choice]:
     return sorted(_report.values(), key=lambda c: (c.op, c.device))
 
 
-def _record(op: str, device: torch.device, implementation: str, reason: str, *, fallback: bool) -> str:
+def record(op: str, device: torch.device, implementation: str, reason: str, *, fallback: bool = False) -> str:
+    """Notes what runs for `op` on `device` (log on a change, row of `report()`) and returns it."""
     choice = Choice(op, device.type, implementation, reason)
     if _report.get((op, device.type)) != choice:
         _report[op, device.type] = choice
