@@ -1,0 +1,160 @@
+"""The commands, generated from the config dataclasses.
+
+    upstep-fast COMMAND [--config FILE.toml] [--flag value ...]
+
+A file given with --config is read first and flags override it. Exit codes: 0 done, 1 failed, 2 usage or
+configuration, 3 data unusable, 4 adapter check failed, 75 interrupted.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .errors import ConfigError, Interrupted, UpstepError
+
+USAGE = """\
+usage: upstep-fast COMMAND [--config FILE.toml] [options]
+
+  demo    adapt a small model to hand-sign photographs, offline, in minutes
+  adapt   adapt a pretrained ViT to a folder of unlabelled images
+  eval    k-NN and linear probe of a model, with and without an adapter
+  embed   write features of images to a file
+
+upstep-fast COMMAND --help lists a command's options.
+example: upstep-fast adapt --model vit_base_patch16_224 --data photos/ --out adapted/"""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: its configuration and what runs it."""
+
+    config: Callable[[], type]
+    run: Callable[[Any], None]
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs one command and exits with its code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    try:
+        _dispatch(args, debug)
+    except UpstepError as error:
+        if debug:
+            raise
+        print(f"upstep-fast: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("upstep-fast: interrupted", file=sys.stderr)
+        sys.exit(Interrupted.exit_code)
+    except Exception as error:
+        if debug:
+            raise
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(f"upstep-fast: {type(error).__name__}: {text} (run again with --debug for the traceback)", file=sys.stderr)
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _dispatch(args: list[str], debug: bool) -> None:
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE)
+        return
+    if args[0] == "--version":
+        from . import __version__
+
+        print(__version__)
+        return
+    name, rest = args[0], args[1:]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
+        raise ConfigError(f"unknown command {name!r}; {hint}")
+    command = COMMANDS[name]
+    config = parse(command.config(), rest, prog=f"upstep-fast {name}")
+    from .report import setup_logging
+
+    setup_logging(debug)
+    command.run(config)
+
+
+def parse(config_class: type, args: Sequence[str], prog: str) -> Any:
+    """The configuration from flags, over the file of --config if there is one. Exits with 2 on a usage error."""
+    import tyro
+
+    from .config import read_toml
+
+    args = list(args)
+    values: dict[str, Any] = {}
+    if "--config" in args:
+        at = args.index("--config")
+        if at + 1 == len(args):
+            raise ConfigError("config: --config needs a file")
+        values = read_toml(args[at + 1], config_class)
+        del args[at : at + 2]
+    # a file's values become flags placed before the user's own, which win: one parser checks both
+    from_file = [part for key, value in values.items() for part in _as_flags(key, value)]
+    return tyro.cli(config_class, args=[*from_file, *args], prog=prog)
+
+
+def _flag(field: str) -> str:
+    return field.replace("_", "-")
+
+
+def _as_flags(field: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{_flag(field)}" if value else f"--no-{_flag(field)}"]
+    if isinstance(value, list):
+        return [f"--{_flag(field)}", *(str(item) for item in value)]
+    return [f"--{_flag(field)}", str(value)]
+
+
+def _config(name: str) -> Callable[[], type]:
+    def load() -> type:
+        from . import config
+
+        return getattr(config, name)
+
+    return load
+
+
+def _adapt(config: Any) -> None:
+    from .trainer import run
+
+    result = run(config)
+    print(
+        f"adapter: {result.adapter}  ({result.steps} steps, {result.opened} with an update, {result.seconds:,.0f} s)\n"
+        f"next: upstep-fast embed --model {config.model} --data {config.data[0]} --adapter {result.adapter} "
+        f"--out {Path(config.out) / 'features.npy'}"
+    )
+
+
+def _eval(config: Any) -> None:
+    from .evaluate import run
+    from .report import print_scores
+
+    print_scores(run(config))
+
+
+def _embed(config: Any) -> None:
+    from .evaluate import run_embed
+
+    print(f"features: {run_embed(config)}")
+
+
+def _demo(config: Any) -> None:
+    from .demo import run
+
+    run(config)
+
+
+COMMANDS = {
+    "demo": Command(_config("DemoConfig"), _demo),
+    "adapt": Command(_config("AdaptConfig"), _adapt),
+    "eval": Command(_config("EvalConfig"), _eval),
+    "embed": Command(_config("EmbedConfig"), _embed),
+}

@@ -1,0 +1,286 @@
+"""The configuration: one frozen dataclass a command, one field = one flag = one line of help."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import ConfigError
+
+LORA_TARGETS = ("q", "k", "v", "qkv", "proj", "fc1", "fc2")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Fields that every command with a model has."""
+
+    model: str
+    """Pretrained ViT: a timm name, local-dir:PATH or hf-hub:NAME."""
+    data: tuple[str, ...]
+    """Images: folders (searched recursively, no labels needed), .tar files, text lists, or hf:NAME."""
+    img_size: int | None = None
+    """Side of the square input in pixels; None: the model's own. Position embeddings are interpolated."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N. auto: the GPU if there is one."""
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """auto: bf16 where the device is fast in it, fp16 with loss scaling on older GPUs, else fp32."""
+    implementation: Literal["auto", "reference", "triton", "cuda"] = "auto"
+    """Kernels to use; auto: the fastest that runs here."""
+    num_workers: int | None = None
+    """Threads that read and decode images; None: one a core, at most 16."""
+    max_bad_fraction: float = 0.01
+    """Unreadable images are skipped and listed; above this fraction the run stops (exit 3)."""
+    seed: int = 0
+    """Seed of the views, the order of images, the adapter's start, the head and the prototypes."""
+    debug: bool = False
+    """Show tracebacks instead of one-line errors."""
+
+
+@dataclass(frozen=True)
+class AdaptConfig(ModelConfig):
+    """Adapt a pretrained ViT to unlabelled images with UpStep; writes a LoRA adapter in PEFT's format."""
+
+    out: str = dataclasses.field(kw_only=True)
+    """Folder for the adapter, metrics and configuration."""
+    overwrite: bool = False
+    """Replace an earlier run in a non-empty --out."""
+    method: Literal["upstep"] = "upstep"
+    """How to adapt."""
+
+    # length and batch
+    batch_size: int = 256
+    """Images a step, over all devices; a smaller data set reduces it."""
+    steps: int | None = None
+    """Steps to run (skipped ones count); None: see --epochs."""
+    epochs: float | None = None
+    """Passes over the images instead of --steps; with neither, 10 epochs but at least 400 steps."""
+
+    # adapter
+    lora_r: int = 8
+    """Rank of each adapter."""
+    lora_alpha: float | None = None
+    """Scale of the adapter is lora_alpha / lora_r; None: lora_r, a scale of 1."""
+    lora_targets: tuple[str, ...] = ("q", "k", "v")
+    """Which matrices get an adapter: q k v (each its own), qkv (one for all three), proj fc1 fc2."""
+
+    # optimisation
+    lr: float = 1e-3
+    """Peak learning rate of the adapter and the head, reached after the warm-up."""
+    warmup: float = 0.05
+    """Warm-up: a fraction of the steps below 1, a number of steps from 1 on."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay on the head; adapters have none."""
+    clip: float = 1.0
+    """Largest norm of the adapters' gradient; 0: no clipping."""
+    layout: Literal["symmetric", "asymmetric"] = "symmetric"
+    """symmetric: both views learn. asymmetric: one view makes targets without gradient, the other learns."""
+
+    # clustering
+    head: Literal["mlp", "linear", "none"] = "mlp"
+    """Projection head, discarded after training."""
+    head_hidden: int = 1024
+    """Width of the MLP head's hidden layer."""
+    head_dim: int = 128
+    """Width of the space in which images are clustered."""
+    prototypes: int = 300
+    """Number of fixed cluster centres; a smaller data set reduces it."""
+    prototype_init: Literal["random", "orthogonal", "kmeans", "learned"] = "random"
+    """Centred random directions, orthogonal ones, k-means of the start's embeddings, or learned ones."""
+    temperature: float = 0.1
+    """Temperature of the predicted assignments."""
+    epsilon: float = 0.05
+    """Entropy regularisation of the Sinkhorn targets; smaller is harder."""
+    sinkhorn_iterations: int = 3
+    """Sinkhorn-Knopp iterations."""
+
+    # centre-vector regularisation
+    cvr: Literal["off", "sq", "norm", "anchor", "hinge", "ema"] = "sq"
+    """Penalty on the centre vector: its square, its norm, its distance from the base model's, a hinge, an average."""
+    cvr_weight: float = 1.0
+    """Weight of that penalty."""
+
+    # gate
+    gate: Literal["none", "prev", "ema", "median", "quantile", "views", "random", "alternate"] = "ema"
+    """Rule that decides which steps do a backward pass."""
+    update_when: Literal["low", "high"] = "low"
+    """Update when the centre's magnitude is below (low) or above (high) the rule's reference."""
+    gate_rate: float = 0.5
+    """Fraction of steps to leave open, for quantile, random and alternate."""
+    gate_beta: float = 0.9
+    """Memory of the ema rule's reference."""
+    max_skips: int = 16
+    """After this many skipped steps in a row the next is open."""
+
+    # views
+    preset_views: Literal["natural", "overhead", "microscopy", "document", "none"] = "natural"
+    """Which random changes make two views of an image; single ones below override the preset."""
+    crop_min: float | None = None
+    """Smallest area of a random crop, as a fraction of the image."""
+    crop_max: float | None = None
+    """Largest area of a random crop."""
+    flip: float | None = None
+    """Probability of a horizontal flip."""
+    blur: float | None = None
+    """Probability of a Gaussian blur."""
+    grey: float | None = None
+    """Probability of dropping the colour."""
+
+    log_every: int = 10
+    """Steps between two lines on the console when it is not a terminal."""
+
+    def __post_init__(self) -> None:
+        """Checks every field. Raises ConfigError naming the field, its value and what is allowed."""
+        for name in ("batch_size", "lora_r", "head_hidden", "head_dim", "log_every", "max_skips"):
+            _at_least(self, name, 1)
+        _at_least(self, "prototypes", 2)
+        _at_least(self, "sinkhorn_iterations", 1)
+        _at_least(self, "batch_size", 2)
+        for name in ("steps", "img_size", "num_workers"):
+            _at_least(self, name, 0 if name == "num_workers" else 1)
+        for name in ("lr", "temperature", "epsilon"):
+            _positive(self, name)
+        if self.epsilon < 0.01:
+            raise ConfigError(f"epsilon: got {self.epsilon}, must be at least 0.01 (below it fp32 targets break down)")
+        for name in ("epochs", "lora_alpha"):
+            _positive(self, name)
+        for name in ("warmup", "weight_decay", "clip", "cvr_weight"):
+            _at_least(self, name, 0)
+        for name in ("gate_rate", "gate_beta", "max_bad_fraction", "flip", "blur", "grey", "crop_min", "crop_max"):
+            _fraction(self, name)
+        if self.steps is not None and self.epochs is not None:
+            raise ConfigError("steps and epochs: give one of them, not both")
+        unknown = [t for t in self.lora_targets if t not in LORA_TARGETS]
+        if unknown or not self.lora_targets:
+            raise ConfigError(
+                f"lora_targets: got {' '.join(self.lora_targets) or 'nothing'}, choose from {' '.join(LORA_TARGETS)}"
+            )
+        if len(set(self.lora_targets)) != len(self.lora_targets):
+            raise ConfigError(f"lora_targets: {' '.join(self.lora_targets)} names one matrix twice")
+        if "qkv" in self.lora_targets and {"q", "k", "v"} & set(self.lora_targets):
+            raise ConfigError("lora_targets: qkv is one adapter over q, k and v; do not name q, k or v beside it")
+        if self.layout == "asymmetric" and self.gate == "views":
+            raise ConfigError("gate: views compares two views, which --layout asymmetric does not have before the gate")
+        if self.crop_min is not None and self.crop_max is not None and self.crop_min > self.crop_max:
+            raise ConfigError(f"crop_min: {self.crop_min} is above crop_max {self.crop_max}")
+
+
+@dataclass(frozen=True)
+class EvalConfig(ModelConfig):
+    """Measure a model, or a model with an adapter, on labelled images: k-NN and linear probe, in percent."""
+
+    adapter: str | None = None
+    """Folder of an adapter (out/adapter); without it only the base model is measured."""
+    source: str | None = None
+    """Labelled images of the domain the model came from, to measure forgetting."""
+    k: int = 20
+    """Neighbours of the k-NN classifier."""
+    json: str | None = None
+    """File for the figures."""
+    batch_size: int = 256
+    """Images a forward pass."""
+
+    def __post_init__(self) -> None:
+        """Checks every field; raises ConfigError."""
+        _at_least(self, "k", 1)
+        _at_least(self, "batch_size", 1)
+        _fraction(self, "max_bad_fraction")
+
+
+@dataclass(frozen=True)
+class EmbedConfig(ModelConfig):
+    """Write the features of images, with their paths, to a file."""
+
+    out: str = dataclasses.field(kw_only=True)
+    """File to write: .npy (paths beside it in .txt), .safetensors or .parquet."""
+    adapter: str | None = None
+    """Folder of an adapter (out/adapter)."""
+    ensemble: bool = False
+    """Concatenate the base model's and the adapted features, each of unit length."""
+    batch_size: int = 256
+    """Images a forward pass."""
+    overwrite: bool = False
+    """Replace --out if it exists."""
+
+    def __post_init__(self) -> None:
+        """Checks every field; raises ConfigError."""
+        _at_least(self, "batch_size", 1)
+        _fraction(self, "max_bad_fraction")
+        if self.ensemble and self.adapter is None:
+            raise ConfigError("ensemble: needs --adapter; without one there is nothing to join the base features with")
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Adapt a small model to photographs of hand signs, without their labels, and show what that brought."""
+
+    out: str = "upstep-demo"
+    """Folder for the run."""
+    overwrite: bool = False
+    """Replace an earlier demo in --out."""
+    source: str | None = None
+    """Labelled images of the domain the model came from, to show forgetting; none are shipped."""
+    steps: int | None = None
+    """Steps to run; None: the demo's own recipe."""
+    seed: int = 0
+    """Seed of the run."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    debug: bool = False
+    """Show tracebacks instead of one-line errors."""
+
+
+def read_toml(path: str | Path, config_class: type) -> dict[str, Any]:
+    """The fields in a TOML file. Raises ConfigError on a missing or broken file and on unknown keys."""
+    path = Path(path)
+    try:
+        values = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"config: cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config: {path} is not valid TOML: {error}") from error
+    return {known_field(key, config_class, f"config {path}"): value for key, value in values.items()}
+
+
+def known_field(key: str, config_class: type, where: str) -> str:
+    """`key` with dashes as underscores, if it is a field. Raises ConfigError with the nearest name otherwise."""
+    names = [f.name for f in dataclasses.fields(config_class)]
+    name = key.replace("-", "_")
+    if name in names:
+        return name
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean {near[0]}?" if near else f"; the fields are {', '.join(names)}"
+    raise ConfigError(f"{where}: unknown key {key!r}{hint}")
+
+
+def to_toml(config: Any) -> str:
+    """The resolved configuration as flat TOML; fields that are None are left out."""
+    lines = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value is not None:
+            lines.append(f"{field.name} = {json.dumps(value, ensure_ascii=False)}")
+    return "\n".join(lines) + "\n"
+
+
+def _at_least(config: Any, name: str, low: float) -> None:
+    value = getattr(config, name)
+    if value is not None and not value >= low:
+        raise ConfigError(f"{name}: got {value}, must be at least {low}")
+
+
+def _positive(config: Any, name: str) -> None:
+    value = getattr(config, name)
+    if value is not None and not (value > 0 and math.isfinite(value)):
+        raise ConfigError(f"{name}: got {value}, must be above 0 and finite")
+
+
+def _fraction(config: Any, name: str) -> None:
+    value = getattr(config, name)
+    if value is not None and not 0 <= value <= 1:
+        raise ConfigError(f"{name}: got {value}, must lie in 0 to 1")

@@ -1,0 +1,58 @@
+"""Which device and which precision a run uses, resolved once and said aloud."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+
+from .errors import ConfigError
+
+_DTYPES = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and how a run computes."""
+
+    device: torch.device
+    precision: str  # fp32, fp16 or bf16
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The autocast type; None: plain fp32."""
+        return _DTYPES[self.precision]
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Runs matrix products in `precision`."""
+        if self.dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+
+def resolve(device: str, precision: str) -> Compute:
+    """Turns "auto" into facts. Raises ConfigError when the machine lacks what was asked for."""
+    try:
+        found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    except RuntimeError as error:
+        raise ConfigError(f"device: {device!r} is not a device; use auto, cpu, cuda or cuda:N") from error
+    if found.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: {found.type} is not supported; use auto, cpu, cuda or cuda:N")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device: {device} is not there ({torch.cuda.device_count()} GPUs found); use --device cpu")
+    if precision == "auto":
+        return Compute(found, _fast_precision(found))
+    if precision == "fp16" and found.type == "cpu":
+        raise ConfigError("precision: fp16 needs a GPU; use bf16 or fp32 on a CPU")
+    if precision == "bf16" and found.type == "cuda" and torch.cuda.get_device_capability(found)[0] < 8:
+        raise ConfigError("precision: this GPU has no bf16 (it came with Ampere); use fp16 or fp32")
+    return Compute(found, precision)
+
+
+def _fast_precision(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+    # bf16 on a CPU pays only where it multiplies bf16 natively (AVX512-BF16 or AMX); elsewhere it is emulated
+    native = any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return "bf16" if native else "fp32"

@@ -1,0 +1,293 @@
+"""How good features are: k-NN, linear probe, the ensemble with the base model, forgetting."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import backbone as backbones
+from . import lora
+from .backbone import Backbone
+from .config import EmbedConfig, EvalConfig
+from .data.loader import load_images
+from .data.sources import Source, open_source
+from .device import Compute, resolve
+from .errors import ConfigError, DataError
+
+log = logging.getLogger("upstep_fast")
+
+KNN_TEMPERATURE = 0.07  # of the votes, as in DINO's k-NN
+PROBE_WEIGHTS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # L2 weights the probe chooses from, on a split of train
+PROBE_HELD_OUT = 0.2
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of a labelled set of images."""
+
+    x: Tensor  # [N, D] fp32, unit length
+    y: Tensor  # [N] int64, index into `classes`
+    classes: tuple[str, ...]
+
+
+def evaluate(
+    model: str,
+    data: str | Path | Sequence[str | Path],
+    *,
+    adapter: str | Path | None = None,
+    source: str | Path | None = None,
+    k: int = 20,
+    **options: Any,
+) -> dict[str, Any]:
+    """k-NN and linear-probe accuracy in percent of base, adapted and ensemble features; keywords are EvalConfig's.
+
+    data and source hold train/CLASS/... and test/CLASS/... . Returns
+    {"base": {"knn", "linear"}, "adapted": {...}, "ensemble": {...}, "source": {"base", "adapted", "ensemble"},
+    "n_train", "n_test", "k"}, without the parts that were not asked for.
+    """
+    paths = (data,) if isinstance(data, (str, Path)) else data
+    return run(
+        EvalConfig(
+            model=model,
+            data=tuple(str(p) for p in paths),
+            adapter=None if adapter is None else str(adapter),
+            source=None if source is None else str(source),
+            k=k,
+            **options,
+        )
+    )
+
+
+def run(config: EvalConfig) -> dict[str, Any]:
+    """As `evaluate`; writes config.json if given. Raises UpstepError."""
+    compute = resolve(config.device, config.precision)
+    models = load_models(config.model, config.adapter, config.img_size)
+    result: dict[str, Any] = {}
+    train, test = _train_and_test(config.data, models, config, compute)
+    names = ("base",) if config.adapter is None else ("base", "adapted", "ensemble")
+    for name in names:
+        result[name] = {"knn": knn(train[name], test[name], config.k), "linear": linear_probe(train[name], test[name])}
+    if config.source is not None:
+        bank, queries = _train_and_test((config.source,), models, config, compute)
+        result["source"] = {name: knn(bank[name], queries[name], config.k) for name in names}
+    result |= {"n_train": len(train["base"].y), "n_test": len(test["base"].y), "k": config.k}
+    if config.json is not None:
+        _write_text(Path(config.json), json.dumps(result, indent=2) + "\n", "json")
+    return result
+
+
+def embed(model: str, data: str | Path | Sequence[str | Path], out: str | Path, **options: Any) -> Path:
+    """Writes features of every image with its path; keywords are EmbedConfig's. Returns the file."""
+    paths = (data,) if isinstance(data, (str, Path)) else data
+    return run_embed(EmbedConfig(model=model, data=tuple(str(p) for p in paths), out=str(out), **options))
+
+
+def run_embed(config: EmbedConfig) -> Path:
+    """As `embed`. Raises UpstepError."""
+    out = Path(config.out)
+    writers = {".npy": _write_npy, ".safetensors": _write_safetensors, ".parquet": _write_parquet}
+    if out.suffix not in writers:
+        raise ConfigError(f"out: {out.name} must end in {', '.join(writers)}")
+    if out.exists() and not config.overwrite:
+        raise ConfigError(f"out: {out} exists; choose another name or add --overwrite")
+    if not out.parent.is_dir():
+        raise ConfigError(f"out: no folder {out.parent}")
+    compute = resolve(config.device, config.precision)
+    source = open_source(config.data)
+    models = load_models(config.model, config.adapter, config.img_size)
+    x, read = extract(source, models, config, compute)
+    kind = "ensemble" if config.ensemble else "adapted" if config.adapter else "base"
+    writers[out.suffix](out, x[kind], [source.name(i) for i in read])
+    return out
+
+
+def load_models(model: str, adapter: str | None, img_size: int | None) -> dict[str, Backbone]:
+    """{"base": ..., "adapted": ...}, the second only with an adapter."""
+    models = {"base": backbones.load(model, img_size=img_size)}
+    if adapter is not None:
+        adapted = backbones.load(model, img_size=img_size)
+        lora.attach(adapted.vit, adapter)
+        lora.merge(adapted.vit)
+        models["adapted"] = adapted
+    return models
+
+
+@torch.no_grad()
+def extract(
+    source: Source, models: dict[str, Backbone], config: EvalConfig | EmbedConfig, compute: Compute
+) -> tuple[dict[str, Tensor], list[int]]:
+    """Unit features [N, D] of every readable image by each model and their ensemble, and the images' indices."""
+    base = models["base"]
+    for model in models.values():
+        model.vit.to(compute.device)
+    mean, std = (torch.tensor(v, device=compute.device).view(-1, 1, 1) for v in (base.mean, base.std))
+    rows: dict[str, list[Tensor]] = {name: [] for name in models}
+    read: list[int] = []
+    skipped: dict[str, str] = {}
+    batches = load_images(
+        source,
+        size=base.img_size,
+        interpolation=base.interpolation,
+        crop_pct=base.crop_pct,
+        batch_size=config.batch_size,
+        num_workers=config.num_workers,
+        max_bad_fraction=config.max_bad_fraction,
+        skipped=skipped,
+    )
+    for indices, images in batches:
+        x = (images.to(compute.device) - mean) / std
+        read += indices.tolist()
+        for name, model in models.items():
+            with compute.autocast():
+                f = backbones.features(model.vit, x)
+            rows[name].append(F.normalize(f.float(), dim=-1).cpu())
+    for name, reason in skipped.items():
+        log.warning("skipped %s: %s", name, reason)
+    if not read:
+        raise DataError(f"data: none of the {len(source)} images could be read; the first: {next(iter(skipped.items()))}")
+    found = {name: torch.cat(parts) for name, parts in rows.items()}
+    if "adapted" in found:
+        found["ensemble"] = ensemble(found["base"], found["adapted"])
+    return found, read
+
+
+def ensemble(base: Tensor, adapted: Tensor) -> Tensor:
+    """Unit features side by side, of unit length again: their cosine is the mean of the two. [N, D] -> [N, 2 D]."""
+    return torch.cat([base, adapted], -1) / 2**0.5
+
+
+def knn(train: Features, test: Features, k: int = 20) -> float:
+    """Top-1 accuracy in percent of a k-NN classifier, votes weighted by exp(similarity / 0.07).
+
+    Both sets hold unit features and share their classes; k above the size of `train` is reduced to it.
+    """
+    votes_of = F.one_hot(train.y, len(train.classes)).float()
+    right = 0
+    for x, y in zip(test.x.split(1024), test.y.split(1024), strict=True):
+        similarity, nearest = (x @ train.x.T).topk(min(k, len(train.x)), dim=1)
+        votes = (votes_of[nearest] * ((similarity - 1) / KNN_TEMPERATURE).exp()[..., None]).sum(1)
+        right += int((votes.argmax(1) == y).sum())
+    return 100.0 * right / len(test.y)
+
+
+def linear_probe(train: Features, test: Features, *, seed: int = 0) -> float:
+    """Top-1 accuracy in percent of logistic regression; its L2 weight is chosen on a split of `train`, never on test."""
+    mean, std = train.x.mean(0), train.x.std(0).clamp_min(1e-6)
+    x, x_test = (train.x - mean) / std, (test.x - mean) / std
+    held_out = _held_out(train.y, seed)
+    classes = len(train.classes)
+    if held_out.any():
+        fitted = ((weight, fit_logistic(x[~held_out], train.y[~held_out], classes, weight)) for weight in PROBE_WEIGHTS)
+        scored = [(_accuracy(model, x[held_out], train.y[held_out]), weight) for weight, model in fitted]
+        best = max(scored, key=lambda pair: pair[0])[1]
+    else:  # one image a class leaves nothing to choose on
+        best = PROBE_WEIGHTS[len(PROBE_WEIGHTS) // 2]
+    return _accuracy(fit_logistic(x, train.y, classes, best), x_test, test.y)
+
+
+def fit_logistic(x: Tensor, y: Tensor, classes: int, l2: float, iterations: int = 100) -> nn.Linear:
+    """Minimises mean cross-entropy + l2/2 |W|^2 by L-BFGS. x: [N, D]; y: [N]."""
+    model = nn.Linear(x.shape[1], classes)
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=iterations, line_search_fn="strong_wolfe", tolerance_grad=1e-5)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y) + 0.5 * l2 * model.weight.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)  # type: ignore[arg-type]
+    return model
+
+
+@torch.no_grad()
+def _accuracy(model: nn.Linear, x: Tensor, y: Tensor) -> float:
+    return 100.0 * float((model(x).argmax(1) == y).float().mean())
+
+
+def _held_out(y: Tensor, seed: int) -> Tensor:
+    """A mask over about a fifth of every class; none of a class of one image."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.zeros(len(y), dtype=torch.bool)
+    for label in y.unique():
+        members = (y == label).nonzero().flatten()
+        take = round(PROBE_HELD_OUT * len(members))
+        mask[members[torch.randperm(len(members), generator=generator)[:take]]] = True
+    return mask
+
+
+def _train_and_test(
+    paths: Sequence[str], models: dict[str, Backbone], config: EvalConfig, compute: Compute
+) -> tuple[dict[str, Features], dict[str, Features]]:
+    where = ", ".join(paths)
+    sources = {split: open_source(paths, split=split) for split in ("train", "test")}
+    names: dict[str, list[str]] = {}
+    for split, source in sources.items():
+        if source.labels is None:
+            raise DataError(f"data: {where} has images outside class folders; eval needs {split}/CLASS/image files")
+        names[split] = source.labels
+    unknown = sorted(set(names["test"]) - set(names["train"]))
+    if unknown:
+        raise DataError(f"data: {where}: classes in test/ that train/ lacks: {', '.join(unknown[:5])}")
+    classes = tuple(sorted(set(names["train"])))
+    index = {name: i for i, name in enumerate(classes)}
+    found = []
+    for split, source in sources.items():
+        x, read = extract(source, models, config, compute)
+        y = torch.tensor([index[names[split][i]] for i in read])
+        found.append({name: Features(value, y, classes) for name, value in x.items()})
+    return found[0], found[1]
+
+
+def _write_text(path: Path, text: str, field: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise ConfigError(f"{field}: cannot write {path}: {error.strerror}") from error
+
+
+def _write_npy(out: Path, x: Tensor, names: list[str]) -> None:
+    _replace(out, lambda file: np.save(file, x.numpy()))
+    _replace(out.with_suffix(".txt"), lambda file: file.write("".join(f"{n}\n" for n in names).encode()))
+
+
+def _write_safetensors(out: Path, x: Tensor, names: list[str]) -> None:
+    from safetensors.torch import save
+
+    _replace(out, lambda file: file.write(save({"features": x}, {"paths": json.dumps(names)})))
+
+
+def _write_parquet(out: Path, x: Tensor, names: list[str]) -> None:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ConfigError("out: .parquet needs pyarrow; `pip install pyarrow`, or write .npy or .safetensors") from error
+    column = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(x.numpy().ravel()), x.shape[1])
+    _replace(out, lambda file: pyarrow.parquet.write_table(pyarrow.table({"path": names, "features": column}), file))
+
+
+def _replace(path: Path, write: Any) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ConfigError(f"out: cannot write {path}: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,129 @@
+"""Update this step or skip it: a pure rule and its state.
+
+The rule compares m, the magnitude of the batch's centre vector, with a reference (METHODS 1.6: the paper's own rule
+is not published; these are our readings of it). With update_when "low" a step is open where m does not exceed the
+reference, with "high" where it does not fall below.
+
+    rule        reference
+    prev        m of the step before
+    ema         running mean of m, memory gate_beta
+    median      median of the last 64 m
+    quantile    a threshold moved online until a fraction gate_rate of the steps lies on the open side
+    views       the other view's magnitude
+    random      none: open with probability gate_rate (the control)
+    alternate   none: open in a regular pattern, a fraction gate_rate of the steps
+    none        always open
+
+The reference is updated on every step, skipped ones too. The first step is open, and so is the one after max_skips
+skipped in a row. A magnitude that is not finite closes the gate and leaves the reference alone.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from .data.random import uniform
+
+Rule = Literal["none", "prev", "ema", "median", "quantile", "views", "random", "alternate"]
+
+_WINDOW = 64  # of the median rule: longer windows lag behind a falling m (METHODS 1.6)
+_RATE = 0.05  # step of the quantile rule, in units of m's own spread
+
+
+@dataclass(frozen=True)
+class GateRule:
+    """What the user chose."""
+
+    rule: Rule = "ema"
+    update_when: Literal["low", "high"] = "low"
+    rate: float = 0.5
+    beta: float = 0.9
+    max_skips: int = 16
+    seed: int = 0
+
+    @property
+    def is_known_ahead(self) -> bool:
+        """Whether the decision needs no statistic, so that a skipped step can run without gradients."""
+        return self.rule in ("none", "random", "alternate")
+
+
+@dataclass(frozen=True)
+class GateState:
+    """What the rule remembers; goes into the checkpoint as plain numbers."""
+
+    step: int = 0
+    opened: int = 0
+    skips: int = 0  # in a row
+    reference: float | None = None
+    spread: float = 0.0  # running mean of |m - reference|, for the quantile rule
+    window: tuple[float, ...] = ()  # for the median rule
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> GateState:
+        """The inverse of `to_dict`."""
+        return cls(**{**values, "window": tuple(values["window"])})
+
+
+def decide(rule: GateRule, state: GateState, views: Sequence[float]) -> tuple[bool, GateState]:
+    """Whether this step is open, and the state after it.
+
+    views: the centre's magnitude over the whole batch, followed by that of each view where the rule is "views".
+    """
+    m = views[0]
+    if not all(math.isfinite(value) for value in views):
+        return False, replace(state, step=state.step + 1, skips=state.skips + 1)
+    is_open = state.step == 0 or state.skips >= rule.max_skips or _is_open(rule, state, views)
+    return is_open, replace(
+        _remember(rule, state, m),
+        step=state.step + 1,
+        opened=state.opened + is_open,
+        skips=0 if is_open else state.skips + 1,
+    )
+
+
+def known_ahead(rule: GateRule, state: GateState) -> bool | None:
+    """The decision of a rule that needs no statistic, before the step runs; None for the other rules."""
+    if not rule.is_known_ahead:
+        return None
+    return decide(rule, state, (0.0,))[0]
+
+
+def _is_open(rule: GateRule, state: GateState, views: Sequence[float]) -> bool:
+    if rule.rule == "none":
+        return True
+    if rule.rule == "random":
+        return uniform(rule.seed, state.step) < rule.rate
+    if rule.rule == "alternate":
+        # the number of open steps so far is kept at ceil(rate * steps), starting with an open one
+        return math.ceil((state.step + 1) * rule.rate) > math.ceil(state.step * rule.rate)
+    reference = views[2] if rule.rule == "views" else state.reference
+    m = views[1] if rule.rule == "views" else views[0]
+    if reference is None:  # nothing but non-finite statistics so far
+        return True
+    return m <= reference if rule.update_when == "low" else m >= reference
+
+
+def _remember(rule: GateRule, state: GateState, m: float) -> GateState:
+    if rule.rule == "median":
+        window = (*state.window, m)[-_WINDOW:]
+        return replace(state, window=window, reference=statistics.median(window))
+    reference = state.reference
+    if reference is None or rule.rule == "prev":
+        return replace(state, reference=m)
+    if rule.rule == "ema":
+        return replace(state, reference=rule.beta * reference + (1 - rule.beta) * m)
+    if rule.rule == "quantile":
+        spread = abs(m - reference) if state.spread == 0 else 0.9 * state.spread + 0.1 * abs(m - reference)
+        # quantile tracking: moves up by `below` and down by 1 - `below`, so a fraction `below` of m ends up under it
+        below = rule.rate if rule.update_when == "low" else 1 - rule.rate
+        moved = reference + _RATE * spread * 4 * (below - (m < reference))
+        return replace(state, reference=moved, spread=spread)
+    return state

@@ -1,0 +1,264 @@
+"""Where adapters sit, how they start, merge, save and load in PEFT's format.
+
+    y = W x + b + s B A x          s = alpha / r, A [r, K], B [N, r], W frozen; at the start B = 0, so y is the base's
+
+timm keeps q, k and v in one matrix, attn.qkv [3D, D]. Adapters of their own for q, k and v are `parts` of it: part p
+adds to its rows only. PEFT sees one Linear, so T parts of rank r are written as one LoRA of rank T r: the A's stacked,
+the B's block-diagonal, lora_alpha T times as large so that alpha / rank stays the same.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .backbone import load
+from .errors import ConfigError
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PREFIX = "base_model.model."
+_QKV = {"q": 0, "k": 1, "v": 2}
+_HOME = {"proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+
+
+class LoraLinear(nn.Module):
+    """A frozen Linear with one low-rank adapter for each of some equal parts of its rows.
+
+    lora_a: [T, r, K]; lora_b: [T, N / num_parts, r] for the T adapted parts, in fp32.
+    """
+
+    def __init__(self, base: nn.Linear, *, r: int, scale: float, parts: Sequence[int] = (0,), num_parts: int = 1):
+        super().__init__()
+        self.base = base
+        self.r, self.scale, self.parts, self.num_parts = r, scale, tuple(parts), num_parts
+        device = base.weight.device
+        self.lora_a = nn.Parameter(torch.empty(len(parts), r, base.in_features, device=device))
+        self.lora_b = nn.Parameter(torch.zeros(len(parts), base.out_features // num_parts, r, device=device))
+        for a in self.lora_a:
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., K] -> [..., N]."""
+        y = self.base(x)
+        low = x @ self.lora_a.flatten(0, 1).T.to(x.dtype)  # [..., T r], every part in one product
+        updates = {
+            part: (low_part @ b.T.to(low.dtype)) * self.scale
+            for part, low_part, b in zip(self.parts, low.chunk(len(self.parts), -1), self.lora_b, strict=True)
+        }
+        if self.num_parts == 1:
+            return y + updates[0]
+        zero = torch.zeros((), dtype=y.dtype, device=y.device).expand(*y.shape[:-1], y.shape[-1] // self.num_parts)
+        return y + torch.cat([updates.get(p, zero) for p in range(self.num_parts)], -1)
+
+    def as_one(self) -> tuple[Tensor, Tensor]:
+        """The same adapter as PEFT sees it: A [T r, K] and block-diagonal B [N, T r]."""
+        rows, r = self.lora_b.shape[1:]
+        b = self.lora_b.new_zeros(rows * self.num_parts, r * len(self.parts))
+        for column, (part, block) in enumerate(zip(self.parts, self.lora_b, strict=True)):
+            b[part * rows : (part + 1) * rows, column * r : (column + 1) * r] = block
+        return self.lora_a.flatten(0, 1), b
+
+    def delta(self) -> Tensor:
+        """What the adapter adds to the weight, [N, K] in fp32."""
+        a, b = self.as_one()
+        return self.scale * (b @ a)
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Where adapters go and how strong they are."""
+
+    r: int = 8
+    alpha: float = 8.0
+    targets: tuple[str, ...] = ("q", "k", "v")
+
+
+def inject(vit: nn.Module, spec: LoraSpec) -> dict[str, LoraLinear]:
+    """Puts fresh adapters on every block of `vit`, in place. Returns them by module name ("blocks.0.attn.qkv")."""
+    places: list[tuple[str, tuple[int, ...], int]] = [
+        (_HOME[target], (0,), 1) for target in spec.targets if target in _HOME
+    ]
+    parts = tuple(sorted(_QKV[t] for t in spec.targets if t in _QKV))
+    if parts:
+        places.insert(0, ("attn.qkv", parts, 3))
+    elif "qkv" in spec.targets:
+        places.insert(0, ("attn.qkv", (0,), 1))
+    adapters = {}
+    for index in range(len(vit.blocks)):  # type: ignore[arg-type]
+        for place, parts, num_parts in places:
+            name = f"blocks.{index}.{place}"
+            base = vit.get_submodule(name)
+            if not isinstance(base, nn.Linear):
+                raise ConfigError(f"lora_targets: {name} is a {type(base).__name__}, not a Linear; leave it out")
+            adapter = LoraLinear(base, r=spec.r, scale=spec.alpha / spec.r, parts=parts, num_parts=num_parts)
+            vit.set_submodule(name, adapter)
+            adapters[name] = adapter
+    return adapters
+
+
+def find(vit: nn.Module) -> dict[str, LoraLinear]:
+    """The adapters of `vit` by module name."""
+    return {name: module for name, module in vit.named_modules() if isinstance(module, LoraLinear)}
+
+
+@torch.no_grad()
+def merge(vit: nn.Module, *, strength: float = 1.0) -> nn.Module:
+    """Adds every adapter to its weight and puts the plain Linear back, in place. Returns `vit`.
+
+    strength: multiplies the adapter; below 1 it lies between the base model and the adapted one.
+    """
+    for name, adapter in find(vit).items():
+        adapter.base.weight += (strength * adapter.delta()).to(adapter.base.weight)
+        vit.set_submodule(name, adapter.base)
+    return vit
+
+
+def save(folder: str | Path, adapters: Mapping[str, LoraLinear], base_model: str) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors, each replaced whole or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, ranks, alphas = {}, {}, {}
+    for name, adapter in adapters.items():
+        a, b = adapter.as_one()
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = a.detach().cpu().contiguous()
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = b.detach().cpu().contiguous()
+        ranks[name] = a.shape[0]
+        alphas[name] = a.shape[0] * adapter.scale
+    r = max(ranks.values())
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base_model,
+        "r": r,
+        "lora_alpha": _whole(max(alphas.values())),
+        "lora_dropout": 0.0,
+        "target_modules": sorted(adapters),
+        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != r},
+        "alpha_pattern": {name: _whole(alphas[name]) for name, rank in ranks.items() if rank != r},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+        "task_type": None,
+        "inference_mode": True,
+    }
+    _replace(folder / WEIGHTS, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
+    _replace(folder / CONFIG, lambda temporary: temporary.write_text(json.dumps(config, indent=2) + "\n"))
+
+
+def attach(vit: nn.Module, folder: str | Path) -> dict[str, LoraLinear]:
+    """Puts the adapter in `folder` on `vit`, in place, as one LoRA a Linear. Returns the adapters by module name.
+
+    Reads what `save` wrote and any LoRA that PEFT wrote for a timm ViT. Raises ConfigError, before anything is
+    changed, if the folder is not an adapter or belongs to another model: the first five names or shapes that differ.
+    """
+    config, tensors = _read(Path(folder))
+    pairs = _pairs(tensors, Path(folder))
+    wrong = list(_misfits(vit, pairs))
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        base = config.get("base_model_name_or_path")
+        raise ConfigError(f"adapter: {folder} (made for {base}) does not fit this model: {'; '.join(wrong[:5])}{more}")
+    adapters = {}
+    for name, (a, b) in pairs.items():
+        rank = a.shape[0]
+        alpha = _matching(config.get("alpha_pattern"), name, config.get("lora_alpha", rank))
+        base = vit.get_submodule(name)
+        assert isinstance(base, nn.Linear)
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        adapter = LoraLinear(base, r=rank, scale=scale)
+        adapter.lora_a.data.copy_(a[None])
+        adapter.lora_b.data.copy_(b[None])
+        vit.set_submodule(name, adapter)
+        adapters[name] = adapter
+    return adapters
+
+
+def load_adapted(
+    model: str, adapter: str | Path, *, img_size: int | None = None, merged: bool = True
+) -> nn.Module:
+    """The timm model `model` with the adapter in folder `adapter`; a plain nn.Module in eval mode, fp32, on the CPU.
+
+    merged: add the adapter to the weights, so that the model is an ordinary timm model; False keeps it apart.
+    Raises ConfigError if the model or the adapter cannot be loaded or they do not belong together.
+    """
+    vit = load(model, img_size=img_size).vit
+    attach(vit, adapter)
+    vit.requires_grad_(False)
+    return merge(vit) if merged else vit
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        tensors = load_file(folder / WEIGHTS)
+    except FileNotFoundError as error:
+        raise ConfigError(f"adapter: {folder} holds no {Path(error.filename or WEIGHTS).name}; give the folder OUT/adapter") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"adapter: {folder} cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise ConfigError(f"adapter: {folder / CONFIG} is not a LoRA configuration of PEFT")
+    if config.get("use_dora") or config.get("modules_to_save"):
+        raise ConfigError(f"adapter: {folder} uses DoRA or modules_to_save, which this version does not read; merge it with PEFT")
+    return config, tensors
+
+
+def _pairs(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        match = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.lora_([AB])\.weight", key)
+        if not match:
+            raise ConfigError(f"adapter: {folder / WEIGHTS} holds {key}, which is no LoRA matrix of a Linear")
+        found.setdefault(match[1], {})[match[2]] = value
+    for name, pair in found.items():
+        if set(pair) != {"A", "B"}:
+            raise ConfigError(f"adapter: {folder / WEIGHTS} lacks lora_{'B' if 'A' in pair else 'A'} of {name}")
+    if not found:
+        raise ConfigError(f"adapter: {folder / WEIGHTS} holds no LoRA matrices")
+    return {name: (pair["A"], pair["B"]) for name, pair in found.items()}
+
+
+def _misfits(vit: nn.Module, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[str]:
+    linears = {name: module for name, module in vit.named_modules() if isinstance(module, nn.Linear)}
+    for name, (a, b) in sorted(pairs.items()):
+        if name not in linears:
+            yield f"{name} is not in the model"
+            continue
+        rank = a.shape[0]
+        want = (rank, linears[name].in_features), (linears[name].out_features, rank)
+        for label, tensor, shape in (("lora_A", a, want[0]), ("lora_B", b, want[1])):
+            if tuple(tensor.shape) != shape:
+                yield f"{name}.{label} is {list(tensor.shape)}, the model wants {list(shape)}"
+
+
+def _matching(pattern: Mapping[str, float] | None, name: str, default: float) -> float:
+    for key, value in (pattern or {}).items():
+        if re.fullmatch(rf"(.*\.)?{key}", name):
+            return value
+    return default
+
+
+def _whole(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else value
+
+
+def _replace(path: Path, write: Any) -> None:
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

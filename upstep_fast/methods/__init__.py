@@ -1,0 +1,1 @@
+"""What is learnt; one file a method, the same few functions each."""

@@ -1,0 +1,150 @@
+"""UpStep (arXiv 2502.21313): LoRA, online clustering against fixed prototypes, a penalty on the centre vector.
+
+One step, on V = 2 views of B images:
+
+    u = head(vit(views)); z = u / |u|; s = mean z; m = |s|            embed
+    the gate compares m with its reference (gate.py); closed: nothing more happens
+    P = z C^T; q = sinkhorn(P); L = swapped(P, q) + lambda cvr(s)     loss
+
+The paper's formulas for the gate and the penalty are not published; what is ours is marked in gate.py and
+losses/clustering.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import lora
+from ..backbone import Backbone, features
+from ..config import AdaptConfig
+from ..kernels.sinkhorn import sinkhorn
+from .losses import clustering
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Embeddings of V views of B images and their centre."""
+
+    z: Tensor  # [V, B, d] fp32, unit length
+    centre: Tensor  # [d] fp32, mean of z; carries gradient where z does
+    magnitudes: Tensor  # [1 + V] fp32, detached: |centre|, then of each view's centre
+
+
+class UpStep(nn.Module):
+    """The adapted ViT, the head and the prototypes; what training changes and a checkpoint holds."""
+
+    prototypes: Tensor
+    running_centre: Tensor
+    base_centre: Tensor
+    running_magnitude: Tensor
+    seen: Tensor  # whether the running values hold anything yet
+
+    def __init__(self, backbone: Backbone, config: AdaptConfig, num_prototypes: int):
+        super().__init__()
+        self.config = config
+        generator = torch.Generator().manual_seed(config.seed)
+        # parts of torch.nn draw from the global generator: set it for this block only
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.adapters = lora.inject(backbone.vit, lora_spec(config))
+            self.head = make_head(config, backbone.width)
+        self.vit = backbone.vit
+        width = backbone.width if config.head == "none" else config.head_dim
+        make = clustering.orthogonal_prototypes if config.prototype_init == "orthogonal" else clustering.random_prototypes
+        prototypes = make(num_prototypes, width, generator)
+        if config.prototype_init == "learned":
+            self.prototypes = nn.Parameter(prototypes)
+        else:
+            self.register_buffer("prototypes", prototypes)
+        self.register_buffer("running_centre", torch.zeros(width))
+        self.register_buffer("base_centre", torch.zeros(width))
+        self.register_buffer("running_magnitude", torch.zeros(()))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.bool))
+
+    @property
+    def needs_start(self) -> bool:
+        """Whether `start` must see embeddings of the data before the first step."""
+        return self.config.prototype_init == "kmeans" or self.config.cvr == "anchor"
+
+    @torch.no_grad()
+    def start(self, views: Iterable[Tensor]) -> None:
+        """Sets what is computed once from the base model's embeddings; views: [V, B, C, H, W] batches."""
+        z = torch.cat([self.embed(batch).z.flatten(0, 1) for batch in views])
+        self.base_centre.copy_(z.mean(0))
+        if self.config.prototype_init == "kmeans":
+            if len(z) < len(self.prototypes):
+                raise ValueError(f"prototypes: k-means needs at least {len(self.prototypes)} embeddings, got {len(z)}")
+            generator = torch.Generator().manual_seed(self.config.seed)
+            self.prototypes.copy_(clustering.kmeans_prototypes(z, len(self.prototypes), generator))
+
+    def embed(self, views: Tensor) -> Embedded:
+        """views: [V, B, C, H, W] normalised images. The backbone sees all V B images in one batch."""
+        u = self.head(features(self.vit, views.flatten(0, 1)))
+        z = F.normalize(u.float(), dim=-1).view(*views.shape[:2], -1)
+        centre = z.mean((0, 1))
+        of_views = z.detach().mean(1).norm(dim=-1)
+        return Embedded(z, centre, torch.cat([centre.detach().norm()[None], of_views]))
+
+    @torch.no_grad()
+    def remember(self, embedded: Embedded) -> None:
+        """Moves the running centre and magnitude; called at the end of every step, skipped ones too."""
+        weight = torch.where(self.seen, 1 - clustering.CVR_EMA_BETA, 1.0)
+        self.running_centre.lerp_(embedded.centre.detach(), weight)
+        self.running_magnitude.lerp_(embedded.magnitudes[0], weight)
+        self.seen.fill_(True)
+
+    def loss(self, learning: Embedded, target: Embedded | None = None) -> Tensor:
+        """The objective of an open step, a scalar in fp32.
+
+        learning: views that carry gradient. target: views that make the targets without gradient (layout
+        asymmetric); None: every view makes the targets of the others.
+        """
+        c = self.config
+        prototypes = F.normalize(self.prototypes, dim=-1)
+        scores = learning.z @ prototypes.T  # [V, B, K]
+        if target is None:
+            targets = torch.stack([self._targets(p) for p in scores])
+            clustering_loss = clustering.swapped_loss(scores, targets, c.temperature)
+        else:
+            targets = self._targets(target.z[0] @ prototypes.T)
+            clustering_loss = clustering.one_sided_loss(scores[0], targets, c.temperature)
+        penalty = clustering.cvr_penalty(
+            c.cvr,
+            learning.centre,
+            running_centre=self.running_centre,
+            base_centre=self.base_centre,
+            running_magnitude=self.running_magnitude,
+        )
+        return clustering_loss + c.cvr_weight * penalty
+
+    def _targets(self, scores: Tensor) -> Tensor:
+        return sinkhorn(scores.detach(), self.config.epsilon, self.config.sinkhorn_iterations)
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """The LoRA matrices."""
+        return [p for adapter in self.adapters.values() for p in (adapter.lora_a, adapter.lora_b)]
+
+    def other_parameters(self) -> list[nn.Parameter]:
+        """What is trained beside them and thrown away afterwards."""
+        learned = [self.prototypes] if isinstance(self.prototypes, nn.Parameter) else []
+        return [*self.head.parameters(), *learned]
+
+
+def lora_spec(config: AdaptConfig) -> lora.LoraSpec:
+    """The adapter that this configuration asks for."""
+    alpha = config.lora_r if config.lora_alpha is None else config.lora_alpha
+    return lora.LoraSpec(r=config.lora_r, alpha=alpha, targets=config.lora_targets)
+
+
+def make_head(config: AdaptConfig, width: int) -> nn.Module:
+    """The projection head: [*, D] -> [*, d]."""
+    if config.head == "none":
+        return nn.Identity()
+    if config.head == "linear":
+        return nn.Linear(width, config.head_dim)
+    return nn.Sequential(nn.Linear(width, config.head_hidden), nn.GELU(), nn.Linear(config.head_hidden, config.head_dim))

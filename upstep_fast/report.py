@@ -1,0 +1,119 @@
+"""What a run says while it runs: metrics.jsonl and one progress line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from .config import AdaptConfig
+from .gate import GateState
+
+console = Console(stderr=True)
+
+
+def setup_logging(debug: bool = False) -> None:
+    """Messages of this package go to stderr: plain lines to a pipe, coloured ones to a terminal."""
+    handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
+    if not console.is_terminal:
+        handler = logging.StreamHandler(sys.stderr)  # type: ignore[assignment]
+        handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    logger = logging.getLogger("upstep_fast")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
+    logger.propagate = False
+
+
+class Metrics:
+    """metrics.jsonl: one object a step; numbers that are not finite are written as null."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("w")
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Appends one line and hands it to the system at once, so that a killed run loses none."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+
+
+class Progress:
+    """The progress line: step, time left, images/s, loss, centre magnitude, skipped and data-wait percentages.
+
+    A moving bar on a terminal; one line every `log_every` steps elsewhere.
+    """
+
+    def __init__(self, config: AdaptConfig, state: GateState):
+        assert config.steps is not None
+        self._steps, self._every, self._batch = config.steps, config.log_every, config.batch_size
+        self._start, self._waited, self._loss, self._done = time.monotonic(), 0.0, math.nan, 0
+        self._task: TaskID | None = None
+        columns = (
+            TextColumn("adapt"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        self._bar = Bar(*columns, console=console, disable=not console.is_terminal)
+
+    def update(self, row: dict[str, Any], state: GateState) -> None:
+        """Takes one row of metrics."""
+        self._done += 1
+        self._waited += row["data_wait"]
+        self._loss = row["loss"] if row["loss"] is not None else self._loss
+        seconds = max(1e-9, time.monotonic() - self._start)
+        text = (
+            f"{self._done * self._batch / seconds:,.0f} images/s  loss {self._loss:.3f}  centre {row['center']:.3f}  "
+            f"skipped {100 * (1 - state.opened / state.step):.0f}%  data wait {100 * self._waited / seconds:.0f}%"
+        )
+        if console.is_terminal:
+            assert self._task is not None
+            self._bar.update(self._task, advance=1, description=text)
+        elif self._done % self._every == 0 or self._done == self._steps:
+            left = seconds / self._done * (self._steps - self._done)
+            print(f"step {self._done}/{self._steps}  {text}  left {left:,.0f} s", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        self._task = self._bar.add_task("", total=self._steps)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+
+def print_scores(result: dict[str, Any]) -> None:
+    """The table of `evaluate`, in percent, with the change against the base model."""
+    table = Table(title=f"{result['n_train']} train, {result['n_test']} test images, k = {result['k']}")
+    table.add_column("features")
+    kinds = [kind for kind in ("base", "adapted", "ensemble") if kind in result]
+    measures = ["knn", "linear"] + (["source knn"] if "source" in result else [])
+    for name in measures:
+        table.add_column(name, justify="right")
+    for kind in kinds:
+        cells = []
+        for measure in measures:
+            row = result["source"] if measure == "source knn" else {k: result[k][measure] for k in kinds}
+            change = "" if kind == "base" else f" ({row[kind] - row['base']:+.1f})"
+            cells.append(f"{row[kind]:.1f}{change}")
+        table.add_row(kind, *cells)
+    Console().print(table)
