@@ -1,0 +1,151 @@
+"""The fastest of several ways to compute one thing: measured once, remembered, and pinned from outside.
+
+A choice is named by a problem (op, dtype and shape class, for example "lora_linear bfloat16 M32768 K1024 ...") and
+holds for one machine (GPU, torch, triton). In order: what `pin` says; what this process or an earlier one measured
+(JSON under XDG_CACHE_HOME); a measurement now. Ranks agree by one of them measuring and broadcasting `pins()`.
+Nothing is measured on a CPU or while a CUDA graph is captured: the first candidate runs there.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import statistics
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from ._dispatch import NAMESPACE
+from ._triton import MISSING, triton
+
+ROUNDS = 7
+
+_log = logging.getLogger(__name__)
+_lock = threading.Lock()
+_pinned: dict[str, str] = {}
+_known: dict[str, dict[str, str]] = {}  # machine -> problem -> choice
+
+
+def pin(choices: Mapping[str, str]) -> None:
+    """Fixes the choice of each problem named (as `pins` gives them); an empty mapping lets all go."""
+    _pinned.clear()
+    _pinned.update(choices)
+
+
+def pins() -> dict[str, str]:
+    """Problem -> choice: all that is pinned or was measured for the current GPU. JSON-friendly."""
+    if not torch.cuda.is_available():
+        return dict(_pinned)
+    return {**_known.get(_machine(torch.device("cuda", torch.cuda.current_device())), {}), **_pinned}
+
+
+def fastest(
+    problem: str, device: torch.device, candidates: Mapping[str, Callable[[], object]]
+) -> tuple[str, str]:
+    """The name of the candidate to run for `problem`, and why it is that one.
+
+    candidates: name -> a call that does the whole work on the caller's tensors; the first is the default.
+    Raises RuntimeError if the choice pinned for `problem` is not among them.
+    """
+    if problem in _pinned:
+        if _pinned[problem] not in candidates:
+            raise RuntimeError(
+                f"{problem}: pinned to {_pinned[problem]!r}, which cannot run here; can: {', '.join(candidates)}"
+            )
+        return _pinned[problem], "pinned"
+    default = next(iter(candidates))
+    if device.type != "cuda":
+        return default, "the default: nothing is measured on a CPU"
+    machine = _machine(device)
+    with _lock:
+        if machine not in _known:
+            _known[machine] = _read().get(machine, {})
+        known = _known[machine]
+        if known.get(problem) in candidates:
+            return known[problem], "measured"
+        if len(candidates) == 1:
+            return default, "the only one that can run"
+        if torch.cuda.is_current_stream_capturing():
+            return default, "the default: nothing is measured while a graph is captured"
+        milliseconds = _measure(candidates)
+        if not milliseconds:
+            return default, "the default: no candidate could be measured"
+        known[problem] = min(milliseconds, key=lambda name: milliseconds[name])
+        _write(machine, problem, known[problem])
+    timings = ", ".join(f"{name} {ms:.3f} ms" for name, ms in milliseconds.items())
+    _log.info("%s: %s (measured: %s)", problem, known[problem], timings)
+    return known[problem], "measured"
+
+
+def power_class(count: int) -> int:
+    """The power of two at or above `count`: sizes of one class share a choice."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
+def _measure(candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    timings: dict[str, list[float]] = {}
+    for name, call in candidates.items():
+        try:
+            for _ in range(2):  # compiles, and fills the allocator's cache
+                call()
+            torch.cuda.synchronize()
+            timings[name] = []
+        # a tile too large for an unknown GPU, or too little memory: the others still run
+        except Exception as error:
+            _log.warning(
+                "%s cannot run and is left out of the measurement: %s", name, str(error).split("\n")[0]
+            )
+    # in turns, so that a clock that drifts meets all alike
+    for _ in range(ROUNDS):
+        for name, times in timings.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            candidates[name]()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+    return {name: statistics.median(times) for name, times in timings.items()}
+
+
+@functools.lru_cache
+def _machine(device: torch.device) -> str:
+    triton_version = "none" if MISSING else triton.__version__
+    return f"{torch.cuda.get_device_name(device)} | torch {torch.__version__} | triton {triton_version}"
+
+
+def _path() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / NAMESPACE / "measured.json"
+
+
+def _read() -> dict[str, dict[str, str]]:
+    path = _path()
+    try:
+        content = json.loads(path.read_text())
+        if not all(isinstance(v, str) for rows in content.values() for v in rows.values()):
+            raise ValueError("not a table of names")
+        return content
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError) as error:
+        _log.warning("ignored the measurements in %s: %s", path, error)
+        return {}
+
+
+def _write(machine: str, problem: str, choice: str) -> None:
+    """Adds one choice to the file; another process's rows stay, and a reader never sees half a file."""
+    path = _path()
+    content = _read()
+    content.setdefault(machine, {})[problem] = choice
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(content, file, indent=1, sort_keys=True)
+        os.replace(file.name, path)
+    except OSError as error:
+        _log.warning("the measurement is not kept: %s cannot be written (%s)", path, error)

@@ -1,0 +1,327 @@
+"""A frozen linear layer with a low-rank adapter.
+
+    S = drop(x) A^T                      [M, R]
+    Y = x W^T + b + scale * S B^T        [M, N]
+
+    M tokens, K in, N out, R rank. A and B may adapt some rows of a fused W only (`rows`): T separate adapters of
+    rank r = R/T, A stacked [T r, K], B compact [sum of the ranges, r]; the zeros of block-diagonal B are not multiplied.
+
+Backward, with W frozen (G = dY):
+    dS = scale * G B        dB = scale * G^T S        dA = dS^T drop(x)        dX = G W + drop'(dS A)
+
+Kept for backward: x, S (2 R bytes a token in 16 bit). Dropout keeps no mask: it is a hash of (seed, row, column),
+the same on every device and in every strategy.
+
+Strategies of the forward, with the bytes they move beyond the frozen GEMM:
+    split    the GEMM, then an in-place product of the low-rank part: Y once more in and out
+    wide_k   one GEMM over K+R, [x, S] [W, scale B]^T: x and W copied once
+    merged   W + scale B A rounded to the dtype of W, then the bare GEMM: W once. Rounds the adapter to the grid of W
+    triton   lora_linear_triton.py: S in the same K loop, the low-rank product in the epilogue: nothing
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import lora_linear_plain as plain
+from . import lora_linear_triton as fused
+from ._dispatch import NAMESPACE, record, triton_reason, wanted
+from ._measure import fastest, power_class
+from .lora_linear_plain import drop
+
+STRATEGIES = ("reference", "split", "wide_k", "merged", "triton")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    *,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
+    rows: Sequence[tuple[int, int]] | None = None,
+    strategy: str | None = None,
+) -> Tensor:
+    """x W^T + bias + scale * (drop(x) A^T) B^T for a frozen `weight`; gradients reach x, lora_a and lora_b.
+
+    x: [..., K]; weight: [N, K]; bias: [N] or None; all of one dtype (fp16, bf16, fp32, fp64).
+    lora_a: [R, K] and lora_b: [N, R], in the dtype of x or in fp32 (then their gradients are fp32 too).
+    rows: row ranges of `weight` that are adapted, each by an adapter of its own of rank r, e.g. q and v of a fused
+        qkv: ((0, D), (2*D, 3*D)). Then lora_a is [T*r, K], the T adapters stacked, and lora_b [sum of lengths, r].
+    dropout: probability of zeroing an entry of x on its way into the adapter; the mask is a function of `seed`
+        (an int, or an int64 tensor of one element; None: drawn from torch's generator), row and column.
+    strategy: None: the fastest by measurement of those that keep the adapter's own precision (split, wide_k, triton);
+        "fastest": also `merged`, which rounds W + scale B A to the dtype of W; or one of STRATEGIES by name.
+    Returns [..., N] in the dtype of x. Under autocast x, weight and bias are cast as for torch's own linear.
+    A weight or bias that requires a gradient is not this op's purpose: the call then runs `lora_linear_reference`
+    under plain autograd, says so in `report()`, and refuses any other strategy.
+    Raises ValueError for arguments that do not fit, RuntimeError for a strategy that cannot run here.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    flat_rows = [] if rows is None else [int(edge) for span in rows for edge in span]
+    if message := _complaint(x, weight, bias, lora_a, lora_b, scale, dropout, flat_rows, strategy):
+        raise ValueError(f"lora_linear: {message}")
+    seed = _seed_tensor(seed, x.device) if dropout else None
+    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        return _with_trained_weight(x, weight, bias, lora_a, lora_b, scale, dropout, seed, rows, strategy)
+    keep = torch.is_grad_enabled() and lora_b.requires_grad
+    y, _ = _op(
+        x.reshape(-1, x.shape[-1]), weight, bias, lora_a, lora_b, float(scale), float(dropout), seed, flat_rows, keep,
+        strategy or "",
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def lora_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    *,
+    dropout: float = 0.0,
+    seed: int | Tensor = 0,
+    rows: Sequence[tuple[int, int]] | None = None,
+) -> Tensor:
+    """The specification, in fp32 or wider: differentiable in every tensor. Arguments as `lora_linear`."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    w, a, b = weight.to(wide), lora_a.to(wide), lora_b.to(wide)
+    b_NR = b if rows is None else _block_diagonal(b, rows, weight.shape[0])
+    s = drop(x.to(wide), dropout, seed) @ a.mT
+    y = F.linear(x.to(wide), w, None if bias is None else bias.to(wide))
+    return (y + scale * (s @ b_NR.mT)).to(x.dtype)
+
+
+def _block_diagonal(b: Tensor, rows: Sequence[tuple[int, int]], num_rows: int) -> Tensor:
+    r = b.shape[1]
+    dense = b.new_zeros(num_rows, len(rows) * r)
+    taken = 0
+    for t, (start, stop) in enumerate(rows):
+        dense[start:stop, t * r : (t + 1) * r] = b[taken : taken + stop - start]
+        taken += stop - start
+    return dense
+
+
+def _forward_reference(x, weight, bias, a, b, scale, dropout, seed, rows, keep):
+    pairs = list(zip(rows[::2], rows[1::2], strict=True)) or None
+    y = lora_linear_reference(x, weight, bias, a, b, scale, dropout=dropout, seed=seed, rows=pairs)
+    return y, drop(x, dropout, seed) @ a.T if keep else x.new_empty(0, a.shape[0])
+
+
+def _in_fp32(way):
+    def widened(*args):
+        wide = [t.to(torch.promote_types(t.dtype, torch.float32)) if _is_real(t) else t for t in args]
+        return way(*wide)
+
+    return widened
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+_FORWARD = {
+    "split": plain.forward_split,
+    "wide_k": plain.forward_wide_k,
+    "triton": fused.forward,
+    "merged": plain.forward_merged,
+    "reference": _forward_reference,
+}
+
+_ADAPTER = {"split": plain.adapter_split, "triton": fused.adapter, "reference": _in_fp32(plain.adapter_split)}
+_INPUT = {
+    "split": plain.input_split,
+    "triton": fused.input_gradient,
+    "merged": plain.input_merged,
+    "reference": _in_fp32(plain.input_split),
+}
+
+
+def _run(op, ways, strategy, shape, device, dropout, args):
+    """Runs `op` by the strategy named, asked for in the environment, or measured; notes which."""
+    if not strategy or strategy == "fastest":
+        named = wanted() if wanted() in ways else None
+    else:
+        # wide_k and merged name forms of the forward; where a part has no such form, split is its plain one
+        named = strategy if strategy in ways else "split"
+    tensors = [t for t in args if _is_real(t)]
+    no_triton = triton_reason(*tensors) or ("no float64 form" if tensors[0].dtype == torch.float64 else None)
+    if named == "triton" and no_triton:
+        raise RuntimeError(f"{op}: strategy 'triton' was asked for but cannot run: {no_triton}")
+    if named or device.type != "cuda":
+        why = "asked for" if named else "preferred: nothing is measured off a GPU"
+        return ways[record(op, device, named or "split", why)](*args)
+    barred = {"reference"} | ({"triton"} if no_triton else set())
+    barred |= set() if strategy == "fastest" else {"merged"}
+    barred |= {"merged", "wide_k"} if dropout else set()
+    problem = f"{op} {shape} {'fastest' if strategy else ''}".rstrip()
+    candidates = {name: lambda way=way: way(*args) for name, way in ways.items() if name not in barred}
+    name, why = fastest(problem, device, candidates)
+    return ways[record(problem, device, name, why)](*args)
+
+
+def _shape(M: int, K: int, N: int, r: int, rows: Sequence[int], dtype: torch.dtype, dropout: float) -> str:
+    kind = str(dtype).removeprefix("torch.") + (" dropout" if dropout else "")
+    return f"{kind} M{power_class(M)} K{K} N{N} r{r}" + (f" rows{'-'.join(map(str, rows))}" if rows else "")
+
+
+@torch.library.custom_op(f"{NAMESPACE}::lora_linear", mutates_args=())
+def _op(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float, dropout: float,
+    seed: Tensor | None, rows: Sequence[int], keep: bool, strategy: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Returns (y [M, N], S [M, R]); S is empty unless `keep`."""
+    (M, K), N = x.shape, weight.shape[0]
+    if 0 in (M, N, K):
+        y = x.new_zeros(M, N) if bias is None else bias.expand(M, N).clone()
+        return y, x.new_zeros(M if keep else 0, lora_a.shape[0])
+    with torch.autocast(x.device.type, enabled=False):
+        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+        shape = _shape(M, K, N, b.shape[1], rows, x.dtype, dropout)
+        args = (x, weight, bias, a, b, scale, dropout, seed, rows, keep)
+        return _run("lora_linear", _FORWARD, strategy, shape, x.device, dropout, args)
+
+
+@_op.register_fake
+def _(x, weight, bias, lora_a, lora_b, scale, dropout, seed, rows, keep, strategy):
+    M = x.shape[0]
+    return x.new_empty(M, weight.shape[0]), x.new_empty(M if keep else 0, lora_a.shape[0])
+
+
+@torch.library.custom_op(f"{NAMESPACE}::lora_linear_backward", mutates_args=())
+def _backward_op(
+    grad: Tensor, x: Tensor | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor, s: Tensor, scale: float,
+    dropout: float, seed: Tensor | None, rows: Sequence[int], strategy: str, needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Returns (dX, dA, dB); those not in `needs` (x, lora_a, lora_b) are empty."""
+    (M, N), K = grad.shape, weight.shape[1]
+    need_x, need_a, need_b = needs
+    if 0 in (M, N, K):
+        return (
+            grad.new_zeros((M, K) if need_x else 0),
+            lora_a.new_zeros(lora_a.shape if need_a else 0),
+            lora_b.new_zeros(lora_b.shape if need_b else 0),
+        )
+    with torch.autocast(grad.device.type, enabled=False):
+        a, b = lora_a.to(grad.dtype), lora_b.to(grad.dtype)
+        shape = _shape(M, K, N, b.shape[1], rows, grad.dtype, dropout)
+        args = (grad, x, a, b, s, scale, dropout, seed, rows, needs)
+        ds, da, db = _run("lora_linear_adapter", _ADAPTER, strategy, shape, grad.device, dropout, args)
+        dx = None
+        if need_x:
+            args = (grad, weight, ds, a, b, scale, dropout, seed, rows)
+            dx = _run("lora_linear_input", _INPUT, strategy, shape, grad.device, dropout, args)
+        # zero-size stand-ins: an op returns tensors
+        return (
+            grad.new_empty(0) if dx is None else dx.to(grad.dtype),
+            lora_a.new_empty(0) if da is None else da.to(lora_a.dtype),
+            lora_b.new_empty(0) if db is None else db.to(lora_b.dtype),
+        )
+
+
+@_backward_op.register_fake
+def _(grad, x, weight, lora_a, lora_b, s, scale, dropout, seed, rows, strategy, needs):
+    need_x, need_a, need_b = needs
+    return (
+        grad.new_empty((grad.shape[0], weight.shape[1]) if need_x else 0),
+        lora_a.new_empty(lora_a.shape if need_a else 0),
+        lora_b.new_empty(lora_b.shape if need_b else 0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, _, lora_a, lora_b, ctx.scale, ctx.dropout, seed, ctx.rows, _, strategy = inputs
+    needs = ctx.needs_input_grad
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x if needs[3] else None, weight, lora_a, lora_b, output[1], seed)
+    # read here: `forced` does not reach the threads that run backward on a GPU
+    ctx.strategy = strategy if strategy in STRATEGIES else (wanted() if wanted() in STRATEGIES else strategy)
+
+
+def _backward(ctx, grad, _):
+    if grad is None:
+        return (None,) * 11
+    x, weight, lora_a, lora_b, s, seed = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
+    dx, da, db = _backward_op(
+        grad, x, weight, lora_a, lora_b, s, ctx.scale, ctx.dropout, seed, ctx.rows, ctx.strategy, needs
+    )
+    dx, da, db = (d if need else None for d, need in zip((dx, da, db), needs, strict=True))
+    return dx, None, None, da, db, None, None, None, None, None, None
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    # on the device, so that a captured graph draws anew at each replay
+    if seed is None:
+        return torch.randint(2**31, (), device=device)
+    return seed if isinstance(seed, Tensor) else torch.full((), seed & 0x7FFFFFFF, device=device)
+
+
+def _with_trained_weight(x, weight, bias, lora_a, lora_b, scale, dropout, seed, rows, strategy):
+    if strategy not in (None, "fastest", "reference"):
+        raise ValueError(
+            f"lora_linear: strategy={strategy!r} is for a frozen weight and bias, got one that requires a gradient; "
+            "call weight.requires_grad_(False), or leave strategy out for the reference"
+        )
+    if not torch.compiler.is_compiling():
+        record("lora_linear", x.device, "reference", "weight or bias requires a gradient", fallback=True)
+    with torch.autocast(x.device.type, enabled=False):
+        return lora_linear_reference(
+            x, weight, bias, lora_a, lora_b, scale, dropout=dropout, seed=seed, rows=rows
+        )
+
+
+def _complaint(x, weight, bias, lora_a, lora_b, scale, dropout, rows, strategy) -> str | None:
+    """What is wrong with the arguments, or None."""
+    if x.dtype not in _DTYPES:
+        return f"x must be one of {', '.join(map(str, _DTYPES))}, got {x.dtype}"
+    if weight.dim() != 2:
+        return f"weight must be [N, K], got {list(weight.shape)}"
+    N, K = weight.shape
+    if x.dim() < 1 or x.shape[-1] != K:
+        return f"x must be [..., {K}] to fit weight {list(weight.shape)}, got {list(x.shape)}"
+    if bias is not None and bias.shape != (N,):
+        return f"bias must be [{N}], got {list(bias.shape)}"
+    if lora_b.dim() != 2 or lora_b.shape[1] < 1:
+        return f"lora_b must be [rows, r] with r >= 1, got {list(lora_b.shape)}"
+    edges = rows or [0, N]
+    if len(edges) % 2 or edges[0] < 0 or edges[-1] > N or sorted(edges) != edges:
+        return f"rows must be rising pairs (start, stop) within the {N} rows of weight, got {rows}"
+    adapted, rank = sum(edges[1::2]) - sum(edges[::2]), len(edges) // 2 * lora_b.shape[1]
+    if lora_b.shape[0] != adapted:
+        return (
+            f"lora_b must be [{adapted}, r], one row for each adapted row of weight, got {list(lora_b.shape)}"
+        )
+    if lora_a.shape != (rank, K):
+        return f"lora_a must be [{rank}, {K}] to fit lora_b {list(lora_b.shape)} and weight, got {list(lora_a.shape)}"
+    for name, tensor in (("weight", weight), ("bias", bias), ("lora_a", lora_a), ("lora_b", lora_b)):
+        if tensor is None:
+            continue
+        if tensor.device != x.device:
+            return f"{name} must be on {x.device} as x is, got {tensor.device}"
+        if tensor.dtype != x.dtype and not (name.startswith("lora") and tensor.dtype == torch.float32):
+            return f"{name} must be {x.dtype} as x is{' or float32' * name.startswith('lora')}, got {tensor.dtype}"
+    if not math.isfinite(scale):
+        return f"scale must be finite, got {scale}"
+    if not 0 <= dropout < 1:
+        return f"dropout must be in [0, 1), got {dropout}"
+    if strategy not in (None, "fastest", *STRATEGIES):
+        return f"strategy must be None, 'fastest' or one of {', '.join(STRATEGIES)}, got {strategy!r}"
+    if dropout and strategy in ("wide_k", "merged"):
+        return f"strategy {strategy!r} has no dropout; take split, triton or reference"
+    return None
