@@ -1,8 +1,8 @@
 """The fastest of several ways to compute one thing: measured once, remembered, and pinned from outside.
 
-A choice is named by a problem (op, dtype and shape class, for example "lora_linear bfloat16 M32768 K1024 ...") and
-holds for one machine (GPU, torch, triton). In order: what `pin` says; what this process or an earlier one measured
-(JSON under XDG_CACHE_HOME); a measurement now. Ranks agree by one of them measuring and broadcasting `pins()`.
+A choice is named by a problem (op, dtype, shape class: "lora_linear bfloat16 M32768 K1024 ...") and holds for
+one machine (GPU, torch, triton). In order: what `pin` says; what this process or an earlier one measured (JSON
+under XDG_CACHE_HOME); a measurement now. Ranks agree by one of them measuring and broadcasting `pins()`.
 Nothing is measured on a CPU or while a CUDA graph is captured: the first candidate runs there.
 """
 
@@ -44,9 +44,7 @@ def pins() -> dict[str, str]:
     return {**_known.get(_machine(torch.device("cuda", torch.cuda.current_device())), {}), **_pinned}
 
 
-def fastest(
-    problem: str, device: torch.device, candidates: Mapping[str, Callable[[], object]]
-) -> tuple[str, str]:
+def fastest(problem: str, device: torch.device, candidates: Mapping[str, Callable[[], object]]) -> tuple[str, str]:
     """The name of the candidate to run for `problem`, and why it is that one.
 
     candidates: name -> a call that does the whole work on the caller's tensors; the first is the default.
@@ -54,9 +52,8 @@ def fastest(
     """
     if problem in _pinned:
         if _pinned[problem] not in candidates:
-            raise RuntimeError(
-                f"{problem}: pinned to {_pinned[problem]!r}, which cannot run here; can: {', '.join(candidates)}"
-            )
+            can = ", ".join(candidates)
+            raise RuntimeError(f"{problem}: pinned to {_pinned[problem]!r}, which cannot run here; can: {can}")
         return _pinned[problem], "pinned"
     default = next(iter(candidates))
     if device.type != "cuda":
@@ -97,9 +94,7 @@ def _measure(candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]
             timings[name] = []
         # a tile too large for an unknown GPU, or too little memory: the others still run
         except Exception as error:
-            _log.warning(
-                "%s cannot run and is left out of the measurement: %s", name, str(error).split("\n")[0]
-            )
+            _log.warning("%s cannot run and is left out of the measurement: %s", name, str(error).split("\n")[0])
     # in turns, so that a clock that drifts meets all alike
     for _ in range(ROUNDS):
         for name, times in timings.items():

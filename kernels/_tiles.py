@@ -17,11 +17,22 @@ TILES: dict[str, dict[tuple[int, int] | None, Tile]] = {
     # not measured yet: guesses that fit sm_80's shared memory
     "lora_linear": {
         None: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8, "num_warps": 8, "num_stages": 3},
-        # the first tried on an H200 (PERFORMANCE.md: 1.16x the bare cuBLAS GEMM at L/14, bf16, S given)
-        (9, 0): {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP_M": 8, "num_warps": 8, "num_stages": 3},
+        # the first tried on an H200 (1.16x the bare cuBLAS GEMM at L/14 in bf16)
+        (9, 0): {
+            "BLOCK_M": 128,
+            "BLOCK_N": 256,
+            "BLOCK_K": 64,
+            "GROUP_M": 8,
+            "num_warps": 8,
+            "num_stages": 3,
+        },
     },
     "lora_linear_fp32": {
         None: {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP_M": 8, "num_warps": 4, "num_stages": 2},
+    },
+    # dX under dropout holds a second accumulator
+    "lora_linear_masked": {
+        None: {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP_M": 8, "num_warps": 8, "num_stages": 3},
     },
     "lora_linear_sweep": {None: {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}},
     "lora_linear_sweep_fp32": {None: {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}},

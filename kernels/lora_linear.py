@@ -3,19 +3,19 @@
     S = drop(x) A^T                      [M, R]
     Y = x W^T + b + scale * S B^T        [M, N]
 
-    M tokens, K in, N out, R rank. A and B may adapt some rows of a fused W only (`rows`): T separate adapters of
-    rank r = R/T, A stacked [T r, K], B compact [sum of the ranges, r]; the zeros of block-diagonal B are not multiplied.
+    M tokens, K in, N out, R rank. `rows` adapts ranges of the rows of a fused W only: T separate adapters of
+    rank r = R/T, A stacked [T r, K], B compact [sum of the ranges, r]: no zeros of a block-diagonal B.
 
 Backward, with W frozen (G = dY):
     dS = scale * G B        dB = scale * G^T S        dA = dS^T drop(x)        dX = G W + drop'(dS A)
 
-Kept for backward: x, S (2 R bytes a token in 16 bit). Dropout keeps no mask: it is a hash of (seed, row, column),
-the same on every device and in every strategy.
+Kept for backward: x and S (2 R bytes a token in 16 bit). Dropout keeps no mask: it is a hash of (seed, row,
+column), the same on every device and in every strategy.
 
 Strategies of the forward, with the bytes they move beyond the frozen GEMM:
     split    the GEMM, then an in-place product of the low-rank part: Y once more in and out
     wide_k   one GEMM over K+R, [x, S] [W, scale B]^T: x and W copied once
-    merged   W + scale B A rounded to the dtype of W, then the bare GEMM: W once. Rounds the adapter to the grid of W
+    merged   W + scale B A, rounded once to the grid of W (the adapter with it), then the bare GEMM: W once
     triton   lora_linear_triton.py: S in the same K loop, the low-rank product in the epilogue: nothing
 """
 
@@ -55,15 +55,16 @@ def lora_linear(
 
     x: [..., K]; weight: [N, K]; bias: [N] or None; all of one dtype (fp16, bf16, fp32, fp64).
     lora_a: [R, K] and lora_b: [N, R], in the dtype of x or in fp32 (then their gradients are fp32 too).
-    rows: row ranges of `weight` that are adapted, each by an adapter of its own of rank r, e.g. q and v of a fused
-        qkv: ((0, D), (2*D, 3*D)). Then lora_a is [T*r, K], the T adapters stacked, and lora_b [sum of lengths, r].
-    dropout: probability of zeroing an entry of x on its way into the adapter; the mask is a function of `seed`
-        (an int, or an int64 tensor of one element; None: drawn from torch's generator), row and column.
-    strategy: None: the fastest by measurement of those that keep the adapter's own precision (split, wide_k, triton);
-        "fastest": also `merged`, which rounds W + scale B A to the dtype of W; or one of STRATEGIES by name.
+    rows: the T row ranges of `weight` that are adapted, each by its own adapter of rank r, e.g. q and v of a
+        fused qkv: ((0, D), (2*D, 3*D)). Then lora_a is [T*r, K], the adapters stacked, and lora_b
+        [sum of lengths, r].
+    dropout: probability of zeroing an entry of x on its way into the adapter; the mask is a function of row,
+        column and `seed` (an int, or an int64 tensor of one element; None: drawn from torch's generator).
+    strategy: None: the fastest by measurement of those that keep the adapter's precision (split, wide_k,
+        triton); "fastest": also `merged`, which rounds W + scale B A to the dtype of W; or one of STRATEGIES.
     Returns [..., N] in the dtype of x. Under autocast x, weight and bias are cast as for torch's own linear.
-    A weight or bias that requires a gradient is not this op's purpose: the call then runs `lora_linear_reference`
-    under plain autograd, says so in `report()`, and refuses any other strategy.
+    A weight or bias that requires a gradient is not this op's purpose: such a call runs the reference under
+    plain autograd, says so in `report()`, and refuses any other strategy.
     Raises ValueError for arguments that do not fit, RuntimeError for a strategy that cannot run here.
     """
     if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
@@ -76,10 +77,8 @@ def lora_linear(
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         return _with_trained_weight(x, weight, bias, lora_a, lora_b, scale, dropout, seed, rows, strategy)
     keep = torch.is_grad_enabled() and lora_b.requires_grad
-    y, _ = _op(
-        x.reshape(-1, x.shape[-1]), weight, bias, lora_a, lora_b, float(scale), float(dropout), seed, flat_rows, keep,
-        strategy or "",
-    )  # fmt: skip
+    x_MK, scale, dropout = x.reshape(-1, x.shape[-1]), float(scale), float(dropout)
+    y, _ = _op(x_MK, weight, bias, lora_a, lora_b, scale, dropout, seed, flat_rows, keep, strategy or "")
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -179,8 +178,8 @@ def _shape(M: int, K: int, N: int, r: int, rows: Sequence[int], dtype: torch.dty
 
 @torch.library.custom_op(f"{NAMESPACE}::lora_linear", mutates_args=())
 def _op(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float, dropout: float,
-    seed: Tensor | None, rows: Sequence[int], keep: bool, strategy: str,
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float,
+    dropout: float, seed: Tensor | None, rows: Sequence[int], keep: bool, strategy: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Returns (y [M, N], S [M, R]); S is empty unless `keep`."""
     (M, K), N = x.shape, weight.shape[0]
@@ -275,15 +274,13 @@ def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
 def _with_trained_weight(x, weight, bias, lora_a, lora_b, scale, dropout, seed, rows, strategy):
     if strategy not in (None, "fastest", "reference"):
         raise ValueError(
-            f"lora_linear: strategy={strategy!r} is for a frozen weight and bias, got one that requires a gradient; "
-            "call weight.requires_grad_(False), or leave strategy out for the reference"
+            f"lora_linear: strategy={strategy!r} wants a frozen weight and bias, got one that requires a gradient;"
+            " call requires_grad_(False) on it, or leave strategy out for the reference"
         )
     if not torch.compiler.is_compiling():
         record("lora_linear", x.device, "reference", "weight or bias requires a gradient", fallback=True)
     with torch.autocast(x.device.type, enabled=False):
-        return lora_linear_reference(
-            x, weight, bias, lora_a, lora_b, scale, dropout=dropout, seed=seed, rows=rows
-        )
+        return lora_linear_reference(x, weight, bias, lora_a, lora_b, scale, dropout=dropout, seed=seed, rows=rows)
 
 
 def _complaint(x, weight, bias, lora_a, lora_b, scale, dropout, rows, strategy) -> str | None:
@@ -304,18 +301,17 @@ def _complaint(x, weight, bias, lora_a, lora_b, scale, dropout, rows, strategy) 
         return f"rows must be rising pairs (start, stop) within the {N} rows of weight, got {rows}"
     adapted, rank = sum(edges[1::2]) - sum(edges[::2]), len(edges) // 2 * lora_b.shape[1]
     if lora_b.shape[0] != adapted:
-        return (
-            f"lora_b must be [{adapted}, r], one row for each adapted row of weight, got {list(lora_b.shape)}"
-        )
+        return f"lora_b must be [{adapted}, r], one row for each adapted row of weight, got {list(lora_b.shape)}"
     if lora_a.shape != (rank, K):
-        return f"lora_a must be [{rank}, {K}] to fit lora_b {list(lora_b.shape)} and weight, got {list(lora_a.shape)}"
+        return f"lora_a must be [{rank}, {K}] to fit lora_b and weight, got {list(lora_a.shape)}"
     for name, tensor in (("weight", weight), ("bias", bias), ("lora_a", lora_a), ("lora_b", lora_b)):
         if tensor is None:
             continue
         if tensor.device != x.device:
             return f"{name} must be on {x.device} as x is, got {tensor.device}"
         if tensor.dtype != x.dtype and not (name.startswith("lora") and tensor.dtype == torch.float32):
-            return f"{name} must be {x.dtype} as x is{' or float32' * name.startswith('lora')}, got {tensor.dtype}"
+            wanted_dtype = f"{x.dtype} as x is" + " or torch.float32" * name.startswith("lora")
+            return f"{name} must be {wanted_dtype}, got {tensor.dtype}"
     if not math.isfinite(scale):
         return f"scale must be finite, got {scale}"
     if not 0 <= dropout < 1:

@@ -1,7 +1,7 @@
 """The plain torch forms of `lora_linear` and of its gradients, and the dropout all forms share.
 
 Signatures (2-D x and grad; a and b in their dtype; rows flat: start and stop in turn, empty for all rows):
-    forward_*   (x, weight, bias, a, b, scale, dropout, seed, rows, keep) -> (y, S, or an empty tensor unless `keep`)
+    forward_*   (x, weight, bias, a, b, scale, dropout, seed, rows, keep) -> (y, S; empty unless `keep`)
     adapter_*   (grad, x, a, b, s, scale, dropout, seed, rows, needs) -> (dS, dA, dB), None where not needed
     input_*     (grad, weight, ds, a, b, scale, dropout, seed, rows) -> dX
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def drop(x: Tensor, probability: float, seed: int | Tensor) -> Tensor:
-    """x / (1 - p) where a hash of (seed, row, column) keeps it, else 0. x: [..., K], rows counted in order."""
+    """x / (1 - p) where a hash of (seed, row, column) keeps it, else 0. x: [..., K], its rows in order."""
     if probability == 0:
         return x
     count, width = math.prod(x.shape[:-1]), x.shape[-1]
@@ -46,13 +46,11 @@ def parts(rows: Sequence[int], num_rows: int, lora_b: Tensor) -> list[tuple[slic
     r = lora_b.shape[1]
     spans = [slice(*rows[i : i + 2]) for i in range(0, len(rows), 2)]
     blocks = lora_b.split([span.stop - span.start for span in spans])
-    return [
-        (span, slice(t * r, t * r + r), block)
-        for t, (span, block) in enumerate(zip(spans, blocks, strict=True))
-    ]
+    return [(span, slice(t * r, t * r + r), block) for t, (span, block) in enumerate(zip(spans, blocks, strict=True))]
 
 
 def forward_split(x, weight, bias, a, b, scale, dropout, seed, rows, keep):
+    """The GEMM, then the low-rank part added in place."""
     y = F.linear(x, weight, bias)
     s = drop(x, dropout, seed) @ a.T
     for span, ranks, block in parts(rows, weight.shape[0], b):
@@ -61,6 +59,7 @@ def forward_split(x, weight, bias, a, b, scale, dropout, seed, rows, keep):
 
 
 def forward_wide_k(x, weight, bias, a, b, scale, dropout, seed, rows, keep):
+    """One GEMM over K+R: [x, S] [W, scale B]^T."""
     (M, K), N, R = x.shape, weight.shape[0], a.shape[0]
     # cuBLAS wants rows of 16 bytes
     width = K + -(-R // 8) * 8
@@ -74,6 +73,7 @@ def forward_wide_k(x, weight, bias, a, b, scale, dropout, seed, rows, keep):
 
 
 def forward_merged(x, weight, bias, a, b, scale, dropout, seed, rows, keep):
+    """W + scale B A, rounded once, then the bare GEMM."""
     y = F.linear(x, _merge(weight, a, b, scale, rows), bias)
     return y, x @ a.T if keep else _empty_s(x, a)
 
@@ -92,6 +92,7 @@ def _empty_s(x: Tensor, a: Tensor) -> Tensor:
 
 
 def adapter_split(grad, x, a, b, s, scale, dropout, seed, rows, needs):
+    """Three library products."""
     need_x, need_a, need_b = needs
     ds = grad.new_empty(grad.shape[0], a.shape[0]) if need_x or need_a else None
     db = torch.empty_like(b, memory_format=torch.contiguous_format) if need_b else None
@@ -106,9 +107,11 @@ def adapter_split(grad, x, a, b, s, scale, dropout, seed, rows, needs):
 
 
 def input_split(grad, weight, ds, a, b, scale, dropout, seed, rows):
+    """The GEMM, then dS A added in place."""
     dx = grad @ weight
     return dx.addmm_(ds, a) if dropout == 0 else dx.add_(drop(ds @ a, dropout, seed))
 
 
 def input_merged(grad, weight, ds, a, b, scale, dropout, seed, rows):
+    """One GEMM with the merged weight: the exact gradient of `forward_merged`."""
     return grad @ _merge(weight, a, b, scale, rows)

@@ -3,8 +3,8 @@
     _lora_linear_kernel    Y = X W^T + b + scale * S B^T     S made in the K loop, or given
     _lora_linear_sweep     P = scale * G B  and  Q = G^T S   one pass over G [M, N]
 
-Forward: one launch for each run of rows (adapted, or the gap between), S made in the K loop by an extra small dot.
-Backward: a sweep of dY gives dS and dB, a sweep of x gives dA, and dX = dY W + dS A is the first kernel with S given.
+Forward: one launch for each run of rows (adapted, or the gap between), S made in the K loop by a small dot.
+Backward: a sweep of dY gives dS and dB, a sweep of x gives dA; dX = dY W + dS A is the first kernel, S given.
 Ranks are padded to BLOCK_R; above MAX_RANK they go in slices, and S is made by a sweep of its own.
 Deterministic: Q is summed from one partial per program, in their order; no atomics.
 """
@@ -104,23 +104,25 @@ def _lora_linear_kernel(
                 acc_s = _dot(b_x, b_a, acc_s, UPCAST_DOT)
 
         if LORA == "make":
-            b_s = (acc_s * drop_scale).to(y.dtype.element_ty)
+            acc_s *= drop_scale
+            # scaled before the one rounding, so that the product goes straight into the accumulator
+            b_s = (scale * acc_s).to(y.dtype.element_ty)
             b_b = _load_tile(b, col, 0, N, R, stride_bn, stride_br, BLOCK_N, BLOCK_R, False).T
-            acc += scale * _dot(b_s, b_b, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), UPCAST_DOT)
+            acc = _dot(b_s, b_b, acc, UPCAST_DOT)
             if STORE_S and col == 0:
                 s_at = s + m.to(tl.int64)[:, None] * stride_sm + r[None, :] * stride_sr
-                tl.store(s_at, b_s, mask=m_mask[:, None] & (r < R)[None, :])
+                tl.store(s_at, acc_s.to(s.dtype.element_ty), mask=m_mask[:, None] & (r < R)[None, :])
         if LORA == "given":
-            update = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            update = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) if DROPOUT else acc
             for r0 in tl.range(0, R, BLOCK_R):
                 b_s = _load_tile(s, row, r0, M, R, stride_sm, stride_sr, BLOCK_M, BLOCK_R, False)
                 b_b = _load_tile(b, col, r0, N, R, stride_bn, stride_br, BLOCK_N, BLOCK_R, False).T
                 update = _dot(b_s, b_b, update, UPCAST_DOT)
             if DROPOUT:
-                update = tl.where(
-                    _kept(row, col, seed, drop_threshold, BLOCK_M, BLOCK_N), update * drop_scale, 0.0
-                )
-            acc += scale * update
+                kept = _kept(row, col, seed, drop_threshold, BLOCK_M, BLOCK_N)
+                acc += tl.where(kept, update * drop_scale, 0.0)
+            else:
+                acc = update
         if HAS_BIAS:
             acc += tl.load(bias + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
         y_at = y + m.to(tl.int64)[:, None] * stride_ym + n[None, :]
@@ -184,8 +186,9 @@ def forward(x, weight, bias, a, b, scale, dropout, seed, rows, keep):
         ranks = slice(t * rank, t * rank + rank)
         _launch(
             x, weight[start:stop], y[:, start:stop], bias=_cut(bias, start, stop),
-            a=a[ranks] if make else None, b=b[taken : taken + stop - start], s=s[:, ranks],
-            scale=scale, dropout=dropout if make else 0.0, seed=seed,
+            a=a[ranks] if make else None,
+            b=b[taken : taken + stop - start] if make else scale * b[taken : taken + stop - start],
+            s=s[:, ranks], scale=scale, dropout=dropout if make else 0.0, seed=seed,
         )  # fmt: skip
         taken, done = taken + stop - start, stop
     if done < N:
@@ -206,7 +209,8 @@ def adapter(grad, x, a, b, s, scale, dropout, seed, rows, needs):
             here = slice(r, min(r + MAX_RANK, rank))
             ranks = slice(t * rank + here.start, t * rank + here.stop)
             share = _sweep(
-                grad[:, start:stop], b[block, here] if ds is not None else None, s[:, ranks] if need_b else None,
+                grad[:, start:stop],
+                b[block, here] if ds is not None else None, s[:, ranks] if need_b else None,
                 ds[:, ranks] if ds is not None else None, scale,
             )  # fmt: skip
             if db is not None:
@@ -230,10 +234,15 @@ def input_gradient(grad, weight, ds, a, b, scale, dropout, seed, rows):
 
 
 def _launch(x, w, y, *, bias=None, a=None, b=None, s=None, scale=1.0, dropout=0.0, seed=None, tma=None):
-    """y [M, N] <- x [M, K] w^T [K, N] + bias + scale * S b^T; `a` given: S = drop(x) a^T, kept in s if s has rows."""
+    """y [M, N] <- x w^T + bias + the low-rank part; x: [M, K], w: [N, K].
+
+    With `a` that part is scale * drop(x) a^T b^T, and s, if it has rows, receives drop(x) a^T.
+    Without, it is drop'(s b^T).
+    """
     (M, K), N = x.shape, w.shape[0]
     R = 1 if b is None else b.shape[1]
-    tiles = dict(tile("lora_linear" if x.element_size() == 2 else "lora_linear_fp32", x.device))
+    kind = "_fp32" if x.element_size() == 4 else "_masked" if dropout and a is None else ""
+    tiles = dict(tile(f"lora_linear{kind}", x.device))
     lora = "none" if b is None else "make" if a is not None else "given"
     transposed = w.stride(1) != 1 and w.stride(0) == 1
     stored_w = w.T if transposed else w
@@ -251,8 +260,9 @@ def _launch(x, w, y, *, bias=None, a=None, b=None, s=None, scale=1.0, dropout=0.
             scale, *_drop_numbers(dropout),
             M, N, K, R,
             *x.stride(), *w.stride(), *a_.stride(), *b_.stride(), *s_.stride(), y.stride(0),
-            LORA=lora, STORE_S=s is not None and s.shape[0] > 0, HAS_BIAS=bias is not None, DROPOUT=dropout > 0,
-            TMA=tma, W_TRANSPOSED=transposed, UPCAST_DOT=INTERPRET, BLOCK_R=_block_r(R), **tiles,
+            LORA=lora, STORE_S=s is not None and s.shape[0] > 0, HAS_BIAS=bias is not None,
+            DROPOUT=dropout > 0, TMA=tma, W_TRANSPOSED=transposed, UPCAST_DOT=INTERPRET,
+            BLOCK_R=_block_r(R) if lora == "make" else min(_block_r(R), 32), **tiles,
         )  # fmt: skip
 
 
