@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("UPSTEP_FAST_SHARED", ROOT.parent / "shared" / "data"))
+
+# tests are not on sys.path (import-mode=importlib), so what they share is put where `import` finds it
+_spec = importlib.util.spec_from_file_location("kernel_checks", Path(__file__).with_name("kernel_checks.py"))
+sys.modules["kernel_checks"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(sys.modules["kernel_checks"])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
