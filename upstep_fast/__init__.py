@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .evaluate import embed, evaluate
+    from .evaluation import embed, evaluate
     from .lora import load_adapted
     from .trainer import adapt
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "adapt", "embed", "evaluate", "kernels", "load_adapted"]
 
-_HOME = {"adapt": "trainer", "evaluate": "evaluate", "embed": "evaluate", "load_adapted": "lora"}
+_HOME = {"adapt": "trainer", "evaluate": "evaluation", "embed": "evaluation", "load_adapted": "lora"}
 
 
 def __getattr__(name: str) -> Any:

@@ -55,9 +55,12 @@ def load(name: str, *, img_size: int | None = None, pretrained: bool = True) -> 
     """
     _check_name(name, pretrained)
     try:
-        vit = timm.create_model(name, pretrained=pretrained, **({"img_size": img_size} if img_size else {}))
+        with torch.random.fork_rng(devices=[]):  # timm draws weights before it loads them
+            vit = timm.create_model(name, pretrained=pretrained, **({"img_size": img_size} if img_size else {}))
     except TypeError as error:
-        raise ConfigError(f"model: {name} is not a plain Vision Transformer ({error}); {_supported_hint(name)}") from error
+        raise ConfigError(
+            f"model: {name} is not a plain Vision Transformer ({error}); {_supported_hint(name)}"
+        ) from error
     except Exception as error:  # timm, the hub and safetensors each raise their own kinds
         raise ConfigError(f"model: cannot load {name}: {_first_line(error)}; {_cure(name)}") from error
     reason = why_unsupported(vit)
@@ -69,7 +72,7 @@ def load(name: str, *, img_size: int | None = None, pretrained: bool = True) -> 
         vit=vit,
         name=name,
         width=vit.num_features,
-        img_size=tuple(vit.patch_embed.img_size),
+        img_size=tuple(vit.patch_embed.img_size),  # type: ignore[arg-type, union-attr]
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),
         interpolation=data["interpolation"],
@@ -106,7 +109,9 @@ def _check_name(name: str, pretrained: bool) -> None:
         try:
             json.loads((folder / "config.json").read_text())
         except OSError as error:
-            raise ConfigError(f"model: {folder} has no readable config.json; save the model with timm's save_for_hf") from error
+            raise ConfigError(
+                f"model: {folder} has no readable config.json; save the model with timm's save_for_hf"
+            ) from error
         except ValueError as error:
             raise ConfigError(f"model: {folder}/config.json is not valid JSON: {error}") from error
     elif not name.startswith(HUB):

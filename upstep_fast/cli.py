@@ -55,7 +55,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if debug:
             raise
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(f"upstep-fast: {type(error).__name__}: {text} (run again with --debug for the traceback)", file=sys.stderr)
+        print(
+            f"upstep-fast: {type(error).__name__}: {text} (run again with --debug for the traceback)",
+            file=sys.stderr,
+        )
         sys.exit(1)
     sys.exit(0)
 
@@ -134,14 +137,14 @@ def _adapt(config: Any) -> None:
 
 
 def _eval(config: Any) -> None:
-    from .evaluate import run
+    from .evaluation import run
     from .report import print_scores
 
     print_scores(run(config))
 
 
 def _embed(config: Any) -> None:
-    from .evaluate import run_embed
+    from .evaluation import run_embed
 
     print(f"features: {run_embed(config)}")
 

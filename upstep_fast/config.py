@@ -151,7 +151,16 @@ class AdaptConfig(ModelConfig):
             _positive(self, name)
         for name in ("warmup", "weight_decay", "clip", "cvr_weight"):
             _at_least(self, name, 0)
-        for name in ("gate_rate", "gate_beta", "max_bad_fraction", "flip", "blur", "grey", "crop_min", "crop_max"):
+        for name in (
+            "gate_rate",
+            "gate_beta",
+            "max_bad_fraction",
+            "flip",
+            "blur",
+            "grey",
+            "crop_min",
+            "crop_max",
+        ):
             _fraction(self, name)
         if self.steps is not None and self.epochs is not None:
             raise ConfigError("steps and epochs: give one of them, not both")

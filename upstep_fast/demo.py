@@ -7,8 +7,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from . import evaluate, trainer
+from . import trainer
 from .config import AdaptConfig, DemoConfig
+from .evaluation import evaluate
 from .report import print_scores
 
 # chosen for this set on 2 CPU cores: docs/results.md has the runs it was chosen from
@@ -42,13 +43,20 @@ def run(config: DemoConfig) -> dict[str, Any]:
             **recipe,
         )
     )
-    scores = evaluate.evaluate(
-        model, data, adapter=adapted.adapter, source=config.source, device=config.device, json=str(Path(config.out) / "eval.json")
+    scores = evaluate(
+        model,
+        data,
+        adapter=adapted.adapter,
+        source=config.source,
+        device=config.device,
+        json=str(Path(config.out) / "eval.json"),
     )
     print("\nThe labels are used only now, to measure: accuracy in percent on 597 test photographs")
     print_scores(scores)
     if config.source is None:
-        print("forgetting: not measured, since no images of the model's own domain are shipped (--source PATH measures it)")
+        print("forgetting: not measured; no images of the model's own domain are shipped (--source PATH)")
     print(f"\nadapter: {adapted.adapter}  (made in {time.monotonic() - start:.0f} s)")
-    print("next, on your own images:\n  upstep-fast adapt --model vit_base_patch16_224 --data YOUR_FOLDER --out adapted/")
+    print(
+        "next, on your own images:\n  upstep-fast adapt --model vit_base_patch16_224 --data YOUR_FOLDER --out adapted/"
+    )
     return scores

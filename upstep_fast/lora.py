@@ -185,9 +185,7 @@ def attach(vit: nn.Module, folder: str | Path) -> dict[str, LoraLinear]:
     return adapters
 
 
-def load_adapted(
-    model: str, adapter: str | Path, *, img_size: int | None = None, merged: bool = True
-) -> nn.Module:
+def load_adapted(model: str, adapter: str | Path, *, img_size: int | None = None, merged: bool = True) -> nn.Module:
     """The timm model `model` with the adapter in folder `adapter`; a plain nn.Module in eval mode, fp32, on the CPU.
 
     merged: add the adapter to the weights, so that the model is an ordinary timm model; False keeps it apart.
@@ -204,13 +202,17 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         config = json.loads((folder / CONFIG).read_text())
         tensors = load_file(folder / WEIGHTS)
     except FileNotFoundError as error:
-        raise ConfigError(f"adapter: {folder} holds no {Path(error.filename or WEIGHTS).name}; give the folder OUT/adapter") from error
+        raise ConfigError(
+            f"adapter: {folder} holds no {Path(error.filename or WEIGHTS).name}; give the folder OUT/adapter"
+        ) from error
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"adapter: {folder} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ConfigError(f"adapter: {folder / CONFIG} is not a LoRA configuration of PEFT")
     if config.get("use_dora") or config.get("modules_to_save"):
-        raise ConfigError(f"adapter: {folder} uses DoRA or modules_to_save, which this version does not read; merge it with PEFT")
+        raise ConfigError(
+            f"adapter: {folder} uses DoRA or modules_to_save, which this version does not read; merge it with PEFT"
+        )
     return config, tensors
 
 

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from . import backbone as backbones
 from . import gate as gates
-from . import kernels, lora
-from .config import AdaptConfig, to_toml
+from . import lora
+from .config import AdaptConfig, known_field, to_toml
 from .data.loader import Batch, Loader
 from .data.sources import Source, open_source
 from .data.views import ViewConfig, random_views, view_config
 from .device import Compute, resolve
 from .errors import CheckFailedError, ConfigError, Interrupted, RunFailedError
+from .kernels import _dispatch as dispatch
 from .methods.upstep import Embedded, UpStep
 from .report import Metrics, Progress
 
@@ -48,12 +49,14 @@ class AdaptResult:
 
 def adapt(**options: Any) -> AdaptResult:
     """Adapts `model` to the images in `data` and writes the adapter to `out`; keywords are AdaptConfig's fields."""
-    data = options.get("data")
-    if isinstance(data, (str, Path)):
-        options["data"] = (str(data),)
-    elif data is not None:
-        options["data"] = tuple(str(path) for path in data)
-    return run(AdaptConfig(**{name: str(v) if isinstance(v, Path) else v for name, v in options.items()}))
+    for name in options:
+        known_field(name, AdaptConfig, "adapt")
+    if missing := [name for name in ("model", "data", "out") if name not in options]:
+        raise ConfigError(f"adapt: {', '.join(missing)} must be given")
+    data = options["data"]
+    paths = [data] if isinstance(data, (str, Path)) else data
+    fields: dict[str, Any] = {name: str(v) if isinstance(v, Path) else v for name, v in options.items()}
+    return run(AdaptConfig(**fields | {"data": tuple(str(path) for path in paths)}))
 
 
 def run(config: AdaptConfig) -> AdaptResult:
@@ -63,7 +66,7 @@ def run(config: AdaptConfig) -> AdaptResult:
     backbone = backbones.load(config.model, img_size=config.img_size)
     config = fit_to_data(config, len(source))
     out = prepare_out(config)
-    with kernels.forced(None if config.implementation == "auto" else config.implementation):
+    with dispatch.forced(None if config.implementation == "auto" else config.implementation):
         return _train(config, compute, source, backbone, out)
 
 
@@ -92,7 +95,9 @@ def prepare_out(config: AdaptConfig) -> Path:
             if not config.overwrite:
                 raise ConfigError(f"out: {out} is not empty; choose another folder or add --overwrite")
             if not (out / "config.toml").is_file():
-                raise ConfigError(f"out: {out} holds no run of upstep-fast, so --overwrite leaves it alone; choose another")
+                raise ConfigError(
+                    f"out: {out} holds no run of upstep-fast, so --overwrite leaves it alone; choose another"
+                )
             shutil.rmtree(out)
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.toml").write_text(to_toml(config))
@@ -131,7 +136,12 @@ def _train(
         num_workers=num_workers,
         max_bad_fraction=config.max_bad_fraction,
     )
-    with loader, Metrics(out / "metrics.jsonl") as metrics, Progress(config, state) as progress, stop_signals() as stop:
+    with (
+        loader,
+        Metrics(out / "metrics.jsonl") as metrics,
+        Progress(config, state) as progress,
+        stop_signals() as stop,
+    ):
         try:
             if method.needs_start:
                 with compute.autocast():
@@ -173,7 +183,9 @@ def _train(
                         f"{out / 'adapter'}; lower --lr or use --precision fp32"
                     )
                 if stop():
-                    raise Interrupted(f"stopped after {step + 1} of {config.steps} steps; adapter saved in {out / 'adapter'}")
+                    raise Interrupted(
+                        f"stopped after {step + 1} of {config.steps} steps; adapter saved in {out / 'adapter'}"
+                    )
         finally:
             # whatever ends the run, what was learnt is kept
             if state.opened:
@@ -184,7 +196,12 @@ def _train(
 
 
 def forward(
-    method: UpStep, images: Tensor, rule: gates.GateRule, state: gates.GateState, config: AdaptConfig, compute: Compute
+    method: UpStep,
+    images: Tensor,
+    rule: gates.GateRule,
+    state: gates.GateState,
+    config: AdaptConfig,
+    compute: Compute,
 ) -> tuple[bool, Embedded, Embedded | None, gates.GateState]:
     """Embeds the views, asks the gate; returns the decision, what learns, what makes targets, the gate's new state."""
     ahead = gates.known_ahead(rule, state)
@@ -262,7 +279,13 @@ def gate_rule(config: AdaptConfig) -> gates.GateRule:
 def make_views(batch: Batch, views: ViewConfig, config: AdaptConfig, compute: Compute) -> Tensor:
     """Two random views of a batch on the device, [2, B, C, H, W]."""
     return random_views(
-        batch.images, views, seed=config.seed, epoch=batch.epoch, indices=batch.indices, views=2, device=compute.device
+        batch.images,
+        views,
+        seed=config.seed,
+        epoch=batch.epoch,
+        indices=batch.indices,
+        views=2,
+        device=compute.device,
     )
 
 
@@ -271,7 +294,9 @@ def check_adapter(method: UpStep, received: Tensor, images: Tensor, compute: Com
     """Raises CheckFailedError unless every adapter got a gradient, moved, and changes the features."""
     for (name, adapter), got in zip(method.adapters.items(), received.tolist(), strict=True):
         if not got:
-            raise CheckFailedError(f"adapter: {name} never received a gradient; the adapter in {out} is kept for a look")
+            raise CheckFailedError(
+                f"adapter: {name} never received a gradient; the adapter in {out} is kept for a look"
+            )
         for part, b in zip(adapter.parts, adapter.lora_b, strict=True):
             if not b.any():
                 raise CheckFailedError(f"adapter: lora_B of {name}, part {part}, is all zero after training; see {out}")
@@ -309,8 +334,8 @@ def stop_signals() -> Iterator[Any]:
 
     before: dict[int, Any] = {}
     with contextlib.suppress(ValueError):  # only the main thread may set handlers; elsewhere signals are the caller's
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, note)
+        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, note)
     try:
         yield lambda: bool(seen)
     finally:

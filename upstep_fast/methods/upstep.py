@@ -55,7 +55,9 @@ class UpStep(nn.Module):
             self.head = make_head(config, backbone.width)
         self.vit = backbone.vit
         width = backbone.width if config.head == "none" else config.head_dim
-        make = clustering.orthogonal_prototypes if config.prototype_init == "orthogonal" else clustering.random_prototypes
+        make = (
+            clustering.orthogonal_prototypes if config.prototype_init == "orthogonal" else clustering.random_prototypes
+        )
         prototypes = make(num_prototypes, width, generator)
         if config.prototype_init == "learned":
             self.prototypes = nn.Parameter(prototypes)
@@ -147,4 +149,6 @@ def make_head(config: AdaptConfig, width: int) -> nn.Module:
         return nn.Identity()
     if config.head == "linear":
         return nn.Linear(width, config.head_dim)
-    return nn.Sequential(nn.Linear(width, config.head_hidden), nn.GELU(), nn.Linear(config.head_hidden, config.head_dim))
+    return nn.Sequential(
+        nn.Linear(width, config.head_hidden), nn.GELU(), nn.Linear(config.head_hidden, config.head_dim)
+    )

@@ -76,7 +76,10 @@ def run(config: EvalConfig) -> dict[str, Any]:
     train, test = _train_and_test(config.data, models, config, compute)
     names = ("base",) if config.adapter is None else ("base", "adapted", "ensemble")
     for name in names:
-        result[name] = {"knn": knn(train[name], test[name], config.k), "linear": linear_probe(train[name], test[name])}
+        result[name] = {
+            "knn": knn(train[name], test[name], config.k),
+            "linear": linear_probe(train[name], test[name]),
+        }
     if config.source is not None:
         bank, queries = _train_and_test((config.source,), models, config, compute)
         result["source"] = {name: knn(bank[name], queries[name], config.k) for name in names}
@@ -154,7 +157,9 @@ def extract(
     for name, reason in skipped.items():
         log.warning("skipped %s: %s", name, reason)
     if not read:
-        raise DataError(f"data: none of the {len(source)} images could be read; the first: {next(iter(skipped.items()))}")
+        raise DataError(
+            f"data: none of the {len(source)} images could be read; the first: {next(iter(skipped.items()))}"
+        )
     found = {name: torch.cat(parts) for name, parts in rows.items()}
     if "adapted" in found:
         found["ensemble"] = ensemble(found["base"], found["adapted"])
@@ -200,7 +205,9 @@ def fit_logistic(x: Tensor, y: Tensor, classes: int, l2: float, iterations: int 
     model = nn.Linear(x.shape[1], classes)
     nn.init.zeros_(model.weight)
     nn.init.zeros_(model.bias)
-    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=iterations, line_search_fn="strong_wolfe", tolerance_grad=1e-5)
+    optimizer = torch.optim.LBFGS(
+        model.parameters(), max_iter=iterations, line_search_fn="strong_wolfe", tolerance_grad=1e-5
+    )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -209,7 +216,7 @@ def fit_logistic(x: Tensor, y: Tensor, classes: int, l2: float, iterations: int 
         return loss
 
     with torch.enable_grad():
-        optimizer.step(closure)  # type: ignore[arg-type]
+        optimizer.step(closure)
     return model
 
 
@@ -275,9 +282,14 @@ def _write_parquet(out: Path, x: Tensor, names: list[str]) -> None:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ConfigError("out: .parquet needs pyarrow; `pip install pyarrow`, or write .npy or .safetensors") from error
+        raise ConfigError(
+            "out: .parquet needs pyarrow; `pip install pyarrow`, or write .npy or .safetensors"
+        ) from error
     column = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(x.numpy().ravel()), x.shape[1])
-    _replace(out, lambda file: pyarrow.parquet.write_table(pyarrow.table({"path": names, "features": column}), file))
+    _replace(
+        out,
+        lambda file: pyarrow.parquet.write_table(pyarrow.table({"path": names, "features": column}), file),
+    )
 
 
 def _replace(path: Path, write: Any) -> None:

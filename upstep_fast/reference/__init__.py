@@ -1,0 +1,1 @@
+"""The same mathematics, eager and obvious: the oracle of tests, the baseline of bench."""
