@@ -35,7 +35,7 @@ class Patched:
     def revert(self) -> None:
         """Puts PEFT's own forward back; a second call does nothing."""
         for method in self._methods:
-            layer = method.__self__
+            layer: Any = method.__self__
             # a forward that someone else put in its place since is theirs to remove
             if vars(layer).get("forward") == method:
                 del layer.forward
@@ -75,6 +75,7 @@ def patch(model: nn.Module, *, strategy: str | None = None) -> Patched:
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
+        why: str | None
         if type(layer) is not Linear:
             why = f"the layer is {type(layer).__module__}.{type(layer).__qualname__}, not lora.Linear"
         elif "forward" in vars(layer):
@@ -86,7 +87,7 @@ def patch(model: nn.Module, *, strategy: str | None = None) -> Patched:
             continue
         # a bound method, not a closure over the layer: copy.deepcopy then binds the copy's forward to the copy
         method = types.MethodType(forward, layer)
-        layer.forward = method  # type: ignore[method-assign]
+        layer.forward = method
         methods.append(method)
         patched.append(name)
     _log.info("patched %d PEFT LoRA layers, left %d alone", len(patched), len(left_alone))
