@@ -1,0 +1,182 @@
+"""From bytes to pixels: the only place where a bad image is met.
+
+What comes out, whatever went in: uint8 [C, H, W], upright, sRGB values as stored.
+    grey, palette, 1 bit        expanded to RGB
+    alpha, transparent colour   composited on white
+    CMYK, YCbCr, LAB            converted by Pillow; ICC profiles are not applied
+    16 bits a channel           the high byte
+    animated                    the first frame
+    EXIF orientation            applied; a broken EXIF block counts as none
+    .npy                        uint8 or uint16; [H, W], [H, W, C] or [C, H, W]
+Refused, with a reason: pixels above `max_pixels` (from the header, before anything is decoded), truncated files, PNGs
+whose checksums are wrong, JPEGs that end early, floating point, and everything no reader understands.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import zlib
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+# Pillow's own limit for an error; a 27 kB PNG can claim more
+MAX_PIXELS = 178_956_970
+# only readers that parse pixels: no PostScript, no fonts, nothing that starts a program
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_NPY = b"\x93NUMPY"
+_EXIF_ORIENTATION = 0x0112
+
+
+class BadImage(Exception):  # noqa: N818  (the interface's name: a verdict on the image)
+    """This image cannot be used; `reason` says why, in one line."""
+
+    def __init__(self, reason: str, name: str = "") -> None:
+        super().__init__(f"{name}: {reason}" if name else reason)
+        self.reason = reason
+
+
+def decode(
+    data: bytes | memoryview,
+    *,
+    channels: int = 3,
+    max_pixels: int = MAX_PIXELS,
+    min_side: int | None = None,
+    name: str = "",
+) -> Tensor:
+    """Pixels of an encoded image, uint8 [channels, H, W].
+
+    channels: 3 = RGB, 1 = grey, 4 = RGBA as stored; any number for .npy. min_side: a JPEG may be decoded at 1/2, 1/4 or
+    1/8 of its size as long as both sides keep this many pixels. Raises BadImage, and nothing else.
+    """
+    try:
+        if len(data) == 0:
+            raise BadImage("the file is empty", name)
+        start = bytes(data[:8])
+        if start.startswith(_NPY):
+            return _decode_npy(data, channels, max_pixels)
+        if start == _PNG:
+            _check_png(data)
+        elif start.startswith(b"\xff\xd8"):
+            _check_jpeg(data)
+        return _decode_pillow(data, channels, max_pixels, min_side)
+    except BadImage as error:
+        raise BadImage(error.reason, name) from None
+    except Image.UnidentifiedImageError:
+        raise BadImage(f"not an image in a known format ({_looks_like(bytes(data[:64]))})", name) from None
+    except (
+        Exception
+    ) as error:  # readers raise OSError, SyntaxError, struct.error, MemoryError, whatever the bytes provoke
+        raise BadImage(
+            f"cannot be decoded: {type(error).__name__}: {str(error)[:120]}".replace("\n", " "), name
+        ) from error
+
+
+def _decode_pillow(data: bytes | memoryview, channels: int, max_pixels: int, min_side: int | None) -> Tensor:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        _check_pixels(*image.size, max_pixels)
+        if min_side:
+            image.draft(image.mode, (min_side, min_side))
+        image.load()
+        orientation = _orientation(image)
+        pixels = torch.from_numpy(_to_array(image, channels))
+    x = pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels[None].expand(channels, -1, -1)
+    return _upright(x, orientation)
+
+
+def _to_array(image: Image.Image, channels: int) -> np.ndarray:
+    """[H, W, channels] uint8, or [H, W] where all channels are the same."""
+    mode = image.mode
+    if mode == "F":
+        raise BadImage("floating-point pixels have no defined range; convert to 8 or 16 bits")
+    if mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise BadImage("32-bit pixels above 65535 have no defined range; convert to 8 or 16 bits")
+        return (values >> 8).astype(np.uint8)
+    if channels == 4:
+        return np.array(image.convert("RGBA"))
+    if channels not in (1, 3):
+        raise BadImage(f"has {len(image.getbands())} bands, {channels} were asked for; use .npy for other numbers")
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    if channels == 1 or (mode in ("1", "L") and image.mode == mode):
+        return np.array(image.convert("L"))
+    return np.array(image.convert("RGB") if image.mode != "RGB" else image)
+
+
+def _decode_npy(data: bytes | memoryview, channels: int, max_pixels: int) -> Tensor:
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran_order, dtype = read_header(file)
+    if dtype.kind != "u" or dtype.itemsize > 2:
+        raise BadImage(f"an array of {dtype}; uint8 or uint16 is wanted")
+    if len(shape) not in (2, 3) or 0 in shape:
+        raise BadImage(f"an array of shape {shape}; [H, W], [H, W, C] or [C, H, W] is wanted")
+    count = int(np.prod(shape, dtype=object))
+    if count > max_pixels * channels:
+        raise BadImage(f"{count} values, above the limit of {max_pixels} pixels")
+    values = np.frombuffer(data, dtype=dtype, offset=file.tell())
+    if len(values) != count:
+        raise BadImage(f"truncated: {len(values)} of {count} values")
+    array = values.reshape(shape, order="F" if fortran_order else "C")
+    array = (array >> 8).astype(np.uint8) if dtype.itemsize == 2 else np.array(array)
+    if array.ndim == 2:
+        return torch.from_numpy(array)[None].expand(channels, -1, -1)
+    if array.shape[2] != channels and array.shape[0] != channels:
+        raise BadImage(f"an array of shape {shape}; {channels} channels were asked for")
+    x = torch.from_numpy(array)
+    return x.permute(2, 0, 1) if array.shape[2] == channels else x
+
+
+def _check_pixels(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise BadImage(f"{width} x {height} pixels, above the limit of {max_pixels}")
+
+
+def _check_png(data: bytes | memoryview) -> None:
+    """Every chunk whole, its checksum right, IEND there: Pillow does not verify the checksums of pixel data."""
+    view, at, kind = memoryview(data), len(_PNG), b""
+    while kind != b"IEND":
+        length = int.from_bytes(view[at : at + 4], "big")
+        kind = bytes(view[at + 4 : at + 8])
+        stored = view[at + 8 + length : at + 12 + length]
+        if len(stored) != 4:
+            raise BadImage("truncated PNG")
+        if zlib.crc32(view[at + 4 : at + 8 + length]) != int.from_bytes(stored, "big"):
+            raise BadImage(f"PNG chunk {kind.decode('latin-1')!r} has a wrong checksum")
+        at += 12 + length
+
+
+def _check_jpeg(data: bytes | memoryview) -> None:
+    """An end marker at all: without one the file was cut, even where the decoder still finds enough to fill the image."""
+    if re.search(rb"\xff\xd9", memoryview(data)[-65536:]) is None and bytes(data).rfind(b"\xff\xd9") < 0:
+        raise BadImage("truncated JPEG: no end marker")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:  # an EXIF block can be broken in any way; the pixels are good all the same
+        return 1
+
+
+def _upright(x: Tensor, orientation: int) -> Tensor:
+    """Undoes EXIF orientation 1 to 8 on [C, H, W]; other values count as 1."""
+    if orientation in (5, 6, 7, 8):
+        x = x.transpose(1, 2)
+    flips = {2: [2], 3: [1, 2], 4: [1], 6: [2], 7: [1, 2], 8: [1]}.get(orientation)
+    return x.flip(flips) if flips else x
+
+
+def _looks_like(start: bytes) -> str:
+    text = start.lstrip().lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<svg")):
+        return "it holds HTML or XML"
+    return "it holds text" if all(9 <= b < 127 for b in start) else f"it starts with {start[:8].hex(' ')}"

@@ -1,0 +1,357 @@
+"""The order of images, read and decoded ahead of time by threads; the same again after a resume.
+
+Epoch e visits the images in the order of splitmix64(seed, e, index): a permutation that no state is kept for, so the
+batch of step t is a pure function of (seed, t), and going to any step costs one sort. A bad image is replaced by
+a draw from (seed, epoch, index), never by its neighbour, which would count some images twice; it is counted and listed.
+
+Threads, not processes: decoders release the GIL, pixels need no copy, and there is no worker to be killed.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .decode import BadImage, decode
+from .random import bits_array
+from .resize import eval_resize
+from .sources import DataError, Source
+
+CACHE_BYTES = 256 << 20  # decoded images kept in memory
+AHEAD = 3  # batches in flight
+MAX_DRAWS = 100  # replacements tried for one image
+
+T, R = TypeVar("T"), TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Decoded images of one step; tensors are shared with a cache, so do not write into them."""
+
+    images: list[Tensor]  # B of uint8 [C, H, W], of any sizes
+    indices: Tensor  # [B] int64, where each image stands in the source (a replacement has its own index)
+    epoch: int
+    replaced: int  # how many images of this batch stand in for bad ones
+
+
+class Loader:
+    """Batches of a source, epoch after epoch, without end.
+
+    batch_size: images a step over all ranks; rank r of world_size gets the r-th slice of the same global batch.
+    num_workers: decoding threads; 0 decodes in `next`. drop_last: an epoch's last, smaller batch is left out.
+    image_size: the side of the views, if JPEGs may be decoded at a fraction of a much larger size.
+    max_bad_fraction: DataError as soon as more than this part of the source has proved unreadable.
+
+    `data_wait` is the time in seconds that the last `next` spent waiting; `skipped` maps bad images to reasons.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        batch_size: int,
+        seed: int,
+        num_workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        max_bad_fraction: float = 0.01,
+        start_step: int = 0,
+        drop_last: bool = True,
+        shuffle: bool = True,
+        image_size: int | None = None,
+        channels: int = 3,
+    ) -> None:
+        if not 1 <= batch_size or batch_size % world_size:
+            raise ValueError(f"batch_size: got {batch_size}, must be a positive multiple of world_size {world_size}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank: got {rank}, must lie in 0 to {world_size - 1}")
+        if drop_last and batch_size > len(source):
+            raise ValueError(
+                f"batch_size: {batch_size} is above the {len(source)} images; lower it or use drop_last=False"
+            )
+        if not drop_last and world_size > 1:
+            raise ValueError("drop_last: ranks need batches of one size; use drop_last=True with several ranks")
+        self.source, self.batch_size, self.seed = source, batch_size, seed
+        self.rank, self.world_size, self.shuffle = rank, world_size, shuffle
+        self.steps_per_epoch = len(source) // batch_size if drop_last else -(-len(source) // batch_size)
+        self.max_bad_fraction = max_bad_fraction
+        self.skipped: dict[str, str] = {}
+        self.data_wait = 0.0
+        self._image_size, self._channels = image_size, channels
+        self._bad: dict[int, str] = {}  # index -> reason, as workers find them
+        self._cache = _Cache(CACHE_BYTES)
+        self._order: tuple[int, np.ndarray] | None = None
+        self._num_workers = num_workers
+        self._batches: Iterator[Batch] | None = None
+        self._closed = False
+        self.seek(start_step)
+
+    def seek(self, step: int) -> None:
+        """The next batch will be that of `step`."""
+        if step < 0:
+            raise ValueError(f"step: got {step}, must be at least 0")
+        self._stop()
+        self.step = step
+
+    def indices(self, step: int) -> tuple[int, np.ndarray]:
+        """Epoch and this rank's images of a step, before any replacement."""
+        epoch, at = divmod(step, self.steps_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, permutation(len(self.source), self.seed, epoch, self.shuffle)
+        own = self.batch_size // self.world_size
+        start = at * self.batch_size + self.rank * own
+        return epoch, self._order[1][start : start + own]
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._closed:
+            raise ValueError("loader: it is closed; make another")
+        began = time.perf_counter()
+        if self._batches is None:
+            self._batches = self._run(self.step)
+        batch = next(self._batches)
+        self.data_wait = time.perf_counter() - began
+        self.step += 1
+        return batch
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the threads; what they are decoding is finished first."""
+        self._stop()
+        self._closed = True
+
+    def write_skipped(self, path: str | Path) -> None:
+        """Writes name,reason of every image left out so far, those that could not even be listed included."""
+        write_skipped(path, [*self.source.problems, *self.skipped.items()])
+
+    def _run(self, step: int) -> Iterator[Batch]:
+        def chunks() -> Iterator[tuple[int, np.ndarray, int]]:
+            at = step
+            while True:
+                epoch, indices = self.indices(at)
+                pieces = np.array_split(indices, min(len(indices), max(1, 4 * self._num_workers)))
+                yield from ((epoch, piece, len(pieces)) for piece in pieces)
+                at += 1
+
+        done = ordered_map(self._decode_chunk, chunks(), self._num_workers, AHEAD * max(1, 4 * self._num_workers))
+        try:
+            for first in done:
+                parts = [first] + [next(done) for _ in range(first.pieces - 1)]
+                yield self._join(parts)
+        finally:
+            done.close()
+
+    def _join(self, parts: list[_Chunk]) -> Batch:
+        for part in parts:
+            for index, reason in part.bad:
+                self.skipped[self.source.name(index)] = reason
+        check_bad(self.skipped, len(self.source), self.max_bad_fraction)
+        if failed := next((part.failed for part in parts if part.failed), None):
+            raise DataError(failed)
+        return Batch(
+            images=[image for part in parts for image in part.images],
+            indices=torch.tensor([index for part in parts for index in part.indices], dtype=torch.int64),
+            epoch=parts[0].epoch,
+            replaced=sum(part.replaced for part in parts),
+        )
+
+    def _decode_chunk(self, job: tuple[int, np.ndarray, int]) -> _Chunk:
+        """Runs in a worker: decodes a few images of one batch, drawing others for bad ones."""
+        epoch, indices, pieces = job
+        chunk = _Chunk(epoch, pieces)
+        for wanted in indices.tolist():
+            index = wanted
+            for draw in range(MAX_DRAWS):
+                image = self._image(index)
+                if image is not None:
+                    break
+                chunk.bad.append((index, self._bad[index]))
+                if too_many(len(self._bad), len(self.source), self.max_bad_fraction):
+                    return chunk  # the run ends when this batch is asked for: no need to look further
+                index = int(bits_array(self.seed, epoch, wanted, draw)[0] % np.uint64(len(self.source)))
+            else:
+                chunk.failed = (
+                    f"data: {MAX_DRAWS} images drawn in a row cannot be read, e.g. {self.source.name(wanted)}"
+                )
+                return chunk
+            chunk.images.append(image)
+            chunk.indices.append(index)
+            chunk.replaced += index != wanted
+        return chunk
+
+    def _image(self, index: int) -> Tensor | None:
+        if index in self._bad:
+            return None
+        image = self._cache.get(index)
+        if image is None:
+            # twice the view's side: a crop of a quarter of the area still has that many pixels
+            min_side = 2 * self._image_size if self._image_size else None
+            read = read_image(self.source, index, channels=self._channels, min_side=min_side)
+            if isinstance(read, str):
+                self._bad[index] = read
+                return None
+            image = read
+            self._cache.add(index, image)
+        return image
+
+    def _stop(self) -> None:
+        if self._batches is not None:
+            self._batches.close()  # type: ignore[attr-defined]
+        self._batches = None
+
+
+class _Chunk:
+    def __init__(self, epoch: int, pieces: int) -> None:
+        self.epoch, self.pieces = epoch, pieces
+        self.images: list[Tensor] = []
+        self.indices: list[int] = []
+        self.bad: list[tuple[int, str]] = []
+        self.replaced = 0
+        self.failed: str | None = None
+
+
+class _Cache:
+    """Decoded images up to a number of bytes; once full it stays as it is, so a large source costs no churn."""
+
+    def __init__(self, limit: int) -> None:
+        self._images: dict[int, Tensor] = {}
+        self._free = limit
+        self._lock = threading.Lock()
+
+    def get(self, index: int) -> Tensor | None:
+        return self._images.get(index)
+
+    def add(self, index: int, image: Tensor) -> None:
+        size = image.untyped_storage().nbytes()
+        with self._lock:
+            if size <= self._free and index not in self._images:
+                self._images[index] = image
+                self._free -= size
+
+
+def load_images(
+    source: Source,
+    indices: Sequence[int] | None = None,
+    *,
+    size: int | tuple[int, int],
+    interpolation: str = "bicubic",
+    crop_pct: float = 1.0,
+    batch_size: int = 256,
+    num_workers: int | None = None,
+    max_bad_fraction: float = 0.01,
+    skipped: dict[str, str] | None = None,
+    channels: int = 3,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The readable images in order, as timm's evaluation transform makes them, not yet normalised.
+
+    indices: which images; None: all. size: pixels, a side or (H, W). num_workers: threads; None: one a core, at most 16.
+    skipped: gets name -> reason of the bad ones. Yields ([B] int64 indices, [B, C, H, W] fp32 in 0..1); batches that
+    are wholly bad are left out. Raises DataError above max_bad_fraction.
+    """
+    wanted = range(len(source)) if indices is None else [int(i) for i in indices]
+    skipped = {} if skipped is None else skipped
+    workers = min(16, os.cpu_count() or 1) if num_workers is None else num_workers
+    size = (size, size) if isinstance(size, int) else tuple(size)
+
+    def read(index: int) -> tuple[int, Tensor | str]:
+        image = read_image(source, index, channels=channels)
+        return index, image if isinstance(image, str) else eval_resize(image, size, interpolation, crop_pct)
+
+    kept: list[int] = []
+    images: list[Tensor] = []
+    done = ordered_map(read, wanted, workers, 2 * batch_size)
+    try:
+        for position, (index, image) in enumerate(done, 1):
+            if isinstance(image, str):
+                skipped[source.name(index)] = image
+                check_bad(skipped, len(wanted), max_bad_fraction)
+            else:
+                kept.append(index)
+                images.append(image)
+            if images and (len(images) == batch_size or position == len(wanted)):
+                yield torch.tensor(kept), torch.stack(images).float() / 255
+                kept, images = [], []
+    finally:
+        done.close()
+
+
+def read_image(source: Source, index: int, *, channels: int = 3, min_side: int | None = None) -> Tensor | str:
+    """The decoded image, or in one line why there is none."""
+    try:
+        return decode(source.read(index), channels=channels, min_side=min_side)
+    except BadImage as error:
+        return error.reason
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+
+
+def permutation(n: int, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
+    """The order of an epoch, [n] int64: indices sorted by splitmix64(seed, epoch, index)."""
+    if not shuffle:
+        return np.arange(n)
+    return np.argsort(bits_array(seed, epoch, np.arange(n, dtype=np.uint64)), kind="stable")
+
+
+def too_many(bad: int, total: int, max_bad_fraction: float) -> bool:
+    """Whether this many bad images of `total` end the run."""
+    return bad > max_bad_fraction * total
+
+
+def check_bad(skipped: dict[str, str], total: int, max_bad_fraction: float) -> None:
+    """Raises DataError with the counts, the first file and the cure."""
+    if too_many(len(skipped), total, max_bad_fraction):
+        name, reason = next(iter(skipped.items()))
+        raise DataError(
+            f"data: {len(skipped)} of {total} images cannot be used, more than the {max_bad_fraction:.2%} allowed; "
+            f"the first: {name}: {reason}; repair them or raise --max-bad-fraction"
+        )
+
+
+def write_skipped(path: str | Path, rows: Iterable[tuple[str, str]]) -> None:
+    """A CSV with the header name,reason and these rows; written whole or not at all."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([("name", "reason"), *rows])
+    temporary = Path(f"{path}.tmp-{os.getpid()}")
+    temporary.write_text(text.getvalue(), encoding="utf-8")
+    temporary.replace(path)
+
+
+def ordered_map(function: Callable[[T], R], items: Iterable[T], num_workers: int, ahead: int) -> Any:
+    """`map` by threads, at most `ahead` items in flight, results in order; a generator whose close() ends the threads.
+
+    An exception of `function` is raised where its result would have come.
+    """
+    if num_workers == 0:
+        yield from map(function, items)
+        return
+    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="upstep-data")
+    pending: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) >= ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

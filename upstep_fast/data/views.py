@@ -1,0 +1,323 @@
+"""Random views of a batch of images of any sizes.
+
+Each view: crop and resize (antialiased), flips, quarter turns, brightness, contrast, saturation, hue, grey, blur,
+solarise, normalise; always in this order (torchvision shuffles its four jitter operations). With x an image's channel,
+
+    view = N(J(W_y x W_x^T)),   W_y [H_out, H], W_x [W_out, W]: crop, filter and flips in one matrix each
+
+Every random number is uniform(seed, epoch, index, view, slot), with the slots below: splitmix64 chained over its key
+(data/random.py). So a view depends on nothing but its name, and any batch can be made again, on any machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from . import colour
+from .random import uniform_array
+from .resize import INTERPOLATIONS, resize, resize_weights
+
+if TYPE_CHECKING:
+    from ..backbone import Backbone
+    from ..config import AdaptConfig
+
+TRIES = 10  # crops tried before the fallback, as torchvision's RandomResizedCrop
+# slots of the random numbers; 0 to 9: area of a try, 10 to 19: its aspect
+TOP, LEFT, FLIP, VERTICAL_FLIP, ROTATE, TURNS = range(20, 26)
+BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY, BLUR, SIGMA, SOLARIZE, SLOTS = range(26, 35)
+
+CHUNK_BYTES = 1 << 20  # views worked on at a time on a CPU: they stay in its cache from the resize to the end
+MATMUL_PIXELS = 96 * 96  # on a CPU, larger images are resized one by one by a sparse filter
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    """What may happen to a view. Probabilities in 0..1; a factor f is drawn from [max(0, 1 - value), 1 + value]."""
+
+    size: tuple[int, int] | int = 224  # (H, W) of a view, pixels
+    crop_scale: tuple[float, float] = (0.25, 1.0)  # area of the crop, as a part of the image
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width over height
+    interpolation: str = "bilinear"
+    flip: float = 0.5
+    vertical_flip: float = 0.0
+    rotate90: float = 0.0  # probability of a turn by 90, 180 or 270 degrees; .75 makes all four equally likely
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.0  # largest shift, as a part of the circle, up to .5
+    grey: float = 0.2
+    blur: float = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels of the view
+    solarize: float = 0.0
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError naming the field, its value and what is allowed."""
+        for name in ("flip", "vertical_flip", "rotate90", "grey", "blur", "solarize"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, must lie in 0 to 1")
+        for name in ("brightness", "contrast", "saturation"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, must be at least 0")
+        if not 0 <= self.hue <= 0.5:
+            raise ConfigError(f"hue: got {self.hue}, must lie in 0 to 0.5")
+        for name in ("crop_scale", "crop_ratio", "blur_sigma"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high or (name == "crop_scale" and high > 1):
+                raise ConfigError(
+                    f"{name}: got {low} to {high}, must be above 0, in order{', at most 1' * (name[5] == 's')}"
+                )
+        if self.interpolation not in INTERPOLATIONS:
+            raise ConfigError(f"interpolation: got {self.interpolation!r}, must be {' or '.join(INTERPOLATIONS)}")
+        if self.rotate90 and self.height != self.width:
+            raise ConfigError(f"rotate90: needs square views, got {self.height} x {self.width}; set it to 0")
+
+    @property
+    def height(self) -> int:
+        """Rows of a view."""
+        return self.size if isinstance(self.size, int) else self.size[0]
+
+    @property
+    def width(self) -> int:
+        """Columns of a view."""
+        return self.size if isinstance(self.size, int) else self.size[1]
+
+
+_ANY_DIRECTION = {"vertical_flip": 0.5, "rotate90": 0.75}
+PRESETS: dict[str, ViewConfig] = {
+    "natural": ViewConfig(),
+    # from above there is no up
+    "overhead": ViewConfig(**_ANY_DIRECTION),  # type: ignore[arg-type]
+    # stains carry meaning: little change of colour, never grey
+    "microscopy": ViewConfig(**_ANY_DIRECTION, brightness=0.2, contrast=0.2, saturation=0.1, hue=0.02, grey=0.0),  # type: ignore[arg-type]
+    # text has a direction and a shape
+    "document": ViewConfig(
+        crop_scale=(0.5, 1.0), crop_ratio=(0.9, 1.1), flip=0.0, brightness=0.2, contrast=0.2, blur=0.2
+    ),
+    "none": ViewConfig(
+        crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0, brightness=0.0, contrast=0.0, saturation=0.0, grey=0.0
+    ),
+}
+
+
+def view_config(config: AdaptConfig, backbone: Backbone) -> ViewConfig:
+    """The preset of a run with its single settings, at the size and with the statistics of the model."""
+    preset = PRESETS[config.preset_views]
+    low, high = preset.crop_scale
+    given = {name: getattr(config, name) for name in ("flip", "blur", "grey")}
+    return dataclasses.replace(
+        preset,
+        size=backbone.img_size,
+        mean=backbone.mean,
+        std=backbone.std,
+        crop_scale=(
+            low if config.crop_min is None else config.crop_min,
+            high if config.crop_max is None else config.crop_max,
+        ),
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+@dataclass(frozen=True)
+class ViewParams:
+    """What happens to N views; arrays of N. `image` says which image of the batch each is made of."""
+
+    image: np.ndarray
+    top: np.ndarray  # of the crop, pixels
+    left: np.ndarray
+    height: np.ndarray
+    width: np.ndarray
+    flip_x: np.ndarray  # bool, before the transposition
+    flip_y: np.ndarray
+    transpose: np.ndarray
+    brightness: np.ndarray  # factors
+    contrast: np.ndarray
+    saturation: np.ndarray
+    hue: np.ndarray  # part of the circle
+    grey: np.ndarray  # bool
+    sigma: np.ndarray  # of the blur, pixels; 0: none
+    solarize: np.ndarray  # bool
+
+
+def draw_params(
+    config: ViewConfig,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    *,
+    seed: int,
+    epoch: int,
+    indices: np.ndarray,
+    views: int,
+) -> ViewParams:
+    """Parameters of all views of a batch, view by view: entry v B + b is view v of image b.
+
+    heights, widths: [B] pixels. indices: [B], the images' places in the source.
+    """
+    view = np.repeat(np.arange(views, dtype=np.uint64), len(indices))[:, None]
+    index = np.tile(np.asarray(indices, np.uint64), views)[:, None]
+    u = uniform_array(seed, epoch, index, view, np.arange(SLOTS, dtype=np.uint64))
+    top, left, height, width = _crops(config, np.tile(heights, views), np.tile(widths, views), u)
+    # a quarter turn counter-clockwise is a left-right flip, then a transposition; three are an up-down flip, then it
+    turns = np.where(u[:, ROTATE] < config.rotate90, 1 + np.floor(3 * u[:, TURNS]), 0)
+
+    def factor(slot: int, value: float) -> np.ndarray:
+        low = max(0.0, 1 - value)
+        return (low + u[:, slot] * (1 + value - low)).astype(np.float32)
+
+    low, high = config.blur_sigma
+    return ViewParams(
+        image=np.tile(np.arange(len(indices)), views),
+        top=top,
+        left=left,
+        height=height,
+        width=width,
+        flip_x=(u[:, FLIP] < config.flip) ^ np.isin(turns, (1, 2)),
+        flip_y=(u[:, VERTICAL_FLIP] < config.vertical_flip) ^ np.isin(turns, (2, 3)),
+        transpose=turns % 2 == 1,
+        brightness=factor(BRIGHTNESS, config.brightness),
+        contrast=factor(CONTRAST, config.contrast),
+        saturation=factor(SATURATION, config.saturation),
+        hue=((2 * u[:, HUE] - 1) * config.hue).astype(np.float32),
+        grey=u[:, GREY] < config.grey,
+        sigma=np.where(u[:, BLUR] < config.blur, low + u[:, SIGMA] * (high - low), 0.0).astype(np.float32),
+        solarize=u[:, SOLARIZE] < config.solarize,
+    )
+
+
+def random_views(
+    images: Sequence[Tensor],
+    config: ViewConfig,
+    *,
+    seed: int,
+    epoch: int,
+    indices: Tensor | Sequence[int],
+    views: int = 2,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Random views of each image, fp32, normalised: [views, B, C, H, W] on `device`.
+
+    images: B of uint8 [C, H, W] on the CPU, of any sizes. seed, epoch, indices: what the random numbers come from.
+    """
+    if len(images) != len(indices):
+        raise ValueError(f"indices: got {len(indices)} for {len(images)} images")
+    if not images:
+        raise ValueError("images: got none")
+    channels = images[0].shape[0]
+    if channels != len(config.mean):
+        raise ValueError(f"images: {channels} channels, but mean and std have {len(config.mean)}")
+    device = torch.device(device)
+    heights, widths = (np.array([image.shape[axis] for image in images]) for axis in (1, 2))
+    params = draw_params(
+        config, heights, widths, seed=seed, epoch=epoch, indices=np.asarray(indices, np.int64), views=views
+    )
+    count = views * len(images)
+    out = torch.empty(count, channels, config.height, config.width, device=device)
+    dense = device.type != "cpu" or int((heights * widths).max()) <= MATMUL_PIXELS
+    per_view = 4 * channels * config.height * config.width
+    step = max(1, CHUNK_BYTES // per_view) if device.type == "cpu" else max(1, (256 << 20) // per_view)
+    for start in range(0, count, step):
+        part = ViewParams(*(getattr(params, f.name)[start : start + step] for f in dataclasses.fields(params)))
+        x = _resize_dense(images, part, config, device) if dense else _resize_each(images, part, config)
+        x = _recolour(x, part, config)
+        _normalise(x, config, out[start : start + step])
+    return out.view(views, len(images), channels, config.height, config.width)
+
+
+def _crops(config: ViewConfig, heights: np.ndarray, widths: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, ...]:
+    """torchvision's RandomResizedCrop.get_params for N images: top, left, height, width, each [N] int64."""
+    (low, high), ratio = config.crop_scale, config.crop_ratio
+    area = (heights * widths)[:, None] * (low + u[:, :TRIES] * (high - low))
+    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = np.exp(log_low + u[:, TRIES : 2 * TRIES] * (log_high - log_low))
+    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    fits = (w > 0) & (w <= widths[:, None]) & (h > 0) & (h <= heights[:, None])
+    first = fits.argmax(1)[:, None]
+    w, h = np.take_along_axis(w, first, 1)[:, 0], np.take_along_axis(h, first, 1)[:, 0]
+    top, left = np.floor(u[:, TOP] * (heights - h + 1)), np.floor(u[:, LEFT] * (widths - w + 1))
+    # none of the tries fits: the largest central crop whose aspect is allowed
+    none = ~fits.any(1)
+    aspect_in = widths / heights
+    w_all = np.where(aspect_in > ratio[1], np.rint(heights * ratio[1]), widths)
+    h_all = np.where(aspect_in < ratio[0], np.rint(widths / ratio[0]), heights)
+    # rounding must not leave the image, nor make a strip of nothing of a very thin one
+    w, h = np.where(none, np.clip(w_all, 1, widths), w), np.where(none, np.clip(h_all, 1, heights), h)
+    top, left = np.where(none, (heights - h) // 2, top), np.where(none, (widths - w) // 2, left)
+    return tuple(a.astype(np.int64) for a in (top, left, h, w))
+
+
+def _resize_dense(images: Sequence[Tensor], p: ViewParams, config: ViewConfig, device: torch.device) -> Tensor:
+    """W_y x W_x^T for a part of the views: [n, C, H_out, W_out] in 0..1. Images are padded to the largest."""
+    chosen = [images[i] for i in p.image]
+    channels, tall, wide = chosen[0].shape[0], max(i.shape[1] for i in chosen), max(i.shape[2] for i in chosen)
+    if all(image.shape[1:] == (tall, wide) for image in chosen):
+        stacked = torch.stack(chosen)
+    else:
+        stacked = torch.zeros(len(chosen), channels, tall, wide, dtype=torch.uint8)
+        for place, image in zip(stacked, chosen, strict=True):
+            place[:, : image.shape[1], : image.shape[2]] = image
+    x = stacked.to(device).permute(0, 2, 1, 3).float().flatten(2)  # [n, H, C W]
+    top, left, height, width = (torch.from_numpy(a).to(device).float() for a in (p.top, p.left, p.height, p.width))
+    flip_y, flip_x = (torch.from_numpy(a).to(device) for a in (p.flip_y, p.flip_x))
+    down = resize_weights(top, height, tall, config.height, config.interpolation, flip_y).div_(255)
+    along = resize_weights(left, width, wide, config.width, config.interpolation, flip_x)
+    x = torch.bmm(down, x).view(len(chosen), -1, wide)  # [n, H_out C, W]
+    x = torch.bmm(x, along.transpose(1, 2)).view(len(chosen), config.height, channels, config.width)
+    x = x.permute(0, 2, 1, 3).contiguous()
+    if p.transpose.any():
+        turned = torch.from_numpy(np.flatnonzero(p.transpose)).to(device)
+        x[turned] = x[turned].transpose(-1, -2)
+    return x.clamp_(0, 1) if config.interpolation == "bicubic" else x
+
+
+def _resize_each(images: Sequence[Tensor], p: ViewParams, config: ViewConfig) -> Tensor:
+    """The same by torch's sparse uint8 filter, one view at a time; values are rounded to 1/255."""
+    size = (config.height, config.width)
+    x = torch.empty(len(p.image), images[0].shape[0], *size, dtype=torch.uint8)
+    for n, place in enumerate(x):
+        top, left, height, width = (int(a[n]) for a in (p.top, p.left, p.height, p.width))
+        view = resize(images[p.image[n]][:, top : top + height, left : left + width], size, config.interpolation)
+        flips = [axis for axis, flip in ((1, p.flip_y[n]), (2, p.flip_x[n])) if flip]
+        view = view.flip(flips) if flips else view
+        place.copy_(view.transpose(1, 2) if p.transpose[n] else view)
+    return x.float().div_(255)
+
+
+def _recolour(x: Tensor, p: ViewParams, config: ViewConfig) -> Tensor:
+    def on_device(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(x.device)
+
+    if config.brightness:
+        colour.brightness(x, on_device(p.brightness))
+    if config.contrast:
+        colour.contrast(x, on_device(p.contrast))
+    if config.saturation:
+        colour.saturation(x, on_device(p.saturation))
+    if config.hue:
+        colour.hue(x, on_device(p.hue))
+    if p.grey.any() and x.shape[1] == 3:
+        chosen = on_device(np.flatnonzero(p.grey))
+        x[chosen] = colour.grey(x[chosen]).expand(-1, 3, -1, -1)
+    if p.sigma.any():
+        chosen, sigma = on_device(np.flatnonzero(p.sigma)), on_device(p.sigma[p.sigma > 0])
+        kernel = colour.blur_kernel_size(config.height), colour.blur_kernel_size(config.width)
+        x[chosen] = colour.blur(x[chosen], sigma, kernel)
+    if p.solarize.any():
+        chosen = on_device(np.flatnonzero(p.solarize))
+        x[chosen] = colour.solarize(x[chosen])
+    return x
+
+
+def _normalise(x: Tensor, config: ViewConfig, out: Tensor) -> None:
+    mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (config.mean, config.std))
+    torch.addcmul(-mean / std, x, 1 / std, out=out)
