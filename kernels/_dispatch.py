@@ -76,7 +76,9 @@ def choose(op: str, device: torch.device, candidates: Mapping[str, str | None]) 
     # an op without the wanted kind keeps its own order: forcing "cuda" must not break an op that has no CUDA form
     if want is not None and want in candidates:
         if candidates[want] is not None:
-            raise RuntimeError(f"{op}: implementation {want!r} was asked for but cannot run: {candidates[want]}")
+            raise RuntimeError(
+                f"{op}: implementation {want!r} was asked for but cannot run: {candidates[want]}"
+            )
         return record(op, device, want, "asked for", fallback=False)
     passed = []
     for name, why_not in candidates.items():

@@ -112,5 +112,5 @@ def test_every_field_has_a_line_of_help(capsys):
         text = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
         for field in dataclasses.fields(config):
             flag = "--" + field.name.replace("_", "-")
-            words = re.search(rf"{flag}\b(.*?)\((default|required)", text)
-            assert words and len(words[1].split()) > 3, flag
+            helps = re.findall(rf" {flag}\b(.*?)\((?:default|required)", text)
+            assert any(len(words.split()) > 3 for words in helps), flag

@@ -7,10 +7,11 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
-from timm.data import resolve_data_config
+from timm.data.config import resolve_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -33,7 +34,7 @@ class Backbone:
     crop_pct: float
 
     @property
-    def blocks(self) -> nn.ModuleList:
+    def blocks(self) -> nn.Sequential:
         """The transformer blocks."""
         return self.vit.blocks
 
@@ -54,9 +55,10 @@ def load(name: str, *, img_size: int | None = None, pretrained: bool = True) -> 
     ViT, or whose weights cannot be had.
     """
     _check_name(name, pretrained)
+    options: dict[str, Any] = {"img_size": img_size} if img_size else {}
     try:
         with torch.random.fork_rng(devices=[]):  # timm draws weights before it loads them
-            vit = timm.create_model(name, pretrained=pretrained, **({"img_size": img_size} if img_size else {}))
+            vit: Any = timm.create_model(name, pretrained=pretrained, **options)
     except TypeError as error:
         raise ConfigError(
             f"model: {name} is not a plain Vision Transformer ({error}); {_supported_hint(name)}"
@@ -72,7 +74,7 @@ def load(name: str, *, img_size: int | None = None, pretrained: bool = True) -> 
         vit=vit,
         name=name,
         width=vit.num_features,
-        img_size=tuple(vit.patch_embed.img_size),  # type: ignore[arg-type, union-attr]
+        img_size=tuple(vit.patch_embed.img_size),
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),
         interpolation=data["interpolation"],

@@ -97,7 +97,7 @@ class AdaptConfig(ModelConfig):
     epsilon: float = 0.05
     """Entropy regularisation of the Sinkhorn targets; smaller is harder."""
     sinkhorn_iterations: int = 3
-    """Sinkhorn-Knopp iterations."""
+    """Rounds of Sinkhorn-Knopp that balance the targets; a smaller epsilon needs more."""
 
     # centre-vector regularisation
     cvr: Literal["off", "sq", "norm", "anchor", "hinge", "ema"] = "sq"

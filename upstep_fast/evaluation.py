@@ -192,9 +192,12 @@ def linear_probe(train: Features, test: Features, *, seed: int = 0) -> float:
     held_out = _held_out(train.y, seed)
     classes = len(train.classes)
     if held_out.any():
-        fitted = ((weight, fit_logistic(x[~held_out], train.y[~held_out], classes, weight)) for weight in PROBE_WEIGHTS)
-        scored = [(_accuracy(model, x[held_out], train.y[held_out]), weight) for weight, model in fitted]
-        best = max(scored, key=lambda pair: pair[0])[1]
+
+        def held_out_accuracy(l2: float) -> float:
+            model = fit_logistic(x[~held_out], train.y[~held_out], classes, l2)
+            return _accuracy(model, x[held_out], train.y[held_out])
+
+        best = max(PROBE_WEIGHTS, key=held_out_accuracy)
     else:  # one image a class leaves nothing to choose on
         best = PROBE_WEIGHTS[len(PROBE_WEIGHTS) // 2]
     return _accuracy(fit_logistic(x, train.y, classes, best), x_test, test.y)
