@@ -139,8 +139,9 @@ def _write(machine: str, problem: str, choice: str) -> None:
     content.setdefault(machine, {})[problem] = choice
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(content, file, indent=1, sort_keys=True)
-        os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            whole = Path(folder) / path.name
+            whole.write_text(json.dumps(content, indent=1, sort_keys=True))
+            os.replace(whole, path)
     except OSError as error:
         _log.warning("the measurement is not kept: %s cannot be written (%s)", path, error)

@@ -297,7 +297,7 @@ def _complaint(x, weight, bias, lora_a, lora_b, scale, dropout, rows, strategy) 
     if lora_b.dim() != 2 or lora_b.shape[1] < 1:
         return f"lora_b must be [rows, r] with r >= 1, got {list(lora_b.shape)}"
     edges = rows or [0, N]
-    falls = any(i > j for i, j in zip(edges, edges[1:], strict=False))
+    falls = any(edges[i] > edges[i + 1] for i in range(len(edges) - 1))
     if len(edges) % 2 or falls or edges[0] < 0 or edges[-1] > N:
         return f"rows must be rising pairs (start, stop) within the {N} rows of weight, got {rows}"
     adapted, rank = sum(edges[1::2]) - sum(edges[::2]), len(edges) // 2 * lora_b.shape[1]
