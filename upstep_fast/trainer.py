@@ -23,7 +23,7 @@ from . import lora
 from .config import AdaptConfig, known_field, to_toml
 from .data.loader import Batch, Loader
 from .data.sources import Source, open_source
-from .data.views import PRESETS, ViewConfig, random_views
+from .data.views import ViewConfig, random_views, view_config
 from .device import Compute, resolve
 from .errors import CheckFailedError, ConfigError, Interrupted, RunFailedError
 from .kernels import _dispatch as dispatch
@@ -274,21 +274,6 @@ def gate_rule(config: AdaptConfig) -> gates.GateRule:
         max_skips=config.max_skips,
         seed=config.seed,
     )
-
-
-def view_config(config: AdaptConfig, backbone: backbones.Backbone) -> ViewConfig:
-    """The preset with the single changes asked for, at the model's size and normalisation."""
-    views = replace(PRESETS[config.preset_views], size=backbone.img_size, mean=backbone.mean, std=backbone.std)
-    low, high = views.crop_scale
-    views = replace(
-        views,
-        crop_scale=(
-            low if config.crop_min is None else config.crop_min,
-            high if config.crop_max is None else config.crop_max,
-        ),
-    )
-    single = {name: getattr(config, name) for name in ("flip", "blur", "grey")}
-    return replace(views, **{name: value for name, value in single.items() if value is not None})
 
 
 def make_views(batch: Batch, views: ViewConfig, config: AdaptConfig, compute: Compute) -> Tensor:

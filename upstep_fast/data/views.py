@@ -266,13 +266,15 @@ def _resize_dense(images: Sequence[Tensor], p: ViewParams, config: ViewConfig, d
         stacked = torch.zeros(len(chosen), channels, tall, wide, dtype=torch.uint8)
         for place, image in zip(stacked, chosen, strict=True):
             place[:, : image.shape[1], : image.shape[2]] = image
-    x = stacked.to(device).permute(0, 2, 1, 3).float().flatten(2)  # [n, H, C W]
+    x = stacked.to(device).permute(0, 2, 1, 3).float().flatten(1, 2)  # [n, H C, W]
     top, left, height, width = (torch.from_numpy(a).to(device).float() for a in (p.top, p.left, p.height, p.width))
     flip_y, flip_x = (torch.from_numpy(a).to(device) for a in (p.flip_y, p.flip_x))
-    down = resize_weights(top, height, tall, config.height, config.interpolation, flip_y).div_(255)
     along = resize_weights(left, width, wide, config.width, config.interpolation, flip_x)
-    x = torch.bmm(down, x).view(len(chosen), -1, wide)  # [n, H_out C, W]
-    x = torch.bmm(x, along.transpose(1, 2)).view(len(chosen), config.height, channels, config.width)
+    down = resize_weights(top, height, tall, config.height, config.interpolation, flip_y)
+    x = torch.bmm(x, along.transpose(1, 2))  # [n, H C, W_out]
+    if config.interpolation == "bicubic":
+        x.clamp_(0, 255)  # between the two passes and after them, as Pillow and torch do on uint8
+    x = torch.bmm(down.div_(255), x.view(len(chosen), tall, -1)).view(len(chosen), config.height, channels, -1)
     x = x.permute(0, 2, 1, 3).contiguous()
     if p.transpose.any():
         turned = torch.from_numpy(np.flatnonzero(p.transpose)).to(device)
