@@ -20,9 +20,11 @@ import zlib
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+# files that are looked at; other names are no images
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".avif", ".npy")
 # Pillow's own limit for an error; a 27 kB PNG can claim more
 MAX_PIXELS = 178_956_970
 # only readers that parse pixels: no PostScript, no fonts, nothing that starts a program
@@ -67,7 +69,7 @@ def decode(
         return _decode_pillow(data, channels, max_pixels, min_side)
     except BadImage as error:
         raise BadImage(error.reason, name) from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise BadImage(f"not an image in a known format ({_looks_like(bytes(data[:64]))})", name) from None
     except (
         Exception
@@ -155,7 +157,7 @@ def _check_png(data: bytes | memoryview) -> None:
 
 
 def _check_jpeg(data: bytes | memoryview) -> None:
-    """An end marker at all: without one the file was cut, even where the decoder still finds enough to fill the image."""
+    """An end marker at all: without one the file was cut, even where the decoder still fills the image."""
     if re.search(rb"\xff\xd9", memoryview(data)[-65536:]) is None and bytes(data).rfind(b"\xff\xd9") < 0:
         raise BadImage("truncated JPEG: no end marker")
 

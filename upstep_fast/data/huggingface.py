@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import DataError
-from .sources import Part
+from .part import Part
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,9 +24,11 @@ class Rows:
         return len(self.rows)
 
     def name(self, index: int) -> str:
+        """Data set, split and row."""
         return f"{self.title}/{index}"
 
     def read(self, index: int) -> bytes:
+        """The encoded image of a row."""
         value = self.rows[index][self.image]
         if value is None:
             raise OSError("the row has no image")
@@ -36,12 +38,14 @@ class Rows:
             return file.read()
 
     def labels(self) -> list[str] | None:
+        """Names of the class column's values; None without such a column."""
         if self.label is None:
             return None
         feature, values = self.rows.features[self.label], self.rows[self.label][:]
         return [feature.int2str(v) if hasattr(feature, "int2str") else str(v) for v in values]
 
     def identity(self) -> Iterator[bytes]:
+        """The fingerprint that `datasets` keeps."""
         yield f"{self.title}:{self.rows._fingerprint}".encode()
 
 

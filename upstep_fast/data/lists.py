@@ -12,7 +12,8 @@ import os
 from pathlib import Path
 
 from ..errors import DataError
-from .sources import Files, Names
+from .folders import Files
+from .part import Names
 
 PATH_COLUMNS = ("path", "image", "file", "filename", "filepath")
 LABEL_COLUMNS = ("label", "class")

@@ -9,32 +9,26 @@ Threads, not processes: decoders release the GIL, pixels need no copy, and there
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .decode import BadImage, decode
 from .random import bits_array
 from .resize import eval_resize
+from .skipped import check_bad, read_image, too_many, write_skipped
 from .sources import DataError, Source
+from .threads import ordered_map
 
 CACHE_BYTES = 256 << 20  # decoded images kept in memory
 AHEAD = 3  # batches in flight
 MAX_DRAWS = 100  # replacements tried for one image
-
-T, R = TypeVar("T"), TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -74,7 +68,7 @@ class Loader:
         image_size: int | None = None,
         channels: int = 3,
     ) -> None:
-        if not 1 <= batch_size or batch_size % world_size:
+        if batch_size < 1 or batch_size % world_size:
             raise ValueError(f"batch_size: got {batch_size}, must be a positive multiple of world_size {world_size}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank: got {rank}, must lie in 0 to {world_size - 1}")
@@ -95,7 +89,7 @@ class Loader:
         self._cache = _Cache(CACHE_BYTES)
         self._order: tuple[int, np.ndarray] | None = None
         self._num_workers = num_workers
-        self._batches: Iterator[Batch] | None = None
+        self._batches: Generator[Batch] | None = None
         self._closed = False
         self.seek(start_step)
 
@@ -144,7 +138,7 @@ class Loader:
         """Writes name,reason of every image left out so far, those that could not even be listed included."""
         write_skipped(path, [*self.source.problems, *self.skipped.items()])
 
-    def _run(self, step: int) -> Iterator[Batch]:
+    def _run(self, step: int) -> Generator[Batch]:
         def chunks() -> Iterator[tuple[int, np.ndarray, int]]:
             at = step
             while True:
@@ -216,7 +210,7 @@ class Loader:
 
     def _stop(self) -> None:
         if self._batches is not None:
-            self._batches.close()  # type: ignore[attr-defined]
+            self._batches.close()
         self._batches = None
 
 
@@ -264,18 +258,18 @@ def load_images(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The readable images in order, as timm's evaluation transform makes them, not yet normalised.
 
-    indices: which images; None: all. size: pixels, a side or (H, W). num_workers: threads; None: one a core, at most 16.
-    skipped: gets name -> reason of the bad ones. Yields ([B] int64 indices, [B, C, H, W] fp32 in 0..1); batches that
-    are wholly bad are left out. Raises DataError above max_bad_fraction.
+    indices: which images; None: all. size: pixels, a side or (H, W). num_workers: threads; None: one a core, at
+    most 16. skipped: gets name -> reason of the bad ones. Yields ([B] int64 indices, [B, C, H, W] fp32 in 0..1);
+    batches that are wholly bad are left out. Raises DataError above max_bad_fraction.
     """
     wanted = range(len(source)) if indices is None else [int(i) for i in indices]
     skipped = {} if skipped is None else skipped
     workers = min(16, os.cpu_count() or 1) if num_workers is None else num_workers
-    size = (size, size) if isinstance(size, int) else tuple(size)
+    height, width = (size, size) if isinstance(size, int) else size
 
     def read(index: int) -> tuple[int, Tensor | str]:
         image = read_image(source, index, channels=channels)
-        return index, image if isinstance(image, str) else eval_resize(image, size, interpolation, crop_pct)
+        return index, image if isinstance(image, str) else eval_resize(image, (height, width), interpolation, crop_pct)
 
     kept: list[int] = []
     images: list[Tensor] = []
@@ -295,63 +289,8 @@ def load_images(
         done.close()
 
 
-def read_image(source: Source, index: int, *, channels: int = 3, min_side: int | None = None) -> Tensor | str:
-    """The decoded image, or in one line why there is none."""
-    try:
-        return decode(source.read(index), channels=channels, min_side=min_side)
-    except BadImage as error:
-        return error.reason
-    except OSError as error:
-        return f"cannot be read: {error.strerror or error}"
-
-
 def permutation(n: int, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
     """The order of an epoch, [n] int64: indices sorted by splitmix64(seed, epoch, index)."""
     if not shuffle:
         return np.arange(n)
     return np.argsort(bits_array(seed, epoch, np.arange(n, dtype=np.uint64)), kind="stable")
-
-
-def too_many(bad: int, total: int, max_bad_fraction: float) -> bool:
-    """Whether this many bad images of `total` end the run."""
-    return bad > max_bad_fraction * total
-
-
-def check_bad(skipped: dict[str, str], total: int, max_bad_fraction: float) -> None:
-    """Raises DataError with the counts, the first file and the cure."""
-    if too_many(len(skipped), total, max_bad_fraction):
-        name, reason = next(iter(skipped.items()))
-        raise DataError(
-            f"data: {len(skipped)} of {total} images cannot be used, more than the {max_bad_fraction:.2%} allowed; "
-            f"the first: {name}: {reason}; repair them or raise --max-bad-fraction"
-        )
-
-
-def write_skipped(path: str | Path, rows: Iterable[tuple[str, str]]) -> None:
-    """A CSV with the header name,reason and these rows; written whole or not at all."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([("name", "reason"), *rows])
-    temporary = Path(f"{path}.tmp-{os.getpid()}")
-    temporary.write_text(text.getvalue(), encoding="utf-8")
-    temporary.replace(path)
-
-
-def ordered_map(function: Callable[[T], R], items: Iterable[T], num_workers: int, ahead: int) -> Any:
-    """`map` by threads, at most `ahead` items in flight, results in order; a generator whose close() ends the threads.
-
-    An exception of `function` is raised where its result would have come.
-    """
-    if num_workers == 0:
-        yield from map(function, items)
-        return
-    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="upstep-data")
-    pending: deque[Future[R]] = deque()
-    try:
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) >= ahead:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)

@@ -45,7 +45,7 @@ def center_crop(image: Tensor, size: tuple[int, int]) -> Tensor:
         bottom, right = (max(0, (s - have + 1) // 2) for s, have in zip(size, (height, width), strict=True))
         image = F.pad(image, (left, right, top, bottom))
         height, width = image.shape[1:]
-    top, left = (int(round((have - s) / 2.0)) for s, have in zip(size, (height, width), strict=True))
+    top, left = (round((have - s) / 2.0) for s, have in zip(size, (height, width), strict=True))
     return image[:, top : top + size[0], left : left + size[1]]
 
 

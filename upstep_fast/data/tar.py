@@ -1,8 +1,8 @@
 """An index of a tar file's members, made in one pass over its headers. Nothing is ever extracted.
 
-Python's tarfile keeps about a kilobyte a member and takes 40 us each; a shard can hold a million. Here a member costs
-its name and two integers. Read: ustar, GNU (long names, base-256 sizes) and pax headers. Only regular files are members;
-everything else, and everything that looks wrong, is returned as a problem with its reason.
+Python's tarfile keeps about a kilobyte a member; a shard can hold a million. Here a member costs its name and two
+integers. Read: ustar, GNU (long names, base-256 sizes) and pax headers. Only regular files are members; everything
+else, and everything that looks wrong, is returned as a problem with its reason.
 Format: POSIX.1-1988 ustar, POSIX.1-2001 pax, GNU tar manual, "Basic Tar Format".
 """
 
