@@ -36,6 +36,8 @@ TILES: dict[str, dict[tuple[int, int] | None, Tile]] = {
     },
     "lora_linear_sweep": {None: {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}},
     "lora_linear_sweep_fp32": {None: {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}},
+    # not measured yet: scores a program holds, at most and in small problems
+    "sinkhorn": {None: {"BLOCK": 8192, "SMALL_BLOCK": 2048}},
 }
 
 

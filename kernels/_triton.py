@@ -22,7 +22,7 @@ except ImportError as error:
         return function if function is not None else _unchanged
 
     triton = SimpleNamespace(jit=_unchanged, cdiv=lambda a, b: -(-a // b))  # type: ignore[assignment]
-    tl = SimpleNamespace(constexpr=None)  # type: ignore[assignment]
+    tl = SimpleNamespace(constexpr=lambda value: value)  # type: ignore[assignment]
 
 # The interpreter's tl.dot is wrong on bf16 (triton 3.6 and 3.9): kernels take UPCAST_DOT=INTERPRET as a
 # constexpr and widen the operands to fp32 when it is set.
