@@ -1,0 +1,33 @@
+"""Launches of kernels/sinkhorn.py to compile: see tests/test_aot.py."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from upstep_fast.kernels import sinkhorn as op
+
+
+def one_launch(capability, *, shape, dtype):
+    op._sinkhorn_triton(torch.empty(shape, dtype=dtype, device="meta"), 0.05, 3)
+
+
+def passes(capability, *, shape, dtype):
+    scores = torch.empty(shape, dtype=dtype, device="meta")
+    peak, total = op._columns_triton(scores, 0.05)
+    op._rows_triton(scores, 0.05, peak, total)
+    op._assign_triton(scores, 0.05, peak, total)
+
+
+CASES = {
+    "one launch fp32 128x512": partial(one_launch, shape=(128, 512), dtype=torch.float32),
+    "one launch fp32 4096x8192": partial(one_launch, shape=(4096, 8192), dtype=torch.float32),
+    "passes bf16 2048x3000": partial(passes, shape=(2048, 3000), dtype=torch.bfloat16),
+}
+LONG = {
+    f"{way.__name__} {dtype} {B}x{K}": partial(way, shape=(B, K), dtype=dtype)
+    for way in (one_launch, passes)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32)
+    for B, K in ((1, 1), (128, 512), (256, 300), (2048, 3000), (4096, 8192), (1024, 65536), (65536, 16))
+}
