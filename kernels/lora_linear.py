@@ -21,8 +21,7 @@ Strategies of the forward, with the bytes they move beyond the frozen GEMM:
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +31,8 @@ from . import lora_linear_plain as plain
 from . import lora_linear_triton as fused
 from ._dispatch import NAMESPACE, record, triton_reason, wanted
 from ._measure import fastest, power_class
+from .lora_linear_args import STRATEGIES, complaint, flat, seed_tensor
 from .lora_linear_plain import drop
-
-STRATEGIES = ("reference", "split", "wide_k", "merged", "triton")
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def lora_linear(
@@ -70,15 +67,14 @@ def lora_linear(
     if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    flat_rows = [] if rows is None else [int(edge) for span in rows for edge in span]
-    if message := _complaint(x, weight, bias, lora_a, lora_b, scale, dropout, flat_rows, strategy):
+    if message := complaint(x, weight, bias, lora_a, lora_b, scale, dropout, flat(rows), strategy):
         raise ValueError(f"lora_linear: {message}")
-    seed = _seed_tensor(seed, x.device) if dropout else None
+    seed = seed_tensor(seed, x.device) if dropout else None
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         return _with_trained_weight(x, weight, bias, lora_a, lora_b, scale, dropout, seed, rows, strategy)
     keep = torch.is_grad_enabled() and lora_b.requires_grad
     x_MK, scale, dropout = x.reshape(-1, x.shape[-1]), float(scale), float(dropout)
-    y, _ = _op(x_MK, weight, bias, lora_a, lora_b, scale, dropout, seed, flat_rows, keep, strategy or "")
+    y, _ = _op(x_MK, weight, bias, lora_a, lora_b, scale, dropout, seed, flat(rows), keep, strategy or "")
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -148,7 +144,7 @@ _INPUT = {
 }
 
 
-def _run(op, ways, strategy, shape, device, dropout, args):
+def run(op, ways, strategy, shape, device, dropout, args):
     """Runs `op` by the strategy named, asked for in the environment, or measured; notes which."""
     if not strategy or strategy == "fastest":
         named = wanted() if wanted() in ways else None
@@ -171,9 +167,32 @@ def _run(op, ways, strategy, shape, device, dropout, args):
     return ways[record(problem, device, name, why)](*args)
 
 
-def _shape(M: int, K: int, N: int, r: int, rows: Sequence[int], dtype: torch.dtype, dropout: float) -> str:
+def shape_class(M: int, N: int, K: int, r: int, rows: Sequence[int], dtype: torch.dtype, dropout: float) -> str:
+    """The name of a problem to `fastest`: sizes of M within a power of two share a choice."""
     kind = str(dtype).removeprefix("torch.") + (" dropout" if dropout else "")
     return f"{kind} M{power_class(M)} K{K} N{N} r{r}" + (f" rows{'-'.join(map(str, rows))}" if rows else "")
+
+
+def gradients(args, K: int, shape: str, input_gradient: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """(dX, dA, dB), empty where not needed; input_gradient: (dS, a, b) -> dX. args: those of lora_linear_backward."""
+    grad, x, lora_a, lora_b, s, scale, dropout, seed, rows, strategy, needs = args
+    need_x, need_a, need_b = needs
+    if grad.shape[0] == 0:
+        return (
+            grad.new_empty((0, K) if need_x else 0),
+            lora_a.new_zeros(lora_a.shape if need_a else 0),
+            lora_b.new_zeros(lora_b.shape if need_b else 0),
+        )
+    with torch.autocast(grad.device.type, enabled=False):
+        a, b = lora_a.to(grad.dtype), lora_b.to(grad.dtype)
+        args = (grad, x, a, b, s, scale, dropout, seed, rows, needs)
+        ds, da, db = run("lora_linear_adapter", _ADAPTER, strategy, shape, grad.device, dropout, args)
+        # zero-size stand-ins: an op returns tensors
+        return (
+            input_gradient(ds, a, b).to(grad.dtype) if need_x else grad.new_empty(0),
+            lora_a.new_empty(0) if da is None else da.to(lora_a.dtype),
+            lora_b.new_empty(0) if db is None else db.to(lora_b.dtype),
+        )
 
 
 @torch.library.custom_op(f"{NAMESPACE}::lora_linear", mutates_args=())
@@ -183,14 +202,13 @@ def _op(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Returns (y [M, N], S [M, R]); S is empty unless `keep`."""
     (M, K), N = x.shape, weight.shape[0]
-    if 0 in (M, N, K):
-        y = x.new_zeros(M, N) if bias is None else bias.expand(M, N).clone()
-        return y, x.new_zeros(M if keep else 0, lora_a.shape[0])
+    if M == 0:
+        return x.new_empty(0, N), x.new_empty(0, lora_a.shape[0])
     with torch.autocast(x.device.type, enabled=False):
         a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-        shape = _shape(M, K, N, b.shape[1], rows, x.dtype, dropout)
+        shape = shape_class(M, N, K, b.shape[1], rows, x.dtype, dropout)
         args = (x, weight, bias, a, b, scale, dropout, seed, rows, keep)
-        return _run("lora_linear", _FORWARD, strategy, shape, x.device, dropout, args)
+        return run("lora_linear", _FORWARD, strategy, shape, x.device, dropout, args)
 
 
 @_op.register_fake
@@ -205,29 +223,14 @@ def _backward_op(
     dropout: float, seed: Tensor | None, rows: Sequence[int], strategy: str, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Returns (dX, dA, dB); those not in `needs` (x, lora_a, lora_b) are empty."""
-    (M, N), K = grad.shape, weight.shape[1]
-    need_x, need_a, need_b = needs
-    if 0 in (M, N, K):
-        return (
-            grad.new_zeros((M, K) if need_x else 0),
-            lora_a.new_zeros(lora_a.shape if need_a else 0),
-            lora_b.new_zeros(lora_b.shape if need_b else 0),
-        )
-    with torch.autocast(grad.device.type, enabled=False):
-        a, b = lora_a.to(grad.dtype), lora_b.to(grad.dtype)
-        shape = _shape(M, K, N, b.shape[1], rows, grad.dtype, dropout)
-        args = (grad, x, a, b, s, scale, dropout, seed, rows, needs)
-        ds, da, db = _run("lora_linear_adapter", _ADAPTER, strategy, shape, grad.device, dropout, args)
-        dx = None
-        if need_x:
-            args = (grad, weight, ds, a, b, scale, dropout, seed, rows)
-            dx = _run("lora_linear_input", _INPUT, strategy, shape, grad.device, dropout, args)
-        # zero-size stand-ins: an op returns tensors
-        return (
-            grad.new_empty(0) if dx is None else dx.to(grad.dtype),
-            lora_a.new_empty(0) if da is None else da.to(lora_a.dtype),
-            lora_b.new_empty(0) if db is None else db.to(lora_b.dtype),
-        )
+    shape = shape_class(*grad.shape, weight.shape[1], lora_b.shape[1], rows, grad.dtype, dropout)
+
+    def input_gradient(ds: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        args = (grad, weight, ds, a, b, scale, dropout, seed, rows)
+        return run("lora_linear_input", _INPUT, strategy, shape, grad.device, dropout, args)
+
+    args = (grad, x, lora_a, lora_b, s, scale, dropout, seed, rows, strategy, needs)
+    return gradients(args, weight.shape[1], shape, input_gradient)
 
 
 @_backward_op.register_fake
@@ -264,13 +267,6 @@ def _backward(ctx, grad, _):
 _op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    # on the device, so that a captured graph draws anew at each replay
-    if seed is None:
-        return torch.randint(2**31, (), device=device)
-    return seed if isinstance(seed, Tensor) else torch.full((), seed & 0x7FFFFFFF, device=device)
-
-
 def _with_trained_weight(x, weight, bias, lora_a, lora_b, scale, dropout, seed, rows, strategy):
     if strategy not in (None, "fastest", "reference"):
         raise ValueError(
@@ -281,44 +277,3 @@ def _with_trained_weight(x, weight, bias, lora_a, lora_b, scale, dropout, seed, 
         record("lora_linear", x.device, "reference", "weight or bias requires a gradient", fallback=True)
     with torch.autocast(x.device.type, enabled=False):
         return lora_linear_reference(x, weight, bias, lora_a, lora_b, scale, dropout=dropout, seed=seed, rows=rows)
-
-
-def _complaint(x, weight, bias, lora_a, lora_b, scale, dropout, rows, strategy) -> str | None:
-    """What is wrong with the arguments, or None."""
-    if x.dtype not in _DTYPES:
-        return f"x must be one of {', '.join(map(str, _DTYPES))}, got {x.dtype}"
-    if weight.dim() != 2:
-        return f"weight must be [N, K], got {list(weight.shape)}"
-    N, K = weight.shape
-    if x.dim() < 1 or x.shape[-1] != K:
-        return f"x must be [..., {K}] to fit weight {list(weight.shape)}, got {list(x.shape)}"
-    if bias is not None and bias.shape != (N,):
-        return f"bias must be [{N}], got {list(bias.shape)}"
-    if lora_b.dim() != 2 or lora_b.shape[1] < 1:
-        return f"lora_b must be [rows, r] with r >= 1, got {list(lora_b.shape)}"
-    edges = rows or [0, N]
-    falls = any(edges[i] > edges[i + 1] for i in range(len(edges) - 1))
-    if len(edges) % 2 or falls or edges[0] < 0 or edges[-1] > N:
-        return f"rows must be rising pairs (start, stop) within the {N} rows of weight, got {rows}"
-    adapted, rank = sum(edges[1::2]) - sum(edges[::2]), len(edges) // 2 * lora_b.shape[1]
-    if lora_b.shape[0] != adapted:
-        return f"lora_b must be [{adapted}, r], one row for each adapted row of weight, got {list(lora_b.shape)}"
-    if lora_a.shape != (rank, K):
-        return f"lora_a must be [{rank}, {K}] to fit lora_b and weight, got {list(lora_a.shape)}"
-    for name, tensor in (("weight", weight), ("bias", bias), ("lora_a", lora_a), ("lora_b", lora_b)):
-        if tensor is None:
-            continue
-        if tensor.device != x.device:
-            return f"{name} must be on {x.device} as x is, got {tensor.device}"
-        if tensor.dtype != x.dtype and not (name.startswith("lora") and tensor.dtype == torch.float32):
-            wanted_dtype = f"{x.dtype} as x is" + " or torch.float32" * name.startswith("lora")
-            return f"{name} must be {wanted_dtype}, got {tensor.dtype}"
-    if not math.isfinite(scale):
-        return f"scale must be finite, got {scale}"
-    if not 0 <= dropout < 1:
-        return f"dropout must be in [0, 1), got {dropout}"
-    if strategy not in (None, "fastest", *STRATEGIES):
-        return f"strategy must be None, 'fastest' or one of {', '.join(STRATEGIES)}, got {strategy!r}"
-    if dropout and strategy in ("wide_k", "merged"):
-        return f"strategy {strategy!r} has no dropout; take split, triton or reference"
-    return None

@@ -328,7 +328,7 @@ def test_triton_on_a_cpu_raises_with_the_reason():
 BAD = {
     "x must be one of": {"x": torch.zeros(2, 8, dtype=torch.int64)},
     r"x must be \[\.\.\., 8\]": {"x": torch.zeros(2, 7)},
-    r"weight must be \[N, K\]": {"weight": torch.zeros(8)},
+    r"weight must be \[N, K\] with": {"weight": torch.zeros(8)},
     "weight must be torch.float32": {"weight": torch.zeros(12, 8, dtype=torch.float16)},
     r"bias must be \[12\]": {"bias": torch.zeros(11)},
     "bias must be on cpu": {"bias": torch.zeros(12, device="meta")},
