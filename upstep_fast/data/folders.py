@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,10 +80,10 @@ def _walk(root: bytes, folder: bytes, seen: set[tuple[int, int]], problems: list
             for entry in entries:
                 if entry.name.startswith(b"."):  # .DS_Store, ._photo.jpg, .git
                     continue
-                if entry.is_dir():
+                if _is(entry.is_dir):
                     folders.add(entry.name)
                 elif entry.name.lower().endswith(IMAGE_SUFFIXES):
-                    if entry.is_file():
+                    if _is(entry.is_file):
                         files.append(entry.name)
                     else:
                         reason = "a link to nothing" if entry.is_symlink() else "not a regular file"
@@ -101,6 +101,13 @@ def _walk(root: bytes, folder: bytes, seen: set[tuple[int, int]], problems: list
             yield from _walk(root, path, seen, problems)
         else:
             yield path
+
+
+def _is(claim: Callable[[], bool]) -> bool:
+    try:
+        return claim()
+    except OSError:  # a link to itself
+        return False
 
 
 def _file_size(path: str) -> int:

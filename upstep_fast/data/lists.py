@@ -41,7 +41,7 @@ def read_list(path: Path) -> Files:
             f"data: none of the first {len(first)} paths in {path} exist, e.g. {os.fsdecode(first[0])}; "
             "paths are relative to the list's folder"
         )
-    return Files(str(root), Names.pack(names), classes)
+    return Files(str(root), Names.pack(names, component=None), classes)
 
 
 def _read_csv(text: bytes, path: Path) -> tuple[list[bytes], tuple[str, ...] | None]:

@@ -41,10 +41,10 @@ class Names:
 
     blob: bytes
     ends: np.ndarray  # [N] int64
-    component: int  # 0: directly under the top; 1: under train/ or test/
+    component: int | None  # 0: directly under the top; 1: under train/ or test/; None: no classes
 
     @classmethod
-    def pack(cls, names: Iterable[bytes], component: int = 0) -> Names:
+    def pack(cls, names: Iterable[bytes], component: int | None = 0) -> Names:
         """Packs relative paths with "/" between their components."""
         blob, ends = bytearray(), array("q")
         for name in names:
@@ -60,6 +60,8 @@ class Names:
 
     def labels(self) -> list[str] | None:
         """The class folder of each name; None if one has none."""
+        if self.component is None:
+            return None
         known: dict[bytes, str] = {}
         labels = []
         for index in range(len(self)):
