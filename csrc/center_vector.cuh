@@ -136,7 +136,7 @@ template <int THREADS> __device__ void add_blocks(const float* partial, int bloc
     double total[4] = {0, 0, 0, 0};
     if (group < groups) {
       const int end = min(blocks, (group + 1) * share);
-#pragma unroll 8
+#pragma unroll 4
       for (int b = group * share; b < end; ++b) {
         // past L1, which may hold what the memory was before another block wrote it
         const float4 p = __ldcg(reinterpret_cast<const float4*>(partial + int64_t{b} * stride) + q);
@@ -324,16 +324,13 @@ inline int forward_blocks(int64_t num_images, int d, bool aligned) {
   return static_cast<int>(blocks < 1 ? 1 : blocks > kMaxBlocks ? kMaxBlocks : blocks);
 }
 
-// whether four elements of u and of z can be moved at once in every row
-template <class T> bool is_aligned(const T* u, const float* z, int d) {
-  return d % 4 == 0 && reinterpret_cast<uintptr_t>(u) % (4 * sizeof(T)) == 0 && reinterpret_cast<uintptr_t>(z) % 16 == 0;
-}
+// whether four elements can be moved at once
+template <class T> bool is_aligned(const T* p) { return reinterpret_cast<uintptr_t>(p) % (4 * sizeof(T)) == 0; }
 
 template <class T> cudaError_t launch_forward(const Forward<T>& a, cudaStream_t stream) {
-  const bool aligned = is_aligned(a.u, a.z, a.d);
+  const bool aligned = a.d % 4 == 0 && is_aligned(a.u) && is_aligned(a.z);
   const int blocks = forward_blocks(a.num_images, a.d, aligned);
   if (!aligned) forward_kernel<T, 256, 256, 1, 16><<<blocks, 256, 0, stream>>>(a);
-  else if (a.d <= 128) forward_kernel<T, 1024, 32, 4, 1><<<blocks, 1024, 0, stream>>>(a);
   else if (a.d <= 256) forward_kernel<T, 1024, 32, 4, 2><<<blocks, 1024, 0, stream>>>(a);
   else if (a.d <= 1024) forward_kernel<T, 256, 32, 4, 8><<<blocks, 256, 0, stream>>>(a);
   else forward_kernel<T, 256, 256, 4, 4><<<blocks, 256, 0, stream>>>(a);
@@ -349,8 +346,8 @@ template <class T> cudaError_t launch_backward(const Backward<T>& a, cudaStream_
   if (a.rows == 0) return cudaSuccess;
   const int64_t blocks = (a.rows + 7) / 8;
   const int grid = static_cast<int>(blocks < 16 * kMaxBlocks ? blocks : 16 * kMaxBlocks);
-  bool aligned = is_aligned(a.grad_u, a.z, a.d);
-  for (const float* p : {a.grad_z, a.grad_sums}) aligned = aligned && reinterpret_cast<uintptr_t>(p) % 16 == 0;
+  const bool aligned = a.d % 4 == 0 && is_aligned(a.grad_u) && is_aligned(a.z) && is_aligned(a.grad_z) &&
+                       is_aligned(a.grad_sums);
   if (aligned) backward_kernel<T, 256, 4><<<grid, 256, 0, stream>>>(a);
   else backward_kernel<T, 256, 1><<<grid, 256, 0, stream>>>(a);
   return cudaGetLastError();

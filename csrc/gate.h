@@ -95,7 +95,7 @@ UPSTEP_HOST_DEVICE double moved_center(const Gate& gate, const double* state, co
 
 // B |s|^2 - mean |z_bar|^2 over B - 1 (METHODS 1.2); NaN for one image
 UPSTEP_HOST_DEVICE double unbiased_square(double m, double mean_square, double num_images) {
-  return (num_images * m * m - mean_square) / (num_images - 1);
+  return num_images > 1 ? (num_images * m * m - mean_square) / (num_images - 1) : NAN;
 }
 
 }  // namespace upstep

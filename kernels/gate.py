@@ -1,0 +1,149 @@
+"""The gate on the device: update this step or skip it, decided from the centre vector.
+
+    m       |s|, the magnitude of the batch's mean unit embedding
+    open    m <= reference where update_when is "low", m >= reference where it is "high"; always on the first step
+            and on the one after `max_skips` skipped in a row; never when m is not finite
+    rule    reference
+    none    none: always open
+    prev    m of the step before
+    ema     beta * reference + (1 - beta) * m
+    quantile  a threshold moved online until a fraction `rate` of the steps is open
+    views   m of the second view, compared with m of the first
+    s_bar   center_beta * s_bar + (1 - center_beta) * s, the running centre
+
+The first finite m and s are taken whole; those that are not finite are counted and leave reference and s_bar alone.
+What the rules mean and which claims stand behind them: METHODS 1.6 (our readings; the paper's rule is not published).
+
+The state is one float64 vector, [HEAD + d]: the cells of CELLS, then s_bar. float64, so that a step counter never
+stalls and the decision equals the host's on the same m. One tensor, so that a captured graph carries a step over with
+one copy. `ticket` is the CUDA kernel's scratch, 0 between launches: a state is used by one step at a time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._native import extension
+
+RULES = ("none", "prev", "ema", "quantile", "views")
+DIRECTIONS = ("low", "high")
+# fmt: off
+CELLS = (
+    "step", "open", "finite", "magnitude", "unbiased_square", "reference", "spread", "opened", "skips",
+    "view_1", "view_2", "ticket",
+)
+# fmt: on
+HEAD = len(CELLS)
+_REFERENCE = CELLS.index("reference")
+
+
+def new_gate_state(d: int, device: torch.device | str | None = None) -> Tensor:
+    """The state before the first step, float64 [HEAD + d], for embeddings of width d."""
+    state = torch.zeros(HEAD + d, dtype=torch.float64, device=device)
+    state[_REFERENCE] = torch.nan  # none yet
+    return state
+
+
+def gate_values(state: Tensor) -> dict[str, float]:
+    """The cells by name, as Python numbers; waits for the device.
+
+    step: number of the last step, from 1; open, finite: 1 or 0; magnitude: m; unbiased_square: (B m^2 - mean_i
+    |z_bar_i|^2) / (B - 1), free of the batch size's bias (METHODS 1.2), NaN for one image; opened: open steps so far;
+    skips: in a row; view_1, view_2: m of each view.
+    """
+    return dict(zip(CELLS, state[:HEAD].tolist(), strict=True))
+
+
+def new_gate_flag(device: torch.device | str | None = None) -> Any:
+    """A GateFlag: host memory into which the op writes (step, open), and `wait(step, timeout)` that reads it.
+
+    device: where the op will run; the memory is pinned for "cuda". Pass `flag.address` to the op and keep the flag
+    alive as long as a kernel or a captured graph may write it. Raises RuntimeError where _C was not built.
+    """
+    pinned = device is not None and torch.device(device).type == "cuda"
+    return extension().GateFlag(torch.zeros(1, dtype=torch.int64, pin_memory=pinned))
+
+
+def write_flag(address: int, state: Tensor) -> None:
+    """What a compiled op does in passing, from the host: writes the state's decision at `address`."""
+    step, is_open, is_finite = (int(cell) for cell in state[:3].tolist())
+    ctypes.c_int64.from_address(address).value = step << 2 | is_finite << 1 | is_open
+
+
+def finish_reference(
+    sums: Tensor,
+    state: Tensor,
+    *,
+    num_views: int = 1,
+    rule: str = "ema",
+    update_when: str = "low",
+    beta: float = 0.9,
+    rate: float = 0.5,
+    max_skips: int = 16,
+    center_beta: float = 0.9,
+) -> tuple[Tensor, Tensor]:
+    """From the sums of a batch to its centre [d] and the next state: the specification, without a host sync."""
+    num_images, square = sums[-1], sums[-2] / sums[-1]
+    centers = sums[:-2].view(num_views, -1) / num_images
+    s = centers.mean(0)
+    with torch.no_grad():
+        m, of_views = s.norm(), centers.norm(dim=1)
+        unbiased = torch.where(num_images > 1, (num_images * m * m - square) / (num_images - 1), torch.nan)
+        view_1, view_2 = (of_views[0], of_views[1]) if num_views == 2 else (of_views[0], torch.zeros_like(m))
+        old = dict(zip(CELLS, state[:HEAD].unbind(), strict=True))
+        ref = old["reference"]
+        first, finite = ref.isnan(), m.isfinite() & view_1.isfinite() & view_2.isfinite()
+
+        left, right = (view_1, view_2) if rule == "views" else (m, ref)
+        passes = left <= right if update_when == "low" else left >= right
+        passes |= (right.isnan()) | (rule == "none")
+        is_open = finite & ((old["step"] == 0) | (old["skips"] >= max_skips) | passes)
+
+        spread, next_ref = old["spread"], ref
+        if rule == "prev":
+            next_ref = m
+        elif rule == "ema":
+            next_ref = beta * ref + (1 - beta) * m
+        elif rule == "quantile":
+            away = (m - ref).abs()
+            moved = torch.where(spread == 0, away, 0.9 * spread + 0.1 * away)
+            below = rate if update_when == "low" else 1 - rate
+            next_ref = ref + 0.2 * moved * (below - (m < ref).double())
+            spread = torch.where(finite & ~first, moved, spread)
+        next_ref = torch.where(finite, torch.where(first, m, next_ref), ref)
+
+        running = state[HEAD:]
+        moved_center = torch.where(first, s, center_beta * running + (1 - center_beta) * s)
+        skips = torch.where(is_open, 0.0, old["skips"] + 1)
+        head = [old["step"] + 1, is_open, finite, m, unbiased, next_ref, spread, old["opened"] + is_open, skips]
+        head = torch.stack([cell.double() for cell in (*head, view_1, view_2, torch.zeros_like(m))])
+        return s, torch.cat([head, torch.where(finite, moved_center, running)])
+
+
+def gate_numbers(rule: str, update_when: str, *numbers: float | int) -> tuple[float | int, ...]:
+    """The gate's arguments as the compiled ops take them."""
+    return RULES.index(rule), update_when == "low", *numbers
+
+
+def gate_complaint(
+    like: Tensor, state: Tensor, d: int, num_views: int, rule: str, update_when: str, beta: float, rate: float,
+    max_skips: int, center_beta: float, flag: int,
+) -> str | None:  # fmt: skip
+    """What is wrong with the arguments of a step beside `like`, or None."""
+    if state.shape != (HEAD + d,) or state.dtype != torch.float64 or state.device != like.device:
+        got = f"{state.dtype} {list(state.shape)} on {state.device}"
+        return f"state must be float64 [{HEAD + d}] on {like.device} (gate.new_gate_state makes one), got {got}"
+    if rule not in RULES or (rule == "views" and num_views != 2):
+        return f"rule must be one of {', '.join(RULES)} (views: with num_views=2), got {rule!r} with {num_views=}"
+    if update_when not in DIRECTIONS:
+        return f"update_when must be one of {', '.join(DIRECTIONS)}, got {update_when!r}"
+    for name, value in (("beta", beta), ("rate", rate), ("center_beta", center_beta)):
+        if not 0 <= value <= 1:
+            return f"{name} must be from 0 to 1, got {value}"
+    if max_skips < 0 or flag < 0:
+        return f"max_skips and flag must not be negative, got {max_skips} and {flag}"
+    return None
