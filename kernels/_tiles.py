@@ -13,6 +13,8 @@ import torch
 
 Tile = Mapping[str, int]
 
+MAX_ROW = 16384  # cells of a row that one program holds in registers
+
 TILES: dict[str, dict[tuple[int, int] | None, Tile]] = {
     # not measured yet: guesses that fit sm_80's shared memory
     "lora_linear": {
@@ -30,6 +32,10 @@ TILES: dict[str, dict[tuple[int, int] | None, Tile]] = {
     "lora_linear_fp32": {
         None: {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP_M": 8, "num_warps": 4, "num_stages": 2},
     },
+    "lora_linear_fp8": {
+        None: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "GROUP_M": 8, "num_warps": 8, "num_stages": 3},
+        (9, 0): {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 128, "GROUP_M": 8, "num_warps": 8, "num_stages": 3},
+    },
     # dX under dropout holds a second accumulator
     "lora_linear_masked": {
         None: {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP_M": 8, "num_warps": 8, "num_stages": 3},
@@ -38,6 +44,8 @@ TILES: dict[str, dict[tuple[int, int] | None, Tile]] = {
     "lora_linear_sweep_fp32": {None: {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}},
     # not measured yet: scores a program holds, at most and in small problems
     "sinkhorn": {None: {"BLOCK": 8192, "SMALL_BLOCK": 2048}},
+    # ops that hold whole rows (see row_tile): cells of a program and of a warp; not measured yet
+    "quantize": {None: {"CELLS": 4096, "WARP_CELLS": 1024}},
 }
 
 
@@ -46,3 +54,12 @@ def tile(op: str, device: torch.device) -> Tile:
     rows = TILES[op]
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     return rows.get(capability, rows[None])
+
+
+def row_tile(op: str, device: torch.device, width: int, fewest: int = 1) -> Tile:
+    """BLOCK_M, BLOCK_K and num_warps of an op that holds whole rows of `width` cells, at least `fewest` at a time."""
+    cells = tile(op, device)
+    block = 1 << max(width - 1, 15).bit_length()
+    rows = max(cells["CELLS"] // block, fewest)
+    rows = min(rows, 32)
+    return {"BLOCK_M": rows, "BLOCK_K": block, "num_warps": min(max(rows * block // cells["WARP_CELLS"], 1), 16)}

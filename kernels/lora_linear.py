@@ -136,7 +136,7 @@ _FORWARD = {
 }
 
 _ADAPTER = {"split": plain.adapter_split, "triton": fused.adapter, "reference": _in_fp32(plain.adapter_split)}
-_INPUT = {
+INPUT = {
     "split": plain.input_split,
     "triton": fused.input_gradient,
     "merged": plain.input_merged,
@@ -151,8 +151,7 @@ def run(op, ways, strategy, shape, device, dropout, args):
     else:
         # wide_k and merged name forms of the forward; where a part has no such form, split is its plain one
         named = strategy if strategy in ways else "split"
-    tensors = [t for t in args if _is_real(t)]
-    no_triton = triton_reason(*tensors) or ("no float64 form" if tensors[0].dtype == torch.float64 else None)
+    no_triton = _no_triton([t for t in args if _is_real(t)])
     if named == "triton" and no_triton:
         raise RuntimeError(f"{op}: strategy 'triton' was asked for but cannot run: {no_triton}")
     if named or device.type != "cuda":
@@ -165,6 +164,17 @@ def run(op, ways, strategy, shape, device, dropout, args):
     candidates = {name: lambda way=way: way(*args) for name, way in ways.items() if name not in barred}
     name, why = fastest(problem, device, candidates)
     return ways[record(problem, device, name, why)](*args)
+
+
+def _no_triton(tensors: list[Tensor]) -> str | None:
+    dtypes = {t.dtype for t in tensors}
+    if torch.float64 in dtypes:
+        return "float64 has no Triton form"
+    if torch.float8_e4m3fn in dtypes and tensors[0].is_cuda:
+        capability = torch.cuda.get_device_capability(tensors[0].device)
+        if capability < (8, 9):
+            return f"fp8 needs compute capability 8.9, this GPU has {capability[0]}.{capability[1]}"
+    return triton_reason(*tensors)
 
 
 def shape_class(M: int, N: int, K: int, r: int, rows: Sequence[int], dtype: torch.dtype, dropout: float) -> str:
@@ -227,7 +237,7 @@ def _backward_op(
 
     def input_gradient(ds: Tensor, a: Tensor, b: Tensor) -> Tensor:
         args = (grad, weight, ds, a, b, scale, dropout, seed, rows)
-        return run("lora_linear_input", _INPUT, strategy, shape, grad.device, dropout, args)
+        return run("lora_linear_input", INPUT, strategy, shape, grad.device, dropout, args)
 
     args = (grad, x, lora_a, lora_b, s, scale, dropout, seed, rows, strategy, needs)
     return gradients(args, weight.shape[1], shape, input_gradient)

@@ -56,7 +56,8 @@ def complaint(x, weight, bias, lora_a, lora_b, scale, dropout, rows, strategy, *
         is_adapter = name.startswith("lora")
         wanted = weight_dtype if name == "weight" and weight_dtype else x.dtype
         if tensor.dtype != wanted and not (is_adapter and tensor.dtype == torch.float32):
-            return f"{name} must be {wanted}{' or torch.float32' * is_adapter}, got {tensor.dtype}"
+            cure = "; for an fp8 weight call lora_linear_fp8" if tensor.dtype == torch.float8_e4m3fn else ""
+            return f"{name} must be {wanted}{' or torch.float32' * is_adapter}, got {tensor.dtype}{cure}"
     if not math.isfinite(scale):
         return f"scale must be finite, got {scale}"
     if not 0 <= dropout < 1:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,13 +66,13 @@ def _kept(row, col, seed, threshold, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.co
 
 @triton.jit
 def _lora_linear_kernel(
-    x, w, bias, a, b, s, y, seed,
+    x, w, bias, a, b, s, y, seed, x_scale, w_scale,
     scale, drop_threshold, drop_scale,
     M, N, K, R,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
     stride_sm, stride_sr, stride_ym,
     LORA: tl.constexpr,  # "none", "make" (S from x, stored) or "given"
-    STORE_S: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    STORE_S: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, SCALED: tl.constexpr,
     TMA: tl.constexpr, W_TRANSPOSED: tl.constexpr, UPCAST_DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
@@ -103,6 +104,9 @@ def _lora_linear_kernel(
                     b_x = tl.where(_kept(row, k, seed, drop_threshold, BLOCK_M, BLOCK_K), b_x, 0.0)
                 acc_s = _dot(b_x, b_a, acc_s, UPCAST_DOT)
 
+        if SCALED:
+            x_factor = tl.load(x_scale + m, mask=m_mask, other=0.0)
+            acc *= x_factor[:, None] * tl.load(w_scale + n, mask=n_mask, other=0.0)[None, :]
         if LORA == "make":
             acc_s *= drop_scale
             # scaled before the one rounding, so that the product goes straight into the accumulator
@@ -171,29 +175,30 @@ def _lora_linear_sweep(
 
 def forward(x, weight, bias, a, b, scale, dropout, seed, rows, keep):
     """(y, S or an empty tensor), as the strategies of lora_linear.py."""
-    (M, _), N = x.shape, weight.shape[0]
-    rank = b.shape[1]
-    make = rank <= MAX_RANK
-    y = x.new_empty(M, N)
-    if make:
-        s = x.new_empty(M if keep else 0, a.shape[0])
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    if b.shape[1] <= MAX_RANK:
+        s = x.new_empty(x.shape[0] if keep else 0, a.shape[0])
+        _launch_runs(x, weight, y, bias, b, s, rows, a=a, scale=scale, dropout=dropout, seed=seed)
     else:
-        s = _project(x, a.T, 1 / (1 - dropout), dropout, seed)
-    taken, done = 0, 0
-    for t, (start, stop) in enumerate(_spans(rows) or [(0, N)]):
-        if start > done:
-            _launch(x, weight[done:start], y[:, done:start], bias=_cut(bias, done, start))
-        ranks = slice(t * rank, t * rank + rank)
-        _launch(
-            x, weight[start:stop], y[:, start:stop], bias=_cut(bias, start, stop),
-            a=a[ranks] if make else None,
-            b=b[taken : taken + stop - start] if make else scale * b[taken : taken + stop - start],
-            s=s[:, ranks], scale=scale, dropout=dropout if make else 0.0, seed=seed,
-        )  # fmt: skip
-        taken, done = taken + stop - start, stop
-    if done < N:
-        _launch(x, weight[done:], y[:, done:], bias=_cut(bias, done, N))
+        s = project(x, a, dropout, seed)
+        _launch_runs(x, weight, y, bias, scale * b, s, rows)
     return y, s if keep else x.new_empty(0, a.shape[0])
+
+
+def forward_scaled(x, weight, scales, bias, b, s, dtype, rows):
+    """y = (x weight^T) times the row scales of both + bias + S b^T, in dtype; x and weight in fp8."""
+    y = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
+    _launch_runs(x, weight, y, bias, b, s, rows, scales=scales)
+    return y
+
+
+def project(x, a, dropout, seed):
+    """S = drop(x) a^T."""
+    s = x.new_empty(x.shape[0], a.shape[0])
+    for r in range(0, a.shape[0], MAX_RANK):
+        here = slice(r, min(r + MAX_RANK, a.shape[0]))
+        _sweep(x, a[here].T, None, s[:, here], 1 / (1 - dropout), dropout, seed)
+    return s
 
 
 def adapter(grad, x, a, b, s, scale, dropout, seed, rows, needs):
@@ -233,15 +238,38 @@ def input_gradient(grad, weight, ds, a, b, scale, dropout, seed, rows):
     return dx
 
 
-def _launch(x, w, y, *, bias=None, a=None, b=None, s=None, scale=1.0, dropout=0.0, seed=None, tma=None):
+def _launch_runs(x, weight, y, bias, b, s, rows, a=None, scales=None, **options):
+    """One launch for each adapted run of rows of weight and each gap between them."""
+    N, rank = weight.shape[0], b.shape[1]
+
+    def launch(start: int, stop: int, **lora: Any) -> None:
+        if start < stop:
+            x_scale, w_scale = scales or (None, None)
+            _launch(
+                x, weight[start:stop], y[:, start:stop],
+                bias=None if bias is None else bias[start:stop],
+                scales=None if scales is None else (x_scale, w_scale[start:stop]),
+                **lora,
+            )  # fmt: skip
+
+    taken, done = 0, 0
+    for t, (start, stop) in enumerate(_spans(rows) or [(0, N)]):
+        ranks, block = slice(t * rank, t * rank + rank), b[taken : taken + stop - start]
+        launch(done, start)
+        launch(start, stop, a=None if a is None else a[ranks], b=block, s=s[:, ranks], **options)
+        taken, done = taken + stop - start, stop
+    launch(done, N)
+
+
+def _launch(x, w, y, *, bias=None, a=None, b=None, s=None, scale=1.0, dropout=0.0, seed=None, scales=None, tma=None):
     """y [M, N] <- x w^T + bias + the low-rank part; x: [M, K], w: [N, K].
 
     With `a` that part is scale * drop(x) a^T b^T, and s, if it has rows, receives drop(x) a^T.
-    Without, it is drop'(s b^T).
+    Without, it is drop'(s b^T). scales: of the rows of x and of w, by which their product is multiplied.
     """
     (M, K), N = x.shape, w.shape[0]
     R = 1 if b is None else b.shape[1]
-    kind = "_fp32" if x.element_size() == 4 else "_masked" if dropout and a is None else ""
+    kind = {1: "_fp8", 4: "_fp32"}.get(x.element_size(), "_masked" if dropout and a is None else "")
     tiles = dict(tile(f"lora_linear{kind}", x.device))
     lora = "none" if b is None else "make" if a is not None else "given"
     transposed = w.stride(1) != 1 and w.stride(0) == 1
@@ -252,16 +280,17 @@ def _launch(x, w, y, *, bias=None, a=None, b=None, s=None, scale=1.0, dropout=0.
         tma = _has_tma(x.device) and _fits_tma(x) and _fits_tma(stored_w)
     blocks = triton.cdiv(M, tiles["BLOCK_M"]) * triton.cdiv(N, tiles["BLOCK_N"])
     a_, b_, s_ = (x if t is None else t for t in (a, b, s))
+    x_scale, w_scale = scales or (x, x)
     with torch.cuda.device_of(x):
         _lora_linear_kernel[(min(blocks, _num_programs(x.device)),)](
             _descriptor(x, x_block) if tma else x,
             _descriptor(stored_w, w_block) if tma else w,
-            x if bias is None else bias, a_, b_, s_, y, x if seed is None else seed,
+            x if bias is None else bias, a_, b_, s_, y, x if seed is None else seed, x_scale, w_scale,
             scale, *_drop_numbers(dropout),
             M, N, K, R,
             *x.stride(), *w.stride(), *a_.stride(), *b_.stride(), *s_.stride(), y.stride(0),
             LORA=lora, STORE_S=s is not None and s.shape[0] > 0, HAS_BIAS=bias is not None,
-            DROPOUT=dropout > 0, TMA=tma, W_TRANSPOSED=transposed, UPCAST_DOT=INTERPRET,
+            DROPOUT=dropout > 0, SCALED=scales is not None, TMA=tma, W_TRANSPOSED=transposed, UPCAST_DOT=INTERPRET,
             BLOCK_R=_block_r(R) if lora == "make" else min(_block_r(R), 32), **tiles,
         )  # fmt: skip
 
@@ -287,20 +316,8 @@ def _sweep(g, b, s, p, scale, dropout=0.0, seed=None):
     return q.sum(0) if s is not None else None
 
 
-def _project(x, a_t, scale, dropout, seed):
-    s = x.new_empty(x.shape[0], a_t.shape[1])
-    for r in range(0, a_t.shape[1], MAX_RANK):
-        here = slice(r, min(r + MAX_RANK, a_t.shape[1]))
-        _sweep(x, a_t[:, here], None, s[:, here], scale, dropout, seed)
-    return s
-
-
 def _spans(rows: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip(rows[::2], rows[1::2], strict=True))
-
-
-def _cut(bias: Tensor | None, start: int, stop: int) -> Tensor | None:
-    return None if bias is None else bias[start:stop]
 
 
 def _block_r(R: int) -> int:
