@@ -37,23 +37,27 @@ _LOWEST = tl.constexpr(-3.4e38)  # below any score, yet finite: -inf - -inf woul
 
 
 def sinkhorn_reference(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
-    """The specification, in the log domain, in fp32 or wider. Arguments as `sinkhorn`."""
-    log_q = scores.to(torch.promote_types(scores.dtype, torch.float32)) / epsilon
+    """The specification, in fp32 or wider. Arguments as `sinkhorn`."""
+    peak, total = _columns_reference(scores, epsilon)
+    share = -total.log()
     for _ in range(iterations - 1):
-        log_q = log_q.log_softmax(0).log_softmax(1)
-    return log_q.log_softmax(0).softmax(1)
+        share = share - _assign_reference(scores, epsilon, peak, share).sum(0).log()
+    return _assign_reference(scores, epsilon, peak, share)
 
 
 def _columns_reference(scores: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    if not len(scores):
-        peak = scores.new_full((scores.shape[1],), -math.inf, dtype=torch.float32)
-        return peak, torch.zeros_like(peak)
-    peak = scores.float().amax(0)
-    return peak, ((scores.float() - peak) / epsilon).exp().sum(0)
+    x = _wide(scores)
+    # a rank may be without rows
+    peak = x.amax(0) if len(x) else x.new_full((x.shape[1],), -math.inf)
+    return peak, ((x - peak) / epsilon).exp().sum(0)
 
 
 def _assign_reference(scores: Tensor, epsilon: float, peak: Tensor, share: Tensor) -> Tensor:
-    return ((scores.float() - peak) / epsilon + share).softmax(1)
+    return ((_wide(scores) - peak) / epsilon + share).softmax(1)
+
+
+def _wide(scores: Tensor) -> Tensor:
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
 @triton.jit
@@ -254,7 +258,7 @@ def _launch(
     resident = _resident_warps(scores.device)
     # a small problem is cut finer, so that more processors have a share of it
     size = min(max(B * block_k // resident * 16, tiles["SMALL_BLOCK"]), tiles["BLOCK"])
-    block_b = max(1, triton.next_power_of_2(size // block_k + 1) // 2)
+    block_b = min(max(1, triton.next_power_of_2(size // block_k + 1) // 2), triton.next_power_of_2(B))
     num_warps = min(max(block_b * block_k // 512, 1), 16)
     num_parts = min(triton.cdiv(B, block_b), resident // num_warps)
     fits = block_k >= K

@@ -24,6 +24,7 @@ from torch import Tensor
 
 GUARD_BYTES = 512  # a multiple of any alignment a kernel may count on
 POISON = 0xFF  # of every byte: NaN in each float format, fp8 included; -1 in the integers
+MIN_GROUPS = 8
 
 # condition (b): the largest relative RMS error, whatever eager does
 RMS_LIMIT = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
@@ -41,7 +42,8 @@ def assert_matches(
 
     (a) max error <= 2 x eager's + eps max|oracle|
     (b) relative RMS error <= 2 x eager's + eps / sqrt(12), and <= RMS_LIMIT
-    (c) mean error, signed and also toward or away from zero, within 3 standard errors + eps / 8 of zero
+    (c) mean error, signed and also toward or away from zero, within 3 standard errors + eps / 8 of zero, in a
+        matrix of at least 8 rows and 8 columns (fewer say nothing of a mean)
     The eps terms are what correct rounding costs where eager is exact; truncation has a mean error of 0.36 eps.
 
     eager: the plain computation in the same precision; None: an exact one, rounded, so only the floors count.
@@ -87,13 +89,11 @@ def assert_matches(
 
 
 def _standard_error(error: Tensor) -> float:
-    """Of the mean, where cells of one row, or of one column, may share their error."""
-    if error.numel() < 2:
+    """Of the mean, where cells of one row, or of one column, may share their error; infinite if they are too few."""
+    matrix = error.flatten(0, -2) if error.dim() > 1 else error[:, None].expand(-1, MIN_GROUPS)
+    if min(matrix.shape) < MIN_GROUPS:
         return math.inf
-    groupings = [error.flatten()]
-    if error.dim() > 1:
-        matrix = error.flatten(0, -2)
-        groupings += [means for means in (matrix.mean(1), matrix.mean(0)) if len(means) > 1]
+    groupings = (matrix.flatten(), matrix.mean(1), matrix.mean(0))
     return max(float(g.std()) / math.sqrt(len(g)) for g in groupings)
 
 
