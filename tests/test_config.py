@@ -82,7 +82,7 @@ def test_flags_override_the_file(tmp_path):
     [
         ("lora_rank = 3", r"unknown key 'lora_rank'; did you mean lora_r"),
         ("batchsize = 3", r"did you mean batch_size"),
-        ("zzzz = 3", r"the fields are model, data"),
+        ("zzzz = 3", r"the fields are model, arch"),
         ("lr = ", r"not valid TOML"),
     ],
 )

@@ -1,30 +1,32 @@
-"""A pretrained ViT from timm, a local folder or a hub, as one typed object."""
+"""A pretrained ViT from timm, a hub, a local folder or a checkpoint file, as one typed object."""
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import json
-from dataclasses import dataclass
-from pathlib import Path
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import timm
 import torch
 from timm.data.config import resolve_data_config
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from . import catalogue, weights
+from .config import BackboneConfig
 from .errors import ConfigError
 
-LOCAL, HUB = "local-dir:", "hf-hub:"
+log = logging.getLogger("upstep_fast")
 
 
 @dataclass(frozen=True)
 class Backbone:
     """A frozen ViT and what the rest needs to know of it."""
 
-    vit: VisionTransformer
+    vit: VisionTransformer | Eva
     name: str  # as the user gave it; goes into the adapter as base_model_name_or_path
     width: int  # D, of the features
     img_size: tuple[int, int]  # height, width in pixels
@@ -32,9 +34,11 @@ class Backbone:
     std: tuple[float, ...]
     interpolation: str  # of the evaluation transform
     crop_pct: float
+    arch: str = ""  # timm.create_model(arch, **model_args) builds the same model
+    model_args: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def blocks(self) -> nn.Sequential:
+    def blocks(self) -> nn.Sequential | nn.ModuleList:
         """The transformer blocks."""
         return self.vit.blocks
 
@@ -47,48 +51,86 @@ def features(vit: nn.Module, images: Tensor) -> Tensor:
     return vit.forward_head(vit.forward_features(images), pre_logits=True)  # type: ignore[operator]
 
 
-def load(name: str, *, img_size: int | None = None, pretrained: bool = True) -> Backbone:
+def load(
+    name: str,
+    *,
+    img_size: int | Sequence[int] | None = None,
+    pretrained: bool = True,
+    arch: str | None = None,
+    in_chans: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    min_matched: float = 0.99,
+) -> Backbone:
     """The model called `name`, frozen and in eval mode, on the CPU in fp32.
 
-    name: a timm name, local-dir:PATH or hf-hub:NAME. img_size: pixels; None keeps the model's own, another value
-    interpolates the position embeddings as timm does. Raises ConfigError for a name that is unknown, not a plain
-    ViT, or whose weights cannot be had.
+    name: a timm name, local-dir:PATH, hf-hub:NAME (of timm or transformers), or a checkpoint file, whose timm
+    architecture is `arch`. img_size: pixels, one number or height and width; None keeps the model's own, another value
+    interpolates the position embeddings as timm does. in_chans: channels of the images; the patch embedding is adapted
+    as timm does. mean, std: on a 0..1 scale, one for each channel or one for all. min_matched: smallest share of the
+    model's tensors that a checkpoint must fill. Raises ConfigError for a name that is unknown, not a plain ViT, or
+    whose weights cannot be had or do not fit.
     """
-    _check_name(name, pretrained)
-    options: dict[str, Any] = {"img_size": img_size} if img_size else {}
-    try:
-        with torch.random.fork_rng(devices=[]):  # timm draws weights before it loads them
-            vit: Any = timm.create_model(name, pretrained=pretrained, **options)
-    except TypeError as error:
-        raise ConfigError(
-            f"model: {name} is not a plain Vision Transformer ({error}); {_supported_hint(name)}"
-        ) from error
-    except Exception as error:  # timm, the hub and safetensors each raise their own kinds
-        raise ConfigError(f"model: cannot load {name}: {_first_line(error)}; {_cure(name)}") from error
+    options: dict[str, Any] = {}
+    if img_size is not None:
+        options["img_size"] = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if in_chans is not None:
+        options["in_chans"] = in_chans
+    source = catalogue.find(name, arch, pretrained=pretrained)
+    catalogue.check_arch(source.arch, name)
+    if source.checkpoint is None:
+        vit = _create(name, pretrained, options)
+    else:
+        vit = _create(source.arch, False, source.model_args | options)
+        if source.eps is not None:
+            _set_eps(vit, source.eps)
     reason = why_unsupported(vit)
     if reason:
-        raise ConfigError(f"model: {name} is not supported: {reason}; {_supported_hint(name)}")
+        raise ConfigError(f"model: {name} is not supported: {reason}; {catalogue.near(source.arch)}")
+    if source.checkpoint is not None and pretrained:
+        weights.fill(vit, weights.read(source.checkpoint), where=str(source.checkpoint), min_matched=min_matched)
+    size = tuple(vit.patch_embed.img_size)
+    _check_size(size, vit)
     vit.eval().requires_grad_(False)
     data = resolve_data_config({}, model=vit)
+    channels = vit.patch_embed.proj.in_channels
     return Backbone(
         vit=vit,
         name=name,
         width=vit.num_features,
-        img_size=tuple(vit.patch_embed.img_size),
-        mean=tuple(data["mean"]),
-        std=tuple(data["std"]),
+        img_size=size,
+        mean=_per_channel(data["mean"] if mean is None else mean, channels, "mean", given=mean is not None),
+        std=_per_channel(data["std"] if std is None else std, channels, "std", given=std is not None),
         interpolation=data["interpolation"],
         crop_pct=data["crop_pct"],
+        arch=source.arch,
+        model_args=source.model_args | {"img_size": list(size), "in_chans": channels, "num_classes": vit.num_classes},
+    )
+
+
+def load_from(config: BackboneConfig) -> Backbone:
+    """The model that a command's configuration names. Raises as `load` does."""
+    return load(
+        config.model,
+        img_size=config.img_size,
+        arch=config.arch,
+        in_chans=config.in_chans,
+        mean=config.mean,
+        std=config.std,
+        min_matched=config.min_matched,
     )
 
 
 def why_unsupported(model: nn.Module) -> str | None:
     """Why this model cannot be adapted here, or None if it can."""
-    if not isinstance(model, VisionTransformer):
+    if not isinstance(model, (VisionTransformer, Eva)):
         return f"it is a {type(model).__name__}, not a plain VisionTransformer of timm"
     for index, block in enumerate(model.blocks):
-        if not isinstance(getattr(getattr(block, "attn", None), "qkv", None), nn.Linear):
-            return f"block {index} has no fused attn.qkv matrix"
+        attention = getattr(block, "attn", None)
+        if not isinstance(getattr(attention, "qkv", None), nn.Linear) and not all(
+            isinstance(getattr(attention, f"{part}_proj", None), nn.Linear) for part in "qkv"
+        ):
+            return f"block {index} has no attention with a qkv matrix, or one each for q, k and v"
     if not isinstance(model.patch_embed.img_size, tuple):
         return "its input has no fixed size"
     return None
@@ -103,41 +145,43 @@ def fingerprint(vit: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _check_name(name: str, pretrained: bool) -> None:
-    if name.startswith(LOCAL):
-        folder = Path(name.removeprefix(LOCAL))
-        if not folder.is_dir():
-            raise ConfigError(f"model: no folder at {folder}; local-dir: wants config.json and model.safetensors in it")
-        try:
-            json.loads((folder / "config.json").read_text())
-        except OSError as error:
-            raise ConfigError(
-                f"model: {folder} has no readable config.json; save the model with timm's save_for_hf"
-            ) from error
-        except ValueError as error:
-            raise ConfigError(f"model: {folder}/config.json is not valid JSON: {error}") from error
-    elif not name.startswith(HUB):
-        architecture, _, tag = name.partition(".")
-        if not timm.is_model(architecture):
-            raise ConfigError(f"model: unknown model {name!r}; {_supported_hint(name)}")
-        if tag and pretrained and name not in timm.list_pretrained(f"{architecture}.*"):
-            tags = ", ".join(timm.list_pretrained(f"{architecture}.*")[:4]) or "none"
-            raise ConfigError(f"model: {architecture} has no weights tagged {tag!r}; it has {tags}")
+def _create(name: str, pretrained: bool, options: dict[str, Any]) -> Any:
+    try:
+        with torch.random.fork_rng(devices=[]):  # timm draws weights before it loads them
+            return timm.create_model(name, pretrained=pretrained, **options)
+    except TypeError as error:
+        raise ConfigError(
+            f"model: {name} is not a plain Vision Transformer ({catalogue.first_line(error)}); {catalogue.near(name)}"
+        ) from error
+    except Exception as error:  # timm, the hub and safetensors each raise their own kinds
+        raise ConfigError(
+            f"model: cannot load {name}: {catalogue.first_line(error)}; {catalogue.cure(name)}"
+        ) from error
 
 
-def _supported_hint(name: str) -> str:
-    stem = name.removeprefix(LOCAL).removeprefix(HUB).split("/")[-1].split(".")[0].lower()
-    known = timm.list_models(["vit_*", "deit_*", "deit3_*"])
-    near = difflib.get_close_matches(stem, known, n=3, cutoff=0.4) or ["vit_base_patch16_224"]
-    return f"near names: {', '.join(near)} (or local-dir:PATH)"
+def _check_size(size: tuple[int, ...], vit: Any) -> None:
+    rest = [s % p for s, p in zip(size, vit.patch_embed.patch_size, strict=True)]
+    if not any(rest):
+        return
+    text = f"img_size: {size[0]} x {size[1]} is not a multiple of the patch size {vit.patch_embed.patch_size[0]}"
+    if vit.dynamic_img_size and not vit.patch_embed.dynamic_img_pad:
+        raise ConfigError(f"{text}; take {size[0] - rest[0]} x {size[1] - rest[1]}")
+    log.warning("%s: the last %d rows and %d columns of pixels are not seen", text, *rest)
 
 
-def _cure(name: str) -> str:
-    if name.startswith(LOCAL):
-        return "check that model.safetensors is whole and belongs to config.json"
-    return "check the network or the cache (HF_HOME), or use local-dir:PATH with weights on disk"
+def _per_channel(values: Sequence[float], channels: int, name: str, *, given: bool) -> tuple[float, ...]:
+    """One value a channel. The model's own for other channels than these are unknown: their average stands in."""
+    values = tuple(float(v) for v in values)
+    if len(values) == channels:
+        return values
+    if len(values) == 1:
+        return values * channels
+    if given:
+        raise ConfigError(f"{name}: got {len(values)} values, the images have {channels} channels")
+    return (sum(values) / len(values),) * channels
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
+def _set_eps(vit: nn.Module, eps: float) -> None:
+    for module in vit.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = eps

@@ -17,15 +17,42 @@ LORA_TARGETS = ("q", "k", "v", "qkv", "proj", "fc1", "fc2")
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """Fields that every command with a model has."""
+class BackboneConfig:
+    """Which model, and how it is built."""
 
     model: str
-    """Pretrained ViT: a timm name, local-dir:PATH or hf-hub:NAME."""
+    """Pretrained ViT: a timm name, local-dir:PATH, hf-hub:NAME, or a checkpoint file with --arch."""
+    arch: str | None = dataclasses.field(default=None, kw_only=True)
+    """timm's name of a checkpoint file's architecture; `upstep-fast models` lists them."""
+    img_size: int | tuple[int, int] | None = dataclasses.field(default=None, kw_only=True)
+    """Input in pixels: the side, or height and width; None: the model's own. Positions are interpolated."""
+    in_chans: int | None = dataclasses.field(default=None, kw_only=True)
+    """Channels of the images, 1 to 16; None: the model's own. The patch embedding is adapted as timm does."""
+    mean: tuple[float, ...] | None = dataclasses.field(default=None, kw_only=True)
+    """Mean of the channels on a 0..1 scale, one each or one for all; None: the model's own."""
+    std: tuple[float, ...] | None = dataclasses.field(default=None, kw_only=True)
+    """Standard deviation of the channels, likewise."""
+    min_matched: float = dataclasses.field(default=0.99, kw_only=True)
+    """Smallest share of the model's tensors that a checkpoint file must fill."""
+
+    def __post_init__(self) -> None:
+        """Checks every field; raises ConfigError."""
+        for side in (self.img_size,) if isinstance(self.img_size, int) else self.img_size or ():
+            if side < 1:
+                raise ConfigError(f"img_size: got {side}, must be at least 1")
+        if self.in_chans is not None and not 1 <= self.in_chans <= 16:
+            raise ConfigError(f"in_chans: got {self.in_chans}, must lie in 1 to 16")
+        if any(value <= 0 for value in self.std or ()):
+            raise ConfigError(f"std: got {' '.join(map(str, self.std or ()))}, every value must be above 0")
+        _fraction(self, "min_matched")
+
+
+@dataclass(frozen=True)
+class ModelConfig(BackboneConfig):
+    """Fields that every command with a model and images has."""
+
     data: tuple[str, ...]
     """Images: folders (searched recursively, no labels needed), .tar files, text lists, or hf:NAME."""
-    img_size: int | None = None
-    """Side of the square input in pixels; None: the model's own. Position embeddings are interpolated."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N. auto: the GPU if there is one."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
@@ -50,6 +77,10 @@ class AdaptConfig(ModelConfig):
     """Folder for the adapter, metrics and configuration."""
     overwrite: bool = False
     """Replace an earlier run in a non-empty --out."""
+    resume: bool = False
+    """Go on from the newest checkpoint in --out; start from the beginning if there is none."""
+    checkpoint_every: int = 200
+    """Steps between two checkpoints, of which two are kept; a signal and the last step write one too."""
     method: Literal["upstep"] = "upstep"
     """How to adapt."""
 
@@ -136,12 +167,13 @@ class AdaptConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         """Checks every field. Raises ConfigError naming the field, its value and what is allowed."""
-        for name in ("batch_size", "lora_r", "head_hidden", "head_dim", "log_every", "max_skips"):
+        super().__post_init__()
+        for name in ("batch_size", "lora_r", "head_hidden", "head_dim", "log_every", "max_skips", "checkpoint_every"):
             _at_least(self, name, 1)
         _at_least(self, "prototypes", 2)
         _at_least(self, "sinkhorn_iterations", 1)
         _at_least(self, "batch_size", 2)
-        for name in ("steps", "img_size", "num_workers"):
+        for name in ("steps", "num_workers"):
             _at_least(self, name, 0 if name == "num_workers" else 1)
         for name in ("lr", "temperature", "epsilon"):
             _positive(self, name)
@@ -162,6 +194,8 @@ class AdaptConfig(ModelConfig):
             "crop_max",
         ):
             _fraction(self, name)
+        if self.resume and self.overwrite:
+            raise ConfigError("resume and overwrite: give one of them, not both")
         if self.steps is not None and self.epochs is not None:
             raise ConfigError("steps and epochs: give one of them, not both")
         unknown = [t for t in self.lora_targets if t not in LORA_TARGETS]
@@ -196,6 +230,7 @@ class EvalConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         """Checks every field; raises ConfigError."""
+        super().__post_init__()
         _at_least(self, "k", 1)
         _at_least(self, "batch_size", 1)
         _fraction(self, "max_bad_fraction")
@@ -218,6 +253,7 @@ class EmbedConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         """Checks every field; raises ConfigError."""
+        super().__post_init__()
         _at_least(self, "batch_size", 1)
         _fraction(self, "max_bad_fraction")
         if self.ensemble and self.adapter is None:

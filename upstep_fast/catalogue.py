@@ -1,0 +1,145 @@
+"""Which models there are: the names that can be adapted, and where a model's architecture and weights lie."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models import is_model_in_modules
+
+from . import hf_config, weights
+from .errors import ConfigError
+
+LOCAL, HUB = "local-dir:", "hf-hub:"
+MODULES = ("vision_transformer", "deit", "eva")  # of timm, whose models are plain ViTs
+PARALLEL = ("*_18x2_*", "*_xp_*", "vit_dpwee_*")  # of these, the ones whose blocks are not attention then MLP
+
+
+@dataclass(frozen=True)
+class Source:
+    """What builds and fills a model."""
+
+    arch: str  # timm.create_model(arch, **model_args)
+    model_args: dict[str, Any] = field(default_factory=dict)
+    checkpoint: Path | None = None  # a file or folder for weights.fill; None: timm loads the weights itself
+    eps: float | None = None  # of every LayerNorm, where a transformers configuration sets it
+
+
+def names(pattern: str = "*") -> list[tuple[str, str]]:
+    """The timm architectures that can be adapted, each with its kind; `pattern` is a part of a name or a glob."""
+    glob = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
+    found = []
+    for name in timm.list_models(glob):
+        if is_model_in_modules(name, MODULES) and not any(fnmatch(name, p) for p in PARALLEL):
+            found.append((name, "rotary" if is_model_in_modules(name, "eva") else "plain"))
+    return found
+
+
+def find(name: str, arch: str | None = None, *, pretrained: bool = True) -> Source:
+    """Where the model called `name` is; `arch` is the architecture of a checkpoint. Raises ConfigError."""
+    if name.startswith(LOCAL):
+        folder = Path(name.removeprefix(LOCAL))
+        if not folder.is_dir():
+            raise ConfigError(f"model: no folder at {folder}; local-dir: wants config.json and model.safetensors in it")
+        if arch is not None:
+            return Source(arch, checkpoint=folder)
+        return _from_config(_read_config(folder), folder, lambda: folder)
+    if name.startswith(HUB):
+        config, fetch = _hub(name)
+        if arch is not None:
+            return Source(arch, checkpoint=fetch())
+        return _from_config(config, name, fetch)
+    if Path(name).suffix in weights.SUFFIXES:
+        if arch is None:
+            raise ConfigError(
+                f"model: {name} is a checkpoint file; name its architecture with --arch, e.g. --arch "
+                "vit_base_patch16_224 (upstep-fast models lists them)"
+            )
+        if not Path(name).is_file():
+            raise ConfigError(f"model: no file at {name}")
+        return Source(arch, checkpoint=Path(name))
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        raise ConfigError(f"model: unknown model {name!r}; {near(name)}")
+    if arch is not None and arch != architecture:
+        raise ConfigError(f"arch: {arch} is not what {name} names; --arch is for checkpoint files")
+    if tag and pretrained and name not in timm.list_pretrained(f"{architecture}.*"):
+        tags = ", ".join(timm.list_pretrained(f"{architecture}.*")[:4]) or "none"
+        raise ConfigError(f"model: {architecture} has no weights tagged {tag!r}; it has {tags}")
+    return Source(architecture)
+
+
+def _from_config(config: dict[str, Any], where: Path | str, fetch: Callable[[], Path]) -> Source:
+    if isinstance(config.get("architecture"), str):
+        return Source(config["architecture"].partition(".")[0], dict(config.get("model_args") or {}))
+    arch, model_args = hf_config.timm_args(config, str(where))
+    return Source(arch, model_args, fetch(), config.get("layer_norm_eps"))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except OSError as error:
+        raise ConfigError(
+            f"model: {folder} has no readable config.json; save the model with timm's save_for_hf, or add --arch NAME"
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"model: {folder}/config.json is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"model: {folder}/config.json holds no object")
+    return config
+
+
+def _hub(name: str) -> tuple[dict[str, Any], Callable[[], Path]]:
+    """config.json of a hub repository, from the cache or the network, and what fetches its weights."""
+    from huggingface_hub import hf_hub_download
+
+    repository, _, revision = name.removeprefix(HUB).partition("@")
+
+    def get(file: str) -> Path:
+        try:
+            return Path(hf_hub_download(repository, file, revision=revision or None))
+        except Exception as error:  # the hub's own kinds, the network's, the file system's
+            raise ConfigError(f"model: cannot load {name}: {first_line(error)}; {cure(name)}") from error
+
+    return _read_config(get("config.json").parent), lambda: get("model.safetensors")
+
+
+def check_arch(arch: str, name: str) -> None:
+    """Refuses other families by name, before any weights are fetched."""
+    stem = arch.partition(".")[0]
+    if not timm.is_model(stem):
+        raise ConfigError(f"arch: unknown architecture {arch!r}; {near(arch)}")
+    if not is_model_in_modules(stem, MODULES):
+        family = timm.models.model_entrypoint(stem).__annotations__.get("return")
+        kind = getattr(family, "__name__", str(family))
+        raise ConfigError(f"model: {name} is a {kind}, not a plain Vision Transformer; {near(arch)}")
+    if any(fnmatch(stem, pattern) for pattern in PARALLEL):
+        raise ConfigError(f"model: {name} has attention and MLP in parallel, which is not supported; {near(arch)}")
+
+
+def near(name: str) -> str:
+    """The cure for a wrong name: those nearest to it."""
+    stem = name.removeprefix(LOCAL).removeprefix(HUB).split("/")[-1].split(".")[0].lower()
+    known = timm.list_models(["vit_*", "deit_*", "deit3_*"])
+    close = difflib.get_close_matches(stem, known, n=3, cutoff=0.4) or ["vit_base_patch16_224"]
+    return f"near names: {', '.join(close)} (or local-dir:PATH)"
+
+
+def cure(name: str) -> str:
+    """The cure for weights that cannot be had."""
+    if name.startswith(LOCAL):
+        return "check that model.safetensors is whole and belongs to config.json"
+    return "check the network or the cache (HF_HOME), or use local-dir:PATH with weights on disk"
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, in one line."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]
