@@ -56,6 +56,10 @@ class ViewParams:
     sigma: np.ndarray  # of the blur, pixels; 0: none
     solarize: np.ndarray  # bool
 
+    def take(self, which: slice | np.ndarray) -> ViewParams:
+        """A part of the views."""
+        return ViewParams(*(getattr(self, field.name)[which] for field in dataclasses.fields(self)))
+
 
 def draw_params(
     config: ViewConfig,
@@ -130,13 +134,11 @@ def random_views(
     )
     count = views * len(images)
     out = torch.empty(count, channels, config.height, config.width, device=device)
-    dense = device.type != "cpu" or int((heights * widths).max()) <= MATMUL_PIXELS
     per_view = 4 * channels * config.height * config.width
     step = max(1, CHUNK_BYTES // per_view) if device.type == "cpu" else max(1, (256 << 20) // per_view)
     for start in range(0, count, step):
-        part = ViewParams(*(getattr(params, f.name)[start : start + step] for f in dataclasses.fields(params)))
-        x = _resize_dense(images, part, config, device) if dense else _resize_each(images, part, config)
-        x = _recolour(x, part, config)
+        part = params.take(slice(start, start + step))
+        x = _recolour(_resize(images, part, config, device), part, config)
         _normalise(x, config, out[start : start + step])
     return out.view(views, len(images), channels, config.height, config.width)
 
@@ -163,8 +165,24 @@ def _crops(config: ViewConfig, heights: np.ndarray, widths: np.ndarray, u: np.nd
     return tuple(a.astype(np.int64) for a in (top, left, h, w))
 
 
+def _resize(images: Sequence[Tensor], p: ViewParams, config: ViewConfig, device: torch.device) -> Tensor:
+    """W_y x W_x^T for a part of the views: [n, C, H_out, W_out] in 0..1.
+
+    Which way an image takes depends on its own size alone, or a view would change with its neighbours.
+    """
+    large = np.array([images[i].shape[1] * images[i].shape[2] > MATMUL_PIXELS for i in p.image])
+    if device.type != "cpu" or not large.any():
+        return _resize_dense(images, p, config, device)
+    if large.all():
+        return _resize_each(images, p, config)
+    x = torch.empty(len(large), images[0].shape[0], config.height, config.width)
+    x[torch.from_numpy(large)] = _resize_each(images, p.take(large), config)
+    x[torch.from_numpy(~large)] = _resize_dense(images, p.take(~large), config, device)
+    return x
+
+
 def _resize_dense(images: Sequence[Tensor], p: ViewParams, config: ViewConfig, device: torch.device) -> Tensor:
-    """W_y x W_x^T for a part of the views: [n, C, H_out, W_out] in 0..1. Images are padded to the largest."""
+    """By two batched products; images are padded to the largest."""
     chosen = [images[i] for i in p.image]
     channels, tall, wide = chosen[0].shape[0], max(i.shape[1] for i in chosen), max(i.shape[2] for i in chosen)
     if all(image.shape[1:] == (tall, wide) for image in chosen):
@@ -190,7 +208,7 @@ def _resize_dense(images: Sequence[Tensor], p: ViewParams, config: ViewConfig, d
 
 
 def _resize_each(images: Sequence[Tensor], p: ViewParams, config: ViewConfig) -> Tensor:
-    """The same by torch's sparse uint8 filter, one view at a time; values are rounded to 1/255."""
+    """By torch's sparse uint8 filter, one view at a time; values are rounded to 1/255."""
     size = (config.height, config.width)
     x = torch.empty(len(p.image), images[0].shape[0], *size, dtype=torch.uint8)
     for n, place in enumerate(x):

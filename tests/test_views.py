@@ -1,0 +1,300 @@
+"""Views: each operation against torchvision's v2, the drawn parameters against its distributions, and repeatability."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tv
+
+from upstep_fast.data import colour, views
+from upstep_fast.data.random import uniform, uniform_array
+from upstep_fast.data.recipe import PRESETS, ViewConfig
+from upstep_fast.data.resize import resize_weights
+from upstep_fast.data.views import draw_params, random_views
+from upstep_fast.errors import ConfigError
+
+SIZES = [(64, 64), (50, 80), (10, 7), (100, 33), (1, 1), (1, 300), (300, 1), (120, 200)]
+PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+STILL = ViewConfig(**{**dataclasses.asdict(PRESETS["none"]), **PLAIN})  # nothing but the crop
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def pictures() -> list[torch.Tensor]:
+    return [noise(3, h, w, seed=i) for i, (h, w) in enumerate(SIZES)]
+
+
+def drawn(config: ViewConfig, images: list[torch.Tensor], **key) -> views.ViewParams:
+    heights, widths = (np.array([i.shape[axis] for i in images]) for axis in (1, 2))
+    key = {"seed": 0, "epoch": 0, "indices": np.arange(len(images)), "views": 2} | key
+    return draw_params(config, heights, widths, **key)
+
+
+def torchvision_view(image: torch.Tensor, p: views.ViewParams, n: int, config: ViewConfig) -> torch.Tensor:
+    """What torchvision makes of the same geometry, uint8."""
+    box = [int(a[n]) for a in (p.top, p.left, p.height, p.width)]
+    mode = v2.InterpolationMode(config.interpolation)
+    view = tv.resized_crop(image, *box, [config.height, config.width], interpolation=mode, antialias=True)
+    view = tv.vertical_flip(view) if p.flip_y[n] else view
+    view = tv.horizontal_flip(view) if p.flip_x[n] else view
+    return view.transpose(1, 2) if p.transpose[n] else view
+
+
+@pytest.mark.parametrize("dense", [True, False], ids=["matmul", "one by one"])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(48, 48), (31, 57), (3, 200)])
+def test_crop_and_resize_are_torchvisions(monkeypatch, size, interpolation, dense):
+    monkeypatch.setattr(views, "MATMUL_PIXELS", 10**9 if dense else 0)
+    turns = {"rotate90": 0.75} if size[0] == size[1] else {}
+    config = dataclasses.replace(
+        STILL, size=size, interpolation=interpolation, crop_scale=(0.05, 1.0), crop_ratio=(0.5, 2.0), flip=0.5,
+        vertical_flip=0.5, **turns,
+    )  # fmt: skip
+    images = pictures()
+    params = drawn(config, images, views=4)
+    got = random_views(images, config, seed=0, epoch=0, indices=range(len(images)), views=4).flatten(0, 1)
+    for n, image in enumerate(params.image):
+        want = torchvision_view(images[image], params, n, config)
+        assert (got[n] * 255 - want).abs().max() <= 2, (SIZES[image], n)
+
+
+def test_resize_weights_are_a_partition_of_one():
+    for interpolation in ("bilinear", "bicubic"):
+        start, length = torch.tensor([0.0, 3.0, 10.0]), torch.tensor([20.0, 5.0, 1.0])
+        weights = resize_weights(start, length, 20, 7, interpolation)
+        assert torch.allclose(weights.sum(-1), torch.ones(3, 7), atol=1e-6)
+        assert weights[1, :, :3].eq(0).all() and weights[1, :, 8:].eq(0).all()
+        assert torch.equal(weights[2, :, 10], torch.ones(7))
+        flipped = resize_weights(start, length, 20, 7, interpolation, torch.ones(3, dtype=torch.bool))
+        assert torch.allclose(flipped, weights.flip(1), atol=1e-6)
+
+
+def test_quarter_turns_are_torchs():
+    """All four turns appear, each equally often, and are those of torch.rot90."""
+    image = noise(3, 8, 8)
+    config = dataclasses.replace(STILL, size=8, rotate90=0.75)
+    got = random_views([image] * 400, config, seed=0, epoch=0, indices=range(400), views=1)[0]
+    turned = torch.stack([image.rot90(k, (1, 2)) for k in range(4)]) / 255
+    same = (got[:, None] - turned).abs().amax((2, 3, 4)) < 1e-5
+    assert same.any(1).all()
+    assert (same.float().mean(0) - 0.25).abs().max() < 4 * math.sqrt(0.25 * 0.75 / 400)
+
+
+OPERATIONS = {
+    "brightness": (colour.brightness, tv.adjust_brightness, [0.0, 0.6, 1.0, 1.7]),
+    "contrast": (colour.contrast, tv.adjust_contrast, [0.0, 0.6, 1.0, 1.7]),
+    "saturation": (colour.saturation, tv.adjust_saturation, [0.0, 0.6, 1.0, 3.0]),
+    "hue": (colour.hue, tv.adjust_hue, [-0.5, -0.13, 0.0, 0.2, 0.5]),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("channels", [3, 1])
+def test_jitter_is_torchvisions(name, channels):
+    ours, theirs, factors = OPERATIONS[name]
+    image = torch.cat([noise(channels, 20, 30), torch.full((channels, 1, 30), 77, dtype=torch.uint8)], 1)
+    image[:, 0] = 255
+    batch = (image / 255)[None].repeat(len(factors), 1, 1, 1)
+    got = ours(batch.clone(), torch.tensor(factors))
+    for n, factor in enumerate(factors):
+        want = theirs(image / 255, factor)
+        assert (got[n] - want).abs().max() < 1e-5, factor
+        # on uint8 torchvision cuts fractions off after each step
+        assert (got[n] * 255 - theirs(image, factor)).abs().max() <= 2, factor
+
+
+def test_grey_solarize_and_blur_are_torchvisions():
+    image = noise(3, 41, 30) / 255
+    batch = image[None].repeat(3, 1, 1, 1)
+    assert (colour.grey(batch)[1] - tv.rgb_to_grayscale(image)).abs().max() < 1e-6
+    assert torch.equal(colour.solarize(batch)[2], tv.solarize(image, 128 / 255))
+    sigmas = [0.1, 1.0, 3.0]
+    got = colour.blur(batch, torch.tensor(sigmas), (7, 5))
+    for n, sigma in enumerate(sigmas):
+        assert (got[n] - tv.gaussian_blur(image, [5, 7], [sigma, sigma])).abs().max() < 1e-5
+    assert [colour.blur_kernel_size(s) for s in (8, 64, 224)] == [3, 7, 23]
+
+
+def test_the_whole_pipeline_is_the_steps_in_order():
+    config = ViewConfig(size=32, hue=0.1, blur=0.5, solarize=0.3, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    images = pictures()
+    p = drawn(config, images)
+    got = random_views(images, config, seed=0, epoch=0, indices=range(len(images)), views=2).flatten(0, 1)
+    for n, image in enumerate(p.image):
+        x = torchvision_view(images[image], p, n, config) / 255
+        for name, (_, theirs, _) in OPERATIONS.items():
+            x = theirs(x, float(getattr(p, name)[n]))
+        x = tv.rgb_to_grayscale(x, 3) if p.grey[n] else x
+        x = tv.gaussian_blur(x, [3, 3], [float(p.sigma[n])] * 2) if p.sigma[n] else x
+        if p.solarize[n]:  # a jump: pixels within rounding of the threshold may fall on either side
+            x = torch.where((x - 128 / 255).abs() < 4 / 255, float("nan"), tv.solarize(x, 128 / 255))
+        want = tv.normalize(x, list(config.mean), list(config.std))
+        error = ((got[n] - want) * torch.tensor(config.std)[:, None, None] * 255).abs()
+        # a rounding of the resize, magnified by the factors that follow it; hue magnifies it where colours are pale
+        assert error[~error.isnan()].quantile(0.99) <= 4 and error.nan_to_num().mean() < 1.5, n
+
+
+# the random numbers
+
+
+def test_arrays_and_numbers_are_drawn_alike():
+    index, slot = np.array([[0], [7], [2**40]]), np.arange(5)
+    got = uniform_array(3, 11, index, 1, slot)
+    want = [[uniform(3, 11, int(i), 1, int(s)) for s in slot] for i in index[:, 0]]
+    assert got.tolist() == want
+    assert uniform_array(-1, np.array([2])).tolist() == [uniform(-1, 2)]
+
+
+def test_uniforms_are_uniform_and_independent():
+    u = uniform_array(0, 0, np.arange(4000)[:, None], 0, np.arange(views.SLOTS))
+    assert abs(u.mean() - 0.5) < 4 * math.sqrt(1 / 12 / u.size) and u.min() >= 0 and u.max() < 1
+    counts = np.histogram(u, bins=64, range=(0, 1))[0]
+    chi2 = ((counts - u.size / 64) ** 2 / (u.size / 64)).sum()
+    assert chi2 < 63 + 5 * math.sqrt(2 * 63)
+    correlation = np.corrcoef(u.T) - np.eye(u.shape[1])
+    assert np.abs(correlation).max() < 5 / math.sqrt(len(u))
+    for key in ((1, 0, 0), (0, 1, 0), (0, 0, 1)):  # another seed, epoch or view is another draw
+        other = uniform_array(key[0], key[1], np.arange(4000)[:, None], key[2], np.arange(views.SLOTS))
+        assert abs(np.corrcoef(u.ravel(), other.ravel())[0, 1]) < 5 / math.sqrt(u.size)
+
+
+@pytest.mark.parametrize(("height", "width"), [(300, 400), (64, 64), (100, 1000), (1000, 100)])
+def test_crops_have_torchvisions_distribution(height, width):
+    count = 4000
+    config = ViewConfig()
+    images = np.full(count, height), np.full(count, width)
+    p = draw_params(config, *images, seed=0, epoch=0, indices=np.arange(count), views=1)
+    torch.manual_seed(0)
+    crop = v2.RandomResizedCrop(8, scale=config.crop_scale, ratio=config.crop_ratio)
+    blank = torch.empty(3, height, width, dtype=torch.uint8)
+    theirs = [crop.make_params([blank]) for _ in range(count)]
+    for name in ("top", "left", "height", "width"):
+        ours, other = getattr(p, name), np.array([t[name] for t in theirs])
+        for power in (1, 2):
+            a, b = (ours / height) ** power, (other / height) ** power
+            error = math.sqrt((a.var() + b.var()) / count) + 1e-9
+            assert abs(a.mean() - b.mean()) < 4.5 * error, (name, power)
+    assert (p.top >= 0).all() and (p.top + p.height <= height).all() and (p.left + p.width <= width).all()
+
+
+def test_views_have_the_moments_of_torchvisions_pipeline():
+    """Mean and mean square over many views of a few images, of pixels at the corners, the edges and the middle."""
+    config = ViewConfig(size=16, **PLAIN)
+    base = [torch.nn.functional.interpolate(noise(1, 3, 6, 8, seed=i).float(), (48, 64))[0].byte() for i in range(4)]
+    count = 1500
+    jitter = (config.brightness, config.contrast, config.saturation)
+    pipeline = v2.Compose(
+        [
+            v2.RandomResizedCrop(16, scale=config.crop_scale, ratio=config.crop_ratio, antialias=True),
+            v2.RandomHorizontalFlip(config.flip),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.ColorJitter(*jitter),
+            v2.RandomGrayscale(config.grey),
+        ]
+    )
+    torch.manual_seed(0)
+    for image in base:
+        theirs = torch.stack([pipeline(image) for _ in range(count)])
+        ours = random_views([image] * count, config, seed=0, epoch=0, indices=range(count), views=1)[0]
+        for statistic in (lambda x: x, lambda x: x**2):
+            a, b = (statistic(x)[:, :, [0, 8, 15]][..., [0, 8, 15]].flatten(1) for x in (ours, theirs))
+            error = ((a.var(0) + b.var(0)) / count).sqrt()
+            assert ((a.mean(0) - b.mean(0)).abs() < 4.5 * error).all()
+        spread = (ours.amax(1) - ours.amin(1)).flatten(1).amax(1)
+        assert abs((spread < 1e-5).float().mean() - config.grey) < 4.5 * math.sqrt(0.16 / count)
+
+
+# repeatability and shape
+
+
+def test_a_batch_can_be_made_again_and_a_sample_alone():
+    images, config = pictures(), ViewConfig(size=24, blur=0.5, solarize=0.5, hue=0.1)
+    indices = [50, 3, 2**33, 7, 0, 1, 12, 9]
+    first = random_views(images, config, seed=5, epoch=2, indices=indices, views=3)
+    assert torch.equal(first, random_views(images, config, seed=5, epoch=2, indices=indices, views=3))
+    alone = random_views(images[3:4], config, seed=5, epoch=2, indices=[7], views=3)
+    # the same parameters; padding may change how a product is summed
+    assert (alone[:, 0] - first[:, 3]).abs().max() < 1e-4
+    for change in ({"seed": 6}, {"epoch": 3}, {"indices": [i + 100 for i in indices]}):
+        key = {"seed": 5, "epoch": 2, "indices": indices} | change
+        assert not torch.equal(first, random_views(images, config, views=3, **key))
+    assert not torch.equal(first[0], first[1])
+
+
+def test_more_views_leave_the_first_ones_alone():
+    images, config = pictures(), ViewConfig(size=16)
+    two, five = (random_views(images, config, seed=0, epoch=0, indices=range(8), views=v) for v in (2, 5))
+    assert (two - five[:2]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_other_numbers_of_channels(channels):
+    config = ViewConfig(size=(12, 20), blur=1.0, hue=0.1, mean=(0.5,) * channels, std=(0.2,) * channels)
+    got = random_views([noise(channels, 30, 40)] * 2, config, seed=0, epoch=0, indices=[0, 1], views=2)
+    assert got.shape == (2, 2, channels, 12, 20) and got.isfinite().all()
+    with pytest.raises(ValueError, match="mean and std have 3"):
+        random_views([noise(channels, 4, 4)], ViewConfig(), seed=0, epoch=0, indices=[0])
+
+
+def test_constant_images_stay_finite():
+    config = ViewConfig(size=8, hue=0.5, blur=1.0, solarize=0.5)
+    for value in (0, 128, 255):
+        image = torch.full((3, 9, 9), value, dtype=torch.uint8)
+        assert random_views([image], config, seed=0, epoch=0, indices=[0]).isfinite().all()
+
+
+def test_none_is_the_normalised_middle():
+    image = noise(3, 20, 20)
+    got = random_views([image], dataclasses.replace(PRESETS["none"], size=20), seed=0, epoch=0, indices=[0], views=2)
+    want = tv.normalize(image / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    assert (got - want).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_run(name):
+    config = dataclasses.replace(PRESETS[name], size=16)
+    assert random_views(pictures(), config, seed=0, epoch=0, indices=range(8)).isfinite().all()
+
+
+def test_the_default_is_the_recipe_of_the_prototype():
+    config = PRESETS["natural"]
+    assert (config.crop_scale, config.crop_ratio, config.interpolation) == ((0.25, 1.0), (3 / 4, 4 / 3), "bilinear")
+    assert (config.flip, config.brightness, config.contrast, config.saturation) == (0.5, 0.4, 0.4, 0.2)
+    assert (config.grey, config.hue, config.blur, config.solarize, config.rotate90) == (0.2, 0.0, 0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("flip", 1.5), ("grey", -0.1), ("brightness", -1), ("hue", 0.6), ("crop_scale", (0.5, 0.2)),
+        ("crop_scale", (0.0, 1.0)), ("crop_scale", (0.5, 1.5)), ("crop_ratio", (2.0, 1.0)), ("blur_sigma", (0.0, 1.0)),
+        ("interpolation", "nearest"), ("blur", float("nan")),
+    ],
+)  # fmt: skip
+def test_wrong_values_are_named(field, value):
+    with pytest.raises(ConfigError, match=field):
+        ViewConfig(**{field: value})
+
+
+def test_quarter_turns_need_square_views():
+    with pytest.raises(ConfigError, match="rotate90"):
+        ViewConfig(size=(8, 9), rotate90=0.5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_the_gpu_makes_the_same_views(interpolation):
+    config = ViewConfig(size=32, interpolation=interpolation, hue=0.1, blur=0.5, rotate90=0.5)
+    images = pictures()
+    key = {"seed": 1, "epoch": 4, "indices": range(len(images)), "views": 2}
+    want = random_views(images, config, **key)
+    got = random_views(images, config, **key, device="cuda")
+    error = (got.cpu() - want).abs() * torch.tensor(config.std)[:, None, None] * 255
+    assert error.quantile(0.999) <= 2 and error.mean() < 0.5
