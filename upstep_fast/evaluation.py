@@ -71,7 +71,7 @@ def evaluate(
 def run(config: EvalConfig) -> dict[str, Any]:
     """As `evaluate`; writes config.json if given. Raises UpstepError."""
     compute = resolve(config.device, config.precision)
-    models = load_models(config.model, config.adapter, config.img_size)
+    models = load_models(config)
     result: dict[str, Any] = {}
     train, test = _train_and_test(config.data, models, config, compute)
     names = ("base",) if config.adapter is None else ("base", "adapted", "ensemble")
@@ -107,19 +107,19 @@ def run_embed(config: EmbedConfig) -> Path:
         raise ConfigError(f"out: no folder {out.parent}")
     compute = resolve(config.device, config.precision)
     source = open_source(config.data)
-    models = load_models(config.model, config.adapter, config.img_size)
+    models = load_models(config)
     x, read = extract(source, models, config, compute)
     kind = "ensemble" if config.ensemble else "adapted" if config.adapter else "base"
     writers[out.suffix](out, x[kind], [source.name(i) for i in read])
     return out
 
 
-def load_models(model: str, adapter: str | None, img_size: int | None) -> dict[str, Backbone]:
+def load_models(config: EvalConfig | EmbedConfig) -> dict[str, Backbone]:
     """{"base": ..., "adapted": ...}, the second only with an adapter."""
-    models = {"base": backbones.load(model, img_size=img_size)}
-    if adapter is not None:
-        adapted = backbones.load(model, img_size=img_size)
-        lora.attach(adapted.vit, adapter)
+    models = {"base": backbones.load_from(config)}
+    if config.adapter is not None:
+        adapted = backbones.load_from(config)
+        lora.attach(adapted.vit, config.adapter)
         lora.merge(adapted.vit)
         models["adapted"] = adapted
     return models

@@ -66,7 +66,7 @@ def timm_args(config: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any
     )
 
 
-def describe(vit: nn.Module) -> dict[str, Any]:
+def describe(vit: Any) -> dict[str, Any]:
     """The transformers configuration of a timm ViT. Raises ConfigError naming what transformers cannot express."""
     reason = _why_not(vit)
     if reason:
@@ -151,10 +151,11 @@ def _why_not(vit: Any) -> str | None:
             return "registers without LayerScale"
         if not isinstance(block.attn.q_norm, nn.Identity) or not isinstance(vit.norm_pre, nn.Identity):
             return "query and key norms or a norm before the blocks"
+    hidden = block.mlp.fc2.in_features
     if isinstance(block.mlp, GluMlp):
         if not hasattr(block, "ls1") or not hasattr(block.ls1, "gamma") or not isinstance(block.mlp.norm, nn.Identity):
             return "a packed SwiGLU without LayerScale"
-        if block.mlp.fc2.in_features % 8:
+        if hidden % 8:
             return "a SwiGLU whose width is not a multiple of 8"
     elif not isinstance(block.mlp, SwiGLU) and type(block.mlp.act).__name__ not in _CLASSES:
         return f"activation {type(block.mlp.act).__name__}"

@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from .backbone import load
@@ -85,26 +86,46 @@ class LoraSpec:
 
 
 def inject(vit: nn.Module, spec: LoraSpec) -> dict[str, LoraLinear]:
-    """Puts fresh adapters on every block of `vit`, in place. Returns them by module name ("blocks.0.attn.qkv")."""
-    places: list[tuple[str, tuple[int, ...], int]] = [
-        (_HOME[target], (0,), 1) for target in spec.targets if target in _HOME
-    ]
-    parts = tuple(sorted(_QKV[t] for t in spec.targets if t in _QKV))
-    if parts:
-        places.insert(0, ("attn.qkv", parts, 3))
-    elif "qkv" in spec.targets:
-        places.insert(0, ("attn.qkv", (0,), 1))
-    adapters = {}
-    for index in range(len(vit.blocks)):  # type: ignore[arg-type]
-        for place, parts, num_parts in places:
+    """Puts fresh adapters on every block of `vit`, in place. Returns them by module name ("blocks.0.attn.qkv").
+
+    Raises ConfigError, before anything is changed, for a target that the blocks do not have.
+    """
+    places = []
+    for index, block in enumerate(vit.blocks):  # type: ignore[arg-type]
+        for place, parts, num_parts in _places(block, spec.targets):
             name = f"blocks.{index}.{place}"
-            base = vit.get_submodule(name)
+            base = dict(block.named_modules()).get(place)
             if not isinstance(base, nn.Linear):
-                raise ConfigError(f"lora_targets: {name} is a {type(base).__name__}, not a Linear; leave it out")
-            adapter = LoraLinear(base, r=spec.r, scale=spec.alpha / spec.r, parts=parts, num_parts=num_parts)
-            vit.set_submodule(name, adapter)
-            adapters[name] = adapter
+                kind = f"is a {type(base).__name__}, not a Linear" if base is not None else "is not in this model"
+                raise ConfigError(f"lora_targets: {name} {kind}; leave it out")
+            places.append((name, base, parts, num_parts))
+    adapters = {}
+    for name, base, parts, num_parts in places:
+        adapters[name] = LoraLinear(base, r=spec.r, scale=spec.alpha / spec.r, parts=parts, num_parts=num_parts)
+        vit.set_submodule(name, adapters[name])
+    _call_qkv(vit)
     return adapters
+
+
+def _places(block: nn.Module, targets: Sequence[str]) -> list[tuple[str, tuple[int, ...], int]]:
+    """The matrices that get an adapter: name in the block, the parts of its rows, and how many parts there are."""
+    split = getattr(block.attn, "qkv", None) is None  # timm's EVA-02 has a matrix each for q, k and v
+    parts = tuple(sorted(_QKV[t] for t in targets if t in _QKV))
+    found: list[tuple[str, tuple[int, ...], int]] = []
+    if parts and split:
+        found += [(f"attn.{'qkv'[part]}_proj", (0,), 1) for part in parts]
+    elif parts:
+        found.append(("attn.qkv", parts, 3))
+    elif "qkv" in targets:
+        found.append(("attn.qkv", (0,), 1))
+    return found + [(_HOME[target], (0,), 1) for target in targets if target in _HOME]
+
+
+def _call_qkv(vit: nn.Module) -> None:
+    """timm's Eva with biases for q and v reads qkv.weight itself, past any adapter; this makes it call the module."""
+    for module in vit.modules():
+        if getattr(module, "q_bias", None) is not None:
+            module.qkv_bias_separate = True  # type: ignore[assignment]
 
 
 def find(vit: nn.Module) -> dict[str, LoraLinear]:
@@ -128,6 +149,12 @@ def save(folder: str | Path, adapters: Mapping[str, LoraLinear], base_model: str
     """Writes adapter_config.json and adapter_model.safetensors, each replaced whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for name, data in to_files(adapters, base_model).items():
+        _replace(folder / name, data)
+
+
+def to_files(adapters: Mapping[str, LoraLinear], base_model: str) -> dict[str, bytes]:
+    """The two files of an adapter in PEFT's format, by name."""
     tensors, ranks, alphas = {}, {}, {}
     for name, adapter in adapters.items():
         a, b = adapter.as_one()
@@ -153,8 +180,10 @@ def save(folder: str | Path, adapters: Mapping[str, LoraLinear], base_model: str
         "task_type": None,
         "inference_mode": True,
     }
-    _replace(folder / WEIGHTS, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
-    _replace(folder / CONFIG, lambda temporary: temporary.write_text(json.dumps(config, indent=2) + "\n"))
+    return {
+        WEIGHTS: to_bytes(tensors, metadata={"format": "pt"}),
+        CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
+    }
 
 
 def attach(vit: nn.Module, folder: str | Path) -> dict[str, LoraLinear]:
@@ -182,16 +211,26 @@ def attach(vit: nn.Module, folder: str | Path) -> dict[str, LoraLinear]:
         adapter.lora_b.data.copy_(b[None])
         vit.set_submodule(name, adapter)
         adapters[name] = adapter
+    _call_qkv(vit)
     return adapters
 
 
-def load_adapted(model: str, adapter: str | Path, *, img_size: int | None = None, merged: bool = True) -> nn.Module:
+def load_adapted(
+    model: str,
+    adapter: str | Path,
+    *,
+    img_size: int | Sequence[int] | None = None,
+    arch: str | None = None,
+    in_chans: int | None = None,
+    merged: bool = True,
+) -> nn.Module:
     """The timm model `model` with the adapter in folder `adapter`; a plain nn.Module in eval mode, fp32, on the CPU.
 
-    merged: add the adapter to the weights, so that the model is an ordinary timm model; False keeps it apart.
-    Raises ConfigError if the model or the adapter cannot be loaded or they do not belong together.
+    img_size, arch, in_chans: as for `adapt`. merged: add the adapter to the weights, so that the model is an ordinary
+    timm model; False keeps it apart. Raises ConfigError if the model or the adapter cannot be loaded or they do not
+    belong together.
     """
-    vit = load(model, img_size=img_size).vit
+    vit = load(model, img_size=img_size, arch=arch, in_chans=in_chans).vit
     attach(vit, adapter)
     vit.requires_grad_(False)
     return merge(vit) if merged else vit
@@ -255,12 +294,13 @@ def _whole(value: float) -> float | int:
     return int(value) if float(value).is_integer() else value
 
 
-def _replace(path: Path, write: Any) -> None:
+def _replace(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
-        write(temporary)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -143,7 +143,9 @@ def _filter(vit: Any, state: State) -> State:
         state.pop("mask_token", None)  # with it timm takes the final norm for that of BEiT's pretraining
         return timm_eva.checkpoint_filter_fn(state, vit)
     # FlexiViT was trained on plain bilinear resizing; DeiT III calls its LayerScale gamma_1
-    smooth = {"interpolation": "bilinear", "antialias": False} if "flexi" in vit.pretrained_cfg["architecture"] else {}
+    smooth: dict[str, Any] = (
+        {"interpolation": "bilinear", "antialias": False} if "flexi" in vit.pretrained_cfg["architecture"] else {}
+    )
     return timm_vit.checkpoint_filter_fn(state, vit, adapt_layer_scale=True, **smooth)
 
 
