@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from rich.table import Table
 from .config import AdaptConfig
 from .gate import GateState
 
+log = logging.getLogger("upstep_fast")
 console = Console(stderr=True)
 
 
@@ -36,22 +38,48 @@ def setup_logging(debug: bool = False) -> None:
 
 
 class Metrics:
-    """metrics.jsonl: one object a step; numbers that are not finite are written as null."""
+    """metrics.jsonl: one object a step; numbers that are not finite are written as null.
 
-    def __init__(self, path: Path):
-        self._file = path.open("w")
+    step: the first to be written; rows of earlier steps are kept, those of a run that was killed after its last
+    checkpoint are cut off.
+    """
+
+    def __init__(self, path: Path, step: int = 0):
+        # unbuffered: a killed run loses no line, and a full disk is met where the line is written
+        self._file = path.open("r+b" if step and path.exists() else "wb", buffering=0)
+        kept = 0
+        for row in range(step):
+            line = self._file.readline()
+            if not _is_row(line, row):
+                log.warning("metrics: %s lacks the rows of steps %d to %d", path, row, step - 1)
+                break
+            kept += len(line)
+        self._file.seek(kept)
+        self._file.truncate()
 
     def write(self, row: dict[str, Any]) -> None:
-        """Appends one line and hands it to the system at once, so that a killed run loses none."""
+        """Appends one line and hands it to the system at once. Raises OSError if the disk refuses."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
+        left = memoryview((json.dumps(clean) + "\n").encode())
+        while left:
+            left = left[self._file.write(left) :]
+
+    def sync(self) -> None:
+        """Forces what was written to disk. Raises OSError."""
+        os.fsync(self._file.fileno())
 
     def __enter__(self) -> Metrics:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._file.close()
+
+
+def _is_row(line: bytes, step: int) -> bool:
+    try:
+        return line.endswith(b"\n") and json.loads(line)["step"] == step
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 class Progress:
@@ -63,7 +91,8 @@ class Progress:
     def __init__(self, config: AdaptConfig, state: GateState):
         assert config.steps is not None
         self._steps, self._every, self._batch = config.steps, config.log_every, config.batch_size
-        self._start, self._waited, self._loss, self._done = time.monotonic(), 0.0, math.nan, 0
+        self._start, self._waited, self._loss = time.monotonic(), 0.0, math.nan
+        self._first = self._done = state.step
         self._task: TaskID | None = None
         columns = (
             TextColumn("adapt"),
@@ -81,20 +110,21 @@ class Progress:
         self._waited += row["data_wait"]
         self._loss = row["loss"] if row["loss"] is not None else self._loss
         seconds = max(1e-9, time.monotonic() - self._start)
+        rate = (self._done - self._first) * self._batch / seconds
         text = (
-            f"{self._done * self._batch / seconds:,.0f} images/s  loss {self._loss:.3f}  centre {row['center']:.3f}  "
+            f"{rate:,.0f} images/s  loss {self._loss:.3f}  centre {row['center']:.3f}  "
             f"skipped {100 * (1 - state.opened / state.step):.0f}%  data wait {100 * self._waited / seconds:.0f}%"
         )
         if console.is_terminal:
             assert self._task is not None
             self._bar.update(self._task, advance=1, description=text)
         elif self._done % self._every == 0 or self._done == self._steps:
-            left = seconds / self._done * (self._steps - self._done)
+            left = seconds / (self._done - self._first) * (self._steps - self._done)
             print(f"step {self._done}/{self._steps}  {text}  left {left:,.0f} s", file=sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:
         self._bar.start()
-        self._task = self._bar.add_task("", total=self._steps)
+        self._task = self._bar.add_task("", total=self._steps, completed=self._first)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import os
-import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from . import backbone as backbones
 from . import gate as gates
-from . import lora
-from .config import AdaptConfig, known_field, to_toml
+from . import lora, output, resume
+from .config import AdaptConfig, known_field
 from .data.loader import Batch, Loader
 from .data.sources import Source, open_source
 from .data.views import ViewConfig, random_views, view_config
@@ -29,6 +29,7 @@ from .errors import CheckFailedError, ConfigError, Interrupted, RunFailedError
 from .kernels import _dispatch as dispatch
 from .methods.upstep import Embedded, UpStep
 from .report import Metrics, Progress
+from .resume import RunState
 
 log = logging.getLogger("upstep_fast")
 
@@ -63,10 +64,10 @@ def run(config: AdaptConfig) -> AdaptResult:
     """One adaptation, from configuration to adapter. Raises UpstepError with the exit code of what went wrong."""
     compute = resolve(config.device, config.precision)
     source = open_source(config.data, split="train")
-    backbone = backbones.load(config.model, img_size=config.img_size)
+    backbone = backbones.load_from(config)
     config = fit_to_data(config, len(source))
-    out = prepare_out(config)
-    with dispatch.forced(None if config.implementation == "auto" else config.implementation):
+    implementation = None if config.implementation == "auto" else config.implementation
+    with output.opened(config) as out, dispatch.forced(implementation):
         return _train(config, compute, source, backbone, out)
 
 
@@ -87,25 +88,6 @@ def fit_to_data(config: AdaptConfig, num_images: int) -> AdaptConfig:
     return replace(config, batch_size=batch, prototypes=prototypes, steps=steps, epochs=None)
 
 
-def prepare_out(config: AdaptConfig) -> Path:
-    """Makes the output folder and writes the resolved configuration. Raises ConfigError if it holds something."""
-    out = Path(config.out)
-    try:
-        if out.is_dir() and any(out.iterdir()):
-            if not config.overwrite:
-                raise ConfigError(f"out: {out} is not empty; choose another folder or add --overwrite")
-            if not (out / "config.toml").is_file():
-                raise ConfigError(
-                    f"out: {out} holds no run of upstep-fast, so --overwrite leaves it alone; choose another"
-                )
-            shutil.rmtree(out)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.toml").write_text(to_toml(config))
-    except OSError as error:
-        raise ConfigError(f"out: cannot write to {out}: {error.strerror}; choose another folder") from error
-    return out
-
-
 def schedule(step: int, steps: int, warmup: float) -> float:
     """Factor on the peak learning rate: linear warm-up, then cosine to 0. Skipped steps advance it too.
 
@@ -121,78 +103,78 @@ def _train(
     config: AdaptConfig, compute: Compute, source: Source, backbone: backbones.Backbone, out: Path
 ) -> AdaptResult:
     assert config.steps is not None
-    method = UpStep(backbone, config, config.prototypes).to(compute.device)
-    optimizer = make_optimizer(method, config)
-    scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
-    rule, state = gate_rule(config), gates.GateState()
-    views = view_config(config, backbone)
-    received = torch.zeros(len(method.adapters), dtype=torch.bool, device=compute.device)
-    bad, loss_value, start = 0, math.nan, time.monotonic()
-    num_workers = default_workers() if config.num_workers is None else config.num_workers
-    loader = Loader(
-        source,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        num_workers=num_workers,
-        max_bad_fraction=config.max_bad_fraction,
-    )
+    identity = resume.identify(config, compute, source, backbones.fingerprint(backbone.vit))
+    rule, views, state = gate_rule(config), view_config(config, backbone), fresh_state(config, compute, backbone)
+    if config.resume:
+        resume.go_on(state, out / output.CHECKPOINTS, identity)
+    began = time.monotonic()
     with (
-        loader,
-        Metrics(out / "metrics.jsonl") as metrics,
-        Progress(config, state) as progress,
-        stop_signals() as stop,
+        make_loader(config, source, state) as loader,
+        Metrics(out / "metrics.jsonl", state.step) as metrics,
+        Progress(config, state.gate) as progress,
+        signals() as asked,
     ):
-        try:
-            if method.needs_start:
+        with _kept(state, loader, config, out):
+            if state.step == 0 and state.method.needs_start:
                 with compute.autocast():
-                    method.start(_start_views(config, source, views, compute, num_workers))
-            for step, batch in zip(range(config.steps), loader, strict=False):
-                began = time.monotonic()
-                lr = config.lr * schedule(step, config.steps, config.warmup)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                images = make_views(batch, views, config, compute)
-                is_open, learning, target, state = forward(method, images, rule, state, config, compute)
-                loss = None
-                if is_open:
-                    with compute.autocast():
-                        loss = method.loss(learning, target)
-                    applied = update(loss, method, optimizer, scaler, received, config.clip)
-                    loss_value = loss.item()
-                    bad = 0 if applied else bad + 1
-                elif not math.isfinite(magnitude := learning.magnitudes[0].item()):
-                    bad += 1
-                    log.warning("step %d: the centre's magnitude is %s; step skipped", step, magnitude)
-                method.remember(learning)
-                row = {
-                    "step": step,
-                    "loss": loss_value if is_open else None,
-                    "center": learning.magnitudes[0].item(),
-                    "open": is_open,
-                    "lr": lr,
-                    "images_per_s": config.batch_size / max(1e-9, time.monotonic() - began + loader.data_wait),
+                    state.method.start(_start_views(config, source, views, compute))
+            while state.step < config.steps:
+                batch = next(loader)
+                began_step = time.monotonic()
+                row = step(state, make_views(batch, views, config, compute), rule, config, compute)
+                row |= {
+                    "images_per_s": config.batch_size / max(1e-9, time.monotonic() - began_step + loader.data_wait),
                     "data_wait": loader.data_wait,
                     "epoch": batch.epoch,
                     "replaced": batch.replaced,
                 }
-                metrics.write(row)
-                progress.update(row, state)
-                if bad >= MAX_BAD_STEPS:
-                    raise RunFailedError(
-                        f"loss: not finite in {bad} steps in a row (last: step {step}); the adapter before them is in "
-                        f"{out / 'adapter'}; lower --lr or use --precision fp32"
-                    )
-                if stop():
+                with output.writing(out):
+                    metrics.write(row)
+                    progress.update(row, state.gate)
+                    stop_if_bad(state, row, [source.name(i) for i in batch.indices.tolist()], out)
+                    if asked or state.step % config.checkpoint_every == 0 or state.step == config.steps:
+                        metrics.sync()
+                        resume.save(state, out / output.CHECKPOINTS, identity)
+                if asked.take() and state.step < config.steps:
                     raise Interrupted(
-                        f"stopped after {step + 1} of {config.steps} steps; adapter saved in {out / 'adapter'}"
+                        f"stopped after {state.step} of {config.steps} steps, all saved; "
+                        f"go on with the same command and --resume"
                     )
-        finally:
-            # whatever ends the run, what was learnt is kept
-            if state.opened:
-                lora.save(out / "adapter", method.adapters, config.model)
-            loader.write_skipped(out / "skipped.csv")
-        check_adapter(method, received, images[0], compute, out)
-    return AdaptResult(out / "adapter", config.steps, state.opened, loss_value, time.monotonic() - start)
+        check_adapter(state, make_views(next(loader), views, config, compute), compute, out)
+    return AdaptResult(out / "adapter", config.steps, state.gate.opened, state.loss, time.monotonic() - began)
+
+
+def step(
+    state: RunState, images: Tensor, rule: gates.GateRule, config: AdaptConfig, compute: Compute
+) -> dict[str, Any]:
+    """One step, in place; images: [2, B, C, H, W], two views. Returns what metrics.jsonl says of it.
+
+    A step whose centre, loss or gradients are not finite changes no weight, moment or running value.
+    """
+    assert config.steps is not None
+    method, lr = state.method, config.lr * schedule(state.step, config.steps, config.warmup)
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    is_open, learning, target, state.gate = forward(method, images, rule, state.gate, config, compute)
+    magnitude = learning.magnitudes[0].item()
+    bad = None if math.isfinite(magnitude) else f"the centre's magnitude is {magnitude}"
+    if is_open:
+        with compute.autocast():
+            loss = method.loss(learning, target)
+        state.loss = loss.item()
+        bad = update(loss, method, state.optimizer, state.scaler, state.received, config.clip)
+    if math.isfinite(magnitude):
+        method.remember(learning)
+    row = {
+        "step": state.step,
+        "loss": state.loss if is_open else None,
+        "center": magnitude,
+        "open": is_open,
+        "lr": lr,
+        "bad": bad,
+    }
+    state.step += 1
+    return row
 
 
 def forward(
@@ -229,15 +211,14 @@ def update(
     scaler: torch.amp.GradScaler,
     received: Tensor,
     clip: float,
-) -> bool:
-    """Backward and one optimizer step, unless the loss or a gradient is not finite. Returns whether it was applied.
+) -> str | None:
+    """Backward and one optimizer step, unless the loss or a gradient is not finite. Returns why it was not applied.
 
     received: [adapters] bool, set where an adapter's B got a gradient other than 0.
     """
     optimizer.zero_grad(set_to_none=True)
     if not math.isfinite(loss.item()):
-        log.warning("the loss is %s; step not applied", loss.item())
-        return False
+        return f"the loss is {loss.item()}"
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
     adapters = method.adapter_parameters()
@@ -248,12 +229,44 @@ def update(
         received |= torch.stack([a.lora_b.grad.ne(0).any() for a in method.adapters.values()])  # type: ignore[union-attr]
         if clip:
             torch.nn.utils.clip_grads_with_norm_(adapters, clip, norm)
-    elif not scaler.is_enabled():
-        log.warning("a gradient is not finite; step not applied")
     if finite or scaler.is_enabled():
         scaler.step(optimizer)  # under fp16 the scaler itself leaves out a step with non-finite gradients
         scaler.update()
-    return finite or scaler.is_enabled()
+    # under fp16 an overflow is the ordinary way to find the scale, until there is none left to take
+    if finite or (scaler.is_enabled() and scaler.get_scale() >= 1):
+        return None
+    return "a gradient is not finite"
+
+
+def stop_if_bad(state: RunState, row: dict[str, Any], images: list[str], out: Path) -> None:
+    """Counts steps that were not applied; at the third in a row writes out/bad_batches.json and ends the run.
+
+    images: the names of this step's. Raises RunFailedError, or OSError if the file cannot be written.
+    """
+    if row["bad"] is None:
+        if row["open"]:
+            state.bad.clear()
+        return
+    log.warning("step %d: %s; not applied", row["step"], row["bad"])
+    state.bad.append({"step": row["step"], "reason": row["bad"], "images": images})
+    if len(state.bad) >= MAX_BAD_STEPS:
+        path = out / "bad_batches.json"
+        path.write_text(json.dumps(state.bad, indent=1) + "\n")
+        raise RunFailedError(
+            f"step {row['step']}: {row['bad']}, {len(state.bad)} steps in a row; the images are listed in {path}, the "
+            f"adapter before them is in {out / 'adapter'}; lower --lr or use --precision fp32"
+        )
+
+
+def fresh_state(config: AdaptConfig, compute: Compute, backbone: backbones.Backbone) -> RunState:
+    """The state before the first step."""
+    method = UpStep(backbone, config, config.prototypes).to(compute.device)
+    return RunState(
+        method=method,
+        optimizer=make_optimizer(method, config),
+        scaler=torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16"),
+        received=torch.zeros(len(method.adapters), dtype=torch.bool, device=compute.device),
+    )
 
 
 def make_optimizer(method: UpStep, config: AdaptConfig) -> torch.optim.Optimizer:
@@ -276,6 +289,20 @@ def gate_rule(config: AdaptConfig) -> gates.GateRule:
     )
 
 
+def make_loader(config: AdaptConfig, source: Source, state: RunState) -> Loader:
+    """The batches from `state.step` on; bad images are noted in `state.skipped`."""
+    loader = Loader(
+        source,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        num_workers=default_workers() if config.num_workers is None else config.num_workers,
+        max_bad_fraction=config.max_bad_fraction,
+        start_step=state.step,
+    )
+    loader.skipped = state.skipped
+    return loader
+
+
 def make_views(batch: Batch, views: ViewConfig, config: AdaptConfig, compute: Compute) -> Tensor:
     """Two random views of a batch on the device, [2, B, C, H, W]."""
     return random_views(
@@ -290,9 +317,13 @@ def make_views(batch: Batch, views: ViewConfig, config: AdaptConfig, compute: Co
 
 
 @torch.no_grad()
-def check_adapter(method: UpStep, received: Tensor, images: Tensor, compute: Compute, out: Path) -> None:
-    """Raises CheckFailedError unless every adapter got a gradient, moved, and changes the features."""
-    for (name, adapter), got in zip(method.adapters.items(), received.tolist(), strict=True):
+def check_adapter(state: RunState, images: Tensor, compute: Compute, out: Path) -> None:
+    """Raises CheckFailedError unless every adapter got a gradient, moved, and changes the features.
+
+    images: [2, B, C, H, W].
+    """
+    method = state.method
+    for (name, adapter), got in zip(method.adapters.items(), state.received.tolist(), strict=True):
         if not got:
             raise CheckFailedError(
                 f"adapter: {name} never received a gradient; the adapter in {out} is kept for a look"
@@ -303,9 +334,9 @@ def check_adapter(method: UpStep, received: Tensor, images: Tensor, compute: Com
             if not b.isfinite().all():
                 raise CheckFailedError(f"adapter: lora_B of {name}, part {part}, is not finite; see {out}")
     with compute.autocast():
-        adapted = backbones.features(method.vit, images[:32])
+        adapted = backbones.features(method.vit, images[0, :32])
         with without_adapters(method):
-            base = backbones.features(method.vit, images[:32])
+            base = backbones.features(method.vit, images[0, :32])
     if torch.equal(adapted, base):
         raise CheckFailedError(f"adapter: features with and without it are the same; the adapter in {out} does nothing")
 
@@ -323,24 +354,68 @@ def without_adapters(method: UpStep) -> Iterator[None]:
             adapter.scale = scale
 
 
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Any]:
-    """Turns SIGINT and SIGTERM into a question, `stop()`; a second one acts as usual. Handlers are put back after."""
-    seen: list[int] = []
+class Asked:
+    """What signals have asked for since the last look: true if anything at all."""
 
-    def note(number: int, frame: Any) -> None:
-        seen.append(number)
+    def __init__(self) -> None:
+        self.stop, self.save = False, False
+
+    def __bool__(self) -> bool:
+        return self.stop or self.save
+
+    def take(self) -> bool:
+        """Whether to stop; a wish to save counts as fulfilled."""
+        self.save = False
+        return self.stop
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[Asked]:
+    """Turns SIGINT and SIGTERM into a wish to stop, SIGUSR1 into one to save; handlers are put back afterwards.
+
+    A second SIGINT or SIGTERM acts as usual.
+    """
+    asked = Asked()
+
+    def stop(number: int, frame: Any) -> None:
+        asked.stop = True
         signal.signal(number, before[number])
 
+    def save(number: int, frame: Any) -> None:
+        asked.save = True
+
+    handlers: dict[int, Any] = {signal.SIGINT: stop, signal.SIGTERM: stop}
+    if hasattr(signal, "SIGUSR1"):
+        handlers[signal.SIGUSR1] = save
     before: dict[int, Any] = {}
     with contextlib.suppress(ValueError):  # only the main thread may set handlers; elsewhere signals are the caller's
-        before[signal.SIGINT] = signal.signal(signal.SIGINT, note)
-        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, note)
+        for number, handler in handlers.items():
+            before[number] = signal.signal(number, handler)
     try:
-        yield lambda: bool(seen)
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _kept(state: RunState, loader: Loader, config: AdaptConfig, out: Path) -> Iterator[None]:
+    # whatever ends the run, what was learnt is kept
+
+    def keep() -> None:
+        if state.gate.opened:
+            lora.save(out / "adapter", state.method.adapters, config.model)
+        loader.write_skipped(out / "skipped.csv")
+
+    try:
+        yield
+    except BaseException:
+        # the first cause is what the user must see, not a full disk met afterwards
+        with contextlib.suppress(OSError):
+            keep()
+        raise
+    with output.writing(out):
+        keep()
 
 
 def default_workers() -> int:
@@ -348,10 +423,9 @@ def default_workers() -> int:
     return min(16, os.cpu_count() or 1)
 
 
-def _start_views(
-    config: AdaptConfig, source: Source, views: ViewConfig, compute: Compute, num_workers: int
-) -> Iterator[Tensor]:
-    with Loader(source, batch_size=config.batch_size, seed=config.seed, num_workers=num_workers) as loader:
+def _start_views(config: AdaptConfig, source: Source, views: ViewConfig, compute: Compute) -> Iterator[Tensor]:
+    workers = default_workers() if config.num_workers is None else config.num_workers
+    with Loader(source, batch_size=config.batch_size, seed=config.seed, num_workers=workers) as loader:
         batches = -(-min(len(source), START_IMAGES) // config.batch_size)
         for _, batch in zip(range(batches), loader, strict=False):
             yield make_views(batch, views, config, compute)

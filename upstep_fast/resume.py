@@ -1,0 +1,249 @@
+"""What a run is between two steps, as a checkpoint holds it, and what must be the same to go on from one.
+
+A step is a pure function of the run's state, the configuration, the base model and the images: the order of images,
+their views, the start and a random gate are all drawn from (seed, step or index), so no state of a random generator
+is kept. A resumed run is bit for bit the unbroken one on the same machine, with the same versions, kernels and number
+of threads; where one of these differs it goes on all the same, and says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import math
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from . import __version__, lora
+from . import checkpoint as checkpoints
+from .checkpoint import Checkpoint
+from .config import AdaptConfig
+from .data.sources import Source
+from .device import Compute
+from .errors import ConfigError, RunFailedError
+from .gate import GateState
+from .kernels import _dispatch as dispatch
+from .kernels import _measure as measure
+from .methods.upstep import UpStep
+
+log = logging.getLogger("upstep_fast")
+
+STATE = "state.safetensors"
+# these may change between a run and its resume; model and data are compared by what they hold, not by their names
+_FREE = {
+    *("model", "data", "out", "overwrite", "resume", "checkpoint_every", "log_every", "num_workers"),
+    *("max_bad_fraction", "device", "debug"),
+}
+
+
+@dataclass
+class RunState:
+    """What changes from step to step. Nothing else may carry over from one step to the next."""
+
+    method: UpStep
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    received: Tensor  # [adapters] bool, whether an adapter's B ever got a gradient other than 0
+    gate: GateState = field(default_factory=GateState)
+    step: int = 0  # the next one
+    loss: float = math.nan  # of the last open step
+    bad: list[dict[str, Any]] = field(default_factory=list)  # steps not applied since the last that was
+    skipped: dict[str, str] = field(default_factory=dict)  # bad images met so far; shared with the loader
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a checkpoint belongs to, and where it was made; as JSON can hold it."""
+
+    config: dict[str, Any]
+    backbone: dict[str, Any]
+    data: dict[str, Any]
+    environment: dict[str, Any]
+
+
+def identify(config: AdaptConfig, compute: Compute, source: Source, backbone_sha256: str) -> Identity:
+    """The identity of this run; backbone_sha256: the base model's fingerprint before it has adapters."""
+    device = compute.device
+    return Identity(
+        config=json.loads(json.dumps(dataclasses.asdict(config))),
+        backbone={"name": config.model, "sha256": backbone_sha256},
+        data={"images": len(source), "sha256": source.fingerprint()},
+        environment={
+            "upstep_fast": __version__,
+            "torch": torch.__version__,
+            "triton": _version("triton"),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "precision": compute.precision,
+            "ranks": 1,
+        },
+    )
+
+
+def go_on(state: RunState, folder: Path, identity: Identity) -> None:
+    """Puts the newest whole checkpoint in `folder` into a fresh state, in place; says where the run goes on from.
+
+    Raises as `checkpoint.newest` and `restore` do.
+    """
+    found = checkpoints.newest(folder)
+    if found is None:
+        log.warning("resume: no checkpoint in %s; starting from the beginning", folder)
+        return
+    restore(state, found, identity)
+    log.info("resume: going on after step %d of %d, from %s", found.step, identity.config["steps"], found.path)
+
+
+def save(state: RunState, folder: Path, identity: Identity) -> Path:
+    """Writes a checkpoint of `state`, keeping the one before. Raises OSError."""
+    return checkpoints.save(folder, state.step, files(state), manifest(state, identity))
+
+
+def files(state: RunState) -> dict[str, bytes]:
+    """The checkpoint's files: the adapter as PEFT reads it, and every tensor of the state."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(state).items()}
+    return {
+        **lora.to_files(state.method.adapters, state.method.config.model),
+        STATE: safetensors.torch.save(tensors),
+    }
+
+
+def manifest(state: RunState, identity: Identity) -> dict[str, Any]:
+    """What the checkpoint says beside its tensors."""
+    return {
+        **dataclasses.asdict(identity),
+        "state": {
+            "gate": state.gate.to_dict(),
+            "scaler": state.scaler.state_dict(),
+            "loss": None if math.isnan(state.loss) else state.loss,
+            "bad": state.bad,
+        },
+        "loader": {"step": state.step, "skipped": state.skipped},
+        "kernels": [dataclasses.asdict(choice) for choice in dispatch.report()],
+        "pins": measure.pins(),
+    }
+
+
+def restore(state: RunState, checkpoint: Checkpoint, identity: Identity) -> None:
+    """Puts the state of `checkpoint` into a fresh one of the same configuration, in place.
+
+    Raises ConfigError if it belongs to another model, data or configuration, RunFailedError if it cannot be read;
+    nothing is changed then.
+    """
+    _refuse_another(checkpoint, identity)
+    _name_differences(checkpoint, identity)
+    wanted = _tensors(state)
+    for name, parameter in state.method.named_parameters():
+        if parameter.requires_grad:
+            wanted |= {f"optimizer.{name}.{key}": tensor for key, tensor in _moments(parameter).items()}
+    try:
+        found = safetensors.torch.load(checkpoint.files[STATE])
+        values, loader = checkpoint.manifest["state"], checkpoint.manifest["loader"]
+        gate = GateState.from_dict(values["gate"])
+        skipped = {str(name): str(reason) for name, reason in loader["skipped"].items()}
+        loss, bad = math.nan if values["loss"] is None else float(values["loss"]), list(values["bad"])
+        scaler, pins = dict(values["scaler"]), dict(checkpoint.manifest["pins"])
+        if loader["step"] != checkpoint.step or gate.step != checkpoint.step:
+            raise ValueError("its parts are of different steps")
+    except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+        raise RunFailedError(
+            f"resume: {checkpoint.path} is no checkpoint of a run ({type(error).__name__}: {error})"
+        ) from error
+    # AdamW has moments of the parameters that it has moved: of each all or none
+    moved = {name.rpartition(".")[0] for name in found}
+    wrong = [
+        f"{name} is not in it"
+        for name in wanted
+        if name not in found and (not name.startswith("optimizer.") or name.rpartition(".")[0] in moved)
+    ]
+    wrong += [f"{name} is unknown" for name in found if name not in wanted]
+    for name in wanted.keys() & found.keys():
+        have, want = ((list(t.shape), t.dtype) for t in (found[name], wanted[name]))
+        if have != want:
+            wrong.append(f"{name} is {have[0]} {have[1]}, wanted {want[0]} {want[1]}")
+    if wrong:
+        raise ConfigError(f"resume: {checkpoint.path} does not fit this run: {'; '.join(sorted(wrong)[:5])}")
+    with torch.no_grad():
+        for name, tensor in _tensors(state).items():
+            tensor.copy_(found[name])
+    for name, parameter in state.method.named_parameters():
+        prefix = f"optimizer.{name}."
+        if moments := {key.removeprefix(prefix): t for key, t in found.items() if key.startswith(prefix)}:
+            state.optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}
+    if state.scaler.is_enabled():
+        state.scaler.load_state_dict(scaler)
+    if pins:
+        measure.pin(pins)
+    state.gate, state.step, state.loss, state.bad = gate, checkpoint.step, loss, bad
+    state.skipped.update(skipped)
+
+
+def _tensors(state: RunState) -> dict[str, Tensor]:
+    method = state.method
+    learned = {name: p for name, p in method.named_parameters() if p.requires_grad}
+    tensors = {
+        f"method.{name}": tensor for name, tensor in (learned | dict(method.named_buffers(recurse=False))).items()
+    }
+    for name, parameter in learned.items():
+        for key, value in state.optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{name}.{key}"] = value
+    return tensors | {"received": state.received}
+
+
+def _moments(parameter: Tensor) -> dict[str, Tensor]:
+    # what AdamW keeps of a parameter once it has moved it
+    return {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+
+
+def _refuse_another(checkpoint: Checkpoint, identity: Identity) -> None:
+    then = checkpoint.manifest
+    cure = "use what it was made with, or start again with --overwrite"
+    try:
+        if then["backbone"]["sha256"] != identity.backbone["sha256"]:
+            raise ConfigError(
+                f"resume: {checkpoint.path} was made with another model ({then['backbone']['name']}), "
+                f"not {identity.backbone['name']}; {cure}"
+            )
+        if then["data"]["sha256"] != identity.data["sha256"]:
+            raise ConfigError(
+                f"resume: the images are not those of {checkpoint.path}: {then['data']['images']} then, "
+                f"{identity.data['images']} now, or other names or sizes; {cure}"
+            )
+        names = [name for name in then["config"] | identity.config if name not in _FREE]
+        changed = [
+            f"{name} was {then['config'].get(name)}, is {identity.config.get(name)}"
+            for name in names
+            if then["config"].get(name) != identity.config.get(name)
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RunFailedError(
+            f"resume: {checkpoint.path} is no checkpoint of a run ({type(error).__name__}: {error})"
+        ) from error
+    if changed:
+        raise ConfigError(
+            f"resume: {checkpoint.path} was made with another configuration: {'; '.join(changed)}; {cure}"
+        )
+
+
+def _name_differences(checkpoint: Checkpoint, identity: Identity) -> None:
+    then, now = checkpoint.manifest.get("environment"), identity.environment
+    then = then if isinstance(then, dict) else {}
+    changed = [f"{name} was {then.get(name)}, is {value}" for name, value in now.items() if then.get(name) != value]
+    if changed:
+        log.warning("resume: not bit for bit the run it goes on from: %s", "; ".join(changed))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
