@@ -48,10 +48,10 @@ class DamagedError(Exception):
 
 
 def save(folder: Path, step: int, files: Mapping[str, bytes], manifest: Mapping[str, Any], keep: int = 2) -> Path:
-    """Writes step-XXXXXXXX with `files` and `manifest` into an existing folder, then removes all but the newest `keep` up to `step`.
+    """Writes step-XXXXXXXX with `files` and `manifest` into an existing folder, and removes old checkpoints.
 
-    Checkpoints of later steps are removed as well: they are damaged ones that the run went back behind. Raises
-    OSError if the disk refuses; what was there before is then still there, and what was begun is gone.
+    The newest `keep` up to `step` stay. Those of later steps go as well: they are damaged ones that the run went back
+    behind. Raises OSError if the disk refuses; what was there before is then still there, and what was begun is gone.
     """
     body = {
         **manifest,

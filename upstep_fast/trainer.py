@@ -117,7 +117,7 @@ def _train(
         with _kept(state, loader, config, out):
             if state.step == 0 and state.method.needs_start:
                 with compute.autocast():
-                    state.method.start(_start_views(config, source, views, compute))
+                    state.method.start(_start_views(config, source, state, views, compute))
             while state.step < config.steps:
                 batch = next(loader)
                 began_step = time.monotonic()
@@ -423,9 +423,10 @@ def default_workers() -> int:
     return min(16, os.cpu_count() or 1)
 
 
-def _start_views(config: AdaptConfig, source: Source, views: ViewConfig, compute: Compute) -> Iterator[Tensor]:
-    workers = default_workers() if config.num_workers is None else config.num_workers
-    with Loader(source, batch_size=config.batch_size, seed=config.seed, num_workers=workers) as loader:
+def _start_views(
+    config: AdaptConfig, source: Source, state: RunState, views: ViewConfig, compute: Compute
+) -> Iterator[Tensor]:
+    with make_loader(config, source, state) as loader:
         batches = -(-min(len(source), START_IMAGES) // config.batch_size)
         for _, batch in zip(range(batches), loader, strict=False):
             yield make_views(batch, views, config, compute)
