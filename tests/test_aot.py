@@ -17,6 +17,7 @@ Triton caches what it compiles (~/.triton/cache), so a second run takes seconds.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
 import importlib.util
@@ -98,7 +99,8 @@ def test_every_kernel_has_a_case():
         for function in vars(module).values()
         if isinstance(function, triton.JITFunction) and function.fn.__module__.startswith(kernels.__name__)
     }
-    called = {name for function in functions for name in re.findall(r"(\w+)\(", function.src.split(":\n", 1)[1])}
+    calls = (node for f in functions for node in ast.walk(ast.parse(f.src)) if isinstance(node, ast.Call))
+    called = {ast.unparse(call.func).split(".")[-1] for call in calls}
     top_level = {function for function in functions if function.fn.__name__ not in called}
     assert top_level, "found no kernels: the search itself is broken"
     covered = {function for op in OPS.values() for case in op.CASES.values() for function in kernels_of(case)}
