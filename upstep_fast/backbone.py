@@ -92,7 +92,7 @@ def load(
     size = tuple(vit.patch_embed.img_size)
     _check_size(size, vit)
     vit.eval().requires_grad_(False)
-    data = resolve_data_config({}, model=vit)
+    data = resolve_data_config({}, model=vit) | source.pixels
     channels = vit.patch_embed.proj.in_channels
     return Backbone(
         vit=vit,

@@ -29,6 +29,7 @@ class Source:
     model_args: dict[str, Any] = field(default_factory=dict)
     checkpoint: Path | None = None  # a file or folder for weights.fill; None: timm loads the weights itself
     eps: float | None = None  # of every LayerNorm, where a transformers configuration sets it
+    pixels: dict[str, Any] = field(default_factory=dict)  # mean and std, where transformers' preprocessor sets them
 
 
 def names(pattern: str = "*") -> list[tuple[str, str]]:
@@ -49,12 +50,12 @@ def find(name: str, arch: str | None = None, *, pretrained: bool = True) -> Sour
             raise ConfigError(f"model: no folder at {folder}; local-dir: wants config.json and model.safetensors in it")
         if arch is not None:
             return Source(arch, checkpoint=folder)
-        return _from_config(_read_config(folder), folder, lambda: folder)
+        return _from_config(_read_json(folder / "config.json"), folder, lambda file: folder / file)
     if name.startswith(HUB):
-        config, fetch = _hub(name)
+        fetch = _hub(name)
         if arch is not None:
-            return Source(arch, checkpoint=fetch())
-        return _from_config(config, name, fetch)
+            return Source(arch, checkpoint=fetch("model.safetensors"))
+        return _from_config(_read_json(fetch("config.json")), name, fetch)
     if Path(name).suffix in weights.SUFFIXES:
         if arch is None:
             raise ConfigError(
@@ -75,40 +76,46 @@ def find(name: str, arch: str | None = None, *, pretrained: bool = True) -> Sour
     return Source(architecture)
 
 
-def _from_config(config: dict[str, Any], where: Path | str, fetch: Callable[[], Path]) -> Source:
+def _from_config(config: dict[str, Any], where: Path | str, fetch: Callable[[str], Path]) -> Source:
     if isinstance(config.get("architecture"), str):
         return Source(config["architecture"].partition(".")[0], dict(config.get("model_args") or {}))
     arch, model_args = hf_config.timm_args(config, str(where))
-    return Source(arch, model_args, fetch(), config.get("layer_norm_eps"))
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "config.json").read_text())
+        preprocessor = _read_json(fetch("preprocessor_config.json"))
+    except ConfigError:  # not every repository has one
+        preprocessor = {}
+    pixels = {name: preprocessor[f"image_{name}"] for name in ("mean", "std") if f"image_{name}" in preprocessor}
+    weights_at = Path(where) if isinstance(where, Path) else fetch("model.safetensors")
+    return Source(arch, model_args, weights_at, config.get("layer_norm_eps"), pixels)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
     except OSError as error:
         raise ConfigError(
-            f"model: {folder} has no readable config.json; save the model with timm's save_for_hf, or add --arch NAME"
+            f"model: no readable {path}; save the model with timm's save_for_hf, or add --arch NAME"
         ) from error
     except ValueError as error:
-        raise ConfigError(f"model: {folder}/config.json is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"model: {folder}/config.json holds no object")
-    return config
+        raise ConfigError(f"model: {path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"model: {path} holds no object")
+    return content
 
 
-def _hub(name: str) -> tuple[dict[str, Any], Callable[[], Path]]:
-    """config.json of a hub repository, from the cache or the network, and what fetches its weights."""
+def _hub(name: str) -> Callable[[str], Path]:
+    """What fetches a file of a hub repository, from the cache or the network."""
     from huggingface_hub import hf_hub_download
 
     repository, _, revision = name.removeprefix(HUB).partition("@")
 
-    def get(file: str) -> Path:
+    def fetch(file: str) -> Path:
         try:
             return Path(hf_hub_download(repository, file, revision=revision or None))
         except Exception as error:  # the hub's own kinds, the network's, the file system's
             raise ConfigError(f"model: cannot load {name}: {first_line(error)}; {cure(name)}") from error
 
-    return _read_config(get("config.json").parent), lambda: get("model.safetensors")
+    return fetch
 
 
 def check_arch(arch: str, name: str) -> None:

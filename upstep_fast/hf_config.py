@@ -19,7 +19,7 @@ _CLASSES = {"GELU": "gelu", "QuickGELU": "quick_gelu", "GELUTanh": "gelu_pytorch
 
 def timm_args(config: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
     """timm's architecture and model_args for a transformers configuration. Raises ConfigError if there is none."""
-    kind = config.get("model_type")
+    kind, gated = config.get("model_type"), config.get("use_gated_mlp", False)
     try:
         width, heads = config["hidden_size"], config["num_attention_heads"]
         args: dict[str, Any] = {
@@ -48,7 +48,8 @@ def timm_args(config: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any
                 return "vit_giant_patch14_dinov2", args | {"mlp_ratio": _ratio(2 * hidden, width)}
             args["act_layer"] = _ACTIVATIONS[config.get("hidden_act", "gelu")]
             return "vit_base_patch14_dinov2", args | {"mlp_ratio": _ratio(hidden, width)}
-        if kind == "dinov3_vit" and not config.get("key_bias"):
+        act = config.get("hidden_act", "gelu")
+        if kind == "dinov3_vit" and not config.get("key_bias") and act == ("silu" if gated else "gelu"):
             args |= {
                 "mlp_ratio": _ratio(config["intermediate_size"], width),
                 "num_reg_tokens": config.get("num_register_tokens", 0),
@@ -56,13 +57,14 @@ def timm_args(config: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any
                 "rope_temperature": config.get("rope_theta", 100.0),
                 "qkv_bias": config.get("query_bias", True),
             }
-            if config.get("use_gated_mlp"):
+            if gated:
                 args |= {"swiglu_mlp": True, "swiglu_align_to": 1}
             return "vit_base_patch16_dinov3", args
     except KeyError as error:
         raise ConfigError(f"model: {where}/config.json lacks or has an unknown {error}; use --arch NAME") from error
     raise ConfigError(
-        f"model: {where}/config.json is of transformers, model_type {kind}; name timm's architecture with --arch NAME"
+        f"model: {where}/config.json is of transformers, model_type {kind}, and timm has none quite like it that is "
+        "known here; name timm's architecture with --arch NAME"
     )
 
 
@@ -137,6 +139,8 @@ def _common(vit: Any) -> dict[str, Any]:
 
 def _why_not(vit: Any) -> str | None:
     block: Any = vit.blocks[0]
+    if type(block).__name__ not in ("Block", "EvaBlock") or not isinstance(block.attn.norm, nn.Identity):
+        return "its blocks put norms elsewhere"
     if isinstance(vit, Eva):
         if type(vit.rope).__name__ != "RotaryEmbeddingDinoV3":
             return "of rotary models transformers has DINOv3 only"
