@@ -2,7 +2,7 @@
 
     Y = (Xq Wq^T) * x_scale_m * w_scale_n + b + scale * S B^T      S = drop(x) A^T from the x that was given
 
-    Wq [N, K] e4m3 and w_scale [N] fp32, kept; Xq [M, K] e4m3 and x_scale [M], made at each call (`quantize_rows`).
+    Wq [N, K] e4m3 and w_scale [N, 1] fp32, kept; Xq [M, K] e4m3 and x_scale [M, 1], made at each call (`quantize`).
 
 The quantisation of x is passed straight through in backward: dX = G (Wq * w_scale) + dS A, with Wq widened to the
 dtype of x; or, given Wq^T with scales of its own rows, in fp8 like the forward, with G quantised too. The adapter's
@@ -22,9 +22,7 @@ from ._dispatch import NAMESPACE, wanted
 from .lora_linear import INPUT, gradients, lora_linear_reference, run, shape_class
 from .lora_linear_args import STRATEGIES, complaint, flat, seed_tensor
 from .lora_linear_plain import drop, parts
-
-E4M3 = torch.float8_e4m3fn
-E4M3_MAX = 448.0
+from .quantize import E4M3, dequantize, quantize, quantize_reference
 
 
 def lora_linear_fp8(
@@ -42,15 +40,18 @@ def lora_linear_fp8(
     rows: Sequence[tuple[int, int]] | None = None,
     strategy: str | None = None,
 ) -> Tensor:
-    """As `lora_linear`, for a weight in float8_e4m3fn [N, K] with fp32 scales of its rows [N] (`quantize_rows`).
+    """As `lora_linear`, for weight, weight_scale = quantize(wide weight): e4m3 [N, K] and fp32 [N, 1].
 
-    transposed: `quantize_rows` of the wide weight's transpose, ([K, N], [K]): then the input's gradient is an fp8
+    x: fp16, bf16 or fp32. The bias is frozen too.
+    transposed: `quantize` of the wide weight's transpose, ([K, N], [K, 1]): then the input's gradient is an fp8
         product as well; without it the weight is widened and the gradient exact for the quantised weight.
     strategy: None (split or triton, measured), or "split", "triton", "reference".
     """
     if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    if x.dtype == torch.float64:
+        raise ValueError("lora_linear_fp8: x must be fp16, bf16 or fp32, got torch.float64")
     message = complaint(x, weight, bias, lora_a, lora_b, scale, dropout, flat(rows), strategy, weight_dtype=E4M3)
     if message := message or _complaint(weight, weight_scale, transposed, bias, strategy):
         raise ValueError(f"lora_linear_fp8: {message}")
@@ -69,28 +70,21 @@ def lora_linear_fp8_reference(
 ) -> Tensor:
     """The specification, in fp32 or wider: the quantisation of x counts as the identity in backward."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    w = weight.to(wide) * weight_scale.to(wide)[:, None]
-    x_q, x_scale = quantize_rows(x.detach())
-    rounding = x_q.to(wide) * x_scale.to(wide)[..., None] - x.detach().to(wide)
+    w = weight.to(wide) * weight_scale.to(wide)
+    x_q, x_scale = quantize_reference(x.detach())
+    rounding = x_q.to(wide) * x_scale.to(wide) - x.detach().to(wide)
     y = lora_linear_reference(x.to(wide), w, bias, lora_a, lora_b, scale, dropout=dropout, seed=seed, rows=rows)
     return (y + rounding @ w.mT).to(x.dtype)
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [..., K] as float8_e4m3fn and the fp32 scale of each row [...]: x ~ x_q * scale, the largest entry 448."""
-    x_scale = x.abs().amax(-1).float() / E4M3_MAX
-    x_scale = torch.where(x_scale == 0, 1.0, x_scale)
-    return (x.float() / x_scale[..., None]).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3), x_scale
-
-
 def scaled_product(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """quantize_rows(x) (weight * weight_scale)^T + bias, in the dtype of x; the library's fp8 GEMM where it has one."""
-    x_q, x_scale = quantize_rows(x)
+    """quantize(x) (weight * weight_scale)^T + bias, in the dtype of x; the library's fp8 GEMM where it has one."""
+    x_q, x_scale = quantize(x)
     if _has_scaled_mm(x, weight):
         return torch._scaled_mm(
-            x_q, weight.T, x_scale[:, None], weight_scale[None, :], bias=bias, out_dtype=x.dtype, use_fast_accum=True
+            x_q, weight.T, x_scale, weight_scale.T, bias=bias, out_dtype=x.dtype, use_fast_accum=True
         )
-    y = (x_q.float() @ weight.float().T) * x_scale[:, None] * weight_scale
+    y = (x_q.float() @ weight.float().T) * x_scale * weight_scale.T
     return (y if bias is None else y + bias).to(x.dtype)
 
 
@@ -109,7 +103,7 @@ def _forward_split(x, weight, weight_scale, bias, a, b, scale, dropout, seed, ro
 
 
 def _forward_triton(x, weight, weight_scale, bias, a, b, scale, dropout, seed, rows):
-    x_q, x_scale = quantize_rows(x)
+    x_q, x_scale = quantize(x)
     s = fused.project(x, a, dropout, seed)
     return fused.forward_scaled(x_q, weight, (x_scale, weight_scale), bias, scale * b, s, x.dtype, rows), s
 
@@ -161,7 +155,7 @@ def _backward_op(
         if is_transposed:
             dx = scaled_product(grad, weight, weight_scale)
             return dx.addmm_(ds, a) if dropout == 0 else dx.add_(drop(ds @ a, dropout, seed))
-        widened = (weight.float() * weight_scale[:, None]).to(grad.dtype)
+        widened = dequantize(weight, weight_scale, grad.dtype)
         args = (grad, widened, ds, a, b, scale, dropout, seed, rows)
         return run("lora_linear_input", INPUT, strategy, shape, grad.device, dropout, args)
 
@@ -211,9 +205,12 @@ _op.register_autograd(_backward, setup_context=_setup_context)
 
 def _complaint(weight, weight_scale, transposed, bias, strategy) -> str | None:
     N, K = weight.shape
-    pairs = [("weight_scale", weight_scale, (N,), torch.float32)]
+    pairs = [("weight_scale", weight_scale, (N, 1), torch.float32)]
     if transposed is not None:
-        pairs += [("transposed[0]", transposed[0], (K, N), E4M3), ("transposed[1]", transposed[1], (K,), torch.float32)]
+        pairs += [
+            ("transposed[0]", transposed[0], (K, N), E4M3),
+            ("transposed[1]", transposed[1], (K, 1), torch.float32),
+        ]
     for name, tensor, shape, dtype in pairs:
         if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != weight.device:
             got = f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"

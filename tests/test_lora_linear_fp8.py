@@ -15,8 +15,8 @@ from upstep_fast.kernels.lora_linear_fp8 import (
     _op,
     lora_linear_fp8,
     lora_linear_fp8_reference,
-    quantize_rows,
 )
+from upstep_fast.kernels.quantize import dequantize, quantize
 
 # the schema test multiplies its inputs, and torch has no such kernel for fp8
 OPCHECKS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -33,7 +33,7 @@ def tensors(M=70, K=48, N=96, r=5, dtype=torch.bfloat16, rows=None, device="cpu"
     shapes = ((M, K), (N, K), (N,), (r * len(rows or [0]), K), (adapted, r), (M, N))
     x, w, b, lora_a, lora_b, g = (torch.randn(s, generator=generator).to(device, dtype) for s in shapes)
     w, lora_a = w / math.sqrt(K), lora_a / math.sqrt(K)
-    return (x, *quantize_rows(w), b, lora_a, lora_b, g), w
+    return (x, *quantize(w), b, lora_a, lora_b, g), w
 
 
 def with_gradients(function, x, w, w_scale, b, lora_a, lora_b, g, **kwargs) -> list[Tensor]:
@@ -49,8 +49,7 @@ def check(strategy, given, **kwargs) -> None:
     oracle = with_gradients(lora_linear_fp8_reference, *wide, scale=0.7, **kwargs)
     with guarded_outputs():
         got = with_gradients(lora_linear_fp8, *map(surrounded, given), scale=0.7, strategy=strategy, **kwargs)
-    widened = (w.float() * w_scale[:, None]).to(x.dtype)
-    quantised = (quantize_rows(x)[0].double() * quantize_rows(x)[1].double()[:, None]).to(x.dtype)
+    widened, quantised = dequantize(w, w_scale, x.dtype), dequantize(*quantize(x), x.dtype)
     plain = with_gradients(
         lambda x, w, _, *adapter, **kw: lora_linear(x, w, *adapter, strategy="split", **kw),
         quantised, widened, None, *rest, scale=0.7, **kwargs,
@@ -71,18 +70,6 @@ def test_dropout():
     check("split", tensors()[0], dropout=0.3, seed=3)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_quantised_rows_come_back_to_e4m3s_rounding(dtype):
-    x = (torch.randn(50, 64) * torch.logspace(-20, 4, 50)[:, None]).to(dtype)
-    x[3] = 0
-    q, scale = quantize_rows(x)
-    back = q.double() * scale.double()[:, None]
-    # three mantissa bits: half a step of 2^-3; below 2^-6 of 448 the steps are fixed
-    limit = (x.double().abs() * 2**-4).clamp(min=0) + scale.double()[:, None] * 2**-10
-    assert ((back - x.double()).abs() <= limit * 1.001).all()
-    assert (q.float().abs().amax(1)[torch.arange(50) != 3] == 448).all() and (q[3].float() == 0).all()
-
-
 def test_nan_and_infinity_are_not_hidden():
     given, _ = tensors()
     given[0][2, 3], given[0][5, 1] = math.nan, math.inf
@@ -101,12 +88,11 @@ def test_the_adapters_part_never_sees_fp8():
 def test_transposed_weight_gives_the_quantised_gradient():
     given, wide = tensors()
     lora_a, lora_b, g = given[-3:]
-    w_t = quantize_rows(wide.T.contiguous())
+    w_t = quantize(wide.T.contiguous())
     *_, got_a, got_b = got = with_gradients(lora_linear_fp8, *given, scale=0.7, transposed=w_t)
     exact = with_gradients(lora_linear_fp8, *given, scale=0.7)
     assert torch.equal(got_a, exact[2]) and torch.equal(got_b, exact[3])
-    g_q, g_scale = quantize_rows(g)
-    frozen = (g_q.double() * g_scale.double()[:, None]) @ (w_t[0].double() * w_t[1].double()[:, None]).T
+    frozen = dequantize(*quantize(g), torch.float64) @ dequantize(*w_t, torch.float64).T
     oracle = frozen + 0.7 * g.double() @ lora_b.double() @ lora_a.double()
     assert (got[1] - oracle).norm() <= 4e-3 * oracle.norm()
     assert (got[1] - exact[1]).norm() <= 6e-2 * exact[1].norm()
@@ -116,7 +102,7 @@ def test_transposed_weight_gives_the_quantised_gradient():
 @pytest.mark.parametrize("is_transposed", [False, True])
 def test_opcheck(M, is_transposed):
     (x, w, w_scale, b, lora_a, lora_b, g), wide = tensors(M=M)
-    w_t, w_t_scale = quantize_rows(wide.T.contiguous()) if is_transposed else (None, None)
+    w_t, w_t_scale = quantize(wide.T.contiguous()) if is_transposed else (None, None)
     leaves = [t.requires_grad_() for t in (x, lora_a, lora_b)]
     args = (leaves[0], w, w_scale, w_t, w_t_scale, b, leaves[1], leaves[2], 0.5, 0.0, None, [], True, "")
     torch.library.opcheck(_op, args, test_utils=OPCHECKS)
@@ -140,9 +126,12 @@ def test_compiles_as_one_graph_under_autocast():
 
 
 BAD = {
+    "x must be fp16": {"x": torch.zeros(2, 48, dtype=torch.float64)},
     "weight must be torch.float8_e4m3fn": {"weight": torch.zeros(96, 48, dtype=torch.bfloat16)},
-    r"weight_scale must be \[96\] torch.float32": {"weight_scale": torch.ones(95)},
-    r"transposed\[1\] must be \[48\]": {"transposed": (torch.zeros(48, 96, dtype=torch.float8_e4m3fn), torch.ones(96))},
+    r"weight_scale must be \[96, 1\] torch.float32": {"weight_scale": torch.ones(96)},
+    r"transposed\[1\] must be \[48, 1\]": {
+        "transposed": (torch.zeros(48, 96, dtype=torch.float8_e4m3fn), torch.ones(96))
+    },
     "strategy 'merged' has no fp8 form": {"strategy": "merged"},
     "bias must be frozen": {"bias": torch.zeros(96, dtype=torch.bfloat16, requires_grad=True)},
 }
