@@ -59,10 +59,24 @@ template <class F, int THREADS> __device__ __forceinline__ F block_sum(F x, F* s
   return total;
 }
 
-template <int THREADS, int TEAM> __device__ __forceinline__ float team_sum(float x, float* slots) {
+template <int THREADS, int TEAM> __device__ __forceinline__ double team_sum(double x, double* slots) {
   if constexpr (TEAM == 32) return warp_sum(x);
-  else return block_sum<float, THREADS>(x, slots);
+  else return block_sum<double, THREADS>(x, slots);
 }
+
+// x -> float(by * x), rounded once: by in two floats, because a conversion to double for every cell is slow
+struct Multiplier {
+  double by;
+  float high, low;
+  bool in_range;
+
+  __device__ __forceinline__ explicit Multiplier(double by)
+      : by(by), high(static_cast<float>(by)), low(static_cast<float>(by - high)), in_range(by > 1e-30 && by < 1e30) {}
+
+  __device__ __forceinline__ float operator()(float x) const {
+    return in_range ? fmaf(x, high, x * low) : static_cast<float>(x * by);
+  }
+};
 
 // what the sums of a whole batch lead to: s, |s|, the decision, the running centre; called by all threads of one block
 struct Finish {
@@ -116,7 +130,7 @@ template <class T> struct Forward {
   int64_t num_images;
   int num_views, d;
   float* z;            // as u
-  float* inv_norm;     // [num_views * num_images]
+  double* inv_norm;    // [num_views * num_images]
   float* partial;      // [blocks, partial_stride(num_views, d)]
   unsigned* ticket;    // 0 before and after
   double* sums;        // [num_views * d + 2]
@@ -173,7 +187,7 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(Forward<T> a) {
   float zbar_square = 0;
   for (int64_t image = int64_t{blockIdx.x} * kTeams + team; image < a.num_images;
        image += int64_t{gridDim.x} * kTeams) {
-    float x[kMaxViews][kEach] = {}, zbar[kEach] = {};
+    float x[kMaxViews][kEach] = {};  // u, then z; a view that is not there stays 0
 #pragma unroll
     for (int v = 0; v < kMaxViews; ++v) {
       if (v < a.num_views) {
@@ -188,39 +202,28 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(Forward<T> a) {
 #pragma unroll
     for (int v = 0; v < kMaxViews; ++v) {
       if (v < a.num_views) {
-        float square = 0;
+        // in double: no square leaves the range, and a row's cells do not share a rounding error
+        double square = 0;
 #pragma unroll
-        for (int i = 0; i < kEach; ++i) square = fmaf(x[v][i], x[v][i], square);
-        square = team_sum<THREADS, TEAM>(square, float_slots);
-        float scale = 1;
-        // squares out of fp32's range: once more, scaled by a power of two (the same for the whole team)
-        if (!(square > 1e-30f && square < 1e37f)) {
-          scale = square < 1.0f ? 0x1p100f : 0x1p-80f;
-          square = 0;
-#pragma unroll
-          for (int i = 0; i < kEach; ++i) square = fmaf(x[v][i] * scale, x[v][i] * scale, square);
-          square = team_sum<THREADS, TEAM>(square, float_slots);
-        }
-        // no direction in a zero row: z = 0 and no gradient; an infinite row has none either: NaN
-        const float inv = square == 0 ? 0.0f : isfinite(square) ? 1.0f / sqrtf(square) : nanf("");
+        for (int i = 0; i < kEach; ++i) square = fma(double{x[v][i]}, double{x[v][i]}, square);
+        const double inv = inverse_norm(team_sum<THREADS, TEAM>(square, slots));
+        const Multiplier by(inv);
         float* row = a.z + (v * a.num_images + image) * a.d;
 #pragma unroll
         for (int i = 0; i < kEach; ++i) {
-          x[v][i] = x[v][i] * scale * inv;
+          x[v][i] = by(x[v][i]);
           acc[v][i] += x[v][i];
-          zbar[i] += x[v][i];
         }
 #pragma unroll
         for (int p = 0; p < PACKS; ++p) {
           const int c = (p * TEAM + rank) * VEC;
           if (c < a.d) store<float, VEC>(row + c, x[v] + p * VEC);
         }
-        // |u| below fp32's smallest normal number: its inverse is held at the largest finite one
-        if (rank == 0) a.inv_norm[v * a.num_images + image] = isinf(inv * scale) ? 3.402823466e38f : inv * scale;
+        if (rank == 0) a.inv_norm[v * a.num_images + image] = inv;
       }
     }
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) zbar_square = fmaf(zbar[i], zbar[i], zbar_square);
+    for (int i = 0; i < kEach; ++i) zbar_square = fmaf(x[0][i] + x[1][i], x[0][i] + x[1][i], zbar_square);
   }
 
   // teams of the block: halves add up, in a tree
@@ -275,29 +278,30 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(Forward<T> a) {
 template <class T> struct Backward {
   const float* grad_z;     // [rows, d] or null
   const float* grad_sums;  // [views, d] or null: row r takes scale * grad_sums[r / rows_per_view]
-  float scale;
+  double scale;
   int64_t rows, rows_per_view;
   int d;
   const float* z;
-  const float* inv_norm;
+  const double* inv_norm;
   T* grad_u;
 };
 
 template <class T, int THREADS, int VEC>
 __global__ void __launch_bounds__(THREADS) backward_kernel(Backward<T> a) {
   const int lane = threadIdx.x % 32;
+  const Multiplier scale(a.scale);
   const int64_t warps = int64_t{gridDim.x} * (THREADS / 32);
   for (int64_t row = int64_t{blockIdx.x} * (THREADS / 32) + threadIdx.x / 32; row < a.rows; row += warps) {
     const float* grad_s = a.grad_sums ? a.grad_sums + row / a.rows_per_view * a.d : nullptr;
     const float *grad_z = a.grad_z ? a.grad_z + row * a.d : nullptr, *z = a.z + row * a.d;
-    const float inv = a.inv_norm[row];
+    const Multiplier inv(a.inv_norm[row]);
     const auto fetch = [&](int c, float* g, float* zc) {
       load<float, VEC>(z + c, zc);
       float rest[VEC] = {};
       if (grad_z) load<float, VEC>(grad_z + c, g);
       if (grad_s) load<float, VEC>(grad_s + c, rest);
 #pragma unroll
-      for (int j = 0; j < VEC; ++j) g[j] = fmaf(a.scale, rest[j], grad_z ? g[j] : 0.0f);
+      for (int j = 0; j < VEC; ++j) g[j] = (grad_z ? g[j] : 0.0f) + (grad_s ? scale(rest[j]) : 0.0f);
     };
     float along = 0, g[VEC], zc[VEC];
     for (int c = lane * VEC; c < a.d; c += 32 * VEC) {
@@ -310,7 +314,7 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(Backward<T> a) {
     for (int c = lane * VEC; c < a.d; c += 32 * VEC) {
       fetch(c, g, zc);
 #pragma unroll
-      for (int j = 0; j < VEC; ++j) g[j] = inv * fmaf(-along, zc[j], g[j]);
+      for (int j = 0; j < VEC; ++j) g[j] = inv(fmaf(-along, zc[j], g[j]));
       store<T, VEC>(a.grad_u + row * a.d + c, g);
     }
   }

@@ -14,9 +14,9 @@ struct ForwardCall {
   Real real;
   int64_t num_images;
   int num_views, d;
-  float* z;         // as u
-  float* inv_norm;  // [num_views * num_images]
-  double* sums;     // [num_views * d + 2]: sum of z by view, sum of |z_bar|^2, num_images
+  float* z;          // as u
+  double* inv_norm;  // [num_views * num_images]
+  double* sums;      // [num_views * d + 2]: sum of z by view, sum of |z_bar|^2, num_images
   const double* state;  // [head + d], or null: only the sums are wanted
   Gate gate;
   float* center;  // [d]
@@ -26,11 +26,11 @@ struct ForwardCall {
 struct BackwardCall {
   const float* grad_z;     // [rows, d] or null
   const float* grad_sums;  // [rows / rows_per_view, d] or null
-  float scale;             // of grad_sums
+  double scale;            // of grad_sums
   int64_t rows, rows_per_view;
   int d;
   const float* z;
-  const float* inv_norm;
+  const double* inv_norm;
   void* grad_u;  // [rows, d] of `real`
   Real real;
 };

@@ -5,7 +5,6 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-#include <limits>
 #include <vector>
 
 #include "center_vector.h"
@@ -14,34 +13,21 @@ namespace upstep {
 namespace {
 
 constexpr int64_t kMaxChunks = 64, kMinImages = 16;
-constexpr int kLanes = 16;  // independent sums, so that the compiler may vectorise them
+constexpr int kLanes = 8;  // independent sums, so that the compiler may vectorise them
 
 int64_t num_chunks(int64_t num_images) {
   return std::clamp<int64_t>((num_images + kMinImages - 1) / kMinImages, 1, kMaxChunks);
 }
 
-float dot(const float* a, const float* b, int d) {
-  float lanes[kLanes] = {};
+double dot(const float* a, const float* b, int d) {
+  double lanes[kLanes] = {};
   int c = 0;
   for (; c + kLanes <= d; c += kLanes)
-    for (int j = 0; j < kLanes; ++j) lanes[j] += a[c + j] * b[c + j];
-  for (int j = 0; c < d; ++c, ++j) lanes[j] += a[c] * b[c];
-  float total = 0;
-  for (float lane : lanes) total += lane;
+    for (int j = 0; j < kLanes; ++j) lanes[j] += static_cast<double>(a[c + j]) * b[c + j];
+  for (int j = 0; c < d; ++c, ++j) lanes[j] += static_cast<double>(a[c]) * b[c];
+  double total = 0;
+  for (double lane : lanes) total += lane;
   return total;
-}
-
-// z = u / |u| in place of the widened row; returns 1 / |u|. As in center_vector.cuh.
-float normalise(float* row, int d) {
-  float square = dot(row, row, d), scale = 1;
-  if (!(square > 1e-30f && square < 1e37f)) {
-    scale = square < 1 ? 0x1p100f : 0x1p-80f;
-    for (int c = 0; c < d; ++c) row[c] *= scale;
-    square = dot(row, row, d);
-  }
-  const float inv = square == 0 ? 0 : std::isfinite(square) ? 1 / std::sqrt(square) : std::nanf("");
-  for (int c = 0; c < d; ++c) row[c] *= inv;
-  return std::isinf(inv * scale) ? std::numeric_limits<float>::max() : inv * scale;
 }
 
 template <class T> void sum_chunk(const ForwardCall& a, int64_t begin, int64_t end, double* sums) {
@@ -54,14 +40,16 @@ template <class T> void sum_chunk(const ForwardCall& a, int64_t begin, int64_t e
       const int64_t row = v * a.num_images + image;
       float* z = a.z + row * a.d;
       for (int c = 0; c < a.d; ++c) z[c] = static_cast<float>(u[row * a.d + c]);
-      a.inv_norm[row] = normalise(z, a.d);
+      const double inv = inverse_norm(dot(z, z, a.d));
+      for (int c = 0; c < a.d; ++c) z[c] = static_cast<float>(z[c] * inv);
+      a.inv_norm[row] = inv;
       double* sum = sums + v * a.d;
       for (int c = 0; c < a.d; ++c) {
         sum[c] += z[c];
         zbar[c] += z[c];
       }
     }
-    sums[a.num_views * a.d] += dot(zbar.data(), zbar.data(), a.d) / static_cast<float>(a.num_views * a.num_views);
+    sums[a.num_views * a.d] += dot(zbar.data(), zbar.data(), a.d) / (a.num_views * a.num_views);
   }
 }
 
@@ -84,10 +72,10 @@ template <class T> void backward(const BackwardCall& a) {
       const float* z = a.z + row * a.d;
       const float* grad_s = a.grad_sums ? a.grad_sums + row / a.rows_per_view * a.d : nullptr;
       for (int c = 0; c < a.d; ++c)
-        g[c] = (a.grad_z ? a.grad_z[row * a.d + c] : 0) + (grad_s ? a.scale * grad_s[c] : 0);
-      const float along = dot(g.data(), z, a.d), inv = a.inv_norm[row];
+        g[c] = (a.grad_z ? a.grad_z[row * a.d + c] : 0) + (grad_s ? static_cast<float>(a.scale * grad_s[c]) : 0);
+      const double along = dot(g.data(), z, a.d), inv = a.inv_norm[row];
       T* out = static_cast<T*>(a.grad_u) + row * a.d;
-      for (int c = 0; c < a.d; ++c) out[c] = static_cast<T>(inv * (g[c] - along * z[c]));
+      for (int c = 0; c < a.d; ++c) out[c] = static_cast<T>(static_cast<float>(inv * (g[c] - along * z[c])));
     }
   });
 }

@@ -93,6 +93,11 @@ UPSTEP_HOST_DEVICE double moved_center(const Gate& gate, const double* state, co
   return gate.center_beta * running + (1 - gate.center_beta) * s;
 }
 
+// 1 / |u| from |u|^2: a zero row has no direction (z = 0, no gradient), an infinite one none either (NaN)
+UPSTEP_HOST_DEVICE double inverse_norm(double square) {
+  return square == 0 ? 0 : std::isfinite(square) ? 1 / sqrt(square) : NAN;
+}
+
 // B |s|^2 - mean |z_bar|^2 over B - 1 (METHODS 1.2); NaN for one image
 UPSTEP_HOST_DEVICE double unbiased_square(double m, double mean_square, double num_images) {
   return num_images > 1 ? (num_images * m * m - mean_square) / (num_images - 1) : NAN;

@@ -69,7 +69,7 @@ ForwardCall rows_of(const Tensor& u, int64_t num_views, const Tensor& z, const T
   ForwardCall call{};
   call.u = u.data_ptr(), call.real = real_of(u);
   call.num_images = rows / views, call.num_views = views, call.d = d;
-  call.z = floats(z, rows * d, u, "z"), call.inv_norm = floats(inv_norm, rows, u, "inv_norm");
+  call.z = floats(z, rows * d, u, "z"), call.inv_norm = doubles(inv_norm, rows, u, "inv_norm");
   call.sums = doubles(sums, int64_t{views} * d + 2, u, "sums");
   return call;
 }
@@ -87,7 +87,7 @@ BackwardCall backward_of(const std::optional<Tensor>& grad_z, const std::optiona
   const int64_t rows = z.size(0);
   const int d = narrow_dim(z.size(1));
   BackwardCall call{};
-  call.scale = static_cast<float>(scale), call.rows = rows, call.rows_per_view = rows, call.d = d;
+  call.scale = scale, call.rows = rows, call.rows_per_view = rows, call.d = d;
   if (grad_z) call.grad_z = floats(*grad_z, rows * d, z, "grad_z");
   if (grad_sums) {
     const int64_t views = grad_sums->size(0);
@@ -95,7 +95,7 @@ BackwardCall backward_of(const std::optional<Tensor>& grad_z, const std::optiona
     call.grad_sums = floats(*grad_sums, views * d, z, "grad_sums");
     call.rows_per_view = rows / views;
   }
-  call.z = floats(z, rows * d, z, "z"), call.inv_norm = floats(inv_norm, rows, z, "inv_norm");
+  call.z = floats(z, rows * d, z, "z"), call.inv_norm = doubles(inv_norm, rows, z, "inv_norm");
   call.real = real_of(grad_u);
   call.grad_u = cells(grad_u, grad_u.scalar_type(), rows * d, z, "grad_u");
   return call;

@@ -34,7 +34,7 @@ class CenterVector(NamedTuple):
     z: Tensor  # [rows, d] fp32
     center: Tensor  # [d] fp32
     state: Tensor  # [HEAD + d] float64, the state after this step
-    inv_norm: Tensor  # [rows] fp32, for center_vector_backward
+    inv_norm: Tensor  # [rows] float64, 1/|u|, for center_vector_backward
 
 
 def center_vector_reference(u: Tensor, state: Tensor, *, num_views: int = 1, **gate) -> CenterVector:
@@ -47,30 +47,30 @@ def center_vector_reference(u: Tensor, state: Tensor, *, num_views: int = 1, **g
 def partial_reference(u: Tensor, *, num_views: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """z, sums and 1/|u| as center_vector_partial gives them."""
     # float64 holds the square of every float32, so no row is too long or too short
-    x = u.double()
+    x = u.contiguous().double()
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    norm = torch.where(norm.isinf(), torch.nan, norm)
     inv = torch.where(norm == 0, 0.0, 1 / torch.where(norm == 0, 1.0, norm))
     z = x * inv
     z_VBd = z.view(num_views, -1, u.shape[1])
     num_images = z.new_full((1,), z_VBd.shape[1])
     sums = torch.cat([z_VBd.sum(1).flatten(), z_VBd.mean(0).square().sum()[None].detach(), num_images])
-    wide = torch.promote_types(u.dtype, torch.float32)
-    return z.to(wide), sums, inv.detach()[:, 0].clamp(max=torch.finfo(wide).max).to(wide)
+    return z.to(torch.promote_types(u.dtype, torch.float32)), sums, inv.detach()[:, 0].clone()
 
 
 def backward_reference(grad_z: Tensor | None, grad_sums: Tensor | None, scale: float, z: Tensor, inv: Tensor) -> Tensor:
-    """dL/du in the dtype of z; grad_sums: [views, d], the same for all rows of a view."""
-    g = torch.zeros_like(z) if grad_z is None else grad_z
+    """dL/du in float64; grad_sums: [views, d], the same for all rows of a view."""
+    g = torch.zeros_like(z, dtype=torch.float64) if grad_z is None else grad_z.double()
     if grad_sums is not None:
-        g = g + scale * grad_sums.to(z.dtype).repeat_interleave(len(z) // len(grad_sums), dim=0)
+        g = g + scale * grad_sums.double().repeat_interleave(len(z) // len(grad_sums), dim=0)
     return inv[:, None] * (g - z * (z * g).sum(1, keepdim=True))
 
 
 def _outputs(u: Tensor, num_views: int) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(u.dtype, torch.float32)
     rows, d = u.shape
-    z, inv_norm = torch.empty(rows, d, dtype=wide, device=u.device), torch.empty(rows, dtype=wide, device=u.device)
-    return z, torch.empty(num_views * d + 2, dtype=torch.float64, device=u.device), inv_norm
+    sums, inv_norm = (torch.empty(n, dtype=torch.float64, device=u.device) for n in (num_views * d + 2, rows))
+    return torch.empty(rows, d, dtype=wide, device=u.device), sums, inv_norm
 
 
 def _is_compiled(op: str, device: torch.device, dtype: torch.dtype) -> bool:
