@@ -24,6 +24,8 @@ usage: upstep-fast COMMAND [--config FILE.toml] [options]
   adapt   adapt a pretrained ViT to a folder of unlabelled images
   eval    k-NN and linear probe of a model, with and without an adapter
   embed   write features of images to a file
+  export  write the adapted model for timm, transformers, PEFT, DINOv2 or ONNX
+  models  list the models that can be adapted
 
 upstep-fast COMMAND --help lists a command's options.
 example: upstep-fast adapt --model vit_base_patch16_224 --data photos/ --out adapted/"""
@@ -35,6 +37,7 @@ class Command:
 
     config: Callable[[], type]
     run: Callable[[Any], None]
+    positional: str | None = None  # the field that may be given without its flag
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -78,6 +81,8 @@ def _dispatch(args: list[str], debug: bool) -> None:
         hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
         raise ConfigError(f"unknown command {name!r}; {hint}")
     command = COMMANDS[name]
+    if command.positional and rest and not rest[0].startswith("-"):
+        rest = [f"--{_flag(command.positional)}", *rest]
     config = parse(command.config(), rest, prog=f"upstep-fast {name}")
     from .report import setup_logging
 
@@ -149,6 +154,23 @@ def _embed(config: Any) -> None:
     print(f"features: {run_embed(config)}")
 
 
+def _export(config: Any) -> None:
+    from .export import run
+
+    done = run(config)
+    print(f"export: {done.folder}  (features differ by at most {done.difference:.1e} on {done.images})")
+
+
+def _models(config: Any) -> None:
+    from .catalogue import names, near
+
+    found = names(config.pattern)
+    if not found:
+        raise ConfigError(f"pattern: no model that can be adapted matches {config.pattern!r}; {near(config.pattern)}")
+    for name, kind in found:
+        print(f"{name:<48} {kind}")
+
+
 def _demo(config: Any) -> None:
     from .demo import run
 
@@ -160,4 +182,6 @@ COMMANDS = {
     "adapt": Command(_config("AdaptConfig"), _adapt),
     "eval": Command(_config("EvalConfig"), _eval),
     "embed": Command(_config("EmbedConfig"), _embed),
+    "export": Command(_config("ExportConfig"), _export),
+    "models": Command(_config("ModelsConfig"), _models, positional="pattern"),
 }

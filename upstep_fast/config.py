@@ -261,6 +261,34 @@ class EmbedConfig(ModelConfig):
 
 
 @dataclass(frozen=True)
+class ExportConfig(BackboneConfig):
+    """Write a model with its adapter in another tool's format, checked in that tool."""
+
+    format: Literal["timm", "hf", "peft", "dinov2", "onnx"] = "timm"
+    """timm and hf (transformers): merged, safetensors; peft: the adapter; dinov2: Meta's key names; onnx."""
+    out: str = dataclasses.field(kw_only=True)
+    """Folder to write."""
+    adapter: str | None = None
+    """Folder of an adapter (out/adapter); without it the base model is exported."""
+    data: tuple[str, ...] = ()
+    """Images on which the exported features are compared; without them random ones."""
+    overwrite: bool = False
+    """Replace an earlier export in a non-empty --out."""
+    debug: bool = False
+    """Show tracebacks instead of one-line errors."""
+
+
+@dataclass(frozen=True)
+class ModelsConfig:
+    """List the models that can be adapted."""
+
+    pattern: str = "*"
+    """Part of a name, or a pattern with * and ?."""
+    debug: bool = False
+    """Show tracebacks instead of one-line errors."""
+
+
+@dataclass(frozen=True)
 class DemoConfig:
     """Adapt a small model to photographs of hand signs, without their labels, and show what that brought."""
 

@@ -101,6 +101,27 @@ def describe(vit: Any) -> dict[str, Any]:
     return common | ({"num_register_tokens": registers} if registers else {})
 
 
+def preprocessor(base: Any) -> dict[str, Any]:
+    """preprocessor_config.json of transformers that prepares images as timm's evaluation transform does.
+
+    base: a Backbone.
+    """
+    height, width = base.img_size
+    return {
+        "image_processor_type": "BitImageProcessor",
+        "do_convert_rgb": len(base.mean) == 3,
+        "do_resize": True,
+        "size": {"shortest_edge": int(min(height, width) / base.crop_pct)},
+        "resample": {"nearest": 0, "lanczos": 1, "bilinear": 2}.get(base.interpolation, 3),  # as pillow counts
+        "do_center_crop": True,
+        "crop_size": {"height": height, "width": width},
+        "do_rescale": True,
+        "do_normalize": True,
+        "image_mean": list(base.mean),
+        "image_std": list(base.std),
+    }
+
+
 def _dinov3(vit: Eva) -> dict[str, Any]:
     block: Any = vit.blocks[0]
     gated = isinstance(block.mlp, SwiGLU)

@@ -103,7 +103,7 @@ def inject(vit: nn.Module, spec: LoraSpec) -> dict[str, LoraLinear]:
     for name, base, parts, num_parts in places:
         adapters[name] = LoraLinear(base, r=spec.r, scale=spec.alpha / spec.r, parts=parts, num_parts=num_parts)
         vit.set_submodule(name, adapters[name])
-    _call_qkv(vit)
+    call_qkv(vit)
     return adapters
 
 
@@ -121,7 +121,7 @@ def _places(block: nn.Module, targets: Sequence[str]) -> list[tuple[str, tuple[i
     return found + [(_HOME[target], (0,), 1) for target in targets if target in _HOME]
 
 
-def _call_qkv(vit: nn.Module) -> None:
+def call_qkv(vit: nn.Module) -> None:
     """timm's Eva with biases for q and v reads qkv.weight itself, past any adapter; this makes it call the module."""
     for module in vit.modules():
         if getattr(module, "q_bias", None) is not None:
@@ -211,7 +211,7 @@ def attach(vit: nn.Module, folder: str | Path) -> dict[str, LoraLinear]:
         adapter.lora_b.data.copy_(b[None])
         vit.set_submodule(name, adapter)
         adapters[name] = adapter
-    _call_qkv(vit)
+    call_qkv(vit)
     return adapters
 
 
