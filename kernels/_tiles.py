@@ -7,6 +7,7 @@ of its own, so an unknown GPU never raises. Rows for a capability carry the meas
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -54,8 +55,12 @@ TILES: dict[str, dict[tuple[int, int] | None, Tile]] = {
 def tile(op: str, device: torch.device) -> Tile:
     """Tile sizes (and num_warps, num_stages) of `op` for this device."""
     rows = TILES[op]
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    return rows.get(capability, rows[None])
+    return rows.get(_capability(device), rows[None])
+
+
+@functools.lru_cache
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def row_tile(op: str, device: torch.device, width: int, fewest: int = 1) -> Tile:

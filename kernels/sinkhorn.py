@@ -38,26 +38,27 @@ _LOWEST = tl.constexpr(-3.4e38)  # below any score, yet finite: -inf - -inf woul
 
 def sinkhorn_reference(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
     """The specification, in fp32 or wider. Arguments as `sinkhorn`."""
-    peak, total = _columns_reference(scores, epsilon)
-    share = -total.log()
+    t, _ = _below_peak(scores, epsilon)
+    share = -t.exp().sum(0).log()
     for _ in range(iterations - 1):
-        share = share - _assign_reference(scores, epsilon, peak, share).sum(0).log()
-    return _assign_reference(scores, epsilon, peak, share)
+        share = share - (t + share).softmax(1).sum(0).log()
+    return (t + share).softmax(1)
+
+
+def _below_peak(scores: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    x = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    # a rank may be without rows
+    peak = x.amax(0) if len(x) else x.new_full((x.shape[1],), -math.inf)
+    return (x - peak) / epsilon, peak
 
 
 def _columns_reference(scores: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    x = _wide(scores)
-    # a rank may be without rows
-    peak = x.amax(0) if len(x) else x.new_full((x.shape[1],), -math.inf)
-    return peak, ((x - peak) / epsilon).exp().sum(0)
+    t, peak = _below_peak(scores, epsilon)
+    return peak, t.exp().sum(0)
 
 
 def _assign_reference(scores: Tensor, epsilon: float, peak: Tensor, share: Tensor) -> Tensor:
-    return ((_wide(scores) - peak) / epsilon + share).softmax(1)
-
-
-def _wide(scores: Tensor) -> Tensor:
-    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return ((scores.float() - peak) / epsilon + share).softmax(1)
 
 
 @triton.jit
@@ -321,35 +322,50 @@ def _use_triton(scores: Tensor) -> bool:
     return choose("sinkhorn", scores.device, {"triton": why_not, "reference": None}) == "triton"
 
 
-@torch.library.custom_op(f"{NAMESPACE}::sinkhorn", mutates_args=())
-def _sinkhorn_op(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
-    run = _sinkhorn_triton if _use_triton(scores) else sinkhorn_reference
-    return run(scores, epsilon, iterations)
+def _run(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
+    return (_sinkhorn_triton if _use_triton(scores) else sinkhorn_reference)(scores, epsilon, iterations)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::sinkhorn_columns", mutates_args=())
-def _columns_op(scores: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+def _run_columns(scores: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     return (_columns_triton if _use_triton(scores) else _columns_reference)(scores, epsilon)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::sinkhorn_rows", mutates_args=())
-def _rows_op(scores: Tensor, epsilon: float, peak: Tensor, share: Tensor) -> Tensor:
+def _run_rows(scores: Tensor, epsilon: float, peak: Tensor, share: Tensor) -> Tensor:
     if _use_triton(scores):
         return _rows_triton(scores, epsilon, peak, share)
     return _assign_reference(scores, epsilon, peak, share).sum(0)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::sinkhorn_assign", mutates_args=())
-def _assign_op(scores: Tensor, epsilon: float, peak: Tensor, share: Tensor) -> Tensor:
+def _run_assign(scores: Tensor, epsilon: float, peak: Tensor, share: Tensor) -> Tensor:
     return (_assign_triton if _use_triton(scores) else _assign_reference)(scores, epsilon, peak, share)
 
 
-_sinkhorn_op.register_fake(lambda scores, epsilon, iterations: scores.new_empty(scores.shape, dtype=torch.float32))
-_columns_op.register_fake(
-    lambda scores, epsilon: tuple(scores.new_empty(scores.shape[1], dtype=torch.float32) for _ in range(2))
+def _register(name: str, schema: str, run: Callable, fake: Callable) -> Callable:
+    # not custom_op: the wrappers that make it differentiable take 13 us a call on the host, as long as the kernel
+    full = f"{NAMESPACE}::{name}"
+    torch.library.define(full, schema)
+    torch.library.impl(full, ("cpu", "cuda"), run)
+    torch.library.register_fake(full, fake)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _fake_assign(scores: Tensor, *_: object) -> Tensor:
+    return scores.new_empty(scores.shape, dtype=torch.float32)
+
+
+def _fake_columns(scores: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    return tuple(scores.new_empty(scores.shape[1], dtype=torch.float32) for _ in range(2))
+
+
+_COLUMNS = "Tensor scores, float epsilon, Tensor peak, Tensor share"
+_sinkhorn_op = _register("sinkhorn", "(Tensor scores, float epsilon, int iterations) -> Tensor", _run, _fake_assign)
+_columns_op = _register(
+    "sinkhorn_columns", "(Tensor scores, float epsilon) -> (Tensor, Tensor)", _run_columns, _fake_columns
 )
-_rows_op.register_fake(lambda scores, epsilon, peak, share: torch.empty_like(peak))
-_assign_op.register_fake(lambda scores, epsilon, peak, share: scores.new_empty(scores.shape, dtype=torch.float32))
+_rows_op = _register(
+    "sinkhorn_rows", f"({_COLUMNS}) -> Tensor", _run_rows, lambda scores, epsilon, peak, share: torch.empty_like(peak)
+)
+_assign_op = _register("sinkhorn_assign", f"({_COLUMNS}) -> Tensor", _run_assign, _fake_assign)
 
 
 def sinkhorn(
