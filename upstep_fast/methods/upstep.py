@@ -12,8 +12,9 @@ losses/clustering.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from .. import lora
 from ..backbone import Backbone, features
 from ..config import AdaptConfig
+from ..engine import vit as engine
 from ..kernels.sinkhorn import sinkhorn
 from .losses import clustering
 
@@ -54,6 +56,7 @@ class UpStep(nn.Module):
             self.adapters = lora.inject(backbone.vit, lora_spec(config))
             self.head = make_head(config, backbone.width)
         self.vit = backbone.vit
+        self.features: Callable[[Tensor], Tensor] = partial(features, self.vit)
         width = backbone.width if config.head == "none" else config.head_dim
         make = (
             clustering.orthogonal_prototypes if config.prototype_init == "orthogonal" else clustering.random_prototypes
@@ -67,6 +70,13 @@ class UpStep(nn.Module):
         self.register_buffer("base_centre", torch.zeros(width))
         self.register_buffer("running_magnitude", torch.zeros(()))
         self.register_buffer("seen", torch.zeros((), dtype=torch.bool))
+
+    def accelerate(self, dtype: torch.dtype) -> None:
+        """Runs the backbone on the engine from now on, in `dtype`; the plain model where the engine cannot.
+
+        To be called once the module is on its device, since the frozen weights are folded into copies.
+        """
+        self.features = engine.choose(self.vit, dtype, otherwise=self.features)
 
     @property
     def needs_start(self) -> bool:
@@ -86,7 +96,7 @@ class UpStep(nn.Module):
 
     def embed(self, views: Tensor) -> Embedded:
         """views: [V, B, C, H, W] normalised images. The backbone sees all V B images in one batch."""
-        u = self.head(features(self.vit, views.flatten(0, 1)))
+        u = self.head(self.features(views.flatten(0, 1)))
         z = F.normalize(u.float(), dim=-1).view(*views.shape[:2], -1)
         centre = z.mean((0, 1))
         of_views = z.detach().mean(1).norm(dim=-1)

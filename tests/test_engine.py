@@ -1,0 +1,226 @@
+"""The engine against the plain timm model: features, gradients, what is kept, what is refused."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from upstep_fast import backbone, lora, trainer
+from upstep_fast.backbone import features
+from upstep_fast.config import AdaptConfig
+from upstep_fast.engine import fold
+from upstep_fast.engine import vit as engine
+
+VARIANTS = {
+    "class token": ("vit_tiny_patch16_224", dict(img_size=48, patch_size=8, embed_dim=96, num_heads=3)),
+    "registers, LayerScale": ("vit_small_patch14_reg4_dinov2", dict(img_size=42, embed_dim=128, num_heads=2)),
+    "no registers, LayerScale": ("vit_small_patch14_dinov2", dict(img_size=70, embed_dim=128, num_heads=2)),
+    "QuickGELU, norm_pre": ("vit_base_patch16_clip_quickgelu_224", dict(img_size=48, embed_dim=128, num_heads=2)),
+    "attention pooling": ("vit_so150m_patch16_reg4_map_256", dict(img_size=64, embed_dim=128, num_heads=2)),
+    "mean of patches": ("vit_tiny_patch16_224", dict(img_size=48, embed_dim=96, num_heads=3, global_pool="avg")),
+    "head width 128": ("vit_tiny_patch16_224", dict(img_size=48, embed_dim=128, num_heads=1)),
+    "no qkv bias": ("vit_tiny_patch16_224", dict(img_size=48, embed_dim=96, num_heads=3, qkv_bias=False)),
+}
+TARGETS = [("q", "k", "v"), ("q", "v"), ("qkv",), ("q", "v", "proj", "fc1", "fc2"), ("fc2",)]
+
+
+def model(variant="class token", targets=("q", "k", "v"), depth=2):
+    """A timm model of random weights with adapters that already do something, and images for it."""
+    name, args = VARIANTS[variant]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vit = timm.create_model(name, depth=depth, num_classes=0, **args).eval().requires_grad_(False)
+        for parameter in vit.parameters():
+            if parameter.ndim == 1:  # norms and LayerScale start at constants, where a wrong fold would not show
+                parameter += 0.1 * torch.randn_like(parameter)
+        for adapter in lora.inject(vit, lora.LoraSpec(r=4, alpha=6, targets=targets)).values():
+            torch.nn.init.normal_(adapter.lora_b, std=0.05)
+        images = torch.randn(3, 3, *vit.patch_embed.img_size)
+    return vit, images
+
+
+def gradients(vit, function, images):
+    """Features, and the gradient of every adapter of an arbitrary function of them."""
+    parameters = [p for p in vit.parameters() if p.requires_grad]
+    f = function(images)
+    weights = torch.linspace(-1, 1, f.numel()).view_as(f)
+    grads = torch.autograd.grad((f.float() * weights + f.float().sin()).sum(), parameters)
+    return f.detach().float(), [g.float() for g in grads]
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+def test_fp32_features_and_gradients_are_timms(variant, memory):
+    vit, images = model(variant)
+    expected, expected_grads = gradients(vit, lambda x: features(vit, x), images)
+    got, grads = gradients(vit, engine.build(vit, torch.float32, memory).features, images)
+    assert relative(got, expected) < 1e-5
+    for ours, theirs in zip(grads, expected_grads, strict=True):
+        assert relative(ours, theirs) < 1e-4
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+def test_every_place_an_adapter_can_sit(targets):
+    vit, images = model("registers, LayerScale", targets)
+    expected, expected_grads = gradients(vit, lambda x: features(vit, x), images)
+    got, grads = gradients(vit, engine.build(vit, torch.float32).features, images)
+    assert relative(got, expected) < 1e-5 and len(grads) == 2 * 2 * len(lora.find(vit)) / 2
+    for ours, theirs in zip(grads, expected_grads, strict=True):
+        assert relative(ours, theirs) < 1e-4
+
+
+@pytest.mark.parametrize("variant", ["class token", "registers, LayerScale"])
+def test_bf16_is_as_near_to_fp32_as_eager_bf16(variant):
+    vit, images = model(variant, depth=4)
+    truth, truth_grads = gradients(vit, lambda x: features(vit, x), images)
+
+    def eager(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return features(vit, x)
+
+    theirs, their_grads = gradients(vit, eager, images)
+    ours, our_grads = gradients(vit, engine.build(vit, torch.bfloat16).features, images)
+    assert relative(ours, truth) < 2 * relative(theirs, truth) + 1e-3
+    joined = [torch.cat([g.flatten() for g in grads]) for grads in (our_grads, their_grads, truth_grads)]
+    assert relative(joined[0], joined[2]) < 2e-2
+    assert relative(joined[0], joined[2]) < 2 * relative(joined[1], joined[2])
+
+
+def test_forward_without_gradients_equals_forward_with():
+    vit, images = model()
+    run = engine.build(vit, torch.float32).features
+    with torch.no_grad():
+        quiet = run(images)
+    assert torch.equal(quiet, run(images).detach())
+
+
+def test_training_through_the_engine_moves_the_original_adapters():
+    vit, images = model()
+    run = engine.build(vit, torch.float32).features
+    before = run(images).detach()
+    optimizer = torch.optim.SGD([p for p in vit.parameters() if p.requires_grad], lr=0.1)
+    run(images).square().sum().backward()
+    optimizer.step()
+    after = run(images).detach()
+    assert relative(after, before) > 1e-3
+    assert relative(after, features(vit, images).detach()) < 1e-5
+
+
+def test_frozen_weights_get_no_gradient_and_are_not_written_to():
+    vit, images = model()
+    frozen = {name: p.clone() for name, p in vit.named_parameters() if not p.requires_grad}
+    engine.build(vit, torch.float32).features(images).sum().backward()
+    for name, parameter in vit.named_parameters():
+        if name in frozen:
+            assert parameter.grad is None and torch.equal(parameter, frozen[name])
+
+
+def kept_bytes(memory, dtype, depth):
+    vit, images = model(depth=depth)
+    total = {}
+
+    def note(tensor):
+        total[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    run = engine.build(vit, dtype, memory)
+    parameters = {p.untyped_storage().data_ptr() for p in vit.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        out = run.features(images)
+    assert out.requires_grad
+    return sum(size for pointer, size in total.items() if pointer not in parameters)
+
+
+@pytest.mark.parametrize(("memory", "most"), [("fast", 22), ("lean", 3)])
+def test_what_a_block_keeps(memory, most):
+    # the difference between two depths is what one block keeps, free of the rest of the model
+    tokens, width = 3 * (36 + 1), 96
+    block = kept_bytes(memory, torch.bfloat16, 5) - kept_bytes(memory, torch.bfloat16, 4)
+    adapter = 4 * (3 * 4 * (width + 1) + 3 * width * 4)  # the folded factors, fp32
+    assert 0 < block - adapter <= most * width * tokens
+
+
+def test_a_weight_changed_after_folding_is_noticed():
+    vit, images = model()
+    run = engine.build(vit, torch.float32).features
+    with torch.no_grad():
+        vit.blocks[1].mlp.fc1.weight += 1
+    with pytest.raises(RuntimeError, match="changed after folding"):
+        run(images)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("vit_small_patch14_dinov2", None),
+        ("vit_giant_patch14_dinov2", "GluMlp"),
+        ("vit_base_patch16_rope_reg1_gap_256", "Eva"),
+        ("vit_small_patch16_36x1_224", None),
+        ("vit_base_patch16_rpn_224", "ResPostBlock"),
+        ("vit_medium_patch16_reg1_gap_256", None),
+    ],
+)
+def test_what_the_engine_cannot_run_is_named(name, reason):
+    with torch.device("meta"):
+        vit = timm.create_model(name).eval().requires_grad_(False)
+    found = fold.why_not(vit)
+    assert (found is None) if reason is None else (found is not None and reason in found), found
+
+
+def test_trained_norms_and_blocks_are_not_folded():
+    vit, _ = model()
+    vit.blocks[1].norm1.requires_grad_(True)
+    assert "trains its norms" in fold.why_not(vit)
+    with pytest.raises(ValueError, match="block 1 trains its norms"):
+        engine.build(vit, torch.float32)
+
+
+def trajectory(implementation, steps, precision="fp32", **options):
+    """Losses and gate decisions of a run on noise images, with the real small model."""
+    assets = Path(trainer.__file__).parent / "assets"
+    config = AdaptConfig(
+        model=f"local-dir:{assets / 'base_tiny'}",
+        data=("none",),
+        out="none",
+        steps=steps,
+        batch_size=8,
+        prototypes=16,
+        head_hidden=64,
+        head_dim=32,
+        implementation=implementation,
+        **options,
+    )
+    compute = trainer.resolve("cpu", precision)
+    state = trainer.fresh_state(config, compute, backbone.load(config.model))
+    rule, rows = trainer.gate_rule(config), []
+    for t in range(steps):
+        images = torch.randn(2, 8, 3, 64, 64, generator=torch.Generator().manual_seed(t))
+        rows.append(trainer.step(state, images, rule, config, compute))
+    return rows
+
+
+def test_the_engine_and_the_reference_take_the_same_way():
+    reference, ours = (trajectory(name, 20, gate="ema") for name in ("reference", "auto"))
+    assert [row["open"] for row in ours] == [row["open"] for row in reference]
+    assert 4 < sum(row["open"] for row in ours) < 20
+    for a, b in zip(ours, reference, strict=True):
+        assert a["center"] == pytest.approx(b["center"], rel=1e-4)
+        assert a["loss"] == (None if b["loss"] is None else pytest.approx(b["loss"], abs=1e-4))
+
+
+@pytest.mark.long
+def test_the_losses_stay_together_over_200_steps():
+    reference, ours = (trajectory(name, 200, gate="alternate") for name in ("reference", "auto"))
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(ours, reference, strict=True) if a["open"]) < 1e-4
+
+
+@pytest.mark.long
+def test_bf16_losses_stay_within_two_percent():
+    reference, ours = (trajectory(name, 100, "bf16", gate="alternate") for name in ("reference", "auto"))
+    for a, b in zip(ours, reference, strict=True):
+        assert a["loss"] == (None if b["loss"] is None else pytest.approx(b["loss"], rel=0.02))

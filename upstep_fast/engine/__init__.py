@@ -1,0 +1,1 @@
+"""How a frozen ViT runs fast: folded weights, hand-written backward, only what is needed kept."""
