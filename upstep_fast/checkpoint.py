@@ -125,8 +125,8 @@ def load(path: Path) -> Checkpoint:
 
 
 def clean(folder: Path) -> None:
-    """Removes what killed runs left half-written. Raises OSError."""
-    for path in folder.glob(".tmp-*"):
+    """Removes what killed runs left half-written in `folder`. Raises OSError."""
+    for path in folder.glob("*.tmp-*"):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 

@@ -49,7 +49,8 @@ def opened(config: AdaptConfig) -> Iterator[Path]:
             if not (out / CONFIG).is_file():
                 (out / CONFIG).write_text(to_toml(config))
             (out / CHECKPOINTS).mkdir(exist_ok=True)
-            checkpoint.clean(out / CHECKPOINTS)
+            for folder in (out, out / "adapter", out / CHECKPOINTS):
+                checkpoint.clean(folder)
         except OSError as error:
             raise ConfigError(f"out: cannot write to {out}: {error.strerror}; choose another folder") from error
         yield out

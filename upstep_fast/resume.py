@@ -124,7 +124,7 @@ def manifest(state: RunState, identity: Identity) -> dict[str, Any]:
         "state": {
             "gate": state.gate.to_dict(),
             "scaler": state.scaler.state_dict(),
-            "loss": None if math.isnan(state.loss) else state.loss,
+            "loss": state.loss if math.isfinite(state.loss) else None,
             "bad": state.bad,
         },
         "loader": {"step": state.step, "skipped": state.skipped},

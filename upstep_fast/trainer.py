@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,16 +19,18 @@ from torch import Tensor
 from . import backbone as backbones
 from . import gate as gates
 from . import lora, output, resume
+from .adapter_check import check_adapter
 from .config import AdaptConfig, known_field
 from .data.loader import Batch, Loader
 from .data.sources import Source, open_source
 from .data.views import ViewConfig, random_views, view_config
 from .device import Compute, resolve
-from .errors import CheckFailedError, ConfigError, Interrupted, RunFailedError
+from .errors import ConfigError, Interrupted, RunFailedError
 from .kernels import _dispatch as dispatch
 from .methods.upstep import Embedded, UpStep
 from .report import Metrics, Progress
 from .resume import RunState
+from .signals import signals
 
 log = logging.getLogger("upstep_fast")
 
@@ -128,17 +129,19 @@ def _train(
                     "epoch": batch.epoch,
                     "replaced": batch.replaced,
                 }
+                progress.update(row, state.gate)
+                # looked at once: a signal during the save waits for the next step
+                stop = asked.stop
                 with output.writing(out):
                     metrics.write(row)
-                    progress.update(row, state.gate)
                     stop_if_bad(state, row, [source.name(i) for i in batch.indices.tolist()], out)
-                    if asked or state.step % config.checkpoint_every == 0 or state.step == config.steps:
+                    if stop or asked.take() or state.step % config.checkpoint_every == 0 or state.step == config.steps:
                         metrics.sync()
                         resume.save(state, out / output.CHECKPOINTS, identity)
-                if asked.take() and state.step < config.steps:
+                if stop and state.step < config.steps:
                     raise Interrupted(
                         f"stopped after {state.step} of {config.steps} steps, all saved; "
-                        f"go on with the same command and --resume"
+                        "go on with the same command and --resume"
                     )
         check_adapter(state, make_views(next(loader), views, config, compute), compute, out)
     return AdaptResult(out / "adapter", config.steps, state.gate.opened, state.loss, time.monotonic() - began)
@@ -261,6 +264,8 @@ def stop_if_bad(state: RunState, row: dict[str, Any], images: list[str], out: Pa
 def fresh_state(config: AdaptConfig, compute: Compute, backbone: backbones.Backbone) -> RunState:
     """The state before the first step."""
     method = UpStep(backbone, config, config.prototypes).to(compute.device)
+    if config.implementation != "reference":
+        method.accelerate(compute.dtype or torch.float32)
     return RunState(
         method=method,
         optimizer=make_optimizer(method, config),
@@ -314,88 +319,6 @@ def make_views(batch: Batch, views: ViewConfig, config: AdaptConfig, compute: Co
         views=2,
         device=compute.device,
     )
-
-
-@torch.no_grad()
-def check_adapter(state: RunState, images: Tensor, compute: Compute, out: Path) -> None:
-    """Raises CheckFailedError unless every adapter got a gradient, moved, and changes the features.
-
-    images: [2, B, C, H, W].
-    """
-    method = state.method
-    for (name, adapter), got in zip(method.adapters.items(), state.received.tolist(), strict=True):
-        if not got:
-            raise CheckFailedError(
-                f"adapter: {name} never received a gradient; the adapter in {out} is kept for a look"
-            )
-        for part, b in zip(adapter.parts, adapter.lora_b, strict=True):
-            if not b.any():
-                raise CheckFailedError(f"adapter: lora_B of {name}, part {part}, is all zero after training; see {out}")
-            if not b.isfinite().all():
-                raise CheckFailedError(f"adapter: lora_B of {name}, part {part}, is not finite; see {out}")
-    with compute.autocast():
-        adapted = backbones.features(method.vit, images[0, :32])
-        with without_adapters(method):
-            base = backbones.features(method.vit, images[0, :32])
-    if torch.equal(adapted, base):
-        raise CheckFailedError(f"adapter: features with and without it are the same; the adapter in {out} does nothing")
-
-
-@contextlib.contextmanager
-def without_adapters(method: UpStep) -> Iterator[None]:
-    """Within this context the adapters add nothing."""
-    scales = {adapter: adapter.scale for adapter in method.adapters.values()}
-    try:
-        for adapter in scales:
-            adapter.scale = 0.0
-        yield
-    finally:
-        for adapter, scale in scales.items():
-            adapter.scale = scale
-
-
-class Asked:
-    """What signals have asked for since the last look: true if anything at all."""
-
-    def __init__(self) -> None:
-        self.stop, self.save = False, False
-
-    def __bool__(self) -> bool:
-        return self.stop or self.save
-
-    def take(self) -> bool:
-        """Whether to stop; a wish to save counts as fulfilled."""
-        self.save = False
-        return self.stop
-
-
-@contextlib.contextmanager
-def signals() -> Iterator[Asked]:
-    """Turns SIGINT and SIGTERM into a wish to stop, SIGUSR1 into one to save; handlers are put back afterwards.
-
-    A second SIGINT or SIGTERM acts as usual.
-    """
-    asked = Asked()
-
-    def stop(number: int, frame: Any) -> None:
-        asked.stop = True
-        signal.signal(number, before[number])
-
-    def save(number: int, frame: Any) -> None:
-        asked.save = True
-
-    handlers: dict[int, Any] = {signal.SIGINT: stop, signal.SIGTERM: stop}
-    if hasattr(signal, "SIGUSR1"):
-        handlers[signal.SIGUSR1] = save
-    before: dict[int, Any] = {}
-    with contextlib.suppress(ValueError):  # only the main thread may set handlers; elsewhere signals are the caller's
-        for number, handler in handlers.items():
-            before[number] = signal.signal(number, handler)
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

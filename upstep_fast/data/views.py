@@ -134,12 +134,16 @@ def random_views(
     )
     count = views * len(images)
     out = torch.empty(count, channels, config.height, config.width, device=device)
+    mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (config.mean, config.std))
     per_view = 4 * channels * config.height * config.width
     step = max(1, CHUNK_BYTES // per_view) if device.type == "cpu" else max(1, (256 << 20) // per_view)
     for start in range(0, count, step):
         part = params.take(slice(start, start + step))
-        x = _recolour(_resize(images, part, config, device), part, config)
-        _normalise(x, config, out[start : start + step])
+        # everything happens in the result's own memory: fresh pages cost a CPU more than the arithmetic
+        x = out[start : start + step]
+        _resize(images, part, config, x)
+        _recolour(x, part, config)
+        x.sub_(mean).mul_(1 / std)
     return out.view(views, len(images), channels, config.height, config.width)
 
 
@@ -165,20 +169,21 @@ def _crops(config: ViewConfig, heights: np.ndarray, widths: np.ndarray, u: np.nd
     return tuple(a.astype(np.int64) for a in (top, left, h, w))
 
 
-def _resize(images: Sequence[Tensor], p: ViewParams, config: ViewConfig, device: torch.device) -> Tensor:
-    """W_y x W_x^T for a part of the views: [n, C, H_out, W_out] in 0..1.
+def _resize(images: Sequence[Tensor], p: ViewParams, config: ViewConfig, out: Tensor) -> None:
+    """W_y x W_x^T for a part of the views into out [n, C, H_out, W_out], in 0..1.
 
     Which way an image takes depends on its own size alone, or a view would change with its neighbours.
     """
     large = np.array([images[i].shape[1] * images[i].shape[2] > MATMUL_PIXELS for i in p.image])
-    if device.type != "cpu" or not large.any():
-        return _resize_dense(images, p, config, device)
-    if large.all():
-        return _resize_each(images, p, config)
-    x = torch.empty(len(large), images[0].shape[0], config.height, config.width)
-    x[torch.from_numpy(large)] = _resize_each(images, p.take(large), config)
-    x[torch.from_numpy(~large)] = _resize_dense(images, p.take(~large), config, device)
-    return x
+    if out.device.type != "cpu" or not large.any():
+        out.copy_(_resize_dense(images, p, config, out.device))
+    elif large.all():
+        torch.mul(_resize_each(images, p, config), 1 / 255, out=out)
+    else:
+        for chosen in (np.flatnonzero(large), np.flatnonzero(~large)):
+            part = out.new_empty(len(chosen), *out.shape[1:])
+            _resize(images, p.take(chosen), config, part)
+            out[torch.from_numpy(chosen)] = part
 
 
 def _resize_dense(images: Sequence[Tensor], p: ViewParams, config: ViewConfig, device: torch.device) -> Tensor:
@@ -200,7 +205,7 @@ def _resize_dense(images: Sequence[Tensor], p: ViewParams, config: ViewConfig, d
     if config.interpolation == "bicubic":
         x.clamp_(0, 255)  # between the two passes and after them, as Pillow and torch do on uint8
     x = torch.bmm(down.div_(255), x.view(len(chosen), tall, -1)).view(len(chosen), config.height, channels, -1)
-    x = x.permute(0, 2, 1, 3).contiguous()
+    x = x.permute(0, 2, 1, 3)
     if p.transpose.any():
         turned = torch.from_numpy(np.flatnonzero(p.transpose)).to(device)
         x[turned] = x[turned].transpose(-1, -2)
@@ -210,17 +215,19 @@ def _resize_dense(images: Sequence[Tensor], p: ViewParams, config: ViewConfig, d
 def _resize_each(images: Sequence[Tensor], p: ViewParams, config: ViewConfig) -> Tensor:
     """By torch's sparse uint8 filter, one view at a time; values are rounded to 1/255."""
     size = (config.height, config.width)
-    x = torch.empty(len(p.image), images[0].shape[0], *size, dtype=torch.uint8)
-    for n, place in enumerate(x):
+    views = torch.empty(len(p.image), images[0].shape[0], *size, dtype=torch.uint8)
+    for n, place in enumerate(views):
         top, left, height, width = (int(a[n]) for a in (p.top, p.left, p.height, p.width))
         view = resize(images[p.image[n]][:, top : top + height, left : left + width], size, config.interpolation)
         flips = [axis for axis, flip in ((1, p.flip_y[n]), (2, p.flip_x[n])) if flip]
         view = view.flip(flips) if flips else view
         place.copy_(view.transpose(1, 2) if p.transpose[n] else view)
-    return x.float().div_(255)
+    return views
 
 
-def _recolour(x: Tensor, p: ViewParams, config: ViewConfig) -> Tensor:
+def _recolour(x: Tensor, p: ViewParams, config: ViewConfig) -> None:
+    """All that changes colours, in place, on x in 0..1."""
+
     def on_device(values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(x.device)
 
@@ -242,9 +249,3 @@ def _recolour(x: Tensor, p: ViewParams, config: ViewConfig) -> Tensor:
     if p.solarize.any():
         chosen = on_device(np.flatnonzero(p.solarize))
         x[chosen] = colour.solarize(x[chosen])
-    return x
-
-
-def _normalise(x: Tensor, config: ViewConfig, out: Tensor) -> None:
-    mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (config.mean, config.std))
-    torch.addcmul(-mean / std, x, 1 / std, out=out)

@@ -1,0 +1,54 @@
+"""Whether a trained adapter is one: it received gradients, moved, is finite and changes the features."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import backbone as backbones
+from .device import Compute
+from .errors import CheckFailedError
+from .methods.upstep import UpStep
+from .resume import RunState
+
+
+@torch.no_grad()
+def check_adapter(state: RunState, images: Tensor, compute: Compute, out: Path) -> None:
+    """Raises CheckFailedError unless every adapter got a gradient, moved, and changes the features.
+
+    images: [2, B, C, H, W].
+    """
+    method = state.method
+    for (name, adapter), got in zip(method.adapters.items(), state.received.tolist(), strict=True):
+        if not got:
+            raise CheckFailedError(
+                f"adapter: {name} never received a gradient; the adapter in {out} is kept for a look"
+            )
+        for part, b in zip(adapter.parts, adapter.lora_b, strict=True):
+            if not b.any():
+                raise CheckFailedError(f"adapter: lora_B of {name}, part {part}, is all zero after training; see {out}")
+            if not b.isfinite().all():
+                raise CheckFailedError(f"adapter: lora_B of {name}, part {part}, is not finite; see {out}")
+    with compute.autocast():
+        adapted = backbones.features(method.vit, images[0, :32])
+        with without_adapters(method):
+            base = backbones.features(method.vit, images[0, :32])
+    if torch.equal(adapted, base):
+        raise CheckFailedError(f"adapter: features with and without it are the same; the adapter in {out} does nothing")
+
+
+@contextlib.contextmanager
+def without_adapters(method: UpStep) -> Iterator[None]:
+    """Within this context the adapters add nothing."""
+    scales = {adapter: adapter.scale for adapter in method.adapters.values()}
+    try:
+        for adapter in scales:
+            adapter.scale = 0.0
+        yield
+    finally:
+        for adapter, scale in scales.items():
+            adapter.scale = scale
