@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -59,6 +59,10 @@ def _columns_reference(scores: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
 
 def _assign_reference(scores: Tensor, epsilon: float, peak: Tensor, share: Tensor) -> Tensor:
     return ((scores.float() - peak) / epsilon + share).softmax(1)
+
+
+def _rows_reference(scores: Tensor, epsilon: float, peak: Tensor, share: Tensor) -> Tensor:
+    return _assign_reference(scores, epsilon, peak, share).sum(0)
 
 
 @triton.jit
@@ -249,23 +253,23 @@ def _sinkhorn_kernel(
 
 
 def _launch(
-    passes: str, scores: Tensor, epsilon: float, peak: Tensor, share: Tensor, *,
+    passes: Sequence[str], scores: Tensor, epsilon: float, peak: Tensor, share: Tensor, *,
     iterations: int = 1, q: Tensor | None = None, total: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Launches `passes` one after another. A "sum" writes the sums of the pass before it to `total`, if given."""
+    """Launches `passes` one after another. A "sum" ends the pass before it, in `total` if given, else in `share`."""
     B, K = scores.shape
     tiles = tile("sinkhorn", scores.device)
     block_k = min(triton.next_power_of_2(K), tiles["BLOCK"])
     resident = _resident_warps(scores.device)
-    # a small problem is cut finer, so that more processors have a share of it
+    # a small problem is cut finer, so that more processors have a share of it; 16 scores a thread
     size = min(max(B * block_k // resident * 16, tiles["SMALL_BLOCK"]), tiles["BLOCK"])
     block_b = min(max(1, triton.next_power_of_2(size // block_k + 1) // 2), triton.next_power_of_2(B))
     num_warps = min(max(block_b * block_k // 512, 1), 16)
     num_parts = min(triton.cdiv(B, block_b), resident // num_warps)
     fits = block_k >= K
-    part_peak, part_sum = scores.new_empty(2, num_parts, K, dtype=torch.float32)
-    rows = scores.new_empty(2, 1 if fits else B, dtype=torch.float32)
-    arrived = scores.new_zeros(1, dtype=torch.int32)
+    part_peak, part_sum = (scores.new_empty(num_parts, K, dtype=torch.float32) for _ in range(2))
+    rows = peak if fits else scores.new_empty(2, B, dtype=torch.float32)
+    arrived = scores.new_zeros(1, dtype=torch.int32) if "all" in passes else peak
     with torch.cuda.device_of(scores):
         for i, name in enumerate(passes):
             grid = min(num_parts, triton.cdiv(K, 32)) if name == "sum" else num_parts
@@ -287,20 +291,25 @@ def _resident_warps(device: torch.device) -> int:
     return 16 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def _like_scores(scores: Tensor, *_: object) -> Tensor:
+    return scores.new_empty(scores.shape, dtype=torch.float32)
+
+
+def _two_columns(scores: Tensor, *_: object) -> tuple[Tensor, ...]:
+    return tuple(scores.new_empty(scores.shape[1], dtype=torch.float32) for _ in range(2))
+
+
 def _sinkhorn_triton(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
-    peak, share = scores.new_empty(2, scores.shape[1], dtype=torch.float32)
-    q = scores.new_empty(scores.shape, dtype=torch.float32)
+    peak, share = _two_columns(scores)
+    q = _like_scores(scores)
     # programs run in turn in the interpreter, where none may wait for the next
-    if INTERPRET:
-        passes = ["columns", "sum", *["rows", "sum"] * (iterations - 1), "assign"]
-    else:
-        passes = ["all"]
-    _launch(passes, scores, epsilon, peak, share, iterations=iterations, q=q)
+    by_turns = ["columns", "sum", *["rows", "sum"] * (iterations - 1), "assign"]
+    _launch(by_turns if INTERPRET else ["all"], scores, epsilon, peak, share, iterations=iterations, q=q)
     return q
 
 
 def _columns_triton(scores: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    peak, total = (scores.new_empty(scores.shape[1], dtype=torch.float32) for _ in range(2))
+    peak, total = _two_columns(scores)
     _launch(["columns", "sum"], scores, epsilon, peak, peak, total=total)
     return peak, total
 
@@ -312,60 +321,41 @@ def _rows_triton(scores: Tensor, epsilon: float, peak: Tensor, share: Tensor) ->
 
 
 def _assign_triton(scores: Tensor, epsilon: float, peak: Tensor, share: Tensor) -> Tensor:
-    q = scores.new_empty(scores.shape, dtype=torch.float32)
+    q = _like_scores(scores)
     _launch(["assign"], scores, epsilon, peak, share, q=q)
     return q
 
 
-def _use_triton(scores: Tensor) -> bool:
-    why_not = triton_reason(scores) if scores.numel() else "nothing to compute"
-    return choose("sinkhorn", scores.device, {"triton": why_not, "reference": None}) == "triton"
+def _register(schema: str, fake: Callable, in_triton: Callable, in_torch: Callable) -> Callable:
+    def run(scores: Tensor, *rest):
+        why_not = triton_reason(scores) if scores.numel() else "nothing to compute"
+        kind = choose("sinkhorn", scores.device, {"triton": why_not, "reference": None})
+        return (in_triton if kind == "triton" else in_torch)(scores, *rest)
 
-
-def _run(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
-    return (_sinkhorn_triton if _use_triton(scores) else sinkhorn_reference)(scores, epsilon, iterations)
-
-
-def _run_columns(scores: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    return (_columns_triton if _use_triton(scores) else _columns_reference)(scores, epsilon)
-
-
-def _run_rows(scores: Tensor, epsilon: float, peak: Tensor, share: Tensor) -> Tensor:
-    if _use_triton(scores):
-        return _rows_triton(scores, epsilon, peak, share)
-    return _assign_reference(scores, epsilon, peak, share).sum(0)
-
-
-def _run_assign(scores: Tensor, epsilon: float, peak: Tensor, share: Tensor) -> Tensor:
-    return (_assign_triton if _use_triton(scores) else _assign_reference)(scores, epsilon, peak, share)
-
-
-def _register(name: str, schema: str, run: Callable, fake: Callable) -> Callable:
     # not custom_op: the wrappers that make it differentiable take 13 us a call on the host, as long as the kernel
-    full = f"{NAMESPACE}::{name}"
-    torch.library.define(full, schema)
-    torch.library.impl(full, ("cpu", "cuda"), run)
-    torch.library.register_fake(full, fake)
+    name = schema.split("(")[0]
+    torch.library.define(f"{NAMESPACE}::{name}", schema.removeprefix(name))
+    torch.library.impl(f"{NAMESPACE}::{name}", ("cpu", "cuda"), run)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-def _fake_assign(scores: Tensor, *_: object) -> Tensor:
-    return scores.new_empty(scores.shape, dtype=torch.float32)
-
-
-def _fake_columns(scores: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    return tuple(scores.new_empty(scores.shape[1], dtype=torch.float32) for _ in range(2))
-
-
-_COLUMNS = "Tensor scores, float epsilon, Tensor peak, Tensor share"
-_sinkhorn_op = _register("sinkhorn", "(Tensor scores, float epsilon, int iterations) -> Tensor", _run, _fake_assign)
+_sinkhorn_op = _register(
+    "sinkhorn(Tensor scores, float epsilon, int iterations) -> Tensor",
+    _like_scores, _sinkhorn_triton, sinkhorn_reference,
+)  # fmt: skip
 _columns_op = _register(
-    "sinkhorn_columns", "(Tensor scores, float epsilon) -> (Tensor, Tensor)", _run_columns, _fake_columns
-)
+    "sinkhorn_columns(Tensor scores, float epsilon) -> (Tensor, Tensor)",
+    _two_columns, _columns_triton, _columns_reference,
+)  # fmt: skip
 _rows_op = _register(
-    "sinkhorn_rows", f"({_COLUMNS}) -> Tensor", _run_rows, lambda scores, epsilon, peak, share: torch.empty_like(peak)
-)
-_assign_op = _register("sinkhorn_assign", f"({_COLUMNS}) -> Tensor", _run_assign, _fake_assign)
+    "sinkhorn_rows(Tensor scores, float epsilon, Tensor peak, Tensor share) -> Tensor",
+    lambda scores, epsilon, peak, share: torch.empty_like(peak), _rows_triton, _rows_reference,
+)  # fmt: skip
+_assign_op = _register(
+    "sinkhorn_assign(Tensor scores, float epsilon, Tensor peak, Tensor share) -> Tensor",
+    _like_scores, _assign_triton, _assign_reference,
+)  # fmt: skip
 
 
 def sinkhorn(
