@@ -252,7 +252,7 @@ def test_other_images_are_refused(options, photos, tmp_path):
     options["data"] = tmp_path / "data"
     upstep_fast.adapt(**options)
     (tmp_path / "data" / "25.png").write_bytes((photos / "05.png").read_bytes())
-    with pytest.raises(ConfigError, match="images are not those of .*24 then, 25 now"):
+    with pytest.raises(ConfigError, match=r"images are not those of .*24 then, 25 now"):
         upstep_fast.adapt(**options, resume=True)
 
 
