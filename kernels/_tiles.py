@@ -49,6 +49,9 @@ TILES: dict[str, dict[tuple[int, int] | None, Tile]] = {
     # ops that hold whole rows (see row_tile): cells of a program and of a warp; not measured yet
     "quantize": {None: {"CELLS": 4096, "WARP_CELLS": 1024}},
     "gelu": {None: {"CELLS": 2048, "WARP_CELLS": 512}},
+    "layer_norm": {None: {"CELLS": 4096, "WARP_CELLS": 1024}},
+    # cells of a program; not measured yet
+    "patchify": {None: {"CELLS": 4096, "num_warps": 4}},
 }
 
 
