@@ -76,9 +76,7 @@ def choose(op: str, device: torch.device, candidates: Mapping[str, str | None]) 
     # an op without the wanted kind keeps its own order: forcing "cuda" must not break an op that has no CUDA form
     if want is not None and want in candidates:
         if candidates[want] is not None:
-            raise RuntimeError(
-                f"{op}: implementation {want!r} was asked for but cannot run: {candidates[want]}"
-            )
+            raise RuntimeError(f"{op}: implementation {want!r} was asked for but cannot run: {candidates[want]}")
         return record(op, device, want, "asked for", fallback=False)
     passed = []
     for name, why_not in candidates.items():
@@ -109,7 +107,7 @@ def record(op: str, device: torch.device, implementation: str, reason: str, *, f
     if _report.get((op, device.type)) != choice:
         _report[op, device.type] = choice
         # on a GPU a passed-over kernel costs speed, so it is said aloud; on a CPU it is the normal case
-        level = logging.WARNING if fallback and device.type == "cuda" else logging.INFO
+        level = logging.DEBUG if device.type == "cpu" else logging.WARNING if fallback else logging.INFO
         _log.log(level, "%s on %s: %s (%s)", op, device.type, implementation, reason)
     return implementation
 

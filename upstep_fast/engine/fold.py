@@ -14,9 +14,11 @@ the adapter of the original model. Folding is exact up to rounding; it is done i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from timm.layers import LayerScale, Mlp
+from timm.layers.layer_scale import LayerScale
+from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -87,7 +89,7 @@ def fold(vit: VisionTransformer, dtype: torch.dtype) -> list[FoldedBlock]:
     return [_fold_block(block, dtype) for block in vit.blocks]
 
 
-def _fold_block(block: Block, dtype: torch.dtype) -> FoldedBlock:
+def _fold_block(block: Any, dtype: torch.dtype) -> FoldedBlock:
     return FoldedBlock(
         heads=block.attn.num_heads,
         eps=(block.norm1.eps, block.norm2.eps),
@@ -105,8 +107,8 @@ def _fold_linear(
     adapter = module if isinstance(module, LoraLinear) else None
     base = module.base if isinstance(module, LoraLinear) else module
     assert isinstance(base, nn.Linear)
-    weight = base.weight.float()
-    bias = base.bias.float() if base.bias is not None else weight.new_zeros(len(weight))
+    weight: Tensor = base.weight.float()
+    bias: Tensor = base.bias.float() if base.bias is not None else weight.new_zeros(len(weight))
     scale = layer_scale.gamma.float() if isinstance(layer_scale, LayerScale) else None
     affine = (norm.weight.float(), norm.bias.float()) if isinstance(norm, nn.LayerNorm) else None
     if affine is not None:
@@ -116,7 +118,7 @@ def _fold_linear(
     return FoldedLinear(weight.to(dtype), bias.to(dtype), affine, scale, adapter)
 
 
-def _why_not_block(block: nn.Module) -> str | None:
+def _why_not_block(block: Any) -> str | None:
     if type(block) is not Block:
         return f"is a {type(block).__name__}, not a pre-norm Block"
     attention, mlp = block.attn, block.mlp
