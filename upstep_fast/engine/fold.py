@@ -41,7 +41,8 @@ class FoldedLinear:
         """(A [T, r, K], A beta [T, r], B [T, n, r]) in fp32, folded; differentiable in the adapter's parameters."""
         if self.adapter is None:
             return None
-        a, b = self.adapter.lora_a, self.adapter.lora_b
+        a: Tensor = self.adapter.lora_a
+        b: Tensor = self.adapter.lora_b
         shift = torch.zeros(a.shape[:2], device=a.device)
         if self.norm is not None:
             gamma, beta = self.norm
@@ -138,10 +139,10 @@ def _why_not_block(block: Any) -> str | None:
         if norm.weight.requires_grad:
             return "trains its norms"
     for linear in (attention.qkv, attention.proj, mlp.fc1, mlp.fc2):
-        base = linear.base if isinstance(linear, LoraLinear) else linear
+        base: Any = linear.base if isinstance(linear, LoraLinear) else linear
         if base.weight.requires_grad:
             return "trains its weights"
     for path in (block.drop_path1, block.drop_path2, attention.attn_drop, attention.proj_drop, mlp.drop1, mlp.drop2):
-        if block.training and getattr(path, "drop_prob", getattr(path, "p", 0.0)):
+        if block.training and (getattr(path, "drop_prob", 0.0) or getattr(path, "p", 0.0)):
             return "drops paths or values while training"
     return None
