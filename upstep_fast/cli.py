@@ -26,6 +26,9 @@ usage: upstep-fast COMMAND [--config FILE.toml] [options]
   embed   write features of images to a file
   export  write the adapted model for timm, transformers, PEFT, DINOv2 or ONNX
   models  list the models that can be adapted
+  report  write a run's HTML report again, or compare several runs
+  doctor  what runs on this machine and why; checks every kernel
+  bench   time the engine against eager PyTorch and PEFT on this machine
 
 upstep-fast COMMAND --help lists a command's options.
 example: upstep-fast adapt --model vit_base_patch16_224 --data photos/ --out adapted/"""
@@ -171,6 +174,25 @@ def _models(config: Any) -> None:
         print(f"{name:<48} {kind}")
 
 
+def _bench(config: Any) -> None:
+    from .benchmark import run
+    from .report import print_timings
+
+    print_timings(run(config))
+
+
+def _report(config: Any) -> None:
+    from .html_report import run
+
+    print(f"report: {run(config)}")
+
+
+def _doctor(config: Any) -> None:
+    from .doctor import run
+
+    run(config)
+
+
 def _demo(config: Any) -> None:
     from .demo import run
 
@@ -178,10 +200,13 @@ def _demo(config: Any) -> None:
 
 
 COMMANDS = {
+    "bench": Command(_config("BenchConfig"), _bench),
     "demo": Command(_config("DemoConfig"), _demo),
     "adapt": Command(_config("AdaptConfig"), _adapt),
     "eval": Command(_config("EvalConfig"), _eval),
     "embed": Command(_config("EmbedConfig"), _embed),
     "export": Command(_config("ExportConfig"), _export),
     "models": Command(_config("ModelsConfig"), _models, positional="pattern"),
+    "report": Command(_config("ReportConfig"), _report, positional="dirs"),
+    "doctor": Command(_config("DoctorConfig"), _doctor),
 }

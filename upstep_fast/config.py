@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 import json
 import math
 import tomllib
@@ -164,6 +165,8 @@ class AdaptConfig(ModelConfig):
 
     log_every: int = 10
     """Steps between two lines on the console when it is not a terminal."""
+    tensorboard: bool = False
+    """Write TensorBoard events to --out as well."""
 
     def __post_init__(self) -> None:
         """Checks every field. Raises ConfigError naming the field, its value and what is allowed."""
@@ -194,6 +197,8 @@ class AdaptConfig(ModelConfig):
             "crop_max",
         ):
             _fraction(self, name)
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ConfigError("tensorboard: it is not installed; pip install 'upstep_fast[report]'")
         if self.resume and self.overwrite:
             raise ConfigError("resume and overwrite: give one of them, not both")
         if self.steps is not None and self.epochs is not None:
@@ -284,6 +289,70 @@ class ModelsConfig:
 
     pattern: str = "*"
     """Part of a name, or a pattern with * and ?."""
+    debug: bool = False
+    """Show tracebacks instead of one-line errors."""
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Time the engine against the eager reference and PEFT on this machine, forward and forward with backward."""
+
+    model: str = "vit_base_patch16_224"
+    """Model to time: a timm name or local-dir:PATH."""
+    pretrained: bool = False
+    """Load the weights; random ones take the same time."""
+    img_size: int | None = None
+    """Side of the square input in pixels; None: the model's own."""
+    batch_size: int = 16
+    """Views a step."""
+    lora_r: int = 16
+    """Rank of the adapter, on the fused qkv as PEFT puts it."""
+    runs: int = 10
+    """Timed runs of each variant; they alternate."""
+    compile: bool = False
+    """Also time PEFT under torch.compile (minutes to compile)."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """As for adapt."""
+    json: str | None = None
+    """File for the figures."""
+    debug: bool = False
+    """Show tracebacks instead of one-line errors."""
+
+    def __post_init__(self) -> None:
+        """Checks every field; raises ConfigError."""
+        for name in ("batch_size", "lora_r", "runs"):
+            _at_least(self, name, 1)
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write the HTML report of a run again, or compare several runs on one page."""
+
+    dirs: tuple[str, ...]
+    """Folders of runs (--out of adapt). One: writes its report.html. Several: writes --out."""
+    out: str = "comparison.html"
+    """File for the comparison of several runs."""
+    debug: bool = False
+    """Show tracebacks instead of one-line errors."""
+
+    def __post_init__(self) -> None:
+        """Checks every field; raises ConfigError."""
+        if not self.dirs:
+            raise ConfigError("dirs: name at least one folder of a run")
+        if not self.out.endswith((".html", ".htm")):
+            raise ConfigError(f"out: got {self.out}, must end in .html")
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Say what runs on this machine and why, and check every kernel against its reference."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    json: bool = False
+    """Print one JSON object instead of tables."""
     debug: bool = False
     """Show tracebacks instead of one-line errors."""
 

@@ -147,3 +147,24 @@ def print_scores(result: dict[str, Any]) -> None:
             cells.append(f"{row[kind]:.1f}{change}")
         table.add_row(kind, *cells)
     Console().print(table)
+
+
+def print_timings(result: dict[str, Any]) -> None:
+    """The table of `benchmark.run`: medians with quartiles, ratios against the first variant."""
+    card = result["device"]
+    for kind in ("backward", "forward"):
+        table = Table(
+            title=f"{'forward and backward' if kind == 'backward' else 'forward'}, {result['config']['model']}"
+        )
+        for column in ("variant", "ms (quartiles)", "speed-up", "peak GiB", "error"):
+            table.add_column(column, justify="left" if column == "variant" else "right")
+        for row in result[kind]:
+            table.add_row(
+                row["name"],
+                f"{row['median_ms']:.1f} ({row['low_ms']:.1f}..{row['high_ms']:.1f})",
+                f"{result[kind][0]['median_ms'] / row['median_ms']:.2f}x",
+                "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f}",
+                f"{row['error']:.1e}",
+            )
+        Console().print(table)
+    print(f"on {card.get('gpu', card['processor'])}, {card['threads']} threads, torch {card['torch']}")

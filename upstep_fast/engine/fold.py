@@ -142,7 +142,8 @@ def _why_not_block(block: Any) -> str | None:
         base: Any = linear.base if isinstance(linear, LoraLinear) else linear
         if base.weight.requires_grad:
             return "trains its weights"
+    path: Any
     for path in (block.drop_path1, block.drop_path2, attention.attn_drop, attention.proj_drop, mlp.drop1, mlp.drop2):
-        if block.training and (getattr(path, "drop_prob", 0.0) or getattr(path, "p", 0.0)):
+        if block.training and (getattr(path, "drop_prob", None) or getattr(path, "p", None)):
             return "drops paths or values while training"
     return None

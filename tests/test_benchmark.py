@@ -1,0 +1,45 @@
+"""The benchmark's runner: it alternates, checks before it times, and its figures are those it measured."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from upstep_fast import benchmark
+from upstep_fast.config import BenchConfig
+from upstep_fast.errors import CheckFailedError
+
+SMALL = dict(model="vit_tiny_patch16_224", img_size=32, batch_size=2, runs=2, device="cpu", precision="fp32")
+
+
+def test_variants_take_turns():
+    seen = []
+    variants = {name: (lambda name=name: seen.append(name)) for name in "abc"}
+    times = benchmark.alternate(variants, torch.device("cpu"), runs=3, warmup=1)
+    assert "".join(seen) == "abc" * 4 and {len(t) for t in times.values()} == {3}
+
+
+def test_a_slower_variant_is_measured_as_slower():
+    variants = {"slow": lambda: time.sleep(0.02), "fast": lambda: None}
+    times = benchmark.alternate(variants, torch.device("cpu"), runs=3)
+    assert min(times["slow"]) >= 20 > max(times["fast"])
+
+
+def test_a_run_compares_peft_reference_and_engine(tmp_path):
+    result = benchmark.run(BenchConfig(**SMALL, json=str(tmp_path / "b.json")))
+    assert json.loads((tmp_path / "b.json").read_text())["backward"] == result["backward"]
+    for kind in ("backward", "forward"):
+        assert [row["name"] for row in result[kind]] == ["peft", "reference", "engine"]
+        for row in result[kind]:
+            # the adapters are the same in all three, so are features and gradients
+            assert row["error"] < 1e-4 and row["low_ms"] <= row["median_ms"] <= row["high_ms"] and row["runs"] == 2
+    assert result["device"]["torch"] == torch.__version__
+
+
+def test_a_wrong_engine_is_not_timed(monkeypatch):
+    real = benchmark.engine.EngineViT.features
+    monkeypatch.setattr(benchmark.engine.EngineViT, "features", lambda self, x: real(self, x) * 1.01)
+    with pytest.raises(CheckFailedError, match="not timed") as error:
+        benchmark.run(BenchConfig(**SMALL))
+    assert error.value.exit_code == 4
