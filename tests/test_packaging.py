@@ -82,14 +82,14 @@ def modules(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*.py")}
 
 
-def test_pure_wheel_holds_the_package_and_nothing_else(pure_wheel):
+def test_pure_wheel_holds_the_package_and_nothing_else(source, pure_wheel):
     assert pure_wheel.name.endswith("-py3-none-any.whl")
     held = names(pure_wheel)
     assert {name.split("/")[0] for name in held if ".dist-info/" not in name} == {"upstep_fast"}
     with zipfile.ZipFile(pure_wheel) as archive:
         (top_level,) = [name for name in held if name.endswith("top_level.txt")]
         assert archive.read(top_level).decode().split() == ["upstep_fast"]
-    for folder, home in ((ROOT / "upstep_fast", "upstep_fast"), (ROOT / "kernels", "upstep_fast/kernels")):
+    for folder, home in ((source / "upstep_fast", "upstep_fast"), (source / "kernels", "upstep_fast/kernels")):
         assert {f"{home}/{name}" for name in modules(folder)} <= set(held)
     assert not [name for name in held if name.endswith(".so")]
 
