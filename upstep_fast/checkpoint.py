@@ -30,7 +30,8 @@ log = logging.getLogger("upstep_fast")
 FORMAT = 1
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
-_NAME = re.compile(r"step-(\d{8,12})")
+_NAME = re.compile(r"step-(\d{8,12})", re.ASCII)
+_FILE = re.compile(r"[a-z0-9_][a-z0-9_.]*")
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def clean(folder: Path) -> None:
 
 def _verified(folder: Path, name: str, facts: Any) -> bytes:
     # a manifest may come from anywhere: a name must not lead out of its folder
-    if Path(name).name != name or name in ("", "..", MANIFEST) or not isinstance(facts, dict):
+    if not _FILE.fullmatch(name) or name == MANIFEST or not isinstance(facts, dict):
         raise DamagedError(f"{MANIFEST} names {name!r}")
     size = facts.get("bytes")
     if not isinstance(size, int):
