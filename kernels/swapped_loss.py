@@ -110,7 +110,7 @@ def _blocks(scores: Tensor) -> dict[str, int]:
     block = tile("swapped_cross_entropy", scores.device)["BLOCK"]
     B, K = scores.shape
     block_k = min(triton.next_power_of_2(K), block)
-    block_b = min(block // block_k, triton.next_power_of_2(B))
+    block_b = min(block // block_k, triton.next_power_of_2(max(B, 1)))
     return {"BLOCK_B": block_b, "BLOCK_K": block_k, "num_warps": min(max(block_b * block_k // 512, 1), 8)}
 
 
@@ -141,8 +141,8 @@ def _backward_triton(
 
 
 def _use_triton(scores: Tensor) -> bool:
-    why_not = triton_reason(scores) if scores.numel() else "nothing to compute"
-    return choose("swapped_cross_entropy", scores.device, {"triton": why_not, "reference": None}) == "triton"
+    candidates = {"triton": triton_reason(scores), "reference": None}
+    return choose("swapped_cross_entropy", scores.device, candidates) == "triton"
 
 
 @torch.library.custom_op(f"{NAMESPACE}::swapped_cross_entropy", mutates_args=())
