@@ -31,7 +31,7 @@ TILES: dict[str, dict[tuple[int, int] | None, Tile]] = {
         },
     },
     "lora_linear_fp32": {
-        None: {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP_M": 8, "num_warps": 4, "num_stages": 2},
+        None: {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP_M": 8, "num_warps": 8, "num_stages": 2},
     },
     "lora_linear_fp8": {
         None: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "GROUP_M": 8, "num_warps": 8, "num_stages": 3},

@@ -5,7 +5,7 @@
 
 Forward: one launch for each run of rows (adapted, or the gap between), S made in the K loop by a small dot.
 Backward: a sweep of dY gives dS and dB, a sweep of x gives dA; dX = dY W + dS A is the first kernel, S given.
-Ranks are padded to BLOCK_R; above MAX_RANK they go in slices, and S is made by a sweep of its own.
+Ranks are padded to BLOCK_R; wide ones go in slices, and then S is made by a sweep of its own.
 Deterministic: Q is summed from one partial per program, in their order; no atomics.
 """
 
@@ -22,7 +22,7 @@ from ._tiles import tile
 from ._triton import INTERPRET, tl, triton
 from .lora_linear_plain import drop_threshold
 
-MAX_RANK = 64  # of one slice: a wider one would not fit the registers beside the accumulator
+MAX_RANK = 32  # of one slice: at 64 the registers spill beside the accumulators (sm_80)
 
 
 @triton.jit
@@ -291,7 +291,7 @@ def _launch(x, w, y, *, bias=None, a=None, b=None, s=None, scale=1.0, dropout=0.
             *x.stride(), *w.stride(), *a_.stride(), *b_.stride(), *s_.stride(), y.stride(0),
             LORA=lora, STORE_S=s is not None and s.shape[0] > 0, HAS_BIAS=bias is not None,
             DROPOUT=dropout > 0, SCALED=scales is not None, TMA=tma, W_TRANSPOSED=transposed, UPCAST_DOT=INTERPRET,
-            BLOCK_R=_block_r(R) if lora == "make" else min(_block_r(R), 32), **tiles,
+            BLOCK_R=_block_r(R), **tiles,
         )  # fmt: skip
 
 
