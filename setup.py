@@ -97,8 +97,12 @@ class CMakeBuild(build_ext):
         ]
         if kind == "cuda":
             cmake.append(f"-DCMAKE_CUDA_COMPILER={find_nvcc()}")
-        subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *cmake], check=True)
-        subprocess.run(["cmake", "--build", str(build)], check=True)
+        # pip does not put the cmake and ninja of its own environment on the path
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        environment = {**os.environ, "PATH": path}
+        configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *cmake]
+        for command in (configure, ["cmake", "--build", str(build)]):
+            subprocess.run(command, check=True, env=environment)
 
     def get_ext_filename(self, fullname: str) -> str:
         # a plain .so for the library: the same file serves every Python
