@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-interp test-aot test-gpu long check format bench bench-gpu bench-compare clean
+.PHONY: help install demo test test-interp test-aot test-gpu long check format bench bench-gpu bench-compare figures clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -57,6 +57,9 @@ bench-gpu:       ## the benchmarks on the GPU of this machine, with the python t
 
 bench-compare: install  ## against the stored run
 	$(BIN)/pytest-benchmark compare bench/results/*.json
+
+figures: install ## run the fault tests and fill docs/reliability.md (LONG=--long: the long forms too)
+	$(BIN)/python bench/figures.py $(LONG)
 
 clean:           ## remove what make made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -63,6 +64,17 @@ def options(model, photos, tmp_path):
         max_bad_fraction=0.1,
         checkpoint_every=5,
     )
+
+
+@pytest.fixture
+def finished(options, tmp_path, tmp_path_factory, _runs={}):  # noqa: B006  (one run for all tests that only look at it)
+    """The options of a run that has ended, and its folder."""
+    key = options["model"]
+    if key not in _runs:
+        _runs[key] = tmp_path_factory.mktemp("finished") / "out"
+        upstep_fast.adapt(**{**options, "out": _runs[key]})
+    shutil.copytree(_runs[key], tmp_path / "out")
+    return options
 
 
 def stop_after(monkeypatch, step):
@@ -140,25 +152,18 @@ def test_forty_steps_with_four_stops(options, monkeypatch, tmp_path, record_prop
     record_property("exact_resumes", 4)
 
 
-def test_a_resume_from_an_older_checkpoint_cuts_the_metrics_and_runs_the_same_steps_again(
-    options, monkeypatch, tmp_path
-):
-    upstep_fast.adapt(**options)
+def test_a_resume_from_an_older_checkpoint_cuts_the_metrics_and_runs_the_same_steps_again(finished, tmp_path):
     before = evidence(tmp_path / "out")
     out = tmp_path / "out"
     # as a kill after step 11 leaves it: a checkpoint of step 10, rows beyond it, half a row at the end
-    for name in ("step-00000012",):
-        for path in sorted((out / "checkpoints" / name).iterdir()):
-            path.unlink()
-        (out / "checkpoints" / name).rmdir()
+    shutil.rmtree(out / "checkpoints" / "step-00000012")
     lines = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     (out / "metrics.jsonl").write_bytes(b"".join(lines[:11]) + lines[11][:30])
-    upstep_fast.adapt(**options, resume=True)
+    upstep_fast.adapt(**finished, resume=True)
     assert evidence(out) == before
 
 
-def test_what_a_checkpoint_holds(options, tmp_path):
-    upstep_fast.adapt(**options)
+def test_what_a_checkpoint_holds(finished, tmp_path):
     folder = tmp_path / "out" / "checkpoints"
     assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-00000010", "step-00000012"]
     assert (folder / "latest").read_text() == "step-00000012\n"
@@ -173,12 +178,11 @@ def test_what_a_checkpoint_holds(options, tmp_path):
     assert not any(".base." in name for name in names), "frozen weights have no place in a checkpoint"
 
 
-def test_a_checkpoint_is_an_adapter(options, tmp_path):
+def test_a_checkpoint_is_an_adapter(finished, tmp_path):
     peft = pytest.importorskip("peft")
-    upstep_fast.adapt(**options)
     step = tmp_path / "out" / "checkpoints" / "step-00000012"
-    ours = upstep_fast.load_adapted(options["model"], step)
-    vit = timm.create_model(options["model"], pretrained=True).eval()
+    ours = upstep_fast.load_adapted(finished["model"], step)
+    vit = timm.create_model(finished["model"], pretrained=True).eval()
     theirs = peft.PeftModel.from_pretrained(vit, str(step)).merge_and_unload()
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -213,11 +217,10 @@ def test_without_a_checkpoint_a_resume_starts_afresh_and_says_so(options, tmp_pa
         ({"precision": "bf16"}, "precision was fp32, is bf16"),
     ],
 )
-def test_a_changed_configuration_is_refused_by_its_fields(options, tmp_path, change, named):
-    upstep_fast.adapt(**options)
+def test_a_changed_configuration_is_refused_by_its_fields(finished, tmp_path, change, named):
     before = evidence(tmp_path / "out")
     with pytest.raises(ConfigError, match=named) as error:
-        upstep_fast.adapt(**{**options, **change}, resume=True)
+        upstep_fast.adapt(**{**finished, **change}, resume=True)
     assert "\n" not in str(error.value) and error.value.exit_code == 2
     assert evidence(tmp_path / "out") == before
 
@@ -232,17 +235,15 @@ def test_what_may_change(options, tmp_path, monkeypatch):
     assert moved == whole
 
 
-def test_another_model_is_refused(options, tmp_path):
-    upstep_fast.adapt(**options)
+def test_another_model_is_refused(finished, tmp_path):
     other = make_model(tmp_path / "other", seed=1)
     with pytest.raises(ConfigError, match="made with another model"):
-        upstep_fast.adapt(**{**options, "model": other}, resume=True)
+        upstep_fast.adapt(**{**finished, "model": other}, resume=True)
 
 
-def test_a_copied_model_is_the_same_model(options, tmp_path):
-    upstep_fast.adapt(**options)
+def test_a_copied_model_is_the_same_model(finished, tmp_path):
     same = make_model(tmp_path / "same", seed=0)
-    upstep_fast.adapt(**{**options, "model": same}, resume=True)
+    upstep_fast.adapt(**{**finished, "model": same}, resume=True)
 
 
 def test_other_images_are_refused(options, photos, tmp_path):
@@ -269,9 +270,8 @@ def test_resume_and_overwrite_exclude_one_another(options):
         upstep_fast.adapt(**options, resume=True, overwrite=True)
 
 
-def tampered(options, tmp_path, change):
+def tamper(tmp_path, change):
     """A checkpoint whose hashes are right but whose contents are not what a run writes."""
-    upstep_fast.adapt(**options)
     folder = tmp_path / "out" / "checkpoints"
     found = checkpoint.newest(folder)
     files, manifest = dict(found.files), {k: v for k, v in found.manifest.items() if k != "files"}
@@ -332,14 +332,14 @@ def said(*path_and_value):
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_changed(
-    options, tmp_path, monkeypatch, change, record_property
+    finished, tmp_path, monkeypatch, change, record_property
 ):
-    tampered(options, tmp_path, change)
+    tamper(tmp_path, change)
     states = []
     real = trainer.fresh_state
     monkeypatch.setattr(trainer, "fresh_state", lambda *a: states.append(real(*a)) or states[-1])
     with pytest.raises((ConfigError, RunFailedError), match="resume: ") as error:
-        upstep_fast.adapt(**options, resume=True)
+        upstep_fast.adapt(**finished, resume=True)
     assert "\n" not in str(error.value) and len(str(error.value)) < 800
     assert states[0].step == 0 and not any(a.lora_b.any() for a in states[0].method.adapters.values())
     assert not states[0].optimizer.state and not states[0].skipped
