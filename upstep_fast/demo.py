@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from . import trainer
+from . import html_report, trainer
 from .config import AdaptConfig, DemoConfig
 from .evaluation import evaluate
 from .report import print_scores
@@ -23,10 +23,15 @@ RECIPE: dict[str, Any] = {
 }
 
 
+def assets() -> tuple[str, str]:
+    """The model and the photographs that the package ships, as --model and --data want them."""
+    folder = Path(str(files("upstep_fast") / "assets"))
+    return f"local-dir:{folder / 'base_tiny'}", str(folder / "sign_digits_64.tar")
+
+
 def run(config: DemoConfig) -> dict[str, Any]:
     """Adapts base_tiny to the hand signs, prints base / adapted / ensemble and the next command; returns the scores."""
-    assets = Path(str(files("upstep_fast") / "assets"))
-    model, data = f"local-dir:{assets / 'base_tiny'}", str(assets / "sign_digits_64.tar")
+    model, data = assets()
     recipe = RECIPE if config.steps is None else {**RECIPE, "steps": config.steps}
     print("A small ViT, trained on 100 kinds of everyday objects, meets 1,465 photographs of hands showing digits.")
     print("It adapts to them without seeing a single label:\n")
@@ -51,11 +56,12 @@ def run(config: DemoConfig) -> dict[str, Any]:
         device=config.device,
         json=str(Path(config.out) / "eval.json"),
     )
+    page = html_report.write(Path(config.out))
     print("\nThe labels are used only now, to measure: accuracy in percent on 597 test photographs")
     print_scores(scores)
     if config.source is None:
         print("forgetting: not measured; no images of the model's own domain are shipped (--source PATH)")
-    print(f"\nadapter: {adapted.adapter}  (made in {time.monotonic() - start:.0f} s)")
+    print(f"\nreport: {page}\nadapter: {adapted.adapter}  (made in {time.monotonic() - start:.0f} s)")
     print(
         "next, on your own images:\n  upstep-fast adapt --model vit_base_patch16_224 --data YOUR_FOLDER --out adapted/"
     )

@@ -1,13 +1,15 @@
-"""What a run says while it runs: metrics.jsonl and one progress line."""
+"""What a run says while it runs: messages, metrics.jsonl, TensorBoard's events and one progress line."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +21,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from .config import AdaptConfig
+from .errors import Interrupted, UpstepError
 from .gate import GateState
 
 log = logging.getLogger("upstep_fast")
@@ -37,14 +40,37 @@ def setup_logging(debug: bool = False) -> None:
     logger.propagate = False
 
 
+@contextlib.contextmanager
+def train_log(path: Path) -> Iterator[None]:
+    """Within this context messages go to the end of `path` too, and so does the error that ends it."""
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    # on a full disk the log falls behind; what must be there, the metrics, says so
+    handler.handleError = lambda record: None  # type: ignore[method-assign]
+    log.addHandler(handler)
+    try:
+        yield
+    except BaseException as error:
+        level = logging.WARNING if isinstance(error, (Interrupted, KeyboardInterrupt)) else logging.ERROR
+        trace = None if isinstance(error, UpstepError) else (type(error), error, error.__traceback__)
+        text = f"{type(error).__name__}: {error}"
+        handler.handle(log.makeRecord(log.name, level, __file__, 0, "%s", (text,), trace))
+        raise
+    finally:
+        log.removeHandler(handler)
+        with contextlib.suppress(OSError):
+            handler.close()
+
+
 class Metrics:
     """metrics.jsonl: one object a step; numbers that are not finite are written as null.
 
     step: the first to be written; rows of earlier steps are kept, those of a run that was killed after its last
     checkpoint are cut off.
+    tensorboard: every number also goes, under the same name, to an event file beside it.
     """
 
-    def __init__(self, path: Path, step: int = 0):
+    def __init__(self, path: Path, step: int = 0, tensorboard: bool = False):
         # unbuffered: a killed run loses no line, and a full disk is met where the line is written
         self._file = path.open("r+b" if step and path.exists() else "wb", buffering=0)
         kept = 0
@@ -56,6 +82,12 @@ class Metrics:
             kept += len(line)
         self._file.seek(kept)
         self._file.truncate()
+        self._board: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # a killed run's events of steps that are taken again are hidden
+            self._board = SummaryWriter(str(path.parent), purge_step=step)  # type: ignore[no-untyped-call]
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends one line and hands it to the system at once. Raises OSError if the disk refuses."""
@@ -63,6 +95,9 @@ class Metrics:
         left = memoryview((json.dumps(clean) + "\n").encode())
         while left:
             left = left[self._file.write(left) :]
+        for name, value in clean.items() if self._board else ():
+            if name != "step" and isinstance(value, (int, float)):
+                self._board.add_scalar(name, value, row["step"])
 
     def sync(self) -> None:
         """Forces what was written to disk. Raises OSError."""
@@ -73,6 +108,8 @@ class Metrics:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._file.close()
+        if self._board:
+            self._board.close()
 
 
 def _is_row(line: bytes, step: int) -> bool:

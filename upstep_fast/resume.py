@@ -41,7 +41,7 @@ STATE = "state.safetensors"
 # these may change between a run and its resume; model and data are compared by what they hold, not by their names
 _FREE = {
     *("model", "data", "out", "overwrite", "resume", "checkpoint_every", "log_every", "num_workers"),
-    *("max_bad_fraction", "device", "debug"),
+    *("max_bad_fraction", "device", "debug", "tensorboard"),
 }
 
 

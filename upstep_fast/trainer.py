@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import __version__, html_report, lora, output, resume
 from . import backbone as backbones
 from . import gate as gates
-from . import lora, output, resume
 from .adapter_check import check_adapter
 from .config import AdaptConfig, known_field
 from .data.loader import Batch, Loader
@@ -28,7 +28,7 @@ from .device import Compute, resolve
 from .errors import ConfigError, Interrupted, RunFailedError
 from .kernels import _dispatch as dispatch
 from .methods.upstep import Embedded, UpStep
-from .report import Metrics, Progress
+from .report import Metrics, Progress, train_log
 from .resume import RunState
 from .signals import signals
 
@@ -68,7 +68,14 @@ def run(config: AdaptConfig) -> AdaptResult:
     backbone = backbones.load_from(config)
     config = fit_to_data(config, len(source))
     implementation = None if config.implementation == "auto" else config.implementation
-    with output.opened(config) as out, dispatch.forced(implementation):
+    with (
+        output.opened(config) as out,
+        html_report.written_after(out),
+        train_log(out / "train.log"),
+        dispatch.forced(implementation),
+    ):
+        versions = f"upstep-fast {__version__}, torch {torch.__version__}"
+        log.info("%s, %s in %s", versions, compute.device, compute.precision)
         return _train(config, compute, source, backbone, out)
 
 
@@ -111,7 +118,7 @@ def _train(
     began = time.monotonic()
     with (
         make_loader(config, source, state) as loader,
-        Metrics(out / "metrics.jsonl", state.step) as metrics,
+        Metrics(out / "metrics.jsonl", state.step, config.tensorboard) as metrics,
         Progress(config, state.gate) as progress,
         signals() as asked,
     ):
@@ -134,7 +141,7 @@ def _train(
                 stop = asked.stop
                 with output.writing(out):
                     metrics.write(row)
-                    stop_if_bad(state, row, [source.name(i) for i in batch.indices.tolist()], out)
+                    stop_if_bad(state, row, source, batch, out)
                     if stop or asked.take() or state.step % config.checkpoint_every == 0 or state.step == config.steps:
                         metrics.sync()
                         resume.save(state, out / output.CHECKPOINTS, identity)
@@ -241,17 +248,18 @@ def update(
     return "a gradient is not finite"
 
 
-def stop_if_bad(state: RunState, row: dict[str, Any], images: list[str], out: Path) -> None:
+def stop_if_bad(state: RunState, row: dict[str, Any], source: Source, batch: Batch, out: Path) -> None:
     """Counts steps that were not applied; at the third in a row writes out/bad_batches.json and ends the run.
 
-    images: the names of this step's. Raises RunFailedError, or OSError if the file cannot be written.
+    Raises RunFailedError, or OSError if the file cannot be written.
     """
     if row["bad"] is None:
         if row["open"]:
             state.bad.clear()
         return
     log.warning("step %d: %s; not applied", row["step"], row["bad"])
-    state.bad.append({"step": row["step"], "reason": row["bad"], "images": images})
+    names = [source.name(index) for index in batch.indices.tolist()]
+    state.bad.append({"step": row["step"], "reason": row["bad"], "images": names})
     if len(state.bad) >= MAX_BAD_STEPS:
         path = out / "bad_batches.json"
         path.write_text(json.dumps(state.bad, indent=1) + "\n")

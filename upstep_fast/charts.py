@@ -1,0 +1,125 @@
+"""Line charts as inline SVG: no dependency, no script, and the page's own colours in light, dark and print."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+# of a chart, in SVG units; about one CSS pixel where the chart has the width of a phone
+WIDTH, HEIGHT = 380, 224
+LEFT, RIGHT, TOP, BOTTOM = 48, 10, 12, 42
+POINTS = 150  # of a line: more steps than that are drawn as their mean, over a band from the least to the largest
+COLOURS = 6  # classes c0 .. c5 of the page's style sheet; further lines are dashed
+LARGEST = 1e300  # beyond it, differences overflow
+RUG = 6  # height of the strip that shows marked steps
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve; a value that is None is not drawn."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float | None]
+
+
+@dataclass(frozen=True)
+class Point:
+    """Some neighbouring values of a line."""
+
+    x: float
+    mean: float
+    low: float
+    high: float
+
+
+def line_chart(
+    unit: str, lines: Sequence[Line], *, from_zero: bool = False, marked: Sequence[tuple[float, bool]] = ()
+) -> str:
+    """An <svg> of `lines` over steps, with labelled axes; a sentence instead if there is nothing to draw.
+
+    unit: what the y axis shows. marked: (step, whether it gets a mark in the strip under the curves).
+    """
+    drawn = [reduce(line) for line in lines]
+    points = [point for line in drawn for point in line]
+    if not points:
+        return '<p class="empty">nothing was measured</p>'
+    x_low, x_high = _span(min(p.x for p in points), max(p.x for p in points))
+    y_low, y_high = _span(min(p.low for p in points), max(p.high for p in points), from_zero)
+    floor = HEIGHT - BOTTOM
+
+    def across(x: float) -> float:
+        return round(LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT), 1)
+
+    def down(y: float) -> float:
+        return round(floor - (y - y_low) / (y_high - y_low) * (floor - TOP), 1)
+
+    parts = []
+    for tick in ticks(y_low, y_high):
+        parts.append(f'<path class="grid" d="M{LEFT},{down(tick)}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{down(tick) + 4:.1f}" text-anchor="end">{tick:,g}</text>')
+    for tick in ticks(x_low, x_high):
+        parts.append(f'<text x="{across(tick)}" y="{floor + 23}" text-anchor="middle">{tick:,g}</text>')
+    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">step</text>')
+    parts += _rug(marked, floor, across)
+    for i, line in enumerate(drawn):
+        colour = f"c{i % COLOURS}" + " dashed" * (i >= COLOURS)
+        if len(lines) == 1 and any(p.low < p.high for p in line):
+            edge = [(p.x, p.high) for p in line] + [(p.x, p.low) for p in reversed(line)]
+            around = " ".join(f"{across(x)},{down(y)}" for x, y in edge)
+            parts.append(f'<polygon class="band {colour}" points="{around}"/>')
+        if len(line) == 1:
+            cx, cy = across(line[0].x), down(line[0].mean)
+            parts.append(f'<circle class="dot {colour}" cx="{cx}" cy="{cy}" r="3"/>')
+        elif line:
+            along = " ".join(f"{across(p.x)},{down(p.mean)}" for p in line)
+            parts.append(f'<polyline class="line {colour}" points="{along}"/>')
+    what = html.escape(f"{unit} over steps: {', '.join(line.label for line in lines)}")
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{what}">{"".join(parts)}</svg>'
+
+
+def reduce(line: Line) -> list[Point]:
+    """At most POINTS points: the values that are there, neighbours taken together."""
+    values = [(x, y) for x, y in zip(line.x, line.y, strict=True) if y is not None and abs(y) < LARGEST]
+    count = min(POINTS, len(values))
+    edges = [i * len(values) // count for i in range(count + 1)] if count else []
+    points = []
+    for start, stop in pairwise(edges):
+        xs, ys = zip(*values[start:stop], strict=True)
+        # each is divided first: a sum of huge values would overflow
+        points.append(Point(sum(xs) / len(xs), sum(y / len(ys) for y in ys), min(ys), max(ys)))
+    return points
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Three to seven round numbers within low .. high."""
+    raw = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= raw)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
+
+
+def _span(low: float, high: float, from_zero: bool = False) -> tuple[float, float]:
+    # wide enough to be divided into ticks, whatever the values are
+    low, size = min(low, 0.0) if from_zero else low, max(abs(low), abs(high))
+    if size < 1 / LARGEST:
+        return 0.0, 1.0
+    return (low, high) if high - low > 1e-9 * size else (low - size / 2, high + size / 2)
+
+
+def _rug(marked: Sequence[tuple[float, bool]], floor: float, across) -> list[str]:
+    count = min(POINTS, len(marked))
+    parts = []
+    for i in range(count):
+        some = marked[i * len(marked) // count : (i + 1) * len(marked) // count]
+        width = (WIDTH - LEFT - RIGHT) / count
+        x = min(across(some[0][0]), WIDTH - RIGHT - width)
+        # the more of these steps are marked, the darker
+        if share := sum(is_marked for _, is_marked in some) / len(some):
+            box = f'x="{x:.1f}" y="{floor + 3}" width="{width:.1f}" height="{RUG}"'
+            parts.append(f'<rect class="mark" {box} opacity="{share:.2f}"/>')
+    return parts
