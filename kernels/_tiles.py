@@ -31,7 +31,7 @@ TILES: dict[str, dict[tuple[int, int] | None, Tile]] = {
         },
     },
     "lora_linear_fp32": {
-        None: {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP_M": 8, "num_warps": 8, "num_stages": 2},
+        None: {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP_M": 8, "num_warps": 8, "num_stages": 2},
     },
     "lora_linear_fp8": {
         None: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "GROUP_M": 8, "num_warps": 8, "num_stages": 3},
@@ -50,6 +50,10 @@ TILES: dict[str, dict[tuple[int, int] | None, Tile]] = {
     "quantize": {None: {"CELLS": 4096, "WARP_CELLS": 1024}},
     "gelu": {None: {"CELLS": 2048, "WARP_CELLS": 512}},
     "layer_norm": {None: {"CELLS": 4096, "WARP_CELLS": 1024}},
+    # the query rows and key columns first tried on an H200; the wide (d > 64) and fp32 rows are guesses
+    "attention": {None: {"BLOCK": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3}},
+    "attention_wide": {None: {"BLOCK": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}},
+    "attention_fp32": {None: {"BLOCK": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}},
     # cells of a program; not measured yet
     "patchify": {None: {"CELLS": 4096, "num_warps": 4}},
 }
