@@ -3,7 +3,7 @@
     pytest bench/bench_data.py --benchmark-only --benchmark-json=FILE
 
 A time is that of IMAGES images, read, decoded, two views each, collated. extra_info has `images_per_s` and
-`cpu_ms_per_image`, the processor time of all threads and processes, which says the same on a machine that is busy. Every
+`cpu_ms_per_image`, the processor time of all threads and processes, which means something on a busy machine too. Every
 contender does the same operations with the same settings and has the same number of workers, which are warm when the
 clock starts. Recipes: `plain` is the package's default (crop, flip, brightness, contrast, saturation, grey); `dino`
 adds hue, blur and solarise. The files are 500-pixel JPEGs of quality 90, made here.
@@ -38,7 +38,7 @@ from upstep_fast.data.loader import Loader
 from upstep_fast.data.sources import open_source
 from upstep_fast.data.views import ViewConfig, random_views
 
-BATCH, SIZE, FILES = 32, 224, 64
+BATCH, SIZE, FILES = 16, 224, 64
 IMAGES = 4096 if torch.cuda.is_available() else 192  # a round
 WORKERS = min(16, os.cpu_count() or 1)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 GREY = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, as torchvision and Pillow
@@ -38,17 +39,17 @@ def hue(x: Tensor, shift: Tensor) -> Tensor:
     """Turns the hue by `shift` of a full circle, through HSV."""
     if x.shape[1] != 3:
         return x
-    value, _ = x.max(1)
-    chroma = value - x.amin(1)
-    safe = torch.where(chroma == 0, 1.0, chroma)
-    r, g, b = ((value - x[:, c]) / safe for c in range(3))
-    is_r, is_g = x[:, 0] == value, x[:, 1] == value
-    h = torch.where(is_r, b - g, torch.where(is_g, 2 + r - b, 4 + g - r))
-    h = (h / 6 + 1 + shift.view(-1, 1, 1)).remainder_(1.0).mul_(6)
+    r, g, b = x.unbind(1)
+    value = torch.maximum(torch.maximum(r, g), b)
+    chroma = value - torch.minimum(torch.minimum(r, g), b)
+    scale = 1 / chroma.clamp_min(1e-12)  # grey pixels: every difference below is 0
+    h = torch.where(r == value, (g - b) * scale, torch.where(g == value, (b - r) * scale + 2, (r - g) * scale + 4))
+    h += 6 * shift.view(-1, 1, 1)
     # each channel is value - chroma * clamp(min(k, 4 - k), 0, 1) with k = (n + h) mod 6, n = 5, 3, 1
     for channel, n in enumerate((5, 3, 1)):
-        k = (h + n).remainder_(6)
-        x[:, channel] = value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
+        k = h + n
+        k.sub_((k / 6).floor_(), alpha=6).sub_(2).abs_().neg_().add_(2).clamp_(0, 1)
+        torch.addcmul(value, chroma, k, value=-1, out=x[:, channel])
     return x
 
 
@@ -65,27 +66,22 @@ def solarize(x: Tensor, threshold: float = 128 / 255) -> Tensor:
 
 def blur(x: Tensor, sigma: Tensor, kernel_size: tuple[int, int]) -> Tensor:
     """Gaussian blur, edges reflected; sigma: [N], pixels; kernel_size: (rows, columns), odd. A new tensor."""
-    height, width = x.shape[2:]
-    down, along = (_blur_matrices(sigma, n, k) for n, k in ((height, kernel_size[0]), (width, kernel_size[1])))
-    return (down[:, None] @ x) @ along[:, None].transpose(-1, -2)
+    count, channels, height, width = x.shape
+    y = x.reshape(1, count * channels, height, width)  # a group a plane, each with its own kernel
+    for axis, (size, taps) in enumerate(zip((height, width), kernel_size, strict=True)):
+        half = min(taps // 2, size - 1)
+        offsets = torch.arange(-half, half + 1, device=x.device)
+        kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
+        kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(channels, 0)
+        around = (0, 0, half, half) if axis == 0 else (half, half, 0, 0)
+        shape = (-1, 1, 2 * half + 1, 1) if axis == 0 else (-1, 1, 1, 2 * half + 1)
+        y = F.conv2d(F.pad(y, around, mode="reflect"), kernel.view(shape), groups=count * channels)
+    return y.view_as(x)
 
 
 def blur_kernel_size(size: int) -> int:
     """A tenth of the side, odd, at least 3: SimCLR's rule."""
     return max(3, math.floor(size / 20) * 2 + 1)
-
-
-def _blur_matrices(sigma: Tensor, size: int, kernel_size: int) -> Tensor:
-    """[N, size, size] whose rows hold the kernel, its parts beyond an edge folded back."""
-    half = min(kernel_size // 2, size - 1)
-    offsets = torch.arange(-half, half + 1, device=sigma.device)
-    weights = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
-    weights = weights / weights.sum(1, keepdim=True)
-    columns = torch.arange(size, device=sigma.device)[:, None] + offsets
-    columns = torch.where(columns < 0, -columns, columns)
-    columns = torch.where(columns >= size, 2 * (size - 1) - columns, columns)
-    matrices = sigma.new_zeros(len(sigma), size, size)
-    return matrices.scatter_add_(2, columns.expand(len(sigma), -1, -1), weights[:, None].expand(-1, size, -1))
 
 
 def _wide(factor: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ TRIES = 10  # crops tried before the fallback, as torchvision's RandomResizedCro
 TOP, LEFT, FLIP, VERTICAL_FLIP, ROTATE, TURNS = range(20, 26)
 BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY, BLUR, SIGMA, SOLARIZE, SLOTS = range(26, 35)
 
-CHUNK_BYTES = 1 << 20  # views worked on at a time on a CPU: they stay in its cache from the resize to the end
+CHUNK_BYTES = 4 << 20  # views worked on at a time on a CPU: they stay in its cache from the resize to the end
 MATMUL_PIXELS = 96 * 96  # on a CPU, larger images are resized one by one by a sparse filter
 
 
