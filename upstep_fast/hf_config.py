@@ -160,34 +160,47 @@ def _common(vit: Any) -> dict[str, Any]:
 
 def _why_not(vit: Any) -> str | None:
     block: Any = vit.blocks[0]
-    if type(block).__name__ not in ("Block", "EvaBlock") or not isinstance(block.attn.norm, nn.Identity):
-        return "its blocks put norms elsewhere"
-    if isinstance(vit, Eva):
-        if type(vit.rope).__name__ != "RotaryEmbeddingDinoV3":
-            return "of rotary models transformers has DINOv3 only"
-        if vit.pos_embed is not None or block.attn.qkv is None or block.gamma_1 is None or vit.cls_token is None:
-            return "it differs from DINOv3 in its positions, qkv, LayerScale or class token"
-    else:
-        if not vit.has_class_token or vit.pos_embed is None:
-            return "it has no class token or no position embeddings"
-        if bool(vit.num_reg_tokens) != bool(vit.no_embed_class):
-            return "only with registers may the class token go without a position"
-        if vit.num_reg_tokens and not hasattr(block.ls1, "gamma"):
-            return "registers without LayerScale"
-        if not isinstance(block.attn.q_norm, nn.Identity) or not isinstance(vit.norm_pre, nn.Identity):
-            return "query and key norms or a norm before the blocks"
-    hidden = block.mlp.fc2.in_features
-    if isinstance(block.mlp, GluMlp):
-        if not hasattr(block, "ls1") or not hasattr(block.ls1, "gamma") or not isinstance(block.mlp.norm, nn.Identity):
-            return "a packed SwiGLU without LayerScale"
-        if hidden % 8:
-            return "a SwiGLU whose width is not a multiple of 8"
-    elif not isinstance(block.mlp, SwiGLU) and type(block.mlp.act).__name__ not in _CLASSES:
-        return f"activation {type(block.mlp.act).__name__}"
-    elif isinstance(block.mlp, SwiGLU) and not isinstance(vit, Eva):
-        return "an unpacked SwiGLU"
+    if not isinstance(vit, Eva):
+        scaled = hasattr(getattr(block, "ls1", None), "gamma")
+        if not scaled and (vit.num_reg_tokens or isinstance(block.mlp, GluMlp)):
+            return "it has registers or SwiGLU without LayerScale"
+        if isinstance(block.mlp, GluMlp) and block.mlp.fc2.in_features % 8:  # type: ignore[operator]
+            return "the width of its SwiGLU is not a multiple of 8"
+        return _why_not_plain(vit, tuple(_CLASSES))
+    if type(vit.rope).__name__ != "RotaryEmbeddingDinoV3":
+        return "of rotary models transformers has DINOv3 only"
+    if vit.pos_embed is not None or block.attn.qkv is None or block.gamma_1 is None or vit.cls_token is None:
+        return "it differs from DINOv3 in its positions, qkv, LayerScale or class token"
+    if not isinstance(block.mlp, SwiGLU) and type(block.mlp.act).__name__ not in _CLASSES:
+        return f"its activation is {type(block.mlp.act).__name__}"
+    return _why_not_pooled(vit)
+
+
+def why_not_dinov2(vit: Any) -> str | None:
+    """Why Meta's DINOv2 code has no such model, or None if it has."""
+    return "it has rotary positions" if isinstance(vit, Eva) else _why_not_plain(vit, ("GELU",))
+
+
+def _why_not_plain(vit: Any, activations: tuple[str, ...]) -> str | None:
+    block: Any = vit.blocks[0]
+    if not vit.has_class_token or vit.pos_embed is None or hasattr(vit, "dist_token"):
+        return "it has no class token, no position embeddings or a token for distillation"
+    if bool(vit.num_reg_tokens) != bool(vit.no_embed_class):
+        return "only with registers may the class token go without a position"
+    norms = (block.attn.q_norm, block.attn.norm, block.mlp.norm, vit.norm_pre)
+    if type(block).__name__ != "Block" or not all(isinstance(norm, nn.Identity) for norm in norms):
+        return "it has norms elsewhere than before attention, before the MLP and at the end"
+    act = type(block.mlp.act).__name__
+    if act not in activations and not isinstance(block.mlp, GluMlp):
+        return f"its activation is {act}"
+    if isinstance(block.mlp, SwiGLU):
+        return "its SwiGLU is not packed"
+    return _why_not_pooled(vit)
+
+
+def _why_not_pooled(vit: Any) -> str | None:
     if vit.global_pool not in ("token", "avg") or not isinstance(vit.fc_norm, nn.Identity):
-        return f"pooling {vit.global_pool} with a norm of its own after it"
+        return f"its pooling, {vit.global_pool}, has a layer of its own"
     return None
 
 
