@@ -111,7 +111,7 @@ def _span(low: float, high: float, from_zero: bool = False) -> tuple[float, floa
     return (low, high) if high - low > 1e-9 * size else (low - size / 2, high + size / 2)
 
 
-def _rug(marked: Sequence[tuple[float, bool]], floor: float, across) -> list[str]:
+def _rug(marked: Sequence[tuple[float, bool]], floor: float, across: Callable[[float], float]) -> list[str]:
     count = min(POINTS, len(marked))
     parts = []
     for i in range(count):

@@ -73,21 +73,14 @@ class Metrics:
     def __init__(self, path: Path, step: int = 0, tensorboard: bool = False):
         # unbuffered: a killed run loses no line, and a full disk is met where the line is written
         self._file = path.open("r+b" if step and path.exists() else "wb", buffering=0)
-        kept = 0
-        for row in range(step):
-            line = self._file.readline()
-            if not _is_row(line, row):
-                log.warning("metrics: %s lacks the rows of steps %d to %d", path, row, step - 1)
-                break
-            kept += len(line)
-        self._file.seek(kept)
-        self._file.truncate()
+        self._file.truncate(_bytes_of_rows(path, step))
+        self._file.seek(0, os.SEEK_END)
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             # a killed run's events of steps that are taken again are hidden
-            self._board = SummaryWriter(str(path.parent), purge_step=step)  # type: ignore[no-untyped-call]
+            self._board = SummaryWriter(str(path.parent), purge_step=step)
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends one line and hands it to the system at once. Raises OSError if the disk refuses."""
@@ -110,6 +103,18 @@ class Metrics:
         self._file.close()
         if self._board:
             self._board.close()
+
+
+def _bytes_of_rows(path: Path, steps: int) -> int:
+    kept = 0
+    with path.open("rb") as file:
+        for row in range(steps):
+            line = file.readline()
+            if not _is_row(line, row):
+                log.warning("metrics: %s lacks the rows of steps %d to %d", path, row, steps - 1)
+                break
+            kept += len(line)
+    return kept
 
 
 def _is_row(line: bytes, step: int) -> bool:
