@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from upstep_fast.kernels import _dispatch, _native
 from upstep_fast.kernels import center_vector as cv
 from upstep_fast.kernels.gate import HEAD, new_gate_state

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 from upstep_fast.kernels import _dispatch
 from upstep_fast.kernels import lora_linear_triton as fused
 from upstep_fast.kernels.lora_linear import STRATEGIES, lora_linear, lora_linear_reference

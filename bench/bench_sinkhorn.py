@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from upstep_fast.kernels import _dispatch
 from upstep_fast.kernels.sinkhorn import sinkhorn
 from upstep_fast.kernels.swapped_loss import swapped_cross_entropy

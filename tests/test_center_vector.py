@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import assert_matches, guarded_outputs, laid_out, sizes, surrounded
 from torch import Tensor
+
+from upstep_fast.gate import GateRule, GateState, decide
 from upstep_fast.kernels import _dispatch, _native
 from upstep_fast.kernels import center_vector as cv
 from upstep_fast.kernels.gate import CELLS, HEAD, RULES, gate_values, new_gate_flag, new_gate_state
-
-from upstep_fast.gate import GateRule, GateState, decide
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALF)

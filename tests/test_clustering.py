@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from upstep_fast.kernels.sinkhorn import sinkhorn
 
+from upstep_fast.kernels.sinkhorn import sinkhorn
 from upstep_fast.methods.losses import clustering
 from upstep_fast.reference.upstep import sinkhorn as sinkhorn_by_logs
 from upstep_fast.reference.upstep import upstep_loss

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from upstep_fast.kernels import _dispatch
 from upstep_fast.kernels.lora_linear import lora_linear, lora_linear_reference
 

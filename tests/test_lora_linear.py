@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import LAYOUTS, assert_matches, guarded_outputs, laid_out, sizes, surrounded
 from torch import Tensor
+
 from upstep_fast.kernels import _dispatch, _tiles
 from upstep_fast.kernels import lora_linear_triton as fused
 from upstep_fast.kernels.lora_linear import STRATEGIES, _backward_op, _op, lora_linear, lora_linear_reference

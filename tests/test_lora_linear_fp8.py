@@ -8,6 +8,7 @@ import pytest
 import torch
 from kernel_checks import assert_matches, guarded_outputs, surrounded
 from torch import Tensor
+
 from upstep_fast.kernels import _tiles
 from upstep_fast.kernels.lora_linear import lora_linear
 from upstep_fast.kernels.lora_linear_fp8 import (

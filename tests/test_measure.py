@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+
 from upstep_fast.kernels import _measure
 from upstep_fast.kernels._dispatch import NAMESPACE
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from upstep_fast.kernels import __main__ as report
 from upstep_fast.kernels import _dispatch, _native
 from upstep_fast.kernels.gate import new_gate_flag

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -13,9 +14,12 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from kernel_checks import LAYOUTS, assert_matches, guarded_outputs, laid_out, sizes, surrounded
 from torch import Tensor
+
 from upstep_fast.kernels import _dispatch, _tiles
-from upstep_fast.kernels import sinkhorn as module
 from upstep_fast.kernels.sinkhorn import sinkhorn, sinkhorn_reference
+
+# the package exports the function under the module's name
+module = importlib.import_module("upstep_fast.kernels.sinkhorn")
 
 # masked lanes divide by zero on purpose; numpy remarks on it
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")

@@ -146,6 +146,7 @@ def extract(
         num_workers=config.num_workers,
         max_bad_fraction=config.max_bad_fraction,
         skipped=skipped,
+        channels=len(base.mean),
     )
     for indices, images in batches:
         x = (images.to(compute.device) - mean) / std

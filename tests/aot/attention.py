@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from upstep_fast.kernels.attention_triton import backward as backward_triton
 from upstep_fast.kernels.attention_triton import forward as forward_triton
 

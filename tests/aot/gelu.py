@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from upstep_fast.kernels.gelu import APPROXIMATIONS, _gelu_bwd_triton, _gelu_fwd_triton
 from upstep_fast.kernels.quantize import MAX_ROW
 

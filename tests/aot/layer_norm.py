@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from upstep_fast.kernels.layer_norm import _bwd_triton, _fwd_triton
 from upstep_fast.kernels.quantize import MAX_ROW
 

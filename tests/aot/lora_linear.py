@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+
 from upstep_fast.kernels import lora_linear_triton as op
 
 M, K, N = 4096, 1024, 3072

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from upstep_fast.kernels.patchify import _patchify_triton
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from upstep_fast.kernels.quantize import MAX_ROW, _quantize_triton
 
 

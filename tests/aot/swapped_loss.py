@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+
 from upstep_fast.kernels import swapped_loss as op
 
 
