@@ -431,6 +431,12 @@ def test_a_pickle_with_code_is_not_run(capsys, tmp_path):
     for name in ("w.pth", "old.pth"):
         line = refused(capsys, tmp_path, "--model", tmp_path / name, "--arch", "vit_tiny_patch16_224")
         assert "safetensors.torch.save_file" in line and not (tmp_path / "ran").exists()
+    # a folder that timm itself would read
+    timm.models.save_for_hf(small(), tmp_path / "base", model_args=SMALL, safe_serialization=True)
+    (tmp_path / "base" / "model.safetensors").unlink()
+    (tmp_path / "w.pth").rename(tmp_path / "base" / "pytorch_model.bin")
+    assert "run code" in refused(capsys, tmp_path, "--model", f"local-dir:{tmp_path / 'base'}")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_damaged_safetensors(capsys, tmp_path):
@@ -504,14 +510,24 @@ def test_the_list_finds_names_by_part_and_by_glob():
     assert catalogue.names("swin") == [] and "convnext_tiny" not in dict(catalogue.names())
 
 
+@pytest.mark.parametrize("arch", ["vit_base_patch14_dinov2", "vit_base_patch16_sapiens2"])
+def test_a_blueprint_is_the_architecture_without_weights(arch):
+    vit = catalogue.blueprint(arch)
+    assert all(p.device.type == "meta" and not p.requires_grad for p in vit.parameters())
+    assert backbone.why_unsupported(vit) is None
+
+
 @pytest.mark.long
 def test_every_listed_name_is_supported_and_no_other_is():
     listed = dict(catalogue.names())
-    for name in timm.list_models(["*vit*", "*deit*", "eva*", "*beit*"]):
+    for name in timm.list_models(
+        ["*vit*", "*deit*", "eva*", "*beit*", "aimv2*", "*siglip*", "*rope*"], exclude_filters="test_*"
+    ):
         try:
-            model = timm.create_model(name, device="meta")
+            model = catalogue.blueprint(name)
         except Exception:
-            continue  # models of other families that cannot be built without data
+            assert name not in listed  # other families, which have no depth
+            continue
         assert (backbone.why_unsupported(model) is None) == (name in listed), name
 
 

@@ -342,3 +342,9 @@ def test_the_models_command(capsys):
         out, err = capsys.readouterr()
         assert stop.value.code == code
         assert ("vit_base_patch" in out and not err) if code == 0 else "near names" in err
+        runs = {line.split()[0]: line for line in out.splitlines()}
+        if "dinov3" in args:
+            assert "plain model (it is a Eva)" in runs["vit_base_patch16_dinov3"]
+        elif code == 0:
+            assert runs["vit_base_patch14_dinov2"].split()[1:] == ["plain", "engine"]
+            assert "GluMlp" in runs["vit_giant_patch14_dinov2"]

@@ -12,13 +12,19 @@ from typing import Any
 
 import timm
 from timm.models import is_model_in_modules
+from torch import nn
 
 from . import hf_config, weights
 from .errors import ConfigError
 
 LOCAL, HUB = "local-dir:", "hf-hub:"
 MODULES = ("vision_transformer", "deit", "eva")  # of timm, whose models are plain ViTs
-PARALLEL = ("*_18x2_*", "*_xp_*", "vit_dpwee_*")  # of these, the ones whose blocks are not attention then MLP
+PARALLEL = (
+    "*_18x2_*",
+    "*_xp_*",
+    "vit_pwee_*",
+    "vit_dpwee_*",
+)  # of these, the ones whose blocks are not attention then MLP
 
 
 @dataclass(frozen=True)
@@ -37,9 +43,18 @@ def names(pattern: str = "*") -> list[tuple[str, str]]:
     glob = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
     found = []
     for name in timm.list_models(glob):
-        if is_model_in_modules(name, MODULES) and not any(fnmatch(name, p) for p in PARALLEL):
+        if is_model_in_modules(name, MODULES) and not any(fnmatch(name, p) for p in (*PARALLEL, "test_*")):
             found.append((name, "rotary" if is_model_in_modules(name, "eva") else "plain"))
     return found
+
+
+def blueprint(arch: str) -> nn.Module:
+    """One block of the architecture, without memory for its weights: enough to see what can run it."""
+    try:
+        vit = timm.create_model(arch, depth=1, device="meta")
+    except AssertionError:  # some list their heads block by block
+        vit = timm.create_model(arch, device="meta")
+    return vit.eval().requires_grad_(False)
 
 
 def find(name: str, arch: str | None = None, *, pretrained: bool = True) -> Source:
@@ -50,6 +65,10 @@ def find(name: str, arch: str | None = None, *, pretrained: bool = True) -> Sour
             raise ConfigError(f"model: no folder at {folder}; local-dir: wants config.json and model.safetensors in it")
         if arch is not None:
             return Source(arch, checkpoint=folder)
+        if not any(folder.glob("*.safetensors")):
+            for path in folder.iterdir():  # timm will read it, older ones by running what is in it
+                if path.suffix in weights.PICKLES:
+                    weights.read(path)
         return _from_config(_read_json(folder / "config.json"), folder, lambda file: folder / file)
     if name.startswith(HUB):
         fetch = _hub(name)

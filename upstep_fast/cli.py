@@ -25,7 +25,7 @@ usage: upstep-fast COMMAND [--config FILE.toml] [options]
   eval    k-NN and linear probe of a model, with and without an adapter
   embed   write features of images to a file
   export  write the adapted model for timm, transformers, PEFT, DINOv2 or ONNX
-  models  list the models that can be adapted
+  models  list the models that can be adapted, and what runs them
   report  write a run's HTML report again, or compare several runs
   doctor  what runs on this machine and why; checks every kernel
   bench   time the engine against eager PyTorch and PEFT on this machine
@@ -165,13 +165,15 @@ def _export(config: Any) -> None:
 
 
 def _models(config: Any) -> None:
-    from .catalogue import names, near
+    from .catalogue import blueprint, names, near
+    from .engine.fold import why_not
 
     found = names(config.pattern)
     if not found:
         raise ConfigError(f"pattern: no model that can be adapted matches {config.pattern!r}; {near(config.pattern)}")
     for name, kind in found:
-        print(f"{name:<48} {kind}")
+        reason = why_not(blueprint(name))
+        print(f"{name:<50} {kind:<7} {'engine' if reason is None else f'plain model ({reason})'}")
 
 
 def _bench(config: Any) -> None:
