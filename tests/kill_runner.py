@@ -64,8 +64,8 @@ def one(options, kill):
     out = Path(options["out"])
     pid = child(options, kill.get("point"))
     if "delay" in kill:
-        # count from the first sign of life, so that the kills fall into the run and not before it
-        while not (out / "config.toml").exists() and os.waitpid(pid, os.WNOHANG) == (0, 0):
+        # counted in steps first, so that on a busy machine too the kills fall into the run
+        while rows(out) < kill["after"] and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             time.sleep(0.001)
         time.sleep(kill["delay"])
         os.kill(pid, signal.SIGKILL)
@@ -96,11 +96,9 @@ def evidence(out):
 def main(job):
     torch.set_num_threads(1)
     options, folder = job["options"], Path(job["options"]["out"])
-    began = time.monotonic()
     assert os.waitpid(child(options | {"out": str(folder / "whole")}), 0)[1] == 0
-    whole = time.monotonic() - began
     draw = random.Random(job["seed"])
-    kills = [{"delay": draw.uniform(0, whole)} for _ in range(job["random"])]
+    kills = [{"after": draw.randrange(options["steps"]), "delay": draw.uniform(0, 0.1)} for _ in range(job["random"])]
     kills += [{"point": point} for point in job["points"]]
     for at, kill in enumerate(kills):
         out = folder / str(at)

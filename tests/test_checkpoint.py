@@ -95,9 +95,17 @@ def test_falls_back_with_a_warning_and_goes_on_from_there(folder, caplog):
     with caplog.at_level(logging.WARNING, logger="upstep_fast"):
         assert checkpoint.newest(folder).step == 1
     assert "step-00000002 is not whole (state does not match its SHA-256)" in caplog.text
-    # an own history starts at step 1: a save must keep that, not the damaged one with the higher number
-    checkpoint.save(folder, 1, {"state": b"1"}, {})
-    assert steps(folder) == ["latest", "step-00000001"]
+
+
+def test_what_was_gone_back_behind_does_not_count_among_those_kept(folder):
+    for step in (2, 4, 8):
+        checkpoint.save(folder, step, {"state": b"%d" % step}, {}, keep=3)
+    for step in (4, 8):
+        (folder / f"step-{step:08d}" / "state").write_bytes(b"x")
+    assert checkpoint.newest(folder).step == 2
+    checkpoint.save(folder, 3, {"state": b"3"}, {})
+    assert steps(folder) == ["latest", "step-00000002", "step-00000003"]
+    assert checkpoint.newest(folder).step == 3
 
 
 def test_refuses_when_none_is_whole(folder):

@@ -14,6 +14,7 @@ from safetensors.torch import load, save
 
 import upstep_fast
 from upstep_fast import checkpoint, lora, resume, trainer
+from upstep_fast.data.loader import permutation
 from upstep_fast.errors import ConfigError, Interrupted, RunFailedError
 from upstep_fast.methods.upstep import UpStep
 
@@ -187,6 +188,15 @@ def test_a_checkpoint_is_an_adapter(finished, tmp_path):
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.allclose(theirs.forward_features(x), ours.forward_features(x), atol=1e-5)
+
+
+def test_bad_images_met_before_the_stop_still_count(options, monkeypatch, tmp_path):
+    # the broken image in the first batch, and not in the one that the check after the last step looks at
+    seed = next(s for s in range(100) if 2 in permutation(24, s, 0)[:8] and 2 not in permutation(24, s, 1)[:8])
+    options |= {"seed": seed, "steps": 3, "gate": "none"}
+    interrupted(options, monkeypatch, step=1)
+    upstep_fast.adapt(**options, resume=True)
+    assert "02.png" in (tmp_path / "out" / "skipped.csv").read_text()
 
 
 def test_a_finished_run_is_not_run_again(options, tmp_path):

@@ -19,6 +19,7 @@ import re
 import shutil
 import stat
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,31 @@ class Checkpoint:
 
 class DamagedError(Exception):
     """Why a checkpoint is not whole."""
+
+
+class Writer:
+    """Saves in a thread, one checkpoint at a time, while the run goes on."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="upstep-checkpoint")
+        self._pending: Future[Path] | None = None
+
+    def save(self, folder: Path, step: int, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> None:
+        """As the function `save`, once the save before is done; raises what that one raised."""
+        self.wait()
+        self._pending = self._pool.submit(save, folder, step, files, manifest)
+
+    def wait(self) -> None:
+        """Until what was begun is on disk. Raises OSError if the disk refused it."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True)
 
 
 def save(folder: Path, step: int, files: Mapping[str, bytes], manifest: Mapping[str, Any], keep: int = 2) -> Path:

@@ -103,9 +103,9 @@ def go_on(state: RunState, folder: Path, identity: Identity) -> None:
     log.info("resume: going on after step %d of %d, from %s", found.step, identity.config["steps"], found.path)
 
 
-def save(state: RunState, folder: Path, identity: Identity) -> Path:
-    """Writes a checkpoint of `state`, keeping the one before. Raises OSError."""
-    return checkpoints.save(folder, state.step, files(state), manifest(state, identity))
+def save(state: RunState, folder: Path, identity: Identity, writer: checkpoints.Writer) -> None:
+    """Copies `state` and has it written while the run goes on. Raises OSError if the save before failed."""
+    writer.save(folder, state.step, files(state), manifest(state, identity))
 
 
 def files(state: RunState) -> dict[str, bytes]:
@@ -125,9 +125,9 @@ def manifest(state: RunState, identity: Identity) -> dict[str, Any]:
             "gate": state.gate.to_dict(),
             "scaler": state.scaler.state_dict(),
             "loss": state.loss if math.isfinite(state.loss) else None,
-            "bad": state.bad,
+            "bad": list(state.bad),
         },
-        "loader": {"step": state.step, "skipped": state.skipped},
+        "loader": {"step": state.step, "skipped": dict(state.skipped)},
         "kernels": [dataclasses.asdict(choice) for choice in dispatch.report()],
         "pins": measure.pins(),
     }

@@ -20,6 +20,7 @@ from . import __version__, html_report, lora, output, resume
 from . import backbone as backbones
 from . import gate as gates
 from .adapter_check import check_adapter
+from .checkpoint import Writer
 from .config import AdaptConfig, known_field
 from .data.loader import Batch, Loader
 from .data.sources import Source, open_source
@@ -120,6 +121,7 @@ def _train(
         make_loader(config, source, state) as loader,
         Metrics(out / "metrics.jsonl", state.step, config.tensorboard) as metrics,
         Progress(config, state.gate) as progress,
+        Writer() as writer,
         signals() as asked,
     ):
         with _kept(state, loader, config, out):
@@ -138,14 +140,16 @@ def _train(
                 }
                 progress.update(row, state.gate)
                 # looked at once: a signal during the save waits for the next step
-                stop = asked.stop
+                stop, is_last = asked.stop, state.step == config.steps
                 with output.writing(out):
                     metrics.write(row)
                     stop_if_bad(state, row, source, batch, out)
-                    if stop or asked.take() or state.step % config.checkpoint_every == 0 or state.step == config.steps:
+                    if stop or is_last or asked.take() or state.step % config.checkpoint_every == 0:
                         metrics.sync()
-                        resume.save(state, out / output.CHECKPOINTS, identity)
-                if stop and state.step < config.steps:
+                        resume.save(state, out / output.CHECKPOINTS, identity, writer)
+                    if stop or is_last:
+                        writer.wait()
+                if stop and not is_last:
                     raise Interrupted(
                         f"stopped after {state.step} of {config.steps} steps, all saved; "
                         "go on with the same command and --resume"
