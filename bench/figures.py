@@ -63,6 +63,13 @@ FIGURES = (
         "all",
     ),
     Figure(
+        "bit-exact resumes on a GPU",
+        ("exact_resumes_gpu",),
+        "{exact_resumes_gpu} of {exact_resumes_gpu}",
+        "the same on one GPU in fp32, bf16 and fp16 (run with -m gpu)",
+        "all",
+    ),
+    Figure(
         "disk faults",
         ("disk_faults",),
         "{disk_faults} of {disk_faults}",

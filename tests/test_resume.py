@@ -139,6 +139,20 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(options, monkeypatch, 
     record_property("exact_resumes", 1)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("extra", [{"gate": "ema"}, {"gate": "random", "layout": "asymmetric"}], ids=["ema", "random"])
+def test_an_interrupted_run_on_a_gpu_goes_on_as_if_it_had_not_been(
+    options, monkeypatch, tmp_path, precision, extra, record_property
+):
+    options |= extra | {"device": "cuda", "precision": precision, "steps": 40}
+    upstep_fast.adapt(**{**options, "out": tmp_path / "whole"})
+    interrupted(options, monkeypatch, step=17)
+    upstep_fast.adapt(**options, resume=True)
+    assert evidence(tmp_path / "out") == evidence(tmp_path / "whole")
+    record_property("exact_resumes_gpu", 1)
+
+
 def test_forty_steps_with_four_stops(options, monkeypatch, tmp_path, record_property):
     options |= {"steps": 40}
     upstep_fast.adapt(**{**options, "out": tmp_path / "whole"})
