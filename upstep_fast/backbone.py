@@ -11,6 +11,7 @@ from typing import Any
 import timm
 import torch
 from timm.data.config import resolve_data_config
+from timm.layers.patch_embed import PatchEmbed
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -125,6 +126,8 @@ def why_unsupported(model: nn.Module) -> str | None:
     """Why this model cannot be adapted here, or None if it can."""
     if not isinstance(model, (VisionTransformer, Eva)):
         return f"it is a {type(model).__name__}, not a plain VisionTransformer of timm"
+    if not isinstance(model.patch_embed, PatchEmbed):
+        return f"its patches come from a {type(model.patch_embed).__name__}, not from one matrix"
     for index, block in enumerate(model.blocks):
         attention = getattr(block, "attn", None)
         if not isinstance(getattr(attention, "qkv", None), nn.Linear) and not all(
