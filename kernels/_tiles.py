@@ -54,6 +54,8 @@ TILES: dict[str, dict[tuple[int, int] | None, Tile]] = {
     "attention": {None: {"BLOCK": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3}},
     "attention_wide": {None: {"BLOCK": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}},
     "attention_fp32": {None: {"BLOCK": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}},
+    # pixels of a view in a program, over all channels; not measured yet
+    "crop_resize": {None: {"CELLS": 1024, "num_warps": 4}},
     # cells of a program; not measured yet
     "patchify": {None: {"CELLS": 4096, "num_warps": 4}},
 }

@@ -97,9 +97,11 @@ def _fwd_rows(
     acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
     peak, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
     if BLOCK_S > 0:
-        b_k = _load(k, 0, stride_t, rest, BLOCK_S, True, D, BLOCK_D)
-        b_v = _load(v, 0, stride_t, rest, BLOCK_S, True, D, BLOCK_D)
-        acc, peak, total = _attend(b_q, b_k, b_v, acc, peak, total, to_log2, rest, ROWS, BLOCK_S, True, UPCAST_DOT)
+        small_k = _load(k, 0, stride_t, rest, BLOCK_S, True, D, BLOCK_D)
+        small_v = _load(v, 0, stride_t, rest, BLOCK_S, True, D, BLOCK_D)
+        acc, peak, total = _attend(
+            b_q, small_k, small_v, acc, peak, total, to_log2, rest, ROWS, BLOCK_S, True, UPCAST_DOT
+        )
     for n in tl.range(rest, T, BLOCK_N):
         b_k = _load(k, n, stride_t, rest, BLOCK_N, False, D, BLOCK_D)
         b_v = _load(v, n, stride_t, rest, BLOCK_N, False, D, BLOCK_D)
@@ -130,11 +132,11 @@ def _dq_rows(
     b_lse = tl.load(lse + t, mask=inside, other=0.0) * 1.4426950408889634
     acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
     if BLOCK_S > 0:
-        b_k = _load(k, 0, stride_t, rest, BLOCK_S, True, D, BLOCK_D)
-        b_v = _load(v, 0, stride_t, rest, BLOCK_S, True, D, BLOCK_D)
-        p = tl.exp2(_scores(b_q, b_k, to_log2, rest, ROWS, BLOCK_S, True, UPCAST_DOT) - b_lse[:, None])
-        dp = _dot(b_g, b_v.T, tl.zeros((ROWS, BLOCK_S), tl.float32), UPCAST_DOT)
-        acc = _dot((p * (dp - b_delta[:, None])).to(b_k.dtype), b_k, acc, UPCAST_DOT)
+        small_k = _load(k, 0, stride_t, rest, BLOCK_S, True, D, BLOCK_D)
+        small_v = _load(v, 0, stride_t, rest, BLOCK_S, True, D, BLOCK_D)
+        small_p = tl.exp2(_scores(b_q, small_k, to_log2, rest, ROWS, BLOCK_S, True, UPCAST_DOT) - b_lse[:, None])
+        small_dp = _dot(b_g, small_v.T, tl.zeros((ROWS, BLOCK_S), tl.float32), UPCAST_DOT)
+        acc = _dot((small_p * (small_dp - b_delta[:, None])).to(small_k.dtype), small_k, acc, UPCAST_DOT)
     for n in tl.range(rest, T, BLOCK_N):
         b_k = _load(k, n, stride_t, rest, BLOCK_N, False, D, BLOCK_D)
         b_v = _load(v, n, stride_t, rest, BLOCK_N, False, D, BLOCK_D)
@@ -244,12 +246,14 @@ def _launch(part, qkv, out, lse, grad, delta, dqkv, scale):
 
 
 def forward(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a contiguous qkv [B, T, 3, H, d]."""
     out, lse = outputs(qkv)
     _launch("forward", qkv, out, lse, out, lse, qkv, scale)
     return out, lse
 
 
 def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
+    """dqkv; everything contiguous."""
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     for part in ("dq", "dkv"):
         _launch(part, qkv, out, lse, grad, delta, dqkv, scale)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import assert_matches, guarded_outputs, interpreting, sizes, surrounded
 from torch import Tensor
+
 from upstep_fast.kernels import _dispatch
 from upstep_fast.kernels.layer_norm import (
     _backward_op,
