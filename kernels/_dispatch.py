@@ -101,6 +101,11 @@ def report() -> list[Choice]:
     return sorted(_report.values(), key=lambda c: (c.op, c.device))
 
 
+def forget() -> None:
+    """Empties the report, so that the next one says what ran after this."""
+    _report.clear()
+
+
 def record(op: str, device: torch.device, implementation: str, reason: str, *, fallback: bool = False) -> str:
     """Notes what runs for `op` on `device` (log on a change, row of `report()`) and returns it."""
     choice = Choice(op, device.type, implementation, reason)

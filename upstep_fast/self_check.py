@@ -1,0 +1,225 @@
+"""Every kernel, by every implementation that runs here, against its reference in float64: forward and backward."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .kernels import _dispatch as dispatch
+
+LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # of ||difference|| / ||reference||
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A small call of an op: `call` and `reference` take the same tensors, floating ones in the dtype checked."""
+
+    call: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    inputs: tuple[Tensor, ...]
+    wrt: tuple[int, ...] = ()  # inputs whose gradients are compared
+    limit: float = 0.0  # where the op rounds more coarsely than its dtype
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One check. Errors are relative and None where nothing was computed."""
+
+    op: str
+    device: str
+    dtype: str
+    implementation: str
+    forward: float | None
+    backward: float | None
+    limit: float
+    passed: bool | None  # None: this implementation cannot run here, which `note` explains
+    note: str = ""
+
+
+def check_all(device: torch.device) -> tuple[list[Outcome], list[dispatch.Choice]]:
+    """The outcome of every check on `device`, and what runs there for each op when nothing is forced."""
+    outcomes: list[Outcome] = []
+    choices: list[dispatch.Choice] = []
+    dtypes = (torch.float32,) if device.type == "cpu" else (torch.float32, torch.bfloat16)
+    for name in PROBLEMS:
+        for dtype in dtypes:
+            outcome, ran = check(name, device, dtype)
+            kinds = " and ".join(sorted({choice.implementation for choice in ran}))
+            outcomes.append(replace(outcome, implementation=f"{kinds} (chosen)".lstrip()))
+            choices += [choice for choice in ran if choice not in choices]
+            for implementation in (other for other in dispatch.IMPLEMENTATIONS if other != kinds):
+                outcome, ran = check(name, device, dtype, implementation)
+                # an op without this implementation has run as it does when nothing is forced
+                if outcome.passed is None or any(choice.implementation == implementation for choice in ran):
+                    outcomes.append(outcome)
+    return outcomes, choices
+
+
+def check(
+    name: str, device: torch.device, dtype: torch.dtype, implementation: str | None = None
+) -> tuple[Outcome, list[dispatch.Choice]]:
+    """One op in one dtype by one implementation (None: the one that it chooses), and what ran for that."""
+    dispatch.forget()
+    limit, forward, backward, passed, note = LIMITS[dtype], None, None, False, ""
+    try:
+        problem = PROBLEMS[name](importlib.import_module(f".kernels.{name}", __package__))
+        limit = max(limit, problem.limit)
+        with dispatch.forced(implementation):
+            forward, backward = _errors(problem, device, dtype)
+        passed = forward <= limit and (backward is None or backward <= limit)  # a NaN fails
+    except Exception as error:  # whatever is broken, the other checks still have something to say
+        note = str(error).split("\n")[0]
+        passed = None if "was asked for but cannot run" in note else False
+    kind = str(dtype).removeprefix("torch.")
+    outcome = Outcome(name, device.type, kind, implementation or "", forward, backward, limit, passed, note)
+    return outcome, dispatch.report()
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """||got - wanted|| / ||wanted||, taken in float64."""
+    got, wanted = got.detach().double().cpu(), wanted.detach().double().cpu()
+    return float((got - wanted).norm() / wanted.norm().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def _errors(problem: Problem, device: torch.device, dtype: torch.dtype) -> tuple[float, float | None]:
+    # both see the same numbers, those that `dtype` can hold
+    inputs = [t.to(device, dtype) if t.is_floating_point() else t.to(device) for t in problem.inputs]
+    exact = [t.detach().cpu().double() if t.is_floating_point() else t.cpu() for t in inputs]
+    for i in problem.wrt:
+        inputs[i].requires_grad_()
+        exact[i].requires_grad_()
+    got, wanted = problem.call(*inputs), problem.reference(*exact)
+    forward = relative_error(got, wanted)
+    if not problem.wrt:
+        return forward, None
+    weight = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(got.dtype)
+    grads = torch.autograd.grad(got, [inputs[i] for i in problem.wrt], weight.to(device))
+    exact_grads = torch.autograd.grad(wanted, [exact[i] for i in problem.wrt], weight.to(wanted.dtype))
+    return forward, max(map(relative_error, grads, exact_grads))
+
+
+def _normals(*shapes: tuple[int, ...]) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(shape, generator=generator) for shape in shapes)
+
+
+def _attention(ops: ModuleType) -> Problem:
+    return Problem(
+        ops.attention, lambda x: ops.attention_reference(x, 64**-0.5)[0], (*_normals((2, 17, 3, 2, 64)),), (0,)
+    )
+
+
+def _center_vector(ops: ModuleType) -> Problem:
+    def of(update: Callable[..., tuple[Tensor, ...]]) -> Callable[[Tensor], Tensor]:
+        new_state = importlib.import_module(".kernels.gate", __package__).new_gate_state
+
+        def call(u: Tensor) -> Tensor:
+            z, center, *_ = update(u, new_state(u.shape[1], u.device))
+            return torch.cat([z.flatten(), center])
+
+        return call
+
+    return Problem(of(ops.center_vector_update), of(ops.center_vector_reference), (*_normals((32, 48)),), (0,))
+
+
+def _gelu(ops: ModuleType) -> Problem:
+    # backward keeps a byte an entry, whose derivative has an RMS error of 1.5e-3
+    return Problem(ops.gelu, ops.gelu_reference, (*_normals((64, 96)),), (0,), limit=5e-3)
+
+
+def _layer_norm(ops: ModuleType) -> Problem:
+    return Problem(
+        ops.layer_norm,
+        lambda *args: ops.layer_norm_reference(*args)[0],
+        (*_normals((64, 96), (96,), (96,)),),
+        (0, 1, 2),
+    )
+
+
+def _lora_linear(ops: ModuleType) -> Problem:
+    def of(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *tensors: op(*tensors, 0.5)
+
+    inputs = (*_normals((64, 96), (48, 96), (48,), (4, 96), (48, 4)),)
+    return Problem(of(ops.lora_linear), of(ops.lora_linear_reference), inputs, (0, 3, 4))
+
+
+def _lora_linear_fp8(ops: ModuleType) -> Problem:
+    def of(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, w, scale, *rest: op(x, w.to(torch.float8_e4m3fn), scale.float(), *rest, 0.5)
+
+    x, weight, *rest = _normals((64, 96), (48, 96), (48,), (4, 96), (48, 4))
+    weight, scale = importlib.import_module(".kernels.quantize", __package__).quantize_reference(weight)
+    inputs = (x, weight.float(), scale.bfloat16(), *rest)
+    return Problem(of(ops.lora_linear_fp8), of(ops.lora_linear_fp8_reference), inputs, (0, 4, 5))
+
+
+def _patchify(ops: ModuleType) -> Problem:
+    return Problem(
+        lambda x: ops.patchify(x, 4),
+        lambda x: ops.patchify_reference(x, 4, x.dtype),
+        (*_normals((2, 3, 16, 24)),),
+        (0,),
+    )
+
+
+def _quantize(ops: ModuleType) -> Problem:
+    def of(op: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[Tensor], Tensor]:
+        return lambda x: ops.dequantize(*op(x))
+
+    return Problem(of(ops.quantize), of(ops.quantize_reference), (*_normals((64, 96)),))
+
+
+def _sinkhorn(ops: ModuleType) -> Problem:
+    def of(op: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda scores: op(scores, 0.05, 3)
+
+    return Problem(of(ops.sinkhorn), of(ops.sinkhorn_reference), (next(_normals((64, 24))).tanh(),))
+
+
+def _swapped_loss(ops: ModuleType) -> Problem:
+    def of(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda scores, targets: op(scores, targets, 0.1)
+
+    scores, targets = _normals((32, 24), (32, 24))
+    inputs = (scores.tanh(), targets.softmax(1))
+    return Problem(of(ops.swapped_cross_entropy), of(ops.swapped_cross_entropy_reference), inputs, (0,))
+
+
+def _views(ops: ModuleType) -> Problem:
+    def call(*tensors: Tensor) -> Tensor:
+        return ops.crop_resize(*tensors, 3, 16, 16, "bicubic")
+
+    def reference(*tensors: Tensor) -> Tensor:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            return ops.crop_resize_reference(*tensors, 3, 16, 16, "bicubic")
+        finally:
+            torch.set_default_dtype(before)
+
+    pixels = torch.randint(256, (3 * 40 * 30,), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    boxes = torch.tensor([[0, 0, 0, 40, 30, 0], [0, 5, 3, 20, 12, ops.FLIP_X], [0, 1, 2, 9, 8, ops.TRANSPOSE]])
+    inputs = (pixels, torch.tensor([[0, 1200, 30, 1]]), boxes.int())
+    return Problem(call, reference, inputs)
+
+
+# module of kernels/ -> its problem
+PROBLEMS: dict[str, Callable[[ModuleType], Problem]] = {
+    "attention": _attention,
+    "center_vector": _center_vector,
+    "gelu": _gelu,
+    "layer_norm": _layer_norm,
+    "lora_linear": _lora_linear,
+    "lora_linear_fp8": _lora_linear_fp8,
+    "patchify": _patchify,
+    "quantize": _quantize,
+    "sinkhorn": _sinkhorn,
+    "swapped_loss": _swapped_loss,
+    "views": _views,
+}
