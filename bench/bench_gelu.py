@@ -12,6 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+
 from upstep_fast.kernels import _dispatch
 from upstep_fast.kernels.gelu import gelu_backward, gelu_forward
 

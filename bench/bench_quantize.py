@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+
 from upstep_fast.kernels import _dispatch
 from upstep_fast.kernels.quantize import dequantize, quantize, quantize_reference
 

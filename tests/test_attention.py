@@ -105,8 +105,10 @@ def test_is_pytorchs_own_on_a_cpu(dtype):
         wanted = with_gradient(library, qkv, grad)
     out, dqkv = with_gradient(lambda x: attention(x, 0.3), qkv, grad)
     assert torch.equal(out, wanted[0])
-    # in 16 bit its backward does not repeat bit for bit
-    assert (dqkv - wanted[1]).norm() <= 2 * torch.finfo(dtype).eps * wanted[1].norm()
+    # in 16 bit the backward is computed in fp32: nearer to the truth than the library's
+    _, truth = with_gradient(library, qkv.double(), grad.double())
+    ours, theirs = ((d.double() - truth).norm() for d in (dqkv, wanted[1]))
+    assert ours <= theirs or ours <= torch.finfo(dtype).eps * truth.norm()
     rows = {row.op: row for row in _dispatch.report() if row.device == "cpu"}
     assert rows["attention"].implementation == rows["attention_backward"].implementation == "sdpa"
     assert "nothing is measured" in rows["attention"].reason

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import assert_matches, guarded_outputs, surrounded
 from torch import Tensor
+
 from upstep_fast.kernels import _dispatch
 from upstep_fast.kernels.gelu import (
     APPROXIMATIONS,

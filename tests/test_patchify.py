@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from kernel_checks import guarded_outputs, surrounded
 from timm.layers import PatchEmbed
 from torch import Tensor
+
 from upstep_fast.kernels import _dispatch
 from upstep_fast.kernels.patchify import (
     _patchify_op,

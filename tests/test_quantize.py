@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import LAYOUTS, guarded_outputs, laid_out, sizes, surrounded
 from torch import Tensor
+
 from upstep_fast.kernels import _dispatch
 from upstep_fast.kernels.quantize import (
     E4M3,
