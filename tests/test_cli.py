@@ -257,6 +257,14 @@ def test_usage_errors(capsys, args, hint):
     assert code == 2 and hint in err and "Traceback" not in err
 
 
+def test_resume(capsys, model, photos, tmp_path):
+    for _ in range(2):
+        code, out, _ = adapt(capsys, model, photos, tmp_path / "out", "--resume")
+        assert code == 0 and "adapter:" in out
+    code, _, err = adapt(capsys, model, photos, tmp_path / "out", "--resume", "--lr", "0.5")
+    assert code == 2 and "lr was 0.001, is 0.5" in last_line(err) and "--overwrite" in last_line(err)
+
+
 def test_debug_shows_the_traceback(model, tmp_path):
     from upstep_fast.errors import DataError
 
