@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import LAYOUTS, assert_matches, guarded_outputs, laid_out, sizes, surrounded
 from torch import Tensor
+
 from upstep_fast.kernels import _dispatch, _tiles
 from upstep_fast.kernels import swapped_loss as module
 from upstep_fast.kernels.swapped_loss import swapped_cross_entropy, swapped_cross_entropy_reference
