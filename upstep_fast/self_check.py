@@ -156,7 +156,8 @@ def _lora_linear_fp8(ops: ModuleType) -> Problem:
     x, weight, *rest = _normals((64, 96), (48, 96), (48,), (4, 96), (48, 4))
     weight, scale = importlib.import_module(".kernels.quantize", __package__).quantize_reference(weight)
     inputs = (x, weight.float(), scale.bfloat16(), *rest)
-    return Problem(of(ops.lora_linear_fp8), of(ops.lora_linear_fp8_reference), inputs, (0, 4, 5))
+    # Hopper's fp8 products keep about 14 bits of a sum
+    return Problem(of(ops.lora_linear_fp8), of(ops.lora_linear_fp8_reference), inputs, (0, 4, 5), limit=2e-3)
 
 
 def _patchify(ops: ModuleType) -> Problem:
