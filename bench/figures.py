@@ -51,7 +51,7 @@ FIGURES = (
         "steps lost to a kill",
         ("kills", "lost_steps_max", "lost_steps_sum"),
         "at most {lost_steps_max:.0f}, mean {lost_mean:.2f}",
-        "rows of metrics.jsonl beyond the checkpoint found; an interval is 3 steps, each of some 20 ms, so that steps are "
+        "rows of metrics.jsonl beyond the checkpoint found; an interval is 3 steps, each of some 20 ms, so steps are "
         "made while a save waits for the disk",
         "less than two intervals",
     ),
