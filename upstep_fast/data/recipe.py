@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
-from .resize import INTERPOLATIONS
+from ..kernels.views import INTERPOLATIONS
 
 if TYPE_CHECKING:
     from ..backbone import Backbone

@@ -1,18 +1,13 @@
-"""Antialiased resizing, and timm's evaluation transform.
-
-The filter is that of torch.nn.functional.interpolate(antialias=True) and of Pillow: triangle or cubic (a = -0.5),
-widened by the scale when shrinking, normalised over the taps inside the image.
-"""
+"""Antialiased resizing of one image on the CPU, and timm's evaluation transform."""
 
 from __future__ import annotations
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-INTERPOLATIONS = ("bilinear", "bicubic")
+from ..kernels.views import INTERPOLATIONS
 
 
 def resize(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
@@ -53,32 +48,3 @@ def check_interpolation(name: str) -> None:
     """Raises ValueError for an interpolation that is not offered."""
     if name not in INTERPOLATIONS:
         raise ValueError(f"interpolation: got {name!r}, must be {' or '.join(INTERPOLATIONS)}")
-
-
-def resize_weights(
-    start: Tensor, length: Tensor, total: int, size: int, interpolation: str, flip: Tensor | None = None
-) -> Tensor:
-    """Matrices that crop [start, start + length) out of `total` pixels and resize it to `size`.
-
-    start, length: [N] fp32, pixels. flip: [N] bool, which of them to mirror. Returns [N, size, total] fp32; rows sum
-    to 1, columns outside the crop are 0.
-    Source: aten/src/ATen/native/cpu/UpSampleKernel.cpp, compute_indices_weights_aa.
-    """
-    scale = length / size
-    stretch = scale.clamp_min(1.0)  # the filter widens only when shrinking
-    place = torch.arange(size, device=start.device) + 0.5
-    if flip is not None:
-        place = torch.where(flip[:, None], size - place, place)
-    center = scale[:, None] * place + start[:, None]
-    pixel = torch.arange(total, device=start.device) + 0.5
-    t = ((pixel - center[..., None]) / stretch[:, None, None]).abs_()
-    weights = (1.0 - t).clamp_min_(0.0) if interpolation == "bilinear" else _cubic(t)
-    inside = (pixel >= start[:, None]) & (pixel < (start + length)[:, None])
-    weights *= inside[:, None, :]
-    return weights.div_(weights.sum(-1, keepdim=True))
-
-
-def _cubic(t: Tensor, a: float = -0.5) -> Tensor:
-    near = ((a + 2) * t - (a + 3)) * t * t + 1
-    far = (((t - 5) * t + 8) * t - 4) * a
-    return torch.where(t < 1, near, torch.where(t < 2, far, 0.0))

@@ -20,12 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels.views import FLIP_X, FLIP_Y, TRANSPOSE, crop_resize, resize_weights
 from . import colour
 from .random import uniform_array
 from .recipe import PRESETS as PRESETS
 from .recipe import ViewConfig as ViewConfig
 from .recipe import view_config as view_config
-from .resize import resize, resize_weights
+from .resize import resize
 
 TRIES = 10  # crops tried before the fallback, as torchvision's RandomResizedCrop
 # slots of the random numbers; 0 to 9: area of a try, 10 to 19: its aspect
@@ -59,6 +60,11 @@ class ViewParams:
     def take(self, which: slice | np.ndarray) -> ViewParams:
         """A part of the views."""
         return ViewParams(*(getattr(self, field.name)[which] for field in dataclasses.fields(self)))
+
+    def boxes(self) -> np.ndarray:
+        """The geometry as `kernels.views.crop_resize` takes it: [N, 6] int32."""
+        turn = FLIP_Y * self.flip_y + FLIP_X * self.flip_x + TRANSPOSE * self.transpose
+        return np.stack([self.image, self.top, self.left, self.height, self.width, turn], 1).astype(np.int32)
 
 
 def draw_params(
@@ -106,6 +112,25 @@ def draw_params(
     )
 
 
+def pack(images: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Images behind one another on the device, and where they lie: pixels and places of `kernels.views.crop_resize`."""
+    flat, places, offset = [], [], 0
+    for image in images:
+        image = image[:1] if image.stride(0) == 0 else image  # grey, shown as three channels
+        interleaved = image.permute(1, 2, 0)
+        is_interleaved = interleaved.is_contiguous()
+        x = interleaved if is_interleaved else image.contiguous()
+        C, H, W = image.shape
+        strides = (1, W * C, C) if is_interleaved else (H * W, W, 1)
+        # one channel serves all that are asked for
+        places.append((offset, 0 if C == 1 else strides[0], *strides[1:]))
+        flat.append(x.reshape(-1))
+        offset += x.numel()
+    pixels = torch.empty(offset, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    torch.cat(flat, out=pixels)
+    return tuple(x.to(device, non_blocking=True) for x in (pixels, torch.tensor(places)))  # type: ignore[return-value]
+
+
 def random_views(
     images: Sequence[Tensor],
     config: ViewConfig,
@@ -137,11 +162,16 @@ def random_views(
     mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (config.mean, config.std))
     per_view = 4 * channels * config.height * config.width
     step = max(1, CHUNK_BYTES // per_view) if device.type == "cpu" else max(1, (256 << 20) // per_view)
+    packed = None if device.type == "cpu" else pack(images, device)
     for start in range(0, count, step):
         part = params.take(slice(start, start + step))
         # everything happens in the result's own memory: fresh pages cost a CPU more than the arithmetic
         x = out[start : start + step]
-        _resize(images, part, config, x)
+        if packed is None:
+            _resize(images, part, config, x)
+        else:
+            boxes = torch.from_numpy(part.boxes()).to(device)
+            x.copy_(crop_resize(*packed, boxes, channels, config.height, config.width, config.interpolation))
         _recolour(x, part, config)
         x.sub_(mean).mul_(1 / std)
     return out.view(views, len(images), channels, config.height, config.width)
@@ -170,13 +200,13 @@ def _crops(config: ViewConfig, heights: np.ndarray, widths: np.ndarray, u: np.nd
 
 
 def _resize(images: Sequence[Tensor], p: ViewParams, config: ViewConfig, out: Tensor) -> None:
-    """W_y x W_x^T for a part of the views into out [n, C, H_out, W_out], in 0..1.
+    """W_y x W_x^T for a part of the views into out [n, C, H_out, W_out], in 0..1, on a CPU.
 
     Which way an image takes depends on its own size alone, or a view would change with its neighbours.
     """
     large = np.array([images[i].shape[1] * images[i].shape[2] > MATMUL_PIXELS for i in p.image])
-    if out.device.type != "cpu" or not large.any():
-        out.copy_(_resize_dense(images, p, config, out.device))
+    if not large.any():
+        out.copy_(_resize_dense(images, p, config))
     elif large.all():
         torch.mul(_resize_each(images, p, config), 1 / 255, out=out)
     else:
@@ -186,7 +216,7 @@ def _resize(images: Sequence[Tensor], p: ViewParams, config: ViewConfig, out: Te
             out[torch.from_numpy(chosen)] = part
 
 
-def _resize_dense(images: Sequence[Tensor], p: ViewParams, config: ViewConfig, device: torch.device) -> Tensor:
+def _resize_dense(images: Sequence[Tensor], p: ViewParams, config: ViewConfig) -> Tensor:
     """By two batched products; images are padded to the largest."""
     chosen = [images[i] for i in p.image]
     channels, tall, wide = chosen[0].shape[0], max(i.shape[1] for i in chosen), max(i.shape[2] for i in chosen)
@@ -196,9 +226,9 @@ def _resize_dense(images: Sequence[Tensor], p: ViewParams, config: ViewConfig, d
         stacked = torch.zeros(len(chosen), channels, tall, wide, dtype=torch.uint8)
         for place, image in zip(stacked, chosen, strict=True):
             place[:, : image.shape[1], : image.shape[2]] = image
-    x = stacked.to(device).permute(0, 2, 1, 3).float().flatten(1, 2)  # [n, H C, W]
-    top, left, height, width = (torch.from_numpy(a).to(device).float() for a in (p.top, p.left, p.height, p.width))
-    flip_y, flip_x = (torch.from_numpy(a).to(device) for a in (p.flip_y, p.flip_x))
+    x = stacked.permute(0, 2, 1, 3).float().flatten(1, 2)  # [n, H C, W]
+    top, left, height, width = (torch.from_numpy(a).float() for a in (p.top, p.left, p.height, p.width))
+    flip_y, flip_x = torch.from_numpy(p.flip_y), torch.from_numpy(p.flip_x)
     along = resize_weights(left, width, wide, config.width, config.interpolation, flip_x)
     down = resize_weights(top, height, tall, config.height, config.interpolation, flip_y)
     x = torch.bmm(x, along.transpose(1, 2))  # [n, H C, W_out]
@@ -207,7 +237,7 @@ def _resize_dense(images: Sequence[Tensor], p: ViewParams, config: ViewConfig, d
     x = torch.bmm(down.div_(255), x.view(len(chosen), tall, -1)).view(len(chosen), config.height, channels, -1)
     x = x.permute(0, 2, 1, 3)
     if p.transpose.any():
-        turned = torch.from_numpy(np.flatnonzero(p.transpose)).to(device)
+        turned = torch.from_numpy(np.flatnonzero(p.transpose))
         x[turned] = x[turned].transpose(-1, -2)
     return x.clamp_(0, 1) if config.interpolation == "bicubic" else x
 
