@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-interp test-aot test-gpu long check format bench bench-gpu bench-compare figures clean
+.PHONY: help install gpu-install demo test test-interp test-aot test-gpu sanitize long check format bench bench-gpu bench-compare figures clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -33,8 +33,21 @@ test-interp: install  ## the Triton kernels in the CPU interpreter
 test-aot: install  ## compile the Triton kernels for sm_80, sm_90 and sm_100
 	$(BIN)/pytest -m "aot and not long"
 
-test-gpu:        ## the tests that need a GPU, with the python that is active
-	python3 -m pytest -m gpu
+# the GPU targets use the python that is active, where torch sees the GPU; nothing is downloaded
+gpu-install:
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
+
+test-gpu: gpu-install  ## the tests that need a GPU, with the python that is active
+	pytest -m gpu
+
+NATIVE_BUILD = build/sanitize
+sanitize:        ## compute-sanitizer's four tools on the CUDA kernels (needs a GPU)
+	cmake -S . -B $(NATIVE_BUILD) -G Ninja -DUPSTEP_FAST_CUDA=ON \
+	  -DTORCH_FOLDER=$$($(PYTHON) -c "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])") \
+	  -Dpybind11_ROOT=$$($(PYTHON) -m pybind11 --cmakedir)
+	cmake --build $(NATIVE_BUILD) --target test_kernels
+	for tool in memcheck racecheck initcheck synccheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 $(NATIVE_BUILD)/test_kernels || exit 1; done
 
 long: install    ## the long forms of the tests (hours)
 	$(BIN)/pytest -m "long and not gpu and not interp"
@@ -52,8 +65,8 @@ format: install  ## apply the formatter and the safe fixes
 bench: install   ## the benchmarks, small shapes on a CPU
 	$(BIN)/pytest bench --benchmark-only --benchmark-json=bench/results/local.json
 
-bench-gpu:       ## the benchmarks on the GPU of this machine, with the python that is active
-	python3 -m pytest bench --benchmark-only --benchmark-json=bench/results/gpu.json
+bench-gpu: gpu-install  ## the benchmarks on the GPU of this machine, with the python that is active
+	pytest bench --benchmark-only --benchmark-json=bench/results/gpu.json
 
 bench-compare: install  ## against the stored run
 	$(BIN)/pytest-benchmark compare bench/results/*.json

@@ -30,9 +30,12 @@ def _lora_linear(ops, x: Tensor) -> object:
 
 # module -> a call of its op on x [64, 32]
 PROBES: dict[str, Callable[..., object]] = {
+    "attention": lambda ops, x: ops.attention(x.new_ones(1, 4, 3, 2, 64)),
     "center_vector": _center_vector,
     "gelu": lambda ops, x: ops.gelu(x),
+    "layer_norm": lambda ops, x: ops.layer_norm(x),
     "lora_linear": _lora_linear,
+    "patchify": lambda ops, x: ops.patchify(x.view(1, 2, 32, 32), 8),
     "quantize": lambda ops, x: ops.quantize(x),
     "sinkhorn": lambda ops, x: ops.sinkhorn(x.float(), 0.05, 3),
     "swapped_loss": lambda ops, x: ops.swapped_cross_entropy(x, x.softmax(1), 0.1),

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.attention import attention_backward, attention_forward
 from .fold import FoldedBlock, FoldedLinear
 
 Memory = Literal["fast", "lean"]
@@ -79,13 +80,14 @@ def _forward(x: Tensor, block: FoldedBlock, merged: Sequence[Merged], kept: dict
     h1 = _norm(x, block.eps[0])
     y = F.linear(h1, qkv.weight, qkv.bias)
     del h1
-    o = attention(y, block.heads)
+    o, lse = attention_forward(_heads(y, block.heads))
+    o = o.flatten(2)
     middle = F.linear(o, proj.weight, proj.bias).add_(x)
     h2 = _norm(middle, block.eps[1])
     u = F.linear(h2, fc1.weight, fc1.bias)
     g = gelu(u, block.activation)
     if kept is not None:
-        kept |= {"y": y, "o": o, "middle": middle, "u": u}
+        kept |= {"y": y, "o": o, "lse": lse, "middle": middle, "u": u}
     return F.linear(g, fc2.weight, fc2.bias).add_(middle)
 
 
@@ -99,7 +101,7 @@ def _backward(
     needs_dx: bool,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     qkv, proj, fc1, fc2 = merged
-    y, o, middle, u = kept["y"], kept["o"], kept["middle"], kept["u"]
+    y, o, lse, middle, u = (kept[name] for name in ("y", "o", "lse", "middle", "u"))
     of = dict(zip(_adapted(block), _threes(factors), strict=True))
     d_of: dict[str, tuple[Tensor, ...]] = {}
 
@@ -112,7 +114,8 @@ def _backward(
     del du
     if "proj" in of:
         d_of["proj"] = adapter_gradients(d_middle, o, block.proj, of["proj"])
-    dy = attention_backward(d_middle @ proj.weight, y, o, block.heads)
+    d_o = (d_middle @ proj.weight).view(*o.shape[:2], block.heads, -1)
+    dy = attention_backward(d_o, _heads(y, block.heads), o.view_as(d_o), lse).view_as(y)
     if "qkv" in of:
         d_of["qkv"] = adapter_gradients(dy, _norm(x, block.eps[0]), block.qkv, of["qkv"])
     dx = norm_backward(dy @ qkv.weight, x, block.eps[0]).add_(d_middle) if needs_dx else None
@@ -155,31 +158,6 @@ def adapter_gradients(
     return scale * d_a, scale * d_shift, scale * d_b
 
 
-def attention(y: Tensor, heads: int) -> Tensor:
-    """y: [B, N, 3 D] packed q, k, v -> [B, N, D]."""
-    q, k, v = _split(y, heads)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-
-def attention_backward(d_o: Tensor, y: Tensor, o: Tensor, heads: int) -> Tensor:
-    """d_o: [B, N, D] -> gradient of packed q, k, v, [B, N, 3 D]. The softmax is computed again from y.
-
-    With P = softmax(q k^T / sqrt(d)): dV = P^T dO, dP = dO V^T, dS = P (dP - sum(dO O)), dQ = dS K, dK = dS^T Q.
-    """
-    batch, tokens = d_o.shape[:2]
-    q, k, v = _split(y, heads)
-    d_o_heads = d_o.view(batch, tokens, heads, -1).transpose(1, 2)
-    scale = q.shape[-1] ** -0.5
-    p = torch.matmul(q, k.transpose(-1, -2)).float().mul_(scale).softmax(-1)
-    delta = (d_o * o).view(batch, tokens, heads, -1).float().sum(-1).transpose(1, 2)[..., None]
-    d_s = torch.matmul(d_o_heads, v.transpose(-1, -2)).float().sub_(delta).mul_(p).mul_(scale).to(y.dtype)
-    d_y = torch.empty_like(y).view(batch, tokens, 3, heads, -1)
-    d_y[:, :, 0] = torch.matmul(d_s, k).transpose(1, 2)
-    d_y[:, :, 1] = torch.matmul(d_s.transpose(-1, -2), q).transpose(1, 2)
-    d_y[:, :, 2] = torch.matmul(p.to(y.dtype).transpose(-1, -2), d_o_heads).transpose(1, 2)
-    return d_y.view_as(y)
-
-
 def gelu(u: Tensor, activation: str) -> Tensor:
     """erf: x Phi(x). tanh: its tanh approximation. quick: x sigmoid(1.702 x)."""
     if activation == "quick":
@@ -207,10 +185,9 @@ def _norm(x: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], None, None, eps)
 
 
-def _split(y: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    batch, tokens, _ = y.shape
-    q, k, v = y.view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-    return q, k, v
+def _heads(y: Tensor, heads: int) -> Tensor:
+    """[B, N, 3 D] -> [B, N, 3, H, d]."""
+    return y.view(*y.shape[:2], 3, heads, -1)
 
 
 def _adapted(block: FoldedBlock) -> list[str]:
