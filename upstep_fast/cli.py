@@ -133,13 +133,20 @@ def _config(name: str) -> Callable[[], type]:
     return load
 
 
+def _model_flags(config: Any) -> str:
+    """The flags that name the same model to another command."""
+    fields = ("model", "arch", "img_size", "in_chans", "mean", "std")
+    given = ((f, getattr(config, f)) for f in fields if getattr(config, f) is not None)
+    return " ".join(" ".join(_as_flags(f, list(v) if isinstance(v, tuple) else v)) for f, v in given)
+
+
 def _adapt(config: Any) -> None:
     from .trainer import run
 
     result = run(config)
     print(
         f"adapter: {result.adapter}  ({result.steps} steps, {result.opened} with an update, {result.seconds:,.0f} s)\n"
-        f"next: upstep-fast embed --model {config.model} --data {config.data[0]} --adapter {result.adapter} "
+        f"next: upstep-fast embed {_model_flags(config)} --data {config.data[0]} --adapter {result.adapter} "
         f"--out {Path(config.out) / 'features.npy'}"
     )
 

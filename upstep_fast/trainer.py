@@ -118,7 +118,7 @@ def _train(
         resume.go_on(state, out / output.CHECKPOINTS, identity)
     began = time.monotonic()
     with (
-        make_loader(config, source, state) as loader,
+        make_loader(config, source, state, len(views.mean)) as loader,
         Metrics(out / "metrics.jsonl", state.step, config.tensorboard) as metrics,
         Progress(config, state.gate) as progress,
         Writer() as writer,
@@ -306,7 +306,7 @@ def gate_rule(config: AdaptConfig) -> gates.GateRule:
     )
 
 
-def make_loader(config: AdaptConfig, source: Source, state: RunState) -> Loader:
+def make_loader(config: AdaptConfig, source: Source, state: RunState, channels: int) -> Loader:
     """The batches from `state.step` on; bad images are noted in `state.skipped`."""
     loader = Loader(
         source,
@@ -315,6 +315,7 @@ def make_loader(config: AdaptConfig, source: Source, state: RunState) -> Loader:
         num_workers=default_workers() if config.num_workers is None else config.num_workers,
         max_bad_fraction=config.max_bad_fraction,
         start_step=state.step,
+        channels=channels,
     )
     loader.skipped = state.skipped
     return loader
@@ -361,7 +362,7 @@ def default_workers() -> int:
 def _start_views(
     config: AdaptConfig, source: Source, state: RunState, views: ViewConfig, compute: Compute
 ) -> Iterator[Tensor]:
-    with make_loader(config, source, state) as loader:
+    with make_loader(config, source, state, len(views.mean)) as loader:
         batches = -(-min(len(source), START_IMAGES) // config.batch_size)
         for _, batch in zip(range(batches), loader, strict=False):
             yield make_views(batch, views, config, compute)
