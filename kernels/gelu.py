@@ -208,7 +208,7 @@ def _gelu_backward_op(grad: Tensor, derivative: Tensor, fp8: bool) -> tuple[Tens
     """(dx, scale): the row scales are empty unless `fp8`."""
     if _takes_triton("gelu_backward", grad, fp8):
         return _gelu_bwd_triton(grad, derivative, fp8, native_fp8(grad.device))
-    grad = grad.contiguous()
+    grad, derivative = grad.contiguous(), derivative.contiguous()
     return _quantized(gelu_backward_reference(grad.float() if fp8 else grad, derivative), fp8, grad.dtype)
 
 

@@ -170,6 +170,7 @@ def test_opcheck(x, keep, fp8):
     torch.library.opcheck(_gelu_op, (x, "none", keep, fp8))
     byte = torch.full(x.shape, 100, dtype=torch.uint8)
     torch.library.opcheck(_gelu_backward_op, (x.detach(), byte, fp8))
+    torch.library.opcheck(_gelu_backward_op, (x.detach(), byte.mT.contiguous().mT, fp8))
 
 
 def test_compiles_as_one_graph():
