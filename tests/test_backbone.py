@@ -8,11 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import timm
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -498,6 +500,28 @@ def test_a_classifier_that_does_not_fit_is_dropped_not_random(tmp_path):
     vit = small(seed=9)
     weights.fill(vit, dict(source.state_dict()), where="file")
     assert_same(vit, source)
+
+
+def test_adapt_and_embed_with_a_file_one_channel_and_another_size(capsys, tmp_path):
+    source = randomised(timm.create_model("vit_tiny_patch16_224", num_classes=0))
+    torch.save(
+        {"teacher": {f"backbone.{key}": value for key, value in source.state_dict().items()}}, tmp_path / "w.pth"
+    )
+    (tmp_path / "photos").mkdir()
+    for i in range(4):
+        pixels = np.random.default_rng(i).integers(0, 255, (40, 40), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{i}.png")
+    model = ["--model", str(tmp_path / "w.pth"), "--arch", "vit_tiny_patch16_224", "--img-size", "32", "48"]
+    model += ["--in-chans", "1", "--mean", "0.5", "--std", "0.25"]
+    common = ["--data", str(tmp_path / "photos"), "--device", "cpu", "--num-workers", "0"]
+    with pytest.raises(SystemExit) as stop:
+        main(["adapt", *model, *common, "--out", str(tmp_path / "out"), "--steps", "1", "--batch-size", "4"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and " ".join(model) in out
+    following = out.split("next: upstep-fast ")[1].split()
+    with pytest.raises(SystemExit) as stop:
+        main(following)
+    assert stop.value.code == 0 and np.load(tmp_path / "out" / "features.npy").shape == (4, 192)
 
 
 # the list of models
