@@ -189,22 +189,35 @@ def test_a_disk_that_refuses_a_save(options, tmp_path, monkeypatch, name, number
     record_property("disk_faults", 1)
 
 
-def test_a_full_disk_keeps_the_checkpoint_before(options, tmp_path, monkeypatch):
+def full_at(monkeypatch, step):
+    """The disk is full in the middle of the checkpoint of this step."""
     real = checkpoint._write
-    monkeypatch.setattr(
-        checkpoint,
-        "_write",
-        lambda path, data: real(path, data[:100]) or full() if "-6-" in str(path) else real(path, data),
-    )
 
-    def full():
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def write(path, data):
+        if path.parent.name.startswith(f".tmp-{step}-"):
+            real(path, data[:100])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        real(path, data)
 
-    with pytest.raises(RunFailedError, match="No space left"):
+    monkeypatch.setattr(checkpoint, "_write", write)
+
+
+@pytest.mark.parametrize(("step", "left"), [(3, []), (6, [3]), (9, [3, 6]), (10, [6, 9])])
+def test_a_full_disk_keeps_the_checkpoints_before(options, tmp_path, monkeypatch, step, left):
+    full_at(monkeypatch, step)
+    with pytest.raises(RunFailedError, match=rf"cannot write .*\.tmp-{step}-.*No space left"):
         upstep_fast.adapt(**options)
     folder = tmp_path / "out" / "checkpoints"
-    assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-00000003"]
-    assert checkpoint.newest(folder).step == 3
+    # the run may have got as far as the next save before it learnt of this one's failure, and no further
+    assert sorted(p.name for p in folder.glob("*-*")) == [f"step-{s:08d}" for s in left]
+
+
+def test_an_interrupt_whose_checkpoint_cannot_be_written_says_so(options, tmp_path, monkeypatch):
+    full_at(monkeypatch, 5)
+    on_each_step(monkeypatch, lambda step: signal.raise_signal(signal.SIGTERM) if step == 4 else None)
+    with pytest.raises(RunFailedError, match="No space left"):
+        upstep_fast.adapt(**options)
+    assert checkpoint.newest(tmp_path / "out" / "checkpoints").step == 3
 
 
 LIMITED = """
