@@ -5,14 +5,21 @@ import json
 import logging
 import math
 import re
+import shlex
 from html.parser import HTMLParser
 
 import pytest
+import timm
+import torch
+from PIL import Image
 
-from upstep_fast import charts, html_report, report
+import upstep_fast
+from upstep_fast import charts, cli, html_report, report, trainer
+from upstep_fast.advice import embed_command, next_steps
 from upstep_fast.charts import Line
 from upstep_fast.cli import main
-from upstep_fast.config import AdaptConfig, ReportConfig, to_toml
+from upstep_fast.config import AdaptConfig, EmbedConfig, EvalConfig, ExportConfig, ReportConfig, to_toml
+from upstep_fast.data.skipped import write_skipped
 from upstep_fast.errors import ConfigError, Interrupted
 from upstep_fast.run_record import number, read_record
 
@@ -99,8 +106,6 @@ def make_run(folder, rows, *, skipped=(), scores=None, log="", **options):
     config = dict(model="vit_base_patch16_224", data=("photos",), out=str(folder), steps=len(rows) or 5, batch_size=10)
     (folder / "config.toml").write_text(to_toml(AdaptConfig(**config | options)))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    from upstep_fast.data.skipped import write_skipped
-
     write_skipped(folder / "skipped.csv", skipped)
     if scores is not None:
         (folder / "eval.json").write_text(json.dumps(scores))
@@ -219,16 +224,11 @@ def test_accuracies_have_their_binomial_errors(tmp_path):
 
 def test_commands_shown_are_commands(tmp_path, monkeypatch, capsys):
     folder = make_run(tmp_path / "it's a run", [row(i) for i in range(3)], arch="vit_tiny_patch16_224", img_size=64)
-    import shlex
-
-    from upstep_fast import cli
-    from upstep_fast.config import AdaptConfig, EmbedConfig, EvalConfig, ExportConfig
-
     classes = {"eval": EvalConfig, "embed": EmbedConfig, "export": ExportConfig, "adapt": AdaptConfig}
     stopped = make_run(tmp_path / "stopped", [row(0)], steps=9)
     seen = set()
     for at in (folder, stopped):
-        for line in "\n".join(command for _, command in html_report.next_steps(read_record(at))).splitlines():
+        for line in "\n".join(command for _, command in next_steps(read_record(at))).splitlines():
             program, name, *rest = shlex.split(line)
             assert program == "upstep-fast" and name in cli.COMMANDS
             seen.add(name)
@@ -240,7 +240,7 @@ def test_commands_shown_are_commands(tmp_path, monkeypatch, capsys):
 
 def test_hints(tmp_path):
     def hints(rows):
-        return " ".join(why for why, _ in html_report.next_steps(read_record(make_run(tmp_path / "run", rows))))
+        return " ".join(why for why, _ in next_steps(read_record(make_run(tmp_path / "run", rows))))
 
     assert "--num-workers" in hints([row(i, images_per_s=10.0, data_wait=0.5) for i in range(3)])
     assert "--num-workers" not in hints([row(i) for i in range(3)])
@@ -372,3 +372,76 @@ def test_a_point_is_drawn_where_its_value_is():
 
 def test_numbers():
     assert [number(v) for v in (1, 2.5, True, None, "3", math.nan, math.inf, 10**400)] == [1, 2.5] + [None] * 6
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    small = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=5)
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_tiny_patch16_224", **small)
+    timm.models.save_for_hf(vit, folder, model_args=small, safe_serialization=True)
+    return f"local-dir:{folder}"
+
+
+@pytest.fixture
+def options(model, tmp_path):
+    photos = tmp_path / "photos of <mine>"
+    photos.mkdir()
+    for i in range(9):
+        Image.new("RGB", (40, 40), (25 * i, 200 - 20 * i, 90)).save(photos / f"{i}.png")
+    (photos / HOSTILE[0].replace("/", "")).write_text("no image")
+    return dict(
+        model=model,
+        data=photos,
+        out=tmp_path / "my run",
+        steps=4,
+        batch_size=64,
+        prototypes=8,
+        head_hidden=16,
+        head_dim=8,
+        lora_r=2,
+        precision="fp32",
+        device="cpu",
+        num_workers=0,
+        max_bad_fraction=0.5,
+        log_every=2,
+    )
+
+
+def test_a_run_has_its_report_and_its_log(options, monkeypatch):
+    logging.getLogger("upstep_fast").setLevel(logging.INFO)  # as the command does
+    upstep_fast.adapt(**options)
+    out = options["out"]
+    page = Page((out / "report.html").read_text(encoding="utf-8"))
+    check_harmless(page)
+    assert "finished" in page.texts and page.tiles["steps"] == "4 of 4"
+    assert ["torch", torch.__version__] in page.rows and ["precision", "fp32"] in page.rows
+    assert any(r[0].endswith(HOSTILE[0].replace("/", "")) for r in page.rows)
+    assert "batch_size: reduced from 64 to the 10 images there are" in page.text
+    log = (out / "train.log").read_text()
+    assert "INFO upstep-fast" in log and "INFO step 2/4" in log and "INFO step 4/4" in log and "ERROR" not in log
+    line = embed_command(AdaptConfig(**options | {"data": ("a b",)}).__dict__, out)
+    command = cli.parse(EmbedConfig, shlex.split(line)[2:], prog="embed")
+    assert command.data == ("a b",)
+    assert command.model == options["model"] and command.adapter == str(out / "adapter")
+
+
+def test_a_run_that_fails_keeps_its_error_and_has_a_report(options, monkeypatch):
+    real, out = trainer.step, options["out"]
+
+    def step(state, *args):
+        if state.step == 2:
+            raise MemoryError("the first error")
+        return real(state, *args)
+
+    monkeypatch.setattr(trainer, "step", step)
+    with pytest.raises(MemoryError, match="the first error"):
+        upstep_fast.adapt(**options)
+    page = Page((out / "report.html").read_text(encoding="utf-8"))
+    assert "not finished" in page.texts and page.tiles["steps"] == "2 of 4" and "the first error" in page.text
+    assert "ERROR MemoryError: the first error" in (out / "train.log").read_text()
+    # and where no page can be made, the error is still the first one
+    monkeypatch.setattr(html_report, "write", lambda folder: 1 / 0)
+    with pytest.raises(MemoryError, match="the first error"):
+        upstep_fast.adapt(**options, overwrite=True)

@@ -117,7 +117,7 @@ def _rug(marked: Sequence[tuple[float, bool]], floor: float, across: Callable[[f
     for i in range(count):
         some = marked[i * len(marked) // count : (i + 1) * len(marked) // count]
         width = (WIDTH - LEFT - RIGHT) / count
-        x = min(across(some[0][0]), WIDTH - RIGHT - width)
+        x = min(max(LEFT, across((some[0][0] + some[-1][0]) / 2) - width / 2), WIDTH - RIGHT - width)
         # the more of these steps are marked, the darker
         if share := sum(is_marked for _, is_marked in some) / len(some):
             box = f'x="{x:.1f}" y="{floor + 3}" width="{width:.1f}" height="{RUG}"'

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -133,21 +133,15 @@ def _config(name: str) -> Callable[[], type]:
     return load
 
 
-def _model_flags(config: Any) -> str:
-    """The flags that name the same model to another command."""
-    fields = ("model", "arch", "img_size", "in_chans", "mean", "std")
-    given = ((f, getattr(config, f)) for f in fields if getattr(config, f) is not None)
-    return " ".join(" ".join(_as_flags(f, list(v) if isinstance(v, tuple) else v)) for f, v in given)
-
-
 def _adapt(config: Any) -> None:
+    from .advice import embed_command
     from .trainer import run
 
-    result = run(config)
+    result, out = run(config), Path(config.out)
     print(
         f"adapter: {result.adapter}  ({result.steps} steps, {result.opened} with an update, {result.seconds:,.0f} s)\n"
-        f"next: upstep-fast embed {_model_flags(config)} --data {config.data[0]} --adapter {result.adapter} "
-        f"--out {Path(config.out) / 'features.npy'}"
+        f"report: {out / 'report.html'}\n"
+        f"next: {embed_command(asdict(config), out)}"
     )
 
 

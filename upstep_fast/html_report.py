@@ -7,22 +7,20 @@ classes come from strangers: every text passes `text`, and the page's own policy
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import html
 import json
 import logging
 import math
 import os
-import shlex
-import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from .advice import next_steps
 from .charts import COLOURS, Line, line_chart
-from .config import BackboneConfig, ReportConfig
+from .config import ReportConfig
 from .errors import ConfigError
-from .run_record import Record, number, read_record
+from .run_record import Record, number, read_record, summary
 
 log = logging.getLogger("upstep_fast")
 
@@ -92,83 +90,16 @@ def comparison_page(records: Sequence[Record]) -> str:
     )
 
 
-def summary(record: Record) -> dict[str, str]:
-    """What a run came to, label -> text; the numbers are those of metrics.jsonl."""
-    rows, batch = record.rows, number(record.config.get("batch_size"))
-    losses = [v for v in record.column("loss") if v is not None]
-    centres = [v for v in record.column("center") if v is not None]
-    rates = [v for v in record.column("images_per_s") if v is not None]
-    waits = [
-        (wait, seconds)
-        for wait, seconds in zip(record.column("data_wait"), record.step_seconds(), strict=True)
-        if wait is not None and seconds is not None
-    ]
-    found = {"steps": f"{len(rows):,}" + (f" of {record.steps:,}" if record.steps else "")}
-    found["steps with an update"] = f"{sum(row.get('open') is True for row in rows):,}"
-    if batch:
-        found["images seen"] = f"{len(rows) * batch:,.0f}"
-    if losses:
-        found["loss, first and last"] = f"{losses[0]:.4g} → {losses[-1]:.4g}"
-    if centres:
-        found["centre, first and last"] = f"{centres[0]:.4g} → {centres[-1]:.4g}"
-    if rates:
-        found["images/s, median"] = f"{statistics.median(rates):,.4g}"
-    if waits and (total := sum(seconds for _, seconds in waits)):
-        found["time waiting for images"] = f"{100 * sum(wait for wait, _ in waits) / total:.1f} %"
-    bad = sum(row.get("bad") is not None for row in rows)
-    return found | ({"steps not applied (not finite)": f"{bad:,}"} if bad else {})
-
-
 def standard_error(percent: float, count: float) -> float:
     """Of an accuracy in percent over `count` images, were they drawn independently: sqrt(p (1 - p) / n)."""
     p = percent / 100
     return 100 * math.sqrt(max(0.0, p * (1 - p)) / count)
 
 
-def next_steps(record: Record) -> list[tuple[str, str]]:
-    """What the user may do now: (why, command or nothing)."""
-    out, config = record.folder, record.config
-    done, steps = len(record.rows), record.steps
-    if steps and done < steps:
-        command = ["upstep-fast", "adapt", "--config", str(out / "config.toml"), "--resume"]
-        return [(f"The run stopped after {done:,} of {steps:,} steps. Go on:", shlex.join(command)), *_hints(record)]
-    model = []
-    for field in dataclasses.fields(BackboneConfig):
-        value = config.get(field.name, field.default)
-        if value != field.default:
-            model += [f"--{field.name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
-    given = config.get("data")
-    data = [str(path) for path in given] if isinstance(given, list) else []
-    adapter, scores = ["--adapter", str(out / "adapter")], str(out / "eval.json")
-    found = []
-    if record.scores is None:
-        why = "Measure it, if you have labelled images as train/CLASS/… and test/CLASS/…:"
-        command = ["upstep-fast", "eval", *model, "--data", "LABELLED_FOLDER", *adapter, "--json", scores]
-        found.append((why, f"{shlex.join(command)}\n{shlex.join(['upstep-fast', 'report', str(out)])}"))
-    embed = ["upstep-fast", "embed", *model, "--data", *data, *adapter, "--out", str(out / "features.npy")]
-    export = ["upstep-fast", "export", *model, *adapter, "--format", "timm", "--out", str(out / "exported")]
-    found += [("Features of your images:", shlex.join(embed)), ("The adapted model for timm:", shlex.join(export))]
-    return found + _hints(record)
-
-
 def text(value: Any) -> str:
     """`value` for HTML: escaped, and what cannot be seen or would turn the line around is written as its code."""
     shown = "".join(c if c.isprintable() else f"\\u{{{ord(c):x}}}" for c in str(value))
     return html.escape(shown, quote=True)
-
-
-def _hints(record: Record) -> list[tuple[str, str]]:
-    found = []
-    values = summary(record)
-    waiting = float(values.get("time waiting for images", "0").split()[0])
-    if waiting > 20:
-        why = f"The device waited for images {waiting:.0f} % of the time: raise --num-workers, or store smaller images."
-        found.append((why, ""))
-    if record.rows and values["steps with an update"] == "0":
-        found.append(("No step made an update: the gate was never open. Try --gate none.", ""))
-    if "steps not applied (not finite)" in values:
-        found.append(("Some steps were not finite: lower --lr or use --precision fp32.", ""))
-    return found
 
 
 def _measured(record: Record) -> dict[str, str]:

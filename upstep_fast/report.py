@@ -25,6 +25,9 @@ from .errors import Interrupted, UpstepError
 from .gate import GateState
 
 log = logging.getLogger("upstep_fast")
+# the progress lines in train.log; on the console they have a form of their own
+steps_log = logging.getLogger("upstep_fast.steps")
+steps_log.propagate = False
 console = Console(stderr=True)
 
 
@@ -48,6 +51,8 @@ def train_log(path: Path) -> Iterator[None]:
     # on a full disk the log falls behind; what must be there, the metrics, says so
     handler.handleError = lambda record: None  # type: ignore[method-assign]
     log.addHandler(handler)
+    steps_log.addHandler(handler)
+    steps_log.setLevel(logging.INFO)
     try:
         yield
     except BaseException as error:
@@ -58,6 +63,7 @@ def train_log(path: Path) -> Iterator[None]:
         raise
     finally:
         log.removeHandler(handler)
+        steps_log.removeHandler(handler)
         with contextlib.suppress(OSError):
             handler.close()
 
@@ -160,9 +166,12 @@ class Progress:
         if console.is_terminal:
             assert self._task is not None
             self._bar.update(self._task, advance=1, description=text)
-        elif self._done % self._every == 0 or self._done == self._steps:
+        if self._done % self._every == 0 or self._done == self._steps:
             left = seconds / (self._done - self._first) * (self._steps - self._done)
-            print(f"step {self._done}/{self._steps}  {text}  left {left:,.0f} s", file=sys.stderr, flush=True)
+            line = f"step {self._done}/{self._steps}  {text}  left {left:,.0f} s"
+            steps_log.info("%s", line)
+            if not console.is_terminal:
+                print(line, file=sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:
         self._bar.start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import statistics
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,33 @@ def read_record(folder: Path) -> Record:
         environment=_environment(folder / CHECKPOINTS),
         messages=[line for line in _lines(folder / "train.log") if any(f" {level} " in line[:40] for level in levels)],
     )
+
+
+def summary(record: Record) -> dict[str, str]:
+    """What a run came to, label -> text; the numbers are those of metrics.jsonl."""
+    rows, batch = record.rows, number(record.config.get("batch_size"))
+    losses = [v for v in record.column("loss") if v is not None]
+    centres = [v for v in record.column("center") if v is not None]
+    rates = [v for v in record.column("images_per_s") if v is not None]
+    waits = [
+        (wait, seconds)
+        for wait, seconds in zip(record.column("data_wait"), record.step_seconds(), strict=True)
+        if wait is not None and seconds is not None
+    ]
+    found = {"steps": f"{len(rows):,}" + (f" of {record.steps:,}" if record.steps else "")}
+    found["steps with an update"] = f"{sum(row.get('open') is True for row in rows):,}"
+    if batch:
+        found["images seen"] = f"{len(rows) * batch:,.0f}"
+    if losses:
+        found["loss, first and last"] = f"{losses[0]:.4g} → {losses[-1]:.4g}"
+    if centres:
+        found["centre, first and last"] = f"{centres[0]:.4g} → {centres[-1]:.4g}"
+    if rates:
+        found["images/s, median"] = f"{statistics.median(rates):,.4g}"
+    if waits and (total := sum(seconds for _, seconds in waits)):
+        found["time waiting for images"] = f"{100 * sum(wait for wait, _ in waits) / total:.1f} %"
+    bad = sum(row.get("bad") is not None for row in rows)
+    return found | ({"steps not applied (not finite)": f"{bad:,}"} if bad else {})
 
 
 def number(value: Any) -> float | None:

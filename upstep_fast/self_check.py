@@ -65,7 +65,8 @@ def check(
 ) -> tuple[Outcome, list[dispatch.Choice]]:
     """One op in one dtype by one implementation (None: the one that it chooses), and what ran for that."""
     dispatch.forget()
-    limit, forward, backward, passed, note = LIMITS[dtype], None, None, False, ""
+    limit, forward, backward, note = LIMITS[dtype], None, None, ""
+    passed: bool | None = False
     try:
         problem = PROBLEMS[name](importlib.import_module(f".kernels.{name}", __package__))
         limit = max(limit, problem.limit)

@@ -67,7 +67,7 @@ def run(config: AdaptConfig) -> AdaptResult:
     compute = resolve(config.device, config.precision)
     source = open_source(config.data, split="train")
     backbone = backbones.load_from(config)
-    config = fit_to_data(config, len(source))
+    asked, config = config, fit_to_data(config, len(source))
     implementation = None if config.implementation == "auto" else config.implementation
     with (
         output.opened(config) as out,
@@ -77,6 +77,9 @@ def run(config: AdaptConfig) -> AdaptResult:
     ):
         versions = f"upstep-fast {__version__}, torch {torch.__version__}"
         log.info("%s, %s in %s", versions, compute.device, compute.precision)
+        for name in ("batch_size", "prototypes"):
+            if (before := getattr(asked, name)) != (now := getattr(config, name)):
+                log.warning("%s: reduced from %d to the %d images there are", name, before, now)
         return _train(config, compute, source, backbone, out)
 
 
@@ -85,12 +88,7 @@ def fit_to_data(config: AdaptConfig, num_images: int) -> AdaptConfig:
     batch = min(config.batch_size, num_images)
     if batch < 2:
         raise ConfigError(f"data: {num_images} image found, adaptation needs at least 2")
-    if batch < config.batch_size:
-        log.warning("batch_size: reduced from %d to the %d images there are", config.batch_size, batch)
-    prototypes = min(config.prototypes, num_images)
-    if prototypes < config.prototypes:
-        log.warning("prototypes: reduced from %d to the %d images there are", config.prototypes, prototypes)
-    steps = config.steps
+    prototypes, steps = min(config.prototypes, num_images), config.steps
     if steps is None:
         per_epoch = num_images // batch
         steps = max(400, 10 * per_epoch) if config.epochs is None else max(1, round(config.epochs * num_images / batch))
@@ -277,7 +275,7 @@ def fresh_state(config: AdaptConfig, compute: Compute, backbone: backbones.Backb
     """The state before the first step."""
     method = UpStep(backbone, config, config.prototypes).to(compute.device)
     if config.implementation != "reference":
-        method.accelerate(compute.dtype or torch.float32)
+        method.accelerate(compute.dtype or torch.float32, config.memory)
     return RunState(
         method=method,
         optimizer=make_optimizer(method, config),
