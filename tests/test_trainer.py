@@ -106,6 +106,13 @@ def test_every_penalty_runs_in_both_layouts(options, cvr, layout):
     assert math.isfinite(upstep_fast.adapt(**{**options, "steps": 3}, cvr=cvr, layout=layout, gate="none").loss)
 
 
+def test_a_lean_run_is_a_fast_run(options, tmp_path):
+    for memory in ("fast", "lean"):
+        upstep_fast.adapt(**{**options, "out": tmp_path / memory}, memory=memory, gate="none")
+    fast, lean = ((tmp_path / name / "adapter" / lora.WEIGHTS).read_bytes() for name in ("fast", "lean"))
+    assert fast == lean
+
+
 @pytest.mark.parametrize("prototype_init", ["random", "orthogonal", "kmeans", "learned"])
 @pytest.mark.parametrize("head", ["mlp", "linear", "none"])
 def test_every_prototype_form_runs_with_every_head(options, prototype_init, head):

@@ -113,6 +113,9 @@ class AdaptConfig(ModelConfig):
     layout: Literal["symmetric", "asymmetric"] = "symmetric"
     """symmetric: both views learn. asymmetric: one view makes targets without gradient, the other learns."""
 
+    memory: Literal["fast", "lean"] = "fast"
+    """What the engine keeps for backward: all it needs (fast), or each block's input alone."""
+
     # clustering
     head: Literal["mlp", "linear", "none"] = "mlp"
     """Projection head, discarded after training."""

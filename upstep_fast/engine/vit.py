@@ -47,12 +47,14 @@ def build(vit: VisionTransformer, dtype: torch.dtype, memory: Memory = "fast") -
     return EngineViT(vit, blocks, dtype, memory, frozen)
 
 
-def choose(vit: nn.Module, dtype: torch.dtype, otherwise: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def choose(
+    vit: nn.Module, dtype: torch.dtype, memory: Memory, otherwise: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
     """The engine's `features` if it can run `vit`, else `otherwise`, with a line that says why."""
     reason = why_not(vit)
     if reason is None:
         assert isinstance(vit, VisionTransformer)
-        return build(vit, dtype).features
+        return build(vit, dtype, memory).features
     log.warning("engine: running the plain model instead, since %s", reason)
     return otherwise
 

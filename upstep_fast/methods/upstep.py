@@ -24,6 +24,7 @@ from .. import lora
 from ..backbone import Backbone, features
 from ..config import AdaptConfig
 from ..engine import vit as engine
+from ..engine.block import Memory
 from ..kernels.sinkhorn import sinkhorn
 from .losses import clustering
 
@@ -71,12 +72,12 @@ class UpStep(nn.Module):
         self.register_buffer("running_magnitude", torch.zeros(()))
         self.register_buffer("seen", torch.zeros((), dtype=torch.bool))
 
-    def accelerate(self, dtype: torch.dtype) -> None:
+    def accelerate(self, dtype: torch.dtype, memory: Memory = "fast") -> None:
         """Runs the backbone on the engine from now on, in `dtype`; the plain model where the engine cannot.
 
         To be called once the module is on its device, since the frozen weights are folded into copies.
         """
-        self.features = engine.choose(self.vit, dtype, otherwise=self.features)
+        self.features = engine.choose(self.vit, dtype, memory, otherwise=self.features)
 
     @property
     def needs_start(self) -> bool:
