@@ -14,7 +14,7 @@ import torch
 
 Tile = Mapping[str, int]
 
-MAX_ROW = 16384  # cells of a row that one program holds in registers
+MAX_ROW = 8192  # cells of a row that one program holds in registers
 
 TILES: dict[str, dict[tuple[int, int] | None, Tile]] = {
     # not measured yet: guesses that fit sm_80's shared memory
@@ -52,8 +52,8 @@ TILES: dict[str, dict[tuple[int, int] | None, Tile]] = {
     "layer_norm": {None: {"CELLS": 4096, "WARP_CELLS": 1024}},
     # the query rows and key columns first tried on an H200; the wide (d > 64) and fp32 rows are guesses
     "attention": {None: {"BLOCK": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3}},
-    "attention_wide": {None: {"BLOCK": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}},
-    "attention_fp32": {None: {"BLOCK": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}},
+    "attention_wide": {None: {"BLOCK": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}},
+    "attention_fp32": {None: {"BLOCK": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}},
     # pixels of a view in a program, over all channels; not measured yet
     "crop_resize": {None: {"CELLS": 1024, "num_warps": 4}},
     # cells of a program; not measured yet

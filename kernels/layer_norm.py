@@ -32,7 +32,7 @@ from ._triton import INTERPRET, tl, triton
 from .quantize import E4M3, e4m3_codes, native_fp8, quantize_reference, row_reason, row_scales
 
 # beyond these s is a product of its own: 16 rows, or A's rows, would not fit a program
-MAX_FUSED_WIDTH, MAX_FUSED_RANK = 2048, 64
+MAX_FUSED_WIDTH, MAX_FUSED_RANK = 1024, 64
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

@@ -34,7 +34,7 @@ CASES = {
 }
 LONG = {
     f"forward {K} {dtype} {rank} {weight}": _forward(K, dtype, rank, weight)
-    for K, rank in ((200, 1), (1536, 64), (2048, 16), (5632, 0), (MAX_ROW, 0))
+    for K, rank in ((200, 1), (1024, 64), (1408, 16), (5632, 0), (MAX_ROW, 0))
     for dtype in (torch.float16, torch.bfloat16, torch.float32)
     for weight in (False, True)
     if not (rank and weight)
