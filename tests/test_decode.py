@@ -265,10 +265,10 @@ def test_bombs_are_refused_from_the_header():
     header = struct.pack(">IIBBBBB", 15_000, 15_000, 1, 0, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", body) + png_chunk(b"IEND", b"")
     assert len(bomb) < 40_000
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(BadImage):
         decode(bomb)
-    assert time.perf_counter() - start < 0.5, "the bomb was unpacked before it was refused"
+    assert time.process_time() - start < 0.5, "the bomb was unpacked before it was refused"
     with pytest.raises(BadImage, match="60 x 40 pixels, above the limit of 100"):
         decode(VALID["png"], max_pixels=100)
     out = io.BytesIO()

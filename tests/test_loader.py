@@ -105,10 +105,11 @@ def test_resume_far_into_a_large_source_takes_under_a_second():
         def __len__(self) -> int:
             return 1_300_000
 
-    start = time.perf_counter()
+    # processor time: one thread sorts, and a busy machine must not fail this
+    start = time.process_time()
     loader = Loader(Numbers(), batch_size=1000, seed=0, start_step=1_234_567)  # type: ignore[arg-type]
     epoch, indices = loader.indices(loader.step)
-    assert time.perf_counter() - start < 1 and epoch == 1_234_567 // 1300 and len(set(indices)) == 1000
+    assert time.process_time() - start < 1 and epoch == 1_234_567 // 1300 and len(set(indices)) == 1000
 
 
 def test_ranks_share_a_batch_without_overlap(images):
