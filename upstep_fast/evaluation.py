@@ -187,7 +187,7 @@ def knn(train: Features, test: Features, k: int = 20) -> float:
 
 
 def linear_probe(train: Features, test: Features, *, seed: int = 0) -> float:
-    """Top-1 accuracy in percent of logistic regression; its L2 weight is chosen on a split of `train`, never on test."""
+    """Top-1 accuracy in percent of logistic regression; its L2 weight is chosen on a split of `train`, not on test."""
     mean, std = train.x.mean(0), train.x.std(0).clamp_min(1e-6)
     x, x_test = (train.x - mean) / std, (test.x - mean) / std
     held_out = _held_out(train.y, seed)
