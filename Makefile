@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+# tests are many and small: on a busy machine two OpenMP threads spend their time waiting for each other
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
@@ -24,14 +26,14 @@ demo: install    ## adapt base_tiny to hand-sign photographs, without labels (ab
 	$(BIN)/upstep-fast demo
 
 test: install    ## every test a CPU can run: unit, interpreter, ahead-of-time compiles
-	$(BIN)/pytest -m "not gpu and not long and not interp"
-	TRITON_INTERPRET=1 $(BIN)/pytest -m "interp and not long"
+	$(PYTEST) -m "not gpu and not long and not interp"
+	TRITON_INTERPRET=1 $(PYTEST) -m "interp and not long"
 
 test-interp: install  ## the Triton kernels in the CPU interpreter
-	TRITON_INTERPRET=1 $(BIN)/pytest -m "interp and not long"
+	TRITON_INTERPRET=1 $(PYTEST) -m "interp and not long"
 
 test-aot: install  ## compile the Triton kernels for sm_80, sm_90 and sm_100
-	$(BIN)/pytest -m "aot and not long"
+	$(PYTEST) -m "aot and not long"
 
 # the GPU targets use the python that is active, where torch sees the GPU; nothing is downloaded
 gpu-install:
@@ -50,8 +52,8 @@ sanitize:        ## compute-sanitizer's four tools on the CUDA kernels (needs a 
 	  compute-sanitizer --tool $$tool --error-exitcode 1 $(NATIVE_BUILD)/test_kernels || exit 1; done
 
 long: install    ## the long forms of the tests (hours)
-	$(BIN)/pytest -m "long and not gpu and not interp"
-	TRITON_INTERPRET=1 $(BIN)/pytest -m "interp and long"
+	$(PYTEST) -m "long and not gpu and not interp"
+	TRITON_INTERPRET=1 $(PYTEST) -m "interp and long"
 
 check: install   ## format, lint, types
 	$(BIN)/ruff format --check .
