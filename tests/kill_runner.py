@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -98,7 +99,13 @@ def main(job):
     options, folder = job["options"], Path(job["options"]["out"])
     assert os.waitpid(child(options | {"out": str(folder / "whole")}), 0)[1] == 0
     draw = random.Random(job["seed"])
-    kills = [{"after": draw.randrange(options["steps"]), "delay": draw.uniform(0, 0.1)} for _ in range(job["random"])]
+    # at any moment of any step but the last, by the time that a step took: a run may be faster than a fixed delay
+    whole = (folder / "whole" / "metrics.jsonl").read_text().splitlines()
+    step_seconds = statistics.median(options["batch_size"] / json.loads(line)["images_per_s"] for line in whole)
+    kills = [
+        {"after": draw.randrange(options["steps"] - 1), "delay": draw.uniform(0, step_seconds)}
+        for _ in range(job["random"])
+    ]
     kills += [{"point": point} for point in job["points"]]
     for at, kill in enumerate(kills):
         out = folder / str(at)
