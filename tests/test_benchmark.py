@@ -23,7 +23,7 @@ def test_variants_take_turns():
 def test_a_slower_variant_is_measured_as_slower():
     variants = {"slow": lambda: time.sleep(0.02), "fast": lambda: None}
     times = benchmark.alternate(variants, torch.device("cpu"), runs=3)
-    assert min(times["slow"]) >= 20 > max(times["fast"])
+    assert min(times["slow"]) >= 20 > min(times["fast"])  # a busy machine can make any one run slow
 
 
 def test_a_run_compares_peft_reference_and_engine(tmp_path):
