@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 	$(BIN)/pip install --quiet --no-build-isolation -e '.[dev]'
 	touch $@
 
-demo: install    ## adapt base_tiny to hand-sign photographs, without labels (about 4 minutes on 2 cores)
+demo: install    ## adapt base_tiny to hand-sign photographs, without labels (minutes on 2 cores)
 	$(BIN)/upstep-fast demo
 
 test: install    ## every test a CPU can run: unit, interpreter, ahead-of-time compiles
