@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("UPSTEP_FAST_SHARED", ROOT.parent / "shared" / "data"))
+SMALL = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=5)
 
 # tests are not on sys.path (import-mode=importlib), so what they share is put where `import` finds it
 _spec = importlib.util.spec_from_file_location("kernel_checks", Path(__file__).with_name("kernel_checks.py"))
@@ -36,3 +39,25 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"real data not found at {SHARED} (set UPSTEP_FAST_SHARED)")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """A tiny ViT of random weights, as a local-dir."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_tiny_patch16_224", **SMALL)
+    timm.models.save_for_hf(vit, folder, model_args=SMALL, safe_serialization=True)
+    return f"local-dir:{folder}"
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """24 coloured pictures, unlabelled; not to be written to."""
+    folder = tmp_path_factory.mktemp("photos")
+    generator = torch.Generator().manual_seed(0)
+    for i in range(24):
+        coarse = torch.rand(1, 3, 5, 5, generator=generator)
+        pixels = torch.nn.functional.interpolate(coarse, size=40, mode="bicubic")[0].clamp(0, 1)
+        Image.fromarray((pixels * 255).byte().permute(1, 2, 0).numpy()).save(folder / f"{i:02}.png")
+    return folder

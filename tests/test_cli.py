@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
-import torch
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -35,15 +34,6 @@ FAST = [
     "--num-workers",
     "0",
 ]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    vit = timm.create_model("vit_tiny_patch16_224", **SMALL)
-    timm.models.save_for_hf(vit, folder, model_args=SMALL, safe_serialization=True)
-    return f"local-dir:{folder}"
 
 
 @pytest.fixture

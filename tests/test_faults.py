@@ -12,9 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-import timm
 import torch
-from PIL import Image
 
 import upstep_fast
 from upstep_fast import checkpoint, output, resume, trainer
@@ -22,28 +20,7 @@ from upstep_fast.config import AdaptConfig
 from upstep_fast.errors import ConfigError, Interrupted, RunFailedError
 from upstep_fast.methods.upstep import UpStep
 
-SMALL = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=5)
 RUNNER = Path(__file__).with_name("kill_runner.py")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    vit = timm.create_model("vit_tiny_patch16_224", **SMALL)
-    timm.models.save_for_hf(vit, folder, model_args=SMALL, safe_serialization=True)
-    return f"local-dir:{folder}"
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photos")
-    generator = torch.Generator().manual_seed(0)
-    for i in range(24):
-        coarse = torch.rand(1, 3, 5, 5, generator=generator)
-        pixels = torch.nn.functional.interpolate(coarse, size=40, mode="bicubic")[0].clamp(0, 1)
-        Image.fromarray((pixels * 255).byte().permute(1, 2, 0).numpy()).save(folder / f"{i:02}.png")
-    return folder
 
 
 @pytest.fixture
