@@ -9,6 +9,7 @@ import torch
 
 import upstep_fast
 from upstep_fast import backbone, gate, lora, trainer
+from upstep_fast import step as steps
 from upstep_fast.config import AdaptConfig
 from upstep_fast.errors import CheckFailedError, ConfigError, Interrupted, RunFailedError
 from upstep_fast.methods.upstep import UpStep
@@ -60,12 +61,12 @@ def test_a_run_writes_what_is_promised(options, tmp_path):
 
 
 def test_schedule_is_linear_then_cosine():
-    factors = [trainer.schedule(step, 100, 0.1) for step in range(100)]
+    factors = [steps.schedule(step, 100, 0.1) for step in range(100)]
     assert factors[0] == pytest.approx(1 / 11) and factors[9] == pytest.approx(10 / 11) and factors[10] == 1
     assert factors[55] == pytest.approx(0.5) and factors[99] < 1e-3
     assert factors[:11] == sorted(set(factors[:11]))
-    assert [trainer.schedule(s, 100, 10) for s in range(100)] == factors
-    assert trainer.schedule(0, 1, 0.0) == 1
+    assert [steps.schedule(s, 100, 10) for s in range(100)] == factors
+    assert steps.schedule(0, 1, 0.0) == 1
 
 
 @pytest.mark.parametrize("extra", [{}, {"gate": "views"}, {"layout": "asymmetric"}, {"precision": "bf16"}])
@@ -117,14 +118,14 @@ def test_only_adapters_and_head_learn(options):
 
 def test_a_skipped_step_does_no_backward_and_leaves_the_optimizer_alone(options, monkeypatch):
     seen = []
-    real = trainer.update
+    real = steps.update
 
     def spy(loss, method, optimizer, *rest):
         applied = real(loss, method, optimizer, *rest)
         seen.append({id(p): float(optimizer.state[p]["step"]) for g in optimizer.param_groups for p in g["params"]})
         return applied
 
-    monkeypatch.setattr(trainer, "update", spy)
+    monkeypatch.setattr(steps, "update", spy)
     backwards = []
     monkeypatch.setattr(
         torch.Tensor,
@@ -143,9 +144,9 @@ def test_a_closed_step_keeps_no_graph(options, layout):
     compute = trainer.resolve("cpu", "fp32")
     closed = gate.GateState(step=1, reference=-1.0)
     images = torch.randn(2, 4, 3, 32, 32)
-    is_open, learning, _, _ = trainer.forward(method, images, gate.GateRule("ema"), closed, config, compute)
+    is_open, learning, _, _ = steps.forward(method, images, gate.GateRule("ema"), closed, config, compute)
     assert not is_open and not learning.z.requires_grad and not learning.centre.requires_grad
-    is_open, learning, target, _ = trainer.forward(method, images, gate.GateRule("none"), closed, config, compute)
+    is_open, learning, target, _ = steps.forward(method, images, gate.GateRule("none"), closed, config, compute)
     assert is_open and learning.z.requires_grad
     assert (target is None) == (layout == "symmetric") and (target is None or not target.z.requires_grad)
 
@@ -158,7 +159,7 @@ def test_a_gate_known_ahead_runs_its_skipped_steps_without_gradients(options):
     images = torch.randn(2, 4, 3, 32, 32)
     state = gate.GateState()
     for _ in range(4):
-        *_, state = trainer.forward(
+        *_, state = steps.forward(
             method, images, gate.GateRule("alternate"), state, config, trainer.resolve("cpu", "fp32")
         )
     assert recorded == [True, False, True, False]
@@ -180,7 +181,7 @@ def test_a_nan_step_is_not_applied(options, monkeypatch, tmp_path, caplog):
 def test_three_nan_steps_in_a_row_stop_the_run_with_the_last_good_adapter(options, monkeypatch, tmp_path):
     upstep_fast.adapt(**{**options, "steps": 6, "out": tmp_path / "good"}, gate="none")
     kept = {}
-    real = trainer.update
+    real = steps.update
 
     def spy(loss, method, *rest):
         if math.isfinite(loss.item()):
@@ -189,7 +190,7 @@ def test_three_nan_steps_in_a_row_stop_the_run_with_the_last_good_adapter(option
             return applied
         return real(loss, method, *rest)
 
-    monkeypatch.setattr(trainer, "update", spy)
+    monkeypatch.setattr(steps, "update", spy)
     poison(monkeypatch, {2, 3, 4})
     with pytest.raises(RunFailedError, match="3 steps in a row") as error:
         upstep_fast.adapt(**options, gate="none")

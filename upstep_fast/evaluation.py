@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from .data.loader import load_images
 from .data.sources import Source, open_source
 from .device import Compute, resolve
 from .errors import ConfigError, DataError
+from .whole_file import write_whole
 
 log = logging.getLogger("upstep_fast")
 
@@ -271,14 +271,14 @@ def _write_text(path: Path, text: str, field: str) -> None:
 
 
 def _write_npy(out: Path, x: Tensor, names: list[str]) -> None:
-    _replace(out, lambda file: np.save(file, x.numpy()))
-    _replace(out.with_suffix(".txt"), lambda file: file.write("".join(f"{n}\n" for n in names).encode()))
+    _write(out, lambda file: np.save(file, x.numpy()))
+    _write(out.with_suffix(".txt"), lambda file: file.write("".join(f"{n}\n" for n in names).encode()))
 
 
 def _write_safetensors(out: Path, x: Tensor, names: list[str]) -> None:
     from safetensors.torch import save
 
-    _replace(out, lambda file: file.write(save({"features": x}, {"paths": json.dumps(names)})))
+    _write(out, lambda file: file.write(save({"features": x}, {"paths": json.dumps(names)})))
 
 
 def _write_parquet(out: Path, x: Tensor, names: list[str]) -> None:
@@ -290,20 +290,14 @@ def _write_parquet(out: Path, x: Tensor, names: list[str]) -> None:
             "out: .parquet needs pyarrow; `pip install pyarrow`, or write .npy or .safetensors"
         ) from error
     column = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(x.numpy().ravel()), x.shape[1])
-    _replace(
+    _write(
         out,
         lambda file: pyarrow.parquet.write_table(pyarrow.table({"path": names, "features": column}), file),
     )
 
 
-def _replace(path: Path, write: Any) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     try:
-        with temporary.open("wb") as file:
-            write(file)
-        os.replace(temporary, path)
+        write_whole(path, write)
     except OSError as error:
         raise ConfigError(f"out: cannot write {path}: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -11,7 +11,6 @@ import html
 import json
 import logging
 import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from .charts import COLOURS, Line, line_chart
 from .config import ReportConfig
 from .errors import ConfigError
 from .run_record import Record, number, read_record, summary
+from .whole_file import write_whole
 
 log = logging.getLogger("upstep_fast")
 
@@ -48,14 +48,14 @@ def run(config: ReportConfig) -> Path:
     try:
         if len(folders) == 1:
             return write(folders[0])
-        return _replace(Path(config.out), comparison_page([read_record(folder) for folder in folders]))
+        return write_whole(Path(config.out), comparison_page([read_record(folder) for folder in folders]).encode())
     except OSError as error:
         raise ConfigError(f"report: cannot write {error.filename}: {error.strerror}") from error
 
 
 def write(folder: Path) -> Path:
     """Writes folder/report.html from what the run left there. Raises ConfigError if that is no run, or OSError."""
-    return _replace(folder / NAME, run_page(read_record(folder)))
+    return write_whole(folder / NAME, run_page(read_record(folder)).encode())
 
 
 def run_page(record: Record) -> str:
@@ -230,13 +230,3 @@ def _page(title: str, *parts: str) -> str:
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>\n{style}</style></head>\n'
         f"<body><main><h1>{text(title)}</h1>\n{body}\n</main></body></html>\n"
     )
-
-
-def _replace(path: Path, page: str) -> Path:
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path

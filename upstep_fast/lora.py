@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from .backbone import load
 from .errors import ConfigError
+from .whole_file import write_whole
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -150,7 +150,7 @@ def save(folder: str | Path, adapters: Mapping[str, LoraLinear], base_model: str
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in to_files(adapters, base_model).items():
-        _replace(folder / name, data)
+        write_whole(folder / name, data)
 
 
 def to_files(adapters: Mapping[str, LoraLinear], base_model: str) -> dict[str, bytes]:
@@ -292,15 +292,3 @@ def _matching(pattern: Mapping[str, float] | None, name: str, default: float) ->
 
 def _whole(value: float) -> float | int:
     return int(value) if float(value).is_integer() else value
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from torch import Tensor
 
 from ..errors import DataError
+from ..whole_file import write_whole
 from .decode import BadImage, decode
 from .sources import Source
 
@@ -44,6 +44,4 @@ def write_skipped(path: str | Path, rows: Iterable[tuple[str, str]]) -> None:
     """A CSV with the header name,reason and these rows; written whole or not at all."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([("name", "reason"), *rows])
-    temporary = Path(f"{path}.tmp-{os.getpid()}")
-    temporary.write_text(text.getvalue(), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(Path(path), text.getvalue().encode())
