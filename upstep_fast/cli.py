@@ -1,9 +1,9 @@
 """The commands, generated from the config dataclasses.
 
-    upstep-fast COMMAND [--config FILE.toml] [--flag value ...]
+    upstep-fast COMMAND [--config FILE.toml] [--quiet] [--plain] [--flag value ...]
 
 A file given with --config is read first and flags override it. Exit codes: 0 done, 1 failed, 2 usage or
-configuration, 3 data unusable, 4 adapter check failed, 75 interrupted.
+configuration, 3 data unusable, 4 adapter or quality check failed, 75 interrupted (docs/cli.md).
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ usage: upstep-fast COMMAND [--config FILE.toml] [options]
   adapt   adapt a pretrained ViT to a folder of unlabelled images
   eval    k-NN and linear probe of a model, with and without an adapter
   embed   write features of images to a file
-  export  write the adapted model for timm, transformers, PEFT, DINOv2 or ONNX
+  export  write the adapted model for timm, transformers, PEFT, DINOv2, ONNX or torch.export
   models  list the models that can be adapted, and what runs them
   report  write a run's HTML report again, or compare several runs
   doctor  what runs on this machine and why; checks every kernel
   bench   time the engine against eager PyTorch and PEFT on this machine
+  completion   print the script that completes commands and flags in your shell
 
-upstep-fast COMMAND --help lists a command's options.
+upstep-fast COMMAND --help lists a command's options and shows examples.
 example: upstep-fast adapt --model vit_base_patch16_224 --data photos/ --out adapted/"""
 
 
@@ -70,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _dispatch(args: list[str], debug: bool) -> None:
+    from . import cli_help, terminal
+
+    terminal.set_style(plain=_take(args, "--plain"), quiet=_take(args, "--quiet"))
     if not args or args[0] in ("-h", "--help"):
         print(USAGE)
         return
@@ -86,7 +90,12 @@ def _dispatch(args: list[str], debug: bool) -> None:
     command = COMMANDS[name]
     if command.positional and rest and not rest[0].startswith("-"):
         rest = [f"--{_flag(command.positional)}", *rest]
-    config = parse(command.config(), rest, prog=f"upstep-fast {name}")
+    try:
+        config = parse(command.config(), rest, prog=f"upstep-fast {name}")
+    except SystemExit as stop:
+        if not stop.code and {"-h", "--help"} & set(rest):
+            print(cli_help.epilog(name))
+        raise
     from .report import setup_logging
 
     setup_logging(debug)
@@ -97,8 +106,10 @@ def parse(config_class: type, args: Sequence[str], prog: str) -> Any:
     """The configuration from flags, over the file of --config if there is one. Exits with 2 on a usage error."""
     import tyro
 
+    from . import cli_help
     from .config import read_toml
 
+    cli_help.plain_help()
     args = list(args)
     values: dict[str, Any] = {}
     if "--config" in args:
@@ -107,9 +118,21 @@ def parse(config_class: type, args: Sequence[str], prog: str) -> Any:
             raise ConfigError("config: --config needs a file")
         values = read_toml(args[at + 1], config_class)
         del args[at : at + 2]
+    # a method has defaults and flags of its own
+    named = [b for a, b in zip(args, args[1:], strict=False) if a == "--method"]
+    named += [a.removeprefix("--method=") for a in args if a.startswith("--method=")]
+    config_class = of_method(config_class, named[-1] if named else values.get("method"))
+    cli_help.check_flags(args, config_class)
     # a file's values become flags placed before the user's own, which win: one parser checks both
     from_file = [part for key, value in values.items() for part in _as_flags(key, value)]
     return tyro.cli(config_class, args=[*from_file, *args], prog=prog)
+
+
+def _take(args: list[str], flag: str) -> bool:
+    # flags of every command, wherever they stand
+    found = flag in args
+    args[:] = [arg for arg in args if arg != flag]
+    return found
 
 
 def _flag(field: str) -> str:
@@ -196,6 +219,12 @@ def _doctor(config: Any) -> None:
     run(config)
 
 
+def _completion(config: Any) -> None:
+    from .cli_help import completion
+
+    completion(config.shell, {name: command.config() for name, command in COMMANDS.items()})
+
+
 def _demo(config: Any) -> None:
     from .demo import run
 
@@ -212,4 +241,5 @@ COMMANDS = {
     "models": Command(_config("ModelsConfig"), _models, positional="pattern"),
     "report": Command(_config("ReportConfig"), _report, positional="dirs"),
     "doctor": Command(_config("DoctorConfig"), _doctor),
+    "completion": Command(_config("CompletionConfig"), _completion, positional="shell"),
 }

@@ -72,7 +72,10 @@ class ModelConfig(BackboneConfig):
 
 @dataclass(frozen=True)
 class AdaptConfig(ModelConfig):
-    """Adapt a pretrained ViT to unlabelled images with UpStep; writes a LoRA adapter in PEFT's format."""
+    """Adapt a pretrained ViT to unlabelled images; writes an adapter in PEFT's format.
+
+    These are UpStep's flags; `upstep-fast adapt --method explora --help` shows ExPLoRA's.
+    """
 
     out: str = dataclasses.field(kw_only=True)
     """Folder for the adapter, metrics and configuration."""
@@ -82,8 +85,8 @@ class AdaptConfig(ModelConfig):
     """Go on from the newest checkpoint in --out; start from the beginning if there is none."""
     checkpoint_every: int = 200
     """Steps between two checkpoints, of which two are kept; a signal and the last step write one too."""
-    method: Literal["upstep"] = "upstep"
-    """How to adapt."""
+    method: Literal["upstep", "explora"] = "upstep"
+    """How to adapt; each method has its own defaults."""
 
     # length and batch
     batch_size: int = 256
@@ -272,14 +275,14 @@ class EmbedConfig(ModelConfig):
 class ExportConfig(BackboneConfig):
     """Write a model with its adapter in another tool's format, checked in that tool."""
 
-    format: Literal["timm", "hf", "peft", "dinov2", "onnx"] = "timm"
-    """timm and hf (transformers): merged, safetensors; peft: the adapter; dinov2: Meta's key names; onnx."""
+    format: Literal["timm", "hf", "peft", "dinov2", "onnx", "torch"] = "timm"
+    """timm, hf (transformers): merged, safetensors; peft: the adapter; dinov2: Meta's names; onnx; torch: torch.export."""
     out: str = dataclasses.field(kw_only=True)
     """Folder to write."""
     adapter: str | None = None
     """Folder of an adapter (out/adapter); without it the base model is exported."""
     data: tuple[str, ...] = ()
-    """Images on which the exported features are compared; without them random ones."""
+    """Images on which the exported features are compared; without them some photographs of this package."""
     overwrite: bool = False
     """Replace an earlier export in a non-empty --out."""
     debug: bool = False
@@ -361,6 +364,16 @@ class DoctorConfig:
 
 
 @dataclass(frozen=True)
+class CompletionConfig:
+    """Print the script that completes commands and flags in a shell."""
+
+    shell: Literal["bash", "zsh", "fish", "tcsh"] = "bash"
+    """Shell to complete in."""
+    debug: bool = False
+    """Show tracebacks instead of one-line errors."""
+
+
+@dataclass(frozen=True)
 class DemoConfig:
     """Adapt a small model to photographs of hand signs, without their labels, and show what that brought."""
 
@@ -389,7 +402,17 @@ def read_toml(path: str | Path, config_class: type) -> dict[str, Any]:
         raise ConfigError(f"config: cannot read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"config: {path} is not valid TOML: {error}") from error
+    config_class = of_method(config_class, values.get("method"))
     return {known_field(key, config_class, f"config {path}"): value for key, value in values.items()}
+
+
+def of_method(config_class: type, method: Any) -> type:
+    """The class with the defaults and flags of a method of `adapt`; `config_class` itself where there is no other."""
+    if config_class is AdaptConfig and method == "explora":
+        from .config_explora import ExploraConfig
+
+        return ExploraConfig
+    return config_class
 
 
 def known_field(key: str, config_class: type, where: str) -> str:

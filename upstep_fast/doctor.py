@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 
+from . import terminal
 from .config import DoctorConfig
 from .data.skipped import read_image
 from .data.sources import open_source
@@ -101,20 +101,17 @@ def loading_speed(device: torch.device, seconds: float = SECONDS) -> dict[str, f
 
 def show(found: dict[str, Any]) -> None:
     """Tables for people, on stdout."""
-    console = Console()
-    if not console.is_terminal:
-        console.width = 160
     facts = Table(title="machine", show_header=False, title_justify="left")
     for name, value in (found["versions"] | found["machine"] | found["native"]).items():
         facts.add_row(name, "not found" if value is None else str(value))
     facts.add_row("free disk here", f"{found['free_disk_bytes'] / 2**30:,.1f} GiB")
     for name, value in found["data"].items():
         facts.add_row(name.replace("_per_s", "/s").replace("_", " "), f"{value:,.0f}")
-    console.print(facts)
+    terminal.show(facts)
     runs = Table("op", "device", "runs", "why", title="what runs", title_justify="left")
     for choice in found["kernels"]:
         runs.add_row(choice["op"], choice["device"], choice["implementation"], choice["reason"])
-    console.print(runs)
+    terminal.show(runs)
     title = "self-checks: error relative to float64"
     checks = Table("op", "type", "implementation", "forward", "backward", "allowed", "", title=title)
     absent: dict[str, list[str]] = {}
@@ -126,9 +123,9 @@ def show(found: dict[str, Any]) -> None:
         errors = [_exponent(check[key]) for key in ("forward", "backward", "limit")]
         verdict = "ok" if check["passed"] else f"FAILED {check['note']}"
         checks.add_row(check["op"], check["dtype"], check["implementation"], *errors, verdict)
-    console.print(checks)
+    terminal.show(checks)
     for why, ops in absent.items():
-        console.print(f"not here: {why} ({', '.join(dict.fromkeys(ops))})", markup=False, highlight=False)
+        print(f"not here: {why} ({', '.join(dict.fromkeys(ops))})")
 
 
 def _exponent(value: Any) -> str:

@@ -14,12 +14,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from . import terminal
 from .config import AdaptConfig
 from .errors import Interrupted, UpstepError
 from .gate import GateState
@@ -28,15 +28,19 @@ log = logging.getLogger("upstep_fast")
 # the progress lines in train.log; on the console they have a form of their own
 steps_log = logging.getLogger("upstep_fast.steps")
 steps_log.propagate = False
-console = Console(stderr=True)
 
 
 def setup_logging(debug: bool = False) -> None:
     """Messages of this package go to stderr: plain lines to a pipe, coloured ones to a terminal."""
-    handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
-    if not console.is_terminal:
-        handler = logging.StreamHandler(sys.stderr)  # type: ignore[assignment]
+    handler: logging.Handler
+    if terminal.is_plain(stderr=True):
+        handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    else:
+        console = terminal.console(stderr=True)
+        handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
+    # on the handler: train.log gets everything
+    handler.setLevel(logging.WARNING if terminal.is_quiet() else logging.NOTSET)
     logger = logging.getLogger("upstep_fast")
     logger.handlers[:] = [handler]
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
@@ -133,7 +137,7 @@ def _is_row(line: bytes, step: int) -> bool:
 class Progress:
     """The progress line: step, time left, images/s, loss, centre magnitude, skipped and data-wait percentages.
 
-    A moving bar on a terminal; one line every `log_every` steps elsewhere.
+    A moving bar on a terminal; one line every `log_every` steps elsewhere; in train.log alone if quiet.
     """
 
     def __init__(self, config: AdaptConfig, state: GateState):
@@ -150,7 +154,8 @@ class Progress:
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        self._bar = Bar(*columns, console=console, disable=not console.is_terminal)
+        self._plain, self._quiet = terminal.is_plain(stderr=True), terminal.is_quiet()
+        self._bar = Bar(*columns, console=terminal.console(stderr=True), disable=self._plain or self._quiet)
 
     def update(self, row: dict[str, Any], state: GateState) -> None:
         """Takes one row of metrics."""
@@ -163,14 +168,13 @@ class Progress:
             f"{rate:,.0f} images/s  loss {self._loss:.3f}  centre {row['center']:.3f}  "
             f"skipped {100 * (1 - state.opened / state.step):.0f}%  data wait {100 * self._waited / seconds:.0f}%"
         )
-        if console.is_terminal:
-            assert self._task is not None
-            self._bar.update(self._task, advance=1, description=text)
+        assert self._task is not None
+        self._bar.update(self._task, advance=1, description=text)
         if self._done % self._every == 0 or self._done == self._steps:
             left = seconds / (self._done - self._first) * (self._steps - self._done)
             line = f"step {self._done}/{self._steps}  {text}  left {left:,.0f} s"
             steps_log.info("%s", line)
-            if not console.is_terminal:
+            if self._plain and not self._quiet:
                 print(line, file=sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:
@@ -197,7 +201,7 @@ def print_scores(result: dict[str, Any]) -> None:
             change = "" if kind == "base" else f" ({row[kind] - row['base']:+.1f})"
             cells.append(f"{row[kind]:.1f}{change}")
         table.add_row(kind, *cells)
-    Console().print(table)
+    terminal.show(table)
 
 
 def print_timings(result: dict[str, Any]) -> None:
@@ -217,5 +221,5 @@ def print_timings(result: dict[str, Any]) -> None:
                 "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f}",
                 f"{row['error']:.1e}",
             )
-        Console().print(table)
+        terminal.show(table)
     print(f"on {card.get('gpu', card['processor'])}, {card['threads']} threads, torch {card['torch']}")
