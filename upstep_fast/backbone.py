@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,12 +141,22 @@ def why_unsupported(model: nn.Module) -> str | None:
 
 
 def fingerprint(vit: nn.Module) -> str:
-    """SHA-256 over the names, shapes and first bytes of the weights; tells one base model from another."""
-    digest = hashlib.sha256()
-    for key, value in sorted(vit.state_dict().items()):
-        digest.update(f"{key}{tuple(value.shape)}".encode())
-        digest.update(value.detach().flatten()[:64].to("cpu", torch.float32).numpy().tobytes())
-    return digest.hexdigest()
+    """SHA-256 over the names, types, shapes and every byte of the weights; tells one base model from another.
+
+    The tensors are hashed on all cores at once (hashlib lets other threads run), then their hashes together.
+    """
+    state = sorted(vit.state_dict().items())
+    with ThreadPoolExecutor() as pool:
+        parts = pool.map(_sha256, (value for _, value in state))
+        whole = [
+            f"{key} {value.dtype} {list(value.shape)} {part}" for (key, value), part in zip(state, parts, strict=True)
+        ]
+    return hashlib.sha256("\n".join(whole).encode()).hexdigest()
+
+
+def _sha256(value: Tensor) -> str:
+    raw = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.sha256(raw.numpy().data).hexdigest()
 
 
 def _create(name: str, pretrained: bool, options: dict[str, Any]) -> Any:

@@ -73,7 +73,7 @@ def find(name: str, arch: str | None = None, *, pretrained: bool = True) -> Sour
     if name.startswith(HUB):
         fetch = _hub(name)
         if arch is not None:
-            return Source(arch, checkpoint=fetch("model.safetensors"))
+            return Source(arch, checkpoint=_weights(fetch))
         return _from_config(_read_json(fetch("config.json")), name, fetch)
     if Path(name).suffix in weights.SUFFIXES:
         if arch is None:
@@ -97,14 +97,17 @@ def find(name: str, arch: str | None = None, *, pretrained: bool = True) -> Sour
 
 def _from_config(config: dict[str, Any], where: Path | str, fetch: Callable[[str], Path]) -> Source:
     if isinstance(config.get("architecture"), str):
-        return Source(config["architecture"].partition(".")[0], dict(config.get("model_args") or {}))
+        model_args = config.get("model_args") or {}
+        if not isinstance(model_args, dict):
+            raise ConfigError(f"model: {where}: model_args in config.json is no object; save the model again")
+        return Source(config["architecture"].partition(".")[0], model_args)
     arch, model_args = hf_config.timm_args(config, str(where))
     try:
         preprocessor = _read_json(fetch("preprocessor_config.json"))
     except ConfigError:  # not every repository has one
         preprocessor = {}
     pixels = {name: preprocessor[f"image_{name}"] for name in ("mean", "std") if f"image_{name}" in preprocessor}
-    weights_at = Path(where) if isinstance(where, Path) else fetch("model.safetensors")
+    weights_at = where if isinstance(where, Path) else _weights(fetch)
     return Source(arch, model_args, weights_at, config.get("layer_norm_eps"), pixels)
 
 
@@ -135,6 +138,24 @@ def _hub(name: str) -> Callable[[str], Path]:
             raise ConfigError(f"model: cannot load {name}: {first_line(error)}; {cure(name)}") from error
 
     return fetch
+
+
+def _weights(fetch: Callable[[str], Path]) -> Path:
+    """What `weights.read` takes of a hub repository: one file, a folder with an index and all its shards, a pickle."""
+    failed = None
+    for name in (weights.WHOLE, weights.INDEX, weights.PICKLE):
+        try:
+            path = fetch(name)
+        except ConfigError as error:  # not there, or out of reach: which of them the hub's client does not always know
+            failed = failed or error
+            continue
+        if name != weights.INDEX:
+            return path
+        for shard in weights.shards(path):
+            fetch(shard)
+        return path.parent
+    assert failed is not None
+    raise failed
 
 
 def check_arch(arch: str, name: str) -> None:

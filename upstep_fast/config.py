@@ -276,7 +276,7 @@ class ExportConfig(BackboneConfig):
     """Write a model with its adapter in another tool's format, checked in that tool."""
 
     format: Literal["timm", "hf", "peft", "dinov2", "onnx", "torch"] = "timm"
-    """timm, hf (transformers): merged, safetensors; peft: the adapter; dinov2: Meta's names; onnx; torch: torch.export."""
+    """timm, hf (transformers): merged, safetensors; peft: the adapter; dinov2: Meta's names; onnx, torch: one file."""
     out: str = dataclasses.field(kw_only=True)
     """Folder to write."""
     adapter: str | None = None

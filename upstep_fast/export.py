@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from .errors import CheckFailedError, ConfigError, RunFailedError
 from .export_formats import WRITERS, Job, Written
 
 BOUND = 1e-4
-IMAGES = 16  # that the comparison sees
+IMAGES = 16  # of the user's that the comparison sees
+PHOTOS, FEW = "sign_digits_64.tar", 4  # of the package's own, where the user gives none
 MARK = "exported by upstep-fast"  # in the model card; only a folder with it is replaced
 
 
@@ -104,24 +106,30 @@ def _replacing(out: Path) -> Iterator[Path]:
 def _images(config: ExportConfig, base: Backbone) -> tuple[Tensor, str]:
     """Normalised images for the comparison, and what they are."""
     channels = base.vit.patch_embed.proj.in_channels
-    if not config.data:
-        generator = torch.Generator().manual_seed(0)
-        return torch.randn(4, channels, *base.img_size, generator=generator), "4 random images"
-    source = open_source(config.data)
+    data, count, stored = config.data, IMAGES, channels
+    if not data:
+        data, count, stored = (str(files("upstep_fast") / "assets" / PHOTOS),), FEW, 3
+    source = open_source(data)
     batches = load_images(
         source,
-        range(min(IMAGES, len(source))),
+        range(min(count, len(source))),
         size=base.img_size,
         interpolation=base.interpolation,
         crop_pct=base.crop_pct,
         max_bad_fraction=1.0,
-        channels=channels,
+        channels=stored,
     )
     pixels = torch.cat([images for _, images in batches] or [torch.empty(0)])
     if not len(pixels):
-        raise ConfigError(f"data: none of the first {IMAGES} images in {', '.join(config.data)} can be read")
+        raise ConfigError(f"data: none of the first {count} images in {', '.join(data)} can be read")
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (base.mean, base.std))
-    return (pixels - mean) / std, f"{len(pixels)} images of {', '.join(config.data)}"
+    seen = f"{len(pixels)} images of {', '.join(data)}"
+    if not config.data:  # red, green and blue again and again, as timm repeats the weights
+        pixels, seen = (
+            pixels[:, torch.arange(channels) % 3],
+            f"{len(pixels)} of upstep-fast's own photographs ({PHOTOS})",
+        )
+    return (pixels - mean) / std, seen
 
 
 def _card(config: ExportConfig, base: Backbone, written: Written, difference: float, seen: str) -> str:

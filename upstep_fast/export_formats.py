@@ -24,6 +24,8 @@ from .config import ExportConfig
 from .errors import ConfigError
 from .key_names import State
 
+ANY_BATCH = {"images": {0: torch.export.Dim("batch", min=1)}}
+
 
 @dataclass(frozen=True)
 class Job:
@@ -142,7 +144,7 @@ def _onnx(job: Job) -> Written:
             str(path),
             input_names=["images"],
             output_names=["features"],
-            dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}},
+            dynamic_shapes=ANY_BATCH,
             dynamo=True,
             external_data=False,
         )
@@ -151,11 +153,22 @@ def _onnx(job: Job) -> Written:
         import onnxruntime
 
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        parts = [images[:1], images[1:]] if len(images) > 1 else [images]  # one image, then many
-        return torch.cat([torch.from_numpy(session.run(None, {"images": part.numpy()})[0]) for part in parts])
+        return _one_then_many(lambda part: torch.from_numpy(session.run(None, {"images": part.numpy()})[0]), images)
 
     usage = 'session = onnxruntime.InferenceSession("FOLDER/model.onnx")\n'
     return Written("onnxruntime", measure, usage + 'features = session.run(None, {"images": images})[0]')
+
+
+def _torch(job: Job) -> Written:
+    path = job.folder / "model.pt2"
+    example = torch.zeros(2, job.base.vit.patch_embed.proj.in_channels, *job.base.img_size)
+    torch.export.save(torch.export.export(_Features(job.base.vit).eval(), (example,), dynamic_shapes=ANY_BATCH), path)
+
+    def measure(images: Tensor) -> Tensor:
+        return _one_then_many(torch.export.load(path).module(), images)
+
+    usage = 'model = torch.export.load("FOLDER/model.pt2").module()  # needs torch alone\n'
+    return Written("torch.export", measure, f"{usage}features = model(images)")
 
 
 WRITERS: dict[str, Callable[[Job], Written]] = {
@@ -164,6 +177,7 @@ WRITERS: dict[str, Callable[[Job], Written]] = {
     "peft": _peft,
     "dinov2": _dinov2,
     "onnx": _onnx,
+    "torch": _torch,
 }
 
 
@@ -174,6 +188,11 @@ class _Features(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return features(self.vit, images)
+
+
+def _one_then_many(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """The features, of the first image alone and of the others together: two sizes of batch."""
+    return torch.cat([model(part) for part in (images[:1], images[1:]) if len(part)])
 
 
 def _without_head(vit: nn.Module) -> State:

@@ -14,6 +14,7 @@ from .errors import ConfigError
 
 # transformers' names of activations, timm's names and classes
 _ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+KINDS = ("vit", "vit_mae", "dinov2", "dinov2_with_registers", "dinov3_vit")  # that can be read
 _CLASSES = {"GELU": "gelu", "QuickGELU": "quick_gelu", "GELUTanh": "gelu_pytorch_tanh"}
 
 
@@ -62,9 +63,16 @@ def timm_args(config: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any
             return "vit_base_patch16_dinov3", args
     except KeyError as error:
         raise ConfigError(f"model: {where}/config.json lacks or has an unknown {error}; use --arch NAME") from error
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ConfigError(f"model: {where}/config.json has a value that cannot be: {error}; save it again") from error
+    if kind in KINDS:
+        raise ConfigError(
+            f"model: {where}/config.json is a {kind} that timm has not quite, with biases or an activation of its own; "
+            "name timm's nearest architecture with --arch NAME"
+        )
     raise ConfigError(
-        f"model: {where}/config.json is of transformers, model_type {kind}, and timm has none quite like it that is "
-        "known here; name timm's architecture with --arch NAME"
+        f"model: {where} is a {kind} of transformers, not one of {', '.join(KINDS)}; for another plain Vision "
+        "Transformer (CLIP's, SigLIP's) name timm's architecture with --arch NAME"
     )
 
 

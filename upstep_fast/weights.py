@@ -28,7 +28,9 @@ log = logging.getLogger("upstep_fast")
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 SUFFIXES = (".safetensors", *PICKLES)
+WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLE = "pytorch_model.bin"
 
 # where training programs put the weights in what they save, the averaged teacher before the student
 _NESTS = ("teacher", "model_ema", "state_dict_ema", "target_encoder", "state_dict", "model", "module", "student")
@@ -52,7 +54,9 @@ class Match:
 
 
 def read(path: Path) -> State:
-    """The tensors of a checkpoint file or a folder with model.safetensors, by name; on the CPU.
+    """The tensors of a checkpoint file or a folder of transformers, by name; on the CPU.
+
+    Of a folder: model.safetensors, else the shards of its index, else pytorch_model.bin.
 
     Pickles (.pth, .pt, .bin, .ckpt) are read with weights_only=True, which runs no code of theirs. Raises ConfigError
     for a file that is not there, not whole, of an unknown kind, or that holds more than tensors and plain values.
@@ -76,6 +80,23 @@ def read(path: Path) -> State:
     except (OSError, EOFError, RuntimeError, ValueError, SafetensorError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ConfigError(f"model: {path} cannot be read ({first}); fetch or save it again") from error
+
+
+def shards(index: Path) -> list[str]:
+    """The files that an index of transformers (model.safetensors.index.json) names, all beside it.
+
+    Raises ConfigError if it is none, or names a file elsewhere or of another kind.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        good = bool(names) and all(Path(name).name == name and name.endswith(".safetensors") for name in names)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        good = False
+    if not good:
+        raise ConfigError(
+            f"model: {index} is not an index of safetensors files beside it; fetch or save the model again"
+        )
+    return names
 
 
 def fill(vit: nn.Module, state: Mapping[str, Tensor], *, where: str, min_matched: float = 0.99) -> Match:
@@ -199,15 +220,13 @@ def _shape_clip(state: State) -> None:
 
 
 def _read_folder(folder: Path) -> State:
-    names = ["model.safetensors"]
-    if (folder / INDEX).is_file():
-        try:
-            names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise ConfigError(f"model: {folder / INDEX} is not an index of safetensors files") from error
+    if (folder / WHOLE).is_file() or not any((folder / name).is_file() for name in (INDEX, PICKLE)):
+        return read(folder / WHOLE)
+    if not (folder / INDEX).is_file():
+        return read(folder / PICKLE)
     state: State = {}
-    for name in names:
-        state |= read(folder / Path(name).name)
+    for name in shards(folder / INDEX):
+        state |= read(folder / name)
     return state
 
 
