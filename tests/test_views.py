@@ -11,10 +11,11 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
-from upstep_fast.data import colour, views
+from upstep_fast.data import colour, draws, views
+from upstep_fast.data.draws import ViewParams, draw_params
 from upstep_fast.data.random import uniform, uniform_array
-from upstep_fast.data.recipe import PRESETS, ViewConfig
-from upstep_fast.data.views import draw_params, pack, random_views
+from upstep_fast.data.recipe import PRESETS, ViewConfig, local_config
+from upstep_fast.data.views import multi_crop, pack, random_views
 from upstep_fast.errors import ConfigError
 from upstep_fast.kernels.views import crop_resize, crop_resize_reference, resize_weights
 
@@ -31,13 +32,13 @@ def pictures(sizes=SIZES) -> list[torch.Tensor]:
     return [noise(3, h, w, seed=i) for i, (h, w) in enumerate(sizes)]
 
 
-def drawn(config: ViewConfig, images: list[torch.Tensor], **key) -> views.ViewParams:
+def drawn(config: ViewConfig, images: list[torch.Tensor], **key) -> ViewParams:
     heights, widths = (np.array([i.shape[axis] for i in images]) for axis in (1, 2))
     key = {"seed": 0, "epoch": 0, "indices": np.arange(len(images)), "views": 2} | key
     return draw_params(config, heights, widths, **key)
 
 
-def torchvision_view(image: torch.Tensor, p: views.ViewParams, n: int, config: ViewConfig) -> torch.Tensor:
+def torchvision_view(image: torch.Tensor, p: ViewParams, n: int, config: ViewConfig) -> torch.Tensor:
     """What torchvision makes of the same geometry, uint8."""
     box = [int(a[n]) for a in (p.top, p.left, p.height, p.width)]
     mode = v2.InterpolationMode(config.interpolation)
@@ -153,7 +154,7 @@ def test_arrays_and_numbers_are_drawn_alike():
 
 
 def test_uniforms_are_uniform_and_independent():
-    u = uniform_array(0, 0, np.arange(4000)[:, None], 0, np.arange(views.SLOTS))
+    u = uniform_array(0, 0, np.arange(4000)[:, None], 0, np.arange(draws.SLOTS))
     assert abs(u.mean() - 0.5) < 4 * math.sqrt(1 / 12 / u.size) and u.min() >= 0 and u.max() < 1
     counts = np.histogram(u, bins=64, range=(0, 1))[0]
     chi2 = ((counts - u.size / 64) ** 2 / (u.size / 64)).sum()
@@ -161,7 +162,7 @@ def test_uniforms_are_uniform_and_independent():
     correlation = np.corrcoef(u.T) - np.eye(u.shape[1])
     assert np.abs(correlation).max() < 5 / math.sqrt(len(u))
     for key in ((1, 0, 0), (0, 1, 0), (0, 0, 1)):  # another seed, epoch or view is another draw
-        other = uniform_array(key[0], key[1], np.arange(4000)[:, None], key[2], np.arange(views.SLOTS))
+        other = uniform_array(key[0], key[1], np.arange(4000)[:, None], key[2], np.arange(draws.SLOTS))
         assert abs(np.corrcoef(u.ravel(), other.ravel())[0, 1]) < 5 / math.sqrt(u.size)
 
 
@@ -232,6 +233,21 @@ def test_more_views_leave_the_first_ones_alone():
     images, config = pictures(), ViewConfig(size=16)
     two, five = (random_views(images, config, seed=0, epoch=0, indices=range(8), views=v) for v in (2, 5))
     assert (two - five[:2]).abs().max() < 1e-5
+
+
+def test_global_and_local_views():
+    """The globals are random_views' own; the locals are as if drawn alone under their own numbers."""
+    images, config = pictures(), ViewConfig(size=24, hue=0.1, blur=0.3)
+    local = local_config(config, (8, 12), (0.05, 0.2))
+    key = {"seed": 3, "epoch": 1, "indices": range(8)}
+    large, small = multi_crop(images, [(config, 2), (local, 5)], **key)
+    assert large.shape == (2, 8, 3, 24, 24) and small.shape == (5, 8, 3, 8, 12)
+    assert torch.equal(large, random_views(images, config, **key))
+    # views 2 to 6 of the local recipe: not the numbers of the globals
+    assert (small - random_views(images, local, **key, views=7)[2:]).abs().max() < 1e-5
+    p = drawn(local, [noise(3, 100, 100)] * 500, indices=np.arange(500), views=1, first=2)
+    area = p.height * p.width / 1e4
+    assert area.min() > 0.04 and area.max() < 0.21 and abs(area.mean() - 0.125) < 0.01
 
 
 @pytest.mark.parametrize("channels", [1, 5])

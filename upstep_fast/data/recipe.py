@@ -87,6 +87,16 @@ PRESETS: dict[str, ViewConfig] = {
 }
 
 
+def local_config(
+    config: ViewConfig, size: tuple[int, int] | int, scale: tuple[float, float] = (0.05, 0.25)
+) -> ViewConfig:
+    """The recipe of small local views beside `config`'s: another size in pixels and another range of crops.
+
+    scale: area of the crop as a part of the image; the default is DINOv2's, and meets the global crops' .25.
+    """
+    return dataclasses.replace(config, size=size, crop_scale=scale)
+
+
 def view_config(config: AdaptConfig, backbone: Backbone) -> ViewConfig:
     """The preset of a run with its single settings, at the size and with the statistics of the model."""
     preset = PRESETS[config.preset_views]

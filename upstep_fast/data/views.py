@@ -5,111 +5,27 @@ solarise, normalise; always in this order (torchvision shuffles its four jitter 
 
     view = N(J(W_y x W_x^T)),   W_y [H_out, H], W_x [W_out, W]: crop, filter and flips in one matrix each
 
-Every random number is uniform(seed, epoch, index, view, slot), with the slots below: splitmix64 chained over its key
-(data/random.py). So a view depends on nothing but its name, and any batch can be made again, on any machine.
+What is drawn for a view is a function of (seed, epoch, index, view) alone: draws.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels.views import FLIP_X, FLIP_Y, TRANSPOSE, crop_resize, resize_weights
+from ..kernels.views import crop_resize, resize_weights
 from . import colour
-from .random import uniform_array
+from .draws import ViewParams, draw_params
 from .recipe import PRESETS as PRESETS
 from .recipe import ViewConfig as ViewConfig
 from .recipe import view_config as view_config
 from .resize import resize
 
-TRIES = 10  # crops tried before the fallback, as torchvision's RandomResizedCrop
-# slots of the random numbers; 0 to 9: area of a try, 10 to 19: its aspect
-TOP, LEFT, FLIP, VERTICAL_FLIP, ROTATE, TURNS = range(20, 26)
-BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY, BLUR, SIGMA, SOLARIZE, SLOTS = range(26, 35)
-
 CHUNK_BYTES = 4 << 20  # views worked on at a time on a CPU: they stay in its cache from the resize to the end
 MATMUL_PIXELS = 96 * 96  # on a CPU, larger images are resized one by one by a sparse filter
-
-
-@dataclass(frozen=True)
-class ViewParams:
-    """What happens to N views; arrays of N. `image` says which image of the batch each is made of."""
-
-    image: np.ndarray
-    top: np.ndarray  # of the crop, pixels
-    left: np.ndarray
-    height: np.ndarray
-    width: np.ndarray
-    flip_x: np.ndarray  # bool, before the transposition
-    flip_y: np.ndarray
-    transpose: np.ndarray
-    brightness: np.ndarray  # factors
-    contrast: np.ndarray
-    saturation: np.ndarray
-    hue: np.ndarray  # part of the circle
-    grey: np.ndarray  # bool
-    sigma: np.ndarray  # of the blur, pixels; 0: none
-    solarize: np.ndarray  # bool
-
-    def take(self, which: slice | np.ndarray) -> ViewParams:
-        """A part of the views."""
-        return ViewParams(*(getattr(self, field.name)[which] for field in dataclasses.fields(self)))
-
-    def boxes(self) -> np.ndarray:
-        """The geometry as `kernels.views.crop_resize` takes it: [N, 6] int32."""
-        turn = FLIP_Y * self.flip_y + FLIP_X * self.flip_x + TRANSPOSE * self.transpose
-        return np.stack([self.image, self.top, self.left, self.height, self.width, turn], 1).astype(np.int32)
-
-
-def draw_params(
-    config: ViewConfig,
-    heights: np.ndarray,
-    widths: np.ndarray,
-    *,
-    seed: int,
-    epoch: int,
-    indices: np.ndarray,
-    views: int,
-) -> ViewParams:
-    """Parameters of all views of a batch, view by view: entry v B + b is view v of image b.
-
-    heights, widths: [B] pixels. indices: [B], the images' places in the source.
-    """
-    view = np.repeat(np.arange(views, dtype=np.uint64), len(indices))[:, None]
-    index = np.tile(np.asarray(indices, np.uint64), views)[:, None]
-    u = uniform_array(seed, epoch, index, view, np.arange(SLOTS, dtype=np.uint64))
-    top, left, height, width = _crops(config, np.tile(heights, views), np.tile(widths, views), u)
-    # a quarter turn counter-clockwise is a left-right flip, then a transposition; three are an up-down flip, then it
-    turns = np.where(u[:, ROTATE] < config.rotate90, 1 + np.floor(3 * u[:, TURNS]), 0)
-
-    def factor(slot: int, value: float) -> np.ndarray:
-        low = max(0.0, 1 - value)
-        return (low + u[:, slot] * (1 + value - low)).astype(np.float32)
-
-    low, high = config.blur_sigma
-    return ViewParams(
-        image=np.tile(np.arange(len(indices)), views),
-        top=top,
-        left=left,
-        height=height,
-        width=width,
-        flip_x=(u[:, FLIP] < config.flip) ^ np.isin(turns, (1, 2)),
-        flip_y=(u[:, VERTICAL_FLIP] < config.vertical_flip) ^ np.isin(turns, (2, 3)),
-        transpose=turns % 2 == 1,
-        brightness=factor(BRIGHTNESS, config.brightness),
-        contrast=factor(CONTRAST, config.contrast),
-        saturation=factor(SATURATION, config.saturation),
-        hue=((2 * u[:, HUE] - 1) * config.hue).astype(np.float32),
-        grey=u[:, GREY] < config.grey,
-        sigma=np.where(u[:, BLUR] < config.blur, low + u[:, SIGMA] * (high - low), 0.0).astype(np.float32),
-        solarize=u[:, SOLARIZE] < config.solarize,
-    )
 
 
 def pack(images: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -144,25 +60,62 @@ def random_views(
     """Random views of each image, fp32, normalised: [views, B, C, H, W] on `device`.
 
     images: B of uint8 [C, H, W] on the CPU, of any sizes. seed, epoch, indices: what the random numbers come from.
+    Views of several sizes, as n global and m local ones: `multi_crop`.
+    """
+    return multi_crop(images, [(config, views)], seed=seed, epoch=epoch, indices=indices, device=device)[0]
+
+
+def multi_crop(
+    images: Sequence[Tensor],
+    crops: Sequence[tuple[ViewConfig, int]],
+    *,
+    seed: int,
+    epoch: int,
+    indices: Tensor | Sequence[int],
+    device: torch.device | str = "cpu",
+) -> list[Tensor]:
+    """Views of several kinds of each image, as SwAV's and DINO's n global and m local ones.
+
+        globals, locals = multi_crop(images, [(config, 2), (local_config(config, 96), 8)], seed=..., ...)
+
+    crops: pairs of a recipe and how many views it makes. Returns for each pair [views, B, C, H, W] fp32, normalised,
+    on `device`. Views are numbered through all pairs, so no two draw the same numbers, and the first pair's views are
+    those that `random_views` makes. Other arguments as `random_views`; the images go to the device once.
     """
     if len(images) != len(indices):
         raise ValueError(f"indices: got {len(indices)} for {len(images)} images")
     if not images:
         raise ValueError("images: got none")
     channels = images[0].shape[0]
-    if channels != len(config.mean):
-        raise ValueError(f"images: {channels} channels, but mean and std have {len(config.mean)}")
+    for config, _ in crops:
+        if channels != len(config.mean):
+            raise ValueError(f"images: {channels} channels, but mean and std have {len(config.mean)}")
     device = torch.device(device)
     heights, widths = (np.array([image.shape[axis] for image in images]) for axis in (1, 2))
-    params = draw_params(
-        config, heights, widths, seed=seed, epoch=epoch, indices=np.asarray(indices, np.int64), views=views
-    )
-    count = views * len(images)
+    packed = None if device.type == "cpu" else pack(images, device)
+    found, first = [], 0
+    for config, views in crops:
+        key = {"seed": seed, "epoch": epoch, "indices": np.asarray(indices, np.int64), "views": views, "first": first}
+        params = draw_params(config, heights, widths, **key)  # type: ignore[arg-type]
+        x = _make(images, packed, params, config, device)
+        found.append(x.view(views, len(images), channels, config.height, config.width))
+        first += views
+    return found
+
+
+def _make(
+    images: Sequence[Tensor],
+    packed: tuple[Tensor, Tensor] | None,
+    params: ViewParams,
+    config: ViewConfig,
+    device: torch.device,
+) -> Tensor:
+    """The views that `params` describes, [N, C, H, W]; packed: the images on a device that is not the CPU."""
+    count, channels = len(params.image), images[0].shape[0]
     out = torch.empty(count, channels, config.height, config.width, device=device)
     mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (config.mean, config.std))
     per_view = 4 * channels * config.height * config.width
-    step = max(1, CHUNK_BYTES // per_view) if device.type == "cpu" else max(1, (256 << 20) // per_view)
-    packed = None if device.type == "cpu" else pack(images, device)
+    step = max(1, CHUNK_BYTES // per_view) if packed is None else max(1, (256 << 20) // per_view)
     for start in range(0, count, step):
         part = params.take(slice(start, start + step))
         # everything happens in the result's own memory: fresh pages cost a CPU more than the arithmetic
@@ -174,29 +127,7 @@ def random_views(
             x.copy_(crop_resize(*packed, boxes, channels, config.height, config.width, config.interpolation))
         _recolour(x, part, config)
         x.sub_(mean).mul_(1 / std)
-    return out.view(views, len(images), channels, config.height, config.width)
-
-
-def _crops(config: ViewConfig, heights: np.ndarray, widths: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, ...]:
-    """torchvision's RandomResizedCrop.get_params for N images: top, left, height, width, each [N] int64."""
-    (low, high), ratio = config.crop_scale, config.crop_ratio
-    area = (heights * widths)[:, None] * (low + u[:, :TRIES] * (high - low))
-    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
-    aspect = np.exp(log_low + u[:, TRIES : 2 * TRIES] * (log_high - log_low))
-    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
-    fits = (w > 0) & (w <= widths[:, None]) & (h > 0) & (h <= heights[:, None])
-    first = fits.argmax(1)[:, None]
-    w, h = np.take_along_axis(w, first, 1)[:, 0], np.take_along_axis(h, first, 1)[:, 0]
-    top, left = np.floor(u[:, TOP] * (heights - h + 1)), np.floor(u[:, LEFT] * (widths - w + 1))
-    # none of the tries fits: the largest central crop whose aspect is allowed
-    none = ~fits.any(1)
-    aspect_in = widths / heights
-    w_all = np.where(aspect_in > ratio[1], np.rint(heights * ratio[1]), widths)
-    h_all = np.where(aspect_in < ratio[0], np.rint(widths / ratio[0]), heights)
-    # rounding must not leave the image, nor make a strip of nothing of a very thin one
-    w, h = np.where(none, np.clip(w_all, 1, widths), w), np.where(none, np.clip(h_all, 1, heights), h)
-    top, left = np.where(none, (heights - h) // 2, top), np.where(none, (widths - w) // 2, left)
-    return tuple(a.astype(np.int64) for a in (top, left, h, w))
+    return out
 
 
 def _resize(images: Sequence[Tensor], p: ViewParams, config: ViewConfig, out: Tensor) -> None:
