@@ -110,11 +110,12 @@ def load(
     )
 
 
-def load_from(config: BackboneConfig) -> Backbone:
+def load_from(config: BackboneConfig, *, pretrained: bool = True) -> Backbone:
     """The model that a command's configuration names. Raises as `load` does."""
     return load(
         config.model,
         img_size=config.img_size,
+        pretrained=pretrained,
         arch=config.arch,
         in_chans=config.in_chans,
         mean=config.mean,
