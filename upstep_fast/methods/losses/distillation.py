@@ -1,0 +1,41 @@
+"""Staying close to the base model: penalties on the distance between adapted and base features of the same views.
+
+    f, g      [N, D]   features of N views by the adapted and by the base model; g carries no gradient
+
+    feature      1 - mean_i cos(f_i, g_i)
+    relational   mean_i KL( softmax_j cos(g_i, g_j) / T  ||  softmax_j cos(f_i, f_j) / T ),  j over the N - 1 others
+
+The relational form leaves the features free to turn as a whole: only who resembles whom is kept (relational knowledge
+distillation, Park 2019; similarities as distributions, Passalis and Tefas 2018). That either helps UpStep is our
+conjecture, measured in docs/quality.md.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Distil = Literal["off", "feature", "relational"]
+
+
+def distillation_loss(form: Distil, adapted: Tensor, base: Tensor, temperature: float) -> Tensor:
+    """The penalty, a scalar in fp32. adapted: [N, D] with gradient; base: [N, D]; of any length; N of at least 2."""
+    f, g = F.normalize(adapted.float(), dim=-1), F.normalize(base.detach().float(), dim=-1)
+    if form == "feature":
+        return 1 - (f * g).sum(-1).mean()
+    if form == "relational":
+        own = torch.eye(len(f), dtype=torch.bool, device=f.device)
+        log_p, log_q = (((x @ x.T)[~own].view(len(x), -1) / temperature).log_softmax(-1) for x in (f, g))
+        return F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
+    return adapted.new_zeros(())
+
+
+def sharpen(targets: Tensor, power: float) -> Tensor:
+    """q^power over its sum, row by row (the target sharpening of MSN, Assran 2022, with T = 1 / power). q: [..., K]."""
+    if power == 1:
+        return targets
+    raised = targets**power
+    return raised / raised.sum(-1, keepdim=True)
