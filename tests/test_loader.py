@@ -14,10 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
+from upstep_fast.data import fetch
 from upstep_fast.data import loader as loaders
 from upstep_fast.data.loader import Loader, load_images, permutation
+from upstep_fast.data.recipe import ViewConfig
 from upstep_fast.data.sources import DataError, open_source
-from upstep_fast.data.threads import ordered_map
+from upstep_fast.data.threads import ahead, ordered_map
+from upstep_fast.data.views import random_views
 
 
 def write_images(root: Path, count: int, size: tuple[int, int] = (12, 10)) -> Path:
@@ -202,6 +205,24 @@ def test_too_many_bad_images_end_the_run(tmp_path, num_workers):
     assert not data_threads()
 
 
+@pytest.mark.parametrize("num_workers", [0, 1, 4])
+def test_the_run_ends_at_the_batch_that_has_one_too_many(tmp_path, num_workers):
+    """Batches decoded ahead do not count before they are reached: the same end with any number of threads."""
+    source = open_source(write_images(tmp_path / "i", 60))
+    order = permutation(60, 0, 0)
+    spoil(tmp_path / "i", *order[[2, 33, 34, 52, 53]].tolist())  # two may be bad: the third is in the fourth batch
+    with Loader(source, batch_size=10, seed=0, num_workers=num_workers, max_bad_fraction=0.034) as loader:
+        seen = [len(next(loader).images) for _ in range(3)]
+        time.sleep(0.2)
+        assert seen == [10, 10, 10] and len(loader.skipped) == 1
+        with pytest.raises(DataError, match="3 of 60"):
+            next(loader)
+    with Loader(source, batch_size=10, seed=0, num_workers=num_workers, max_bad_fraction=0.05) as loader:
+        assert [len(next(loader).images) for _ in range(5)] == [10] * 5
+        with pytest.raises(DataError, match="5 of 60"):
+            next(loader)
+
+
 def test_all_bad_ends_the_run_even_if_all_may_be_bad(tmp_path):
     source = open_source(write_images(tmp_path / "i", 10))
     spoil(tmp_path / "i", *range(10))
@@ -269,6 +290,75 @@ def test_an_error_in_a_worker_is_raised_and_does_not_hang(images):
     assert not data_threads()
 
 
+def test_views_made_by_the_loader_are_those_of_the_batch(images):
+    """On a CPU nothing is made ahead: the same code, one call of make_views a batch."""
+    calls = []
+
+    def make(batch):
+        calls.append(batch.indices.tolist())
+        return random_views(batch.images, ViewConfig(size=8), seed=0, epoch=batch.epoch, indices=batch.indices)
+
+    source = open_source(images)
+    with Loader(source, batch_size=10, seed=0, num_workers=2, make_views=make, device=torch.device("cpu")) as loader:
+        for step in range(7):
+            batch = next(loader)
+            assert len(calls) == step + 1 and calls[-1] == batch.indices.tolist()
+            want = random_views(batch.images, ViewConfig(size=8), seed=0, epoch=batch.epoch, indices=batch.indices)
+            assert torch.equal(batch.views, want)
+    assert not data_threads()
+
+
+@pytest.mark.gpu
+def test_views_are_made_on_a_stream_of_their_own(images):
+    """Ahead of time, the same as made in line, whole when the step's stream reads them, errors in their turn."""
+    device = torch.device("cuda")
+
+    def make(batch):
+        assert torch.cuda.current_stream() != torch.cuda.default_stream()
+        torch.cuda._sleep(10_000_000)  # the event must be waited for
+        key = {"seed": 0, "epoch": batch.epoch, "indices": batch.indices}
+        return random_views(batch.images, ViewConfig(size=32), **key, device=device)
+
+    source = open_source(images)
+    with Loader(source, batch_size=10, seed=0, num_workers=2, make_views=make, device=device) as loader:
+        for _ in range(12):
+            batch = next(loader)
+            key = {"seed": 0, "epoch": batch.epoch, "indices": batch.indices}
+            want = random_views(batch.images, ViewConfig(size=32), **key, device=device)
+            assert torch.equal(batch.views.clone(), want)
+        torch.cuda.synchronize()
+        time.sleep(0.5)
+        next(loader)
+        assert loader.data_wait < 0.05
+    assert not data_threads()
+
+
+def test_ahead_keeps_the_order_the_depth_and_the_turn_of_an_error():
+    made, closed = [], []
+
+    def items():
+        try:
+            for i in range(5):
+                made.append(i)
+                yield i
+            raise KeyError("the sixth")
+        finally:
+            closed.append(threading.current_thread().name)
+
+    done = ahead(items(), 2)
+    assert next(done) == 0
+    time.sleep(0.3)
+    assert made == [0, 1, 2, 3]  # two ready, one in hand
+    assert [next(done) for _ in range(4)] == [1, 2, 3, 4]
+    with pytest.raises(KeyError, match="sixth"):
+        next(done)
+    assert closed == ["upstep-data-ahead"] and not data_threads()
+    early = ahead((i for i in range(10**9)), 2)
+    assert next(early) == 0
+    early.close()
+    assert not data_threads() and list(ahead((i for i in range(3)), 1)) == [0, 1, 2]
+
+
 def test_ordered_map_keeps_the_order_and_the_limit():
     running, most, started = 0, 0, 0
     lock = threading.Lock()
@@ -325,8 +415,8 @@ def test_waiting_is_measured(images):
 
 def test_small_sources_are_decoded_once(images, monkeypatch):
     read = []
-    real = loaders.read_image
-    monkeypatch.setattr(loaders, "read_image", lambda s, i, **k: (read.append(i), real(s, i, **k))[1])
+    real = fetch.read_image
+    monkeypatch.setattr(fetch, "read_image", lambda s, i, **k: (read.append(i), real(s, i, **k))[1])
     taken(Loader(open_source(images), batch_size=10, seed=0), 20)
     assert sorted(read) == list(range(50))
     read.clear()
@@ -361,8 +451,12 @@ def test_memory_is_flat_over_a_hundred_thousand_samples(images, monkeypatch):
 def test_large_jpegs_are_decoded_at_a_fraction_for_small_views(tmp_path):
     Image.new("RGB", (1600, 1200), (9, 90, 200)).save(tmp_path / "large.jpg")
     source = open_source(tmp_path)
-    shapes = [taken(Loader(source, batch_size=1, seed=0, image_size=s), 1)[0].images[0].shape for s in (None, 64, 224)]
-    assert shapes == [(3, 1200, 1600), (3, 150, 200), (3, 600, 800)]
+    for side, want in ((None, (1200, 1600)), (150, (150, 200)), (151, (300, 400)), (600, (600, 800))):
+        image = taken(Loader(source, batch_size=1, seed=0, min_side=side), 1)[0].images[0]
+        assert image.shape[1:] == want
+    # a crop of the least area and the narrowest shape still has as many pixels as the view
+    config = ViewConfig(size=224, crop_scale=(0.25, 1.0), crop_ratio=(3 / 4, 4 / 3))
+    assert config.min_side == 518 and (config.min_side**2 * 0.25 * 0.75) ** 0.5 >= 224
 
 
 # evaluation

@@ -9,10 +9,10 @@ Threads, not processes: decoders release the GIL, pixels need no copy, and there
 
 from __future__ import annotations
 
+import contextlib
 import os
-import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,15 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .fetch import Chunk, Fetcher
+from .prefetch import Ready, Views, prefetch
 from .random import bits_array
 from .resize import eval_resize
-from .skipped import check_bad, read_image, too_many, write_skipped
+from .skipped import check_bad, read_image, write_skipped
 from .sources import DataError, Source
 from .threads import ordered_map
 
 CACHE_BYTES = 256 << 20  # decoded images kept in memory
 AHEAD = 3  # batches in flight
-MAX_DRAWS = 100  # replacements tried for one image
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Batch:
     indices: Tensor  # [B] int64, where each image stands in the source (a replacement has its own index)
     epoch: int
     replaced: int  # how many images of this batch stand in for bad ones
+    views: Views | None = None  # what the loader's `make_views` made of it, for the current stream
 
 
 class Loader:
@@ -46,7 +48,9 @@ class Loader:
 
     batch_size: images a step over all ranks; rank r of world_size gets the r-th slice of the same global batch.
     num_workers: decoding threads; 0 decodes in `next`. drop_last: an epoch's last, smaller batch is left out.
-    image_size: the side of the views, if JPEGs may be decoded at a fraction of a much larger size.
+    min_side: JPEGs may be decoded at a fraction of their size as long as both sides keep this many pixels
+    (ViewConfig.min_side); None: never.
+    make_views, device: makes `Batch.views` of each batch; on a CUDA device ahead of time, on its own stream.
     max_bad_fraction: DataError as soon as more than this part of the source has proved unreadable.
 
     `data_wait` is the time in seconds that the last `next` spent waiting; `skipped` maps bad images to reasons.
@@ -65,8 +69,10 @@ class Loader:
         start_step: int = 0,
         drop_last: bool = True,
         shuffle: bool = True,
-        image_size: int | None = None,
+        min_side: int | None = None,
         channels: int = 3,
+        make_views: Callable[[Batch], Views] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(f"batch_size: got {batch_size}, must be a positive multiple of world_size {world_size}")
@@ -84,12 +90,18 @@ class Loader:
         self.max_bad_fraction = max_bad_fraction
         self.skipped: dict[str, str] = {}
         self.data_wait = 0.0
-        self._image_size, self._channels = image_size, channels
-        self._bad: dict[int, str] = {}  # index -> reason, as workers find them
-        self._cache = _Cache(CACHE_BYTES)
+        self._make_views, self._device = make_views, device
+        self._fetcher = Fetcher(
+            source,
+            seed=seed,
+            channels=channels,
+            min_side=min_side,
+            max_bad_fraction=max_bad_fraction,
+            cache=CACHE_BYTES,
+        )
         self._order: tuple[int, np.ndarray] | None = None
         self._num_workers = num_workers
-        self._batches: Generator[Batch] | None = None
+        self._batches: Generator[Ready[list[Chunk]]] | None = None
         self._closed = False
         self.seek(start_step)
 
@@ -118,7 +130,9 @@ class Loader:
         began = time.perf_counter()
         if self._batches is None:
             self._batches = self._run(self.step)
-        batch = next(self._batches)
+        ready = next(self._batches)
+        self._count(ready.item)
+        batch = _join(ready.item, ready.take())
         self.data_wait = time.perf_counter() - began
         self.step += 1
         return batch
@@ -138,8 +152,8 @@ class Loader:
         """Writes name,reason of every image left out so far, those that could not even be listed included."""
         write_skipped(path, [*self.source.problems, *self.skipped.items()])
 
-    def _run(self, step: int) -> Generator[Batch]:
-        def chunks() -> Iterator[tuple[int, np.ndarray, int]]:
+    def _run(self, step: int) -> Generator[Ready[list[Chunk]]]:
+        def jobs() -> Iterator[tuple[int, np.ndarray, int]]:
             at = step
             while True:
                 epoch, indices = self.indices(at)
@@ -147,66 +161,28 @@ class Loader:
                 yield from ((epoch, piece, len(pieces)) for piece in pieces)
                 at += 1
 
-        done = ordered_map(self._decode_chunk, chunks(), self._num_workers, AHEAD * max(1, 4 * self._num_workers))
-        try:
-            for first in done:
-                parts = [first] + [next(done) for _ in range(first.pieces - 1)]
-                yield self._join(parts)
-        finally:
-            done.close()
+        def batches() -> Generator[list[Chunk]]:
+            in_flight = AHEAD * max(1, 4 * self._num_workers)
+            done = ordered_map(lambda job: self._fetcher.chunk(*job), jobs(), self._num_workers, in_flight)
+            with contextlib.closing(done):
+                for first in done:
+                    yield [first] + [next(done) for _ in range(first.pieces - 1)]
 
-    def _join(self, parts: list[_Chunk]) -> Batch:
-        for part in parts:
-            for index, reason in part.bad:
+        return prefetch(batches(), self._make, self._device)
+
+    def _make(self, chunks: list[Chunk]) -> Views | None:
+        if self._make_views is None or any(chunk.failed for chunk in chunks):
+            return None
+        return self._make_views(_join(chunks))
+
+    def _count(self, chunks: list[Chunk]) -> None:
+        """Notes the bad images of a batch when it is handed over, not when it is decoded: so resumes count alike."""
+        for chunk in chunks:
+            for index, reason in chunk.bad:
                 self.skipped[self.source.name(index)] = reason
         check_bad(self.skipped, len(self.source), self.max_bad_fraction)
-        if failed := next((part.failed for part in parts if part.failed), None):
+        if failed := next((chunk.failed for chunk in chunks if chunk.failed), None):
             raise DataError(failed)
-        return Batch(
-            images=[image for part in parts for image in part.images],
-            indices=torch.tensor([index for part in parts for index in part.indices], dtype=torch.int64),
-            epoch=parts[0].epoch,
-            replaced=sum(part.replaced for part in parts),
-        )
-
-    def _decode_chunk(self, job: tuple[int, np.ndarray, int]) -> _Chunk:
-        """Runs in a worker: decodes a few images of one batch, drawing others for bad ones."""
-        epoch, indices, pieces = job
-        chunk = _Chunk(epoch, pieces)
-        for wanted in indices.tolist():
-            index = wanted
-            for draw in range(MAX_DRAWS):
-                image = self._image(index)
-                if image is not None:
-                    break
-                chunk.bad.append((index, self._bad[index]))
-                if too_many(len(self._bad), len(self.source), self.max_bad_fraction):
-                    return chunk  # the run ends when this batch is asked for: no need to look further
-                index = int(bits_array(self.seed, epoch, wanted, draw)[0] % np.uint64(len(self.source)))
-            else:
-                chunk.failed = (
-                    f"data: {MAX_DRAWS} images drawn in a row cannot be read, e.g. {self.source.name(wanted)}"
-                )
-                return chunk
-            chunk.images.append(image)
-            chunk.indices.append(index)
-            chunk.replaced += index != wanted
-        return chunk
-
-    def _image(self, index: int) -> Tensor | None:
-        if index in self._bad:
-            return None
-        image = self._cache.get(index)
-        if image is None:
-            # twice the view's side: a crop of a quarter of the area still has that many pixels
-            min_side = 2 * self._image_size if self._image_size else None
-            read = read_image(self.source, index, channels=self._channels, min_side=min_side)
-            if isinstance(read, str):
-                self._bad[index] = read
-                return None
-            image = read
-            self._cache.add(index, image)
-        return image
 
     def _stop(self) -> None:
         if self._batches is not None:
@@ -214,33 +190,14 @@ class Loader:
         self._batches = None
 
 
-class _Chunk:
-    def __init__(self, epoch: int, pieces: int) -> None:
-        self.epoch, self.pieces = epoch, pieces
-        self.images: list[Tensor] = []
-        self.indices: list[int] = []
-        self.bad: list[tuple[int, str]] = []
-        self.replaced = 0
-        self.failed: str | None = None
-
-
-class _Cache:
-    """Decoded images up to a number of bytes; once full it stays as it is, so a large source costs no churn."""
-
-    def __init__(self, limit: int) -> None:
-        self._images: dict[int, Tensor] = {}
-        self._free = limit
-        self._lock = threading.Lock()
-
-    def get(self, index: int) -> Tensor | None:
-        return self._images.get(index)
-
-    def add(self, index: int, image: Tensor) -> None:
-        size = image.untyped_storage().nbytes()
-        with self._lock:
-            if size <= self._free and index not in self._images:
-                self._images[index] = image
-                self._free -= size
+def _join(chunks: list[Chunk], views: Views | None = None) -> Batch:
+    return Batch(
+        images=[image for chunk in chunks for image in chunk.images],
+        indices=torch.tensor([index for chunk in chunks for index in chunk.indices], dtype=torch.int64),
+        epoch=chunks[0].epoch,
+        replaced=sum(chunk.replaced for chunk in chunks),
+        views=views,
+    )
 
 
 def load_images(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -63,6 +64,15 @@ class ViewConfig:
     def height(self) -> int:
         """Rows of a view."""
         return self.size if isinstance(self.size, int) else self.size[0]
+
+    @property
+    def min_side(self) -> int:
+        """Pixels that both sides of an image must keep for no crop to be smaller than the view.
+
+        A JPEG of twice that size may be decoded at half of it (`decode(min_side=)`), and no view is blown up.
+        """
+        narrow = min(self.crop_ratio[0], 1 / self.crop_ratio[1])
+        return math.ceil(max(self.height, self.width) / math.sqrt(self.crop_scale[0] * narrow))
 
     @property
     def width(self) -> int:
