@@ -1,36 +1,47 @@
 """One pre-norm ViT block with frozen weights: forward, hand-written backward, and what is kept between them.
 
-    h1, r1 = norm(x)                 bare normalisation: scale and shift are folded into qkv (fold.py)
+The residual stream travels as a sum x + delta, delta being the last branch, so that the addition is part of the next
+norm. With h the bare normalisation (scale and shift are folded into the weights, fold.py; a trained norm has its own):
+
+    h1 = norm(x + delta)
     y  = h1 (Wqkv + s B A)^T + c     the adapter merged into the weight: rounded once a step
     o  = softmax(q k^T / sqrt(d)) v
-    x' = x + o Wproj^T + c
-    h2 = norm(x'); u = h2 W1^T + c; g = gelu(u)
-    x" = x' + g W2^T + c
+    p  = o Wproj^T + c               middle = x + delta + p
+    h2 = norm(middle)
+    u  = h2 W1^T + c;  g = gelu(u);  m = g W2^T + c
+    returns (middle, m)
 
-Backward, with dx" given (frozen weights need no gradient, so each projection costs one product, not two):
+Backward, with the gradient of the new stream given (frozen weights need no gradient: one product each, not two):
 
-    du = (dx" W2) gelu'(u)           dx' = dx" + norm'(du W1)
-    dy = attention'(dx' Wproj)       dx  = dx' + norm'(dy (Wqkv + s B A))
+    du = (dm W2) gelu'(u)            d_middle = d_stream + norm'(du W1)
+    dy = attention'(d_middle Wproj)  d_before = d_middle + norm'(dy (Wqkv + s B A))
     S = h1 A^T + A beta              dB = s dy^T S;  dS = s dy B;  dA = dS^T h1;  d(A beta) = sum dS
 
-Shapes: M tokens in all, D width, T adapted parts of rank r. Kept for backward at level "fast": x, x', u, y and o, that
-is 2 D + 4 D + 3 D + D values a token, and the norms' statistics; at "lean" x alone, and the rest is computed again.
+Kept for backward, in values a token of width D, at level
+
+    fast       h1, y, o, h2, u       1 + 3 + 1 + 1 + 4 D    u as one byte an entry in fused form: 16 D bytes in all
+    balanced   all but y             computed again from h1: an eighth of the products more
+    lean       x + delta             1 D, and everything is computed again
+
+and the norms' and the softmax's statistics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..kernels.attention import attention_backward, attention_forward
 from .fold import FoldedBlock, FoldedLinear
+from .pieces import gelu, gelu_backward, gelu_forward, norm, norm_backward
 
-Memory = Literal["fast", "lean"]
+Memory = Literal["fast", "balanced", "lean"]
+_FORGOTTEN: dict[str, tuple[str, ...]] = {"fast": (), "balanced": ("y",)}
 
 
 @dataclass(frozen=True)
@@ -41,85 +52,124 @@ class Merged:
     bias: Tensor  # [N]
 
 
-def run_block(x: Tensor, block: FoldedBlock, memory: Memory = "fast") -> Tensor:
-    """x: [B, N, D] in the compute type -> the same; differentiable in x and in the adapters on the block."""
-    factors = [f for linear in block.linears for f in (linear.adapter_factors() or ())]
-    if torch.is_grad_enabled() and (x.requires_grad or any(f.requires_grad for f in factors)):
-        return _Block.apply(x, block, memory, *factors)
-    return _forward(x, block, _merge_all(block, factors), None)
+def run_blocks(x: Tensor, blocks: Iterable[FoldedBlock | nn.Module], memory: Memory = "fast") -> Tensor:
+    """x: [B, N, D] in the compute type -> the same, after all blocks; those that are not folded run as they are."""
+    delta: Tensor | None = None
+    for block in blocks:
+        if isinstance(block, FoldedBlock):
+            x, delta = run_block(x, delta, block, memory)
+        else:
+            with torch.autocast(x.device.type, dtype=x.dtype, enabled=x.dtype != torch.float32):
+                x, delta = block(x if delta is None else x + delta).to(x.dtype), None
+    return x if delta is None else x + delta
+
+
+def run_block(x: Tensor, delta: Tensor | None, block: FoldedBlock, memory: Memory = "fast") -> tuple[Tensor, Tensor]:
+    """The stream x + delta, [B, N, D] in the compute type, after the block, as a sum again.
+
+    Differentiable in x, in delta, in the adapters and in the norms that are trained.
+    """
+    trained = block.trained()
+    keep = block.draw_paths(x)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *trained)):
+        return _Block.apply(x, delta, block, memory, keep, *trained)
+    return _forward(x, delta, block, trained, keep, None)[:2]
 
 
 class _Block(torch.autograd.Function):
-    """The hand-written pair; adapter factors come as tensors so that autograd carries on behind them."""
+    """The hand-written pair; what is trained comes as tensors so that autograd carries on behind them."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, block: FoldedBlock, memory: Memory, *factors: Tensor) -> Tensor:
-        merged = _merge_all(block, factors)
-        kept: dict[str, Tensor] | None = {} if memory == "fast" else None
-        out = _forward(x, block, merged, kept)
-        ctx.block, ctx.memory, ctx.names = block, memory, list(kept or {})
-        ctx.save_for_backward(x, *(kept or {}).values(), *factors)
-        return out
+    def forward(
+        ctx: Any, x: Tensor, delta: Tensor | None, block: FoldedBlock, memory: Memory, keep: Any, *trained: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        kept: dict[str, Tensor] = {}
+        middle, m, before = _forward(x, delta, block, trained, keep, kept)
+        if memory == "lean":
+            kept = {"before": before}
+        for name in _FORGOTTEN.get(memory, ()):
+            del kept[name]
+        ctx.block, ctx.names, ctx.keep, ctx.has_delta = block, list(kept), keep, delta is not None
+        ctx.save_for_backward(*kept.values(), *trained)
+        return middle, m
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, *rest = ctx.saved_tensors
-        kept = dict(zip(ctx.names, rest, strict=False))
-        factors = rest[len(kept) :]
-        merged = _merge_all(ctx.block, factors)
-        if ctx.memory == "lean":
-            kept = {}
-            _forward(x, ctx.block, merged, kept)
-        needs = list(ctx.needs_input_grad)
-        dx, d_factors = _backward(grads[0], x, ctx.block, merged, kept, factors, needs[0])
-        return dx, None, None, *d_factors
+        values = ctx.saved_tensors
+        kept = dict(zip(ctx.names, values, strict=False))
+        trained = values[len(kept) :]
+        if "before" in kept:
+            before, kept = kept["before"], {}
+            _forward(before, None, ctx.block, trained, ctx.keep, kept)
+        dx, d_trained = _backward(*grads, ctx.block, trained, ctx.keep, kept, ctx.needs_input_grad[0])
+        return dx, dx if ctx.has_delta else None, None, None, None, *d_trained
 
 
-def _forward(x: Tensor, block: FoldedBlock, merged: Sequence[Merged], kept: dict[str, Tensor] | None) -> Tensor:
-    qkv, proj, fc1, fc2 = merged
-    h1 = _norm(x, block.eps[0])
-    y = F.linear(h1, qkv.weight, qkv.bias)
-    del h1
+def _forward(
+    x: Tensor,
+    delta: Tensor | None,
+    block: FoldedBlock,
+    trained: Sequence[Tensor],
+    keep: tuple[Tensor | None, Tensor | None],
+    kept: dict[str, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(middle, m, the stream before the block); fills `kept` if it is given."""
+    qkv, proj, fc1, fc2 = merge_all(block, trained)
+    h1, before, rstd1 = norm(x, delta, block.eps[0], block.fused)
+    y = F.linear(_affine(h1, block, 0, trained), qkv.weight, qkv.bias)
+    if kept is None:
+        del h1
     o, lse = attention_forward(_heads(y, block.heads))
     o = o.flatten(2)
-    middle = F.linear(o, proj.weight, proj.bias).add_(x)
-    h2 = _norm(middle, block.eps[1])
-    u = F.linear(h2, fc1.weight, fc1.bias)
-    g = gelu(u, block.activation)
-    if kept is not None:
-        kept |= {"y": y, "o": o, "lse": lse, "middle": middle, "u": u}
-    return F.linear(g, fc2.weight, fc2.bias).add_(middle)
+    p = _scaled(F.linear(o, proj.weight, proj.bias), keep[0])
+    h2, middle, rstd2 = norm(before, p, block.eps[1], block.fused)
+    u = F.linear(_affine(h2, block, 1, trained), fc1.weight, fc1.bias)
+    if kept is None:
+        g = gelu(u, block.activation)
+    else:
+        g, of_u = gelu_forward(u, block.activation, block.keeps_byte)
+        kept |= {"h1": h1, "rstd1": rstd1, "y": y, "o": o, "lse": lse, "h2": h2, "rstd2": rstd2, "u": of_u}
+    del u
+    return middle, _scaled(F.linear(g, fc2.weight, fc2.bias), keep[1]), before
 
 
 def _backward(
-    grad: Tensor,
-    x: Tensor,
+    d_middle: Tensor,
+    d_m: Tensor,
     block: FoldedBlock,
-    merged: Sequence[Merged],
+    trained: Sequence[Tensor],
+    keep: tuple[Tensor | None, Tensor | None],
     kept: dict[str, Tensor],
-    factors: Sequence[Tensor],
     needs_dx: bool,
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    qkv, proj, fc1, fc2 = merged
-    y, o, lse, middle, u = (kept[name] for name in ("y", "o", "lse", "middle", "u"))
-    of = dict(zip(_adapted(block), _threes(factors), strict=True))
+) -> tuple[Tensor | None, list[Tensor]]:
+    qkv, proj, fc1, fc2 = merge_all(block, trained)
+    h1, rstd1, o, lse, h2, rstd2, u = (kept[name] for name in ("h1", "rstd1", "o", "lse", "h2", "rstd2", "u"))
+    factors = _factors(block, trained)
     d_of: dict[str, tuple[Tensor, ...]] = {}
 
-    if "fc2" in of:
-        d_of["fc2"] = adapter_gradients(grad, gelu(u, block.activation), block.fc2, of["fc2"])
-    du = gelu_backward(grad @ fc2.weight, u, block.activation)
-    if "fc1" in of:
-        d_of["fc1"] = adapter_gradients(du, _norm(middle, block.eps[1]), block.fc1, of["fc1"])
-    d_middle = norm_backward(du @ fc1.weight, middle, block.eps[1]).add_(grad)
+    d_m = _scaled(d_m, keep[1])
+    if "fc2" in factors:
+        d_of["fc2"] = adapter_gradients(d_m, gelu(u, block.activation), block.fc2, factors["fc2"])
+    du = gelu_backward(d_m @ fc2.weight, u, block.activation)
+    if "fc1" in factors:
+        d_of["fc1"] = adapter_gradients(du, _affine(h2, block, 1, trained), block.fc1, factors["fc1"])
+    d_h2, d_norm2 = _affine_backward(du @ fc1.weight, h2, block, 1, trained)
     del du
-    if "proj" in of:
-        d_of["proj"] = adapter_gradients(d_middle, o, block.proj, of["proj"])
-    d_o = (d_middle @ proj.weight).view(*o.shape[:2], block.heads, -1)
+    d_middle = norm_backward(d_h2, h2, rstd2, d_middle, block.fused)
+    d_p = _scaled(d_middle, keep[0])
+    if "proj" in factors:
+        d_of["proj"] = adapter_gradients(d_p, o, block.proj, factors["proj"])
+    h1_affine = _affine(h1, block, 0, trained)
+    y = kept["y"] if "y" in kept else F.linear(h1_affine, qkv.weight, qkv.bias)
+    d_o = (d_p @ proj.weight).view(*o.shape[:2], block.heads, -1)
     dy = attention_backward(d_o, _heads(y, block.heads), o.view_as(d_o), lse).view_as(y)
-    if "qkv" in of:
-        d_of["qkv"] = adapter_gradients(dy, _norm(x, block.eps[0]), block.qkv, of["qkv"])
-    dx = norm_backward(dy @ qkv.weight, x, block.eps[0]).add_(d_middle) if needs_dx else None
-    return dx, [d for name in _adapted(block) for d in d_of[name]]
+    if "qkv" in factors:
+        d_of["qkv"] = adapter_gradients(dy, h1_affine, block.qkv, factors["qkv"])
+    dx, d_norm1 = None, ()
+    if needs_dx or block.norms[0] is not None:
+        d_h1, d_norm1 = _affine_backward(dy @ qkv.weight, h1, block, 0, trained)
+        dx = norm_backward(d_h1, h1, rstd1, d_middle, block.fused) if needs_dx else None
+    return dx, [*(d for name in factors for d in d_of[name]), *d_norm1, *d_norm2]
 
 
 def merge(linear: FoldedLinear, factors: Sequence[Tensor] | None) -> Merged:
@@ -136,6 +186,12 @@ def merge(linear: FoldedLinear, factors: Sequence[Tensor] | None) -> Merged:
         weight[part * rows : (part + 1) * rows].addmm_(b[t], a[t], alpha=scale)
         bias[part * rows : (part + 1) * rows].addmv_(b[t], shift[t], alpha=scale)
     return Merged(weight.to(linear.weight.dtype), bias.to(linear.bias.dtype))
+
+
+def merge_all(block: FoldedBlock, trained: Sequence[Tensor]) -> list[Merged]:
+    """The block's four projections. trained: what `FoldedBlock.trained` gives."""
+    factors = _factors(block, trained)
+    return [merge(linear, factors.get(name)) for name, linear in block.linears.items()]
 
 
 def adapter_gradients(
@@ -158,46 +214,41 @@ def adapter_gradients(
     return scale * d_a, scale * d_shift, scale * d_b
 
 
-def gelu(u: Tensor, activation: str) -> Tensor:
-    """erf: x Phi(x). tanh: its tanh approximation. quick: x sigmoid(1.702 x)."""
-    if activation == "quick":
-        return u * torch.sigmoid(1.702 * u)
-    return F.gelu(u, approximate="tanh" if activation == "tanh" else "none")
+def _factors(block: FoldedBlock, trained: Sequence[Tensor]) -> dict[str, Sequence[Tensor]]:
+    """(A, A beta, B) by projection, for those with an adapter; they stand first in `trained`, three each."""
+    names = [name for name, linear in block.linears.items() if linear.adapter is not None]
+    return {name: trained[3 * i : 3 * i + 3] for i, name in enumerate(names)}
 
 
-def gelu_backward(d_g: Tensor, u: Tensor, activation: str) -> Tensor:
-    """d_g gelu'(u)."""
-    if activation == "quick":
-        s = torch.sigmoid(1.702 * u)
-        return d_g * (s + 1.702 * u * s * (1 - s))
-    return torch.ops.aten.gelu_backward(d_g, u, approximate="tanh" if activation == "tanh" else "none")
+def _scale_and_shift(block: FoldedBlock, which: int, trained: Sequence[Tensor]) -> Sequence[Tensor] | None:
+    """(gamma, beta) of a norm that is trained; they stand last in `trained`, two each."""
+    if block.norms[which] is None:
+        return None
+    after = 2 if which == 0 and block.norms[1] is not None else 0
+    return trained[len(trained) - after - 2 : len(trained) - after]
 
 
-def norm_backward(d_h: Tensor, x: Tensor, eps: float) -> Tensor:
-    """Gradient of the bare normalisation: rstd (d_h - mean d_h - h mean(d_h h))."""
-    _, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
-    return torch.ops.aten.native_layer_norm_backward(
-        d_h, x, x.shape[-1:], mean, rstd, None, None, [True, False, False]
-    )[0]
+def _affine(x_hat: Tensor, block: FoldedBlock, which: int, trained: Sequence[Tensor]) -> Tensor:
+    pair = _scale_and_shift(block, which, trained)
+    return x_hat if pair is None else torch.addcmul(pair[1].to(x_hat.dtype), x_hat, pair[0].to(x_hat.dtype))
 
 
-def _norm(x: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], None, None, eps)
+def _affine_backward(
+    d: Tensor, x_hat: Tensor, block: FoldedBlock, which: int, trained: Sequence[Tensor]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The gradient of x_hat, and of (gamma, beta) if they are trained."""
+    pair = _scale_and_shift(block, which, trained)
+    if pair is None:
+        return d, ()
+    rows = tuple(range(d.dim() - 1))
+    of_pair = ((d * x_hat).sum(rows, dtype=torch.float32), d.sum(rows, dtype=torch.float32))
+    return d * pair[0].to(d.dtype), of_pair
+
+
+def _scaled(branch: Tensor, keep: Tensor | None) -> Tensor:
+    return branch if keep is None else branch * keep
 
 
 def _heads(y: Tensor, heads: int) -> Tensor:
     """[B, N, 3 D] -> [B, N, 3, H, d]."""
     return y.view(*y.shape[:2], 3, heads, -1)
-
-
-def _adapted(block: FoldedBlock) -> list[str]:
-    return [name for name in ("qkv", "proj", "fc1", "fc2") if getattr(block, name).adapter is not None]
-
-
-def _threes(factors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-    return [factors[i : i + 3] for i in range(0, len(factors), 3)]
-
-
-def _merge_all(block: FoldedBlock, factors: Sequence[Tensor]) -> list[Merged]:
-    threes = iter(_threes(factors))
-    return [merge(linear, next(threes) if linear.adapter is not None else None) for linear in block.linears]

@@ -63,42 +63,81 @@ class FoldedBlock:
     proj: FoldedLinear
     fc1: FoldedLinear
     fc2: FoldedLinear
+    norms: tuple[nn.LayerNorm | None, nn.LayerNorm | None] = (None, None)  # those that are trained, hence not folded
+    paths: tuple[nn.Module, nn.Module] = (nn.Identity(), nn.Identity())  # drop path of the two branches
+    fused: bool = False  # norms and GELU by the kernels; else by the library (pieces.py)
 
     @property
-    def linears(self) -> tuple[FoldedLinear, ...]:
-        """In the order in which they run."""
-        return self.qkv, self.proj, self.fc1, self.fc2
+    def linears(self) -> dict[str, FoldedLinear]:
+        """By name, in the order in which they run."""
+        return {"qkv": self.qkv, "proj": self.proj, "fc1": self.fc1, "fc2": self.fc2}
+
+    @property
+    def keeps_byte(self) -> bool:
+        """Whether GELU's derivative is kept as one byte; an adapter on fc2 needs GELU's value in backward."""
+        return self.fused and self.fc2.adapter is None
+
+    def trained(self) -> list[Tensor]:
+        """(A, A beta, B) of each adapter, then (gamma, beta) of each trained norm; differentiable, fp32."""
+        factors = [f for linear in self.linears.values() for f in (linear.adapter_factors() or ())]
+        return factors + [p for norm in self.norms if norm is not None for p in (norm.weight, norm.bias)]
+
+    def draw_paths(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The factors of drop path [B, 1, 1], 0 or 1 / (1 - p), drawn by timm's own module; None: nothing drops."""
+        first, second = (self._draw_path(path, x) for path in self.paths)
+        return first, second
+
+    @staticmethod
+    def _draw_path(path: nn.Module, x: Tensor) -> Tensor | None:
+        if not path.training or not getattr(path, "drop_prob", None):
+            return None
+        return path(x.new_ones(len(x), 1, 1))
 
 
 def why_not(vit: nn.Module) -> str | None:
-    """Why the engine cannot run this model, or None if it can."""
+    """Why the engine cannot run this model, or None if it can run at least some of its blocks."""
     if not isinstance(vit, VisionTransformer):
         return f"it is a {type(vit).__name__}"
-    for index, block in enumerate(vit.blocks):
-        reason = _why_not_block(block)
-        if reason:
-            return f"block {index} {reason}"
-    return None
+    reasons = [_why_not_block(block) for block in vit.blocks]
+    if not reasons or None in reasons:
+        return None
+    return f"block 0 {reasons[0]}"
 
 
 @torch.no_grad()
-def fold(vit: VisionTransformer, dtype: torch.dtype) -> list[FoldedBlock]:
-    """The folded blocks of `vit` in `dtype`; adapters are referred to, not copied. Raises ValueError if it cannot."""
+def fold(vit: VisionTransformer, dtype: torch.dtype, fused: bool | None = None) -> list[FoldedBlock | nn.Module]:
+    """The blocks of `vit`, folded in `dtype`; adapters and trained norms are referred to, not copied.
+
+    A block that cannot be folded, or whose weights are trained, is given back as it is. fused: norms and GELU by the
+    kernels; None: in 16 bit on a GPU. Raises ValueError if no block can be folded.
+    """
     reason = why_not(vit)
     if reason:
         raise ValueError(f"engine: cannot fold this model: {reason}")
-    return [_fold_block(block, dtype) for block in vit.blocks]
+    return [block if _why_not_block(block) else _fold_block(block, dtype, fused) for block in vit.blocks]
 
 
-def _fold_block(block: Any, dtype: torch.dtype) -> FoldedBlock:
+def left_alone(vit: VisionTransformer) -> dict[int, str]:
+    """The blocks that run as they are beside folded ones, with the reason."""
+    reasons = {index: _why_not_block(block) for index, block in enumerate(vit.blocks)}
+    return {index: reason for index, reason in reasons.items() if reason}
+
+
+def _fold_block(block: Any, dtype: torch.dtype, fused: bool | None) -> FoldedBlock:
+    if fused is None:
+        fused = block.norm1.weight.device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    trained = [norm if norm.weight.requires_grad else None for norm in (block.norm1, block.norm2)]
     return FoldedBlock(
         heads=block.attn.num_heads,
         eps=(block.norm1.eps, block.norm2.eps),
         activation=ACTIVATIONS[type(block.mlp.act).__name__],
-        qkv=_fold_linear(block.attn.qkv, dtype, norm=block.norm1),
+        qkv=_fold_linear(block.attn.qkv, dtype, norm=None if trained[0] else block.norm1),
         proj=_fold_linear(block.attn.proj, dtype, layer_scale=block.ls1),
-        fc1=_fold_linear(block.mlp.fc1, dtype, norm=block.norm2),
+        fc1=_fold_linear(block.mlp.fc1, dtype, norm=None if trained[1] else block.norm2),
         fc2=_fold_linear(block.mlp.fc2, dtype, layer_scale=block.ls2),
+        norms=(trained[0], trained[1]),
+        paths=(block.drop_path1, block.drop_path2),
+        fused=fused,
     )
 
 
@@ -136,14 +175,15 @@ def _why_not_block(block: Any) -> str | None:
     for norm in (block.norm1, block.norm2):
         if not isinstance(norm, nn.LayerNorm) or norm.bias is None:
             return f"has the norm {type(norm).__name__}"
-        if norm.weight.requires_grad:
-            return "trains its norms"
     for linear in (attention.qkv, attention.proj, mlp.fc1, mlp.fc2):
         base: Any = linear.base if isinstance(linear, LoraLinear) else linear
         if base.weight.requires_grad:
             return "trains its weights"
-    path: Any
-    for path in (block.drop_path1, block.drop_path2, attention.attn_drop, attention.proj_drop, mlp.drop1, mlp.drop2):
-        if block.training and (getattr(path, "drop_prob", None) or getattr(path, "p", None)):
-            return "drops paths or values while training"
+    for scale in (block.ls1, block.ls2):
+        if any(p.requires_grad for p in scale.parameters()):
+            return "trains its LayerScale"
+    drop: Any
+    for drop in (attention.attn_drop, attention.proj_drop, mlp.drop1, mlp.drop2):
+        if block.training and drop.p:
+            return "drops values while training"
     return None

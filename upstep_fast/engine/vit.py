@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from .block import Memory, run_block
-from .fold import FoldedBlock, fold, why_not
+from .block import Memory, run_blocks
+from .fold import FoldedBlock, fold, left_alone, why_not
 
 log = logging.getLogger("upstep_fast")
 
@@ -22,7 +22,7 @@ class EngineViT:
     """A frozen ViT in the engine's form, with the adapters of the original model."""
 
     vit: VisionTransformer
-    blocks: list[FoldedBlock]
+    blocks: list[FoldedBlock | nn.Module]
     dtype: torch.dtype
     memory: Memory
     frozen: tuple[tuple[nn.Parameter, int], ...]  # what was folded, and its version then
@@ -32,17 +32,19 @@ class EngineViT:
         if any(parameter._version != version for parameter, version in self.frozen):
             raise RuntimeError("engine: a frozen weight was changed after folding; fold the model again")
         vit, kind = self.vit, images.device.type
-        with torch.no_grad(), torch.autocast(kind, dtype=self.dtype, enabled=self.dtype != torch.float32):
+        with torch.autocast(kind, dtype=self.dtype, enabled=self.dtype != torch.float32):
             x = vit.norm_pre(vit.patch_drop(vit._pos_embed(patch_embed(vit, images)))).to(self.dtype)
         with torch.autocast(kind, enabled=False):  # the engine chooses its own types
-            for block in self.blocks:
-                x = run_block(x, block, self.memory)
+            x = run_blocks(x, self.blocks, self.memory)
             return vit.forward_head(vit.norm(x.float()), pre_logits=True)
 
 
-def build(vit: VisionTransformer, dtype: torch.dtype, memory: Memory = "fast") -> EngineViT:
-    """Folds `vit` for training or for features in `dtype`. Raises ValueError if the engine cannot run it."""
-    blocks = fold(vit, dtype)
+def build(vit: VisionTransformer, dtype: torch.dtype, memory: Memory = "fast", fused: bool | None = None) -> EngineViT:
+    """Folds `vit` for training or for features in `dtype`. Raises ValueError if the engine cannot run it.
+
+    fused: as for `fold`.
+    """
+    blocks = fold(vit, dtype, fused)
     frozen = tuple((p, p._version) for p in vit.parameters() if not p.requires_grad)
     return EngineViT(vit, blocks, dtype, memory, frozen)
 
@@ -50,13 +52,16 @@ def build(vit: VisionTransformer, dtype: torch.dtype, memory: Memory = "fast") -
 def choose(
     vit: nn.Module, dtype: torch.dtype, memory: Memory, otherwise: Callable[[Tensor], Tensor]
 ) -> Callable[[Tensor], Tensor]:
-    """The engine's `features` if it can run `vit`, else `otherwise`, with a line that says why."""
+    """The engine's `features` if it can run `vit`, else `otherwise`, compiled on a GPU; with a line that says why."""
     reason = why_not(vit)
     if reason is None:
         assert isinstance(vit, VisionTransformer)
+        for index, why in left_alone(vit).items():
+            log.info("engine: block %d runs as it is, since it %s", index, why)
         return build(vit, dtype, memory).features
-    log.warning("engine: running the plain model instead, since %s", reason)
-    return otherwise
+    is_cuda = next(vit.parameters()).device.type == "cuda"
+    log.warning("engine: running the plain model%s instead, since %s", " under torch.compile" * is_cuda, reason)
+    return torch.compile(otherwise) if is_cuda else otherwise
 
 
 def patch_embed(vit: VisionTransformer, images: Tensor) -> Tensor:
