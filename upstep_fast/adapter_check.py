@@ -12,7 +12,7 @@ from torch import Tensor
 from . import backbone as backbones
 from .device import Compute
 from .errors import CheckFailedError
-from .methods.upstep import UpStep
+from .methods import Method
 from .resume import RunState
 
 
@@ -20,29 +20,30 @@ from .resume import RunState
 def check_adapter(state: RunState, images: Tensor, compute: Compute, out: Path) -> None:
     """Raises CheckFailedError unless every adapter got a gradient, moved, and changes the features.
 
-    images: [2, B, C, H, W].
+    images: [B, C, H, W].
     """
     method = state.method
-    for (name, adapter), got in zip(method.adapters.items(), state.received.tolist(), strict=True):
+    for name, got in zip(method.watched(), state.received.tolist(), strict=True):
         if not got:
             raise CheckFailedError(
                 f"adapter: {name} never received a gradient; the adapter in {out} is kept for a look"
             )
+    for name, adapter in method.adapters.items():
         for part, b in zip(adapter.parts, adapter.lora_b, strict=True):
             if not b.any():
                 raise CheckFailedError(f"adapter: lora_B of {name}, part {part}, is all zero after training; see {out}")
             if not b.isfinite().all():
                 raise CheckFailedError(f"adapter: lora_B of {name}, part {part}, is not finite; see {out}")
     with compute.autocast():
-        adapted = backbones.features(method.vit, images[0, :32])
+        adapted = backbones.features(method.vit, images[:32])
         with without_adapters(method):
-            base = backbones.features(method.vit, images[0, :32])
+            base = backbones.features(method.vit, images[:32])
     if torch.equal(adapted, base):
         raise CheckFailedError(f"adapter: features with and without it are the same; the adapter in {out} does nothing")
 
 
 @contextlib.contextmanager
-def without_adapters(method: UpStep) -> Iterator[None]:
+def without_adapters(method: Method) -> Iterator[None]:
     """Within this context the adapters add nothing."""
     scales = {adapter: adapter.scale for adapter in method.adapters.values()}
     try:

@@ -9,6 +9,8 @@ configuration, 3 data unusable, 4 adapter or quality check failed, 75 interrupte
 from __future__ import annotations
 
 import difflib
+import itertools
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -53,21 +55,25 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except UpstepError as error:
         if debug:
             raise
-        print(f"upstep-fast: {error}", file=sys.stderr)
+        if not error.is_said:
+            _complain(str(error))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("upstep-fast: interrupted", file=sys.stderr)
+        _complain("interrupted")
         sys.exit(Interrupted.exit_code)
     except Exception as error:
         if debug:
             raise
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(
-            f"upstep-fast: {type(error).__name__}: {text} (run again with --debug for the traceback)",
-            file=sys.stderr,
-        )
+        _complain(f"{type(error).__name__}: {text} (run again with --debug for the traceback)")
         sys.exit(1)
     sys.exit(0)
+
+
+def _complain(text: str) -> None:
+    # not by distributed.py: a usage error need not wait for torch
+    rank = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
+    print(f"upstep-fast{'' if rank == '0' else f' (rank {rank})'}: {text}", file=sys.stderr)
 
 
 def _dispatch(args: list[str], debug: bool) -> None:
@@ -107,7 +113,7 @@ def parse(config_class: type, args: Sequence[str], prog: str) -> Any:
     import tyro
 
     from . import cli_help
-    from .config import read_toml
+    from .config import of_method, read_toml
 
     cli_help.plain_help()
     args = list(args)
@@ -119,7 +125,7 @@ def parse(config_class: type, args: Sequence[str], prog: str) -> Any:
         values = read_toml(args[at + 1], config_class)
         del args[at : at + 2]
     # a method has defaults and flags of its own
-    named = [b for a, b in zip(args, args[1:], strict=False) if a == "--method"]
+    named = [value for flag, value in itertools.pairwise(args) if flag == "--method"]
     named += [a.removeprefix("--method=") for a in args if a.startswith("--method=")]
     config_class = of_method(config_class, named[-1] if named else values.get("method"))
     cli_help.check_flags(args, config_class)
@@ -158,9 +164,12 @@ def _config(name: str) -> Callable[[], type]:
 
 def _adapt(config: Any) -> None:
     from .advice import embed_command
+    from .distributed import is_first
     from .trainer import run
 
     result, out = run(config), Path(config.out)
+    if not is_first():
+        return
     print(
         f"adapter: {result.adapter}  ({result.steps} steps, {result.opened} with an update, {result.seconds:,.0f} s)\n"
         f"report: {out / 'report.html'}\n"
@@ -169,16 +178,22 @@ def _adapt(config: Any) -> None:
 
 
 def _eval(config: Any) -> None:
+    from .distributed import is_first
     from .evaluation import run
     from .report import print_scores
 
-    print_scores(run(config))
+    result = run(config)
+    if is_first():
+        print_scores(result)
 
 
 def _embed(config: Any) -> None:
+    from .distributed import is_first
     from .evaluation import run_embed
 
-    print(f"features: {run_embed(config)}")
+    out = run_embed(config)
+    if is_first():
+        print(f"features: {out}")
 
 
 def _export(config: Any) -> None:

@@ -168,6 +168,30 @@ class AdaptConfig(ModelConfig):
     """Probability of a Gaussian blur."""
     grey: float | None = None
     """Probability of dropping the colour."""
+    crop_ratio: tuple[float, float] | None = None
+    """Narrowest and widest shape of a random crop, width over height."""
+    interpolation: Literal["bilinear", "bicubic"] | None = None
+    """Filter that resizes the crops, antialiased."""
+    vertical_flip: float | None = None
+    """Probability of an up-down flip."""
+    rotate90: float | None = None
+    """Probability of a turn by 90, 180 or 270 degrees; .75 makes all four directions equally likely."""
+    brightness: float | None = None
+    """Brightness is multiplied by 1 - this to 1 + this; 0: left as it is."""
+    contrast: float | None = None
+    """The same for the contrast."""
+    saturation: float | None = None
+    """The same for the saturation."""
+    hue: float | None = None
+    """Largest turn of the hue, as a part of the circle, 0 to 0.5."""
+    solarize: float | None = None
+    """Probability of inverting the bright half of the levels."""
+
+    # images
+    mean_std: Literal["given", "auto"] = "given"
+    """auto: --mean and --std are measured on a sample of the images; given: these flags, or the model's own."""
+    triage: bool = False
+    """Look at all images first: leave out copies and blank ones, list near copies and odd ones in skipped.csv."""
 
     log_every: int = 10
     """Steps between two lines on the console when it is not a terminal."""
@@ -201,8 +225,21 @@ class AdaptConfig(ModelConfig):
             "grey",
             "crop_min",
             "crop_max",
+            "vertical_flip",
+            "rotate90",
+            "solarize",
         ):
             _fraction(self, name)
+        for name in ("brightness", "contrast", "saturation", "hue"):
+            _at_least(self, name, 0)
+        if self.hue is not None and self.hue > 0.5:
+            raise ConfigError(f"hue: got {self.hue}, must lie in 0 to 0.5")
+        if self.crop_ratio is not None and not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
+            raise ConfigError(
+                f"crop_ratio: got {self.crop_ratio[0]} to {self.crop_ratio[1]}, must be above 0, in order"
+            )
+        if self.mean_std == "auto" and (self.mean or self.std):
+            raise ConfigError("mean_std: auto measures mean and std; do not give --mean or --std as well")
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ConfigError("tensorboard: it is not installed; pip install 'upstep_fast[report]'")
         if self.resume and self.overwrite:

@@ -147,9 +147,14 @@ def merge(vit: nn.Module, *, strength: float = 1.0) -> nn.Module:
 
 def save(folder: str | Path, adapters: Mapping[str, LoraLinear], base_model: str) -> None:
     """Writes adapter_config.json and adapter_model.safetensors, each replaced whole or not at all."""
+    write(folder, to_files(adapters, base_model))
+
+
+def write(folder: str | Path, files: Mapping[str, bytes]) -> None:
+    """Writes the files of an adapter, each replaced whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, data in to_files(adapters, base_model).items():
+    for name, data in files.items():
         write_whole(folder / name, data)
 
 

@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from . import __version__, lora
+from . import __version__
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint
 from .config import AdaptConfig
@@ -33,7 +33,7 @@ from .errors import ConfigError, RunFailedError
 from .gate import GateState
 from .kernels import _dispatch as dispatch
 from .kernels import _measure as measure
-from .methods.upstep import UpStep
+from .methods import Method
 
 log = logging.getLogger("upstep_fast")
 
@@ -49,10 +49,10 @@ _FREE = {
 class RunState:
     """What changes from step to step. Nothing else may carry over from one step to the next."""
 
-    method: UpStep
+    method: Method
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    received: Tensor  # [adapters] bool, whether an adapter's B ever got a gradient other than 0
+    received: Tensor  # [watched] bool, whether what must learn ever got a gradient other than 0
     gate: GateState = field(default_factory=GateState)
     step: int = 0  # the next one
     loss: float = math.nan  # of the last open step
@@ -112,7 +112,7 @@ def files(state: RunState) -> dict[str, bytes]:
     """The checkpoint's files: the adapter as PEFT reads it, and every tensor of the state."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(state).items()}
     return {
-        **lora.to_files(state.method.adapters, state.method.config.model),
+        **state.method.result_files(),
         STATE: safetensors.torch.save(tensors),
     }
 
@@ -189,11 +189,8 @@ def restore(state: RunState, checkpoint: Checkpoint, identity: Identity) -> None
 
 def _tensors(state: RunState) -> dict[str, Tensor]:
     method = state.method
-    learned = {name: p for name, p in method.named_parameters() if p.requires_grad}
-    tensors = {
-        f"method.{name}": tensor for name, tensor in (learned | dict(method.named_buffers(recurse=False))).items()
-    }
-    for name, parameter in learned.items():
+    tensors = {f"method.{name}": tensor for name, tensor in method.state_tensors().items()}
+    for name, parameter in method.named_parameters():
         for key, value in state.optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{key}"] = value
     return tensors | {"received": state.received}

@@ -11,32 +11,18 @@ from torch import Tensor
 from . import gate as gates
 from .config import AdaptConfig
 from .device import Compute
-from .methods.upstep import Embedded, UpStep
+from .methods import Embedded, Method
+from .methods.schedules import warmup_cosine as schedule  # noqa: F401  (by the name that its tests know)
 from .resume import RunState
 
 
-def schedule(step: int, steps: int, warmup: float) -> float:
-    """Factor on the peak learning rate: linear warm-up, then cosine to 0. Skipped steps advance it too.
-
-    warmup: a fraction of `steps` below 1, a number of steps from 1 on.
-    """
-    rising = warmup * steps if warmup < 1 else warmup
-    if step < rising:
-        return (step + 1) / (rising + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1.0, steps - rising)))
-
-
-def step(
-    state: RunState, images: Tensor, rule: gates.GateRule, config: AdaptConfig, compute: Compute
-) -> dict[str, Any]:
-    """One step, in place; images: [2, B, C, H, W], two views. Returns what metrics.jsonl says of it.
+def step(state: RunState, images: Any, rule: gates.GateRule, config: AdaptConfig, compute: Compute) -> dict[str, Any]:
+    """One step, in place; images: the views that the method made. Returns what metrics.jsonl says of it.
 
     A step whose centre, loss or gradients are not finite changes no weight, moment or running value.
     """
-    assert config.steps is not None
-    method, lr = state.method, config.lr * schedule(state.step, config.steps, config.warmup)
-    for group in state.optimizer.param_groups:
-        group["lr"] = lr
+    method = state.method
+    method.schedule(state.optimizer, state.step)
     is_open, learning, target, state.gate = forward(method, images, rule, state.gate, config, compute)
     magnitude = learning.magnitudes[0].item()
     bad = None if math.isfinite(magnitude) else f"the centre's magnitude is {magnitude}"
@@ -44,7 +30,9 @@ def step(
         with compute.autocast():
             loss = method.loss(learning, target)
         state.loss = loss.item()
-        bad = update(loss, method, state.optimizer, state.scaler, state.received, config.clip)
+        bad = update(loss, method, state.optimizer, state.scaler, state.received)
+        if bad is None:
+            method.after_update()
     if math.isfinite(magnitude):
         method.remember(learning)
     row = {
@@ -52,16 +40,17 @@ def step(
         "loss": state.loss if is_open else None,
         "center": magnitude,
         "open": is_open,
-        "lr": lr,
+        "lr": state.optimizer.param_groups[0]["lr"],
         "bad": bad,
+        **(method.figures() if is_open else {}),
     }
     state.step += 1
     return row
 
 
 def forward(
-    method: UpStep,
-    images: Tensor,
+    method: Method,
+    images: Any,
     rule: gates.GateRule,
     state: gates.GateState,
     config: AdaptConfig,
@@ -82,35 +71,35 @@ def forward(
             learning = method.embed(images)
         is_open, state = gates.decide(rule, state, learning.magnitudes.tolist())
     if not is_open:  # nothing kept for a backward pass outlives the decision
-        learning = Embedded(learning.z.detach(), learning.centre.detach(), learning.magnitudes)
+        learning = learning.detach()
     return is_open, learning, None, state
 
 
 def update(
     loss: Tensor,
-    method: UpStep,
+    method: Method,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     received: Tensor,
-    clip: float,
 ) -> str | None:
     """Backward and one optimizer step, unless the loss or a gradient is not finite. Returns why it was not applied.
 
-    received: [adapters] bool, set where an adapter's B got a gradient other than 0.
+    received: [watched] bool, set where what the method watches got a gradient other than 0.
     """
     optimizer.zero_grad(set_to_none=True)
     if not math.isfinite(loss.item()):
         return f"the loss is {loss.item()}"
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
-    adapters = method.adapter_parameters()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in adapters if p.grad is not None])
-    others = torch.nn.utils.get_total_norm([p.grad for p in method.other_parameters() if p.grad is not None])
-    finite = math.isfinite((norm + others).item())
+    parts = method.gradient_parts()
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]) for part, _ in parts]
+    finite = math.isfinite(sum(norms, torch.zeros(())).item())
     if finite:
-        received |= torch.stack([a.lora_b.grad.ne(0).any() for a in method.adapters.values()])  # type: ignore[union-attr]
-        if clip:
-            torch.nn.utils.clip_grads_with_norm_(adapters, clip, norm)
+        none = received.new_zeros(())
+        received |= torch.stack([none if p.grad is None else p.grad.ne(0).any() for p in method.watched().values()])
+        for (part, clip), norm in zip(parts, norms, strict=True):
+            if clip:
+                torch.nn.utils.clip_grads_with_norm_(part, clip, norm)
     if finite or scaler.is_enabled():
         scaler.step(optimizer)  # under fp16 the scaler itself leaves out a step with non-finite gradients
         scaler.update()

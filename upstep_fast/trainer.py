@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -14,21 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from . import __version__, html_report, lora, output, resume
+from . import __version__, html_report, lora, methods, output, resume
 from . import backbone as backbones
 from . import gate as gates
 from .adapter_check import check_adapter
 from .checkpoint import Writer
-from .config import AdaptConfig, known_field
+from .config import AdaptConfig, known_field, of_method
 from .data.loader import Batch, Loader
 from .data.sources import Source, open_source
-from .data.views import ViewConfig, random_views, view_config
 from .device import Compute, resolve
 from .errors import ConfigError, Interrupted, RunFailedError
 from .kernels import _dispatch as dispatch
-from .methods.upstep import UpStep
+from .methods import Method
 from .report import Metrics, Progress, train_log
 from .resume import RunState
 from .signals import signals
@@ -52,15 +49,19 @@ class AdaptResult:
 
 
 def adapt(**options: Any) -> AdaptResult:
-    """Adapts `model` to the images in `data` and writes the adapter to `out`; keywords are AdaptConfig's fields."""
+    """Adapts `model` to the images in `data` and writes the adapter to `out`.
+
+    Keywords are the fields of AdaptConfig, or of ExploraConfig with method="explora".
+    """
+    config_class = of_method(AdaptConfig, options.get("method"))
     for name in options:
-        known_field(name, AdaptConfig, "adapt")
+        known_field(name, config_class, "adapt")
     if missing := [name for name in ("model", "data", "out") if name not in options]:
         raise ConfigError(f"adapt: {', '.join(missing)} must be given")
     data = options["data"]
     paths = [data] if isinstance(data, (str, Path)) else data
     fields: dict[str, Any] = {name: str(v) if isinstance(v, Path) else v for name, v in options.items()}
-    return run(AdaptConfig(**fields | {"data": tuple(str(path) for path in paths)}))
+    return run(config_class(**fields | {"data": tuple(str(path) for path in paths)}))
 
 
 def run(config: AdaptConfig) -> AdaptResult:
@@ -101,12 +102,12 @@ def _train(
 ) -> AdaptResult:
     assert config.steps is not None
     identity = resume.identify(config, compute, source, backbones.fingerprint(backbone.vit))
-    rule, views, state = gate_rule(config), view_config(config, backbone), fresh_state(config, compute, backbone)
+    rule, channels, state = gate_rule(config), len(backbone.mean), fresh_state(config, compute, backbone)
     if config.resume:
         resume.go_on(state, out / output.CHECKPOINTS, identity)
     began = time.monotonic()
     with (
-        make_loader(config, source, state, len(views.mean)) as loader,
+        make_loader(config, source, state, channels) as loader,
         Metrics(out / "metrics.jsonl", state.step, config.tensorboard) as metrics,
         Progress(config, state.gate) as progress,
         Writer() as writer,
@@ -115,11 +116,11 @@ def _train(
         with _kept(state, loader, config, out):
             if state.step == 0 and state.method.needs_start:
                 with compute.autocast():
-                    state.method.start(_start_views(config, source, state, views, compute))
+                    state.method.start(_start_views(config, source, state, channels, compute))
             while state.step < config.steps:
                 batch = next(loader)
                 began_step = time.monotonic()
-                row = step(state, make_views(batch, views, config, compute), rule, config, compute)
+                row = step(state, make_views(state.method, batch, compute), rule, config, compute)
                 row |= {
                     "images_per_s": config.batch_size / max(1e-9, time.monotonic() - began_step + loader.data_wait),
                     "data_wait": loader.data_wait,
@@ -142,7 +143,8 @@ def _train(
                         f"stopped after {state.step} of {config.steps} steps, all saved; "
                         "go on with the same command and --resume"
                     )
-        check_adapter(state, make_views(next(loader), views, config, compute), compute, out)
+        images = state.method.images(make_views(state.method, next(loader), compute))
+        check_adapter(state, images, compute, out)
     return AdaptResult(out / "adapter", config.steps, state.gate.opened, state.loss, time.monotonic() - began)
 
 
@@ -169,23 +171,20 @@ def stop_if_bad(state: RunState, row: dict[str, Any], source: Source, batch: Bat
 
 def fresh_state(config: AdaptConfig, compute: Compute, backbone: backbones.Backbone) -> RunState:
     """The state before the first step."""
-    method = UpStep(backbone, config, config.prototypes).to(compute.device)
+    method = methods.build(backbone, config).to(compute.device)
     if config.implementation != "reference":
         method.accelerate(compute.dtype or torch.float32, config.memory)
     return RunState(
         method=method,
         optimizer=make_optimizer(method, config),
         scaler=torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16"),
-        received=torch.zeros(len(method.adapters), dtype=torch.bool, device=compute.device),
+        received=torch.zeros(len(method.watched()), dtype=torch.bool, device=compute.device),
     )
 
 
-def make_optimizer(method: UpStep, config: AdaptConfig) -> torch.optim.Optimizer:
-    """AdamW; weight decay on the head alone."""
-    groups: list[dict[str, Any]] = [{"params": method.adapter_parameters(), "weight_decay": 0.0}]
-    if others := method.other_parameters():
-        groups.append({"params": others, "weight_decay": config.weight_decay})
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), fused=True)
+def make_optimizer(method: Method, config: AdaptConfig) -> torch.optim.Optimizer:
+    """AdamW over the method's groups."""
+    return torch.optim.AdamW(method.parameter_groups(), lr=config.lr, betas=(0.9, 0.999), fused=True)
 
 
 def gate_rule(config: AdaptConfig) -> gates.GateRule:
@@ -215,17 +214,9 @@ def make_loader(config: AdaptConfig, source: Source, state: RunState, channels: 
     return loader
 
 
-def make_views(batch: Batch, views: ViewConfig, config: AdaptConfig, compute: Compute) -> Tensor:
-    """Two random views of a batch on the device, [2, B, C, H, W]."""
-    return random_views(
-        batch.images,
-        views,
-        seed=config.seed,
-        epoch=batch.epoch,
-        indices=batch.indices,
-        views=2,
-        device=compute.device,
-    )
+def make_views(method: Method, batch: Batch, compute: Compute) -> Any:
+    """The views of a batch that the method wants, on the device."""
+    return method.views(batch, compute.device)
 
 
 @contextlib.contextmanager
@@ -234,7 +225,7 @@ def _kept(state: RunState, loader: Loader, config: AdaptConfig, out: Path) -> It
 
     def keep() -> None:
         if state.gate.opened:
-            lora.save(out / "adapter", state.method.adapters, config.model)
+            lora.write(out / "adapter", state.method.result_files())
         loader.write_skipped(out / "skipped.csv")
 
     try:
@@ -254,9 +245,9 @@ def default_workers() -> int:
 
 
 def _start_views(
-    config: AdaptConfig, source: Source, state: RunState, views: ViewConfig, compute: Compute
-) -> Iterator[Tensor]:
-    with make_loader(config, source, state, len(views.mean)) as loader:
+    config: AdaptConfig, source: Source, state: RunState, channels: int, compute: Compute
+) -> Iterator[Any]:
+    with make_loader(config, source, state, channels) as loader:
         batches = -(-min(len(source), START_IMAGES) // config.batch_size)
         for _, batch in zip(range(batches), loader, strict=False):
-            yield make_views(batch, views, config, compute)
+            yield make_views(state.method, batch, compute)

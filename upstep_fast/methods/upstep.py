@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +24,13 @@ from torch import Tensor, nn
 from .. import lora
 from ..backbone import Backbone, features
 from ..config import AdaptConfig
+from ..data.loader import Batch
+from ..data.views import random_views, view_config
 from ..engine import vit as engine
 from ..engine.block import Memory
 from ..kernels.sinkhorn import sinkhorn
 from .losses import clustering
+from .schedules import warmup_cosine
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,10 @@ class Embedded:
     z: Tensor  # [V, B, d] fp32, unit length
     centre: Tensor  # [d] fp32, mean of z; carries gradient where z does
     magnitudes: Tensor  # [1 + V] fp32, detached: |centre|, then of each view's centre
+
+    def detach(self) -> Embedded:
+        """The same without gradients: nothing kept for a backward pass outlives a closed gate."""
+        return Embedded(self.z.detach(), self.centre.detach(), self.magnitudes)
 
 
 class UpStep(nn.Module):
@@ -49,7 +57,7 @@ class UpStep(nn.Module):
 
     def __init__(self, backbone: Backbone, config: AdaptConfig, num_prototypes: int):
         super().__init__()
-        self.config = config
+        self.config, self.view_config = config, view_config(config, backbone)
         generator = torch.Generator().manual_seed(config.seed)
         # parts of torch.nn draw from the global generator: set it for this block only
         with torch.random.fork_rng(devices=[]):
@@ -95,6 +103,28 @@ class UpStep(nn.Module):
             generator = torch.Generator().manual_seed(self.config.seed)
             self.prototypes.copy_(clustering.kmeans_prototypes(z, len(self.prototypes), generator))
 
+    def schedule(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Sets the learning rate of this step."""
+        assert self.config.steps is not None
+        for group in optimizer.param_groups:
+            group["lr"] = self.config.lr * warmup_cosine(step, self.config.steps, self.config.warmup)
+
+    def views(self, batch: Batch, device: torch.device) -> Tensor:
+        """Two random views, [2, B, C, H, W]."""
+        return random_views(
+            batch.images,
+            self.view_config,
+            seed=self.config.seed,
+            epoch=batch.epoch,
+            indices=batch.indices,
+            views=2,
+            device=device,
+        )
+
+    def images(self, views: Tensor) -> Tensor:
+        """The first view of each image."""
+        return views[0]
+
     def embed(self, views: Tensor) -> Embedded:
         """views: [V, B, C, H, W] normalised images. The backbone sees all V B images in one batch."""
         u = self.head(self.features(views.flatten(0, 1)))
@@ -102,6 +132,13 @@ class UpStep(nn.Module):
         centre = z.mean((0, 1))
         of_views = z.detach().mean(1).norm(dim=-1)
         return Embedded(z, centre, torch.cat([centre.detach().norm()[None], of_views]))
+
+    def figures(self) -> dict[str, float]:
+        """Nothing beside the loss and the centre."""
+        return {}
+
+    def after_update(self) -> None:
+        """Nothing: there is no teacher."""
 
     @torch.no_grad()
     def remember(self, embedded: Embedded) -> None:
@@ -141,6 +178,30 @@ class UpStep(nn.Module):
     def adapter_parameters(self) -> list[nn.Parameter]:
         """The LoRA matrices."""
         return [p for adapter in self.adapters.values() for p in (adapter.lora_a, adapter.lora_b)]
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Weight decay on the head alone."""
+        groups: list[dict[str, Any]] = [{"params": self.adapter_parameters(), "weight_decay": 0.0}]
+        if others := self.other_parameters():
+            groups.append({"params": others, "weight_decay": self.config.weight_decay})
+        return groups
+
+    def gradient_parts(self) -> list[tuple[list[nn.Parameter], float]]:
+        """The adapters are clipped, the head is not."""
+        return [(self.adapter_parameters(), self.config.clip), (self.other_parameters(), 0.0)]
+
+    def watched(self) -> dict[str, nn.Parameter]:
+        """Each adapter's B."""
+        return {name: adapter.lora_b for name, adapter in self.adapters.items()}
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What learns, the prototypes and the running values."""
+        learned = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        return learned | dict(self.named_buffers(recurse=False))
+
+    def result_files(self) -> dict[str, bytes]:
+        """The adapter as PEFT reads it."""
+        return lora.to_files(self.adapters, self.config.model)
 
     def other_parameters(self) -> list[nn.Parameter]:
         """What is trained beside them and thrown away afterwards."""
