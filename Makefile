@@ -7,7 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install gpu-install demo test test-interp test-aot test-gpu sanitize long check format bench bench-gpu bench-compare figures clean
+.PHONY: help install gpu-install demo test test-interp test-aot test-gpu sanitize long check format bench bench-gpu bench-compare figures docs clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -76,5 +76,9 @@ bench-compare: install  ## against the stored run
 figures: install ## run the fault tests and fill docs/reliability.md (LONG=--long: the long forms too)
 	$(BIN)/python bench/figures.py $(LONG)
 
+docs: install    ## build site/ from docs/; a broken link, anchor or reference ends it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "open site/index.html"
+
 clean:           ## remove what make made
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
