@@ -1,31 +1,23 @@
-"""Backbones: every kind of ViT, every format of checkpoint, sizes and channels, and what is refused."""
+"""Backbones: every kind of ViT, sizes and channels, where they come from, and the list of them."""
 
-import argparse
-import json
 import os
-import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import peft
 import pytest
 import timm
 import torch
-import transformers
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import nn
+from vits import BASE_TINY, SMALL, assert_same, images, randomised, saved, small
 
 import upstep_fast
-from upstep_fast import backbone, catalogue, key_names, lora, weights
+from upstep_fast import backbone, catalogue, lora, weights
 from upstep_fast.backbone import features
 from upstep_fast.cli import main
 from upstep_fast.errors import ConfigError
-
-SMALL = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=5)
-BASE_TINY = Path(upstep_fast.__file__).parent / "assets" / "base_tiny"
 
 # true widths, heads and patches of timm's own constructors; fewer blocks and smaller images than the real ones
 VARIANTS = {
@@ -48,34 +40,6 @@ VARIANTS = {
     "odd grid": ("vit_tiny_patch16_224", dict(img_size=80)),
     "dynamic size": ("vit_tiny_patch16_224", dict(img_size=64, dynamic_img_size=True)),
 }
-
-
-def images(size, count=3, channels=3):
-    return torch.randn(count, channels, *size, generator=torch.Generator().manual_seed(2))
-
-
-def randomised(vit, seed=0):
-    """Random values everywhere, so that no zero or one hides a tensor that was not loaded."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in vit.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return vit.eval()
-
-
-def saved(vit, folder, args):
-    timm.models.save_for_hf(vit, folder, model_args=args, safe_serialization=True)
-    return f"local-dir:{folder}"
-
-
-def small(seed=0, **args):
-    return randomised(timm.create_model("vit_tiny_patch16_224", **SMALL | args), seed)
-
-
-def assert_same(vit, other):
-    theirs = other.state_dict()
-    assert vit.state_dict().keys() == theirs.keys()
-    assert all(torch.equal(value, theirs[key]) for key, value in vit.state_dict().items())
 
 
 LONG = {"packed SwiGLU, true width": ("vit_giant_patch14_dinov2", dict(img_size=56, depth=1))}
@@ -123,199 +87,6 @@ def test_targets_that_a_model_lacks_are_named(tmp_path):
         with pytest.raises(ConfigError, match=message):
             lora.inject(split, lora.LoraSpec(targets=("proj", target)))
         assert not lora.find(split)
-
-
-# formats, each written by the tool it comes from
-
-HF = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, image_size=56, patch_size=14)
-HF_MODELS = {
-    "ViT": lambda: transformers.ViTModel(transformers.ViTConfig(**HF, intermediate_size=96), add_pooling_layer=False),
-    "Dinov2": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**HF, mlp_ratio=2)),
-    "Dinov2, SwiGLU": lambda: transformers.Dinov2Model(
-        transformers.Dinov2Config(**HF, mlp_ratio=4, use_swiglu_ffn=True)
-    ),
-    "Dinov2 with registers": lambda: transformers.Dinov2WithRegistersModel(
-        transformers.Dinov2WithRegistersConfig(**HF, mlp_ratio=2, num_register_tokens=3)
-    ),
-    "DINOv3": lambda: transformers.DINOv3ViTModel(
-        transformers.DINOv3ViTConfig(**HF, intermediate_size=96, num_register_tokens=4)
-    ),
-    "DINOv3, SwiGLU": lambda: transformers.DINOv3ViTModel(
-        transformers.DINOv3ViTConfig(
-            **HF, intermediate_size=100, num_register_tokens=4, use_gated_mlp=True, hidden_act="silu"
-        )
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", HF_MODELS)
-def test_a_folder_of_transformers_gives_its_features(tmp_path, kind):
-    theirs = randomised(HF_MODELS[kind]())
-    theirs.save_pretrained(tmp_path / "hf")
-    (tmp_path / "hf" / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3]}')
-    ours = backbone.load(f"local-dir:{tmp_path / 'hf'}")
-    assert ours.mean == (0.1, 0.2, 0.3)
-    x = images((56, 56))
-    with torch.no_grad():
-        expected = theirs(x).last_hidden_state[:, 0]
-        torch.testing.assert_close(ours.vit.forward_features(x)[:, 0], expected, rtol=0, atol=2e-5)
-
-
-@pytest.mark.parametrize(
-    ("make", "arch", "args"),
-    [
-        (
-            lambda: transformers.ViTMAEForPreTraining(
-                transformers.ViTMAEConfig(**HF, intermediate_size=96, decoder_num_hidden_layers=1, layer_norm_eps=1e-6)
-            ),
-            "vit_tiny_patch16_224",
-            dict(patch_size=14, embed_dim=48, num_heads=3, mlp_ratio=2),
-        ),
-        (
-            lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**HF, intermediate_size=96)),
-            "vit_base_patch32_clip_quickgelu_224",
-            dict(patch_size=14, embed_dim=48, num_heads=3, mlp_ratio=2),
-        ),
-        (
-            lambda: transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**HF, intermediate_size=96)),
-            "vit_base_patch16_siglip_224",
-            dict(patch_size=14, embed_dim=48, num_heads=3, mlp_ratio=2, act_layer="gelu_tanh"),
-        ),
-    ],
-    ids=["MAE", "CLIP", "SigLIP"],
-)
-def test_other_towers_of_transformers(tmp_path, make, arch, args):
-    theirs = randomised(make())
-    theirs.save_pretrained(tmp_path / "hf")
-    vit = timm.create_model(arch, img_size=56, depth=2, num_classes=0, **args).eval()
-    weights.fill(vit, weights.read(tmp_path / "hf"), where="hf")
-    x = images((56, 56))
-    with torch.no_grad():
-        if isinstance(theirs, transformers.ViTMAEForPreTraining):
-            theirs.config.mask_ratio = 0.0  # the patches' order is random then, which the class token does not see
-            tokens = theirs.vit(x).last_hidden_state[:, 0]
-        else:
-            tokens = theirs(x).pooler_output
-        torch.testing.assert_close(features(vit, x), tokens, rtol=0, atol=2e-5)
-
-
-def dino(state):
-    """What DINO's training saves: both networks, their heads, the flags."""
-    both = {}
-    for seed, network in enumerate(("student", "teacher")):
-        shift = {f"module.backbone.{key}": value + (network == "student") for key, value in state.items()}
-        both[network] = shift | {"module.head.mlp.0.weight": torch.full((2, 2), float(seed))}
-    return both | {"epoch": 3, "args": argparse.Namespace(arch="vit_small")}
-
-
-def dinov2_chunked(state):
-    """DINOv2 with blocks in chunks for FSDP: blocks.C.N, the teacher's backbone beside its heads."""
-    renamed = {}
-    for key, value in key_names.dinov2_names(state, packed=False).items():
-        if key.startswith("blocks."):
-            number = int(key.split(".")[1])
-            key = key.replace(f"blocks.{number}.", f"blocks.{number // 2}.{number}.", 1)
-        renamed[f"backbone.{key}"] = value
-    return {"teacher": renamed | {"dino_head.last_layer.weight_g": torch.ones(3, 1)}}
-
-
-def mae(state):
-    """MAE's pretraining checkpoint: no classifier, a mask token and a decoder."""
-    extra = {"mask_token": torch.ones(1, 1, 8), "decoder_pos_embed": torch.ones(1, 5, 8)}
-    return {"model": state | extra | {"decoder_blocks.0.attn.qkv.weight": torch.ones(24, 8)}, "epoch": 1}
-
-
-WRITERS = {
-    "timm": lambda s: s,
-    "lightning": lambda s: {"state_dict": {f"model.{k}": v for k, v in s.items()}, "epoch": 3},
-    "DINO": dino,
-    "DINOv2": lambda s: key_names.dinov2_names(s, packed=False),
-    "DINOv2 chunked": dinov2_chunked,
-    "MAE": mae,
-    "OpenCLIP with a timm tower": lambda s: {f"visual.trunk.{k}": v for k, v in s.items()},
-}
-
-
-FLAT = ("timm", "DINOv2", "OpenCLIP with a timm tower")  # the others nest, which safetensors cannot
-
-
-@pytest.mark.parametrize(
-    ("kind", "suffix"), [*((kind, ".pth") for kind in WRITERS), *((kind, ".safetensors") for kind in FLAT)]
-)
-def test_key_formats_load_bit_for_bit(tmp_path, kind, suffix):
-    source, path = small(num_classes=0), tmp_path / f"weights{suffix}"
-    content = WRITERS[kind](dict(source.state_dict()))
-    (torch.save if suffix == ".pth" else save_file)(content, path)
-    vit = small(seed=9, num_classes=0)
-    match = weights.fill(vit, weights.read(path), where=str(path))
-    assert match.matched == match.total == len(source.state_dict()) and not match.misses
-    assert_same(vit, source)
-
-
-def test_openclips_own_names(tmp_path):
-    args = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0)
-    source = randomised(timm.create_model("vit_base_patch32_clip_224", **args))
-    s = source.state_dict()
-    names = {"conv1.weight": "patch_embed.proj.weight"}
-    for end in ("weight", "bias"):
-        names |= {f"ln_pre.{end}": f"norm_pre.{end}", f"ln_post.{end}": f"norm.{end}"}
-        for i in range(2):
-            stem = f"transformer.resblocks.{i}"
-            names |= {
-                f"{stem}.ln_1.{end}": f"blocks.{i}.norm1.{end}",
-                f"{stem}.ln_2.{end}": f"blocks.{i}.norm2.{end}",
-                f"{stem}.attn.in_proj_{end}": f"blocks.{i}.attn.qkv.{end}",
-                f"{stem}.attn.out_proj.{end}": f"blocks.{i}.attn.proj.{end}",
-                f"{stem}.mlp.c_fc.{end}": f"blocks.{i}.mlp.fc1.{end}",
-                f"{stem}.mlp.c_proj.{end}": f"blocks.{i}.mlp.fc2.{end}",
-            }
-    tower = {f"visual.{theirs}": s[ours] for theirs, ours in names.items()}
-    tower |= {"visual.class_embedding": s["cls_token"][0, 0], "visual.positional_embedding": s["pos_embed"][0]}
-    tower |= {"visual.proj": torch.ones(48, 16), "transformer.resblocks.0.ln_1.weight": torch.ones(4)}
-    vit = randomised(timm.create_model("vit_base_patch32_clip_224", **args), seed=9)
-    assert weights.fill(vit, tower, where="openclip").matched == len(s)
-    assert_same(vit, source)
-
-
-@pytest.mark.parametrize("arch", ["vit_small_patch16_dinov3_qkvb", "vit_small_plus_patch16_dinov3"])
-def test_metas_dinov3_names(arch):
-    args = dict(img_size=64, depth=1)
-    source = randomised(timm.create_model(arch, **args))
-    theirs = {}
-    for key, value in source.state_dict().items():
-        for ours, meta in (
-            ("reg_token", "storage_tokens"),
-            ("gamma_1", "ls1.gamma"),
-            ("gamma_2", "ls2.gamma"),
-            ("fc1_g", "w1"),
-            ("fc1_x", "w2"),
-            ("mlp.fc2", "mlp.w3" if "plus" in arch else "mlp.fc2"),
-        ):
-            key = key.replace(ours, meta)
-        if key.endswith("q_bias"):
-            v = source.state_dict()["blocks.0.attn.v_bias"]
-            key, value = "blocks.0.attn.qkv.bias", torch.cat([value, torch.full_like(value, 7.0), v])  # k is masked
-        if not key.endswith("v_bias"):
-            theirs[f"teacher.backbone.{key}"] = value
-    theirs["teacher.backbone.rope_embed.periods"] = torch.ones(16)
-    theirs["teacher.backbone.mask_token"] = torch.ones(1, 384)
-    theirs["teacher.backbone.blocks.0.attn.qkv.bias_mask"] = torch.ones(1152)
-    vit = randomised(timm.create_model(arch, **args), seed=9)
-    weights.fill(vit, theirs, where="dinov3")
-    assert_same(vit, source)
-    if "qkvb" in arch:
-        with pytest.raises(ConfigError, match="_qkvb"):
-            weights.fill(timm.create_model(arch.replace("_qkvb", ""), **args), theirs, where="dinov3")
-
-
-def test_a_checkpoint_file_and_its_arch(tmp_path):
-    source = randomised(timm.create_model("vit_tiny_patch16_224", num_classes=0))
-    save_file(source.state_dict(), tmp_path / "w.safetensors")
-    ours = backbone.load(str(tmp_path / "w.safetensors"), arch="vit_tiny_patch16_224")
-    x = images((224, 224), 1)
-    assert torch.equal(features(ours.vit, x), features(source, x)) and ours.arch == "vit_tiny_patch16_224"
-    rebuilt = timm.create_model(ours.arch, **ours.model_args)
-    rebuilt.load_state_dict(ours.vit.state_dict())
 
 
 # sizes and channels: what timm does is the oracle
@@ -387,121 +158,6 @@ def test_a_model_from_the_hubs_cache_offline(tmp_path):
     assert float(done.stdout) == pytest.approx(source.cls_token.sum().item())
 
 
-# bad input
-
-
-def refused(capsys, tmp_path, *args):
-    """The one line of a refused command, which has written nothing."""
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(SystemExit) as stop:
-        main(["eval", "--data", str(tmp_path), "--device", "cpu", *map(str, args)])
-    err = capsys.readouterr().err.strip()
-    assert stop.value.code == 2 and err.startswith("upstep-fast: ") and "\n" not in err
-    assert sorted(tmp_path.rglob("*")) == before
-    return err
-
-
-@pytest.mark.parametrize(
-    ("arch", "message"),
-    [
-        ("swin_tiny_patch4_window7_224", "SwinTransformer, not a plain Vision Transformer; near names"),
-        ("convnext_tiny", "ConvNeXt, not a plain"),
-        ("vit_base_r50_s16_224", "not a plain"),
-        ("vit_base_patch16_xp_224", "in parallel"),
-        ("vit_bse_patch16_224", "vit_base_patch16_224"),
-    ],
-)
-def test_other_families_are_refused_by_name(capsys, tmp_path, monkeypatch, arch, message):
-    def no_weights(*args, **options):
-        raise AssertionError("weights were read")
-
-    monkeypatch.setattr(weights, "read", no_weights)
-    monkeypatch.setattr(timm, "create_model", no_weights)
-    save_file({"x": torch.ones(1)}, tmp_path / "w.safetensors")
-    assert message in refused(capsys, tmp_path, "--model", tmp_path / "w.safetensors", "--arch", arch)
-    if arch != "vit_bse_patch16_224":
-        assert message in refused(capsys, tmp_path, "--model", arch)
-
-
-def test_a_pickle_with_code_is_not_run(capsys, tmp_path):
-    class Bomb:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "ran"),)
-
-    torch.save({"model": Bomb()}, tmp_path / "w.pth")
-    (tmp_path / "old.pth").write_bytes(pickle.dumps({"model": Bomb()}))
-    for name in ("w.pth", "old.pth"):
-        line = refused(capsys, tmp_path, "--model", tmp_path / name, "--arch", "vit_tiny_patch16_224")
-        assert "safetensors.torch.save_file" in line and not (tmp_path / "ran").exists()
-    # a folder that timm itself would read
-    timm.models.save_for_hf(small(), tmp_path / "base", model_args=SMALL, safe_serialization=True)
-    (tmp_path / "base" / "model.safetensors").unlink()
-    (tmp_path / "w.pth").rename(tmp_path / "base" / "pytorch_model.bin")
-    assert "run code" in refused(capsys, tmp_path, "--model", f"local-dir:{tmp_path / 'base'}")
-    assert not (tmp_path / "ran").exists()
-
-
-def test_damaged_safetensors(capsys, tmp_path):
-    path = tmp_path / "w.safetensors"
-    save_file(dict(small().state_dict()), path)
-    whole = path.read_bytes()
-    header = int.from_bytes(whole[:8], "little")
-    damaged = [whole[:length] for length in (0, 7, 100, header, len(whole) // 2, len(whole) - 1)]
-    damaged.append((2**60).to_bytes(8, "little") + whole[8:])
-    damaged.append(whole[:8] + whole[8 : 8 + header].replace(b"[0,", b"[4,", 1) + whole[8 + header :])
-    for content in damaged:
-        path.write_bytes(content)
-        line = refused(capsys, tmp_path, "--model", path, "--arch", "vit_tiny_patch16_224")
-        assert "cannot be read" in line and str(path) in line
-    path.rename(tmp_path / "w.pth")
-    assert "w.pth" in refused(capsys, tmp_path, "--model", tmp_path / "w.pth", "--arch", "vit_tiny_patch16_224")
-
-
-def test_a_checkpoint_that_does_not_fit_changes_nothing():
-    source = dict(small().state_dict())
-    cases = [
-        ({"fc.weight": torch.ones(5, 48), "fc.bias": torch.ones(5)}, "holds no Vision Transformer, only fc.bias"),
-        ({"head.weight": torch.ones(5, 48), "head.bias": torch.ones(5)}, "holds no Vision Transformer"),
-        (small(depth=2).state_dict(), r"30 of 42 tensors matched .*blocks\.2\.norm1\.weight is missing.* and 7 more"),
-        (small(depth=4).state_dict(), r"blocks\.3\.norm1\.weight has no place in the model"),
-        (small(embed_dim=96).state_dict(), r"cls_token is \[1, 1, 96\], the model wants \[1, 1, 48\]"),
-        (small(patch_size=4).state_dict() | {"pos_embed": torch.ones(1, 3, 7)}, None),
-    ]
-    for state, message in cases:
-        vit = small(seed=9)
-        before = {key: value.clone() for key, value in vit.state_dict().items()}
-        with pytest.raises(ConfigError if message else Exception, match=message) as error:
-            weights.fill(vit, dict(state), where="file")
-        assert isinstance(error.value, ConfigError) and "\n" not in str(error.value)
-        assert all(torch.equal(value, before[key]) for key, value in vit.state_dict().items())
-    partly = {key: value for key, value in source.items() if not key.startswith("blocks.2.")}
-    vit = small(seed=9)
-    match = weights.fill(vit, partly, where="file", min_matched=0.6)
-    assert (match.matched, match.total) == (30, 42) and torch.equal(vit.norm.weight, source["norm.weight"])
-
-
-def test_files_that_are_no_checkpoint(capsys, tmp_path):
-    assert "--arch" in refused(capsys, tmp_path, "--model", tmp_path / "w.safetensors")
-    assert "no file" in refused(
-        capsys, tmp_path, "--model", tmp_path / "w.safetensors", "--arch", "vit_tiny_patch16_224"
-    )
-    torch.save([1, 2], tmp_path / "w.pth")
-    assert "no state dict" in refused(capsys, tmp_path, "--model", tmp_path / "w.pth", "--arch", "vit_tiny_patch16_224")
-    (tmp_path / "swin").mkdir()
-    (tmp_path / "swin" / "config.json").write_text(json.dumps({"model_type": "swin", "hidden_size": 4}))
-    assert "swin" in refused(capsys, tmp_path, "--model", f"local-dir:{tmp_path / 'swin'}")
-
-
-def test_a_classifier_that_does_not_fit_is_dropped_not_random(tmp_path):
-    source = small()
-    vit = small(seed=9, num_classes=1000)
-    weights.fill(vit, dict(source.state_dict()), where="file")
-    assert isinstance(vit.head, nn.Identity)
-    vit = small(seed=9)
-    weights.fill(vit, dict(source.state_dict()), where="file")
-    assert_same(vit, source)
-
-
 def test_adapt_and_embed_with_a_file_one_channel_and_another_size(capsys, tmp_path):
     source = randomised(timm.create_model("vit_tiny_patch16_224", num_classes=0))
     torch.save(
@@ -553,15 +209,3 @@ def test_every_listed_name_is_supported_and_no_other_is():
             assert name not in listed  # other families, which have no depth
             continue
         assert (backbone.why_unsupported(model) is None) == (name in listed), name
-
-
-def test_real_weights_through_a_file_and_back(tmp_path):
-    """base_tiny, a real pretrained model, in every key format that can hold it."""
-    state = load_file(BASE_TINY / "model.safetensors")
-    args = json.loads((BASE_TINY / "config.json").read_text())["model_args"]
-    for kind, write in WRITERS.items():
-        torch.save(write(dict(state)), tmp_path / "w.pth")
-        vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, **args)
-        weights.fill(vit, weights.read(tmp_path / "w.pth"), where=kind)
-        for key, value in vit.state_dict().items():
-            assert torch.equal(value, state[key].float()), (kind, key)
