@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
+from upstep_fast.cli import parse
+from upstep_fast.config import AdaptConfig
 from upstep_fast.data import colour, draws, views
 from upstep_fast.data.draws import ViewParams, draw_params
 from upstep_fast.data.random import uniform, uniform_array
-from upstep_fast.data.recipe import PRESETS, ViewConfig, local_config
+from upstep_fast.data.recipe import PRESETS, ViewConfig, local_config, view_config
 from upstep_fast.data.views import multi_crop, pack, random_views
 from upstep_fast.errors import ConfigError
 from upstep_fast.kernels.views import crop_resize, crop_resize_reference, resize_weights
@@ -302,6 +305,73 @@ def test_wrong_values_are_named(field, value):
 def test_quarter_turns_need_square_views():
     with pytest.raises(ConfigError, match="rotate90"):
         ViewConfig(size=(8, 9), rotate90=0.5)
+
+
+# the command line
+
+# each operation: the flags that switch it on alone, and what torchvision makes of a picture with them
+STILL_FLAGS = (
+    "--preset-views none --crop-ratio 1 1 --brightness 0 --contrast 0 --saturation 0 --hue 0 --flip 0 "
+    "--vertical-flip 0 --rotate90 0 --grey 0 --blur 0 --solarize 0 --interpolation bicubic"
+)
+SWITCHES = {
+    "--flip 1": lambda x, p: tv.horizontal_flip(x),
+    "--vertical-flip 1": lambda x, p: tv.vertical_flip(x),
+    "--rotate90 1": lambda x, p: torch.rot90(
+        x, {(True, True): 1, (False, True): 3}.get((bool(p.flip_x[0]), bool(p.transpose[0])), 2), (1, 2)
+    ),
+    "--brightness 0.4": lambda x, p: tv.adjust_brightness(x, float(p.brightness[0])),
+    "--contrast 0.4": lambda x, p: tv.adjust_contrast(x, float(p.contrast[0])),
+    "--saturation 0.4": lambda x, p: tv.adjust_saturation(x, float(p.saturation[0])),
+    "--hue 0.3": lambda x, p: tv.adjust_hue(x, float(p.hue[0])),
+    "--grey 1": lambda x, p: tv.rgb_to_grayscale(x, 3),
+    "--blur 1": lambda x, p: tv.gaussian_blur(x, [3, 3], [float(p.sigma[0])] * 2),
+    "--solarize 1": lambda x, p: tv.solarize(x, 128 / 255),
+    "--crop-min 0.3 --crop-max 0.5 --crop-ratio 0.5 2": lambda x, p: (
+        tv.resized_crop(  # on uint8, where torch clamps between the two passes
+            (255 * x).round().byte(),
+            *(int(a[0]) for a in (p.top, p.left, p.height, p.width)),
+            [20, 20],
+            v2.InterpolationMode.BICUBIC,
+        )
+        / 255
+    ),
+}
+
+
+def from_flags(flags: str, size: int = 20) -> ViewConfig:
+    config = parse(AdaptConfig, f"--model m --data d --out o {flags}".split(), "upstep-fast adapt")
+    return view_config(config, SimpleNamespace(img_size=(size, size), mean=(0.0,) * 3, std=(1.0,) * 3))
+
+
+@pytest.mark.parametrize("flags", SWITCHES)
+def test_every_operation_is_switched_by_its_flag(flags):
+    """Alone it is torchvision's within 2/255; without it the picture is left as it is."""
+    image = noise(3, 20, 20)
+    plain, config = from_flags(STILL_FLAGS), from_flags(f"{STILL_FLAGS} {flags}")
+    key = {"seed": 4, "epoch": 0, "indices": [0], "views": 1}
+    assert (random_views([image], plain, **key)[0, 0] - image / 255).abs().max() < 1e-6
+    want = SWITCHES[flags](image / 255, drawn(config, [image], seed=4, views=1))
+    got = random_views([image], config, **key)[0, 0]
+    assert (got - want).abs().max() <= 2 / 255 and (got - image / 255).abs().max() > 0.02
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_flags_override_their_preset_and_nothing_else(name):
+    preset = from_flags(f"--preset-views {name}")
+    want = dataclasses.replace(PRESETS[name], size=(20, 20), mean=(0.0,) * 3, std=(1.0,) * 3)
+    assert preset == want
+    assert from_flags(f"--preset-views {name} --hue 0.25") == dataclasses.replace(want, hue=0.25)
+    assert from_flags(f"--preset-views {name} --interpolation bicubic").interpolation == "bicubic"
+
+
+def test_presets_say_what_their_images_allow():
+    assert PRESETS["overhead"].vertical_flip == 0.5 and PRESETS["overhead"].rotate90 == 0.75
+    assert PRESETS["microscopy"].grey == 0 and PRESETS["microscopy"].rotate90 == 0.75
+    assert PRESETS["document"].flip == PRESETS["document"].vertical_flip == PRESETS["document"].rotate90 == 0
+    for field, value in (("hue", 0.6), ("crop_ratio", (2, 1)), ("brightness", -1), ("solarize", 2), ("rotate90", -1)):
+        with pytest.raises(ConfigError, match=field):
+            AdaptConfig(model="m", data=("d",), out="o", **{field: value})
 
 
 # the kernel

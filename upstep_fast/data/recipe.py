@@ -80,6 +80,11 @@ class ViewConfig:
         return self.size if isinstance(self.size, int) else self.size[1]
 
 
+# fields that a run's configuration may set one by one
+_SWITCHES = (
+    *("crop_ratio", "interpolation", "flip", "vertical_flip", "rotate90", "brightness", "contrast", "saturation"),
+    *("hue", "grey", "blur", "solarize"),
+)
 _ANY_DIRECTION = {"vertical_flip": 0.5, "rotate90": 0.75}
 PRESETS: dict[str, ViewConfig] = {
     "natural": ViewConfig(),
@@ -111,7 +116,7 @@ def view_config(config: AdaptConfig, backbone: Backbone) -> ViewConfig:
     """The preset of a run with its single settings, at the size and with the statistics of the model."""
     preset = PRESETS[config.preset_views]
     low, high = preset.crop_scale
-    given = {name: getattr(config, name) for name in ("flip", "blur", "grey")}
+    given = {name: getattr(config, name) for name in _SWITCHES}
     return dataclasses.replace(
         preset,
         size=backbone.img_size,
