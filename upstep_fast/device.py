@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from . import distributed
 from .errors import ConfigError
 
 _DTYPES = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -38,11 +39,16 @@ class Compute:
 
 
 def resolve(device: str, precision: str) -> Compute:
-    """Turns "auto" into facts. Raises ConfigError when the machine lacks what was asked for."""
+    """Turns "auto" into facts; under torchrun each process has a GPU of its own.
+
+    Raises ConfigError when the machine lacks what was asked for.
+    """
     try:
         found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     except RuntimeError as error:
         raise ConfigError(f"device: {device!r} is not a device; use auto, cpu, cuda or cuda:N") from error
+    if found.type == "cuda" and found.index is None and distributed.launched():
+        found = torch.device("cuda", distributed.local_rank())
     if found.type not in ("cpu", "cuda"):
         raise ConfigError(f"device: {found.type} is not supported; use auto, cpu, cuda or cuda:N")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():

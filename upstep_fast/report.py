@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from . import terminal
+from . import distributed, terminal
 from .config import AdaptConfig
 from .errors import Interrupted, UpstepError
 from .gate import GateState
@@ -41,6 +41,8 @@ def setup_logging(debug: bool = False) -> None:
         handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
     # on the handler: train.log gets everything
     handler.setLevel(logging.WARNING if terminal.is_quiet() else logging.NOTSET)
+    if not distributed.is_first():  # what all ranks say is said once
+        handler.setLevel(logging.CRITICAL)
     logger = logging.getLogger("upstep_fast")
     logger.handlers[:] = [handler]
     logger.setLevel(logging.DEBUG if debug else logging.INFO)

@@ -1,0 +1,338 @@
+"""Several processes as one run: the only user of torch.distributed.
+
+    torchrun --nproc-per-node N -m upstep_fast adapt ...       one process a GPU (NCCL), or on CPUs (gloo)
+
+Each rank sees its slice of one global batch. What a decision depends on is summed over the ranks first, so all take
+the same one; gradients are averaged, so all make the same update. Alone, every function returns its input at once.
+What travels is tensors and JSON; nothing is unpickled.
+
+A rank that dies or hangs leaves the others waiting. So each tells a store once a second that it lives and how many
+collectives it has entered; whoever waited in vain reads there who was the first cause, says so and ends, and torchrun
+ends the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from .errors import ConfigError, RunFailedError, UpstepError
+
+START_SECONDS = 600.0  # the wait for others while models are loaded, images listed and kernels compiled
+PULSE_SECONDS = 1.0
+
+
+class RankError(RunFailedError):
+    """Another rank is the cause."""
+
+
+class _Traffic:
+    """What went through collectives since it was last asked; and how many this rank entered in all."""
+
+    def __init__(self) -> None:
+        self.entered, self.bytes, self.seconds = 0, 0, 0.0
+        self.events: list[tuple[Any, Any]] = []
+
+
+_traffic = _Traffic()
+_pulse: _Pulse | None = None
+
+
+def launched() -> bool:
+    """Whether torchrun started this process."""
+    return dist.is_available() and dist.is_torchelastic_launched()
+
+
+def rank() -> int:
+    """This process's number."""
+    return dist.get_rank() if _together() else int(os.environ["RANK"]) if launched() else 0
+
+
+def size() -> int:
+    """How many processes share the run; 1 until they have joined."""
+    return dist.get_world_size() if _together() else 1
+
+
+def local_rank() -> int:
+    """This process's number on this machine, which is that of its GPU."""
+    return int(os.environ["LOCAL_RANK"]) if launched() else 0
+
+
+def local_size() -> int:
+    """How many processes share this machine."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if launched() else 1
+
+
+def is_first() -> bool:
+    """Whether this process writes the files and speaks."""
+    return rank() == 0
+
+
+def _together() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+@contextlib.contextmanager
+def joined(device: torch.device) -> Iterator[None]:
+    """Within this context the processes that torchrun started are one run, each on its `device`.
+
+    An error that leaves it is noted for the other ranks, and marked as said where another was the first to note it.
+    """
+    global _pulse
+    if not launched() or _together():
+        yield
+        return
+    timeout = datetime.timedelta(seconds=START_SECONDS)
+    store, number, count = next(rendezvous("env://", timeout=timeout))
+    backend = "cpu:gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
+    with _Pulse(store, number, count) as _pulse:
+        try:
+            yield
+        except BaseException as error:
+            text = str(error) if isinstance(error, UpstepError) else f"{type(error).__name__}: {error}".splitlines()[0]
+            is_new = _pulse.note(text)
+            if isinstance(error, UpstepError):
+                error.is_said = not is_new
+            raise
+        finally:
+            _pulse = None
+    # not after an error: that would wait for ranks that may be gone
+    dist.destroy_process_group()
+
+
+def limit_wait(seconds: float) -> None:
+    """From now on a rank that waits this long for the others gives up."""
+    if size() > 1:
+        timeout = datetime.timedelta(seconds=seconds)
+        if hasattr(dist, "set_timeout"):
+            dist.set_timeout(timeout)
+        else:  # torch before 2.14
+            dist.distributed_c10d._set_pg_timeout(timeout)
+
+
+def reduce(x: Tensor, op: str = "sum") -> Tensor:
+    """`x` reduced over the ranks in place by "sum", "max" or "min": bit for bit the same on each. Raises RankError."""
+    if size() > 1:
+        kind = getattr(dist.ReduceOp, op.upper())
+        _enter(x, x.numel() * x.element_size(), lambda: dist.all_reduce(x, kind))
+    return x
+
+
+def reducer() -> Callable[[Tensor, str], Tensor] | None:
+    """`reduce`; alone None, so that an op can take its shorter form."""
+    return reduce if size() > 1 else None
+
+
+def gather_rows(x: Tensor, dim: int = 0) -> Tensor:
+    """The ranks' tensors, all of one shape, joined along `dim` in the order of the ranks. Raises RankError."""
+    if size() == 1:
+        return x
+    own, parts = x.contiguous(), [torch.empty_like(x) for _ in range(size())]
+    _enter(x, x.numel() * x.element_size() * size(), lambda: dist.all_gather(parts, own))
+    return torch.cat(parts, dim)
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's `value`, which JSON can hold, in the order of the ranks. Raises RankError."""
+    if size() == 1:
+        return [value]
+    raw = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    lengths = gather_rows(torch.tensor([len(raw)])).tolist()
+    padded = torch.zeros(1, max(lengths), dtype=torch.uint8)
+    padded[0, : len(raw)] = raw
+    rows = gather_rows(padded)
+    return [json.loads(row[:length].numpy().tobytes()) for row, length in zip(rows, lengths, strict=True)]
+
+
+def average_gradients(parameters: Sequence[nn.Parameter], numbers: Sequence[float]) -> list[float]:
+    """Averages the gradients over the ranks, in place, and returns the averages of `numbers`. Raises RankError.
+
+    All in one reduction, so that what is not finite on one rank is not finite on all. A parameter without a gradient
+    travels as zeros and stays without one.
+
+    Not DistributedDataParallel: adapters and head are a few MB, which leaves nothing worth hiding behind the backward
+    pass; a rank whose backward pass failed can still take part and say so, and nobody waits for it; and a step without
+    a backward pass is no special case.
+    """
+    if size() == 1:
+        return list(numbers)
+    device = parameters[0].device
+    grads = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in parameters]
+    flat = torch.cat([*grads, torch.tensor(numbers, dtype=torch.float32, device=device)])
+    reduce(flat).div_(size())
+    parts = flat.split([*(p.numel() for p in parameters), len(numbers)])
+    for p, average in zip(parameters, parts[:-1], strict=True):
+        if p.grad is not None:
+            p.grad.copy_(average.view_as(p))
+    return parts[-1].tolist()
+
+
+def agree_on(facts: dict[str, Any]) -> None:
+    """Raises ConfigError naming the first of `facts` (nested dicts, as JSON can hold) that differs from rank 0's."""
+    first, *others = gather(facts)
+    for number, other in enumerate(others, 1):
+        if found := _difference(first, other):
+            name, here, there = found
+            raise ConfigError(
+                f"ranks: rank {number} differs from rank 0: {name} is {_short(there)}, rank 0 has {_short(here)}; "
+                "start all ranks with the same command, files and versions"
+            )
+
+
+def check_same(what: str, values: Sequence[float], device: torch.device) -> None:
+    """Raises RunFailedError with the smallest and largest value where the ranks' `values` are not the same."""
+    if size() == 1:
+        return
+    own = torch.tensor(list(values), dtype=torch.float64)
+    low, high = reduce(own.clone(), "min").tolist(), reduce(own.clone(), "max").tolist()
+    if repr(low) != repr(high):  # NaN equals itself here
+        raise RunFailedError(f"ranks: {what} differs between ranks: {low} on one, {high} on another; this is a bug")
+
+
+def shard(vit: nn.Module) -> None:
+    """Spreads the frozen weights of `vit` over the ranks, block by block (FSDP2); each is gathered while it is used.
+
+    What is trained stays whole on every rank. Alone: nothing happens.
+    """
+    if size() == 1:
+        return
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    trained = {p for p in vit.parameters() if p.requires_grad}
+    for block in vit.blocks:  # type: ignore[union-attr]
+        fully_shard(block, ignored_params=trained)
+    fully_shard(vit, ignored_params=trained)
+    for method in ("forward_features", "forward_head"):
+        register_fsdp_forward_method(vit, method)
+    # the class token is a view of the last block's output, and nobody writes into it
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+
+def traffic() -> dict[str, float]:
+    """Bytes that this rank gave to collectives since the last call, and the seconds it spent in them; {} alone.
+
+    The seconds hold the wait for slower ranks. What FSDP2 gathers is not counted.
+    """
+    if size() == 1:
+        return {}
+    for start, end in _traffic.events:
+        end.synchronize()
+        _traffic.seconds += start.elapsed_time(end) / 1e3
+    found = {"comm_bytes": _traffic.bytes, "comm_seconds": _traffic.seconds}
+    _traffic.bytes, _traffic.seconds = 0, 0.0
+    _traffic.events.clear()
+    return found
+
+
+def _enter(x: Tensor, num_bytes: int, call: Callable[[], object]) -> None:
+    _traffic.entered += 1
+    _traffic.bytes += num_bytes
+    events = None
+    if x.device.type == "cuda":
+        events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        events[0].record()
+    began = time.perf_counter()
+    try:
+        call()
+    except RuntimeError as error:
+        waited = time.perf_counter() - began
+        cause = _pulse.cause() if _pulse else "another rank failed"
+        raise RankError(f"{cause} (noticed by rank {rank()} after {waited:.0f} s)") from error
+    if events:
+        events[1].record()
+        _traffic.events.append(events)
+    else:
+        _traffic.seconds += time.perf_counter() - began
+
+
+def _difference(a: Any, b: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in a | b:
+            if found := _difference(a.get(key), b.get(key), f"{name}.{key}".lstrip(".")):
+                return found
+        return None
+    return None if a == b else (name, a, b)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+class _Pulse:
+    """Notes in the store of torchrun that this rank lives, and what it failed of."""
+
+    def __init__(self, store: Any, rank: int, size: int):
+        # a connection of its own: another's wait must not hold it up
+        self._store = PrefixStore("upstep_fast", store.clone() if hasattr(store, "clone") else store)
+        self._rank, self._size, self._beats = rank, size, 0
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="upstep-pulse", daemon=True)
+
+    def note(self, text: str) -> bool:
+        """Whether this rank is the first to note a cause; `text` is it then."""
+        with contextlib.suppress(RuntimeError):  # the store went with torchrun
+            mine = f"{self._rank} {text}"
+            return self._store.compare_set("cause", "", mine).decode(errors="replace") == mine
+        return True
+
+    def cause(self) -> str:
+        """Why a collective failed, as far as can be known: what a rank has noted, else who gives no sign of life."""
+        with contextlib.suppress(RuntimeError):
+            others = [r for r in range(self._size) if r != self._rank]
+            before = {r: self._read(r) for r in others}
+            until = time.monotonic() + 3 * PULSE_SECONDS
+            while time.monotonic() < until:
+                if self._store.check(["cause"]):
+                    number, _, text = self._store.get("cause").decode(errors="replace").partition(" ")
+                    return f"rank {number}: {text}"
+                time.sleep(0.1)
+            after = {r: self._read(r) for r in others}
+            if quiet := [r for r in others if after[r] == before[r]]:
+                return f"ranks: no sign of life from {_named(quiet)}, killed or stopped; go on with --resume"
+            if late := [r for r in others if after[r][1] < _traffic.entered]:
+                return f"ranks: {_named(late)} did not come to where the others wait, though alive; go on with --resume"
+        return "ranks: the connection to the others broke; go on with --resume"
+
+    def _read(self, rank: int) -> tuple[int, int]:
+        beats, entered = self._store.get(f"pulse/{rank}").decode().split()
+        return int(beats), int(entered)
+
+    def _beat(self) -> None:
+        self._beats += 1
+        self._store.set(f"pulse/{self._rank}", f"{self._beats} {_traffic.entered}")
+
+    def _run(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            while not self._stopped.wait(PULSE_SECONDS):
+                self._beat()
+
+    def __enter__(self) -> _Pulse:
+        self._beat()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+
+def _named(ranks: Sequence[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
