@@ -116,8 +116,11 @@ class AdaptConfig(ModelConfig):
     layout: Literal["symmetric", "asymmetric"] = "symmetric"
     """symmetric: both views learn. asymmetric: one view makes targets without gradient, the other learns."""
 
-    memory: Literal["fast", "lean"] = "fast"
-    """What the engine keeps for backward: all it needs (fast), or each block's input alone."""
+    memory: Literal["fast", "balanced", "lean", "auto"] = "fast"
+    """What the engine keeps for backward: all it needs (fast), all but qkv, or each block's input alone (lean).
+    auto: the fastest of these that fits in the memory that is free."""
+    memory_check: bool = True
+    """Refuse to start what cannot fit in the memory that is free; --no-memory-check starts it all the same."""
 
     # clustering
     head: Literal["mlp", "linear", "none"] = "mlp"
@@ -197,6 +200,8 @@ class AdaptConfig(ModelConfig):
     """Steps between two lines on the console when it is not a terminal."""
     tensorboard: bool = False
     """Write TensorBoard events to --out as well."""
+    report_images: bool = True
+    """Look at 512 images with the base and the adapted model at the end, for the pictures in report.html."""
 
     def __post_init__(self) -> None:
         """Checks every field. Raises ConfigError naming the field, its value and what is allowed."""
