@@ -83,8 +83,10 @@ class AdaptConfig(ModelConfig):
     """Replace an earlier run in a non-empty --out."""
     resume: bool = False
     """Go on from the newest checkpoint in --out; start from the beginning if there is none."""
-    checkpoint_every: int = 200
-    """Steps between two checkpoints, of which two are kept; a signal and the last step write one too."""
+    checkpoint_every: int | str = 200
+    """Steps between two checkpoints, or minutes (10min); two are kept; a signal and the last step write one too."""
+    verify_resume: int = 0
+    """After the first checkpoint: repeat so many steps from it and compare bit for bit; exit 1 if they differ."""
     method: Literal["upstep", "explora"] = "upstep"
     """How to adapt; each method has its own defaults."""
 
@@ -95,6 +97,16 @@ class AdaptConfig(ModelConfig):
     """Steps to run (skipped ones count); None: see --epochs."""
     epochs: float | None = None
     """Passes over the images instead of --steps; with neither, 10 epochs but at least 400 steps."""
+    accumulate: int = 1
+    """Open steps that make one update, each with a gate decision and targets of its own; --steps counts them all."""
+    auto_batch: bool = False
+    """When memory runs out, go on in smaller passes over the batch: the same result, open steps compute twice."""
+
+    # many processes
+    shard_weights: bool = False
+    """Under torchrun: spread the frozen weights over the GPUs (FSDP2) for models too large for one; slower."""
+    rank_timeout: float = 25.0
+    """Seconds that one process waits for another, after the first step, until all end."""
 
     # adapter
     lora_r: int = 8
@@ -206,8 +218,11 @@ class AdaptConfig(ModelConfig):
     def __post_init__(self) -> None:
         """Checks every field. Raises ConfigError naming the field, its value and what is allowed."""
         super().__post_init__()
-        for name in ("batch_size", "lora_r", "head_hidden", "head_dim", "log_every", "max_skips", "checkpoint_every"):
+        for name in ("batch_size", "lora_r", "head_hidden", "head_dim", "log_every", "max_skips", "accumulate"):
             _at_least(self, name, 1)
+        every(self.checkpoint_every)
+        _at_least(self, "verify_resume", 0)
+        _positive(self, "rank_timeout")
         _at_least(self, "prototypes", 2)
         _at_least(self, "sinkhorn_iterations", 1)
         _at_least(self, "batch_size", 2)
@@ -245,6 +260,8 @@ class AdaptConfig(ModelConfig):
             )
         if self.mean_std == "auto" and (self.mean or self.std):
             raise ConfigError("mean_std: auto measures mean and std; do not give --mean or --std as well")
+        if self.shard_weights and self.auto_batch:
+            raise ConfigError("shard_weights and auto_batch: give one of them, not both")
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ConfigError("tensorboard: it is not installed; pip install 'upstep_fast[report]'")
         if self.resume and self.overwrite:
@@ -476,6 +493,19 @@ def to_toml(config: Any) -> str:
         if value is not None:
             lines.append(f"{field.name} = {json.dumps(value, ensure_ascii=False)}")
     return "\n".join(lines) + "\n"
+
+
+def every(value: int | str) -> tuple[int, float]:
+    """What checkpoint_every says: steps, and seconds; the one that is not meant is 0. Raises ConfigError."""
+    text = str(value).strip()
+    number, is_minutes = text.removesuffix("min"), text.endswith("min")
+    try:
+        found = (0, 60 * float(number)) if is_minutes else (int(number), 0.0)
+    except ValueError:
+        found = (0, 0.0)
+    if not 0 < sum(found) < math.inf:
+        raise ConfigError(f"checkpoint_every: got {text!r}, must be steps (200) or minutes (10min), above 0")
+    return found
 
 
 def _at_least(config: Any, name: str, low: float) -> None:
