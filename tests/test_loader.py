@@ -428,9 +428,9 @@ def test_small_sources_are_decoded_once(images, monkeypatch):
 def _memory_growth(images: Path, steps: int, monkeypatch) -> float:
     monkeypatch.setattr(loaders, "CACHE_BYTES", 0)
     with Loader(open_source(images), batch_size=25, seed=0, num_workers=2) as loader:
-        for _ in range(20):
-            next(loader)
         tracemalloc.start()
+        for _ in range(20):  # from now on as many batches are in flight as ever
+            next(loader)
         start = tracemalloc.get_traced_memory()[0]
         for _ in range(steps):
             next(loader)

@@ -107,7 +107,7 @@ def _train(
         resume.go_on(state, out / output.CHECKPOINTS, identity)
     began = time.monotonic()
     with (
-        make_loader(config, source, state, channels) as loader,
+        make_loader(config, source, state, channels, compute) as loader,
         Metrics(out / "metrics.jsonl", state.step, config.tensorboard) as metrics,
         Progress(config, state.gate) as progress,
         Writer() as writer,
@@ -118,11 +118,11 @@ def _train(
                 with compute.autocast():
                     state.method.start(_start_views(config, source, state, channels, compute))
             while state.step < config.steps:
-                batch = next(loader)
                 began_step = time.monotonic()
-                row = step(state, make_views(state.method, batch, compute), rule, config, compute)
+                batch = next(loader)
+                row = step(state, batch.views, rule, config, compute)
                 row |= {
-                    "images_per_s": config.batch_size / max(1e-9, time.monotonic() - began_step + loader.data_wait),
+                    "images_per_s": config.batch_size / max(1e-9, time.monotonic() - began_step),
                     "data_wait": loader.data_wait,
                     "epoch": batch.epoch,
                     "replaced": batch.replaced,
@@ -143,7 +143,7 @@ def _train(
                         f"stopped after {state.step} of {config.steps} steps, all saved; "
                         "go on with the same command and --resume"
                     )
-        images = state.method.images(make_views(state.method, next(loader), compute))
+        images = state.method.images(next(loader).views)
         check_adapter(state, images, compute, out)
     return AdaptResult(out / "adapter", config.steps, state.gate.opened, state.loss, time.monotonic() - began)
 
@@ -199,8 +199,8 @@ def gate_rule(config: AdaptConfig) -> gates.GateRule:
     )
 
 
-def make_loader(config: AdaptConfig, source: Source, state: RunState, channels: int) -> Loader:
-    """The batches from `state.step` on; bad images are noted in `state.skipped`."""
+def make_loader(config: AdaptConfig, source: Source, state: RunState, channels: int, compute: Compute) -> Loader:
+    """The batches from `state.step` on, with their views; bad images are noted in `state.skipped`."""
     loader = Loader(
         source,
         batch_size=config.batch_size,
@@ -209,6 +209,9 @@ def make_loader(config: AdaptConfig, source: Source, state: RunState, channels: 
         max_bad_fraction=config.max_bad_fraction,
         start_step=state.step,
         channels=channels,
+        min_side=state.method.min_side,
+        make_views=lambda batch: make_views(state.method, batch, compute),
+        device=compute.device,
     )
     loader.skipped = state.skipped
     return loader
@@ -247,7 +250,7 @@ def default_workers() -> int:
 def _start_views(
     config: AdaptConfig, source: Source, state: RunState, channels: int, compute: Compute
 ) -> Iterator[Any]:
-    with make_loader(config, source, state, channels) as loader:
+    with make_loader(config, source, state, channels, compute) as loader:
         batches = -(-min(len(source), START_IMAGES) // config.batch_size)
         for _, batch in zip(range(batches), loader, strict=False):
-            yield make_views(state.method, batch, compute)
+            yield batch.views

@@ -15,13 +15,14 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .fetch import Chunk, Fetcher
-from .prefetch import Ready, Views, prefetch
+from .prefetch import Ready, prefetch
 from .random import bits_array
 from .resize import eval_resize
 from .skipped import check_bad, read_image, write_skipped
@@ -40,7 +41,7 @@ class Batch:
     indices: Tensor  # [B] int64, where each image stands in the source (a replacement has its own index)
     epoch: int
     replaced: int  # how many images of this batch stand in for bad ones
-    views: Views | None = None  # what the loader's `make_views` made of it, for the current stream
+    views: Any = None  # what the loader's `make_views` made of it, for the current stream
 
 
 class Loader:
@@ -71,7 +72,7 @@ class Loader:
         shuffle: bool = True,
         min_side: int | None = None,
         channels: int = 3,
-        make_views: Callable[[Batch], Views] | None = None,
+        make_views: Callable[[Batch], Any] | None = None,
         device: torch.device | None = None,
     ) -> None:
         if batch_size < 1 or batch_size % world_size:
@@ -131,9 +132,9 @@ class Loader:
         if self._batches is None:
             self._batches = self._run(self.step)
         ready = next(self._batches)
+        self.data_wait = time.perf_counter() - began
         self._count(ready.item)
         batch = _join(ready.item, ready.take())
-        self.data_wait = time.perf_counter() - began
         self.step += 1
         return batch
 
@@ -170,7 +171,7 @@ class Loader:
 
         return prefetch(batches(), self._make, self._device)
 
-    def _make(self, chunks: list[Chunk]) -> Views | None:
+    def _make(self, chunks: list[Chunk]) -> Any:
         if self._make_views is None or any(chunk.failed for chunk in chunks):
             return None
         return self._make_views(_join(chunks))
@@ -190,7 +191,7 @@ class Loader:
         self._batches = None
 
 
-def _join(chunks: list[Chunk], views: Views | None = None) -> Batch:
+def _join(chunks: list[Chunk], views: Any = None) -> Batch:
     return Batch(
         images=[image for chunk in chunks for image in chunk.images],
         indices=torch.tensor([index for chunk in chunks for index in chunk.indices], dtype=torch.int64),

@@ -4,15 +4,15 @@
     the step's own stream   ... step t ... | waits for the event | step t + 1
 
 The copies come from pinned memory, which torch's host allocator keeps and reuses, so they overlap with the step. On
-a CPU there is nothing to overlap with: the same code makes the views when they are asked for.
+a CPU there is nothing to overlap with: the same code makes the views when they are taken.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,40 +20,40 @@ from torch import Tensor
 from .threads import ahead
 
 T = TypeVar("T")
-Views = Tensor | Sequence[Tensor]
 DEPTH = 1  # batches whose views wait on the device
 
 
 @dataclass(frozen=True)
 class Ready(Generic[T]):
-    """An item and its views, which may still be in the making on another stream."""
+    """An item and what was made of it, which may still be in the making on another stream."""
 
     item: T
-    views: Views | None = None
+    made: Any  # tensors, in lists, tuples or dicts if there are several; a function that makes them, without an event
     event: torch.cuda.Event | None = None  # recorded behind the last kernel that makes them
 
-    def take(self) -> Views | None:
-        """The views, for use on the current stream."""
-        if self.event is not None and self.views is not None:
-            stream = torch.cuda.current_stream()
-            stream.wait_event(self.event)
-            for x in [self.views] if isinstance(self.views, Tensor) else self.views:
-                x.record_stream(stream)  # or its memory would be given away while this stream reads it
-        return self.views
+    def take(self) -> Any:
+        """What was made, for use on the current stream. Without an event it is made now."""
+        if self.event is None:
+            return self.made()
+        stream = torch.cuda.current_stream()
+        stream.wait_event(self.event)
+        for x in _tensors(self.made):
+            x.record_stream(stream)  # or its memory would be given away while this stream reads it
+        return self.made
 
 
-def prefetch(items: Iterable[T], make: Callable[[T], Views | None], device: torch.device | None) -> Generator[Ready[T]]:
+def prefetch(items: Generator[T], make: Callable[[T], Any], device: torch.device | None) -> Generator[Ready[T]]:
     """Each item with what `make` returns for it; an exception comes where its item would have come."""
     if device is None or device.type != "cuda":
-        with contextlib.closing(_closable(items)) as each:
-            for item in each:
-                yield Ready(item, make(item))
+        with contextlib.closing(items):
+            for item in items:
+                yield Ready(item, lambda item=item: make(item))  # type: ignore[misc]
         return
     stream = torch.cuda.Stream(device)
 
     def made() -> Generator[Ready[T]]:
-        with torch.cuda.device(device), torch.cuda.stream(stream), contextlib.closing(_closable(items)) as each:
-            for item in each:
+        with torch.cuda.device(device), torch.cuda.stream(stream), contextlib.closing(items):
+            for item in items:
                 views = make(item)
                 event = torch.cuda.Event()
                 event.record(stream)
@@ -62,5 +62,9 @@ def prefetch(items: Iterable[T], make: Callable[[T], Views | None], device: torc
     yield from ahead(made(), DEPTH)
 
 
-def _closable(items: Iterable[T]) -> Generator[T]:
-    yield from items
+def _tensors(x: Any) -> Iterator[Tensor]:
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, (list, tuple, dict)):
+        for part in x.values() if isinstance(x, dict) else x:
+            yield from _tensors(part)

@@ -24,6 +24,13 @@ class Embedded(Protocol):
     def magnitudes(self) -> Tensor:
         """[1 + V] fp32, detached: the centre's magnitude, then that of each view's centre."""
 
+    @property
+    def sums(self) -> Tensor:
+        """[n] fp32, detached: this rank's part of what the gate's statistics are made of, to be summed over the ranks."""
+
+    def of_all(self, sums: Tensor) -> Any:
+        """The same with the statistics of all ranks' images. Losses are means over the ranks."""
+
     def detach(self) -> Any:
         """The same without gradients, for a step that is skipped."""
 
@@ -36,6 +43,7 @@ class Method(Protocol):
 
     vit: Any
     adapters: dict[str, LoraLinear]
+    passes: int  # of the model over a batch; more take less memory and give the same result (passes.py)
 
     def to(self, device: torch.device) -> Self:
         """Moves everything to the device."""
@@ -56,14 +64,21 @@ class Method(Protocol):
     def views(self, batch: Batch, device: torch.device) -> Any:
         """The views of a batch that `embed` wants, drawn from (seed, epoch, index) alone."""
 
+    @property
+    def min_side(self) -> int | None:
+        """Pixels that `views` needs of an image's sides; larger JPEGs may be decoded at a fraction of their size."""
+
     def images(self, views: Any) -> Tensor:
         """Of these views one per image, [B, C, H, W], for a look at the features."""
 
     def embed(self, views: Any) -> Any:
         """The forward pass that the gate looks at: an `Embedded`."""
 
+    def num_sums(self, views: int) -> int:
+        """The length of `Embedded.sums` for so many views."""
+
     def loss(self, learning: Any, target: Any = None) -> Tensor:
-        """The objective of an open step, a scalar in fp32."""
+        """The objective of an open step, a scalar in fp32; of several ranks, the mean over them is the whole's."""
 
     def figures(self) -> dict[str, float]:
         """More numbers of the last `loss` for metrics.jsonl."""

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import lora
+from .. import distributed, lora
 from ..backbone import Backbone, features
 from ..config import AdaptConfig
 from ..data.loader import Batch
@@ -30,6 +30,7 @@ from ..engine import vit as engine
 from ..engine.block import Memory
 from ..kernels.sinkhorn import sinkhorn
 from .losses import clustering
+from .passes import in_passes
 from .schedules import warmup_cosine
 
 
@@ -40,6 +41,23 @@ class Embedded:
     z: Tensor  # [V, B, d] fp32, unit length
     centre: Tensor  # [d] fp32, mean of z; carries gradient where z does
     magnitudes: Tensor  # [1 + V] fp32, detached: |centre|, then of each view's centre
+
+    @property
+    def sums(self) -> Tensor:
+        """What is added up over the ranks: the sum of each view's z, and the images. [V d + 1] fp32, detached."""
+        z = self.z.detach()
+        return torch.cat([z.sum(1).flatten(), z.new_full((1,), z.shape[1])])
+
+    def of_all(self, sums: Tensor) -> Embedded:
+        """The same z with the centre of all ranks' images; `sums`: those of all ranks together.
+
+        The centre's value is that of the whole batch and its gradient that of the own images' mean, so the mean over
+        the ranks of a loss of it, and of the loss's gradients, is what one process with the whole batch would have.
+        """
+        of_views = sums[:-1].view(len(self.z), -1) / sums[-1]
+        whole, own = of_views.mean(0), self.centre
+        magnitudes = torch.cat([whole.norm()[None], of_views.norm(dim=-1)])
+        return Embedded(self.z, whole + (own - own.detach()), magnitudes)
 
     def detach(self) -> Embedded:
         """The same without gradients: nothing kept for a backward pass outlives a closed gate."""
@@ -57,7 +75,7 @@ class UpStep(nn.Module):
 
     def __init__(self, backbone: Backbone, config: AdaptConfig, num_prototypes: int):
         super().__init__()
-        self.config, self.view_config = config, view_config(config, backbone)
+        self.config, self.view_config, self.passes = config, view_config(config, backbone), 1
         generator = torch.Generator().manual_seed(config.seed)
         # parts of torch.nn draw from the global generator: set it for this block only
         with torch.random.fork_rng(devices=[]):
@@ -95,7 +113,7 @@ class UpStep(nn.Module):
     @torch.no_grad()
     def start(self, views: Iterable[Tensor]) -> None:
         """Sets what is computed once from the base model's embeddings; views: [V, B, C, H, W] batches."""
-        z = torch.cat([self.embed(batch).z.flatten(0, 1) for batch in views])
+        z = torch.cat([distributed.gather_rows(self.embed(batch).z, 1).flatten(0, 1) for batch in views])
         self.base_centre.copy_(z.mean(0))
         if self.config.prototype_init == "kmeans":
             if len(z) < len(self.prototypes):
@@ -121,17 +139,26 @@ class UpStep(nn.Module):
             device=device,
         )
 
+    @property
+    def min_side(self) -> int:
+        """Pixels that the views need of an image's sides."""
+        return self.view_config.min_side
+
     def images(self, views: Tensor) -> Tensor:
         """The first view of each image."""
         return views[0]
 
     def embed(self, views: Tensor) -> Embedded:
         """views: [V, B, C, H, W] normalised images. The backbone sees all V B images in one batch."""
-        u = self.head(self.features(views.flatten(0, 1)))
+        u = self.head(in_passes(self.features, views.flatten(0, 1), self.passes))
         z = F.normalize(u.float(), dim=-1).view(*views.shape[:2], -1)
         centre = z.mean((0, 1))
         of_views = z.detach().mean(1).norm(dim=-1)
         return Embedded(z, centre, torch.cat([centre.detach().norm()[None], of_views]))
+
+    def num_sums(self, views: int) -> int:
+        """How many numbers `Embedded.sums` of so many views are."""
+        return views * self.prototypes.shape[1] + 1
 
     def figures(self) -> dict[str, float]:
         """Nothing beside the loss and the centre."""
@@ -173,7 +200,8 @@ class UpStep(nn.Module):
         return clustering_loss + c.cvr_weight * penalty
 
     def _targets(self, scores: Tensor) -> Tensor:
-        return sinkhorn(scores.detach(), self.config.epsilon, self.config.sinkhorn_iterations)
+        c, all_reduce = self.config, distributed.reducer()
+        return sinkhorn(scores.detach(), c.epsilon, c.sinkhorn_iterations, all_reduce=all_reduce)
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         """The LoRA matrices."""
