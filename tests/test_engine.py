@@ -122,19 +122,55 @@ def test_bf16_is_as_near_to_fp32_as_eager_bf16(variant, memory, fused):
             return features(vit, x)
 
     theirs, their_grads = gradients(vit, eager, images)
-    ours, our_grads = gradients(vit, engine.build(vit, torch.bfloat16, memory, fused).features, images)
+    ours, our_grads = gradients(vit, engine.build(vit, torch.bfloat16, memory, fused=fused).features, images)
     assert relative(ours, truth) < 2 * relative(theirs, truth) + 1e-3
     joined = [torch.cat([g.flatten() for g in grads]) for grads in (our_grads, their_grads, truth_grads)]
     assert relative(joined[0], joined[2]) < 2e-2
     assert relative(joined[0], joined[2]) < 2 * relative(joined[1], joined[2])
 
 
-def test_forward_without_gradients_equals_forward_with():
-    vit, images = model()
+@pytest.mark.parametrize("variant", ["class token", "registers, LayerScale", "QuickGELU, norm_pre"])
+def test_forward_only_equals_forward_with_gradients(variant):
+    vit, images = model(variant)
     run = engine.build(vit, torch.float32).features
     with torch.no_grad():
         quiet = run(images)
     assert torch.equal(quiet, run(images).detach())
+
+
+def test_forward_only_sees_every_change_of_what_is_trained():
+    vit, images = model("registers, LayerScale", depth=3)
+    for name, parameter in vit.named_parameters():
+        if "norm" in name or name.startswith("blocks.2."):
+            parameter.requires_grad_(True)
+    run = engine.build(vit, torch.float32).forward_only
+    run(images)
+    trained = [p for p in vit.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.05, fused=True)
+    for _ in range(2):
+        for parameter in trained:
+            parameter.grad = torch.ones_like(parameter)
+        before = run(images)
+        optimizer.step()
+        expected = features(vit, images).detach()
+        assert relative(run(images), expected) < 1e-5 < relative(before, expected)
+
+
+def test_forward_only_is_one_graph():
+    vit, images = model("registers, LayerScale")
+    explained = torch._dynamo.explain(engine.build(vit, torch.float32).forward_only)(images)
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0)
+
+
+@pytest.mark.long
+def test_forward_only_compiled_gives_the_same_and_sees_new_adapters():
+    vit, images = model("registers, LayerScale")
+    run = engine.build(vit, torch.float32, compiled=True).forward_only
+    assert relative(run(images), features(vit, images).detach()) < 1e-5
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for adapter in lora.find(vit).values():
+            adapter.lora_b.mul_(2)
+        assert relative(run(images), features(vit, images).detach()) < 1e-5
 
 
 def test_training_through_the_engine_moves_the_original_adapters():
@@ -166,7 +202,7 @@ def kept_bytes(memory, dtype, depth, fused):
         total[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    run = engine.build(vit, dtype, memory, fused)
+    run = engine.build(vit, dtype, memory, fused=fused)
     parameters = {p.untyped_storage().data_ptr() for p in vit.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         out = run.features(images)

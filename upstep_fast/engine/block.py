@@ -28,7 +28,7 @@ and the norms' and the softmax's statistics.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,9 +38,10 @@ from torch import Tensor, nn
 
 from ..kernels.attention import attention_backward, attention_forward
 from .fold import FoldedBlock, FoldedLinear
-from .pieces import gelu, gelu_backward, gelu_forward, norm, norm_backward
+from .pieces import gelu, gelu_backward, gelu_forward, linear_gelu, norm, norm_backward
 
 Memory = Literal["fast", "balanced", "lean"]
+Run = Callable[[Tensor, Tensor | None, int], tuple[Tensor, Tensor]]
 _FORGOTTEN: dict[str, tuple[str, ...]] = {"fast": (), "balanced": ("y",)}
 
 
@@ -52,12 +53,15 @@ class Merged:
     bias: Tensor  # [N]
 
 
-def run_blocks(x: Tensor, blocks: Iterable[FoldedBlock | nn.Module], memory: Memory = "fast") -> Tensor:
-    """x: [B, N, D] in the compute type -> the same, after all blocks; those that are not folded run as they are."""
+def run_blocks(x: Tensor, blocks: Sequence[FoldedBlock | nn.Module], run: Run) -> Tensor:
+    """x: [B, N, D] in the compute type -> the same, after all blocks; those that are not folded run as they are.
+
+    run: (x, delta, index) -> (x, delta) for a folded block.
+    """
     delta: Tensor | None = None
-    for block in blocks:
+    for index, block in enumerate(blocks):
         if isinstance(block, FoldedBlock):
-            x, delta = run_block(x, delta, block, memory)
+            x, delta = run(x, delta, index)
         else:
             with torch.autocast(x.device.type, dtype=x.dtype, enabled=x.dtype != torch.float32):
                 x, delta = block(x if delta is None else x + delta).to(x.dtype), None
@@ -73,7 +77,19 @@ def run_block(x: Tensor, delta: Tensor | None, block: FoldedBlock, memory: Memor
     keep = block.draw_paths(x)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *trained)):
         return _Block.apply(x, delta, block, memory, keep, *trained)
-    return _forward(x, delta, block, trained, keep, None)[:2]
+    return forward_only(x, delta, block, merge_all(block, trained), trained, keep)
+
+
+def forward_only(
+    x: Tensor,
+    delta: Tensor | None,
+    block: FoldedBlock,
+    merged: Sequence[Merged],
+    trained: Sequence[Tensor],
+    keep: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> tuple[Tensor, Tensor]:
+    """As `run_block`, with the adapters already merged; keeps nothing."""
+    return _forward(x, delta, block, merged, trained, keep, None)[:2]
 
 
 class _Block(torch.autograd.Function):
@@ -84,7 +100,7 @@ class _Block(torch.autograd.Function):
         ctx: Any, x: Tensor, delta: Tensor | None, block: FoldedBlock, memory: Memory, keep: Any, *trained: Tensor
     ) -> tuple[Tensor, Tensor]:
         kept: dict[str, Tensor] = {}
-        middle, m, before = _forward(x, delta, block, trained, keep, kept)
+        middle, m, before = _forward(x, delta, block, merge_all(block, trained), trained, keep, kept)
         if memory == "lean":
             kept = {"before": before}
         for name in _FORGOTTEN.get(memory, ()):
@@ -95,13 +111,15 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        d_middle, d_m = grads
         values = ctx.saved_tensors
         kept = dict(zip(ctx.names, values, strict=False))
         trained = values[len(kept) :]
+        merged = merge_all(ctx.block, trained)
         if "before" in kept:
             before, kept = kept["before"], {}
-            _forward(before, None, ctx.block, trained, ctx.keep, kept)
-        dx, d_trained = _backward(*grads, ctx.block, trained, ctx.keep, kept, ctx.needs_input_grad[0])
+            _forward(before, None, ctx.block, merged, trained, ctx.keep, kept)
+        dx, d_trained = _backward(d_middle, d_m, ctx.block, merged, trained, ctx.keep, kept, ctx.needs_input_grad[0])
         return dx, dx if ctx.has_delta else None, None, None, None, *d_trained
 
 
@@ -109,12 +127,13 @@ def _forward(
     x: Tensor,
     delta: Tensor | None,
     block: FoldedBlock,
+    merged: Sequence[Merged],
     trained: Sequence[Tensor],
     keep: tuple[Tensor | None, Tensor | None],
     kept: dict[str, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(middle, m, the stream before the block); fills `kept` if it is given."""
-    qkv, proj, fc1, fc2 = merge_all(block, trained)
+    qkv, proj, fc1, fc2 = merged
     h1, before, rstd1 = norm(x, delta, block.eps[0], block.fused)
     y = F.linear(_affine(h1, block, 0, trained), qkv.weight, qkv.bias)
     if kept is None:
@@ -123,13 +142,13 @@ def _forward(
     o = o.flatten(2)
     p = _scaled(F.linear(o, proj.weight, proj.bias), keep[0])
     h2, middle, rstd2 = norm(before, p, block.eps[1], block.fused)
-    u = F.linear(_affine(h2, block, 1, trained), fc1.weight, fc1.bias)
+    h2_affine = _affine(h2, block, 1, trained)
     if kept is None:
-        g = gelu(u, block.activation)
+        g = linear_gelu(h2_affine, fc1.weight, fc1.bias, block.activation)
     else:
+        u = F.linear(h2_affine, fc1.weight, fc1.bias)
         g, of_u = gelu_forward(u, block.activation, block.keeps_byte)
         kept |= {"h1": h1, "rstd1": rstd1, "y": y, "o": o, "lse": lse, "h2": h2, "rstd2": rstd2, "u": of_u}
-    del u
     return middle, _scaled(F.linear(g, fc2.weight, fc2.bias), keep[1]), before
 
 
@@ -137,12 +156,13 @@ def _backward(
     d_middle: Tensor,
     d_m: Tensor,
     block: FoldedBlock,
+    merged: Sequence[Merged],
     trained: Sequence[Tensor],
     keep: tuple[Tensor | None, Tensor | None],
     kept: dict[str, Tensor],
     needs_dx: bool,
 ) -> tuple[Tensor | None, list[Tensor]]:
-    qkv, proj, fc1, fc2 = merge_all(block, trained)
+    qkv, proj, fc1, fc2 = merged
     h1, rstd1, o, lse, h2, rstd2, u = (kept[name] for name in ("h1", "rstd1", "o", "lse", "h2", "rstd2", "u"))
     factors = _factors(block, trained)
     d_of: dict[str, tuple[Tensor, ...]] = {}
@@ -165,7 +185,8 @@ def _backward(
     dy = attention_backward(d_o, _heads(y, block.heads), o.view_as(d_o), lse).view_as(y)
     if "qkv" in factors:
         d_of["qkv"] = adapter_gradients(dy, h1_affine, block.qkv, factors["qkv"])
-    dx, d_norm1 = None, ()
+    dx: Tensor | None = None
+    d_norm1: tuple[Tensor, ...] = ()
     if needs_dx or block.norms[0] is not None:
         d_h1, d_norm1 = _affine_backward(dy @ qkv.weight, h1, block, 0, trained)
         dx = norm_backward(d_h1, h1, rstd1, d_middle, block.fused) if needs_dx else None

@@ -82,6 +82,12 @@ class FoldedBlock:
         factors = [f for linear in self.linears.values() for f in (linear.adapter_factors() or ())]
         return factors + [p for norm in self.norms if norm is not None for p in (norm.weight, norm.bias)]
 
+    def sources(self) -> list[nn.Parameter]:
+        """The parameters behind `trained`."""
+        adapters = [linear.adapter for linear in self.linears.values() if linear.adapter is not None]
+        own = [p for adapter in adapters for p in (adapter.lora_a, adapter.lora_b)]
+        return own + [p for norm in self.norms if norm is not None for p in (norm.weight, norm.bias)]
+
     def draw_paths(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The factors of drop path [B, 1, 1], 0 or 1 / (1 - p), drawn by timm's own module; None: nothing drops."""
         first, second = (self._draw_path(path, x) for path in self.paths)

@@ -55,6 +55,14 @@ def gelu(u: Tensor, activation: str) -> Tensor:
     return F.gelu(u, approximate="tanh" if activation == "tanh" else "none")
 
 
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
+    """gelu(x weight^T + bias) where nothing is kept; x: [..., K]."""
+    if activation == "tanh" and x.is_cuda:  # the form that cuBLAS has in the product's epilogue
+        y = torch._addmm_activation(bias, x.flatten(0, -2), weight.T, use_gelu=True)
+        return y.view(*x.shape[:-1], -1)
+    return gelu(F.linear(x, weight, bias), activation)
+
+
 def gelu_forward(u: Tensor, activation: str, as_byte: bool) -> tuple[Tensor, Tensor]:
     """(g, what `gelu_backward` takes: u, or the derivative in one byte)."""
     if not as_byte:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from .block import Memory, run_blocks
+from .block import Memory, run_block, run_blocks
 from .fold import FoldedBlock, fold, left_alone, why_not
+from .forward import make_forward_only
 
 log = logging.getLogger("upstep_fast")
 
@@ -26,27 +28,58 @@ class EngineViT:
     dtype: torch.dtype
     memory: Memory
     frozen: tuple[tuple[nn.Parameter, int], ...]  # what was folded, and its version then
+    forward_only: Callable[[Tensor], Tensor]
 
     def features(self, images: Tensor) -> Tensor:
-        """images: [B, C, H, W], normalised, fp32 -> [B, D] fp32, differentiable in the adapters."""
+        """images: [B, C, H, W], normalised, fp32 -> [B, D] fp32, differentiable in what is trained.
+
+        Without gradients it takes the forward-only path (forward.py).
+        """
         if any(parameter._version != version for parameter, version in self.frozen):
             raise RuntimeError("engine: a frozen weight was changed after folding; fold the model again")
-        vit, kind = self.vit, images.device.type
-        with torch.autocast(kind, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            x = vit.norm_pre(vit.patch_drop(vit._pos_embed(patch_embed(vit, images)))).to(self.dtype)
-        with torch.autocast(kind, enabled=False):  # the engine chooses its own types
-            x = run_blocks(x, self.blocks, self.memory)
-            return vit.forward_head(vit.norm(x.float()), pre_logits=True)
+        if not torch.is_grad_enabled():
+            return self.forward_only(images)
+
+        def run(x: Tensor, delta: Tensor | None, index: int) -> tuple[Tensor, Tensor]:
+            block = self.blocks[index]
+            assert isinstance(block, FoldedBlock)
+            return run_block(x, delta, block, self.memory)
+
+        x = embed(self.vit, images, self.dtype)
+        with torch.autocast(images.device.type, enabled=False):  # the engine chooses its own types
+            return head(self.vit, run_blocks(x, self.blocks, run))
 
 
-def build(vit: VisionTransformer, dtype: torch.dtype, memory: Memory = "fast", fused: bool | None = None) -> EngineViT:
+def build(
+    vit: VisionTransformer,
+    dtype: torch.dtype,
+    memory: Memory = "fast",
+    *,
+    fused: bool | None = None,
+    compiled: bool | None = None,
+) -> EngineViT:
     """Folds `vit` for training or for features in `dtype`. Raises ValueError if the engine cannot run it.
 
-    fused: as for `fold`.
+    fused: as for `fold`; compiled: the forward-only path, as for `make_forward_only`.
     """
     blocks = fold(vit, dtype, fused)
     frozen = tuple((p, p._version) for p in vit.parameters() if not p.requires_grad)
-    return EngineViT(vit, blocks, dtype, memory, frozen)
+    tokens, features = partial(embed, vit, dtype=dtype), partial(head, vit)
+    device = next(vit.parameters()).device
+    forward_only = make_forward_only(blocks, tokens, features, device, compiled)
+    return EngineViT(vit, blocks, dtype, memory, frozen, forward_only)
+
+
+def embed(vit: VisionTransformer, images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Patches, prefix tokens and positions: images [B, C, H, W] -> tokens [B, N, D] in `dtype`."""
+    with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        return vit.norm_pre(vit.patch_drop(vit._pos_embed(patch_embed(vit, images)))).to(dtype)
+
+
+def head(vit: VisionTransformer, x: Tensor) -> Tensor:
+    """Final norm and pooling, in fp32: tokens [B, N, D] -> features [B, D]."""
+    with torch.autocast(x.device.type, enabled=False):
+        return vit.forward_head(vit.norm(x.float()), pre_logits=True)
 
 
 def choose(
