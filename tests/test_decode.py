@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import struct
+import subprocess
+import sys
 import time
 import zlib
 
@@ -13,7 +15,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
+from upstep_fast.data import decode as decode_module
 from upstep_fast.data.decode import MAX_PIXELS, BadImage, decode
 
 # Pillow's remarks on the broken files made here
@@ -190,6 +194,28 @@ def test_min_side_decodes_large_jpegs_at_a_fraction():
     want = pixels(large.resize((400, 300), Image.Resampling.BOX)).float()
     # the picture's colours wrap around, and at a wrap the two filters differ
     assert ((decode(data, min_side=280).float() - want).abs() < 6).float().mean() > 0.9
+
+
+def test_the_fingerprint_moves_when_pixels_do(monkeypatch):
+    """The same in another process; another for one level of one pixel's difference, or a filter of the decoder's."""
+    here = decode_module.decoder_fingerprint()
+    code = "from upstep_fast.data.decode import decoder_fingerprint as f; print(f())"
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert here == there and len(here) == 64
+    real = decode_module._to_array
+
+    def off_by_one(image, channels):
+        pixels = real(image, channels).copy()
+        if image.mode == "CMYK":  # one picture of the twenty
+            pixels.flat[0] ^= 1
+        return pixels
+
+    monkeypatch.setattr(decode_module, "_to_array", off_by_one)
+    assert decode_module.decoder_fingerprint.__wrapped__() != here
+    monkeypatch.setattr(decode_module, "_to_array", real)
+    assert decode_module.decoder_fingerprint.__wrapped__() == here
+    monkeypatch.setattr(JpegImageFile, "draft", lambda *_: None)
+    assert decode_module.decoder_fingerprint.__wrapped__() != here
 
 
 # what is not an image, or only a part of one

@@ -289,6 +289,14 @@ def test_another_environment_goes_on_and_says_what_is_not_exact(options, tmp_pat
     assert "not bit for bit" in caplog.text and "is 9.9" in caplog.text
 
 
+def test_a_decoder_that_reads_other_pixels_is_named(options, monkeypatch, caplog):
+    interrupted(options, monkeypatch, step=7)
+    monkeypatch.setattr(resume, "decoder_fingerprint", lambda: "of another libjpeg")
+    with caplog.at_level("WARNING", logger="upstep_fast"):
+        upstep_fast.adapt(**options, resume=True)
+    assert "not bit for bit" in caplog.text and "is of another libjpeg" in caplog.text
+
+
 def test_resume_and_overwrite_exclude_one_another(options):
     with pytest.raises(ConfigError, match="resume and overwrite"):
         upstep_fast.adapt(**options, resume=True, overwrite=True)

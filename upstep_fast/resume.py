@@ -27,6 +27,7 @@ from . import __version__
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint
 from .config import AdaptConfig
+from .data.decode import decoder_fingerprint
 from .data.sources import Source
 from .device import Compute
 from .errors import ConfigError, RunFailedError
@@ -86,6 +87,7 @@ def identify(config: AdaptConfig, compute: Compute, source: Source, backbone_sha
             "threads": torch.get_num_threads(),
             "precision": compute.precision,
             "ranks": 1,
+            "decoder": decoder_fingerprint(),
         },
     )
 

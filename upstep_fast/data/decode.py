@@ -14,8 +14,11 @@ whose checksums are wrong, JPEGs that end early, floating point, and everything 
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import io
 import zlib
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,6 +79,45 @@ def decode(
         raise BadImage(
             f"cannot be decoded: {type(error).__name__}: {str(error)[:120]}".replace("\n", " "), name
         ) from error
+
+
+@functools.lru_cache
+def decoder_fingerprint() -> str:
+    """SHA-256 over the pixels of twenty pictures, written by this machine's libraries and read by `decode`.
+
+    Another value means that images may be other pixels than before: another libjpeg, libwebp or Pillow (RELIABILITY
+    I7). A format that is not built in counts as that.
+    """
+    y, x = np.mgrid[:48, :72]
+    smooth = Image.fromarray(np.stack([x * 3, y * 5, x * y // 16], -1).astype(np.uint8))
+    grey, high = smooth.convert("L"), Image.fromarray((x * y * 19).astype(np.uint16))
+    alpha = smooth.copy()
+    alpha.putalpha(grey)
+    turned = Image.Exif()
+    turned[_EXIF_ORIENTATION] = 6
+    pictures: list[tuple[Image.Image, str, dict[str, Any], int | None]] = [
+        *((smooth, "JPEG", {"quality": q, "subsampling": s}, None) for q, s in ((50, 2), (75, 2), (92, 1), (98, 0))),
+        *((image, "JPEG", {"quality": 90}, None) for image in (grey, smooth.convert("CMYK"))),
+        (smooth, "JPEG", {"quality": 85, "progressive": True}, None),
+        (smooth, "JPEG", {"quality": 85, "exif": turned}, None),
+        *((smooth.resize((640, 480)), "JPEG", {"quality": 85}, side) for side in (60, 240)),
+        *((image, "PNG", {}, None) for image in (smooth, alpha, smooth.quantize(16), high)),
+        *((image, "WEBP", {"quality": 80}, None) for image in (smooth, alpha)),
+        (smooth, "TIFF", {"compression": "tiff_lzw"}, None),
+        (smooth.convert("YCbCr"), "TIFF", {"compression": "jpeg"}, None),
+        (smooth.quantize(32), "GIF", {}, None),
+        (smooth, "AVIF", {"quality": 80}, None),
+    ]
+    digest = hashlib.sha256()
+    for image, kind, options, side in pictures:
+        file = io.BytesIO()
+        try:
+            image.save(file, kind, **options)
+            found = decode(file.getvalue(), min_side=side)
+            digest.update(f"{kind} {tuple(found.shape)}".encode() + found.numpy().tobytes())
+        except (KeyError, OSError, BadImage) as error:
+            digest.update(f"{kind} {type(error).__name__}".encode())
+    return digest.hexdigest()
 
 
 def _decode_jpeg(data: bytes | memoryview, channels: int, max_pixels: int, min_side: int | None) -> Tensor:

@@ -47,7 +47,7 @@ def prefetch(items: Generator[T], make: Callable[[T], Any], device: torch.device
     if device is None or device.type != "cuda":
         with contextlib.closing(items):
             for item in items:
-                yield Ready(item, lambda item=item: make(item))  # type: ignore[misc]
+                yield Ready(item, lambda item=item: make(item))
         return
     stream = torch.cuda.Stream(device)
 
