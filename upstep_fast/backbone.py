@@ -91,6 +91,9 @@ def load(
         raise ConfigError(f"model: {name} is not supported: {reason}; {catalogue.near(source.arch)}")
     if source.checkpoint is not None and pretrained:
         weights.fill(vit, weights.read(source.checkpoint), where=str(source.checkpoint), min_matched=min_matched)
+    for key, value in vit.state_dict().items():
+        if not value.is_meta and not value.isfinite().all():
+            raise ConfigError(f"model: {name} has values in {key} that are not finite; fetch or save it again")
     size = tuple(vit.patch_embed.img_size)
     _check_size(size, vit)
     vit.eval().requires_grad_(False)

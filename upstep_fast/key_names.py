@@ -110,6 +110,30 @@ HF_DINOV2 = Format(  # Dinov2Model and Dinov2WithRegistersModel
     _HF_QKV,
 )
 
+# transformers 5 saves with save_pretrained under the names above; in its state_dict() they are these
+HF5_VIT = Format(
+    "Hugging Face ViT, names of transformers 5",
+    "layers.0.layernorm_before.weight",
+    (
+        *_HF_STEM,
+        ("layers.N.attention.o_proj.", "blocks.N.attn.proj."),
+        ("layers.N.layernorm_before.", "blocks.N.norm1."),
+        ("layers.N.layernorm_after.", "blocks.N.norm2."),
+        ("layers.N.mlp.", "blocks.N.mlp."),
+    ),
+    ("layers.N.attention.q_proj.", "layers.N.attention.k_proj.", "layers.N.attention.v_proj."),
+)
+HF5_DINOV2 = Format(
+    "Hugging Face Dinov2, names of transformers 5",
+    "encoder.layer.0.attention.q_proj.weight",
+    (("encoder.layer.N.attention.o_proj.", "blocks.N.attn.proj."), *HF_DINOV2.pairs),
+    (
+        "encoder.layer.N.attention.q_proj.",
+        "encoder.layer.N.attention.k_proj.",
+        "encoder.layer.N.attention.v_proj.",
+    ),
+)
+
 _HF_DINOV3_PAIRS = (
     ("embeddings.cls_token", "cls_token"),
     ("embeddings.mask_token", "mask_token"),
@@ -193,7 +217,7 @@ DINOV2 = Format("DINOv2 or MAE", "mask_token")  # timm's own filter converts the
 
 TIMM = Format("timm or DINO", "patch_embed.proj.weight")
 
-FORMATS = (HF_VIT, HF_DINOV2, HF_DINOV3_GATED, HF_DINOV3, HF_CLIP, OPENCLIP, DINOV3, DINOV2, TIMM)
+FORMATS = (HF_VIT, HF5_VIT, HF5_DINOV2, HF_DINOV2, HF_DINOV3_GATED, HF_DINOV3, HF_CLIP, OPENCLIP, DINOV3, DINOV2, TIMM)
 
 
 def detect(state: Mapping[str, Tensor]) -> tuple[Format, str] | None:

@@ -105,6 +105,7 @@ def fill(vit: nn.Module, state: Mapping[str, Tensor], *, where: str, min_matched
     min_matched: smallest share of the model's tensors that must be filled. Raises ConfigError, before anything is
     changed, below it and when the checkpoint has blocks that the model lacks: how many matched and the first misses.
     """
+    state = {key.replace("model.layer.", "layer."): value for key, value in state.items()}  # DINOv3 in transformers 5
     found = key_names.detect(state)
     if found is None and not any(".attn" in key or "attention" in key for key in state):
         raise ConfigError(f"model: {where} holds no Vision Transformer, only {_some(state)}")
