@@ -125,13 +125,18 @@ def parse(config_class: type, args: Sequence[str], prog: str) -> Any:
         values = read_toml(args[at + 1], config_class)
         del args[at : at + 2]
     # a method has defaults and flags of its own
-    named = [value for flag, value in itertools.pairwise(args) if flag == "--method"]
-    named += [a.removeprefix("--method=") for a in args if a.startswith("--method=")]
-    config_class = of_method(config_class, named[-1] if named else values.get("method"))
+    method, objective = (_value_of(flag, args) or values.get(flag) for flag in ("method", "objective"))
+    config_class = of_method(config_class, method, objective)
     cli_help.check_flags(args, config_class)
     # a file's values become flags placed before the user's own, which win: one parser checks both
     from_file = [part for key, value in values.items() for part in _as_flags(key, value)]
     return tyro.cli(config_class, args=[*from_file, *args], prog=prog)
+
+
+def _value_of(flag: str, args: Sequence[str]) -> str | None:
+    found = [value for name, value in itertools.pairwise(args) if name == f"--{flag}"]
+    found += [arg.partition("=")[2] for arg in args if arg.startswith(f"--{flag}=")]
+    return found[-1] if found else None
 
 
 def _take(args: list[str], flag: str) -> bool:

@@ -461,16 +461,16 @@ def read_toml(path: str | Path, config_class: type) -> dict[str, Any]:
         raise ConfigError(f"config: cannot read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"config: {path} is not valid TOML: {error}") from error
-    config_class = of_method(config_class, values.get("method"))
+    config_class = of_method(config_class, values.get("method"), values.get("objective"))
     return {known_field(key, config_class, f"config {path}"): value for key, value in values.items()}
 
 
-def of_method(config_class: type, method: Any) -> type:
+def of_method(config_class: type, method: Any, objective: Any = None) -> type:
     """The class with the defaults and flags of a method of `adapt`; `config_class` itself where there is no other."""
     if config_class is AdaptConfig and method == "explora":
-        from .config_explora import ExploraConfig
+        from .config_explora import Dinov2Config, MaeConfig
 
-        return ExploraConfig
+        return MaeConfig if objective == "mae" else Dinov2Config
     return config_class
 
 

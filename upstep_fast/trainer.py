@@ -51,9 +51,9 @@ class AdaptResult:
 def adapt(**options: Any) -> AdaptResult:
     """Adapts `model` to the images in `data` and writes the adapter to `out`.
 
-    Keywords are the fields of AdaptConfig, or of ExploraConfig with method="explora".
+    Keywords are the fields of AdaptConfig, with method="explora" those of Dinov2Config, or MaeConfig (objective="mae").
     """
-    config_class = of_method(AdaptConfig, options.get("method"))
+    config_class = of_method(AdaptConfig, options.get("method"), options.get("objective"))
     for name in options:
         known_field(name, config_class, "adapt")
     if missing := [name for name in ("model", "data", "out") if name not in options]:
