@@ -34,8 +34,8 @@ from torch import Tensor, nn
 
 from ..backbone import Backbone
 from ..engine import vit as engine
-from ..engine.block import run_blocks
-from ..engine.fold import why_not
+from ..engine.block import run_block
+from ..engine.fold import FoldedBlock, fold, why_not
 from .losa_refine import refine
 
 log = logging.getLogger("upstep_fast")
@@ -229,19 +229,32 @@ def make_stream(vit: nn.Module, dtype: torch.dtype) -> Stream:
     """Runs a frozen ViT without gradient and hands every block's output, [B, N, D] in `dtype`, to a function."""
     reason = why_not(vit)
     if reason is None:
-        return partial(_stream_engine, engine.build(vit, dtype))  # type: ignore[arg-type]
+        return partial(_stream_engine, vit, fold(vit, dtype), dtype)  # type: ignore[arg-type]
     log.warning("engine: running the plain model instead, since %s", reason)
     return partial(stream_plain, vit, dtype)
 
 
-def _stream_engine(built: engine.EngineViT, images: Tensor, tap: Callable[[int, Tensor], None]) -> None:
-    vit, kind = built.vit, images.device.type
-    with torch.no_grad(), torch.autocast(kind, dtype=built.dtype, enabled=built.dtype != torch.float32):
-        x = vit.norm_pre(vit.patch_drop(vit._pos_embed(engine.patch_embed(vit, images)))).to(built.dtype)
-    for index, block in enumerate(built.blocks):
-        with torch.no_grad(), torch.autocast(kind, enabled=False):
-            x = run_blocks(x, (block,))
-        tap(index, x)
+def _stream_engine(
+    vit: Any,
+    blocks: list[FoldedBlock | nn.Module],
+    dtype: torch.dtype,
+    images: Tensor,
+    tap: Callable[[int, Tensor], None],
+) -> None:
+    kind, delta = images.device.type, None
+    with torch.no_grad():
+        x = engine.embed(vit, images, dtype)
+    for index, block in enumerate(blocks):
+        with torch.no_grad():
+            if isinstance(block, FoldedBlock):
+                with torch.autocast(kind, enabled=False):  # the engine chooses its own types
+                    x, delta = run_block(x, delta, block)
+                    b = x + delta
+            else:
+                with torch.autocast(kind, dtype=dtype, enabled=dtype != torch.float32):
+                    b, delta = block(x if delta is None else x + delta).to(dtype), None
+                x = b
+        tap(index, b)
 
 
 def stream_plain(vit: Any, dtype: torch.dtype, images: Tensor, tap: Callable[[int, Tensor], None]) -> None:
