@@ -1,0 +1,154 @@
+"""What one row of the study measures of one adapter, at several strengths: W + strength * s B A."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import dense
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from upstep_fast import backbone as backbones
+from upstep_fast import lora
+from upstep_fast.backbone import Backbone
+from upstep_fast.config import AdaptConfig, EvalConfig
+from upstep_fast.data.loader import Loader
+from upstep_fast.data.sources import open_source
+from upstep_fast.data.views import random_views, view_config
+from upstep_fast.device import Compute, resolve
+from upstep_fast.evaluation import Features, ensemble, extract, knn, linear_probe
+from upstep_fast.judgement import judge
+from upstep_fast.whole_file import write_whole
+
+JUDGED = 256  # unlabelled held-out images that the label-free scores see
+VIEW_SEED = 12345
+HANDS = "sign_digits"  # the set whose photographs the dense check cuts hands out of
+
+
+def steps_taken(folder: Path) -> dict[str, Any]:
+    """Skip rate, centre, images and backward passes of a finished run, from its metrics."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    batch = AdaptConfig(**_toml(folder / "config.toml")).batch_size
+    opened = [row for row in rows if row["open"]]
+    learnt = sum(row.get("learnt", batch) for row in opened)  # images with a backward pass
+    centres = [row["center"] for row in rows if row["center"] is not None]
+    return {
+        "steps": len(rows),
+        "skip_rate": 1 - learnt / (batch * len(rows)),
+        "backward_passes": len(opened),
+        "images_seen": batch * len(rows),
+        "images_learnt": learnt,
+        "centre_first": centres[0],
+        "centre_last": sum(centres[-10:]) / len(centres[-10:]),
+        "loss_last": opened[-1]["loss"],
+    }
+
+
+def scores(
+    model: str, data: str, source: str | None, adapter: Path, k: int, strengths: tuple[float, ...], work: Path
+) -> dict[str, Any]:
+    """k-NN and linear probe in percent of base, adapted and ensemble, forgetting, label-free scores, dense check.
+
+    Returns {"base": {"knn", "linear", "source", "dense"}, "at": {strength: {"adapted", "ensemble", "source",
+    "judgement", "dense"}}, "n_bank", "n_queries"}; source and dense only where they are measured.
+    """
+    config = EvalConfig(model=model, data=(data,), num_workers=1)
+    compute = resolve(config.device, config.precision)
+    base = backbones.load_from(config)
+    base.vit.to(compute.device)
+    is_hands = source is not None and HANDS in data
+    composites = dense.load(data, source, base.img_size) if is_hands and source is not None else None
+    views = held_out_views(data, base, compute)
+
+    def of(found: Backbone, path: str) -> list[Tensor]:
+        return [extract(open_source(path, split=s), {"base": found}, config, compute)[0]["base"] for s in _SPLITS]
+
+    def of_base(path: str) -> list[Tensor]:
+        name = hashlib.sha256(f"{model} {open_source(path).fingerprint()}".encode()).hexdigest()[:16]
+        file = work / f"base-{name}.safetensors"
+        if not file.is_file():
+            write_whole(file, save(dict(zip(_SPLITS, of(base, path), strict=True))))
+        return [load_file(file)[s] for s in _SPLITS]
+
+    labels, of_source = _labels(data), None if source is None else _labels(source)
+    before, before_source = of_base(data), None if source is None else of_base(source)
+    base_views = view_features(base, views, compute)
+    result: dict[str, Any] = {"n_bank": len(before[0]), "n_queries": len(before[1]), "at": {}}
+    result["base"] = _accuracies(before, labels, k)
+    if before_source is not None and of_source is not None:
+        result["base"]["source"] = _knn(before_source, of_source, k)
+    if composites is not None:
+        result["base"]["dense"] = dense.dense_score(_plain(base), *composites)
+    for strength in strengths:
+        adapted = backbones.load_from(config)
+        lora.attach(adapted.vit, adapter)
+        lora.merge(adapted.vit, strength=strength)
+        adapted.vit.to(compute.device)
+        after = of(adapted, data)
+        both = [ensemble(b, a) for b, a in zip(before, after, strict=True)]
+        at = {"adapted": _accuracies(after, labels, k), "ensemble": _accuracies(both, labels, k)}
+        if source is not None and before_source is not None and of_source is not None:
+            after_source = of(adapted, source)
+            pair = [ensemble(b, a) for b, a in zip(before_source, after_source, strict=True)]
+            at["source"] = {"adapted": _knn(after_source, of_source, k), "ensemble": _knn(pair, of_source, k)}
+        at["judgement"] = judge(base_views, view_features(adapted, views, compute))
+        if composites is not None:
+            at["dense"] = dense.dense_score(_plain(adapted), *composites)
+        result["at"][str(float(strength))] = at
+    return result
+
+
+def held_out_views(data: str, base: Backbone, compute: Compute) -> Tensor:
+    """Two views, as training makes them by default, of images of the test part; no label is read: [2, N, C, H, W]."""
+    source = open_source(data, split="test")
+    with Loader(source, batch_size=min(JUDGED, len(source)), seed=VIEW_SEED, num_workers=1) as loader:
+        batch = next(loader)
+    views = view_config(AdaptConfig(model="", data=("",), out=""), base)
+    return random_views(
+        batch.images, views, seed=VIEW_SEED, epoch=0, indices=batch.indices, views=2, device=compute.device
+    )
+
+
+@torch.no_grad()
+def view_features(model: Backbone, views: Tensor, compute: Compute) -> Tensor:
+    """[2, N, C, H, W] -> [2, N, D]."""
+    with compute.autocast():
+        return torch.stack([backbones.features(model.vit, view) for view in views]).float().cpu()
+
+
+_SPLITS = ("train", "test")
+
+
+def _labels(path: str) -> list[Tensor]:
+    names = [open_source(path, split=s).labels or [] for s in _SPLITS]
+    index = {name: i for i, name in enumerate(sorted(set(names[0] + names[1])))}
+    return [torch.tensor([index[name] for name in part]) for part in names]
+
+
+def _sets(x: list[Tensor], y: list[Tensor]) -> list[Features]:
+    classes = tuple(str(i) for i in range(1 + int(max(part.max() for part in y))))
+    return [Features(a, b, classes) for a, b in zip(x, y, strict=True)]
+
+
+def _knn(x: list[Tensor], y: list[Tensor], k: int) -> float:
+    return knn(*_sets(x, y), k)
+
+
+def _accuracies(x: list[Tensor], y: list[Tensor], k: int) -> dict[str, float]:
+    return {"knn": _knn(x, y, k), "linear": linear_probe(*_sets(x, y))}
+
+
+def _plain(model: Backbone) -> Backbone:
+    model.vit.cpu()
+    return model
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    from upstep_fast.config import read_toml
+
+    values = read_toml(path, AdaptConfig)
+    return values | {"data": tuple(values["data"])}
