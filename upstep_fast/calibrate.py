@@ -76,7 +76,7 @@ def one_step(config: AdaptConfig, compute: Compute) -> tuple[Callable[[], None],
                 learning = state.method.embed(views[1:])
             else:
                 learning = state.method.embed(views)
-            loss = state.method.loss(learning, target)
+            loss = state.method.loss(learning.of_all(learning.sums), target)
         middle = _now(compute)
         state.optimizer.zero_grad(set_to_none=True)
         state.scaler.scale(loss).backward()

@@ -23,7 +23,9 @@ USAGE = """\
 usage: upstep-fast COMMAND [--config FILE.toml] [options]
 
   demo    adapt a small model to hand-sign photographs, offline, in minutes
+  plan    how much memory and time a run would take, before it; what fits in a given memory
   adapt   adapt a pretrained ViT to a folder of unlabelled images
+  finetune   train a classifier on labelled images or clips, the backbone frozen or not
   eval    k-NN and linear probe of a model, with and without an adapter
   embed   write features of images to a file
   export  write the adapted model for timm, transformers, PEFT, DINOv2, ONNX or torch.export
@@ -192,6 +194,24 @@ def _eval(config: Any) -> None:
         print_scores(result)
 
 
+def _finetune(config: Any) -> None:
+    from .finetune import run
+
+    done = run(config)
+    print(
+        f"model: {done.model}  ({done.epochs} epochs, {done.figures['seconds']:,.0f} s, "
+        f"{done.figures['trainable_parameters']:,} trainable parameters)\n"
+        f"test: top-1 {done.figures['top1']:.1f}, balanced {done.figures['balanced']:.1f}\n"
+        f"next: upstep_fast.load_finetuned({str(done.model)!r})"
+    )
+
+
+def _finetune_config() -> type:
+    from .config_finetune import FinetuneConfig
+
+    return FinetuneConfig
+
+
 def _embed(config: Any) -> None:
     from .distributed import is_first
     from .evaluation import run_embed
@@ -206,6 +226,18 @@ def _export(config: Any) -> None:
 
     done = run(config)
     print(f"export: {done.folder}  (features differ by at most {done.difference:.1e} on {done.images})")
+
+
+def _plan(config: Any) -> None:
+    from .plan import run
+
+    run(config)
+
+
+def _plan_config() -> type:
+    from .config_plan import PlanConfig
+
+    return PlanConfig
 
 
 def _models(config: Any) -> None:
@@ -254,7 +286,9 @@ def _demo(config: Any) -> None:
 COMMANDS = {
     "bench": Command(_config("BenchConfig"), _bench),
     "demo": Command(_config("DemoConfig"), _demo),
+    "plan": Command(_plan_config, _plan),
     "adapt": Command(_config("AdaptConfig"), _adapt),
+    "finetune": Command(_finetune_config, _finetune),
     "eval": Command(_config("EvalConfig"), _eval),
     "embed": Command(_config("EmbedConfig"), _embed),
     "export": Command(_config("ExportConfig"), _export),

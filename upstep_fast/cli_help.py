@@ -18,6 +18,17 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "upstep-fast adapt --config adapted/config.toml --resume",
         "upstep-fast adapt --model weights.pth --arch vit_large_patch14_dinov2 --data 'shards/*.tar' --out adapted/",
     ),
+    "finetune": (
+        "upstep-fast finetune --model vit_base_patch16_224 --data labelled/ --out classifier/ --json scores.json",
+        "upstep-fast finetune --model vit_base_patch16_224 --data labelled/ --out classifier/ --method lora "
+        "--adapter adapted/adapter --mixup 0.2",
+        "upstep-fast finetune --model vit_base_patch16_224 --data clips/ --out classifier/ --frames 8 "
+        "--preset-views none --cache disk",
+    ),
+    "plan": (
+        "upstep-fast plan --model vit_large_patch14_clip_224.openai --device cuda --fit 24GB",
+        "upstep-fast plan --model vit_small_patch16_224 --batch-size 64 --calibrate",
+    ),
     "eval": (
         "upstep-fast eval --model vit_base_patch16_224 --data labelled/ --adapter adapted/adapter --json scores.json",
     ),

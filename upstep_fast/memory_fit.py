@@ -8,13 +8,14 @@ The first of fast, balanced and lean that fits keeps the batch; where lean does 
 from __future__ import annotations
 
 import logging
+import math
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from . import calibrate, step_memory
+from . import calibrate, distributed, step_memory
 from .config import AdaptConfig
 from .data.loader import CACHE_BYTES
 from .device import Compute
@@ -40,7 +41,7 @@ class Choice:
     @property
     def needed(self) -> int:
         """Bytes to have at hand."""
-        return round(MARGIN * self.step.peak)
+        return round(MARGIN * self.step.peak) + self.step.waiting
 
 
 Chooser = Callable[[Memory, int], Choice]  # counts a level and a batch
@@ -85,7 +86,7 @@ def fit(choose: Chooser, batch: int, limit: int | None) -> Choice:
     return fits
 
 
-def settle(config: AdaptConfig, compute: Compute, world_size: int = 1) -> AdaptConfig:
+def settle(config: AdaptConfig, compute: Compute) -> AdaptConfig:
     """Before a run starts: `memory` "auto" becomes a level, and what cannot fit is refused.
 
     Raises ConfigError naming the level and the batch that would fit.
@@ -94,7 +95,10 @@ def settle(config: AdaptConfig, compute: Compute, world_size: int = 1) -> AdaptC
         return config
     if config.resume and config.memory == "auto" and (level := _level_of(Path(config.out))):
         config = replace(config, memory=level)
-    free, first = calibrate.free_bytes(compute.device), LEVELS[0] if config.memory == "auto" else config.memory
+    first = LEVELS[0] if config.memory == "auto" else config.memory
+    # the ranks take the same decision
+    world_size, found = distributed.size(), distributed.gather(calibrate.free_bytes(compute.device))
+    free = min(found, key=lambda value: math.inf if value is None else value)
     if free is None:
         log.warning("memory: how much is free is not known here, so it is not checked")
         return replace(config, memory=first)

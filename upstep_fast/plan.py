@@ -97,6 +97,7 @@ def _limit(config: PlanConfig, compute: Compute, is_here: bool) -> int | None:
 def _on_one_device(step: step_memory.StepMemory, config: PlanConfig) -> dict[str, int]:
     """The parts, with what several devices add or take away: our reading of DDP and FSDP2, not measured."""
     parts = dict(step.parts)
+    parts["views"] += step.waiting
     if config.world_size > 1:
         parts["workspace"] += 4 * step.trained  # the gradients in one buffer that is summed over the devices
         if config.shard_weights:

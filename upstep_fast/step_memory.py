@@ -29,6 +29,7 @@ from . import backbone as backbones
 from . import methods
 from .config import AdaptConfig
 from .data.loader import Batch
+from .data.prefetch import DEPTH
 from .device import Compute
 from .engine.fold import FoldedBlock
 from .engine.vit import EngineViT
@@ -47,6 +48,7 @@ class StepMemory:
 
     parts: dict[str, int]  # by PARTS; their sum is the peak
     kept: int  # activations kept for backward when the forward ends
+    waiting: int  # views of the next batches, made ahead on a GPU (data/prefetch.py); beside the peak
     trained: int  # values that learn
     forward_flops: int
     backward_flops: int
@@ -100,9 +102,11 @@ def count(config: AdaptConfig, compute: Compute, *, on: str | None = None, flops
             if config.layout == "asymmetric":
                 with torch.no_grad():
                     target = method.embed(views[:1])
-                loss = method.loss(method.embed(views[1:]), target)
+                learning = method.embed(views[1:])
             else:
-                loss = method.loss(method.embed(views))
+                target, learning = None, method.embed(views)
+            # of one rank's sums alone: those of all are as large
+            loss = method.loss(learning.of_all(learning.sums), target)
         kept = seen.live["activations"]
         optimizer.zero_grad(set_to_none=True)
         seen.part = "workspace"
@@ -114,7 +118,8 @@ def count(config: AdaptConfig, compute: Compute, *, on: str | None = None, flops
     parts["workspace"] += max(0, parts["activations"] - kept)
     parts["activations"] = min(parts["activations"], kept)
     trained = sum(p.numel() for p in learned)
-    return StepMemory(parts, kept, trained, forward.get_total_flops(), backward.get_total_flops())
+    waiting = (1 + DEPTH) * parts["views"] if on == "cuda" else 0
+    return StepMemory(parts, kept, waiting, trained, forward.get_total_flops(), backward.get_total_flops())
 
 
 def hidden_bytes(shape: torch.Size, itemsize: int, on: str) -> int:

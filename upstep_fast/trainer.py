@@ -14,20 +14,23 @@ from typing import Any
 
 import torch
 
-from . import __version__, html_report, lora, methods, output, resume
+from . import __version__, distributed, html_report, lora, methods, output, resume
 from . import backbone as backbones
 from . import gate as gates
 from .adapter_check import check_adapter
-from .checkpoint import Writer
-from .config import AdaptConfig, known_field, of_method
+from .checkpoint import Checkpoint
+from .config import AdaptConfig, every, known_field, of_method
 from .data.loader import Batch, Loader
 from .data.sources import Source, open_source
 from .device import Compute, resolve
 from .errors import ConfigError, Interrupted, RunFailedError
 from .kernels import _dispatch as dispatch
+from .memory_fit import settle
 from .methods import Method
-from .report import Metrics, Progress, train_log
+from .journal import Journal
+from .report import train_log
 from .resume import RunState
+from .resume_check import ResumeCheck
 from .signals import signals
 from .step import step
 
@@ -67,18 +70,24 @@ def adapt(**options: Any) -> AdaptResult:
 def run(config: AdaptConfig) -> AdaptResult:
     """One adaptation, from configuration to adapter. Raises UpstepError with the exit code of what went wrong."""
     compute = resolve(config.device, config.precision)
+    with distributed.joined(compute.device):
+        return _run(config, compute)
+
+
+def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
     source = open_source(config.data, split="train")
+    asked, config = config, fit_to_memory(fit_to_data(config, len(source)), compute)
     backbone = backbones.load_from(config)
-    asked, config = config, fit_to_data(config, len(source))
     implementation = None if config.implementation == "auto" else config.implementation
-    with (
-        output.opened(config) as out,
-        html_report.written_after(out),
-        train_log(out / "train.log"),
-        dispatch.forced(implementation),
-    ):
+    with dispatch.forced(implementation), contextlib.ExitStack() as stack:
+        out = Path(config.out)
+        if distributed.is_first():
+            stack.enter_context(output.opened(config))
+            stack.enter_context(html_report.written_after(out))
+            stack.enter_context(train_log(out / "train.log"))
         versions = f"upstep-fast {__version__}, torch {torch.__version__}"
-        log.info("%s, %s in %s", versions, compute.device, compute.precision)
+        ranks = f", {distributed.size()} ranks" if distributed.size() > 1 else ""
+        log.info("%s, %s in %s%s", versions, compute.device, compute.precision, ranks)
         for name in ("batch_size", "prototypes"):
             if (before := getattr(asked, name)) != (now := getattr(config, name)):
                 log.warning("%s: reduced from %d to the %d images there are", name, before, now)
@@ -87,9 +96,12 @@ def run(config: AdaptConfig) -> AdaptResult:
 
 def fit_to_data(config: AdaptConfig, num_images: int) -> AdaptConfig:
     """The configuration with length resolved and batch and prototypes reduced to what the data can fill."""
-    batch = min(config.batch_size, num_images)
+    ranks = distributed.size()
+    if config.batch_size % ranks:
+        raise ConfigError(f"batch_size: {config.batch_size} images do not divide over {ranks} ranks; take a multiple")
+    batch = min(config.batch_size, num_images) // ranks * ranks
     if batch < 2:
-        raise ConfigError(f"data: {num_images} image found, adaptation needs at least 2")
+        raise ConfigError(f"data: {num_images} image found, adaptation needs at least {max(2, ranks)}")
     prototypes, steps = min(config.prototypes, num_images), config.steps
     if steps is None:
         per_epoch = num_images // batch
@@ -97,54 +109,77 @@ def fit_to_data(config: AdaptConfig, num_images: int) -> AdaptConfig:
     return replace(config, batch_size=batch, prototypes=prototypes, steps=steps, epochs=None)
 
 
+def fit_to_memory(config: AdaptConfig, compute: Compute) -> AdaptConfig:
+    """The configuration with --memory resolved, for a rank's part of the batch, as rank 0 sees it."""
+    own = settle(replace(config, batch_size=max(2, config.batch_size // distributed.size())), compute)
+    return replace(config, memory=distributed.gather(own.memory)[0])
+
+
 def _train(
     config: AdaptConfig, compute: Compute, source: Source, backbone: backbones.Backbone, out: Path
 ) -> AdaptResult:
     assert config.steps is not None
     identity = resume.identify(config, compute, source, backbones.fingerprint(backbone.vit))
+    resume.agree(identity)
     rule, channels, state = gate_rule(config), len(backbone.mean), fresh_state(config, compute, backbone)
     if config.resume:
         resume.go_on(state, out / output.CHECKPOINTS, identity)
-    began = time.monotonic()
+    began, first_step = time.monotonic(), state.step
+    every_steps, every_seconds = every(config.checkpoint_every)
+
+    def repeat(found: Checkpoint, steps: int) -> tuple[list[dict[str, Any]], RunState]:
+        again = fresh_state(config, compute, backbones.load_from(config))
+        resume.restore(again, found, identity)
+        with make_loader(config, source, again, channels, compute) as batches:
+            rows = [step(again, next(batches).views, rule, config, compute) for _ in range(steps)]
+        return rows, again
+
+    check = ResumeCheck(config.verify_resume, repeat)
     with (
         make_loader(config, source, state, channels, compute) as loader,
-        Metrics(out / "metrics.jsonl", state.step, config.tensorboard) as metrics,
-        Progress(config, state.gate) as progress,
-        Writer() as writer,
-        signals() as asked,
+        Journal(config, state, out, identity) as journal,
+        signals(every_seconds) as asked,
     ):
-        with _kept(state, loader, config, out):
+        with _kept(state, loader, out):
             if state.step == 0 and state.method.needs_start:
                 with compute.autocast():
                     state.method.start(_start_views(config, source, state, channels, compute))
             while state.step < config.steps:
                 began_step = time.monotonic()
                 batch = next(loader)
-                row = step(state, batch.views, rule, config, compute)
+                row = step(state, batch.views, rule, config, compute, asked)
+                # looked at once: a signal during the save waits for the next step
+                (stop, save), is_last = asked.settle(), state.step == config.steps
+                check.after(row, state, is_last)
+                seconds = max(1e-9, time.monotonic() - began_step)
                 row |= {
-                    "images_per_s": config.batch_size / max(1e-9, time.monotonic() - began_step),
+                    "images_per_s": config.batch_size / seconds,
                     "data_wait": loader.data_wait,
                     "epoch": batch.epoch,
                     "replaced": batch.replaced,
+                    **distributed.traffic(seconds),
                 }
-                progress.update(row, state.gate)
-                # looked at once: a signal during the save waits for the next step
-                stop, is_last = asked.stop, state.step == config.steps
+                journal.show(row, state.gate)
                 with output.writing(out):
-                    metrics.write(row)
+                    journal.write(row)
                     stop_if_bad(state, row, source, batch, out)
-                    if stop or is_last or asked.take() or state.step % config.checkpoint_every == 0:
-                        metrics.sync()
-                        resume.save(state, out / output.CHECKPOINTS, identity, writer)
+                    if stop or is_last or save or (every_steps and state.step % every_steps == 0):
+                        journal.save(state)
+                        if check.wants_checkpoint and not is_last:
+                            check.begin(journal.read_back(state.step))
                     if stop or is_last:
-                        writer.wait()
+                        journal.wait()
+                if state.step == first_step + 1:
+                    # all is loaded and compiled: from now on a long wait means that a rank is gone
+                    distributed.limit_wait(config.rank_timeout)
+                    resume.share_pins()
                 if stop and not is_last:
                     raise Interrupted(
                         f"stopped after {state.step} of {config.steps} steps, all saved; "
                         "go on with the same command and --resume"
                     )
-        images = state.method.images(next(loader).views)
-        check_adapter(state, images, compute, out)
+        distributed.limit_wait(distributed.START_SECONDS)
+        check_adapter(state, state.method.images(next(loader).views), compute, out)
     return AdaptResult(out / "adapter", config.steps, state.gate.opened, state.loss, time.monotonic() - began)
 
 
@@ -158,11 +193,12 @@ def stop_if_bad(state: RunState, row: dict[str, Any], source: Source, batch: Bat
             state.bad.clear()
         return
     log.warning("step %d: %s; not applied", row["step"], row["bad"])
-    names = [source.name(index) for index in batch.indices.tolist()]
+    names = [source.name(index) for indices in distributed.gather(batch.indices.tolist()) for index in indices]
     state.bad.append({"step": row["step"], "reason": row["bad"], "images": names})
     if len(state.bad) >= MAX_BAD_STEPS:
         path = out / "bad_batches.json"
-        path.write_text(json.dumps(state.bad, indent=1) + "\n")
+        if distributed.is_first():
+            path.write_text(json.dumps(state.bad, indent=1) + "\n")
         raise RunFailedError(
             f"step {row['step']}: {row['bad']}, {len(state.bad)} steps in a row; the images are listed in {path}, the "
             f"adapter before them is in {out / 'adapter'}; lower --lr or use --precision fp32"
@@ -171,8 +207,11 @@ def stop_if_bad(state: RunState, row: dict[str, Any], source: Source, batch: Bat
 
 def fresh_state(config: AdaptConfig, compute: Compute, backbone: backbones.Backbone) -> RunState:
     """The state before the first step."""
-    method = methods.build(backbone, config).to(compute.device)
-    if config.implementation != "reference":
+    method = methods.build(backbone, config)
+    if config.shard_weights:
+        distributed.shard(method.vit, compute.device)
+    method = method.to(compute.device)
+    if config.implementation != "reference" and not config.shard_weights:
         method.accelerate(compute.dtype or torch.float32, config.memory)
     return RunState(
         method=method,
@@ -204,6 +243,8 @@ def make_loader(config: AdaptConfig, source: Source, state: RunState, channels: 
     loader = Loader(
         source,
         batch_size=config.batch_size,
+        rank=distributed.rank(),
+        world_size=distributed.size(),
         seed=config.seed,
         num_workers=default_workers() if config.num_workers is None else config.num_workers,
         max_bad_fraction=config.max_bad_fraction,
@@ -223,10 +264,12 @@ def make_views(method: Method, batch: Batch, compute: Compute) -> Any:
 
 
 @contextlib.contextmanager
-def _kept(state: RunState, loader: Loader, config: AdaptConfig, out: Path) -> Iterator[None]:
+def _kept(state: RunState, loader: Loader, out: Path) -> Iterator[None]:
     # whatever ends the run, what was learnt is kept
 
     def keep() -> None:
+        if not distributed.is_first():
+            return
         if state.gate.opened:
             lora.write(out / "adapter", state.method.result_files())
         loader.write_skipped(out / "skipped.csv")
@@ -243,8 +286,8 @@ def _kept(state: RunState, loader: Loader, config: AdaptConfig, out: Path) -> It
 
 
 def default_workers() -> int:
-    """One thread a core, at most 16."""
-    return min(16, os.cpu_count() or 1)
+    """One thread a core, at most 16; processes on one machine share its cores."""
+    return max(1, min(16, (os.cpu_count() or 1) // distributed.local_size()))
 
 
 def _start_views(
