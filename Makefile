@@ -77,7 +77,7 @@ figures: install ## run the fault tests and fill docs/reliability.md (LONG=--lon
 	$(BIN)/python bench/figures.py $(LONG)
 
 docs: install    ## build site/ from docs/; a broken link, anchor or reference ends it
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "open site/index.html"
 
 clean:           ## remove what make made
