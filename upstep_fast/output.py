@@ -13,6 +13,7 @@ from pathlib import Path
 
 from . import checkpoint
 from .config import AdaptConfig, to_toml
+from .config_finetune import FinetuneConfig
 from .errors import ConfigError, RunFailedError
 
 log = logging.getLogger("upstep_fast")
@@ -21,7 +22,7 @@ CONFIG, LOCK, CHECKPOINTS = "config.toml", "run.lock", "checkpoints"
 
 
 @contextlib.contextmanager
-def opened(config: AdaptConfig) -> Iterator[Path]:
+def opened(config: AdaptConfig | FinetuneConfig) -> Iterator[Path]:
     """Within this context the folder `config.out` belongs to this run.
 
     A new or empty folder gets config.toml. One that holds a run is emptied with `overwrite` and left as it is with

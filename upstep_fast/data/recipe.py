@@ -13,6 +13,7 @@ from ..kernels.views import INTERPOLATIONS
 if TYPE_CHECKING:
     from ..backbone import Backbone
     from ..config import AdaptConfig
+    from ..config_finetune import FinetuneConfig
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -112,11 +113,11 @@ def local_config(
     return dataclasses.replace(config, size=size, crop_scale=scale)
 
 
-def view_config(config: AdaptConfig, backbone: Backbone) -> ViewConfig:
+def view_config(config: AdaptConfig | FinetuneConfig, backbone: Backbone) -> ViewConfig:
     """The preset of a run with its single settings, at the size and with the statistics of the model."""
     preset = PRESETS[config.preset_views]
     low, high = preset.crop_scale
-    given = {name: getattr(config, name) for name in _SWITCHES}
+    given = {name: getattr(config, name, None) for name in _SWITCHES}  # not every command has them all
     return dataclasses.replace(
         preset,
         size=backbone.img_size,
