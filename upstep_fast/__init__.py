@@ -13,13 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .evaluation import embed, evaluate
+    from .finetuning import finetune
+    from .finetuned import load_finetuned
     from .lora import load_adapted
     from .trainer import adapt
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "adapt", "embed", "evaluate", "kernels", "load_adapted"]
+__all__ = ["__version__", "adapt", "embed", "evaluate", "finetune", "kernels", "load_adapted", "load_finetuned"]
 
-_HOME = {"adapt": "trainer", "evaluate": "evaluation", "embed": "evaluation", "load_adapted": "lora"}
+_HOME = {
+    "adapt": "trainer",
+    "evaluate": "evaluation",
+    "embed": "evaluation",
+    "finetune": "finetuning",
+    "load_adapted": "lora",
+    "load_finetuned": "finetuned",
+}
 
 
 def __getattr__(name: str) -> Any:

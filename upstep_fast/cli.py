@@ -195,7 +195,7 @@ def _eval(config: Any) -> None:
 
 
 def _finetune(config: Any) -> None:
-    from .finetune import run
+    from .finetuning import run
 
     done = run(config)
     print(
