@@ -165,6 +165,17 @@ def test_openclips_own_names(tmp_path):
     assert_same(vit, source)
 
 
+def test_openclips_siglip_tower():
+    """OpenCLIP keeps SigLIP's visual tower as timm's own model, beside the text's."""
+    args = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0)
+    source = randomised(timm.create_model("vit_base_patch16_siglip_224", **args))
+    both = {f"visual.trunk.{key}": value for key, value in source.state_dict().items()}
+    both |= {"text.transformer.resblocks.0.attn.in_proj_weight": torch.ones(6, 2), "logit_scale": torch.ones(())}
+    vit = randomised(timm.create_model("vit_base_patch16_siglip_224", **args), seed=9)
+    assert weights.fill(vit, both, where="openclip").matched == len(source.state_dict())
+    assert_same(vit, source)
+
+
 @pytest.mark.parametrize("arch", ["vit_small_patch16_dinov3_qkvb", "vit_small_plus_patch16_dinov3"])
 def test_metas_dinov3_names(arch):
     args = dict(img_size=64, depth=1)

@@ -7,7 +7,8 @@ import pickle
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+import transformers
+from safetensors.torch import load_file, save_file
 from vits import SMALL, small
 
 from upstep_fast import weights
@@ -20,7 +21,8 @@ def refused(capsys, tmp_path, *args):
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as stop:
         main(["eval", "--data", str(tmp_path), "--device", "cpu", *map(str, args)])
-    err = capsys.readouterr().err.strip()
+    said = capsys.readouterr().err.strip().splitlines()
+    err = "\n".join(line for line in said if not line.startswith(("INFO", "WARNING")))
     assert stop.value.code == 2 and err.startswith("upstep-fast: ") and "\n" not in err
     assert sorted(tmp_path.rglob("*")) == before
     return err
@@ -115,3 +117,99 @@ def test_files_that_are_no_checkpoint(capsys, tmp_path):
     (tmp_path / "swin").mkdir()
     (tmp_path / "swin" / "config.json").write_text(json.dumps({"model_type": "swin", "hidden_size": 4}))
     assert "swin" in refused(capsys, tmp_path, "--model", f"local-dir:{tmp_path / 'swin'}")
+
+
+# the same through the commands
+
+
+def test_a_file_of_the_head_only_or_of_another_size(capsys, tmp_path):
+    path = tmp_path / "w.safetensors"
+    tiny = ("--model", path, "--arch", "vit_tiny_patch16_224")
+    heads = [
+        {"head.weight": torch.ones(5, 192), "head.bias": torch.ones(5)},
+        {"mlp.0.weight": torch.ones(8, 8), "last_layer.weight_g": torch.ones(8, 1)},  # DINO's
+        {"linear.weight": torch.ones(5, 192)},
+    ]
+    for state in heads:
+        save_file(state, path)
+        assert "holds no Vision Transformer, only " in refused(capsys, tmp_path, *tiny)
+    other = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=12, embed_dim=96).state_dict()
+    save_file(other, path)
+    line = refused(capsys, tmp_path, *tiny)
+    assert "0 of 150 tensors matched" in line and "[1, 1, 96], the model wants [1, 1, 192]" in line and "--arch" in line
+
+
+def test_a_hierarchical_models_weights_and_folders(capsys, tmp_path):
+    path = tmp_path / "w.safetensors"
+    swin = timm.create_model("swin_tiny_patch4_window7_224", embed_dim=12, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1))
+    convnext = timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
+    for vit, message in ((swin, "does not fit: "), (convnext, "holds no Vision Transformer")):
+        save_file(dict(vit.state_dict()), path)
+        assert message in refused(capsys, tmp_path, "--model", path, "--arch", "vit_tiny_patch16_224")
+        timm.models.save_for_hf(vit, tmp_path / "timm", safe_serialization=True)
+        line = refused(capsys, tmp_path, "--model", f"local-dir:{tmp_path / 'timm'}")
+        assert f"is a {type(vit).__name__}, not a plain Vision Transformer; near names: vit" in line
+    (tmp_path / "hf").mkdir()
+    for kind in ("swin", "convnextv2", "siglip_vision_model", None):
+        config = {"model_type": kind, "hidden_size": 4, "num_attention_heads": 1, "image_size": 8, "patch_size": 4}
+        (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+        line = refused(capsys, tmp_path, "--model", f"local-dir:{tmp_path / 'hf'}")
+        assert f"is a {kind} of transformers, not one of vit, vit_mae, dinov2, " in line or "num_hidden" in line
+
+
+@pytest.mark.parametrize("kind", ["timm", "transformers"])
+def test_folders_whose_weights_are_damaged_or_of_another_model(capsys, tmp_path, kind):
+    folder = tmp_path / "base"
+    name = f"local-dir:{folder}"
+    if kind == "timm":
+        timm.models.save_for_hf(small(), folder, model_args=SMALL, safe_serialization=True)
+    else:
+        config = transformers.ViTConfig(
+            hidden_size=48, num_hidden_layers=2, num_attention_heads=3, image_size=32, patch_size=8
+        )
+        transformers.ViTModel(config).save_pretrained(folder)
+        capsys.readouterr()  # its progress
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for damaged in (b"", whole[:-1], whole[:header], b"\xff" * 8 + whole[8:], whole[:8] + b"[" + whole[9:]):
+        path.write_bytes(damaged)
+        assert "model.safetensors is whole" in (line := refused(capsys, tmp_path, "--model", name)) or str(path) in line
+    path.write_bytes(whole[:header] + b"\xff" * 4 + whole[header + 4 :])  # the first number is not one
+    assert "that are not finite" in refused(capsys, tmp_path, "--model", name)
+    save_file({key: value[..., :-1].clone() for key, value in load_file(path).items()}, path)
+    assert len(refused(capsys, tmp_path, "--model", name)) < 1000
+    path.unlink()
+    assert name.removeprefix("local-dir:") in refused(capsys, tmp_path, "--model", name)
+
+
+def test_a_configuration_that_is_wrong(capsys, tmp_path):
+    plain = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, image_size=32, patch_size=8)
+    vit = {"model_type": "vit", "intermediate_size": 96} | plain
+    timm_config = {"architecture": "vit_tiny_patch16_224"}
+    wrong = ["", "{", "[]", "3", "{}", vit | {"hidden_size": 0}, vit | {"hidden_size": "wide"}, vit | {"patch_size": 0}]
+    wrong += [vit | {"num_attention_heads": 5}, vit | {"intermediate_size": None}, vit | {"hidden_act": "relu"}]
+    wrong += [{"model_type": "dinov3_vit", "key_bias": True} | plain, {"model_type": "vit"}]
+    wrong += [timm_config | {"model_args": args} for args in ([1], "x", {"depths": 3}, {"patch_size": 0})]
+    wrong += [{"architecture": "nothing_of_the_kind"}, {"architecture": 5}]
+    folder = tmp_path / "base"
+    folder.mkdir()
+    save_file(dict(small().state_dict()), folder / "model.safetensors")
+    for content in wrong:
+        (folder / "config.json").write_text(content if isinstance(content, str) else json.dumps(content))
+        line = refused(capsys, tmp_path, "--model", f"local-dir:{folder}")
+        assert line.startswith("upstep-fast: model: ") and str(folder) in line, content
+
+
+@pytest.mark.parametrize("command", ["adapt", "embed", "export"])
+def test_no_command_writes_when_the_model_is_wrong(capsys, tmp_path, photos, command):
+    path = tmp_path / "w.safetensors"
+    save_file({"head.weight": torch.ones(5, 192)}, path)
+    options = ["--data", str(photos), "--out", str(tmp_path / ("out.npy" if command == "embed" else "out"))]
+    models = [("swin_tiny_patch4_window7_224",), (str(path), "--arch", "vit_tiny_patch16_224"), (f"local-dir:{path}",)]
+    for model in models:
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--model", *model, *options])
+        lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("INFO")]
+        assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("upstep-fast: model: ")
+        assert list(tmp_path.iterdir()) == [path]

@@ -81,9 +81,9 @@ def load(
     source = catalogue.find(name, arch, pretrained=pretrained)
     catalogue.check_arch(source.arch, name)
     if source.checkpoint is None:
-        vit = _create(name, pretrained, options)
+        vit = _create(name, pretrained, options, name)
     else:
-        vit = _create(source.arch, False, source.model_args | options)
+        vit = _create(source.arch, False, source.model_args | options, name)
         if source.eps is not None:
             _set_eps(vit, source.eps)
     reason = why_unsupported(vit)
@@ -163,10 +163,10 @@ def _sha256(value: Tensor) -> str:
     return hashlib.sha256(raw.numpy().data).hexdigest()
 
 
-def _create(name: str, pretrained: bool, options: dict[str, Any]) -> Any:
+def _create(arch: str, pretrained: bool, options: dict[str, Any], name: str) -> Any:
     try:
         with torch.random.fork_rng(devices=[]):  # timm draws weights before it loads them
-            return timm.create_model(name, pretrained=pretrained, **options)
+            return timm.create_model(arch, pretrained=pretrained, **options)
     except TypeError as error:
         raise ConfigError(
             f"model: {name} is not a plain Vision Transformer ({catalogue.first_line(error)}); {catalogue.near(name)}"

@@ -162,7 +162,7 @@ def check_arch(arch: str, name: str) -> None:
     """Refuses other families by name, before any weights are fetched."""
     stem = arch.partition(".")[0]
     if not timm.is_model(stem):
-        raise ConfigError(f"arch: unknown architecture {arch!r}; {near(arch)}")
+        raise ConfigError(f"model: {name} has the unknown architecture {arch!r}; {near(arch)}")
     if not is_model_in_modules(stem, MODULES):
         family = timm.models.model_entrypoint(stem).__annotations__.get("return")
         kind = getattr(family, "__name__", str(family))
@@ -183,6 +183,8 @@ def cure(name: str) -> str:
     """The cure for weights that cannot be had."""
     if name.startswith(LOCAL):
         return "check that model.safetensors is whole and belongs to config.json"
+    if Path(name).suffix in weights.SUFFIXES:
+        return "check --arch, --img-size and --in-chans"
     return "check the network or the cache (HF_HOME), or use local-dir:PATH with weights on disk"
 
 
