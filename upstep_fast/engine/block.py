@@ -29,7 +29,6 @@ and the norms' and the softmax's statistics.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -38,19 +37,12 @@ from torch import Tensor, nn
 
 from ..kernels.attention import attention_backward, attention_forward
 from .fold import FoldedBlock, FoldedLinear
+from .merge import ReadyBlock, factors_of
 from .pieces import gelu, gelu_backward, gelu_forward, linear_gelu, norm, norm_backward
 
 Memory = Literal["fast", "balanced", "lean"]
 Run = Callable[[Tensor, Tensor | None, int], tuple[Tensor, Tensor]]
 _FORGOTTEN: dict[str, tuple[str, ...]] = {"fast": (), "balanced": ("y",)}
-
-
-@dataclass(frozen=True)
-class Merged:
-    """A projection ready to multiply: the frozen weight with the adapter added, in the compute type."""
-
-    weight: Tensor  # [N, K]
-    bias: Tensor  # [N]
 
 
 def run_blocks(x: Tensor, blocks: Sequence[FoldedBlock | nn.Module], run: Run) -> Tensor:
@@ -68,28 +60,17 @@ def run_blocks(x: Tensor, blocks: Sequence[FoldedBlock | nn.Module], run: Run) -
     return x if delta is None else x + delta
 
 
-def run_block(x: Tensor, delta: Tensor | None, block: FoldedBlock, memory: Memory = "fast") -> tuple[Tensor, Tensor]:
+def run_block(x: Tensor, delta: Tensor | None, ready: ReadyBlock, memory: Memory = "fast") -> tuple[Tensor, Tensor]:
     """The stream x + delta, [B, N, D] in the compute type, after the block, as a sum again.
 
     Differentiable in x, in delta, in the adapters and in the norms that are trained.
     """
-    trained = block.trained()
-    keep = block.draw_paths(x)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *trained)):
-        return _Block.apply(x, delta, block, memory, keep, *trained)
-    return forward_only(x, delta, block, merge_all(block, trained), trained, keep)
-
-
-def forward_only(
-    x: Tensor,
-    delta: Tensor | None,
-    block: FoldedBlock,
-    merged: Sequence[Merged],
-    trained: Sequence[Tensor],
-    keep: tuple[Tensor | None, Tensor | None] = (None, None),
-) -> tuple[Tensor, Tensor]:
-    """As `run_block`, with the adapters already merged; keeps nothing."""
-    return _forward(x, delta, block, merged, trained, keep, None)[:2]
+    keep = ready.block.draw_paths(x)
+    if torch.is_grad_enabled():
+        trained = ready.block.trained()
+        if any(t.requires_grad for t in (x, *trained)):
+            return _Block.apply(x, delta, ready, memory, keep, *trained)
+    return _forward(x, delta, ready, ready.trained, keep, None)[:2]
 
 
 class _Block(torch.autograd.Function):
@@ -97,15 +78,16 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, delta: Tensor | None, block: FoldedBlock, memory: Memory, keep: Any, *trained: Tensor
+        ctx: Any, x: Tensor, delta: Tensor | None, ready: ReadyBlock, memory: Memory, keep: Any, *trained: Tensor
     ) -> tuple[Tensor, Tensor]:
         kept: dict[str, Tensor] = {}
-        middle, m, before = _forward(x, delta, block, merge_all(block, trained), trained, keep, kept)
+        middle, m, before = _forward(x, delta, ready, trained, keep, kept)
         if memory == "lean":
             kept = {"before": before}
         for name in _FORGOTTEN.get(memory, ()):
             del kept[name]
-        ctx.block, ctx.names, ctx.keep, ctx.has_delta = block, list(kept), keep, delta is not None
+        ctx.ready, ctx.names, ctx.keep, ctx.has_delta = ready, list(kept), keep, delta is not None
+        # the adapters are among them: autograd raises if they, and with them the merged weights, change before backward
         ctx.save_for_backward(*kept.values(), *trained)
         return middle, m
 
@@ -115,25 +97,23 @@ class _Block(torch.autograd.Function):
         values = ctx.saved_tensors
         kept = dict(zip(ctx.names, values, strict=False))
         trained = values[len(kept) :]
-        merged = merge_all(ctx.block, trained)
         if "before" in kept:
             before, kept = kept["before"], {}
-            _forward(before, None, ctx.block, merged, trained, ctx.keep, kept)
-        dx, d_trained = _backward(d_middle, d_m, ctx.block, merged, trained, ctx.keep, kept, ctx.needs_input_grad[0])
+            _forward(before, None, ctx.ready, trained, ctx.keep, kept)
+        dx, d_trained = _backward(d_middle, d_m, ctx.ready, trained, ctx.keep, kept, ctx.needs_input_grad[0])
         return dx, dx if ctx.has_delta else None, None, None, None, *d_trained
 
 
 def _forward(
     x: Tensor,
     delta: Tensor | None,
-    block: FoldedBlock,
-    merged: Sequence[Merged],
+    ready: ReadyBlock,
     trained: Sequence[Tensor],
     keep: tuple[Tensor | None, Tensor | None],
     kept: dict[str, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(middle, m, the stream before the block); fills `kept` if it is given."""
-    qkv, proj, fc1, fc2 = merged
+    block, (qkv, proj, fc1, fc2) = ready.block, ready.merged
     h1, before, rstd1 = norm(x, delta, block.eps[0], block.fused)
     y = F.linear(_affine(h1, block, 0, trained), qkv.weight, qkv.bias)
     if kept is None:
@@ -155,16 +135,15 @@ def _forward(
 def _backward(
     d_middle: Tensor,
     d_m: Tensor,
-    block: FoldedBlock,
-    merged: Sequence[Merged],
+    ready: ReadyBlock,
     trained: Sequence[Tensor],
     keep: tuple[Tensor | None, Tensor | None],
     kept: dict[str, Tensor],
     needs_dx: bool,
 ) -> tuple[Tensor | None, list[Tensor]]:
-    qkv, proj, fc1, fc2 = merged
+    block, (qkv, proj, fc1, fc2) = ready.block, ready.merged
     h1, rstd1, o, lse, h2, rstd2, u = (kept[name] for name in ("h1", "rstd1", "o", "lse", "h2", "rstd2", "u"))
-    factors = _factors(block, trained)
+    factors = factors_of(block, trained)
     d_of: dict[str, tuple[Tensor, ...]] = {}
 
     d_m = _scaled(d_m, keep[1])
@@ -193,28 +172,6 @@ def _backward(
     return dx, [*(d for name in factors for d in d_of[name]), *d_norm1, *d_norm2]
 
 
-def merge(linear: FoldedLinear, factors: Sequence[Tensor] | None) -> Merged:
-    """W + s B A and b + s B (A beta), added in fp32 and rounded once. factors: (A, A beta, B) or None."""
-    if factors is None or linear.adapter is None:
-        return Merged(linear.weight, linear.bias)
-    a, shift, b = (f.detach() for f in factors)
-    scale, parts = linear.adapter.scale, linear.adapter.parts
-    weight, bias = linear.weight.float(), linear.bias.float()
-    if weight is linear.weight:  # already fp32: the frozen tensors themselves must stay
-        weight, bias = weight.clone(), bias.clone()
-    rows = b.shape[1]
-    for t, part in enumerate(parts):
-        weight[part * rows : (part + 1) * rows].addmm_(b[t], a[t], alpha=scale)
-        bias[part * rows : (part + 1) * rows].addmv_(b[t], shift[t], alpha=scale)
-    return Merged(weight.to(linear.weight.dtype), bias.to(linear.bias.dtype))
-
-
-def merge_all(block: FoldedBlock, trained: Sequence[Tensor]) -> list[Merged]:
-    """The block's four projections. trained: what `FoldedBlock.trained` gives."""
-    factors = _factors(block, trained)
-    return [merge(linear, factors.get(name)) for name, linear in block.linears.items()]
-
-
 def adapter_gradients(
     dy: Tensor, h: Tensor, linear: FoldedLinear, factors: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -233,12 +190,6 @@ def adapter_gradients(
     d_a = (d_low.T @ h).float().view_as(a)
     d_shift = d_low.float().sum(0).view_as(shift)
     return scale * d_a, scale * d_shift, scale * d_b
-
-
-def _factors(block: FoldedBlock, trained: Sequence[Tensor]) -> dict[str, Sequence[Tensor]]:
-    """(A, A beta, B) by projection, for those with an adapter; they stand first in `trained`, three each."""
-    names = [name for name, linear in block.linears.items() if linear.adapter is not None]
-    return {name: trained[3 * i : 3 * i + 3] for i, name in enumerate(names)}
 
 
 def _scale_and_shift(block: FoldedBlock, which: int, trained: Sequence[Tensor]) -> Sequence[Tensor] | None:

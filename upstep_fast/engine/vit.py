@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .block import Memory, run_block, run_blocks
 from .fold import FoldedBlock, fold, left_alone, why_not
 from .forward import make_forward_only
+from .merge import ReadyBlock, make_ready
 
 log = logging.getLogger("upstep_fast")
 
@@ -28,6 +29,7 @@ class EngineViT:
     dtype: torch.dtype
     memory: Memory
     frozen: tuple[tuple[nn.Parameter, int], ...]  # what was folded, and its version then
+    ready: Callable[[], dict[int, ReadyBlock]]  # the folded blocks with the adapters merged as they are now
     forward_only: Callable[[Tensor], Tensor]
 
     def features(self, images: Tensor) -> Tensor:
@@ -35,19 +37,25 @@ class EngineViT:
 
         Without gradients it takes the forward-only path (forward.py).
         """
-        if any(parameter._version != version for parameter, version in self.frozen):
-            raise RuntimeError("engine: a frozen weight was changed after folding; fold the model again")
         if not torch.is_grad_enabled():
+            self._check_frozen()
             return self.forward_only(images)
+        return head(self.vit, self.through_blocks(embed(self.vit, images, self.dtype)))
+
+    def through_blocks(self, x: Tensor) -> Tensor:
+        """Tokens [B, N, D] of any number, as they enter the first block -> as they leave the last, in `dtype`."""
+        self._check_frozen()
+        ready = self.ready()
 
         def run(x: Tensor, delta: Tensor | None, index: int) -> tuple[Tensor, Tensor]:
-            block = self.blocks[index]
-            assert isinstance(block, FoldedBlock)
-            return run_block(x, delta, block, self.memory)
+            return run_block(x, delta, ready[index], self.memory)
 
-        x = embed(self.vit, images, self.dtype)
-        with torch.autocast(images.device.type, enabled=False):  # the engine chooses its own types
-            return head(self.vit, run_blocks(x, self.blocks, run))
+        with torch.autocast(x.device.type, enabled=False):  # the engine chooses its own types
+            return run_blocks(x.to(self.dtype), self.blocks, run)
+
+    def _check_frozen(self) -> None:
+        if any(parameter._version != version for parameter, version in self.frozen):
+            raise RuntimeError("engine: a frozen weight was changed after folding; fold the model again")
 
 
 def build(
@@ -66,8 +74,9 @@ def build(
     frozen = tuple((p, p._version) for p in vit.parameters() if not p.requires_grad)
     tokens, features = partial(embed, vit, dtype=dtype), partial(head, vit)
     device = next(vit.parameters()).device
-    forward_only = make_forward_only(blocks, tokens, features, device, compiled)
-    return EngineViT(vit, blocks, dtype, memory, frozen, forward_only)
+    ready = make_ready(blocks)
+    forward_only = make_forward_only(blocks, ready, tokens, features, device, compiled)
+    return EngineViT(vit, blocks, dtype, memory, frozen, ready, forward_only)
 
 
 def embed(vit: VisionTransformer, images: Tensor, dtype: torch.dtype) -> Tensor:

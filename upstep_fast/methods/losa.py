@@ -35,7 +35,8 @@ from torch import Tensor, nn
 from ..backbone import Backbone
 from ..engine import vit as engine
 from ..engine.block import run_block
-from ..engine.fold import FoldedBlock, fold, why_not
+from ..engine.fold import why_not
+from ..engine.merge import make_ready
 from .losa_refine import refine
 
 log = logging.getLogger("upstep_fast")
@@ -229,26 +230,23 @@ def make_stream(vit: nn.Module, dtype: torch.dtype) -> Stream:
     """Runs a frozen ViT without gradient and hands every block's output, [B, N, D] in `dtype`, to a function."""
     reason = why_not(vit)
     if reason is None:
-        return partial(_stream_engine, vit, fold(vit, dtype), dtype)  # type: ignore[arg-type]
+        blocks = fold(vit, dtype)  # type: ignore[arg-type]
+        return partial(_stream_engine, vit, blocks, make_ready(blocks), dtype)
     log.warning("engine: running the plain model instead, since %s", reason)
     return partial(stream_plain, vit, dtype)
 
 
-def _stream_engine(
-    vit: Any,
-    blocks: list[FoldedBlock | nn.Module],
-    dtype: torch.dtype,
-    images: Tensor,
-    tap: Callable[[int, Tensor], None],
-) -> None:
-    kind, delta = images.device.type, None
+def _stream_engine(built: engine.EngineViT, images: Tensor, tap: Callable[[int, Tensor], None]) -> None:
+    kind, dtype = images.device.type, built.dtype
+    ready = built.ready()
+    delta: Tensor | None = None
     with torch.no_grad():
-        x = engine.embed(vit, images, dtype)
-    for index, block in enumerate(blocks):
+        x = engine.embed(built.vit, images, dtype)
+    for index, block in enumerate(built.blocks):
         with torch.no_grad():
-            if isinstance(block, FoldedBlock):
+            if index in ready:
                 with torch.autocast(kind, enabled=False):  # the engine chooses its own types
-                    x, delta = run_block(x, delta, block)
+                    x, delta = run_block(x, delta, ready[index])
                     b = x + delta
             else:
                 with torch.autocast(kind, dtype=dtype, enabled=dtype != torch.float32):

@@ -1,0 +1,95 @@
+"""Adapters merged into the frozen weights, once for every change of them; every path of the engine multiplies by these.
+
+Merging keeps the adapter in fp32 and rounds W + s B A once, as mixed-precision training does to every weight each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .fold import FoldedBlock, FoldedLinear
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A projection ready to multiply: the frozen weight with the adapter added, in the compute type."""
+
+    weight: Tensor  # [N, K]
+    bias: Tensor  # [N]
+
+
+@dataclass(frozen=True)
+class ReadyBlock:
+    """A folded block with its adapters merged, and what of it is trained: `FoldedBlock.trained`, without gradients."""
+
+    block: FoldedBlock
+    merged: list[Merged]  # qkv, proj, fc1, fc2
+    trained: list[Tensor]
+
+    def update(self, new: ReadyBlock) -> None:
+        """Writes `new` into the same memory, which a CUDA graph reads."""
+        for before, now in zip(self.merged, new.merged, strict=True):
+            if before.weight is not now.weight:  # those without an adapter are the frozen weights themselves
+                before.weight.copy_(now.weight)
+                before.bias.copy_(now.bias)
+        for tensor, value in zip(self.trained, new.trained, strict=True):
+            if tensor.data_ptr() != value.data_ptr():  # the parameter itself: a copy would count as a change of it
+                tensor.copy_(value)
+
+
+def make_ready(blocks: Sequence[FoldedBlock | nn.Module]) -> Callable[[], dict[int, ReadyBlock]]:
+    """A function that gives every folded block, by its index, with its adapters merged as they are now.
+
+    A change is seen by the version counters of the adapters and norms, which optimizers and in-place operations move;
+    what is written through `.data` is not seen.
+    """
+    ready: dict[int, ReadyBlock] = {}
+    versions: list[int] = []
+
+    def refresh() -> dict[int, ReadyBlock]:
+        folded = {index: block for index, block in enumerate(blocks) if isinstance(block, FoldedBlock)}
+        now = [p._version for block in folded.values() for p in block.sources()]
+        if not ready or now != versions:
+            for index, block in folded.items():
+                new = _merge_block(block)
+                ready.setdefault(index, new).update(new)
+            versions[:] = now
+        return ready
+
+    return refresh
+
+
+def merge(linear: FoldedLinear, factors: Sequence[Tensor] | None) -> Merged:
+    """W + s B A and b + s B (A beta), added in fp32 and rounded once. factors: (A, A beta, B) or None."""
+    if factors is None or linear.adapter is None:
+        return Merged(linear.weight, linear.bias)
+    a, shift, b = (f.detach() for f in factors)
+    scale, parts = linear.adapter.scale, linear.adapter.parts
+    weight, bias = linear.weight.float(), linear.bias.float()
+    if weight is linear.weight:  # already fp32: the frozen tensors themselves must stay
+        weight, bias = weight.clone(), bias.clone()
+    rows = b.shape[1]
+    for t, part in enumerate(parts):
+        weight[part * rows : (part + 1) * rows].addmm_(b[t], a[t], alpha=scale)
+        bias[part * rows : (part + 1) * rows].addmv_(b[t], shift[t], alpha=scale)
+    return Merged(weight.to(linear.weight.dtype), bias.to(linear.bias.dtype))
+
+
+def merge_all(block: FoldedBlock, trained: Sequence[Tensor]) -> list[Merged]:
+    """The block's four projections. trained: what `FoldedBlock.trained` gives."""
+    factors = factors_of(block, trained)
+    return [merge(linear, factors.get(name)) for name, linear in block.linears.items()]
+
+
+def factors_of(block: FoldedBlock, trained: Sequence[Tensor]) -> dict[str, Sequence[Tensor]]:
+    """(A, A beta, B) by projection, for those with an adapter; they stand first in `trained`, three each."""
+    names = [name for name, linear in block.linears.items() if linear.adapter is not None]
+    return {name: trained[3 * i : 3 * i + 3] for i, name in enumerate(names)}
+
+
+def _merge_block(block: FoldedBlock) -> ReadyBlock:
+    trained = [tensor.detach() for tensor in block.trained()]
+    return ReadyBlock(block, merge_all(block, trained), trained)
