@@ -120,8 +120,8 @@ def test_a_skipped_step_does_no_backward_and_leaves_the_optimizer_alone(options,
     seen = []
     real = steps.update
 
-    def spy(loss, method, optimizer, *rest):
-        applied = real(loss, method, optimizer, *rest)
+    def spy(loss, state, config):
+        applied, optimizer = real(loss, state, config), state.optimizer
         seen.append({id(p): float(optimizer.state[p]["step"]) for g in optimizer.param_groups for p in g["params"]})
         return applied
 

@@ -196,46 +196,48 @@ def agree_on(facts: dict[str, Any]) -> None:
             )
 
 
-def check_same(what: str, values: Sequence[float], device: torch.device) -> None:
+def check_same(what: str, values: Sequence[float]) -> None:
     """Raises RunFailedError with the smallest and largest value where the ranks' `values` are not the same."""
     if size() == 1:
         return
     own = torch.tensor(list(values), dtype=torch.float64)
     low, high = reduce(own.clone(), "min").tolist(), reduce(own.clone(), "max").tolist()
     if repr(low) != repr(high):  # NaN equals itself here
-        raise RunFailedError(f"ranks: {what} differs between ranks: {low} on one, {high} on another; this is a bug")
+        raise RunFailedError(f"ranks: {what} differ: {low} on one rank, {high} on another")
 
 
-def shard(vit: nn.Module) -> None:
-    """Spreads the frozen weights of `vit` over the ranks, block by block (FSDP2); each is gathered while it is used.
+def shard(vit: nn.Module, device: torch.device) -> None:
+    """Spreads the frozen weights of `vit` over the ranks' devices, block by block (FSDP2), from the CPU.
 
-    What is trained stays whole on every rank. Alone: nothing happens.
+    Each is gathered while it is used. What is trained stays whole on every rank. Alone: nothing happens.
     """
     if size() == 1:
         return
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    mesh = init_device_mesh(device.type, (size(),))
     trained = {p for p in vit.parameters() if p.requires_grad}
     for block in vit.blocks:  # type: ignore[union-attr]
-        fully_shard(block, ignored_params=trained)
-    fully_shard(vit, ignored_params=trained)
+        fully_shard(block, mesh=mesh, ignored_params=trained)
+    fully_shard(vit, mesh=mesh, ignored_params=trained)
     for method in ("forward_features", "forward_head"):
         register_fsdp_forward_method(vit, method)
     # the class token is a view of the last block's output, and nobody writes into it
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
-def traffic() -> dict[str, float]:
-    """Bytes that this rank gave to collectives since the last call, and the seconds it spent in them; {} alone.
+def traffic(seconds: float) -> dict[str, float]:
+    """Bytes that this rank gave to collectives since the last call, and their share of `seconds`; {} alone.
 
-    The seconds hold the wait for slower ranks. What FSDP2 gathers is not counted.
+    The share holds the wait for slower ranks. What FSDP2 gathers is not counted.
     """
     if size() == 1:
         return {}
     for start, end in _traffic.events:
         end.synchronize()
         _traffic.seconds += start.elapsed_time(end) / 1e3
-    found = {"comm_bytes": _traffic.bytes, "comm_seconds": _traffic.seconds}
+    found = {"comm_bytes": _traffic.bytes, "comm_share": _traffic.seconds / seconds}
     _traffic.bytes, _traffic.seconds = 0, 0.0
     _traffic.events.clear()
     return found

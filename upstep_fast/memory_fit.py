@@ -91,7 +91,8 @@ def settle(config: AdaptConfig, compute: Compute) -> AdaptConfig:
 
     Raises ConfigError naming the level and the batch that would fit.
     """
-    if not config.memory_check and config.memory != "auto":
+    is_checked = config.memory_check and not config.auto_batch
+    if not is_checked and config.memory != "auto":
         return config
     if config.resume and config.memory == "auto" and (level := _level_of(Path(config.out))):
         config = replace(config, memory=level)
@@ -127,7 +128,7 @@ def _instead(config: AdaptConfig, choose: Chooser, choice: Choice, limit: int, w
         best = None
     if config.memory == "auto" and best is not None and best.batch_size == choice.batch_size:
         return best
-    if not config.memory_check:
+    if not config.memory_check or config.auto_batch:
         return choose(LEVELS[-1], choice.batch_size)
     cure = "not even two images would: take a smaller model or --img-size"
     if best is not None:

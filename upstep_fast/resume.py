@@ -9,6 +9,7 @@ of threads; where one of these differs it goes on all the same, and says so.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -23,10 +24,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from . import __version__
+from . import __version__, distributed
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint
 from .config import AdaptConfig
+from .config_finetune import FinetuneConfig
 from .data.decode import decoder_fingerprint
 from .data.sources import Source
 from .device import Compute
@@ -39,10 +41,12 @@ from .methods import Method
 log = logging.getLogger("upstep_fast")
 
 STATE = "state.safetensors"
+_SOMETIMES = ("optimizer.", "gradients.")  # parts of the state that are not there from the start
 # these may change between a run and its resume; model and data are compared by what they hold, not by their names
 _FREE = {
     *("model", "data", "out", "overwrite", "resume", "checkpoint_every", "log_every", "num_workers"),
-    *("max_bad_fraction", "device", "debug", "tensorboard"),
+    *("max_bad_fraction", "device", "debug", "tensorboard", "verify_resume", "auto_batch", "rank_timeout"),
+    *("memory_check", "report_images"),
 }
 
 
@@ -59,6 +63,8 @@ class RunState:
     loss: float = math.nan  # of the last open step
     bad: list[dict[str, Any]] = field(default_factory=list)  # steps not applied since the last that was
     skipped: dict[str, str] = field(default_factory=dict)  # bad images met so far; shared with the loader
+    gradients: dict[str, Tensor] = field(default_factory=dict)  # of open steps that wait for more, by parameter
+    accumulated: int = 0  # of how many
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class Identity:
     environment: dict[str, Any]
 
 
-def identify(config: AdaptConfig, compute: Compute, source: Source, backbone_sha256: str) -> Identity:
+def identify(config: AdaptConfig | FinetuneConfig, compute: Compute, source: Source, backbone_sha256: str) -> Identity:
     """The identity of this run; backbone_sha256: the base model's fingerprint before it has adapters."""
     device = compute.device
     return Identity(
@@ -86,10 +92,25 @@ def identify(config: AdaptConfig, compute: Compute, source: Source, backbone_sha
             "cpu": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
             "precision": compute.precision,
-            "ranks": 1,
+            "ranks": distributed.size(),
             "decoder": decoder_fingerprint(),
         },
     )
+
+
+def agree(identity: Identity) -> None:
+    """Raises ConfigError naming the first thing in which a rank is not as rank 0: configuration, files, code."""
+    facts = dataclasses.asdict(identity)
+    # the number of the GPU, and what does not touch the result
+    facts["config"] = {name: value for name, value in identity.config.items() if name != "device"}
+    facts["environment"] = {k: v for k, v in identity.environment.items() if k not in ("device", "cpu", "threads")}
+    distributed.agree_on(facts | {"code": _code()})
+
+
+def share_pins() -> None:
+    """Every rank computes from now on as rank 0 has measured to be fastest."""
+    if distributed.size() > 1 and (pins := distributed.gather(measure.pins())[0]):
+        measure.pin(pins)
 
 
 def go_on(state: RunState, folder: Path, identity: Identity) -> None:
@@ -98,6 +119,7 @@ def go_on(state: RunState, folder: Path, identity: Identity) -> None:
     Raises as `checkpoint.newest` and `restore` do.
     """
     found = checkpoints.newest(folder)
+    distributed.agree_on({"checkpoint": found and {"step": found.step, "files": found.manifest["files"]}})
     if found is None:
         log.warning("resume: no checkpoint in %s; starting from the beginning", folder)
         return
@@ -123,15 +145,21 @@ def manifest(state: RunState, identity: Identity) -> dict[str, Any]:
     """What the checkpoint says beside its tensors."""
     return {
         **dataclasses.asdict(identity),
-        "state": {
-            "gate": state.gate.to_dict(),
-            "scaler": state.scaler.state_dict(),
-            "loss": state.loss if math.isfinite(state.loss) else None,
-            "bad": list(state.bad),
-        },
+        "state": _numbers(state),
         "loader": {"step": state.step, "skipped": dict(state.skipped)},
         "kernels": [dataclasses.asdict(choice) for choice in dispatch.report()],
         "pins": measure.pins(),
+    }
+
+
+def _numbers(state: RunState) -> dict[str, Any]:
+    return {
+        "gate": state.gate.to_dict(),
+        "scaler": state.scaler.state_dict(),
+        "loss": state.loss if math.isfinite(state.loss) else None,
+        "bad": list(state.bad),
+        "accumulated": state.accumulated,
+        "passes": state.method.passes,
     }
 
 
@@ -141,12 +169,12 @@ def restore(state: RunState, checkpoint: Checkpoint, identity: Identity) -> None
     Raises ConfigError if it belongs to another model, data or configuration, RunFailedError if it cannot be read;
     nothing is changed then.
     """
-    _refuse_another(checkpoint, identity)
-    _name_differences(checkpoint, identity)
+    check_same(checkpoint, identity)
     wanted = _tensors(state)
     for name, parameter in state.method.named_parameters():
         if parameter.requires_grad:
             wanted |= {f"optimizer.{name}.{key}": tensor for key, tensor in _moments(parameter).items()}
+            wanted |= {f"gradients.{name}.sum": parameter}
     try:
         found = safetensors.torch.load(checkpoint.files[STATE])
         values, loader = checkpoint.manifest["state"], checkpoint.manifest["loader"]
@@ -154,6 +182,7 @@ def restore(state: RunState, checkpoint: Checkpoint, identity: Identity) -> None
         skipped = {str(name): str(reason) for name, reason in loader["skipped"].items()}
         loss, bad = math.nan if values["loss"] is None else float(values["loss"]), list(values["bad"])
         scaler, pins = dict(values["scaler"]), dict(checkpoint.manifest["pins"])
+        accumulated, passes = int(values.get("accumulated", 0)), int(values.get("passes", 1))
         if loader["step"] != checkpoint.step or gate.step != checkpoint.step:
             raise ValueError("its parts are of different steps")
     except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
@@ -165,7 +194,7 @@ def restore(state: RunState, checkpoint: Checkpoint, identity: Identity) -> None
     wrong = [
         f"{name} is not in it"
         for name in wanted
-        if name not in found and (not name.startswith("optimizer.") or name.rpartition(".")[0] in moved)
+        if name not in found and (not name.startswith(_SOMETIMES) or name.rpartition(".")[0] in moved)
     ]
     wrong += [f"{name} is unknown" for name in found if name not in wanted]
     for name in wanted.keys() & found.keys():
@@ -181,12 +210,22 @@ def restore(state: RunState, checkpoint: Checkpoint, identity: Identity) -> None
         prefix = f"optimizer.{name}."
         if moments := {key.removeprefix(prefix): t for key, t in found.items() if key.startswith(prefix)}:
             state.optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}
+        if (waiting := found.get(f"gradients.{name}.sum")) is not None:
+            state.gradients[name] = waiting.to(parameter.device)
     if state.scaler.is_enabled():
         state.scaler.load_state_dict(scaler)
     if pins:
         measure.pin(pins)
     state.gate, state.step, state.loss, state.bad = gate, checkpoint.step, loss, bad
+    state.accumulated, state.method.passes = accumulated, passes
     state.skipped.update(skipped)
+
+
+def differences(a: RunState, b: RunState) -> list[str]:
+    """In what two states differ, bit for bit: names of tensors and numbers."""
+    ours, theirs = ({k: t.detach().cpu().numpy().tobytes() for k, t in _tensors(s).items()} for s in (a, b))
+    found = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+    return found + [name for name, value in _numbers(a).items() if repr(value) != repr(_numbers(b)[name])]
 
 
 def _tensors(state: RunState) -> dict[str, Tensor]:
@@ -195,12 +234,19 @@ def _tensors(state: RunState) -> dict[str, Tensor]:
     for name, parameter in method.named_parameters():
         for key, value in state.optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{key}"] = value
-    return tensors | {"received": state.received}
+    waiting = {f"gradients.{name}.sum": tensor for name, tensor in state.gradients.items()}
+    return tensors | waiting | {"received": state.received}
 
 
 def _moments(parameter: Tensor) -> dict[str, Tensor]:
     # what AdamW keeps of a parameter once it has moved it
     return {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+
+
+def check_same(checkpoint: Checkpoint, identity: Identity) -> None:
+    """Raises ConfigError if `checkpoint` belongs to another run; warns where it was made in another environment."""
+    _refuse_another(checkpoint, identity)
+    _name_differences(checkpoint, identity)
 
 
 def _refuse_another(checkpoint: Checkpoint, identity: Identity) -> None:
@@ -239,6 +285,12 @@ def _name_differences(checkpoint: Checkpoint, identity: Identity) -> None:
     changed = [f"{name} was {then.get(name)}, is {value}" for name, value in now.items() if then.get(name) != value]
     if changed:
         log.warning("resume: not bit for bit the run it goes on from: %s", "; ".join(changed))
+
+
+def _code() -> str:
+    """SHA-256 of this package's source."""
+    files = sorted(Path(__file__).parent.rglob("*.py")) + sorted(Path(measure.__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def _version(package: str) -> str | None:

@@ -47,11 +47,6 @@ class Asked:
             self.save, self._saved = False, time.monotonic()
         return stop, save
 
-    def take(self) -> bool:
-        """TO GO with the trainer's next form."""
-        save, self.save = self.save, False
-        return save
-
 
 @contextlib.contextmanager
 def signals(save_seconds: float = 0.0) -> Iterator[Asked]:

@@ -1,38 +1,70 @@
-"""One step: embeddings, gate, and on open steps loss, backward and update. A closed step keeps nothing."""
+"""One step: embeddings, gate, and on open steps loss, backward and update. A closed step keeps nothing.
+
+Several ranks take it together. Reductions: the sums that the gate's statistics are made of, with what signals asked
+for and whether a rank is out of memory; on open steps Sinkhorn's, and one of gradients, loss and memory. So every
+rank takes the same decisions, and none applies a step that another cannot.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import distributed
 from . import gate as gates
 from .config import AdaptConfig
 from .device import Compute
+from .errors import RunFailedError
 from .methods import Embedded, Method
 from .methods.schedules import warmup_cosine as schedule  # noqa: F401  (by the name that its tests know)
 from .resume import RunState
+from .signals import WISHES, Asked
+
+log = logging.getLogger("upstep_fast")
 
 
-def step(state: RunState, images: Any, rule: gates.GateRule, config: AdaptConfig, compute: Compute) -> dict[str, Any]:
+class OutOfMemoryError(Exception):
+    """A rank is out of memory, and all know; nothing has changed."""
+
+
+def step(
+    state: RunState,
+    images: Any,
+    rule: gates.GateRule,
+    config: AdaptConfig,
+    compute: Compute,
+    asked: Asked | None = None,
+) -> dict[str, Any]:
     """One step, in place; images: the views that the method made. Returns what metrics.jsonl says of it.
 
-    A step whose centre, loss or gradients are not finite changes no weight, moment or running value.
+    asked: whose wishes the ranks agree on meanwhile. A step whose centre, loss or gradients are not finite on any
+    rank changes no weight, moment or running value on any. Out of memory: with auto_batch the step is tried again in
+    more passes, else RunFailedError is raised.
     """
     method = state.method
     method.schedule(state.optimizer, state.step)
-    is_open, learning, target, state.gate = forward(method, images, rule, state.gate, config, compute)
-    magnitude = learning.magnitudes[0].item()
-    bad = None if math.isfinite(magnitude) else f"the centre's magnitude is {magnitude}"
-    if is_open:
-        with compute.autocast():
-            loss = method.loss(learning, target)
-        state.loss = loss.item()
-        bad = update(loss, method, state.optimizer, state.scaler, state.received)
-        if bad is None:
-            method.after_update()
+    while True:
+        try:
+            is_open, learning, target, gate = forward(method, images, rule, state.gate, config, compute, asked)
+            magnitude = learning.magnitudes[0].item()
+            bad = None if math.isfinite(magnitude) else f"the centre's magnitude is {magnitude}"
+            if is_open:
+                bad = update(_loss(method, learning, target, compute), state, config)
+            break
+        except OutOfMemoryError:
+            pass  # the frames that hold the step's tensors go with the exception
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):  # where the other ranks could not be told
+                raise RunFailedError(out_of_memory(state, images, config, compute)) from error
+            raise
+        state.optimizer.zero_grad(set_to_none=True)
+        take_more_passes(state, images, config, compute)
+    state.gate = gate
     if math.isfinite(magnitude):
         method.remember(learning)
     row = {
@@ -42,6 +74,7 @@ def step(state: RunState, images: Any, rule: gates.GateRule, config: AdaptConfig
         "open": is_open,
         "lr": state.optimizer.param_groups[0]["lr"],
         "bad": bad,
+        **({"updated": is_open and bad is None and not state.accumulated} if config.accumulate > 1 else {}),
         **(method.figures() if is_open else {}),
     }
     state.step += 1
@@ -55,55 +88,175 @@ def forward(
     state: gates.GateState,
     config: AdaptConfig,
     compute: Compute,
+    asked: Asked | None = None,
 ) -> tuple[bool, Embedded, Embedded | None, gates.GateState]:
     """Embeds the views, asks the gate; returns the decision, what learns, what makes targets, the gate's new state."""
     ahead = gates.known_ahead(rule, state)
+
+    def embed(views: Any) -> Embedded:
+        return _of_all(lambda: method.embed(views), method.num_sums(len(views)), compute, asked)
+
     # the only place where the host waits for the device before the decision
     with compute.autocast():
         if config.layout == "asymmetric":
             with torch.no_grad():
-                target = method.embed(images[:1])
-            is_open, state = gates.decide(rule, state, target.magnitudes.tolist())
+                target = embed(images[:1])
+            is_open, state = _decide(rule, state, target, config)
             if not is_open:
                 return False, target, None, state
-            return True, method.embed(images[1:]), target, state
+            if config.gate_unit == "image":
+                target = method.choose(target, state.step)  # type: ignore[attr-defined]
+                return True, embed(images[1:, target.chosen]), target, state
+            return True, embed(images[1:]), target, state
         with torch.set_grad_enabled(ahead is not False):
-            learning = method.embed(images)
-        is_open, state = gates.decide(rule, state, learning.magnitudes.tolist())
+            learning = embed(images)
+        is_open, state = _decide(rule, state, learning, config)
     if not is_open:  # nothing kept for a backward pass outlives the decision
         learning = learning.detach()
     return is_open, learning, None, state
 
 
-def update(
-    loss: Tensor,
-    method: Method,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    received: Tensor,
-) -> str | None:
-    """Backward and one optimizer step, unless the loss or a gradient is not finite. Returns why it was not applied.
+def _of_all(embed: Callable[[], Embedded], num_sums: int, compute: Compute, asked: Asked | None) -> Embedded:
+    """What `embed` returns, with the statistics of all ranks; the ranks agree on wishes and memory on the way."""
+    own: Embedded | None = None
+    try:
+        own = embed()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    if distributed.size() == 1:
+        if own is None:
+            raise OutOfMemoryError
+        return own.of_all(own.sums)
+    sums = torch.zeros(num_sums, device=compute.device) if own is None else own.sums
+    extra = [*(asked.pending() if asked else [0.0] * WISHES), float(own is None)]
+    whole = distributed.reduce(torch.cat([sums, sums.new_tensor(extra)]))
+    *wishes, short = whole[num_sums:].tolist()
+    if asked:
+        asked.agree(wishes)
+    if short or own is None:
+        raise OutOfMemoryError
+    return own.of_all(whole[:num_sums])
 
-    received: [watched] bool, set where what the method watches got a gradient other than 0.
+
+def _decide(
+    rule: gates.GateRule, state: gates.GateState, embedded: Embedded, config: AdaptConfig
+) -> tuple[bool, gates.GateState]:
+    magnitudes = embedded.magnitudes.tolist()
+    is_open, after = gates.decide(rule, state, magnitudes)
+    if config.debug:
+        distributed.check_same(f"step {state.step}: the gate's decision and the magnitudes", [is_open, *magnitudes])
+    return is_open, after
+
+
+def _loss(method: Method, learning: Embedded, target: Embedded | None, compute: Compute) -> Tensor:
+    try:
+        with compute.autocast():
+            return method.loss(learning, target)
+    except (RuntimeError, MemoryError) as error:
+        # other ranks may wait in one of Sinkhorn's reductions, where they cannot be told
+        if not is_out_of_memory(error) or distributed.size() > 1:
+            raise
+    raise OutOfMemoryError
+
+
+def update(loss: Tensor, state: RunState, config: AdaptConfig) -> str | None:
+    """Backward and one optimizer step, unless a loss or a gradient is not finite. Returns why it was not applied.
+
+    With config.accumulate above 1 the gradients wait in `state.gradients` until there are as many as that.
     """
+    method, optimizer, scaler = state.method, state.optimizer, state.scaler
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad(set_to_none=True)
-    if not math.isfinite(loss.item()):
-        return f"the loss is {loss.item()}"
-    scaler.scale(loss).backward()
+    short = False
+    try:
+        scaler.scale(loss).backward()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        short = True
+    value, any_short = distributed.average_gradients(trained, [loss.item(), float(short)])
+    if any_short:
+        raise OutOfMemoryError
+    state.loss = value
+    if not math.isfinite(value):
+        return f"the loss is {value}"
     scaler.unscale_(optimizer)
     parts = method.gradient_parts()
     norms = [torch.nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]) for part, _ in parts]
     finite = math.isfinite(sum(norms, torch.zeros(())).item())
     if finite:
-        none = received.new_zeros(())
-        received |= torch.stack([none if p.grad is None else p.grad.ne(0).any() for p in method.watched().values()])
-        for (part, clip), norm in zip(parts, norms, strict=True):
-            if clip:
-                torch.nn.utils.clip_grads_with_norm_(part, clip, norm)
-    if finite or scaler.is_enabled():
-        scaler.step(optimizer)  # under fp16 the scaler itself leaves out a step with non-finite gradients
+        none = state.received.new_zeros(())
+        state.received |= torch.stack(
+            [none if p.grad is None else p.grad.ne(0).any() for p in method.watched().values()]
+        )
+        if _all_there(state, config.accumulate):
+            for (part, clip), norm in zip(parts, norms, strict=True):
+                if config.accumulate > 1:
+                    norm = torch.nn.utils.get_total_norm([p.grad for p in part if p.grad is not None])
+                if clip:
+                    torch.nn.utils.clip_grads_with_norm_(part, clip, norm)
+            optimizer.step()
+            method.after_update()
+    if scaler.is_enabled():
         scaler.update()
     # under fp16 an overflow is the ordinary way to find the scale, until there is none left to take
     if finite or (scaler.is_enabled() and scaler.get_scale() >= 1):
         return None
     return "a gradient is not finite"
+
+
+def _all_there(state: RunState, accumulate: int) -> bool:
+    """Adds the gradients to those that wait; once there are `accumulate`, their mean takes the gradients' place."""
+    if accumulate == 1:
+        return True
+    for name, p in state.method.named_parameters():
+        if p.grad is not None:
+            part = p.grad / accumulate
+            state.gradients[name] = state.gradients[name].add_(part) if name in state.gradients else part
+    state.accumulated += 1
+    if state.accumulated < accumulate:
+        return False
+    for name, p in state.method.named_parameters():
+        p.grad = state.gradients.get(name)
+    state.gradients, state.accumulated = {}, 0
+    return True
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had no memory left; torch has no class for the host's."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def take_more_passes(state: RunState, images: Any, config: AdaptConfig, compute: Compute) -> None:
+    """Halves what the model sees at once, on every rank. Raises RunFailedError where that may not or cannot help."""
+    method = state.method
+    if compute.device.type == "cuda":
+        torch.cuda.empty_cache()
+    if not config.auto_batch or 2 * method.passes > 2 * len(method.images(images)):
+        raise RunFailedError(out_of_memory(state, images, config, compute))
+    method.passes *= 2
+    log.warning(
+        "step %d: out of memory; from now on each step makes %d passes over its views", state.step, method.passes
+    )
+
+
+def out_of_memory(state: RunState, images: Any, config: AdaptConfig, compute: Compute) -> str:
+    """What was too much, and the cure."""
+    height, width = state.method.images(images).shape[-2:]
+    held = ""
+    if compute.device.type == "cuda":
+        total = torch.cuda.get_device_properties(compute.device).total_memory
+        held = f" ({torch.cuda.max_memory_allocated(compute.device) / 2**30:.1f} of {total / 2**30:.1f} GiB were taken)"
+    over = f" over {distributed.size()} ranks" if distributed.size() > 1 else ""
+    passes = f" in {state.method.passes} passes" if state.method.passes > 1 else ""
+    cures = [
+        "add --auto-batch (smaller passes, the same result)" if not config.auto_batch else "",
+        "take --memory lean" if config.memory != "lean" else "",
+        "lower --batch-size",
+    ]
+    return (
+        f"step {state.step}: out of memory on {compute.device}{held} with {config.batch_size} images of "
+        f"{height} x {width}{over}{passes} and --memory {config.memory}; {' or '.join(c for c in cures if c)}; "
+        "no step was applied in part"
+    )

@@ -24,10 +24,10 @@ from .data.loader import Batch, Loader
 from .data.sources import Source, open_source
 from .device import Compute, resolve
 from .errors import ConfigError, Interrupted, RunFailedError
+from .journal import Journal
 from .kernels import _dispatch as dispatch
 from .memory_fit import settle
 from .methods import Method
-from .journal import Journal
 from .report import train_log
 from .resume import RunState
 from .resume_check import ResumeCheck
@@ -76,7 +76,7 @@ def run(config: AdaptConfig) -> AdaptResult:
 
 def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
     source = open_source(config.data, split="train")
-    asked, config = config, fit_to_memory(fit_to_data(config, len(source)), compute)
+    asked, config = config, settle(fit_to_data(config, len(source)), compute)
     backbone = backbones.load_from(config)
     implementation = None if config.implementation == "auto" else config.implementation
     with dispatch.forced(implementation), contextlib.ExitStack() as stack:
@@ -107,12 +107,6 @@ def fit_to_data(config: AdaptConfig, num_images: int) -> AdaptConfig:
         per_epoch = num_images // batch
         steps = max(400, 10 * per_epoch) if config.epochs is None else max(1, round(config.epochs * num_images / batch))
     return replace(config, batch_size=batch, prototypes=prototypes, steps=steps, epochs=None)
-
-
-def fit_to_memory(config: AdaptConfig, compute: Compute) -> AdaptConfig:
-    """The configuration with --memory resolved, for a rank's part of the batch, as rank 0 sees it."""
-    own = settle(replace(config, batch_size=max(2, config.batch_size // distributed.size())), compute)
-    return replace(config, memory=distributed.gather(own.memory)[0])
 
 
 def _train(
@@ -234,6 +228,7 @@ def gate_rule(config: AdaptConfig) -> gates.GateRule:
         rate=config.gate_rate,
         beta=config.gate_beta,
         max_skips=config.max_skips,
+        unit=config.gate_unit,
         seed=config.seed,
     )
 

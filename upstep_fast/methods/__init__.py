@@ -26,7 +26,7 @@ class Embedded(Protocol):
 
     @property
     def sums(self) -> Tensor:
-        """[n] fp32, detached: this rank's part of what the gate's statistics are made of, to be summed over the ranks."""
+        """[n] fp32, detached: what the gate's statistics are made of, of this rank; to be summed over the ranks."""
 
     def of_all(self, sums: Tensor) -> Any:
         """The same with the statistics of all ranks' images. Losses are means over the ranks."""
@@ -89,6 +89,9 @@ class Method(Protocol):
     def remember(self, embedded: Any) -> None:
         """Called at the end of every step, skipped ones too."""
 
+    def collapsed(self, embedded: Any) -> str | None:
+        """A word on why the features tell images no longer apart, if they do not."""
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """AdamW's groups."""
 
@@ -110,6 +113,15 @@ class Method(Protocol):
 
 def build(backbone: Backbone, config: AdaptConfig) -> Method:
     """The method that the configuration names, on the CPU. Puts its adapters on `backbone`, in place."""
+    from ..config_explora import Dinov2Config, MaeConfig
     from .upstep import UpStep
 
+    if isinstance(config, Dinov2Config):
+        from .explora_dinov2 import ExploraDinov2
+
+        return ExploraDinov2(backbone, config)
+    if isinstance(config, MaeConfig):
+        from .explora_mae import ExploraMae
+
+        return ExploraMae(backbone, config)
     return UpStep(backbone, config, config.prototypes)

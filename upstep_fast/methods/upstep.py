@@ -13,9 +13,9 @@ losses/clustering.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +28,14 @@ from ..data.loader import Batch
 from ..data.views import random_views, view_config
 from ..engine import vit as engine
 from ..engine.block import Memory
+from ..gate import choose_images
 from ..kernels.sinkhorn import sinkhorn
 from .losses import clustering
+from .losses.distillation import distillation_loss, sharpen
 from .passes import in_passes
 from .schedules import warmup_cosine
+
+ONE_DIRECTION = 0.999  # a centre of unit embeddings this long means collapse (METHODS 1.2)
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,9 @@ class Embedded:
     z: Tensor  # [V, B, d] fp32, unit length
     centre: Tensor  # [d] fp32, mean of z; carries gradient where z does
     magnitudes: Tensor  # [1 + V] fp32, detached: |centre|, then of each view's centre
+    views: Tensor | None = None  # [V, B, C, H, W] and
+    features: Tensor | None = None  # [V B, D] with gradient, where the loss compares them with the base model's
+    chosen: Tensor | None = None  # [b] int64, of target views: the images whose other view learns; None: all
 
     @property
     def sums(self) -> Tensor:
@@ -48,7 +55,7 @@ class Embedded:
         z = self.z.detach()
         return torch.cat([z.sum(1).flatten(), z.new_full((1,), z.shape[1])])
 
-    def of_all(self, sums: Tensor) -> Embedded:
+    def of_all(self, sums: Tensor) -> Self:
         """The same z with the centre of all ranks' images; `sums`: those of all ranks together.
 
         The centre's value is that of the whole batch and its gradient that of the own images' mean, so the mean over
@@ -57,11 +64,18 @@ class Embedded:
         of_views = sums[:-1].view(len(self.z), -1) / sums[-1]
         whole, own = of_views.mean(0), self.centre
         magnitudes = torch.cat([whole.norm()[None], of_views.norm(dim=-1)])
-        return Embedded(self.z, whole + (own - own.detach()), magnitudes)
+        return replace(self, centre=whole + (own - own.detach()), magnitudes=magnitudes)
 
-    def detach(self) -> Embedded:
+    def detach(self) -> Self:
         """The same without gradients: nothing kept for a backward pass outlives a closed gate."""
-        return Embedded(self.z.detach(), self.centre.detach(), self.magnitudes)
+        return replace(self, z=self.z.detach(), centre=self.centre.detach(), views=None, features=None)
+
+
+def embedded(z: Tensor) -> Embedded:
+    """Embeddings z [V, B, d] with their centre, of one rank."""
+    centre = z.mean((0, 1))
+    of_views = z.detach().mean(1).norm(dim=-1)
+    return Embedded(z, centre, torch.cat([centre.detach().norm()[None], of_views]))
 
 
 class UpStep(nn.Module):
@@ -75,7 +89,7 @@ class UpStep(nn.Module):
 
     def __init__(self, backbone: Backbone, config: AdaptConfig, num_prototypes: int):
         super().__init__()
-        self.config, self.view_config, self.passes = config, view_config(config, backbone), 1
+        self.config, self.view_config, self.passes, self._learnt = config, view_config(config, backbone), 1, 0
         generator = torch.Generator().manual_seed(config.seed)
         # parts of torch.nn draw from the global generator: set it for this block only
         with torch.random.fork_rng(devices=[]):
@@ -150,19 +164,17 @@ class UpStep(nn.Module):
 
     def embed(self, views: Tensor) -> Embedded:
         """views: [V, B, C, H, W] normalised images. The backbone sees all V B images in one batch."""
-        u = self.head(in_passes(self.features, views.flatten(0, 1), self.passes))
-        z = F.normalize(u.float(), dim=-1).view(*views.shape[:2], -1)
-        centre = z.mean((0, 1))
-        of_views = z.detach().mean(1).norm(dim=-1)
-        return Embedded(z, centre, torch.cat([centre.detach().norm()[None], of_views]))
+        f = in_passes(self.features, views.flatten(0, 1), self.passes)
+        result = embedded(F.normalize(self.head(f).float(), dim=-1).view(*views.shape[:2], -1))
+        return replace(result, views=views, features=f) if self.config.distil != "off" else result
 
     def num_sums(self, views: int) -> int:
         """How many numbers `Embedded.sums` of so many views are."""
         return views * self.prototypes.shape[1] + 1
 
     def figures(self) -> dict[str, float]:
-        """Nothing beside the loss and the centre."""
-        return {}
+        """How many images learnt, where the gate chooses images."""
+        return {"learnt": self._learnt} if self.config.gate_unit == "image" else {}
 
     def after_update(self) -> None:
         """Nothing: there is no teacher."""
@@ -189,7 +201,9 @@ class UpStep(nn.Module):
             clustering_loss = clustering.swapped_loss(scores, targets, c.temperature)
         else:
             targets = self._targets(target.z[0] @ prototypes.T)
+            targets = targets if target.chosen is None else targets[target.chosen]
             clustering_loss = clustering.one_sided_loss(scores[0], targets, c.temperature)
+        distance = distillation_loss(c.distil, *self._both_features(learning), c.distil_temperature)
         penalty = clustering.cvr_penalty(
             c.cvr,
             learning.centre,
@@ -197,15 +211,35 @@ class UpStep(nn.Module):
             base_centre=self.base_centre,
             running_magnitude=self.running_magnitude,
         )
-        return clustering_loss + c.cvr_weight * penalty
+        return clustering_loss + c.cvr_weight * penalty + c.distil_weight * distance
 
     def _targets(self, scores: Tensor) -> Tensor:
         c, all_reduce = self.config, distributed.reducer()
-        return sinkhorn(scores.detach(), c.epsilon, c.sinkhorn_iterations, all_reduce=all_reduce)
+        q = sinkhorn(scores.detach(), c.epsilon, c.sinkhorn_iterations, all_reduce=all_reduce)
+        return sharpen(q, c.sharpen)
+
+    def _both_features(self, learning: Embedded) -> tuple[Tensor, Tensor]:
+        if learning.features is None or learning.views is None:
+            return learning.z[0], learning.z[0]
+        with torch.no_grad(), lora.disabled(self.adapters.values()):
+            return learning.features, in_passes(self.features, learning.views.flatten(0, 1), self.passes)
+
+    @torch.no_grad()
+    def choose(self, target: Embedded, step: int) -> Embedded:
+        """For --gate-unit image: which images' other view learns, by what each adds to the centre."""
+        c = self.config
+        added = target.z[0] @ target.centre
+        chosen = choose_images(c.gate, added, c.gate_rate, c.update_when, c.seed, step)
+        self._learnt = len(chosen)
+        return replace(target, chosen=chosen)
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         """The LoRA matrices."""
         return [p for adapter in self.adapters.values() for p in (adapter.lora_a, adapter.lora_b)]
+
+    def collapsed(self, embedded: Embedded) -> str | None:
+        """A word on why the embeddings tell images no longer apart, if they do not."""
+        return "the embeddings of all images point one way" if embedded.magnitudes[0].item() > ONE_DIRECTION else None
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Weight decay on the head alone."""
