@@ -36,7 +36,6 @@ from ..backbone import Backbone
 from ..engine import vit as engine
 from ..engine.block import run_block
 from ..engine.fold import why_not
-from ..engine.merge import make_ready
 from .losa_refine import refine
 
 log = logging.getLogger("upstep_fast")
@@ -230,8 +229,7 @@ def make_stream(vit: nn.Module, dtype: torch.dtype) -> Stream:
     """Runs a frozen ViT without gradient and hands every block's output, [B, N, D] in `dtype`, to a function."""
     reason = why_not(vit)
     if reason is None:
-        blocks = fold(vit, dtype)  # type: ignore[arg-type]
-        return partial(_stream_engine, vit, blocks, make_ready(blocks), dtype)
+        return partial(_stream_engine, engine.build(vit, dtype))  # type: ignore[arg-type]
     log.warning("engine: running the plain model instead, since %s", reason)
     return partial(stream_plain, vit, dtype)
 
