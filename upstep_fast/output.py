@@ -32,18 +32,10 @@ def opened(config: AdaptConfig | FinetuneConfig) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         try:
             # a stranger's folder is refused before anything is written to it
-            if _held(out) and not (out / CONFIG).is_file():
-                cure = "choose another folder or add --overwrite"
-                if config.overwrite or config.resume:
-                    flag = "--overwrite" if config.overwrite else "--resume"
-                    cure = f"it holds no run of upstep-fast, so {flag} leaves it alone; choose another"
-                raise ConfigError(f"out: {out} is not empty; {cure}")
+            _refuse_another(out, config)
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_locked(out))
-            if _held(out) and not (config.overwrite or config.resume):
-                raise ConfigError(
-                    f"out: {out} is not empty; choose another folder, go on with --resume or add --overwrite"
-                )
+            _refuse_run(out, config)
             if config.overwrite:
                 for path in _held(out):
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -57,6 +49,12 @@ def opened(config: AdaptConfig | FinetuneConfig) -> Iterator[Path]:
         yield out
 
 
+def check(config: AdaptConfig | FinetuneConfig) -> None:
+    """Raises ConfigError if `opened` would refuse what the folder holds: before work that takes its time."""
+    _refuse_another(Path(config.out), config)
+    _refuse_run(Path(config.out), config)
+
+
 @contextlib.contextmanager
 def writing(out: Path) -> Iterator[None]:
     """Turns an OSError into a RunFailedError of one line: the file, the reason, the cure."""
@@ -67,6 +65,20 @@ def writing(out: Path) -> Iterator[None]:
             f"out: cannot write {error.filename or out}: {error.strerror or error}; what was saved before is whole: "
             "make room and go on with --resume"
         ) from error
+
+
+def _refuse_another(out: Path, config: AdaptConfig | FinetuneConfig) -> None:
+    if _held(out) and not (out / CONFIG).is_file():
+        cure = "choose another folder or add --overwrite"
+        if config.overwrite or config.resume:
+            flag = "--overwrite" if config.overwrite else "--resume"
+            cure = f"it holds no run of upstep-fast, so {flag} leaves it alone; choose another"
+        raise ConfigError(f"out: {out} is not empty; {cure}")
+
+
+def _refuse_run(out: Path, config: AdaptConfig | FinetuneConfig) -> None:
+    if _held(out) and not (config.overwrite or config.resume):
+        raise ConfigError(f"out: {out} is not empty; choose another folder, go on with --resume or add --overwrite")
 
 
 def _held(out: Path) -> list[Path]:

@@ -22,6 +22,7 @@ from .checkpoint import Checkpoint
 from .config import AdaptConfig, every, known_field, of_method
 from .data.loader import Batch, Loader
 from .data.sources import Source, open_source
+from .data.survey import survey
 from .device import Compute, resolve
 from .errors import ConfigError, Interrupted, RunFailedError
 from .journal import Journal
@@ -33,6 +34,7 @@ from .resume import RunState
 from .resume_check import ResumeCheck
 from .signals import signals
 from .step import step
+from .whole_file import write_whole
 
 log = logging.getLogger("upstep_fast")
 
@@ -76,13 +78,19 @@ def run(config: AdaptConfig) -> AdaptResult:
 
 def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
     source = open_source(config.data, split="train")
-    asked, config = config, settle(fit_to_data(config, len(source)), compute)
     backbone = backbones.load_from(config)
+    if config.triage and distributed.is_first():
+        output.check(config)
+    config, source, backbone, files = survey(config, source, backbone, num_workers(config))
+    asked, config = config, settle(fit_to_data(config, len(source)), compute)
     implementation = None if config.implementation == "auto" else config.implementation
     with dispatch.forced(implementation), contextlib.ExitStack() as stack:
         out = Path(config.out)
         if distributed.is_first():
             stack.enter_context(output.opened(config))
+            with output.writing(out):
+                for name, text in files.items():
+                    write_whole(out / name, text)
             stack.enter_context(html_report.written_after(out))
             stack.enter_context(train_log(out / "train.log"))
         versions = f"upstep-fast {__version__}, torch {torch.__version__}"
@@ -241,7 +249,7 @@ def make_loader(config: AdaptConfig, source: Source, state: RunState, channels: 
         rank=distributed.rank(),
         world_size=distributed.size(),
         seed=config.seed,
-        num_workers=default_workers() if config.num_workers is None else config.num_workers,
+        num_workers=num_workers(config),
         max_bad_fraction=config.max_bad_fraction,
         start_step=state.step,
         channels=channels,
@@ -278,6 +286,11 @@ def _kept(state: RunState, loader: Loader, out: Path) -> Iterator[None]:
         raise
     with output.writing(out):
         keep()
+
+
+def num_workers(config: AdaptConfig) -> int:
+    """Threads that decode."""
+    return default_workers() if config.num_workers is None else config.num_workers
 
 
 def default_workers() -> int:
