@@ -34,11 +34,11 @@ class Measured:
     backward_seconds: float  # the update included
 
 
-def measure(config: AdaptConfig, compute: Compute) -> Measured:
-    """Takes two open steps, the second counted and a third timed. At most 8 images on a CPU."""
+def measure(config: AdaptConfig, compute: Compute, *, cpu_images: int = CPU_IMAGES) -> Measured:
+    """Takes two open steps, the second counted, and a third that is timed. At most `cpu_images` at once on a CPU."""
     on_cpu = compute.device.type == "cpu"
     if on_cpu:
-        config = replace(config, batch_size=min(config.batch_size, CPU_IMAGES))
+        config = replace(config, batch_size=min(config.batch_size, cpu_images))
     with _peak_of_cpu() if on_cpu else contextlib.nullcontext([0]) as peak:
         take_step, seconds = one_step(config, compute)
         take_step()
