@@ -44,6 +44,8 @@ class ExploraConfig(AdaptConfig):
         for name in _UPSTEPS_OWN:
             if getattr(self, name) != defaults[name]:
                 raise ConfigError(f"{name}: belongs to --method upstep; leave it out with explora")
+        if self.auto_batch:
+            raise ConfigError("auto_batch: is not made for explora; lower --batch-size and raise --accumulate")
         if self.gate == "views":
             raise ConfigError("gate: views compares UpStep's two views; choose another with explora")
         for part in self.unfreeze.split(","):
@@ -106,6 +108,8 @@ class Dinov2Config(ExploraConfig):
     """Share of the teacher that stays at a step, at the start; it rises to 1 by a cosine."""
     ema: Literal["factors", "products"] = "factors"
     """What the teacher averages: the adapters' factors, or the weights with their products added."""
+    save: Literal["teacher", "student"] = "teacher"
+    """Whose weights the adapter folder holds; an average of products has no factors, so it wants student."""
 
     def __post_init__(self) -> None:
         """Checks every field; raises ConfigError."""
@@ -117,6 +121,8 @@ class Dinov2Config(ExploraConfig):
         _at_least(self, "teacher_warmup", 0)
         for name in ("teacher_temperature", "teacher_temperature_start", "local_size"):
             _positive(self, name)
+        if self.ema == "products" and self.save == "teacher":
+            raise ConfigError("ema: products leaves the teacher no factors to save; add --save student")
         low, high = self.mask_ratio
         if not 0 < low <= high < 1:
             raise ConfigError(f"mask_ratio: got {low} to {high}, must lie between 0 and 1, in order")
@@ -148,7 +154,7 @@ class MaeConfig(ExploraConfig):
     norm_pixels: bool = True
     """Predict pixels normalised by their patch's own mean and variance."""
     decoder: str | None = None
-    """Checkpoint file of a pretrained MAE with its decoder; None: a fresh one, trained whole, thrown away afterwards."""
+    """Checkpoint file of a pretrained MAE with its decoder; None: a fresh one, trained whole, discarded later."""
     decoder_lora_r: int = 8
     """Rank of the adapters on q and v of a pretrained decoder."""
     decoder_width: int = 512

@@ -5,14 +5,19 @@
 timm keeps q, k and v in one matrix, attn.qkv [3D, D]. Adapters of their own for q, k and v are `parts` of it: part p
 adds to its rows only. PEFT sees one Linear, so T parts of rank r are written as one LoRA of rank T r: the A's stacked,
 the B's block-diagonal, lora_alpha T times as large so that alpha / rank stays the same.
+
+A method that also trains parameters as they are (ExPLoRA: blocks, norms) has them in the same folder: those of modules
+in PEFT's modules_to_save, by full names; bare ones of the model itself (cls_token, pos_embed), for which PEFT has no
+place, in a file of their own beside them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +32,7 @@ from .backbone import load
 from .errors import ConfigError
 from .whole_file import write_whole
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS, CONFIG, BARE = "adapter_model.safetensors", "adapter_config.json", "bare_parameters.safetensors"
 _PREFIX = "base_model.model."
 _QKV = {"q": 0, "k": 1, "v": 2}
 _HOME = {"proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
@@ -85,13 +90,16 @@ class LoraSpec:
     targets: tuple[str, ...] = ("q", "k", "v")
 
 
-def inject(vit: nn.Module, spec: LoraSpec) -> dict[str, LoraLinear]:
+def inject(vit: nn.Module, spec: LoraSpec, *, leave_out: Sequence[int] = ()) -> dict[str, LoraLinear]:
     """Puts fresh adapters on every block of `vit`, in place. Returns them by module name ("blocks.0.attn.qkv").
 
+    leave_out: indices of blocks that get none.
     Raises ConfigError, before anything is changed, for a target that the blocks do not have.
     """
     places = []
     for index, block in enumerate(vit.blocks):  # type: ignore[arg-type]
+        if index in leave_out:
+            continue
         for place, parts, num_parts in _places(block, spec.targets):
             name = f"blocks.{index}.{place}"
             base = dict(block.named_modules()).get(place)
@@ -145,6 +153,19 @@ def merge(vit: nn.Module, *, strength: float = 1.0) -> nn.Module:
     return vit
 
 
+@contextlib.contextmanager
+def disabled(adapters: Iterable[LoraLinear]) -> Iterator[None]:
+    """Within this context the adapters add nothing: the model is the base model."""
+    scales = {adapter: adapter.scale for adapter in adapters}
+    try:
+        for adapter in scales:
+            adapter.scale = 0.0
+        yield
+    finally:
+        for adapter, scale in scales.items():
+            adapter.scale = scale
+
+
 def save(folder: str | Path, adapters: Mapping[str, LoraLinear], base_model: str) -> None:
     """Writes adapter_config.json and adapter_model.safetensors, each replaced whole or not at all."""
     write(folder, to_files(adapters, base_model))
@@ -158,8 +179,10 @@ def write(folder: str | Path, files: Mapping[str, bytes]) -> None:
         write_whole(folder / name, data)
 
 
-def to_files(adapters: Mapping[str, LoraLinear], base_model: str) -> dict[str, bytes]:
-    """The two files of an adapter in PEFT's format, by name."""
+def to_files(
+    adapters: Mapping[str, LoraLinear], base_model: str, *, whole: Mapping[str, Tensor] | None = None
+) -> dict[str, bytes]:
+    """The files of an adapter in PEFT's format, by name; whole: parameters that were trained as they are, by name."""
     tensors, ranks, alphas = {}, {}, {}
     for name, adapter in adapters.items():
         a, b = adapter.as_one()
@@ -167,6 +190,9 @@ def to_files(adapters: Mapping[str, LoraLinear], base_model: str) -> dict[str, b
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = b.detach().cpu().contiguous()
         ranks[name] = a.shape[0]
         alphas[name] = a.shape[0] * adapter.scale
+    bare = {name: p.detach().cpu().contiguous() for name, p in (whole or {}).items() if "." not in name}
+    inside = {name: p.detach().cpu().contiguous() for name, p in (whole or {}).items() if "." in name}
+    tensors |= {f"{_PREFIX}{name}": tensor for name, tensor in inside.items()}
     r = max(ranks.values())
     config = {
         "peft_type": "LORA",
@@ -181,25 +207,33 @@ def to_files(adapters: Mapping[str, LoraLinear], base_model: str) -> dict[str, b
         "fan_in_fan_out": False,
         "use_rslora": False,
         "use_dora": False,
-        "modules_to_save": None,
+        "modules_to_save": sorted({_module_to_save(name) for name in inside}) or None,
         "task_type": None,
         "inference_mode": True,
     }
-    return {
+    files = {
         WEIGHTS: to_bytes(tensors, metadata={"format": "pt"}),
         CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
     }
+    return files | ({BARE: to_bytes(bare, metadata={"format": "pt"})} if bare else {})
+
+
+def _module_to_save(parameter: str) -> str:
+    # PEFT takes every module whose name ends so: "norm" alone would also be patch_embed.norm
+    module = parameter.rpartition(".")[0]
+    return module if "." in module else f"model.{module}"
 
 
 def attach(vit: nn.Module, folder: str | Path) -> dict[str, LoraLinear]:
     """Puts the adapter in `folder` on `vit`, in place, as one LoRA a Linear. Returns the adapters by module name.
 
-    Reads what `save` wrote and any LoRA that PEFT wrote for a timm ViT. Raises ConfigError, before anything is
-    changed, if the folder is not an adapter or belongs to another model: the first five names or shapes that differ.
+    Parameters that were trained as they are replace those of `vit`. Reads what `save` wrote and any LoRA that PEFT
+    wrote for a timm ViT. Raises ConfigError, before anything is changed, if the folder is not an adapter or belongs to another model: the first five names or shapes that differ.
     """
-    config, tensors = _read(Path(folder))
-    pairs = _pairs(tensors, Path(folder))
-    wrong = list(_misfits(vit, pairs))
+    config, tensors, bare = _read(Path(folder))
+    pairs, whole = _sort(config, tensors, Path(folder))
+    whole |= bare
+    wrong = [*_misfits(vit, pairs), *_misfits_whole(vit, whole)]
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         base = config.get("base_model_name_or_path")
@@ -216,6 +250,8 @@ def attach(vit: nn.Module, folder: str | Path) -> dict[str, LoraLinear]:
         adapter.lora_b.data.copy_(b[None])
         vit.set_submodule(name, adapter)
         adapters[name] = adapter
+    for name, value in whole.items():
+        vit.get_parameter(name).data.copy_(value)
     call_qkv(vit)
     return adapters
 
@@ -241,10 +277,11 @@ def load_adapted(
     return merge(vit) if merged else vit
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
     try:
         config = json.loads((folder / CONFIG).read_text())
         tensors = load_file(folder / WEIGHTS)
+        bare = load_file(folder / BARE) if (folder / BARE).is_file() else {}
     except FileNotFoundError as error:
         raise ConfigError(
             f"adapter: {folder} holds no {Path(error.filename or WEIGHTS).name}; give the folder OUT/adapter"
@@ -253,17 +290,23 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ConfigError(f"adapter: {folder} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ConfigError(f"adapter: {folder / CONFIG} is not a LoRA configuration of PEFT")
-    if config.get("use_dora") or config.get("modules_to_save"):
-        raise ConfigError(
-            f"adapter: {folder} uses DoRA or modules_to_save, which this version does not read; merge it with PEFT"
-        )
-    return config, tensors
+    if config.get("use_dora"):
+        raise ConfigError(f"adapter: {folder} uses DoRA, which this version does not read; merge it with PEFT")
+    return config, tensors, bare
 
 
-def _pairs(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+def _sort(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """The LoRA pairs (A, B) by the Linear's name, and the parameters of modules_to_save by their own."""
     found: dict[str, dict[str, Tensor]] = {}
+    whole = {}
+    saved = tuple(str(name) for name in config.get("modules_to_save") or ())
     for key, value in tensors.items():
         match = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.lora_([AB])\.weight", key)
+        if not match and key.startswith(_PREFIX) and any(f".{name}." in key for name in saved):
+            whole[key.removeprefix(_PREFIX)] = value
+            continue
         if not match:
             raise ConfigError(f"adapter: {folder / WEIGHTS} holds {key}, which is no LoRA matrix of a Linear")
         found.setdefault(match[1], {})[match[2]] = value
@@ -272,7 +315,7 @@ def _pairs(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, tuple[Tenso
             raise ConfigError(f"adapter: {folder / WEIGHTS} lacks lora_{'B' if 'A' in pair else 'A'} of {name}")
     if not found:
         raise ConfigError(f"adapter: {folder / WEIGHTS} holds no LoRA matrices")
-    return {name: (pair["A"], pair["B"]) for name, pair in found.items()}
+    return {name: (pair["A"], pair["B"]) for name, pair in found.items()}, whole
 
 
 def _misfits(vit: nn.Module, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[str]:
@@ -286,6 +329,15 @@ def _misfits(vit: nn.Module, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> Iter
         for label, tensor, shape in (("lora_A", a, want[0]), ("lora_B", b, want[1])):
             if tuple(tensor.shape) != shape:
                 yield f"{name}.{label} is {list(tensor.shape)}, the model wants {list(shape)}"
+
+
+def _misfits_whole(vit: nn.Module, whole: Mapping[str, Tensor]) -> Iterator[str]:
+    parameters = dict(vit.named_parameters())
+    for name, value in sorted(whole.items()):
+        if name not in parameters:
+            yield f"{name} is not in the model"
+        elif parameters[name].shape != value.shape:
+            yield f"{name} is {list(value.shape)}, the model wants {list(parameters[name].shape)}"
 
 
 def _matching(pattern: Mapping[str, float] | None, name: str, default: float) -> float:

@@ -1,0 +1,346 @@
+"""ExPLoRA with DINOv2's objective (Oquab et al. 2023): a student follows a moving average of itself.
+
+    student: 2 global crops, some patches masked, and n local crops; teacher: the global crops whole, no gradient
+    L = DINO(class tokens) + w_i iBOT(masked patches) + w_k sum over the global crops of KoLeo(class tokens)
+    teacher <- m teacher + (1 - m) student, after each update; m rises to 1
+
+The teacher has adapters of its own, which are never merged: merged, it would ignore the average of their factors
+(METHODS 2.2). The heads start from scratch, since DINOv2's are not published; so does the mask token, which timm's
+models do not keep. Both are thrown away afterwards.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import distributed, lora
+from ..backbone import Backbone
+from ..config_explora import Dinov2Config
+from ..data.loader import Batch
+from ..data.recipe import local_config, view_config
+from ..data.views import multi_crop
+from ..engine.block import Memory
+from ..kernels.sinkhorn import sinkhorn
+from ..lora import LoraLinear
+from . import explora
+from .explora_tokens import Encoder, block_mask, embed, grid_of, pooled
+from .losses import dino
+from .schedules import cosine, linear_warmup, warmup_cosine
+from .upstep import Embedded, embedded
+
+log = logging.getLogger("upstep_fast")
+
+GLOBAL_VIEWS = 2
+CENTRE_MOMENTUM = 0.9  # of softmax centring, as in DINO
+FLAT, ONE_DIRECTION = 0.999, 0.999  # teacher entropy and centre magnitude that mean collapse
+_MASKS = 7  # names the random numbers of masks among those of (seed, epoch, index)
+
+
+@dataclass(frozen=True)
+class Crops:
+    """The views of a batch of B images."""
+
+    whole: Tensor  # [2, B, C, H, W], the global crops
+    local: Tensor | None  # [n, B, C, h, w]
+    masked: Tensor  # [2, B, N] bool, patches of the global crops that the student does not see
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student(Embedded):
+    """The student's view of a batch; z: unit features of the global crops."""
+
+    crops: Crops
+    of_crops: Tensor  # [2 + n, B, D] features of all crops
+    patches: Tensor  # [M, D] masked patches, in the order of `crops.masked`
+
+
+class Head(nn.Module):
+    """DINO's head: [*, D] -> [*, K], cosines against K prototypes of a bottleneck behind an MLP of three layers."""
+
+    def __init__(self, width: int, hidden: int, bottleneck: int, prototypes: int):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
+        )
+        for module in self.mlp:
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        # of unit length in use: weight normalisation with its length fixed at 1
+        self.prototypes = nn.Parameter(torch.randn(prototypes, bottleneck) / bottleneck**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [*, D] -> scores [*, K], each a cosine."""
+        return F.linear(F.normalize(self.mlp(x), dim=-1, eps=1e-6), F.normalize(self.prototypes, dim=-1).to(x.dtype))
+
+
+class ExploraDinov2(nn.Module):
+    """Student, teacher and heads; what training changes and a checkpoint holds."""
+
+    class_centre: Tensor
+    patch_centre: Tensor
+
+    def __init__(self, backbone: Backbone, config: Dinov2Config):
+        super().__init__()
+        self.config, self.passes = config, 1
+        whole = view_config(config, backbone)
+        local = local_config(whole, self._local_size(backbone), (0.05, whole.crop_scale[0]))
+        self.recipes = [(whole, GLOBAL_VIEWS)] + ([(local, config.local_views)] if config.local_views else [])
+        vit: Any = backbone.vit
+        self.grid = grid_of(vit, *backbone.img_size)
+        size = (backbone.width, config.head_hidden, config.head_dim, config.prototypes)
+        # parts of torch.nn draw from the global generator: set it for this block only
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.adapters = explora.prepare(backbone, config)
+            self.head = Head(*size)
+            self.patch_head = Head(*size) if config.separate_heads else None
+        self.vit = vit
+        self.mask_token = nn.Parameter(torch.zeros(vit.embed_dim))
+        # frozen weights are the student's own tensors, not copies
+        frozen = {id(p): p for p in vit.parameters() if not p.requires_grad}
+        self.teacher = copy.deepcopy(vit, frozen)
+        self.teacher_head, self.teacher_patch_head = copy.deepcopy(self.head), copy.deepcopy(self.patch_head)
+        if config.ema == "products":
+            _give_own_weights(self.teacher)
+        self._averaged = self._pairs()
+        for average, _ in self._averaged:
+            average.requires_grad_(False)
+        self.register_buffer("class_centre", torch.zeros(config.prototypes))
+        self.register_buffer("patch_centre", torch.zeros(config.prototypes))
+        self.encoder, self.teacher_encoder = Encoder(vit), Encoder(self.teacher)
+        self.temperature, self.momentum = config.teacher_temperature_start, config.momentum
+        self._figures: dict[str, float] = {}
+        self._means: tuple[Tensor, Tensor] | None = None
+
+    def _local_size(self, backbone: Backbone) -> tuple[int, int]:
+        patch = backbone.vit.patch_embed.patch_size
+        sides = []
+        for side, step in zip(backbone.img_size, patch, strict=True):
+            asked = 7 * side / 16 if self.config.local_size is None else self.config.local_size
+            sides.append(max(1, round(asked / step)) * step)
+        return sides[0], sides[1]
+
+    def _pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """(the teacher's, the student's) for all that the teacher averages one by one."""
+        pairs = []
+        modules = [(self.teacher, self.vit), (self.teacher_head, self.head), (self.teacher_patch_head, self.patch_head)]
+        for mine, theirs in modules:
+            if mine is not None and theirs is not None:
+                own = dict(mine.named_parameters())
+                pairs += [(own[name], p) for name, p in explora.trained(theirs).items() if name in own]
+        return pairs
+
+    def accelerate(self, dtype: torch.dtype, memory: Memory = "fast") -> None:
+        """Runs the frozen blocks on the engine from now on."""
+        reason = self.encoder.accelerate(dtype, memory)
+        if reason:
+            log.warning("engine: running the plain model instead, since %s", reason)
+            return
+        # what the teacher averages changes too: the engine must refer to it as to what trains, not fold it away
+        own = [p for p in self.teacher.parameters() if id(p) not in {id(q) for q in self.vit.parameters()}]
+        for p in own:
+            p.requires_grad_(True)
+        self.teacher_encoder.accelerate(dtype, memory)
+        for p in own:
+            p.requires_grad_(False)
+        log.info("engine: the blocks trained whole (%s) run as plain modules", self.config.unfreeze)
+
+    @property
+    def needs_start(self) -> bool:
+        """Nothing is computed before the first step."""
+        return False
+
+    def start(self, views: Iterable[Crops]) -> None:
+        """Nothing."""
+
+    def schedule(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Learning rate, weight decay, the teacher's temperature and momentum of this step."""
+        c = self.config
+        assert c.steps is not None
+        lr = c.lr * warmup_cosine(step, c.steps, c.warmup)
+        stands_still = step < (c.freeze_last_layer * c.steps if c.freeze_last_layer < 1 else c.freeze_last_layer)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0 if group["last"] and stands_still else lr
+            group["weight_decay"] = cosine(step, c.steps, c.weight_decay, c.weight_decay_end) * group["decays"]
+        start, end = c.teacher_temperature_start, c.teacher_temperature
+        self.temperature = linear_warmup(step, c.steps, c.teacher_warmup, start, end)
+        self.momentum = cosine(step, c.steps, c.momentum, 1.0)
+
+    def views(self, batch: Batch, device: torch.device) -> Crops:
+        """The crops of a batch and the masks of the global ones."""
+        key = {"seed": self.config.seed, "epoch": batch.epoch, "indices": batch.indices, "device": device}
+        crops = multi_crop(batch.images, self.recipes, **key)  # type: ignore[arg-type]
+        masks = [
+            [self._mask(batch.epoch, index, view) for index in batch.indices.tolist()] for view in range(GLOBAL_VIEWS)
+        ]
+        masked = torch.from_numpy(np.array(masks)).flatten(2).to(device)
+        return Crops(crops[0], crops[1] if len(crops) > 1 else None, masked)
+
+    def _mask(self, epoch: int, index: int, view: int) -> np.ndarray:
+        random = np.random.default_rng((self.config.seed, epoch, index, view, _MASKS))
+        if not self.config.ibot_weight or random.random() >= self.config.mask_probability:
+            return np.zeros(self.grid, bool)
+        share = random.uniform(*self.config.mask_ratio)
+        return block_mask(self.grid, int(share * self.grid[0] * self.grid[1]), random)
+
+    @property
+    def min_side(self) -> int:
+        """Pixels that the views need of an image's sides."""
+        return max(recipe.min_side for recipe, _ in self.recipes)
+
+    def images(self, views: Crops) -> Tensor:
+        """The first global crop of each image."""
+        return views.whole[0]
+
+    def embed(self, views: Crops) -> Student:
+        """The student's forward pass over all crops."""
+        prefix = self.vit.num_prefix_tokens
+        whole = embed(
+            self.vit, views.whole.flatten(0, 1), masked=views.masked.flatten(0, 1), mask_token=self.mask_token
+        )
+        tokens = self.encoder(whole)
+        features = [pooled(self.vit, tokens)]
+        if views.local is not None:
+            features.append(pooled(self.vit, self.encoder(embed(self.vit, views.local.flatten(0, 1)))))
+        of_all = torch.cat(features).unflatten(0, (-1, views.whole.shape[1]))
+        seen = embedded(F.normalize(of_all[:GLOBAL_VIEWS].float(), dim=-1))
+        patches = tokens[:, prefix:][views.masked.flatten(0, 1)]
+        own = {field.name: getattr(seen, field.name) for field in fields(Embedded)}
+        return Student(**own, crops=views, of_crops=of_all, patches=patches)
+
+    def num_sums(self, views: int) -> int:
+        """How many numbers `Embedded.sums` of so many views are."""
+        return views * self.vit.num_features + 1
+
+    def loss(self, learning: Student, target: Student | None = None) -> Tensor:
+        """DINO + iBOT + KoLeo, a scalar in fp32."""
+        c, crops = self.config, learning.crops
+        num_images = crops.masked.shape[0] * crops.masked.shape[1]
+        class_targets, patch_targets = self._targets(crops)
+        scores = self.head(learning.of_crops)
+        total = dino.class_token_loss(scores, class_targets, c.temperature)
+        self._figures = {"dino": total.item(), "teacher_entropy": dino.entropy(class_targets).item()}
+        if c.ibot_weight:
+            of_image = crops.masked.flatten(0, 1).sum(1)
+            weights = (1 / of_image.clamp_min(1)).repeat_interleave(of_image)
+            scores = (self.patch_head or self.head)(learning.patches)
+            ibot = dino.patch_loss(scores, patch_targets, weights, num_images, c.temperature)
+            self._figures["ibot"] = ibot.item()
+            total = total + c.ibot_weight * ibot
+        if c.koleo_weight:
+            koleo = sum(dino.koleo(x) for x in learning.of_crops[:GLOBAL_VIEWS])
+            self._figures["koleo"] = koleo.item()  # type: ignore[union-attr]
+            total = total + c.koleo_weight * koleo
+        self._figures |= {"teacher_temperature": self.temperature, "momentum": self.momentum}
+        return total
+
+    @torch.no_grad()
+    def _targets(self, crops: Crops) -> tuple[Tensor, Tensor]:
+        """The teacher's targets: of the global crops [2, B, K], of the masked patches [M, K]."""
+        teacher = self.teacher
+        tokens = self.teacher_encoder(embed(teacher, crops.whole.flatten(0, 1)))
+        of_class = self.teacher_head(pooled(teacher, tokens)).float()
+        patches = tokens[:, teacher.num_prefix_tokens :][crops.masked.flatten(0, 1)]
+        of_patch = (self.teacher_patch_head or self.teacher_head)(patches).float()
+        if self.config.centring == "softmax":
+            self._means = (of_class.mean(0), of_patch.mean(0) if len(of_patch) else self.patch_centre)
+            targets = (
+                dino.softmax_targets(of_class, self.class_centre, self.temperature),
+                dino.softmax_targets(of_patch, self.patch_centre, self.temperature),
+            )
+        else:
+            rounds, reducer = self.config.sinkhorn_iterations, distributed.reducer()
+            targets = (
+                sinkhorn(of_class, self.temperature, rounds, all_reduce=reducer),
+                sinkhorn(of_patch, self.temperature, rounds, all_reduce=reducer),
+            )
+        return targets[0].view(GLOBAL_VIEWS, -1, targets[0].shape[-1]), targets[1]
+
+    def figures(self) -> dict[str, float]:
+        """The parts of the last loss and the state of the teacher."""
+        return self._figures
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        """Moves the teacher toward the student, and its centres."""
+        for average, value in self._averaged:
+            average.lerp_(value, 1 - self.momentum)
+        if self.config.ema == "products":
+            for name, adapter in self.adapters.items():
+                weight = self.teacher.get_parameter(f"{name}.weight")
+                weight.lerp_((adapter.base.weight + adapter.delta()).to(weight), 1 - self.momentum)
+        if self._means is not None:
+            for centre, mean in zip((self.class_centre, self.patch_centre), self._means, strict=True):
+                whole = distributed.reduce(mean.clone()) / distributed.size() if distributed.size() > 1 else mean
+                centre.lerp_(whole, 1 - CENTRE_MOMENTUM)
+
+    def remember(self, embedded: Embedded) -> None:
+        """Nothing runs along."""
+
+    def collapsed(self, embedded: Embedded) -> str | None:
+        """A word on why the features tell images no longer apart, if they do not."""
+        if embedded.magnitudes[0].item() > ONE_DIRECTION:
+            return "the features of all images point one way"
+        if self._figures.get("teacher_entropy", 0.0) > FLAT:
+            return "the teacher's targets are the same for every prototype"
+        return None
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Matrices, then what has no weight decay, then the prototypes, which stand still at first."""
+        named = explora.trained(self)
+        last = {name for name in named if name.endswith("prototypes")}
+        of_decay = {True: [], False: []}  # type: dict[bool, list[nn.Parameter]]
+        for name, p in named.items():
+            if name not in last:
+                of_decay[explora.decays(name, p)].append(p)
+        groups: list[dict[str, Any]] = [{"params": of_decay[d], "decays": d, "last": False} for d in (True, False)]
+        return [*groups, {"params": [named[name] for name in sorted(last)], "decays": True, "last": True}]
+
+    def gradient_parts(self) -> list[tuple[list[nn.Parameter], float]]:
+        """The backbone and each head, clipped apart as in DINOv2."""
+        heads = [head for head in (self.head, self.patch_head) if head is not None]
+        backbone = [*explora.trained(self.vit).values(), self.mask_token]
+        return [(part, self.config.clip) for part in (backbone, *(list(head.parameters()) for head in heads))]
+
+    def watched(self) -> dict[str, nn.Parameter]:
+        """What must receive a gradient."""
+        return explora.watched(self.vit, self.adapters)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The student, the heads, the teacher and the centres."""
+        own = {id(average) for average, _ in self._averaged}
+        own |= {id(p) for p in _own_weights(self.teacher, self.adapters)} if self.config.ema == "products" else set()
+        averages = {name: p for name, p in self.named_parameters() if id(p) in own}
+        return explora.trained(self) | averages | dict(self.named_buffers(recurse=False))
+
+    def result_files(self) -> dict[str, bytes]:
+        """The teacher, as the authors' code saves it, or the student; as PEFT reads it, and bare parameters."""
+        model = self.teacher if self.config.save == "teacher" else self.vit
+        return explora.result_files(model, lora.find(model), self.config.model, explora.trained(self.vit))
+
+
+def _give_own_weights(teacher: nn.Module) -> None:
+    # an average of products is no product of factors: the teacher's adapted matrices become plain ones of its own
+    for name, module in list(teacher.named_modules()):
+        if isinstance(module, LoraLinear):
+            linear = copy.copy(module.base)
+            linear._parameters = dict(module.base._parameters)
+            linear.weight = nn.Parameter(module.base.weight.detach().clone(), requires_grad=False)
+            teacher.set_submodule(name, linear)
+
+
+def _own_weights(teacher: nn.Module, adapters: Iterable[str]) -> list[nn.Parameter]:
+    return [teacher.get_parameter(f"{name}.weight") for name in adapters]
