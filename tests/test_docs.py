@@ -205,6 +205,11 @@ def test_examples_of_the_help_are_valid(workplace, adapted):
             parse(example)
 
 
+def test_every_command_is_in_the_table_of_commands():
+    listed = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/cli.md").read_text(), re.M)
+    assert sorted(listed) == sorted(cli.COMMANDS)
+
+
 # the site
 
 
@@ -308,3 +313,23 @@ def test_files_of_results_named_in_the_docs_exist():
         for name in re.findall(r"bench/results/(\w+\.json)", page.read_text()):
             made_here = name in ("local.json", "gpu.json")
             assert made_here or (ROOT / "bench/results" / name).is_file(), f"{page.name}: {name}"
+
+
+def test_every_ask_has_a_row_and_every_test_it_names_exists():
+    rows = re.findall(r"^\| (\d+) \|(.*)\|(.*)\|(.*)\|$", (ROOT / "docs/asks.md").read_text(), re.M)
+    assert [int(number) for number, *_ in rows] == list(range(1, 43))
+    for number, ask, done, shown in rows:
+        assert ask.strip() and done.strip(), number
+        named = re.findall(r"`(test_\w+\.py)::(\w+)`", shown)
+        assert named, f"ask {number} names no test"
+        for file, test in named:
+            tree = ast.parse((ROOT / "tests" / file).read_text())
+            functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+            assert test in functions, f"ask {number}: {file} has no {test}"
+
+
+def test_the_licence_is_the_one_that_is_stated():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    text = (ROOT / "LICENSE").read_text()
+    assert project["license"] == "Apache-2.0" and "Apache License" in text and "Version 2.0" in text
+    assert "Apache-2.0" in (ROOT / "README.md").read_text()
