@@ -1,4 +1,4 @@
-"""What the data path promises at its limits, measured: a million files, 100,000 samples, 10,000 damaged files.
+"""What the data path promises at its limits, measured: a million files and hashes, 100,000 samples, 10,000 damaged files.
 
     python bench/data_limits.py bench/results/data_limits_cpu2.json
 
@@ -21,6 +21,7 @@ TESTS = (
     "tests/test_sources.py::test_a_million_files_list_in_ten_seconds",
     "tests/test_loader.py::test_memory_is_flat_over_a_hundred_thousand_samples",
     "tests/test_decode.py::test_mutated_files_long",
+    "tests/test_triage.py::test_a_million_hashes_are_searched_in_a_minute",
 )
 
 
@@ -36,7 +37,8 @@ def main() -> int:
             values = {p.get("name", ""): float(p.get("value", "nan")) for p in case.iter("property")}
             failed = case.find("failure") is not None or case.find("error") is not None
             found[case.get("name", "")] = values | {"passed": not failed, "seconds": float(case.get("time", 0))}
-    cpu = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     machine = {"cpu": cpu[0] if cpu else platform.processor(), "cores": os.cpu_count(), "gpu": "none"}
     command_line = f"python bench/data_limits.py {out}"
     record = {"date": str(datetime.date.today()), "command": command_line, "machine": machine, "tests": found}
