@@ -149,16 +149,27 @@ def gather_rows(x: Tensor, dim: int = 0) -> Tensor:
     return torch.cat(parts, dim)
 
 
+def gather_parts(x: Tensor) -> list[Tensor]:
+    """Every rank's tensor; they may differ in their first dimension. Raises RankError."""
+    if size() == 1:
+        return [x]
+    lengths = gather_rows(torch.tensor([len(x)])).tolist()
+    padded = x.new_zeros(max(lengths), *x.shape[1:])
+    padded[: len(x)] = x
+    return [part[:length] for part, length in zip(gather_rows(padded[None]), lengths, strict=True)]
+
+
 def gather(value: Any) -> list[Any]:
     """Every rank's `value`, which JSON can hold, in the order of the ranks. Raises RankError."""
     if size() == 1:
         return [value]
     raw = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    lengths = gather_rows(torch.tensor([len(raw)])).tolist()
-    padded = torch.zeros(1, max(lengths), dtype=torch.uint8)
-    padded[0, : len(raw)] = raw
-    rows = gather_rows(padded)
-    return [json.loads(row[:length].numpy().tobytes()) for row, length in zip(rows, lengths, strict=True)]
+    return [json.loads(part.numpy().tobytes()) for part in gather_parts(raw)]
+
+
+def own_part(count: int) -> range:
+    """Which of `count` things in a row are this rank's."""
+    return range(count * rank() // size(), count * (rank() + 1) // size())
 
 
 def average_gradients(parameters: Sequence[nn.Parameter], numbers: Sequence[float]) -> list[float]:
