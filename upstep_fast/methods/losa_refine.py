@@ -63,12 +63,15 @@ class _Refine(torch.autograd.Function):
     ) -> Tensor:
         with torch.autocast(b.device.type, enabled=False):
             u = b + a if gate is None else torch.lerp(a, b, gate.sigmoid().to(b.dtype))
-            x, delta, lows = u, torch.zeros_like(u), []
+            lows: list[Tensor] = []
+            delta: Tensor | None = None
             for axis, (down, down_bias, up, up_bias) in zip(axes, _fours(factors), strict=True):
+                x = u if delta is None else u + delta
                 lows.append(_project(_norm(x)[0], down, down_bias, axis, frames))
-                change = _spread(F.gelu(lows[-1]), up, up_bias, axis, x.shape)
-                x, delta = x + change, delta + change
-            out = (b if combine == "replace" else a) + (delta if scale is None else delta * scale.to(delta.dtype))
+                change = _spread(F.gelu(lows[-1]), up, up_bias, axis, u.shape)
+                delta = change if delta is None else delta.add_(change)
+            assert delta is not None
+            out = (delta if scale is None else delta * scale.to(delta.dtype)).add_(b if combine == "replace" else a)
         ctx.axes, ctx.combine, ctx.frames = axes, combine, frames
         ctx.save_for_backward(u, None if gate is None else b - a, gate, scale, *lows, *factors)
         return out
@@ -77,30 +80,32 @@ class _Refine(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,), (u, difference, gate, scale, *rest) = grads, ctx.saved_tensors
         lows, factors, axes = rest[: len(ctx.axes)], _fours(rest[len(ctx.axes) :]), ctx.axes
-        xs, changes = [u], []
-        for low, (_, _, up, up_bias), axis in zip(lows, factors, axes, strict=True):
-            changes.append(_spread(F.gelu(low), up, up_bias, axis, u.shape))
-            xs.append(xs[-1] + changes[-1])
-        d_scale = None if scale is None else sum((g * c).sum(dtype=_wide(g)) for c in changes).to(scale.dtype)  # type: ignore[union-attr]
+        xs, delta = [u], None  # the mixers' inputs; the last change is wanted for the factor alone
+        for at in range(len(axes) - (scale is None)):
+            _, _, up, up_bias = factors[at]
+            change = _spread(F.gelu(lows[at]), up, up_bias, axes[at], u.shape)
+            delta = change if delta is None else delta.add_(change)
+            xs.append(u + delta)
+        d_scale = None if scale is None else (g * delta).sum(dtype=_wide(g)).to(scale.dtype)
         d_delta = g if scale is None else g * scale.to(g.dtype)
-        du: Tensor | None = None  # the gradient of x after the mixer at hand, through the later mixers
+        # a plain sum: what goes round the adaptor is the gradient of delta, and the norms' backward adds it on the way
+        joined = ctx.combine == "sum" and scale is None
+        du = g if joined else torch.zeros_like(g)
         d_factors: list[Tensor] = []
         for at in reversed(range(len(axes))):
-            d_change = d_delta if du is None else d_delta + du
             needs_dx = at > 0 or ctx.needs_input_grad[1] or gate is not None
             x_hat, rstd = _norm(xs[at])
+            d_change = du if joined else d_delta + du
             d_hat, of_factors = _mixer_backward(d_change, x_hat, lows[at], factors[at], axes[at], ctx.frames, needs_dx)
             d_factors[:0] = of_factors
             if d_hat is not None:
-                du = norm_backward(d_hat, x_hat, rstd, torch.zeros_like(d_hat) if du is None else du, _fused(d_hat))
-        da, d_gate = None if ctx.combine == "replace" else g, None
+                du = norm_backward(d_hat, x_hat, rstd, du, _fused(d_hat))
+        d_gate = None
         if gate is not None:
-            assert du is not None
             share = gate.sigmoid()
             d_gate = share * (1 - share) * (du * difference).sum(dtype=_wide(g)).to(gate.dtype)
             du = du * (1 - share).to(du.dtype)
-        if du is not None:
-            da = du if da is None else da + du
+        da = du if joined or ctx.combine == "replace" else g + du
         return None, da, None, None, None, d_gate, d_scale, *d_factors
 
 
