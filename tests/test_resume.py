@@ -101,7 +101,8 @@ def evidence(out):
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     exact = [{k: v.hex() if isinstance(v, float) else v for k, v in row.items()} for row in rows]
     for row in exact:
-        del row["images_per_s"], row["data_wait"]
+        for name in ("images_per_s", "data_wait", "forward_s", "backward_s", "other_s"):
+            del row[name]
     adapter = hashlib.sha256((out / "adapter" / lora.WEIGHTS).read_bytes()).hexdigest()
     skipped = (out / "skipped.csv").read_text()
     return path.name, tensors, manifest["state"], manifest["loader"], exact, adapter, skipped

@@ -63,6 +63,7 @@ class RunState:
     loss: float = math.nan  # of the last open step
     bad: list[dict[str, Any]] = field(default_factory=list)  # steps not applied since the last that was
     skipped: dict[str, str] = field(default_factory=dict)  # bad images met so far; shared with the loader
+    seconds: dict[str, float] = field(default_factory=dict)  # of the last step, by half; only told, not kept
     gradients: dict[str, Tensor] = field(default_factory=dict)  # of open steps that wait for more, by parameter
     accumulated: int = 0  # of how many
 

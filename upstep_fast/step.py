@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -50,11 +51,15 @@ def step(
     method.schedule(state.optimizer, state.step)
     while True:
         try:
+            # the host waits for the device at both ends of both halves anyway, so its own clock tells them apart
+            began = time.perf_counter()
             is_open, learning, target, gate = forward(method, images, rule, state.gate, config, compute, asked)
             magnitude = learning.magnitudes[0].item()
             bad = None if math.isfinite(magnitude) else f"the centre's magnitude is {magnitude}"
+            decided = time.perf_counter()
             if is_open:
                 bad = update(_loss(method, learning, target, compute), state, config)
+            state.seconds = {"forward_s": decided - began, "backward_s": time.perf_counter() - decided}
             break
         except OutOfMemoryError:
             pass  # the frames that hold the step's tensors go with the exception

@@ -157,6 +157,8 @@ def _train(
                 row |= {
                     "images_per_s": config.batch_size / seconds,
                     "data_wait": loader.data_wait,
+                    **state.seconds,
+                    "other_s": max(0.0, seconds - loader.data_wait - sum(state.seconds.values())),
                     "epoch": batch.epoch,
                     "replaced": batch.replaced,
                     **distributed.traffic(seconds),
