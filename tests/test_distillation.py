@@ -1,11 +1,17 @@
 """Distances from the base model, and sharpened targets, against float64 and closed forms."""
 
+import json
 import math
 
 import pytest
 import torch
 
+import upstep_fast
+from upstep_fast import backbone, lora
+from upstep_fast.config import AdaptConfig
+from upstep_fast.errors import ConfigError
 from upstep_fast.methods.losses.distillation import distillation_loss, sharpen
+from upstep_fast.methods.upstep import UpStep
 
 
 def draw(num, width, seed):
@@ -62,3 +68,81 @@ def test_sharpening():
     assert torch.allclose(sharpen(q, 2), torch.tensor([[2 / 3, 1 / 6, 1 / 6]]))
     assert sharpen(q, 60)[0, 0].item() == pytest.approx(1)
     assert torch.allclose(sharpen(torch.full((2, 4), 0.25), 4), torch.full((2, 4), 0.25))
+
+
+@pytest.fixture
+def options(model, photos, tmp_path):
+    return dict(
+        model=model,
+        data=photos,
+        out=tmp_path / "out",
+        steps=4,
+        batch_size=8,
+        prototypes=8,
+        head_hidden=32,
+        head_dim=16,
+        lora_r=2,
+        precision="fp32",
+        device="cpu",
+        num_workers=0,
+        gate="none",
+    )
+
+
+@pytest.mark.parametrize("form", ["feature", "relational"])
+def test_the_loss_compares_with_the_base_model_on_the_same_views(options, form):
+    config = AdaptConfig(**{**options, "data": ("",), "out": ""}, distil=form, distil_weight=0.7)
+    method = UpStep(backbone.load(options["model"]), config, 8)
+    method.accelerate(torch.float32)
+    views = torch.randn(2, 6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for adapter in method.adapters.values():
+            adapter.lora_b.normal_(generator=torch.Generator().manual_seed(1))
+    adapted = backbone.features(method.vit, views.flatten(0, 1))
+    base = backbone.features(backbone.load(options["model"]).vit, views.flatten(0, 1))
+    learning = method.embed(views)
+    with_penalty = method.loss(learning)
+    method.config = AdaptConfig(**{**options, "data": ("",), "out": ""})
+    expected = 0.7 * distillation_loss(form, adapted, base, 0.1)
+    assert expected.item() > 0.01
+    assert (with_penalty - method.loss(learning)).item() == pytest.approx(expected.item(), rel=1e-3)
+    with_penalty.backward()
+    # what the engine held for the backward pass is still the adapted model
+    again = method.embed(views)
+    again_gradient = torch.autograd.grad(method.loss(again) + expected.detach(), method.adapter_parameters()[0])
+    assert all(g.isfinite().all() for g in again_gradient)
+
+
+def test_disabled_adapters_are_the_base_model_and_come_back(model):
+    vit = backbone.load(model).vit
+    x = torch.randn(2, 3, 32, 32)
+    base = backbone.features(vit, x)
+    adapters = lora.inject(vit, lora.LoraSpec(r=2, alpha=4))
+    for adapter in adapters.values():
+        torch.nn.init.normal_(adapter.lora_b)
+    adapted = backbone.features(vit, x)
+    with lora.disabled(adapters.values()):
+        assert torch.equal(backbone.features(vit, x), base)
+    assert torch.equal(backbone.features(vit, x), adapted) and not torch.equal(adapted, base)
+
+
+def test_a_heavy_penalty_keeps_the_features_near_the_base(options, tmp_path):
+    distances = {}
+    base = backbone.load(options["model"]).vit
+    x = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    for name, more in {"plain": {}, "near": dict(distil="feature", distil_weight=30.0)}.items():
+        run = upstep_fast.adapt(**options | {"out": tmp_path / name, "steps": 10, "lr": 1e-2}, **more)
+        adapted = upstep_fast.load_adapted(options["model"], run.adapter)
+        f, g = backbone.features(adapted, x), backbone.features(base, x)
+        distances[name] = distillation_loss("feature", f, g, 0.1).item()
+    assert distances["near"] < distances["plain"] / 2
+
+
+def test_half_of_the_images_learn(options, tmp_path):
+    image = dict(gate_unit="image", layout="asymmetric", gate="quantile", gate_rate=0.5)
+    result = upstep_fast.adapt(**options | image)
+    written = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert result.opened == 4 and [row["learnt"] for row in written] == [4] * 4
+    for wrong in ({"layout": "symmetric"}, {"gate": "ema"}):
+        with pytest.raises(ConfigError, match="gate_unit: image needs"):
+            upstep_fast.adapt(**options | image | wrong)

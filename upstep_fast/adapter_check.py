@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from . import backbone as backbones
+from . import lora
 from .device import Compute
 from .errors import CheckFailedError
-from .methods import Method
 from .resume import RunState
 
 
@@ -36,20 +34,7 @@ def check_adapter(state: RunState, images: Tensor, compute: Compute, out: Path) 
                 raise CheckFailedError(f"adapter: lora_B of {name}, part {part}, is not finite; see {out}")
     with compute.autocast():
         adapted = backbones.features(method.vit, images[:32])
-        with without_adapters(method):
+        with lora.disabled(method.adapters.values()):
             base = backbones.features(method.vit, images[:32])
     if torch.equal(adapted, base):
         raise CheckFailedError(f"adapter: features with and without it are the same; the adapter in {out} does nothing")
-
-
-@contextlib.contextmanager
-def without_adapters(method: Method) -> Iterator[None]:
-    """Within this context the adapters add nothing."""
-    scales = {adapter: adapter.scale for adapter in method.adapters.values()}
-    try:
-        for adapter in scales:
-            adapter.scale = 0.0
-        yield
-    finally:
-        for adapter, scale in scales.items():
-            adapter.scale = scale

@@ -151,12 +151,22 @@ class AdaptConfig(ModelConfig):
     """Entropy regularisation of the Sinkhorn targets; smaller is harder."""
     sinkhorn_iterations: int = 3
     """Rounds of Sinkhorn-Knopp that balance the targets; a smaller epsilon needs more."""
+    sharpen: float = 1.0
+    """Power that the targets are raised to; above 1 they are harder."""
 
     # centre-vector regularisation
     cvr: Literal["off", "sq", "norm", "anchor", "hinge", "ema"] = "sq"
     """Penalty on the centre vector: its square, its norm, its distance from the base model's, a hinge, an average."""
     cvr_weight: float = 1.0
     """Weight of that penalty."""
+
+    # staying close to the base model
+    distil: Literal["off", "feature", "relational"] = "off"
+    """Penalty on the distance from the base model: of features (cosine), or of who resembles whom in the batch."""
+    distil_weight: float = 0.3
+    """Weight of that penalty."""
+    distil_temperature: float = 0.1
+    """Temperature of the relational form's similarities."""
 
     # gate
     gate: Literal["none", "prev", "ema", "median", "quantile", "views", "random", "alternate"] = "ema"
@@ -169,6 +179,8 @@ class AdaptConfig(ModelConfig):
     """Memory of the ema rule's reference."""
     max_skips: int = 16
     """After this many skipped steps in a row the next is open."""
+    gate_unit: Literal["step", "image"] = "step"
+    """What the gate skips: whole steps, or images of each batch (layout asymmetric; gate quantile or random)."""
 
     # views
     preset_views: Literal["natural", "overhead", "microscopy", "document", "none"] = "natural"
@@ -228,13 +240,13 @@ class AdaptConfig(ModelConfig):
         _at_least(self, "batch_size", 2)
         for name in ("steps", "num_workers"):
             _at_least(self, name, 0 if name == "num_workers" else 1)
-        for name in ("lr", "temperature", "epsilon"):
+        for name in ("lr", "temperature", "epsilon", "distil_temperature", "sharpen"):
             _positive(self, name)
         if self.epsilon < 0.01:
             raise ConfigError(f"epsilon: got {self.epsilon}, must be at least 0.01 (below it fp32 targets break down)")
         for name in ("epochs", "lora_alpha"):
             _positive(self, name)
-        for name in ("warmup", "weight_decay", "clip", "cvr_weight"):
+        for name in ("warmup", "weight_decay", "clip", "cvr_weight", "distil_weight"):
             _at_least(self, name, 0)
         for name in (
             "gate_rate",
@@ -279,6 +291,8 @@ class AdaptConfig(ModelConfig):
             raise ConfigError("lora_targets: qkv is one adapter over q, k and v; do not name q, k or v beside it")
         if self.layout == "asymmetric" and self.gate == "views":
             raise ConfigError("gate: views compares two views, which --layout asymmetric does not have before the gate")
+        if self.gate_unit == "image" and (self.layout != "asymmetric" or self.gate not in ("quantile", "random")):
+            raise ConfigError("gate_unit: image needs --layout asymmetric and --gate quantile or random")
         if self.crop_min is not None and self.crop_max is not None and self.crop_min > self.crop_max:
             raise ConfigError(f"crop_min: {self.crop_min} is above crop_max {self.crop_max}")
 

@@ -26,7 +26,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from .data.random import uniform
+import numpy as np
+import torch
+from torch import Tensor
+
+from .data.random import uniform, uniform_array
 
 Rule = Literal["none", "prev", "ema", "median", "quantile", "views", "random", "alternate"]
 
@@ -44,6 +48,7 @@ class GateRule:
     beta: float = 0.9
     max_skips: int = 16
     seed: int = 0
+    unit: Literal["step", "image"] = "step"  # image: every step is open, choose_images says for whom
 
     @property
     def is_known_ahead(self) -> bool:
@@ -96,8 +101,25 @@ def known_ahead(rule: GateRule, state: GateState) -> bool | None:
     return decide(rule, state, (0.0,))[0]
 
 
+def choose_images(
+    rule: Rule, added: Tensor, rate: float, update_when: Literal["low", "high"], seed: int, step: int
+) -> Tensor:
+    """The gate on images instead of steps: a fraction `rate` of a batch learns, at least one image.
+
+    added: [B], z_i . s, what image i adds to |s|^2, which is their mean. quantile: those that add least (low) or most
+    (high), the batch's own quantile as the reference; random: any, the control. Returns [b] int64, ascending.
+    """
+    num = max(1, round(rate * len(added)))
+    if rule == "random":
+        numbers = uniform_array(seed, step, np.arange(len(added), dtype=np.uint64))
+        order = torch.from_numpy(np.argsort(numbers, kind="stable")).to(added.device)
+    else:
+        order = added.argsort(descending=update_when == "high", stable=True)
+    return order[:num].sort().values
+
+
 def _is_open(rule: GateRule, state: GateState, views: Sequence[float]) -> bool:
-    if rule.rule == "none":
+    if rule.rule == "none" or rule.unit == "image":
         return True
     if rule.rule == "random":
         return uniform(rule.seed, state.step) < rule.rate

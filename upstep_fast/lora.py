@@ -228,7 +228,8 @@ def attach(vit: nn.Module, folder: str | Path) -> dict[str, LoraLinear]:
     """Puts the adapter in `folder` on `vit`, in place, as one LoRA a Linear. Returns the adapters by module name.
 
     Parameters that were trained as they are replace those of `vit`. Reads what `save` wrote and any LoRA that PEFT
-    wrote for a timm ViT. Raises ConfigError, before anything is changed, if the folder is not an adapter or belongs to another model: the first five names or shapes that differ.
+    wrote for a timm ViT. Raises ConfigError, before anything is changed, if the folder is not an adapter or belongs to
+    another model: the first five names or shapes that differ.
     """
     config, tensors, bare = _read(Path(folder))
     pairs, whole = _sort(config, tensors, Path(folder))

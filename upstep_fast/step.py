@@ -72,6 +72,8 @@ def step(
     state.gate = gate
     if math.isfinite(magnitude):
         method.remember(learning)
+    collapsed = method.collapsed(learning)
+    state.collapsed = state.collapsed + 1 if collapsed else 0
     row = {
         "step": state.step,
         "loss": state.loss if is_open else None,
@@ -80,6 +82,7 @@ def step(
         "lr": state.optimizer.param_groups[0]["lr"],
         "bad": bad,
         **({"updated": is_open and bad is None and not state.accumulated} if config.accumulate > 1 else {}),
+        **({"collapsed": collapsed} if collapsed else {}),
         **(method.figures() if is_open else {}),
     }
     state.step += 1
@@ -202,6 +205,8 @@ def update(loss: Tensor, state: RunState, config: AdaptConfig) -> str | None:
                 if clip:
                     torch.nn.utils.clip_grads_with_norm_(part, clip, norm)
             optimizer.step()
+            # the fused optimizer moves no version counter, by which the engine sees that adapters changed
+            torch.autograd.graph.increment_version(trained)
             method.after_update()
     if scaler.is_enabled():
         scaler.update()

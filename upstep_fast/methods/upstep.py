@@ -221,8 +221,10 @@ class UpStep(nn.Module):
     def _both_features(self, learning: Embedded) -> tuple[Tensor, Tensor]:
         if learning.features is None or learning.views is None:
             return learning.z[0], learning.z[0]
+        # on the plain model: the engine's merged weights are those that the backward pass will want
         with torch.no_grad(), lora.disabled(self.adapters.values()):
-            return learning.features, in_passes(self.features, learning.views.flatten(0, 1), self.passes)
+            base = [features(self.vit, part) for part in learning.views.flatten(0, 1).chunk(self.passes)]
+        return learning.features, torch.cat(base)
 
     @torch.no_grad()
     def choose(self, target: Embedded, step: int) -> Embedded:
