@@ -139,6 +139,16 @@ def load_offline(folder: Path, names, **environment):
     return [load_file(folder / f"{at}.safetensors") if line == "loaded" else line for at, line in enumerate(lines)]
 
 
+class Bomb:
+    """A pickle of it makes a folder when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
 def test_the_hubs_cache_offline(tmp_path):
     cache = tmp_path / "home" / "hub"
     saved(small(), tmp_path / "timm", SMALL)
@@ -153,10 +163,15 @@ def test_the_hubs_cache_offline(tmp_path):
     lost = in_shards(vit(), tmp_path / "lost")
     sorted(lost.glob("*.safetensors"))[0].unlink()
     cached(cache, "someone/lost", lost)
+    saved(small(), tmp_path / "bomb", SMALL)
+    (tmp_path / "bomb" / "model.safetensors").unlink()
+    torch.save({"model": Bomb(tmp_path / "ran")}, tmp_path / "bomb" / weights.PICKLE)
+    cached(cache, "someone/bomb", tmp_path / "bomb")
     names = [
         *("hf-hub:someone/timm", "hf-hub:facebook/dinov2-tiny", "hf-hub:facebook/dinov3-sharded"),
         *("hf-hub:google/vit-pickled@v2", "hf-hub:someone/timm=vit_tiny_patch16_224"),
         *("hf-hub:google/vit-pickled", "hf-hub:someone/half", "hf-hub:someone/lost", "hf-hub:no/where"),
+        "hf-hub:someone/bomb",
     ]
     found = load_offline(tmp_path, names, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home"))
     for state, folder in zip(found, ("timm", "dinov2", "dinov3", "vit"), strict=False):
@@ -164,7 +179,8 @@ def test_the_hubs_cache_offline(tmp_path):
         assert state.keys() == expected.keys()
         assert all(torch.equal(value, expected[key]) for key, value in state.items())
     assert "tensors matched" in found[4]  # another architecture
-    for message, name in zip(found[5:], names[5:], strict=True):
+    assert "safetensors.torch.save_file" in found[-1] and not (tmp_path / "ran").exists()
+    for message, name in zip(found[5:-1], names[5:-1], strict=True):
         assert message.startswith(f"model: cannot load {name}: ") and message.endswith(
             "check the network or the cache (HF_HOME), or use local-dir:PATH with weights on disk"
         )

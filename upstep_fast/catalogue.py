@@ -74,7 +74,10 @@ def find(name: str, arch: str | None = None, *, pretrained: bool = True) -> Sour
         fetch = _hub(name)
         if arch is not None:
             return Source(arch, checkpoint=_weights(fetch))
-        return _from_config(_read_json(fetch("config.json")), name, fetch)
+        source = _from_config(_read_json(fetch("config.json")), name, fetch)
+        if source.checkpoint is None and pretrained:
+            _check_pickle(fetch)
+        return source
     if Path(name).suffix in weights.SUFFIXES:
         if arch is None:
             raise ConfigError(
@@ -156,6 +159,16 @@ def _weights(fetch: Callable[[str], Path]) -> Path:
         return path.parent
     assert failed is not None
     raise failed
+
+
+def _check_pickle(fetch: Callable[[str], Path]) -> None:
+    """Where a repository of timm has a pickle only, timm reads it; refused here, with the cure, if it holds code."""
+    try:
+        path = _weights(fetch)
+    except ConfigError:  # timm looks under other names too, and says what it misses
+        return
+    if path.suffix in weights.PICKLES:
+        weights.read(path)
 
 
 def check_arch(arch: str, name: str) -> None:
