@@ -66,6 +66,7 @@ class RunState:
     seconds: dict[str, float] = field(default_factory=dict)  # of the last step, by half; only told, not kept
     gradients: dict[str, Tensor] = field(default_factory=dict)  # of open steps that wait for more, by parameter
     accumulated: int = 0  # of how many
+    collapsed: int = 0  # steps in a row whose features told images no longer apart
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,7 @@ def _numbers(state: RunState) -> dict[str, Any]:
         "bad": list(state.bad),
         "accumulated": state.accumulated,
         "passes": state.method.passes,
+        "collapsed": state.collapsed,
     }
 
 
@@ -184,6 +186,7 @@ def restore(state: RunState, checkpoint: Checkpoint, identity: Identity) -> None
         loss, bad = math.nan if values["loss"] is None else float(values["loss"]), list(values["bad"])
         scaler, pins = dict(values["scaler"]), dict(checkpoint.manifest["pins"])
         accumulated, passes = int(values.get("accumulated", 0)), int(values.get("passes", 1))
+        collapsed = int(values.get("collapsed", 0))
         if loader["step"] != checkpoint.step or gate.step != checkpoint.step:
             raise ValueError("its parts are of different steps")
     except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
@@ -218,7 +221,7 @@ def restore(state: RunState, checkpoint: Checkpoint, identity: Identity) -> None
     if pins:
         measure.pin(pins)
     state.gate, state.step, state.loss, state.bad = gate, checkpoint.step, loss, bad
-    state.accumulated, state.method.passes = accumulated, passes
+    state.accumulated, state.method.passes, state.collapsed = accumulated, passes, collapsed
     state.skipped.update(skipped)
 
 

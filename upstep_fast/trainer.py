@@ -39,6 +39,7 @@ from .whole_file import write_whole
 log = logging.getLogger("upstep_fast")
 
 MAX_BAD_STEPS = 3  # non-finite steps in a row that end the run
+MAX_COLLAPSED_STEPS = 50  # steps in a row whose features tell images no longer apart
 START_IMAGES = 4096  # seen once, for k-means prototypes and the base model's centre
 
 
@@ -167,6 +168,7 @@ def _train(
                 with output.writing(out):
                     journal.write(row)
                     stop_if_bad(state, row, source, batch, out)
+                    stop_if_collapsed(state, row, out)
                     if stop or is_last or save or (every_steps and state.step % every_steps == 0):
                         journal.save(state)
                         if check.wants_checkpoint and not is_last:
@@ -206,6 +208,20 @@ def stop_if_bad(state: RunState, row: dict[str, Any], source: Source, batch: Bat
         raise RunFailedError(
             f"step {row['step']}: {row['bad']}, {len(state.bad)} steps in a row; the images are listed in {path}, the "
             f"adapter before them is in {out / 'adapter'}; lower --lr or use --precision fp32"
+        )
+
+
+def stop_if_collapsed(state: RunState, row: dict[str, Any], out: Path) -> None:
+    """Warns at the first of some steps whose features tell images no longer apart; raises RunFailedError at the last.
+
+    Only steps in a row count: training can pass through such a state and leave it.
+    """
+    if state.collapsed == 1:
+        log.warning("step %d: collapse: %s", row["step"], row["collapsed"])
+    if state.collapsed >= MAX_COLLAPSED_STEPS:
+        raise RunFailedError(
+            f"step {row['step']}: collapse: {row['collapsed']}, {state.collapsed} steps in a row; "
+            f"lower --lr, or go back to an earlier checkpoint in {out / output.CHECKPOINTS}"
         )
 
 

@@ -122,7 +122,7 @@ class ExploraDinov2(nn.Module):
         self.register_buffer("patch_centre", torch.zeros(config.prototypes))
         self.encoder, self.teacher_encoder = Encoder(vit), Encoder(self.teacher)
         self.temperature, self.momentum = config.teacher_temperature_start, config.momentum
-        self._figures: dict[str, float] = {}
+        self._figures: dict[str, Tensor] = {}
         self._means: tuple[Tensor, Tensor] | None = None
 
     def _local_size(self, backbone: Backbone) -> tuple[int, int]:
@@ -232,19 +232,18 @@ class ExploraDinov2(nn.Module):
         class_targets, patch_targets = self._targets(crops)
         scores = self.head(learning.of_crops)
         total = dino.class_token_loss(scores, class_targets, c.temperature)
-        self._figures = {"dino": total.item(), "teacher_entropy": dino.entropy(class_targets).item()}
+        self._figures = {"dino": total.detach(), "teacher_entropy": dino.entropy(class_targets)}
         if c.ibot_weight:
             of_image = crops.masked.flatten(0, 1).sum(1)
             weights = (1 / of_image.clamp_min(1)).repeat_interleave(of_image)
             scores = (self.patch_head or self.head)(learning.patches)
             ibot = dino.patch_loss(scores, patch_targets, weights, num_images, c.temperature)
-            self._figures["ibot"] = ibot.item()
+            self._figures["ibot"] = ibot.detach()
             total = total + c.ibot_weight * ibot
         if c.koleo_weight:
-            koleo = sum(dino.koleo(x) for x in learning.of_crops[:GLOBAL_VIEWS])
-            self._figures["koleo"] = koleo.item()  # type: ignore[union-attr]
+            koleo = torch.stack([dino.koleo(x) for x in learning.of_crops[:GLOBAL_VIEWS]]).sum()
+            self._figures["koleo"] = koleo.detach()
             total = total + c.koleo_weight * koleo
-        self._figures |= {"teacher_temperature": self.temperature, "momentum": self.momentum}
         return total
 
     @torch.no_grad()
@@ -271,7 +270,8 @@ class ExploraDinov2(nn.Module):
 
     def figures(self) -> dict[str, float]:
         """The parts of the last loss and the state of the teacher."""
-        return self._figures
+        values = {name: value.item() for name, value in self._figures.items()}
+        return values | {"teacher_temperature": self.temperature, "momentum": self.momentum}
 
     @torch.no_grad()
     def after_update(self) -> None:
@@ -294,7 +294,7 @@ class ExploraDinov2(nn.Module):
         """A word on why the features tell images no longer apart, if they do not."""
         if embedded.magnitudes[0].item() > ONE_DIRECTION:
             return "the features of all images point one way"
-        if self._figures.get("teacher_entropy", 0.0) > FLAT:
+        if "teacher_entropy" in self._figures and self._figures["teacher_entropy"].item() > FLAT:
             return "the teacher's targets are the same for every prototype"
         return None
 
