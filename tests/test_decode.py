@@ -186,6 +186,70 @@ def test_channels():
         decode(VALID["png"], channels=5)
 
 
+def tiff(array: np.ndarray, **options) -> bytes:
+    out = io.BytesIO()
+    pytest.importorskip("tifffile").imwrite(out, array, **{"photometric": "minisblack", **options})
+    return out.getvalue()
+
+
+LAYOUTS = {
+    "interleaved": {"planarconfig": "contig"},
+    "planar": {"planarconfig": "separate"},
+    "a page a band": {},
+    "deflate": {"planarconfig": "contig", "compression": "zlib", "predictor": True},
+    "tiles": {"planarconfig": "contig", "tile": (32, 32), "compression": "zlib"},
+    "big endian": {"planarconfig": "contig", "byteorder": ">"},
+    "BigTIFF": {"planarconfig": "contig", "bigtiff": True},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("bands", [2, 4, 6, 13])
+def test_tiffs_of_many_bands(layout, bands):
+    array = np.random.default_rng(0).integers(0, 1 << 16, (40, 50, bands), dtype=np.uint16)
+    stored = (
+        array if LAYOUTS[layout].get("planarconfig") == "contig" else np.ascontiguousarray(array.transpose(2, 0, 1))
+    )
+    want = torch.from_numpy((array >> 8).astype(np.uint8)).permute(2, 0, 1)
+    assert torch.equal(decode(tiff(stored, **LAYOUTS[layout]), channels=bands), want)
+    eight = tiff((stored >> 8).astype(np.uint8), **LAYOUTS[layout])
+    assert torch.equal(decode(eight, channels=bands), want)
+    for length in [*range(8, len(eight), 997), len(eight) - 1]:  # no part is taken for the whole
+        try:
+            got = decode(eight[:length], channels=bands)
+        except BadImage:
+            continue
+        assert torch.equal(got, want) and length > array.size, "only directories behind the pixels were cut off"
+
+
+def test_four_bands_are_bands_and_transparency_is_transparency():
+    array = np.random.default_rng(0).integers(0, 256, (9, 8, 4), dtype=np.uint8)
+    want = torch.from_numpy(array).permute(2, 0, 1)
+    for kind in ("unspecified", "unassalpha"):
+        data = tiff(array, photometric="rgb", extrasamples=[kind])
+        assert torch.equal(decode(data, channels=4), want), kind
+    # Pillow would give the first three of a fourth band that is not alpha, and 255 for it
+    assert torch.equal(decode(tiff(array, photometric="rgb", extrasamples=["unspecified"])), want[:3])
+
+
+def test_what_cannot_be_had_of_a_tiff_is_said(monkeypatch):
+    array = np.zeros((30, 20, 5), np.uint8)
+    with pytest.raises(BadImage, match="a TIFF of 5 bands, 3 were asked for"):
+        decode(tiff(array, planarconfig="contig"))
+    with pytest.raises(BadImage, match="6 channels were asked for"):
+        decode(tiff(array, planarconfig="contig"), channels=6)
+    with pytest.raises(BadImage, match="an array of float32"):
+        decode(tiff(array.astype(np.float32), planarconfig="contig"), channels=5)
+    with pytest.raises(BadImage, match="above the limit of 100"):
+        decode(tiff(array, planarconfig="contig"), channels=5, max_pixels=100)
+    with pytest.raises(BadImage, match="3 bands, 5 were asked for"):
+        decode(VALID["bmp"], channels=5)
+    data = tiff(array, planarconfig="contig")
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    with pytest.raises(BadImage, match=r"needs the package tifffile: pip install 'upstep_fast\[data\]'"):
+        decode(data, channels=5)
+
+
 def test_min_side_decodes_large_jpegs_at_a_fraction():
     large = picture(1600, 1200)
     data = encoded(large, "JPEG", quality=95)
@@ -345,6 +409,23 @@ slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
 @given(kind=st.sampled_from(sorted(VALID)), edits=mutations)
 def test_mutated_files(kind, edits):
     _check_mutation(kind, edits)
+
+
+@settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=slow)
+@given(layout=st.sampled_from(sorted(LAYOUTS)), edits=mutations)
+def test_mutated_tiffs_of_many_bands(layout, edits):
+    stored = np.random.default_rng(0).integers(0, 256, (40, 50, 5), dtype=np.uint8)
+    if LAYOUTS[layout].get("planarconfig") != "contig":
+        stored = np.ascontiguousarray(stored.transpose(2, 0, 1))
+    data = _mutate(tiff(stored, **LAYOUTS[layout]), edits)
+    start = time.perf_counter()
+    try:
+        got = decode(data, channels=5, max_pixels=1_000_000)
+    except BadImage as error:
+        assert error.reason and "\n" not in error.reason
+    else:
+        assert got.dtype == torch.uint8 and got.ndim == 3 and got.shape[0] == 5 and 0 < got.numel() <= 5_000_000
+    assert time.perf_counter() - start < 5
 
 
 @pytest.mark.long

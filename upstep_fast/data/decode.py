@@ -7,7 +7,7 @@ What comes out, whatever went in: uint8 [C, H, W], upright, sRGB values as store
     16 bits a channel           the high byte
     animated                    the first frame
     EXIF orientation            applied; a broken EXIF block counts as none
-    .npy                        uint8 or uint16; [H, W], [H, W, C] or [C, H, W]
+    .npy, TIFF of other bands   uint8 or uint16; [H, W], [H, W, C] or [C, H, W] (arrays.py)
 Refused, with a reason: pixels above `max_pixels` (from the header, before anything is decoded), truncated files, PNGs
 whose checksums are wrong, JPEGs that end early, floating point, and everything no reader understands.
 """
@@ -25,6 +25,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from .arrays import NPY, TIFF, decode_npy, decode_tiff_bands, tiff_bands
+from .bad_image import BadImage as BadImage
+
 # files that are looked at; other names are no images
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".avif", ".npy")
 # Pillow's own limit for an error; a 27 kB PNG can claim more
@@ -33,16 +36,7 @@ MAX_PIXELS = 178_956_970
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-_NPY = b"\x93NUMPY"
 _EXIF_ORIENTATION = 0x0112
-
-
-class BadImage(Exception):  # noqa: N818  (the interface's name: a verdict on the image)
-    """This image cannot be used; `reason` says why, in one line."""
-
-    def __init__(self, reason: str, name: str = "") -> None:
-        super().__init__(f"{name}: {reason}" if name else reason)
-        self.reason = reason
 
 
 def decode(
@@ -55,15 +49,17 @@ def decode(
 ) -> Tensor:
     """Pixels of an encoded image, uint8 [channels, H, W].
 
-    channels: 3 = RGB, 1 = grey, 4 = RGBA as stored; any number for .npy. min_side: a JPEG may be decoded at 1/2, 1/4 or
-    1/8 of its size as long as both sides keep this many pixels. Raises BadImage, and nothing else.
+    channels: 3 = RGB, 1 = grey, 4 = RGBA as stored; any number for .npy and TIFF. min_side: a JPEG may be decoded at
+    1/2, 1/4 or 1/8 of its size as long as both sides keep this many pixels. Raises BadImage, and nothing else.
     """
     try:
         if len(data) == 0:
             raise BadImage("the file is empty", name)
         start = bytes(data[:8])
-        if start.startswith(_NPY):
-            return _decode_npy(data, channels, max_pixels)
+        if start.startswith(NPY):
+            return decode_npy(data, channels, max_pixels)
+        if start[:4] in TIFF and channels not in (1, 3) and (channels != 4 or not tiff_bands(data)[1]):
+            return decode_tiff_bands(data, channels, max_pixels)
         if start == _PNG:
             _check_png(data)
         elif start.startswith(b"\xff\xd8"):
@@ -72,6 +68,9 @@ def decode(
     except BadImage as error:
         raise BadImage(error.reason, name) from None
     except UnidentifiedImageError:
+        if (bands := tiff_bands(data)[0]) > 1 and start[:4] in TIFF:
+            reason = f"a TIFF of {bands} bands, {channels} were asked for, or of a kind that Pillow does not read"
+            raise BadImage(reason, name) from None
         raise BadImage(f"not an image in a known format ({_looks_like(bytes(data[:64]))})", name) from None
     except (
         Exception
@@ -164,37 +163,12 @@ def _to_array(image: Image.Image, channels: int) -> np.ndarray:
     if channels == 4:
         return np.array(image.convert("RGBA"))
     if channels not in (1, 3):
-        raise BadImage(f"has {len(image.getbands())} bands, {channels} were asked for; use .npy for other numbers")
+        raise BadImage(f"has {len(image.getbands())} bands, {channels} were asked for; use TIFF or .npy")
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     if channels == 1 or (mode in ("1", "L") and image.mode == mode):
         return np.array(image.convert("L"))
     return np.array(image.convert("RGB") if image.mode != "RGB" else image)
-
-
-def _decode_npy(data: bytes | memoryview, channels: int, max_pixels: int) -> Tensor:
-    file = io.BytesIO(data)
-    version = np.lib.format.read_magic(file)
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran_order, dtype = read_header(file)
-    if dtype.kind != "u" or dtype.itemsize > 2:
-        raise BadImage(f"an array of {dtype}; uint8 or uint16 is wanted")
-    if len(shape) not in (2, 3) or 0 in shape:
-        raise BadImage(f"an array of shape {shape}; [H, W], [H, W, C] or [C, H, W] is wanted")
-    count = int(np.prod(shape, dtype=object))
-    if count > max_pixels * channels:
-        raise BadImage(f"{count} values, above the limit of {max_pixels} pixels")
-    values = np.frombuffer(data, dtype=dtype, offset=file.tell())
-    if len(values) != count:
-        raise BadImage(f"truncated: {len(values)} of {count} values")
-    array = values.reshape(shape, order="F" if fortran_order else "C")
-    array = (array >> 8).astype(np.uint8) if dtype.itemsize == 2 else np.array(array)
-    if array.ndim == 2:
-        return torch.from_numpy(array)[None].expand(channels, -1, -1)
-    if array.shape[2] != channels and array.shape[0] != channels:
-        raise BadImage(f"an array of shape {shape}; {channels} channels were asked for")
-    x = torch.from_numpy(array)
-    return x.permute(2, 0, 1) if array.shape[2] == channels else x
 
 
 def _check_pixels(width: int, height: int, max_pixels: int) -> None:

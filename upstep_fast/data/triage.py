@@ -23,9 +23,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from .arrays import NPY, npy_header, tiff_bits
 from .decode import FORMATS, BadImage, decode
 from .phash import near, perceptual_hash
 from .skipped import check_bad
@@ -184,15 +185,15 @@ def _look(data: bytes, image: Tensor) -> _Look:
 
 def _header(data: bytes) -> tuple[str, int]:
     """What kind of image this is, and its bits a channel, from its header; the file is known to be readable."""
-    if data[:6] == b"\x93NUMPY":
-        file = io.BytesIO(data)
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        return "an array", 8 * read(file)[2].itemsize
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        mode, tags = image.mode, getattr(image, "tag_v2", {})
-        bits = data[24] if image.format == "PNG" else 16 if mode.startswith("I") else max(tags.get(258, (8,)))
-        if image.has_transparency_data:
-            return "transparent", bits
-    kinds = {"1": "grey", "L": "grey", "F": "grey", "CMYK": "CMYK"}
+    if data[:6] == NPY:
+        return "an array", 8 * npy_header(io.BytesIO(data))[2].itemsize
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            mode, kind, is_transparent = image.mode, image.format, image.has_transparency_data
+    except UnidentifiedImageError:  # a TIFF of many bands
+        return "an array", tiff_bits(data)
+    bits = data[24] if kind == "PNG" else tiff_bits(data) if kind == "TIFF" else 16 if mode.startswith("I") else 8
+    if is_transparent:
+        return "transparent", bits
+    kinds = {"1": "grey", "L": "grey", "CMYK": "CMYK"}
     return "16-bit grey" if mode.startswith("I") else kinds.get(mode, "coloured"), bits
