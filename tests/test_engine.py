@@ -156,6 +156,17 @@ def test_forward_only_sees_every_change_of_what_is_trained():
         assert relative(run(images), expected) < 1e-5 < relative(before, expected)
 
 
+def test_adapters_are_merged_in_fp32_whatever_autocast_the_caller_is_in():
+    vit, images = model("registers, LayerScale")
+    expected = engine.build(vit, torch.float32).features(images).detach()
+    run = engine.build(vit, torch.float32).features
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            assert torch.equal(run(images).detach(), expected)
+            with torch.no_grad():
+                next(iter(lora.find(vit).values())).lora_b.add_(0)  # merged again
+
+
 def test_forward_only_is_one_graph():
     vit, images = model("registers, LayerScale")
     explained = torch._dynamo.explain(engine.build(vit, torch.float32).forward_only)(images)

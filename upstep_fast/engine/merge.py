@@ -1,4 +1,4 @@
-"""Adapters merged into the frozen weights, once for every change of them; every path of the engine multiplies by these.
+"""Adapters merged into the frozen weights, once a step; every path of the engine multiplies by these.
 
 Merging keeps the adapter in fp32 and rounds W + s B A once, as mixed-precision training does to every weight each step.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from .fold import FoldedBlock, FoldedLinear
@@ -36,23 +37,25 @@ class ReadyBlock:
                 before.weight.copy_(now.weight)
                 before.bias.copy_(now.bias)
         for tensor, value in zip(self.trained, new.trained, strict=True):
-            if tensor.data_ptr() != value.data_ptr():  # the parameter itself: a copy would count as a change of it
+            # the parameter itself needs no copy, which would count as a change of it; data_ptr() warns on fake tensors
+            if not torch._C._is_alias_of(tensor, value):
                 tensor.copy_(value)
 
 
 def make_ready(blocks: Sequence[FoldedBlock | nn.Module]) -> Callable[[], dict[int, ReadyBlock]]:
     """A function that gives every folded block, by its index, with its adapters merged as they are now.
 
-    A change is seen by the version counters of the adapters and norms, which optimizers and in-place operations move;
-    what is written through `.data` is not seen.
+    What is trained is merged at every call: fused optimizers do not move version counters (torch 2.15), so a change
+    cannot be seen. What is frozen is merged again when its version has moved.
     """
     ready: dict[int, ReadyBlock] = {}
     versions: list[int] = []
 
     def refresh() -> dict[int, ReadyBlock]:
         folded = {index: block for index, block in enumerate(blocks) if isinstance(block, FoldedBlock)}
-        now = [p._version for block in folded.values() for p in block.sources()]
-        if not ready or now != versions:
+        sources = [p for block in folded.values() for p in block.sources()]
+        now = [p._version for p in sources]
+        if not ready or now != versions or any(p.requires_grad for p in sources):
             for index, block in folded.items():
                 new = _merge_block(block)
                 ready.setdefault(index, new).update(new)
@@ -91,5 +94,7 @@ def factors_of(block: FoldedBlock, trained: Sequence[Tensor]) -> dict[str, Seque
 
 
 def _merge_block(block: FoldedBlock) -> ReadyBlock:
-    trained = [tensor.detach() for tensor in block.trained()]
-    return ReadyBlock(block, merge_all(block, trained), trained)
+    # in fp32 whatever autocast the caller is in
+    with torch.autocast(block.qkv.weight.device.type, enabled=False):
+        trained = [tensor.detach() for tensor in block.trained()]
+        return ReadyBlock(block, merge_all(block, trained), trained)
