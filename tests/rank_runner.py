@@ -22,6 +22,7 @@ from upstep_fast import distributed, evaluation, gate, step
 from upstep_fast.config import EmbedConfig
 from upstep_fast.data.sources import open_source
 from upstep_fast.device import resolve
+from upstep_fast.errors import UpstepError
 from upstep_fast.methods.upstep import UpStep
 
 
@@ -116,7 +117,7 @@ def main(path):
             lines.clear()
             try:
                 found = {"result": one(run, path.parent)}
-            except upstep_fast.UpstepError as error:
+            except UpstepError as error:
                 found = {"error": type(error).__name__, "text": str(error), "code": error.exit_code}
             found["lines"] = list(lines)
             name = f"{run['name']}.rank{distributed.rank()}.json"

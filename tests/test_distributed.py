@@ -31,7 +31,7 @@ TORCHRUN = [
     "--rdzv-endpoint=localhost:0",
 ]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-CLOCK = ("images_per_s", "data_wait", "comm_bytes", "comm_share")
+CLOCK = ("images_per_s", "data_wait", "forward_s", "backward_s", "other_s", "comm_bytes", "comm_share")
 
 
 def rows(out):

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,12 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import backbone as backbones
-from . import lora
+from . import distributed, lora
 from .backbone import Backbone
 from .config import EmbedConfig, EvalConfig
+from .data.labelled import held_out as held_out_of
+from .data.labelled import train_and_test
 from .data.loader import load_images
 from .data.sources import Source, open_source
 from .device import Compute, resolve
+from .engine import vit as engine
 from .errors import ConfigError, DataError
 from .whole_file import write_whole
 
@@ -71,6 +75,11 @@ def evaluate(
 def run(config: EvalConfig) -> dict[str, Any]:
     """As `evaluate`; writes config.json if given. Raises UpstepError."""
     compute = resolve(config.device, config.precision)
+    with distributed.joined(compute.device):
+        return _run(config, compute)
+
+
+def _run(config: EvalConfig, compute: Compute) -> dict[str, Any]:
     models = load_models(config)
     result: dict[str, Any] = {}
     train, test = _train_and_test(config.data, models, config, compute)
@@ -84,7 +93,7 @@ def run(config: EvalConfig) -> dict[str, Any]:
         bank, queries = _train_and_test((config.source,), models, config, compute)
         result["source"] = {name: knn(bank[name], queries[name], config.k) for name in names}
     result |= {"n_train": len(train["base"].y), "n_test": len(test["base"].y), "k": config.k}
-    if config.json is not None:
+    if config.json is not None and distributed.is_first():
         _write_text(Path(config.json), json.dumps(result, indent=2) + "\n", "json")
     return result
 
@@ -106,11 +115,12 @@ def run_embed(config: EmbedConfig) -> Path:
     if not out.parent.is_dir():
         raise ConfigError(f"out: no folder {out.parent}")
     compute = resolve(config.device, config.precision)
-    source = open_source(config.data)
-    models = load_models(config)
-    x, read = extract(source, models, config, compute)
-    kind = "ensemble" if config.ensemble else "adapted" if config.adapter else "base"
-    writers[out.suffix](out, x[kind], [source.name(i) for i in read])
+    with distributed.joined(compute.device):
+        source = open_source(config.data)
+        x, read = extract(source, load_models(config), config, compute)
+        kind = "ensemble" if config.ensemble else "adapted" if config.adapter else "base"
+        if distributed.is_first():
+            writers[out.suffix](out, x[kind], [source.name(i) for i in read])
     return out
 
 
@@ -131,14 +141,14 @@ def extract(
 ) -> tuple[dict[str, Tensor], list[int]]:
     """Unit features [N, D] of every readable image by each model and their ensemble, and the images' indices."""
     base = models["base"]
-    for model in models.values():
-        model.vit.to(compute.device)
+    features = {name: _features_of(model, config, compute) for name, model in models.items()}
     mean, std = (torch.tensor(v, device=compute.device).view(-1, 1, 1) for v in (base.mean, base.std))
     rows: dict[str, list[Tensor]] = {name: [] for name in models}
     read: list[int] = []
     skipped: dict[str, str] = {}
     batches = load_images(
         source,
+        distributed.own_part(len(source)),
         size=base.img_size,
         interpolation=base.interpolation,
         crop_pct=base.crop_pct,
@@ -151,20 +161,31 @@ def extract(
     for indices, images in batches:
         x = (images.to(compute.device) - mean) / std
         read += indices.tolist()
-        for name, model in models.items():
+        for name, run in features.items():
             with compute.autocast():
-                f = backbones.features(model.vit, x)
+                f = run(x)
             rows[name].append(F.normalize(f.float(), dim=-1).cpu())
     for name, reason in skipped.items():
         log.warning("skipped %s: %s", name, reason)
+    read = [index for part in distributed.gather(read) for index in part]
     if not read:
         raise DataError(
             f"data: none of the {len(source)} images could be read; the first: {next(iter(skipped.items()))}"
         )
-    found = {name: torch.cat(parts) for name, parts in rows.items()}
+    widths = {name: models[name].width for name in models}
+    own = {name: torch.cat(parts) if parts else torch.empty(0, widths[name]) for name, parts in rows.items()}
+    found = {name: torch.cat(distributed.gather_parts(x)) for name, x in own.items()}
     if "adapted" in found:
         found["ensemble"] = ensemble(found["base"], found["adapted"])
     return found, read
+
+
+def _features_of(model: Backbone, config: EvalConfig | EmbedConfig, compute: Compute) -> Callable[[Tensor], Tensor]:
+    vit = model.vit.to(compute.device).requires_grad_(False)
+    plain = partial(backbones.features, vit)
+    if config.implementation == "reference":
+        return plain
+    return engine.choose(vit, compute.dtype or torch.float32, "fast", otherwise=plain)
 
 
 def ensemble(base: Tensor, adapted: Tensor) -> Tensor:
@@ -179,11 +200,12 @@ def knn(train: Features, test: Features, k: int = 20) -> float:
     """
     votes_of = F.one_hot(train.y, len(train.classes)).float()
     right = 0
-    for x, y in zip(test.x.split(1024), test.y.split(1024), strict=True):
+    own = slice(distributed.rank(), None, distributed.size())
+    for x, y in zip(test.x[own].split(1024), test.y[own].split(1024), strict=True):
         similarity, nearest = (x @ train.x.T).topk(min(k, len(train.x)), dim=1)
         votes = (votes_of[nearest] * ((similarity - 1) / KNN_TEMPERATURE).exp()[..., None]).sum(1)
         right += int((votes.argmax(1) == y).sum())
-    return 100.0 * right / len(test.y)
+    return 100.0 * distributed.reduce(torch.tensor(right)).item() / len(test.y)
 
 
 def linear_probe(train: Features, test: Features, *, seed: int = 0) -> float:
@@ -231,35 +253,16 @@ def _accuracy(model: nn.Linear, x: Tensor, y: Tensor) -> float:
 
 def _held_out(y: Tensor, seed: int) -> Tensor:
     """A mask over about a fifth of every class; none of a class of one image."""
-    generator = torch.Generator().manual_seed(seed)
-    mask = torch.zeros(len(y), dtype=torch.bool)
-    for label in y.unique():
-        members = (y == label).nonzero().flatten()
-        take = round(PROBE_HELD_OUT * len(members))
-        mask[members[torch.randperm(len(members), generator=generator)[:take]]] = True
-    return mask
+    return held_out_of(y, PROBE_HELD_OUT, seed)
 
 
 def _train_and_test(
     paths: Sequence[str], models: dict[str, Backbone], config: EvalConfig, compute: Compute
 ) -> tuple[dict[str, Features], dict[str, Features]]:
-    where = ", ".join(paths)
-    sources = {split: open_source(paths, split=split) for split in ("train", "test")}
-    names: dict[str, list[str]] = {}
-    for split, source in sources.items():
-        if source.labels is None:
-            raise DataError(f"data: {where} has images outside class folders; eval needs {split}/CLASS/image files")
-        names[split] = source.labels
-    unknown = sorted(set(names["test"]) - set(names["train"]))
-    if unknown:
-        raise DataError(f"data: {where}: classes in test/ that train/ lacks: {', '.join(unknown[:5])}")
-    classes = tuple(sorted(set(names["train"])))
-    index = {name: i for i, name in enumerate(classes)}
     found = []
-    for split, source in sources.items():
-        x, read = extract(source, models, config, compute)
-        y = torch.tensor([index[names[split][i]] for i in read])
-        found.append({name: Features(value, y, classes) for name, value in x.items()})
+    for part in train_and_test(paths, "eval"):
+        x, read = extract(part.source, models, config, compute)
+        found.append({name: Features(value, part.y[read], part.classes) for name, value in x.items()})
     return found[0], found[1]
 
 
