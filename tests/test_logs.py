@@ -42,7 +42,10 @@ def test_rows_of_real_runs_fit_the_schema(model, photos, tmp_path, options):
         CHECK.validate(row)
     assert [row["step"] for row in rows] == list(range(8))
     assert all((row["loss"] is None) == (not row["open"]) for row in rows)
-    assert set(SCHEMA["required"]) == set(SCHEMA["properties"]) <= set(rows[0])
+    # nothing that UpStep writes is left out of the page, and what the page promises for adapt is there
+    promised = {name for name, part in SCHEMA["properties"].items() if part["description"].startswith("adapt: ")}
+    assert set(SCHEMA["required"]) | promised <= set(rows[0]) <= set(SCHEMA["properties"])
+    assert promised == {"center", *SCHEMA["dependentRequired"]["center"]}
     if options.get("gate") == "alternate":
         assert {row["open"] for row in rows} == {True, False}
 
@@ -54,6 +57,27 @@ def test_rows_of_a_run_that_breaks_down_fit_too(model, photos, tmp_path):
     for row in rows:
         CHECK.validate(row)
     assert all(isinstance(row["bad"], str) for row in rows[-3:])
+
+
+def test_rows_of_finetune_fit_too(model, tmp_path):
+    from PIL import Image
+
+    from upstep_fast.cli import main
+
+    for part in ("train", "test"):
+        for name, colour in (("red", (200, 0, 0)), ("blue", (0, 0, 200))):
+            (tmp_path / "labelled" / part / name).mkdir(parents=True)
+            for i in range(6):
+                Image.new("RGB", (32, 32), colour).save(tmp_path / "labelled" / part / name / f"{i}.png")
+    paths = ["--data", str(tmp_path / "labelled"), "--out", str(tmp_path / "out")]
+    more = ["--epochs", "2", "--batch-size", "4", "--device", "cpu"]
+    with pytest.raises(SystemExit) as stop:
+        main(["finetune", "--model", model, *paths, "--method", "linear", *more])
+    assert not stop.value.code
+    rows = read(tmp_path / "out")
+    for row in rows:
+        CHECK.validate(row)
+    assert [row["step"] for row in rows] == list(range(len(rows))) and rows
 
 
 def test_rows_after_a_resume_have_every_step_once(model, photos, tmp_path):
@@ -71,9 +95,11 @@ def test_rows_after_a_resume_have_every_step_once(model, photos, tmp_path):
 def test_the_schema_refuses_what_it_should(change):
     row = {"step": 0, "loss": 1.0, "center": 0.1, "open": True, "lr": 0.1, "bad": None}
     row |= {"images_per_s": 1.0, "data_wait": 0.0, "epoch": 0, "replaced": 0}
+    row |= {"forward_s": 0.1, "backward_s": 0.2, "other_s": 0.0}
     CHECK.validate(row)
     assert not CHECK.is_valid({**row, **change})
-    assert not CHECK.is_valid({key: value for key, value in row.items() if key != "step"})
+    for key in ("step", "open"):
+        assert not CHECK.is_valid({name: value for name, value in row.items() if name != key})
 
 
 def test_the_page_lists_the_schema():
