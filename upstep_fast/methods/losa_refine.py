@@ -80,7 +80,8 @@ class _Refine(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,), (u, difference, gate, scale, *rest) = grads, ctx.saved_tensors
         lows, factors, axes = rest[: len(ctx.axes)], _fours(rest[len(ctx.axes) :]), ctx.axes
-        xs, delta = [u], None  # the mixers' inputs; the last change is wanted for the factor alone
+        xs = [u]  # the mixers' inputs; the last change is wanted for the factor alone
+        delta: Any = None
         for at in range(len(axes) - (scale is None)):
             _, _, up, up_bias = factors[at]
             change = _spread(F.gelu(lows[at]), up, up_bias, axes[at], u.shape)
