@@ -1,6 +1,6 @@
 """Top-1 of linear, LoRA, LoSA and full fine-tuning on labelled sets, from the base model and from an adapted one.
 
-    python bench/methods_table.py run --results bench/results/methods.jsonl [--adapted] [--sets NAME ...] [--lock FILE]
+    python bench/methods_table.py run --results bench/results/methods.jsonl [--adapted] [--sets NAME ...] [--methods ...] [--lock FILE]
     python bench/methods_table.py table --results bench/results/methods.jsonl
 
 Each run is `upstep-fast finetune` in a process of its own and adds one JSON line; runs that are in the file already are
@@ -46,7 +46,11 @@ def run(args: argparse.Namespace) -> None:
         for name in args.sets:
             for start in starts:
                 for method, (rates, flags) in METHODS.items():
-                    if place < len(rates) and (name, start, method, rates[place]) not in done:
+                    if (
+                        method in args.methods
+                        and place < len(rates)
+                        and (name, start, method, rates[place]) not in done
+                    ):
                         one(args, name, start, method, rates[place], flags)
 
 
@@ -128,6 +132,7 @@ def main() -> None:
     parser.add_argument("what", choices=("run", "table"))
     parser.add_argument("--results", type=Path, default=Path("bench/results/methods_base_tiny.jsonl"))
     parser.add_argument("--sets", nargs="+", default=SETS)
+    parser.add_argument("--methods", nargs="+", default=tuple(METHODS), choices=tuple(METHODS))
     parser.add_argument("--adapted", action="store_true", help="from the adapted model")
     parser.add_argument("--shared", type=Path, default=SHARED, help="folder of base_tiny and the sets")
     parser.add_argument("--work", type=Path, default=Path("/tmp/methods_table"), help="folder for the runs")
