@@ -56,9 +56,10 @@ def patch_labels(masks: Tensor, patch: int) -> Tensor:
 
 @torch.no_grad()
 def patch_tokens(model: Backbone, images: Tensor) -> Tensor:
-    """[N, 3, H, W] in 0..1 -> [N, P, D], unit length."""
-    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (model.mean, model.std))
-    tokens = [model.vit.forward_features((x - mean) / std) for x in images.split(64)]
+    """[N, 3, H, W] in 0..1 -> [N, P, D] on the CPU, unit length."""
+    device = next(model.vit.parameters()).device
+    mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (model.mean, model.std))
+    tokens = [model.vit.forward_features((x.to(device) - mean) / std).cpu() for x in images.split(64)]
     return F.normalize(torch.cat(tokens)[:, model.vit.num_prefix_tokens :].float(), dim=-1)
 
 

@@ -6,7 +6,9 @@ Rows are keyed by a hash of configuration, data and seed: what has a row is not 
 goes on with the same command. Configurations are chosen on a third of each train part, which adaptation does not see
 ("select"); --test NAME measures the named ones on the test part, from the same adapters, once. --page fills the page.
 
-    model, data = [PATH ...], source = PATH, seeds = [0, 1, 2], strengths = [0.5, 1.0], k = 20
+    model, data = [PATH ...], source = PATH, seeds = [0, 1, 2], k = 20
+    strengths = [0.5]    measured beside 1: W + strength * s B A
+    probes = [2, 4]      strengths for the label-free scores' sake: k-NN of the adapted features only
     [k_of]            sign_digits_64 = 5                 k where it is not `k`
     [base]            steps = 120                        adapt's options, for every configuration
     [configs.NAME]    cvr = "sq", cvr_weight = [1, 5]    a list is a sweep: NAME cvr_weight=1, NAME cvr_weight=5
@@ -50,6 +52,7 @@ class Job:
     seed: int
     k: int
     strengths: tuple[float, ...]
+    probes: tuple[float, ...]
 
     @property
     def key(self) -> str:
@@ -85,7 +88,7 @@ def main() -> int:
 def read_grid(path: Path) -> list[Job]:
     """The jobs of a grid file, in the file's order, each once. Raises ValueError for keys that are not known."""
     grid = tomllib.loads(path.read_text())
-    known = {"model", "data", "source", "seeds", "strengths", "k", "k_of", "base", "configs"}
+    known = {"model", "data", "source", "seeds", "strengths", "probes", "k", "k_of", "base", "configs"}
     if unknown := set(grid) - known:
         raise ValueError(f"{path}: unknown {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}")
     k_of = grid.get("k_of", {})
@@ -100,6 +103,7 @@ def read_grid(path: Path) -> list[Job]:
             seed=seed,
             k=k_of.get(label(data), grid.get("k", 20)),
             strengths=tuple(sorted({1.0, *grid.get("strengths", [])})),
+            probes=tuple(grid.get("probes", [])),
         )
         found.setdefault(job.key, job)
     return list(found.values())
@@ -172,7 +176,7 @@ def measure(job: Job, split: str, work: Path) -> dict[str, Any]:
         "seed": job.seed,
         "k": job.k,
         **json.loads(finished.read_text()),
-        **study_scores.scores(job.model, data, job.source, folder / "adapter", job.k, job.strengths, work),
+        **study_scores.scores(job, data, folder / "adapter", work),
         "commit": commit(),
         "device": device(),
     }
@@ -246,9 +250,11 @@ def fingerprint(data: str) -> str:
 
 
 def commit() -> str:
-    """Of the code that ran."""
-    done = subprocess.run(["git", "-C", HERE, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip()
+    """Of the code that ran; + where it had changes."""
+    git = ["git", "-C", str(HERE)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "../upstep_fast", "../bench"]).returncode
+    return head + "+" * bool(changed)
 
 
 def device() -> str:

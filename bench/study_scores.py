@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dense
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from upstep_fast import backbone as backbones
 from upstep_fast import lora
 from upstep_fast.backbone import Backbone
-from upstep_fast.config import AdaptConfig, EvalConfig
+from upstep_fast.config import AdaptConfig, EvalConfig, read_toml
 from upstep_fast.data.loader import Loader
 from upstep_fast.data.sources import open_source
 from upstep_fast.data.views import random_views, view_config
@@ -24,15 +24,19 @@ from upstep_fast.evaluation import Features, ensemble, extract, knn, linear_prob
 from upstep_fast.judgement import judge
 from upstep_fast.whole_file import write_whole
 
+if TYPE_CHECKING:
+    from study import Job
+
 JUDGED = 256  # unlabelled held-out images that the label-free scores see
 VIEW_SEED = 12345
+SPLITS = ("train", "test")
 HANDS = "sign_digits"  # the set whose photographs the dense check cuts hands out of
 
 
 def steps_taken(folder: Path) -> dict[str, Any]:
     """Skip rate, centre, images and backward passes of a finished run, from its metrics."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    batch = AdaptConfig(**_toml(folder / "config.toml")).batch_size
+    batch = read_toml(folder / "config.toml", AdaptConfig)["batch_size"]
     opened = [row for row in rows if row["open"]]
     learnt = sum(row.get("learnt", batch) for row in opened)  # images with a backward pass
     centres = [row["center"] for row in rows if row["center"] is not None]
@@ -48,57 +52,59 @@ def steps_taken(folder: Path) -> dict[str, Any]:
     }
 
 
-def scores(
-    model: str, data: str, source: str | None, adapter: Path, k: int, strengths: tuple[float, ...], work: Path
-) -> dict[str, Any]:
+def scores(job: Job, data: str, adapter: Path, work: Path) -> dict[str, Any]:
     """k-NN and linear probe in percent of base, adapted and ensemble, forgetting, label-free scores, dense check.
 
     Returns {"base": {"knn", "linear", "source", "dense"}, "at": {strength: {"adapted", "ensemble", "source",
     "judgement", "dense"}}, "n_bank", "n_queries"}; source and dense only where they are measured.
     """
-    config = EvalConfig(model=model, data=(data,), num_workers=1)
+    config = EvalConfig(model=job.model, data=(data,), num_workers=1)
     compute = resolve(config.device, config.precision)
     base = backbones.load_from(config)
     base.vit.to(compute.device)
-    is_hands = source is not None and HANDS in data
-    composites = dense.load(data, source, base.img_size) if is_hands and source is not None else None
     views = held_out_views(data, base, compute)
+    base_views = view_features(base, views, compute)
+    composites = dense.load(data, job.source, base.img_size) if job.source and HANDS in data else None
+    sets = {"data": data} | ({"source": job.source} if job.source else {})
+    labels = {name: _labels(path) for name, path in sets.items()}
 
     def of(found: Backbone, path: str) -> list[Tensor]:
-        return [extract(open_source(path, split=s), {"base": found}, config, compute)[0]["base"] for s in _SPLITS]
+        return [extract(open_source(path, split=s), {"base": found}, config, compute)[0]["base"] for s in SPLITS]
 
     def of_base(path: str) -> list[Tensor]:
-        name = hashlib.sha256(f"{model} {open_source(path).fingerprint()}".encode()).hexdigest()[:16]
+        name = hashlib.sha256(f"{job.model} {open_source(path).fingerprint()}".encode()).hexdigest()[:16]
         file = work / f"base-{name}.safetensors"
         if not file.is_file():
-            write_whole(file, save(dict(zip(_SPLITS, of(base, path), strict=True))))
-        return [load_file(file)[s] for s in _SPLITS]
+            write_whole(file, save(dict(zip(SPLITS, of(base, path), strict=True))))
+        return [load_file(file)[s] for s in SPLITS]
 
-    labels, of_source = _labels(data), None if source is None else _labels(source)
-    before, before_source = of_base(data), None if source is None else of_base(source)
-    base_views = view_features(base, views, compute)
-    result: dict[str, Any] = {"n_bank": len(before[0]), "n_queries": len(before[1]), "at": {}}
-    result["base"] = _accuracies(before, labels, k)
-    if before_source is not None and of_source is not None:
-        result["base"]["source"] = _knn(before_source, of_source, k)
+    before = {name: of_base(path) for name, path in sets.items()}
+    result: dict[str, Any] = {"n_bank": len(before["data"][0]), "n_queries": len(before["data"][1]), "at": {}}
+    result["base"] = _accuracies(before["data"], labels["data"], job.k)
+    if job.source:
+        result["base"]["source"] = _knn(before["source"], labels["source"], job.k)
     if composites is not None:
-        result["base"]["dense"] = dense.dense_score(_plain(base), *composites)
-    for strength in strengths:
+        result["base"]["dense"] = dense.dense_score(base, *composites)
+    for strength in (*job.strengths, *job.probes):
         adapted = backbones.load_from(config)
         lora.attach(adapted.vit, adapter)
         lora.merge(adapted.vit, strength=strength)
         adapted.vit.to(compute.device)
         after = of(adapted, data)
-        both = [ensemble(b, a) for b, a in zip(before, after, strict=True)]
-        at = {"adapted": _accuracies(after, labels, k), "ensemble": _accuracies(both, labels, k)}
-        if source is not None and before_source is not None and of_source is not None:
-            after_source = of(adapted, source)
-            pair = [ensemble(b, a) for b, a in zip(before_source, after_source, strict=True)]
-            at["source"] = {"adapted": _knn(after_source, of_source, k), "ensemble": _knn(pair, of_source, k)}
-        at["judgement"] = judge(base_views, view_features(adapted, views, compute))
-        if composites is not None:
-            at["dense"] = dense.dense_score(_plain(adapted), *composites)
+        at: dict[str, Any] = {"judgement": judge(base_views, view_features(adapted, views, compute))}
         result["at"][str(float(strength))] = at
+        if strength in job.probes:
+            at["adapted"] = {"knn": _knn(after, labels["data"], job.k)}
+            continue
+        at["adapted"] = _accuracies(after, labels["data"], job.k)
+        at["ensemble"] = _accuracies(_pairs(before["data"], after), labels["data"], job.k)
+        if job.source:
+            forgot = of(adapted, job.source)
+            both = _pairs(before["source"], forgot)
+            at["source"] = {"adapted": _knn(forgot, labels["source"], job.k)}
+            at["source"]["ensemble"] = _knn(both, labels["source"], job.k)
+        if composites is not None:
+            at["dense"] = dense.dense_score(adapted, *composites)
     return result
 
 
@@ -120,13 +126,14 @@ def view_features(model: Backbone, views: Tensor, compute: Compute) -> Tensor:
         return torch.stack([backbones.features(model.vit, view) for view in views]).float().cpu()
 
 
-_SPLITS = ("train", "test")
-
-
 def _labels(path: str) -> list[Tensor]:
-    names = [open_source(path, split=s).labels or [] for s in _SPLITS]
+    names = [open_source(path, split=s).labels or [] for s in SPLITS]
     index = {name: i for i, name in enumerate(sorted(set(names[0] + names[1])))}
     return [torch.tensor([index[name] for name in part]) for part in names]
+
+
+def _pairs(before: list[Tensor], after: list[Tensor]) -> list[Tensor]:
+    return [ensemble(b, a) for b, a in zip(before, after, strict=True)]
 
 
 def _sets(x: list[Tensor], y: list[Tensor]) -> list[Features]:
@@ -140,15 +147,3 @@ def _knn(x: list[Tensor], y: list[Tensor], k: int) -> float:
 
 def _accuracies(x: list[Tensor], y: list[Tensor], k: int) -> dict[str, float]:
     return {"knn": _knn(x, y, k), "linear": linear_probe(*_sets(x, y))}
-
-
-def _plain(model: Backbone) -> Backbone:
-    model.vit.cpu()
-    return model
-
-
-def _toml(path: Path) -> dict[str, Any]:
-    from upstep_fast.config import read_toml
-
-    values = read_toml(path, AdaptConfig)
-    return values | {"data": tuple(values["data"])}

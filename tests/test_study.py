@@ -1,0 +1,261 @@
+"""The study: grids, resuming, the split that configurations are chosen on, figures, the dense check."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from upstep_fast.data.sources import open_source
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """The study's modules, by name; they import each other from their own folder."""
+    names = ("dense", "study", "study_scores", "study_page")
+    sys.path.insert(0, str(BENCH))
+    try:
+        yield {name: importlib.import_module(name) for name in names}
+    finally:
+        sys.path.remove(str(BENCH))
+        for name in names:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """Two colours, 24 and 12 images of each."""
+    folder = tmp_path_factory.mktemp("labelled")
+    generator = np.random.default_rng(0)
+    for split, num in (("train", 24), ("test", 12)):
+        for name, colour in (("blue", (40, 60, 200)), ("red", (200, 60, 40))):
+            place = folder / split / name
+            place.mkdir(parents=True)
+            for i in range(num):
+                pixels = np.clip(np.array(colour) + 40 * generator.standard_normal((40, 40, 3)), 0, 255)
+                Image.fromarray(pixels.astype(np.uint8)).save(place / f"{i:02}.png")
+    return folder
+
+
+@pytest.fixture
+def grid(model, labelled, tmp_path):
+    path = tmp_path / "grid.toml"
+    path.write_text(f"""
+        model = "{model}"
+        data = ["{labelled}"]
+        source = "{labelled}"
+        seeds = [0, 1]
+        strengths = [0.5]
+        probes = [4.0]
+        k = 3
+        [base]
+        steps = 3
+        batch_size = 8
+        prototypes = 4
+        head_hidden = 16
+        head_dim = 8
+        gate = "none"
+        num_workers = 0
+        [configs.plain]
+        cvr = "off"
+        [configs.cvr]
+        cvr = "sq"
+        cvr_weight = [1, 5]
+        lora_targets = [["q", "v"], ["qkv"]]
+    """)
+    return path
+
+
+def test_a_list_is_a_sweep_and_every_job_has_its_own_key(bench, grid):
+    jobs = bench["study"].read_grid(grid)
+    names = [job.name for job in jobs if job.seed == 0]
+    assert names[0] == "plain" and len(names) == 5 and len(jobs) == 10
+    assert names[1] == "cvr cvr_weight=1 lora_targets=['q', 'v']"
+    assert jobs[1].options["lora_targets"] == ["q", "v"] and jobs[1].options["steps"] == 3
+    assert len({job.key for job in jobs}) == 10
+    assert all(job.strengths == (0.5, 1.0) for job in jobs)
+
+
+def test_the_key_is_of_configuration_data_and_seed_not_of_the_name(bench, grid):
+    study = bench["study"]
+    before = [job.key for job in study.read_grid(grid)]
+    grid.write_text(grid.read_text().replace("[configs.plain]", "[configs.renamed]"))
+    assert [job.key for job in study.read_grid(grid)] == before
+    grid.write_text(grid.read_text().replace("steps = 3", "steps = 4"))
+    assert not {job.key for job in study.read_grid(grid)} & set(before)
+
+
+def test_unknown_keys_are_refused(bench, grid):
+    text = grid.read_text()
+    grid.write_text(text.replace("seeds", "sedes"))
+    with pytest.raises(ValueError, match="unknown sedes"):
+        bench["study"].read_grid(grid)
+    grid.write_text(text.replace("prototypes = 4", "prototype = 4"))
+    with pytest.raises(ValueError, match="prototype"):
+        bench["study"].read_grid(grid)
+
+
+def test_configurations_are_chosen_on_a_third_of_train_and_see_no_test_image(bench, labelled, tmp_path):
+    path = bench["study"].selection(str(labelled), tmp_path)
+    parts = {split: open_source(path, split=split) for split in ("train", "test")}
+    contents = {s: {parts[s].read(i) for i in range(len(parts[s]))} for s in parts}
+    train = {file.read_bytes() for file in (labelled / "train").rglob("*.png")}
+    assert contents["train"] | contents["test"] == train and not contents["train"] & contents["test"]
+    assert 5 <= len(contents["test"]) <= 27  # of 48: 16 expected, a standard deviation is 3.3
+    assert sorted(set(parts["test"].labels)) == ["blue", "red"]
+    assert bench["study"].selection(str(labelled), tmp_path) == path
+
+
+def test_rows_are_kept_and_what_has_one_is_not_run_again(bench, grid, tmp_path, capsys, monkeypatch):
+    study = bench["study"]
+    grid.write_text(grid.read_text().replace("seeds = [0, 1]", "seeds = [0]").replace("[1, 5]", "5"))
+    grid.write_text(grid.read_text().replace('[["q", "v"], ["qkv"]]', '["q"]'))
+    out, work = tmp_path / "rows.jsonl", tmp_path / "work"
+    monkeypatch.setattr(study, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(sys, "argv", ["study.py", str(grid), "--out", str(out), "--work", str(work)])
+    assert study.main() == 0
+    rows = study.read_rows(out)
+    assert {(row["name"], row["split"]) for row in rows} == {("plain", "select"), ("cvr", "select")}
+    for row in rows:
+        assert row["skip_rate"] == 0 and row["backward_passes"] == 3 and row["images_seen"] == 24
+        assert row["n_bank"] + row["n_queries"] == 48
+        at = row["at"]["1.0"]
+        assert {"adapted", "ensemble", "source", "judgement"} <= at.keys() and at["adapted"].keys() == {"knn", "linear"}
+        # two colours: any features tell them apart
+        assert row["base"]["knn"] == at["ensemble"]["knn"] == 100
+        assert row["at"]["4.0"].keys() == {"judgement", "adapted"}
+    # a killed study leaves half a line behind
+    with out.open("a") as file:
+        file.write('{"key": "half')
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--test", "cvr"])
+    assert study.main() == 0
+    assert "3 rows asked for, 1 to run" in capsys.readouterr().out
+    rows = study.read_rows(out)
+    assert (rows[2]["name"], rows[2]["split"], rows[2]["n_bank"], rows[2]["n_queries"]) == ("cvr", "test", 48, 24)
+    selected = next(row for row in rows if row["name"] == "cvr")
+    assert rows[2]["seconds"] == selected["seconds"], "the adapter was made again"
+
+
+def test_a_failed_run_is_a_row_and_is_tried_again(bench, grid, tmp_path, monkeypatch):
+    study = bench["study"]
+    monkeypatch.setattr(study, "ProcessPoolExecutor", InThisProcess)
+    tried = []
+
+    def measure(job, split, work):
+        tried.append(job.name)
+        if len(tried) == 1:
+            raise ValueError("no luck")
+        return {"key": job.key, "split": split, "name": job.name} | FINISHED
+
+    monkeypatch.setattr(study, "measure", measure)
+    jobs = [(job, "select") for job in study.read_grid(grid)[:2]]
+    out = tmp_path / "rows.jsonl"
+    assert study.run(jobs, out, tmp_path, 1) == 1
+    failed = {row["key"] for row in study.read_rows(out) if row.get("error") == "ValueError: no luck"}
+    assert len(failed) == 1
+    assert study.run(jobs, out, tmp_path, 1) == 0
+    assert len(tried) == 3
+
+
+FINISHED = json.loads("""{"seconds": 1, "base": {"knn": 50}, "at": {"1.0": {"adapted": {"knn": 51},
+    "ensemble": {"knn": 52}}}}""")
+
+
+class InThisProcess:
+    """A pool of no processes."""
+
+    def __init__(self, *args, **options):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        pass
+
+    def submit(self, function, *args):
+        from concurrent.futures import Future
+
+        future = Future()
+        try:
+            future.set_result(function(*args))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def test_otsu_splits_two_groups(bench):
+    values = np.concatenate([np.linspace(0, 0.2, 300), np.linspace(0.7, 1, 100)])
+    assert 0.2 <= bench["dense"].otsu(values) <= 0.7
+
+
+def test_a_hand_is_cut_out_and_pasted(bench):
+    hand = torch.full((1, 3, 16, 16), 0.5)
+    hand[:, 0, 4:12, 4:12], hand[:, 2, 4:12, 4:12] = 0.9, 0.2
+    hand[:, 0, 0, 0] = 0.51  # not one grey everywhere
+    found = bench["dense"].composites(hand, torch.zeros(1, 3, 16, 16))
+    expected = torch.zeros(16, 16, dtype=torch.bool)
+    expected[4:12, 4:12] = True
+    assert torch.equal(found.masks[0], expected)
+    assert torch.equal(found.images[0, 0], torch.where(expected, hand[0, 0], torch.zeros(())))
+    labels = bench["dense"].patch_labels(found.masks, 4)
+    assert labels.view(4, 4).tolist() == [
+        [False] * 4,
+        [False, True, True, False],
+        [False, True, True, False],
+        [False] * 4,
+    ]
+
+
+def test_mean_iou_and_segment(bench):
+    truth = torch.tensor([True, True, False, False])
+    assert bench["dense"].mean_iou(truth, truth) == 100
+    # hand: 1 of 3; background: 1 of 3
+    assert bench["dense"].mean_iou(torch.tensor([True, False, True, False]), truth) == pytest.approx(100 / 3)
+    bank = torch.nn.functional.normalize(torch.tensor([[1.0, 0.1], [1, 0.2], [0.1, 1], [0.2, 1]]), dim=1)
+    labels = torch.tensor([True, True, False, False])
+    assert bench["dense"].segment(bank, labels, torch.eye(2), k=2).tolist() == [True, False]
+
+
+def a_row(data, gain, score, seed=0, **more):
+    at = {
+        "adapted": {"knn": 50 + gain, "linear": 60 + gain},
+        "ensemble": {"knn": 51 + gain, "linear": 61},
+        "source": {"adapted": 40, "ensemble": 45},
+        "judgement": {"good": score, "noise": (7 * score) % 3, "constant": 1.0},
+    }
+    row = dict(key=f"{data}{gain}{seed}", split="select", name="plain", data=data, seed=seed, skip_rate=0.5)
+    row |= dict(backward_passes=60, images_learnt=3840, centre_first=0.6, centre_last=0.2, cpu_seconds=100)
+    return row | dict(commit="abc", device="CPU", base={"knn": 50, "linear": 60, "source": 46}, at={"1.0": at}) | more
+
+
+def test_rank_correlations_are_of_score_and_true_gain(bench):
+    rows = [a_row("a", gain, score) for gain, score in ((1, 0.1), (3, 0.5), (2, 0.3), (-4, -8.0), (9, 0.51))]
+    found = bench["study_page"].correlations(bench["study_page"].points(rows))
+    assert found["good"] == pytest.approx(1) and found["constant"] == 0 and abs(found["noise"]) < 1
+
+
+def test_the_page_has_means_with_standard_errors_and_is_filled_between_its_markers(bench, tmp_path):
+    study_page = bench["study_page"]
+    page = tmp_path / "quality.md"
+    page.write_text(f"before\n{study_page.BEGIN}\nold\n{study_page.END}\nafter\n")
+    rows = [a_row("a", 1, 0.1, 0), a_row("a", 3, 0.2, 1), a_row("b", -2, 0.3), a_row("b", 5, 0.9, 1, name="gate")]
+    study_page.fill(page, rows, tmp_path / "rows.jsonl")
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    # 1 and 3: mean 2, standard error sqrt(2) / sqrt(2)
+    assert "| plain | a | 2 | 50.0 | +2.0 ± 1.0 | +3.0 ± 1.0 | +2.0 ± 1.0 | +1.0 ± 0.0 | -6.0 ± 0.0 | -1.0" in text
+    assert "| gate | b | 1 | 50.0 | +5.0 | +6.0 |" in text and "50 %" in text
+    plot = (tmp_path / "images" / "quality_frontier.svg").read_text()
+    assert plot.count("<title>") == 6 and "plain x 1, adapted, a: -6.0, +2.0" in plot
+    study_page.fill(page, rows, tmp_path / "rows.jsonl")
+    assert page.read_text() == text
+    (tmp_path / "bare.md").write_text("nothing")
+    with pytest.raises(ValueError, match="no lines"):
+        study_page.fill(tmp_path / "bare.md", rows, tmp_path / "rows.jsonl")
