@@ -1,7 +1,7 @@
 """Top-1 of linear, LoRA, LoSA and full fine-tuning on labelled sets, from the base model and from an adapted one.
 
-    python bench/methods_table.py run --results bench/results/methods.jsonl [--adapted] [--sets NAME ...] [--methods ...] [--lock FILE]
-    python bench/methods_table.py table --results bench/results/methods.jsonl
+    python bench/methods_table.py run [--results FILE] [--adapted] [--sets NAME ...] [--methods ...] [--lock FILE]
+    python bench/methods_table.py table [--results FILE]
 
 Each run is `upstep-fast finetune` in a process of its own and adds one JSON line; runs that are in the file already are
 not repeated. Of a method's learning rates the table takes the one with the best held-out accuracy, a split of train/;

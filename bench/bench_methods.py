@@ -1,0 +1,150 @@
+"""One training step of LoSA beside LoRA's and full fine-tuning's: time, and bytes kept for backward.
+
+    python bench/bench_methods.py --json bench/results/bench_methods_cpu_b16.json                (B/16, batch 4)
+    python bench/bench_methods.py --model vit_large_patch14_dinov2 --img-size 224 --batch-size 64 --json FILE
+
+A step is forward, loss and backward, without the optimizer. `eager` is the plain timm model under autocast. Kept bytes
+are what autograd holds between forward and backward, each memory once, parameters left out; on a GPU the peak of the
+allocator beyond what was there before is given as well. Variants alternate within one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from upstep_fast import backbone as backbones
+from upstep_fast.benchmark import alternate, device_card
+from upstep_fast.device import Compute, resolve
+from upstep_fast.lora import LoraSpec
+from upstep_fast.methods.lora_finetune import Baseline
+from upstep_fast.methods.losa import Losa, LosaSpec
+
+CLASSES = 100
+
+
+def models(backbone: backbones.Backbone, compute: Compute, rank: int, lora_r: int) -> dict[str, nn.Module]:
+    """Each method on a copy of the backbone, on the engine and, for comparison, eager."""
+
+    def losa() -> Losa:
+        return Losa(copy.deepcopy(backbone), LosaSpec(rank=rank, token_rank=rank), CLASSES)
+
+    def lora() -> Baseline:
+        return Baseline(copy.deepcopy(backbone), "lora", CLASSES, spec=LoraSpec(lora_r, lora_r, ("q", "v")))
+
+    found = {
+        "full eager": Baseline(copy.deepcopy(backbone), "full", CLASSES),
+        "lora eager": lora(),
+        "losa eager": losa(),
+        "lora": lora(),
+        "losa": losa(),
+    }
+    for name, model in found.items():
+        model.to(compute.device).train()
+        for parameter in (p for p in model.parameters() if p.requires_grad and p.dim() > 1):
+            if not parameter.any():  # zero factors would leave others without gradient
+                nn.init.normal_(parameter, std=0.02)
+        if not name.endswith("eager"):
+            model.accelerate(compute.dtype or torch.float32)
+    return found
+
+
+def loss_of(model: nn.Module, x: Tensor, y: Tensor, compute: Compute) -> Tensor:
+    """The forward half of a step."""
+    with compute.autocast():
+        return F.cross_entropy(model(x).float(), y)
+
+
+def step_of(model: nn.Module, x: Tensor, y: Tensor, compute: Compute) -> Callable[[], object]:
+    """One step: gradients of everything that trains."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return lambda: torch.autograd.grad(loss_of(model, x, y, compute), parameters, allow_unused=True)
+
+
+def kept_bytes(model: nn.Module, x: Tensor, y: Tensor, compute: Compute) -> int:
+    """Bytes that autograd holds after forward."""
+    of_parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    found: dict[int, int] = {}
+    held: list[Tensor] = []  # so that no address is given out twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in of_parameters:
+            found[storage.data_ptr()] = storage.nbytes()
+            held.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss_of(model, x, y, compute)
+    return sum(found.values())
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
+    """The allocator's peak beyond what was there before; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vit_base_patch16_224")
+    parser.add_argument("--img-size", type=int)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--rank", type=int, default=16, help="LoSA's, on both axes")
+    parser.add_argument("--lora-r", type=int, default=8)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    compute = resolve("auto", "auto")
+    backbone = backbones.load(args.model, img_size=args.img_size, pretrained=False)
+    x = torch.randn(args.batch_size, 3, *backbone.img_size, device=compute.device)
+    y = torch.arange(args.batch_size, device=compute.device) % CLASSES
+    found = models(backbone, compute, args.rank, args.lora_r)
+    steps = {name: step_of(model, x, y, compute) for name, model in found.items()}
+    kept = {name: kept_bytes(model, x, y, compute) for name, model in found.items()}
+    times = alternate(steps, compute.device, runs=args.runs, warmup=1)
+    rows = []
+    for name, model in found.items():
+        low, median, high = statistics.quantiles(times[name], n=4)
+        row = {
+            "name": name,
+            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "median_ms": median,
+            "low_ms": low,
+            "high_ms": high,
+            "kept_bytes": kept[name],
+            "peak_bytes": peak_bytes(steps[name], compute.device),
+        }
+        rows.append(row)
+        print(f"{name:<12} {median:9.1f} ms ({low:.1f}..{high:.1f})  kept {kept[name] / 1e6:9.1f} MB", flush=True)
+    by_name = {row["name"]: row for row in rows}
+    ratios = {
+        "losa eager / lora eager, time": by_name["losa eager"]["median_ms"] / by_name["lora eager"]["median_ms"],
+        "losa / lora, time": by_name["losa"]["median_ms"] / by_name["lora"]["median_ms"],
+        "losa / lora eager, kept": kept["losa"] / kept["lora eager"],
+        "losa / lora, kept": kept["losa"] / kept["lora"],
+    }
+    print(json.dumps(ratios, indent=1))
+    if args.json is not None:
+        config = {name: value for name, value in vars(args).items() if name != "json"}
+        card = device_card(compute.device) | {"precision": compute.precision}
+        text = json.dumps({"device": card, "config": config, "rows": rows, "ratios": ratios}, indent=1)
+        args.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
