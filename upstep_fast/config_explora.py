@@ -150,6 +150,8 @@ class MaeConfig(ExploraConfig):
     """The same for the saturation."""
     grey: float | None = 0.0
     """Probability of dropping the colour."""
+    prototypes: int = 2
+    """Not used by MAE."""
 
     hidden: float = 0.75
     """Share of the patches that the encoder does not see."""

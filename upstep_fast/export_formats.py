@@ -96,7 +96,9 @@ def _peft(job: Job) -> Written:
     vit: Any = job.base.vit
     hub = vit.pretrained_cfg.get("hf_hub_id")
     name = f"{HUB}{hub}" if hub and timm.is_model(job.config.model.partition(".")[0]) else job.config.model
-    lora.save(job.folder, job.adapters, name)
+    assert job.config.adapter is not None
+    whole, bare = lora.trained_whole(job.config.adapter)
+    lora.write(job.folder, lora.to_files(job.adapters, name, whole=whole | bare))
     biased = getattr(vit.blocks[0].attn, "q_bias", None) is not None
 
     def measure(images: Tensor) -> Tensor:
@@ -104,12 +106,17 @@ def _peft(job: Job) -> Written:
 
         theirs = backbones.load_from(job.config).vit
         lora.call_qkv(theirs)
+        for parameter, value in bare.items():
+            theirs.get_parameter(parameter).copy_(value)
         served: Any = peft.PeftModel.from_pretrained(theirs, str(job.folder)).eval()
         return features(served.base_model.model, images)
 
     usage = f'model = timm.create_model("{name}", pretrained=True)\n'
     if biased:  # else timm reads qkv.weight itself, past PEFT's adapter
         usage += "for block in model.blocks:\n    block.attn.qkv_bias_separate = True\n"
+    if bare:  # PEFT has no place for parameters of the model itself
+        usage += f'for name, value in safetensors.torch.load_file("FOLDER/{lora.BARE}").items():\n'
+        usage += "    model.get_parameter(name).data.copy_(value)\n"
     return Written("PEFT", measure, usage + 'model = peft.PeftModel.from_pretrained(model, "FOLDER")')
 
 

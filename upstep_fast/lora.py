@@ -278,6 +278,12 @@ def load_adapted(
     return merge(vit) if merged else vit
 
 
+def trained_whole(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The parameters in an adapter folder that were trained as they are: those of modules, and bare ones, by name."""
+    config, tensors, bare = _read(Path(folder))
+    return _sort(config, tensors, Path(folder))[1], bare
+
+
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
     try:
         config = json.loads((folder / CONFIG).read_text())
