@@ -56,6 +56,8 @@ TILES: dict[str, dict[tuple[int, int] | None, Tile]] = {
     "attention_fp32": {None: {"BLOCK": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}},
     # pixels of a view in a program, over all channels; not measured yet
     "crop_resize": {None: {"CELLS": 1024, "num_warps": 4}},
+    # pixels of a view in a program; not measured yet
+    "recolour": {None: {"CELLS": 1024, "num_warps": 4}},
     # cells of a program; not measured yet
     "patchify": {None: {"CELLS": 4096, "num_warps": 4}},
 }

@@ -211,6 +211,22 @@ def _views(ops: ModuleType) -> Problem:
     return Problem(call, reference, inputs)
 
 
+def _recolour(ops: ModuleType) -> Problem:
+    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.25])
+    factors = torch.tensor([[1.2, 0.7, 1.4, 0.0, 0.0, 1.0], [0.8, 1.3, 0.6, 0.1, 1.0, 0.0]])
+    x = torch.rand(2, 3, 24, 16, generator=torch.Generator().manual_seed(0))
+
+    # views are fp32 whatever the model's dtype; on one value the threshold of solarize would be a matter of rounding
+    def call(x: Tensor) -> Tensor:
+        given = (v.to(x.device) for v in (factors, mean, std))
+        return ops.recolour(x.float(), *given, patch=8, dtype=x.dtype)
+
+    def reference(x: Tensor) -> Tensor:
+        return ops.recolour_reference(x, *(v.to(x.device, x.dtype) for v in (factors, mean, std)), 8, x.dtype)
+
+    return Problem(call, reference, (x,))
+
+
 # module of kernels/ -> its problem
 PROBLEMS: dict[str, Callable[[ModuleType], Problem]] = {
     "attention": _attention,
@@ -221,6 +237,7 @@ PROBLEMS: dict[str, Callable[[ModuleType], Problem]] = {
     "lora_linear_fp8": _lora_linear_fp8,
     "patchify": _patchify,
     "quantize": _quantize,
+    "recolour": _recolour,
     "sinkhorn": _sinkhorn,
     "swapped_loss": _swapped_loss,
     "views": _views,

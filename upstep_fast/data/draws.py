@@ -46,6 +46,11 @@ class ViewParams:
         """A part of the views."""
         return ViewParams(*(getattr(self, field.name)[which] for field in dataclasses.fields(self)))
 
+    def factors(self) -> np.ndarray:
+        """The colours as `kernels.recolour` takes them: [N, 6] fp32; the blur is none of them."""
+        columns = (self.brightness, self.contrast, self.saturation, self.hue, self.grey, self.solarize)
+        return np.stack(columns, 1).astype(np.float32)
+
     def boxes(self) -> np.ndarray:
         """The geometry as `kernels.views.crop_resize` takes it: [N, 6] int32."""
         turn = FLIP_Y * self.flip_y + FLIP_X * self.flip_x + TRANSPOSE * self.transpose

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels.recolour import HUE, SOLARIZE, recolour
 from ..kernels.views import crop_resize, resize_weights
 from . import colour
 from .draws import ViewParams, draw_params
@@ -112,22 +113,45 @@ def _make(
 ) -> Tensor:
     """The views that `params` describes, [N, C, H, W]; packed: the images on a device that is not the CPU."""
     count, channels = len(params.image), images[0].shape[0]
-    out = torch.empty(count, channels, config.height, config.width, device=device)
-    mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (config.mean, config.std))
     per_view = 4 * channels * config.height * config.width
-    step = max(1, CHUNK_BYTES // per_view) if packed is None else max(1, (256 << 20) // per_view)
+    mean, std = (torch.tensor(v, device=device) for v in (config.mean, config.std))
+    if packed is not None:
+        step = max(1, (256 << 20) // per_view)
+        parts = [
+            _make_fused(packed, params.take(slice(start, start + step)), config, mean, std)
+            for start in range(0, count, step)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    out = torch.empty(count, channels, config.height, config.width)
+    step = max(1, CHUNK_BYTES // per_view)
     for start in range(0, count, step):
         part = params.take(slice(start, start + step))
         # everything happens in the result's own memory: fresh pages cost a CPU more than the arithmetic
         x = out[start : start + step]
-        if packed is None:
-            _resize(images, part, config, x)
-        else:
-            boxes = torch.from_numpy(part.boxes()).to(device)
-            x.copy_(crop_resize(*packed, boxes, channels, config.height, config.width, config.interpolation))
+        _resize(images, part, config, x)
         _recolour(x, part, config)
-        x.sub_(mean).mul_(1 / std)
+        x.sub_(mean.view(-1, 1, 1)).mul_(1 / std.view(-1, 1, 1))
     return out
+
+
+def _make_fused(packed: tuple[Tensor, Tensor], p: ViewParams, config: ViewConfig, mean: Tensor, std: Tensor) -> Tensor:
+    """By the kernels: the crops in one, all colours in another, which runs twice where some views are blurred."""
+
+    def on_device(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(mean.device)
+
+    boxes = on_device(p.boxes())
+    x = crop_resize(*packed, boxes, len(mean), config.height, config.width, config.interpolation)
+    factors = p.factors()
+    if not p.sigma.any():
+        return recolour(x, on_device(factors), mean, std)
+    before, after = factors.copy(), np.zeros_like(factors)
+    before[:, SOLARIZE] = 0
+    after[:, :HUE], after[:, SOLARIZE] = 1, factors[:, SOLARIZE]
+    x = recolour(x, on_device(before), torch.zeros_like(mean), torch.ones_like(std))
+    chosen, sigma = on_device(np.flatnonzero(p.sigma)), on_device(p.sigma[p.sigma > 0])
+    x[chosen] = colour.blur(x[chosen], sigma, _blur_size(config))
+    return recolour(x, on_device(after), mean, std)
 
 
 def _resize(images: Sequence[Tensor], p: ViewParams, config: ViewConfig, out: Tensor) -> None:
@@ -205,8 +229,11 @@ def _recolour(x: Tensor, p: ViewParams, config: ViewConfig) -> None:
         x[chosen] = colour.grey(x[chosen]).expand(-1, 3, -1, -1)
     if p.sigma.any():
         chosen, sigma = on_device(np.flatnonzero(p.sigma)), on_device(p.sigma[p.sigma > 0])
-        kernel = colour.blur_kernel_size(config.height), colour.blur_kernel_size(config.width)
-        x[chosen] = colour.blur(x[chosen], sigma, kernel)
+        x[chosen] = colour.blur(x[chosen], sigma, _blur_size(config))
     if p.solarize.any():
         chosen = on_device(np.flatnonzero(p.solarize))
         x[chosen] = colour.solarize(x[chosen])
+
+
+def _blur_size(config: ViewConfig) -> tuple[int, int]:
+    return colour.blur_kernel_size(config.height), colour.blur_kernel_size(config.width)
