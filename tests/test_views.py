@@ -215,6 +215,48 @@ def test_views_have_the_moments_of_torchvisions_pipeline():
         assert abs((spread < 1e-5).float().mean() - config.grey) < 4.5 * math.sqrt(0.16 / count)
 
 
+# each operation alone: our configuration, torchvision's transform of a picture in 0..1
+DISTRIBUTIONS = {
+    "crop": ({"crop_scale": (0.2, 0.7)}, v2.RandomResizedCrop(16, scale=(0.2, 0.7), antialias=True)),
+    "narrow crop": (
+        {"crop_scale": (0.05, 0.3), "crop_ratio": (0.5, 0.8)},
+        v2.RandomResizedCrop(16, scale=(0.05, 0.3), ratio=(0.5, 0.8), antialias=True),
+    ),
+    "flip": ({"flip": 0.3}, v2.RandomHorizontalFlip(0.3)),
+    "vertical flip": ({"vertical_flip": 0.6}, v2.RandomVerticalFlip(0.6)),
+    "turns": ({"rotate90": 0.75}, v2.RandomChoice([v2.Lambda(lambda x, k=k: x.rot90(k, (1, 2))) for k in range(4)])),
+    "brightness": ({"brightness": 0.6}, v2.ColorJitter(brightness=0.6)),
+    "contrast": ({"contrast": 0.8}, v2.ColorJitter(contrast=0.8)),
+    "saturation": ({"saturation": 0.9}, v2.ColorJitter(saturation=0.9)),
+    "hue": ({"hue": 0.3}, v2.ColorJitter(hue=0.3)),
+    "grey": ({"grey": 0.4}, v2.RandomGrayscale(0.4)),
+    "blur": ({"blur": 0.5}, v2.RandomApply([v2.GaussianBlur(3, (0.1, 2.0))], 0.5)),
+    "solarize": ({"solarize": 0.4}, v2.RandomSolarize(128 / 255, 0.4)),
+}
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_each_operation_has_torchvisions_distribution(name):
+    """Over many views of a picture the mean and mean square of its pixels are torchvision's, to 4.5 standard errors."""
+    fields, transform = DISTRIBUTIONS[name]
+    size = (60, 80) if "crop" in name else (16, 16)  # without a crop nothing is resized
+    config = dataclasses.replace(
+        STILL, size=16, **{"crop_ratio": (3 / 4, 4 / 3) if "crop" in name else (1, 1), **fields}
+    )
+    coarse = torch.rand(1, 3, 5, 6, generator=torch.Generator().manual_seed(1))
+    smooth = torch.nn.functional.interpolate(coarse, size, mode="bicubic")[0].clamp(0, 1)
+    image, count = (255 * smooth).byte(), 1200
+    ours = random_views([image] * count, config, seed=0, epoch=0, indices=range(count), views=1)[0]
+    torch.manual_seed(0)
+    x = image.float() / 255
+    theirs = torch.stack([transform(x) for _ in range(count)])
+    for statistic in (lambda x: x, lambda x: x**2):
+        a, b = (statistic(x)[:, :, ::3, ::3].double().flatten(1) for x in (ours, theirs))
+        error = ((a.var(0) + b.var(0)) / count).sqrt() + 1e-3 / math.sqrt(count)  # a level's rounding
+        assert ((a.mean(0) - b.mean(0)).abs() < 4.5 * error + 1 / 255 * ("crop" in name)).all()
+    assert (ours.std(0).mean() / theirs.std(0).mean() - 1).abs() < 0.1
+
+
 # repeatability and shape
 
 
