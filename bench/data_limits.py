@@ -1,4 +1,4 @@
-"""What the data path promises at its limits, measured: a million files and hashes, 100,000 samples, 10,000 damaged files.
+"""What the data path promises at its limits: a million files and hashes, 100,000 samples, 10,000 damaged files.
 
     python bench/data_limits.py bench/results/data_limits_cpu2.json
 
