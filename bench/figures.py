@@ -102,7 +102,19 @@ FIGURES = (
         "bad images", ("bad_images",), "{bad_images}", "broken, truncated, hostile and mutated image files", "10,000"
     ),
     Figure(
-        "rank faults", ("rank_faults",), "{rank_faults}", "a rank dies, hangs or differs; 2 and 4 ranks", "all, < 60 s"
+        "bit-exact resumes of several ranks",
+        ("exact_resumes_ranks",),
+        "{exact_resumes_ranks} of {exact_resumes_ranks}",
+        "2 gloo ranks, stopped by a signal to one of them while gradients wait, or killed and restarted by torchrun",
+        "all",
+    ),
+    Figure(
+        "rank faults",
+        ("rank_faults", "rank_fault_seconds_max"),
+        "{rank_faults} of {rank_faults}, the slowest gone after {rank_fault_seconds_max:.0f} s",
+        "a rank is killed, stopped, sleeps, exits, raises, gets a signal or differs, on 2 and 4 gloo ranks: all end, "
+        "one line names the first cause",
+        "all, < 60 s",
     ),
     Figure(
         "soak",

@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 2 rank_runner.py JOB.json
 
-JOB: [{"name": ..., "call": "adapt" | "extract" | "collectives", "options": {...}, "faults": {...}}, ...]. A fault is
-{"rank": R, ...}; what it does is in `planted`. NAME.rankR.json beside JOB gets the outcome.
+JOB: [{"name": ..., "call": "adapt" | "extract" | "collectives", "options": {...}, "fault": {...}}, ...]. A fault is
+{"rank": R, "kind": ..., "at": step}; what it does is in `planted`. NAME.rankR.json beside JOB gets the outcome. Instead
+of a list: {"command": [...], "fault": {...}}, a command line that may end the process.
 """
 
 import contextlib
@@ -12,13 +13,14 @@ import logging
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from unittest import mock
 
 import torch
 
 import upstep_fast
-from upstep_fast import distributed, evaluation, gate, step
+from upstep_fast import cli, distributed, evaluation, gate
 from upstep_fast.config import EmbedConfig
 from upstep_fast.data.sources import open_source
 from upstep_fast.device import resolve
@@ -42,6 +44,26 @@ def no_memory(_):
     raise torch.OutOfMemoryError("planted")
 
 
+def broken():
+    raise RuntimeError("planted")
+
+
+ENDINGS = {
+    "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "exits": lambda: os._exit(3),
+    "sleeps": lambda: time.sleep(10_000),
+    "raises": broken,
+}
+
+
+def begin(fault):
+    """The end of this process, once: a restarted one goes on."""
+    if int(os.environ["TORCHELASTIC_RESTART_COUNT"]) == 0:
+        Path(fault["note"]).write_text(str(time.time()))
+        ENDINGS[fault["kind"]]()
+
+
 def planted(fault):
     """The patch that does what `fault` says, on its rank; nothing on the others."""
     if not fault or fault["rank"] != distributed.rank():
@@ -51,6 +73,9 @@ def planted(fault):
         number = getattr(signal, fault["signal"])
         act = lambda call: (signal.raise_signal(number), call())[1]  # noqa: E731
         return mock.patch.object(UpStep, "remember", counted(UpStep.remember, at, act))
+    if fault["kind"] in ENDINGS:
+        act = lambda call: (begin(fault), call())[1]  # noqa: E731
+        return mock.patch.object(UpStep, "embed", counted(UpStep.embed, at, act))
     if fault["kind"] == "nan":
         return mock.patch.object(UpStep, "loss", counted(UpStep.loss, at, lambda call: call() * float("nan")))
     if fault["kind"] == "forward memory":
@@ -107,13 +132,18 @@ def one(run, folder):
 
 def main(path):
     torch.set_num_threads(1)
+    job = json.loads(path.read_text())
+    if isinstance(job, dict):
+        changes = job.get("per_rank", [[]] * 99)[distributed.rank()]
+        with planted(job.get("fault")):
+            cli.main([*job["command"], *changes])
     lines = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
     logging.getLogger("upstep_fast").addHandler(handler)
     logging.getLogger("upstep_fast").setLevel(logging.INFO)
     with distributed.joined(torch.device("cpu")):
-        for run in json.loads(path.read_text()):
+        for run in job:
             lines.clear()
             try:
                 found = {"result": one(run, path.parent)}
@@ -126,5 +156,4 @@ def main(path):
 
 
 if __name__ == "__main__":
-    assert step and os.environ["RANK"]
     main(Path(sys.argv[1]))

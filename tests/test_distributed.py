@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -222,7 +223,7 @@ def test_frozen_weights_spread_over_the_ranks_give_the_plain_model(ranks, alone)
     close(ranks / "sharded", alone(implementation="reference"))
 
 
-def test_a_stop_on_any_rank_stops_all_and_the_resumed_run_is_the_unbroken_one(ranks):
+def test_a_stop_on_any_rank_stops_all_and_the_resumed_run_is_the_unbroken_one(ranks, record_property):
     for found in outcome(ranks, "stopped"):
         assert found["error"] == "Interrupted" and found["code"] == 75
         # the wish of rank 1 at the end of step 4 is known to all at the end of step 5
@@ -230,6 +231,7 @@ def test_a_stop_on_any_rank_stops_all_and_the_resumed_run_is_the_unbroken_one(ra
     assert [found["result"] for found in outcome(ranks, "resumed")] == [f["result"] for f in outcome(ranks, "waits")]
     assert exact(ranks / "stopped") == exact(ranks / "waits")
     same_state(ranks / "stopped", ranks / "waits")
+    record_property("exact_resumes_ranks", 1)
 
 
 def test_a_save_asked_for_on_any_rank_is_made_and_the_run_goes_on(ranks):
@@ -301,3 +303,125 @@ def test_features_are_those_of_one_process(ranks, base):
         found = torch.load(ranks / f"extract.rank{rank}.pt", weights_only=True)
         assert found["read"] == read
         torch.testing.assert_close(found["x"], x["base"], atol=1e-6, rtol=0)
+
+
+def flags(options):
+    """The command line of `options`."""
+    found = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        found += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return found
+
+
+def launch(tmp_path, job, *arguments, ranks=2):
+    """A command under torchrun; returns the finished process and the time at which it ended."""
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    done = subprocess.run(
+        [*TORCHRUN, f"--nproc-per-node={ranks}", *arguments, str(RUNNER), str(tmp_path / "job.json")],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=240,
+    )
+    return done, time.time()
+
+
+# what the line must say; the slowest wait is --rank-timeout, a look at who lives, and torchrun's own half minute
+CAUSES = {
+    "killed": "no sign of life from rank 1",
+    "exits": "no sign of life from rank 1",
+    "stopped": "no sign of life from rank 1",
+    "sleeps": "rank 1 did not come to where the others wait",
+    "raises": "(rank 1): RuntimeError: planted",
+}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("kind", CAUSES)
+def test_when_a_rank_ends_all_end_within_a_minute_and_say_why(base, tmp_path, record_property, kind, count):
+    options = base | {"steps": 100_000, "out": str(tmp_path / "out"), "debug": False, "checkpoint_every": 2}
+    fault = {"rank": 1, "kind": kind, "at": 5, "note": str(tmp_path / "when")}
+    done, ended = launch(tmp_path, {"command": ["adapt", *flags(options)], "fault": fault}, ranks=count)
+    seconds = ended - float((tmp_path / "when").read_text())
+    said = [line for line in done.stderr.splitlines() if line.startswith("upstep-fast")]
+    assert done.returncode != 0 and CAUSES[kind] in said[0], done.stderr[-3000:]
+    assert len(said) == 1  # by one rank, the first cause alone
+    assert seconds < 60
+    assert len(rows(tmp_path / "out")) == 5 and state(tmp_path / "out")[1]["step"] == 4
+    log = (tmp_path / "out" / "train.log").read_text()
+    assert CAUSES[kind].removeprefix("(rank 1): ") in log
+    record_property("rank_faults", 1)
+    record_property("rank_fault_seconds_max", seconds)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_torchrun_restarts_the_ranks_and_the_run_goes_on_exactly(base, tmp_path, record_property):
+    options = base | {"steps": 12, "debug": False, "checkpoint_every": 3, "resume": True}
+    command = ["adapt", *flags(options | {"out": str(tmp_path / "out")})]
+    fault = {"rank": 0, "kind": "killed", "at": 8, "note": str(tmp_path / "when")}
+    done, _ = launch(tmp_path, {"command": command, "fault": fault}, "--max-restarts=2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole = ["adapt", *flags(options | {"out": str(tmp_path / "whole")})]
+    assert launch(tmp_path, {"command": whole})[0].returncode == 0
+    assert exact(tmp_path / "out") == exact(tmp_path / "whole")
+    same_state(tmp_path / "out", tmp_path / "whole")
+    assert not list((tmp_path / "out").rglob("*.tmp-*")) and not (tmp_path / "out" / "run.lock").exists()
+    record_property("rank_faults", 1)
+    record_property("exact_resumes_ranks", 1)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_ranks_that_differ_refuse_to_start(base, tmp_path, record_property):
+    options = base | {"out": str(tmp_path / "out"), "debug": False}
+    other = [[], ["--lr", "0.002"], [], []]
+    done, _ = launch(tmp_path, {"command": ["adapt", *flags(options)], "per_rank": other}, ranks=4)
+    said = [line for line in done.stderr.splitlines() if line.startswith("upstep-fast")]
+    assert done.returncode != 0 and len(said) == 1
+    assert "rank 1 differs from rank 0: config.lr is 0.002, rank 0 has 0.001" in said[0]
+    record_property("rank_faults", 1)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
+def test_a_signal_to_one_of_four_ranks_ends_all_with_75(base, tmp_path, record_property, number):
+    options = base | {"out": str(tmp_path / "out"), "steps": 100_000, "debug": False}
+    fault = {"rank": 3, "kind": "signal", "signal": number, "at": 5}
+    done, _ = launch(tmp_path, {"command": ["adapt", *flags(options)], "fault": fault}, ranks=4)
+    assert done.stderr.count("exitcode  : 75") == 4, done.stderr[-3000:]
+    assert sum(line.startswith("upstep-fast") for line in done.stderr.splitlines()) == 1
+    assert state(tmp_path / "out")[1]["step"] == len(rows(tmp_path / "out")) == 7
+    record_property("rank_faults", 1)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_four_ranks_are_one_and_spread_weights_too(base, alone, tmp_path):
+    for name, changes in {"plain": {}, "sharded": {"shard_weights": True}}.items():
+        options = base | {"steps": 20, "out": str(tmp_path / name)} | changes
+        done, _ = launch(tmp_path, {"command": ["adapt", *flags(options)]}, ranks=4)
+        assert done.returncode == 0, done.stderr[-3000:]
+        close(tmp_path / name, alone(steps=20, overwrite=True))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_eval_over_ranks_gives_the_figures_of_one(base, photos, tmp_path):
+    for split in ("train", "test"):
+        for at, path in enumerate(sorted(photos.iterdir())[split == "test" :: 2]):
+            target = tmp_path / "labelled" / split / "ab"[at % 2] / path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+    common = {"model": base["model"], "data": str(tmp_path / "labelled"), "device": "cpu", "precision": "fp32"}
+    options = common | {"json": str(tmp_path / "ranks.json"), "k": 3}
+    done, _ = launch(tmp_path, {"command": ["eval", *flags(options)]}, ranks=4)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "ranks.json").read_text())
+    alone = upstep_fast.evaluate(**common, k=3)
+    assert found["base"]["knn"] == alone["base"]["knn"] and found["n_test"] == alone["n_test"]
+    assert found["base"]["linear"] == pytest.approx(alone["base"]["linear"], abs=100 / 12 + 1e-6)

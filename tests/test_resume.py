@@ -1,6 +1,7 @@
 """Exact resume: a run that is stopped or killed and goes on is, bit for bit, the run that was never stopped."""
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from safetensors.torch import load, save
 
 import upstep_fast
 from upstep_fast import checkpoint, lora, resume, trainer
+from upstep_fast.config import AdaptConfig
 from upstep_fast.data.loader import permutation
 from upstep_fast.errors import ConfigError, Interrupted, RunFailedError
 from upstep_fast.methods.upstep import UpStep
@@ -394,3 +396,57 @@ def test_sigusr1_saves_and_goes_on(options, monkeypatch, tmp_path):
     monkeypatch.setattr(resume, "save", lambda state, *rest: (saved.append(state.step), real_save(state, *rest))[1])
     upstep_fast.adapt(**options)
     assert saved == [3, 5, 10, 12]
+
+
+def test_a_run_that_stops_while_gradients_wait_goes_on_exactly(options, monkeypatch, tmp_path, record_property):
+    options |= {"accumulate": 3, "gate": "alternate", "steps": 20}
+    upstep_fast.adapt(**{**options, "out": tmp_path / "whole"})
+    interrupted(options, monkeypatch, step=9)  # 5 open steps: one update, and two gradients that wait
+    found = checkpoint.newest(tmp_path / "out" / "checkpoints")
+    names = load(found.files["state.safetensors"])
+    assert found.manifest["state"]["accumulated"] == 2
+    assert any(name.startswith("gradients.") for name in names)
+    upstep_fast.adapt(**options, resume=True)
+    assert evidence(tmp_path / "out") == evidence(tmp_path / "whole")
+    record_property("exact_resumes", 1)
+
+
+def test_a_resume_that_is_the_same_is_verified(options, caplog):
+    caplog.set_level("INFO", "upstep_fast")
+    upstep_fast.adapt(**options, verify_resume=4)
+    assert "verify_resume: 4 steps repeated from" in caplog.text and "bit for bit the same" in caplog.text
+
+
+def test_fewer_steps_than_asked_for_are_verified_at_the_end(options, caplog):
+    caplog.set_level("INFO", "upstep_fast")
+    upstep_fast.adapt(**options | {"checkpoint_every": 10}, verify_resume=50)
+    assert "verify_resume: 2 steps repeated from" in caplog.text
+
+
+def test_what_a_checkpoint_forgets_fails_the_check(options, monkeypatch):
+    real = resume.restore
+
+    def forgets(state, *rest):
+        real(state, *rest)
+        state.method.running_centre.zero_()
+
+    monkeypatch.setattr(resume, "restore", forgets)
+    with pytest.raises(RunFailedError, match=r"verify_resume: 3 steps repeated .* not the same: .*running_centre"):
+        upstep_fast.adapt(**options, verify_resume=3)
+
+
+def test_a_checkpoint_can_be_due_by_the_clock(options, monkeypatch):
+    now = iter(range(0, 10**6, 10))  # a look at the clock each step, ten seconds apart
+    monkeypatch.setattr("upstep_fast.signals.time.monotonic", lambda: next(now))
+    saved = []
+    real_save = resume.save
+    monkeypatch.setattr(resume, "save", lambda state, *rest: (saved.append(state.step), real_save(state, *rest))[1])
+    upstep_fast.adapt(**options | {"checkpoint_every": "0.5min"})
+    assert len(saved) >= 3 and saved[-1] == 12
+    assert set(b - a for a, b in itertools.pairwise(saved[:-1])) <= {1, 2, 3}
+
+
+@pytest.mark.parametrize("value", ["", "0", "-5", "0min", "tenmin", "5 hours", "infmin", "nanmin"])
+def test_nonsense_between_checkpoints_is_refused(value):
+    with pytest.raises(ConfigError, match=r"checkpoint_every: got .* steps \(200\) or minutes \(10min\)"):
+        AdaptConfig(model="m", data=("d",), out="o", checkpoint_every=value)

@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,10 +56,15 @@ class Writer:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="upstep-checkpoint")
         self._pending: Future[Path] | None = None
 
-    def save(self, folder: Path, step: int, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> None:
-        """As the function `save`, once the save before is done; raises what that one raised."""
+    def save(
+        self, folder: Path, step: int, make_files: Callable[[], Mapping[str, bytes]], manifest: Mapping[str, Any]
+    ) -> None:
+        """As the function `save`, once the save before is done; raises what that one raised.
+
+        make_files: is called in the thread, so it must work on a copy.
+        """
         self.wait()
-        self._pending = self._pool.submit(save, folder, step, files, manifest)
+        self._pending = self._pool.submit(lambda: save(folder, step, make_files(), manifest))
 
     def wait(self) -> None:
         """Until what was begun is on disk. Raises OSError if the disk refused it."""

@@ -42,7 +42,7 @@ class Journal:
         for skipped in distributed.gather(state.skipped):
             state.skipped.update(skipped)
         if self._config.debug:
-            digest = hashlib.sha256(resume.files(state)[resume.STATE]).hexdigest()
+            digest = hashlib.sha256(resume.copied(state)()[resume.STATE]).hexdigest()
             # 13 hexadecimal digits are a whole number that a float64 holds
             distributed.check_same(f"step {state.step}: the state's digests", [int(digest[:13], 16)])
         if self._metrics:

@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ _SOMETIMES = ("optimizer.", "gradients.")  # parts of the state that are not the
 _FREE = {
     *("model", "data", "out", "overwrite", "resume", "checkpoint_every", "log_every", "num_workers"),
     *("max_bad_fraction", "device", "debug", "tensorboard", "verify_resume", "auto_batch", "rank_timeout"),
-    *("memory_check", "report_images"),
+    *("memory_check", "report_images", "strength"),
 }
 
 
@@ -131,16 +132,15 @@ def go_on(state: RunState, folder: Path, identity: Identity) -> None:
 
 def save(state: RunState, folder: Path, identity: Identity, writer: checkpoints.Writer) -> None:
     """Copies `state` and has it written while the run goes on. Raises OSError if the save before failed."""
-    writer.save(folder, state.step, files(state), manifest(state, identity))
+    writer.save(folder, state.step, copied(state), manifest(state, identity))
 
 
-def files(state: RunState) -> dict[str, bytes]:
-    """The checkpoint's files: the adapter as PEFT reads it, and every tensor of the state."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(state).items()}
-    return {
-        **state.method.result_files(),
-        STATE: safetensors.torch.save(tensors),
-    }
+def copied(state: RunState) -> Callable[[], dict[str, bytes]]:
+    """Copies the state to the host. The function returned makes the checkpoint's files of the copy, at any time later:
+    the adapter as PEFT reads it, and every tensor of the state."""
+    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in _tensors(state).items()}
+    adapter = state.method.result_files()
+    return lambda: {**adapter, STATE: safetensors.torch.save(tensors)}
 
 
 def manifest(state: RunState, identity: Identity) -> dict[str, Any]:
