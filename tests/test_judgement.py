@@ -123,3 +123,5 @@ def test_judge_tells_a_collapsed_model_from_a_consistent_one():
     assert good["view_agreement"] > 0 and good["alignment"] < 0 and good["view_overlap"] > 0
     assert bad["effective_rank"] < -5 and bad["view_agreement"] < -0.3 and bad["uniformity"] > 1
     assert bad["base_overlap"] < 0.5 < good["base_overlap"]
+    assert judgement.predicted_gain(bad) < 0 < judgement.predicted_gain(good)
+    assert judgement.predicted_gain({"view_agreement": 0.03, "uniformity": -0.02}) == pytest.approx(4)

@@ -220,6 +220,14 @@ class AdaptConfig(ModelConfig):
     triage: bool = False
     """Look at all images first: leave out copies and blank ones, list near copies and odd ones in skipped.csv."""
 
+    # judged without labels
+    judge_every: int = 0
+    """Steps between two looks at held-out images (a tenth, at most 256); keeps the best adapter, may refuse; 0: none."""
+    judge_patience: int = 4
+    """Looks in a row without a better one that end the run early; 0: never."""
+    strength: float | Literal["auto"] = 1.0
+    """Scale of the adapter that is written, against the trained one; auto: the best by --judge-every's predictor."""
+
     log_every: int = 10
     """Steps between two lines on the console when it is not a terminal."""
     tensorboard: bool = False
@@ -246,7 +254,7 @@ class AdaptConfig(ModelConfig):
             raise ConfigError(f"epsilon: got {self.epsilon}, must be at least 0.01 (below it fp32 targets break down)")
         for name in ("epochs", "lora_alpha"):
             _positive(self, name)
-        for name in ("warmup", "weight_decay", "clip", "cvr_weight", "distil_weight"):
+        for name in ("judge_every", "judge_patience", "warmup", "weight_decay", "clip", "cvr_weight", "distil_weight"):
             _at_least(self, name, 0)
         for name in (
             "gate_rate",
@@ -291,6 +299,10 @@ class AdaptConfig(ModelConfig):
             raise ConfigError("lora_targets: qkv is one adapter over q, k and v; do not name q, k or v beside it")
         if self.layout == "asymmetric" and self.gate == "views":
             raise ConfigError("gate: views compares two views, which --layout asymmetric does not have before the gate")
+        if self.strength == "auto" and not self.judge_every:
+            raise ConfigError("strength: auto needs --judge-every, which holds out images to judge it on")
+        if self.strength != "auto":
+            _positive(self, "strength")
         if self.gate_unit == "image" and (self.layout != "asymmetric" or self.gate not in ("quantile", "random")):
             raise ConfigError("gate_unit: image needs --layout asymmetric and --gate quantile or random")
         if self.crop_min is not None and self.crop_max is not None and self.crop_min > self.crop_max:

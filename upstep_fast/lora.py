@@ -179,6 +179,15 @@ def write(folder: str | Path, files: Mapping[str, bytes]) -> None:
         write_whole(folder / name, data)
 
 
+def strengthen(folder: str | Path, by: float) -> None:
+    """Multiplies a saved adapter's scale, in its lora_alpha: below 1 it lies between base and adapted model."""
+    path = Path(folder) / CONFIG
+    config = json.loads(path.read_text())
+    config["lora_alpha"] = _whole(by * config["lora_alpha"])
+    config["alpha_pattern"] = {name: _whole(by * alpha) for name, alpha in config.get("alpha_pattern", {}).items()}
+    write_whole(path, (json.dumps(config, indent=2) + "\n").encode())
+
+
 def to_files(
     adapters: Mapping[str, LoraLinear], base_model: str, *, whole: Mapping[str, Tensor] | None = None
 ) -> dict[str, bytes]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, distributed, html_report, lora, methods, output, resume
+from . import __version__, distributed, html_report, lora, methods, output, pictures, resume
 from . import backbone as backbones
 from . import gate as gates
 from .adapter_check import check_adapter
@@ -29,6 +29,7 @@ from .journal import Journal
 from .kernels import _dispatch as dispatch
 from .memory_fit import settle
 from .methods import Method
+from .referee import Referee, hold_out
 from .report import train_log
 from .resume import RunState
 from .resume_check import ResumeCheck
@@ -79,6 +80,7 @@ def run(config: AdaptConfig) -> AdaptResult:
 
 def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
     source = open_source(config.data, split="train")
+    source, held_out = hold_out(source, config)
     backbone = backbones.load_from(config)
     if config.triage and distributed.is_first():
         output.check(config)
@@ -100,7 +102,10 @@ def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
         for name in ("batch_size", "prototypes"):
             if (before := getattr(asked, name)) != (now := getattr(config, name)):
                 log.warning("%s: reduced from %d to the %d images there are", name, before, now)
-        return _train(config, compute, source, backbone, out)
+        result = _train(config, compute, source, held_out, backbone, out)
+        if config.report_images and distributed.is_first():
+            pictures.collect(config, compute, source, out)
+        return result
 
 
 def fit_to_data(config: AdaptConfig, num_images: int) -> AdaptConfig:
@@ -119,7 +124,12 @@ def fit_to_data(config: AdaptConfig, num_images: int) -> AdaptConfig:
 
 
 def _train(
-    config: AdaptConfig, compute: Compute, source: Source, backbone: backbones.Backbone, out: Path
+    config: AdaptConfig,
+    compute: Compute,
+    source: Source,
+    held_out: Source | None,
+    backbone: backbones.Backbone,
+    out: Path,
 ) -> AdaptResult:
     assert config.steps is not None
     identity = resume.identify(config, compute, source, backbones.fingerprint(backbone.vit))
@@ -137,6 +147,7 @@ def _train(
             rows = [step(again, next(batches).views, rule, config, compute) for _ in range(steps)]
         return rows, again
 
+    referee = Referee(config, held_out, compute, out) if held_out else None
     check = ResumeCheck(config.verify_resume, repeat)
     with (
         make_loader(config, source, state, channels, compute) as loader,
@@ -147,12 +158,16 @@ def _train(
             if state.step == 0 and state.method.needs_start:
                 with compute.autocast():
                     state.method.start(_start_views(config, source, state, channels, compute))
-            while state.step < config.steps:
+            while state.step < config.steps and not (referee and referee.gives_up(state.step)):
                 began_step = time.monotonic()
                 batch = next(loader)
                 row = step(state, batch.views, rule, config, compute, asked)
                 # looked at once: a signal during the save waits for the next step
-                (stop, save), is_last = asked.settle(), state.step == config.steps
+                if referee and referee.due(state.step):
+                    with output.writing(out):
+                        referee.look(state)
+                gives_up = referee is not None and referee.gives_up(state.step)
+                (stop, save), is_last = asked.settle(), state.step == config.steps or gives_up
                 check.after(row, state, is_last)
                 seconds = max(1e-9, time.monotonic() - began_step)
                 row |= {
@@ -186,7 +201,12 @@ def _train(
                     )
         distributed.limit_wait(distributed.START_SECONDS)
         check_adapter(state, state.method.images(next(loader).views), compute, out)
-    return AdaptResult(out / "adapter", config.steps, state.gate.opened, state.loss, time.monotonic() - began)
+        with output.writing(out):
+            if referee:
+                referee.settle()
+            if config.strength not in (1.0, "auto") and distributed.is_first():
+                lora.strengthen(out / "adapter", float(config.strength))
+    return AdaptResult(out / "adapter", state.step, state.gate.opened, state.loss, time.monotonic() - began)
 
 
 def stop_if_bad(state: RunState, row: dict[str, Any], source: Source, batch: Batch, out: Path) -> None:

@@ -1,0 +1,162 @@
+"""Judges a run on unlabelled images that it does not train on: keeps the best adapter, stops early, refuses the worse.
+
+Every --judge-every steps the scores of judgement.py are taken of the adapted model and of the base model, on the same
+two views of the same held-out images, and `predicted_gain` makes one number of them: above 0 the adapter is taken to be
+better than the base model. The best adapter so far lies in OUT/best, every look in OUT/judgement.jsonl.
+
+    the end    the best adapter becomes OUT/adapter; with --strength auto at the strength whose prediction is largest
+    refusal    if no look predicts a gain, OUT/adapter becomes OUT/adapter-refused and the run ends with exit code 4
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import backbone as backbones
+from . import distributed, lora
+from .config import AdaptConfig
+from .data.labelled import Chosen
+from .data.loader import Loader
+from .data.random import uniform
+from .data.sources import Source
+from .data.views import random_views, view_config
+from .device import Compute
+from .errors import CheckFailedError, DataError
+from .judgement import judge, predicted_gain
+from .resume import RunState
+from .whole_file import write_whole
+
+log = logging.getLogger("upstep_fast")
+
+LOOKS, BEST, REFUSED = "judgement.jsonl", "best", "adapter-refused"
+LARGEST, SMALLEST, SHARE = 256, 16, 0.1  # held-out images: a tenth of the data, within these
+STRENGTHS = (0.25, 0.5, 0.75, 1.0)
+_VIEWS_SEED = 0x5EED  # of the held-out views, which are the same in every run
+
+
+def hold_out(source: Source, config: AdaptConfig) -> tuple[Source, Source | None]:
+    """What is trained on, and what is judged on; the second is None without --judge-every. Raises DataError."""
+    if not config.judge_every:
+        return source, None
+    order = sorted(range(len(source)), key=lambda index: uniform(config.seed, _VIEWS_SEED, index))
+    num = min(LARGEST, max(SMALLEST, round(SHARE * len(source))))
+    if len(source) < 4 * SMALLEST:
+        raise DataError(
+            f"data: {len(source)} images are too few to hold some out; give at least {4 * SMALLEST}, "
+            "or leave out --judge-every"
+        )
+    held_out, rest = sorted(order[:num]), sorted(order[num:])
+    return Source((Chosen(source, tuple(rest)),), source.problems), Source((Chosen(source, tuple(held_out)),))
+
+
+class Referee:
+    """Looks at a run now and then. Every rank looks, the first one writes."""
+
+    def __init__(self, config: AdaptConfig, held_out: Source, compute: Compute, out: Path):
+        self._config, self._compute, self._out = config, compute, out
+        base = backbones.load_from(config)
+        self._views = _views(held_out, base, config, compute)
+        self._base = self._features(base.vit.to(compute.device))
+        self.looks: dict[int, dict[str, Any]] = _read(out / LOOKS) if config.resume else {}
+
+    def due(self, step: int) -> bool:
+        """Whether to look after so many steps."""
+        assert self._config.steps is not None
+        return step % self._config.judge_every == 0 or step == self._config.steps
+
+    def look(self, state: RunState) -> None:
+        """Judges the model as it is after `state.step` steps. Raises OSError."""
+        scores = judge(self._base, self._features(state.method.vit))
+        row = {"step": state.step, "predicted_gain": predicted_gain(scores), **scores}
+        before = self.best()
+        self.looks[state.step] = row
+        log.info("judge: step %d: predicted gain %+.2f on held-out images", state.step, row["predicted_gain"])
+        if not distributed.is_first():
+            return
+        if before is None or row["predicted_gain"] > before["predicted_gain"] or row["step"] == before["step"]:
+            lora.write(self._out / BEST, state.method.result_files())
+        rows = [self.looks[step] for step in sorted(self.looks)]
+        write_whole(self._out / LOOKS, "".join(json.dumps(r) + "\n" for r in rows).encode())
+
+    def best(self) -> dict[str, Any] | None:
+        """The look with the largest prediction, the earliest of equals."""
+        return max(self.looks.values(), key=lambda row: (row["predicted_gain"], -row["step"]), default=None)
+
+    def gives_up(self, step: int) -> bool:
+        """Whether the last --judge-patience looks up to `step` brought nothing better."""
+        best, seen = self.best(), [s for s in self.looks if s <= step]
+        if best is None or not self._config.judge_patience:
+            return False
+        return sum(s > best["step"] for s in seen) >= self._config.judge_patience
+
+    def settle(self) -> None:
+        """Puts the best adapter in its place. Raises CheckFailedError if none is predicted to beat the base model."""
+        best, adapter = self.best(), self._out / "adapter"
+        if best is None or not adapter.is_dir():
+            return
+        if best["predicted_gain"] <= 0:
+            refused = self._out / REFUSED
+            if distributed.is_first():
+                shutil.rmtree(refused, ignore_errors=True)
+                adapter.rename(refused)
+                shutil.rmtree(self._out / BEST, ignore_errors=True)
+            raise CheckFailedError(
+                f"adapter: refused: on held-out images, without labels, every look says worse than the base model (the "
+                f"best, at step {best['step']}: {best['predicted_gain']:+.2f}); use the base model as it is, or try "
+                f"--preset gentle; the last adapter is in {refused}, the looks in {self._out / LOOKS}"
+            )
+        if distributed.is_first():
+            lora.write(adapter, {path.name: path.read_bytes() for path in (self._out / BEST).iterdir()})
+        if self._config.strength == "auto":
+            strength = self._strongest(self._out / BEST)
+            log.info("judge: strength %g has the largest predicted gain", strength)
+            if distributed.is_first():
+                lora.strengthen(adapter, strength)
+        log.info("judge: the adapter is that of step %d", best["step"])
+
+    def _strongest(self, folder: Path) -> float:
+        def gain(strength: float) -> float:
+            vit = backbones.load_from(self._config).vit
+            lora.attach(vit, folder)
+            lora.merge(vit, strength=strength)
+            return predicted_gain(judge(self._base, self._features(vit.to(self._compute.device))))
+
+        distributed.gather(None)  # the others read what rank 0 has written
+        return max(STRENGTHS, key=gain)
+
+    @torch.no_grad()
+    def _features(self, vit: nn.Module) -> Tensor:
+        with self._compute.autocast():
+            parts = [backbones.features(vit, x).float() for x in self._views.flatten(0, 1).split(128)]
+        return torch.cat(parts).cpu().view(*self._views.shape[:2], -1)
+
+
+def _views(held_out: Source, base: backbones.Backbone, config: AdaptConfig, compute: Compute) -> Tensor:
+    with Loader(
+        held_out,
+        batch_size=len(held_out),
+        seed=_VIEWS_SEED,
+        channels=len(base.mean),
+        max_bad_fraction=max(config.max_bad_fraction, 0.5),  # training says how much may be bad
+    ) as loader:
+        batch = next(loader)
+    # the default views whatever the run trains on, so that runs can be compared
+    plain = view_config(replace(config, crop_min=None, crop_max=None, flip=None, blur=None, grey=None), base)
+    return random_views(
+        batch.images, plain, seed=_VIEWS_SEED, epoch=0, indices=batch.indices, views=2, device=compute.device
+    )
+
+
+def _read(path: Path) -> dict[int, dict[str, Any]]:
+    if not path.is_file():
+        return {}
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {row["step"]: row for row in rows}
