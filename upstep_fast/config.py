@@ -222,7 +222,7 @@ class AdaptConfig(ModelConfig):
 
     # judged without labels
     judge_every: int = 0
-    """Steps between two looks at held-out images (a tenth, at most 256); keeps the best adapter, may refuse; 0: none."""
+    """Steps between two looks at held-out images (a tenth, at most 256); the best adapter is kept, or none; 0: never."""
     judge_patience: int = 4
     """Looks in a row without a better one that end the run early; 0: never."""
     strength: float | Literal["auto"] = 1.0
@@ -282,6 +282,9 @@ class AdaptConfig(ModelConfig):
             raise ConfigError("mean_std: auto measures mean and std; do not give --mean or --std as well")
         if self.shard_weights and self.auto_batch:
             raise ConfigError("shard_weights and auto_batch: give one of them, not both")
+        for name in ("shard_weights", "auto_batch"):
+            if getattr(self, name) and self.method != "upstep":
+                raise ConfigError(f"{name}: --method {self.method} cannot; leave it out")
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ConfigError("tensorboard: it is not installed; pip install 'upstep_fast[report]'")
         if self.resume and self.overwrite:

@@ -80,7 +80,7 @@ def finetune(**options: Any) -> FinetuneResult:
 
 def run(config: FinetuneConfig) -> FinetuneResult:
     """One run, from configuration to classifier. Raises UpstepError with the exit code of what went wrong."""
-    if distributed.size() > 1:
+    if distributed.local_size() > 1:
         raise ConfigError("finetune: runs on one device; start it without torchrun")
     compute = resolve(config.device, config.precision)
     splits = read_splits(config)
