@@ -63,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         _complain("interrupted")
         sys.exit(Interrupted.exit_code)
+    except BrokenPipeError:  # the reader, `head` say, has what it wanted; the interpreter must not flush into the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except Exception as error:
         if debug:
             raise
@@ -249,7 +252,7 @@ def _models(config: Any) -> None:
         raise ConfigError(f"pattern: no model that can be adapted matches {config.pattern!r}; {near(config.pattern)}")
     for name, kind in found:
         reason = why_not(blueprint(name))
-        print(f"{name:<50} {kind:<7} {'engine' if reason is None else f'plain model ({reason})'}")
+        print(f"{name:<50} {kind:<7} {'engine' if reason is None else f'compiled ({reason})'}")
 
 
 def _bench(config: Any) -> None:
