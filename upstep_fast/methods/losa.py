@@ -237,6 +237,7 @@ def make_stream(vit: nn.Module, dtype: torch.dtype) -> Stream:
 def _stream_engine(built: engine.EngineViT, images: Tensor, tap: Callable[[int, Tensor], None]) -> None:
     kind, dtype = images.device.type, built.dtype
     ready = built.ready()
+    block: Any
     delta: Tensor | None = None
     with torch.no_grad():
         x = engine.embed(built.vit, images, dtype)
