@@ -31,9 +31,9 @@ CACHED = ("--preset-views", "none", "--cache", "memory")
 # method: learning rates, other flags. All see the same images: no random views.
 METHODS: dict[str, tuple[tuple[float, ...], tuple[str, ...]]] = {
     "linear": ((1e-2, 3e-2), (*CACHED, "--epochs", "40")),
-    "lora": ((3e-3, 1e-2), ("--preset-views", "none", "--epochs", "10", "--lora-r", "8")),
+    "lora": ((6e-3, 2e-3), ("--preset-views", "none", "--epochs", "8", "--lora-r", "8")),
     "losa": ((3e-3, 6e-3), (*CACHED, "--epochs", "16")),
-    "full": ((3e-4, 1e-3), ("--preset-views", "none", "--epochs", "8")),
+    "full": ((3e-4, 1e-3), ("--preset-views", "none", "--epochs", "6")),
 }
 ADAPT = ("--steps", "160", "--batch-size", "64", "--lr", "6e-3", "--gate", "none", "--cvr", "off", "--prototypes", "64")
 
