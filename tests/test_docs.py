@@ -43,6 +43,7 @@ SHORTENED = {
     "adapt": "--steps 2 --batch-size 8 --prototypes 8 --gate none --device cpu",
     "eval": "--device cpu",
     "embed": "--device cpu",
+    "finetune": "--epochs 1 --batch-size 2 --device cpu",
     "bench": "--runs 2 --batch-size 4 --device cpu",
 }
 # a part of the command -> why it is parsed and not run
@@ -52,6 +53,7 @@ PARSED = {
     "hf-hub:": "a download",
     "hf:": "a download",
     "cuda": "needs a GPU",
+    "clips/": "no clips are shipped; tests/test_finetune.py runs them",
 }
 # programs whose commands are checked but not run, and what is checked in `check_other`
 OTHERS = ("make", "pip", "pytest", "cp", "pre-commit", "cmake", "compute-sanitizer", "torchrun", "git", "cd", "python3")
@@ -210,6 +212,15 @@ def test_every_command_is_in_the_table_of_commands():
     assert table
     listed = re.findall(r"^\| `(\w+)` \|", table[1], re.M)
     assert sorted(listed) == sorted(cli.COMMANDS)
+
+
+def test_messages_quoted_in_troubleshooting_are_messages():
+    files = [ROOT / "setup.py", *(ROOT / "upstep_fast").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]
+    source = "".join(path.read_text() for path in files)
+    for line in (ROOT / "docs/troubleshooting.md").read_text().splitlines():
+        seen = line.split("|")[1] if line.startswith("| ") else ""
+        for message in re.findall(r"`([^`]+)`", seen):
+            assert message in source, message
 
 
 # the site
