@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import BackboneConfig
-from .run_record import Record, summary
+from .run_record import Record, number, summary
 
 
 def next_steps(record: Record) -> list[tuple[str, str]]:
@@ -60,4 +60,15 @@ def _hints(record: Record) -> list[tuple[str, str]]:
         found.append(("No step made an update: the gate was never open. Try --gate none.", ""))
     if "steps not applied (not finite)" in values:
         found.append(("Some steps were not finite: lower --lr or use --precision fp32.", ""))
+    base, adapted = (_knn(record, kind) for kind in ("base", "adapted"))
+    if base is not None and adapted is not None and adapted < base:
+        why = (
+            f"The adapted features are worse ({adapted:.1f} against {base:.1f} % k-NN): use the ensemble, a lower --lr"
+        )
+        found.append((f"{why} or fewer --steps.", ""))
     return found
+
+
+def _knn(record: Record, kind: str) -> float | None:
+    part = (record.scores or {}).get(kind)
+    return number(part.get("knn")) if isinstance(part, dict) else None

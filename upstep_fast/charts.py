@@ -123,3 +123,60 @@ def _rug(marked: Sequence[tuple[float, bool]], floor: float, across: Callable[[f
             box = f'x="{x:.1f}" y="{floor + 3}" width="{width:.1f}" height="{RUG}"'
             parts.append(f'<rect class="mark" {box} opacity="{share:.2f}"/>')
     return parts
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A value in percent with its standard error; None: there is none."""
+
+    group: str
+    label: str
+    value: float
+    error: float | None
+
+
+def bar_chart(unit: str, bars: Sequence[Bar]) -> str:
+    """An <svg> of bars from 0 to 100 percent with their errors as whiskers; bars of one group stand together."""
+    if not bars:
+        return '<p class="empty">nothing was measured</p>'
+    labels, groups = list(dict.fromkeys(b.label for b in bars)), list(dict.fromkeys(b.group for b in bars))
+    floor = HEIGHT - BOTTOM
+    width = (WIDTH - LEFT - RIGHT) / (len(bars) + len(groups))
+
+    def down(percent: float) -> float:
+        return round(floor - min(100.0, max(0.0, percent)) / 100 * (floor - TOP), 1)
+
+    parts = []
+    for tick in (0, 25, 50, 75, 100):
+        parts.append(f'<path class="grid" d="M{LEFT},{down(tick)}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{down(tick) + 4:.1f}" text-anchor="end">{tick}</text>')
+    at = LEFT + width / 2
+    for group in groups:
+        members = [b for b in bars if b.group == group]
+        middle = at + width * len(members) / 2
+        parts.append(f'<text x="{middle:.1f}" y="{floor + 18}" text-anchor="middle">{html.escape(group)}</text>')
+        for bar in members:
+            colour, top = f"c{labels.index(bar.label) % COLOURS}", down(bar.value)
+            box = f'x="{at:.1f}" y="{top}" width="{0.8 * width:.1f}" height="{floor - top:.1f}"'
+            said = f"{bar.label}: {bar.value:.1f}" + (f" ± {bar.error:.1f}" if bar.error is not None else "")
+            parts.append(f'<rect class="bar {colour}" {box}><title>{html.escape(said)}</title></rect>')
+            if bar.error is not None:
+                x, high, low = at + 0.4 * width, down(bar.value + bar.error), down(bar.value - bar.error)
+                parts.append(
+                    f'<path class="whisker" d="M{x:.1f},{high}V{low}M{x - 4:.1f},{high}h8M{x - 4:.1f},{low}h8"/>'
+                )
+            at += width
+        at += width
+    what = html.escape(f"{unit}: {', '.join(groups)}")
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{what}">{"".join(parts)}</svg>'
+
+
+def share_bar(shares: Sequence[tuple[str, float]]) -> str:
+    """One bar cut into parts; shares: (label, part of 1)."""
+    parts, at = [], 0.0
+    for i, (label, share) in enumerate(shares):
+        box = f'x="{at:.1f}" y="0" width="{share * WIDTH:.1f}" height="24"'
+        said = html.escape(f"{label}: {100 * share:.1f} %")
+        parts.append(f'<rect class="bar c{i % COLOURS}" {box}><title>{said}</title></rect>')
+        at += share * WIDTH
+    return f'<svg viewBox="0 0 {WIDTH} 24" role="img" aria-label="shares">{"".join(parts)}</svg>'

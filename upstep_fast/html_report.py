@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from .advice import next_steps
-from .charts import COLOURS, Line, line_chart
+from .charts import COLOURS, Bar, Line, bar_chart, line_chart, share_bar
 from .config import ReportConfig
 from .errors import ConfigError
-from .run_record import Record, number, read_record, summary
+from .neighbours import sheet
+from .projection import definitions, plot
+from .run_record import Record, number, read_record, split, summary
 from .whole_file import write_whole
 
 log = logging.getLogger("upstep_fast")
@@ -65,8 +67,11 @@ def run_page(record: Record) -> str:
         f"<p>{_state(record)}</p>" + _tiles(summary(record)),
         _section("Accuracy", _scores(record)),
         _section("Curves", _curves([record])),
+        _section("Where the time went", _split(record)),
+        _section("The images in the features", _clouds(record)),
+        _section("Nearest neighbours", _neighbours(record)),
         _section("What to do next", _next(record)),
-        _section(f"Skipped images ({len(record.skipped):,})", _skipped(record)),
+        _section(f"Skipped and odd images ({len(record.skipped):,})", _skipped(record)),
         _section("Warnings", "".join(f"<pre>{text(line)}</pre>" for line in record.messages[-20:])),
         _section("Versions and device", _pairs(record.environment)),
         _section("Configuration", _pairs(record.config)),
@@ -136,7 +141,61 @@ def _scores(record: Record) -> str:
     )
     note += "so their differences are surer than these errors suggest."
     header = ["features", "k-NN", "linear probe", "k-NN on the source domain"]
-    return _table(header, [row for row in rows if any(row[1:])], "figures") + f"<p>{text(note)}</p>"
+    table = _table(header, [row for row in rows if any(row[1:])], "figures")
+    return _figure("Percent right", "± one standard error", _bars(scores)) + table + f"<p>{text(note)}</p>"
+
+
+def _bars(scores: dict[str, Any]) -> str:
+    count = number(scores.get("n_test"))
+    bars = []
+    for measure, group in (("knn", "k-NN"), ("linear", "linear probe")):
+        for kind in KINDS:
+            part = scores.get(kind)
+            percent = number(part.get(measure)) if isinstance(part, dict) else None
+            if percent is not None and 0 <= percent <= 100:
+                error = standard_error(percent, count) if count and count > 0 else None
+                bars.append(Bar(group, kind, percent, error))
+    return bar_chart("percent right", bars) + _legend([kind for kind in KINDS if any(b.label == kind for b in bars)])
+
+
+def _figure(title: str, unit: str, body: str) -> str:
+    return f'<div class="charts one"><figure><figcaption><b>{title}</b> {unit}</figcaption>{body}</figure></div>'
+
+
+def _split(record: Record) -> str:
+    shares = split(record)
+    if not shares:
+        return ""
+    names = {"data": "waiting for images", "gaps": "between these"}
+    keys = [f"{names.get(label, label)} {100 * share:.1f} %" for label, share in shares.items()]
+    return share_bar(list(shares.items())) + _legend(keys)
+
+
+def _clouds(record: Record) -> str:
+    if (found := record.pictures) is None:
+        return ""
+    figures = "".join(
+        f"<figure><figcaption><b>{title}</b> {of}</figcaption>{plot(points, found.points['before'], found.names, text)}"
+        "</figure>"
+        for title, of, points in (
+            ("Before", "base model", found.points["before"]),
+            ("After", "with the adapter", found.points["after"]),
+        )
+    )
+    note = (
+        f"{len(found.names)} images, spread evenly over the data; the first two principal components of each model's "
+        "features. Point at a dot to see its image. A colour is an image's place from left to right before."
+    )
+    return f'{definitions(found.thumbs)}<div class="charts">{figures}</div><p>{note}</p>'
+
+
+def _neighbours(record: Record) -> str:
+    if (found := record.pictures) is None or not found.queries:
+        return ""
+    near = found.neighbours
+    changed = sum(len(set(new) - set(old)) for old, new in zip(near["before"], near["after"], strict=True))
+    note = f"By cosine, among the images above. Framed: not among the nearest before ({changed} in all)."
+    return sheet(found.queries, near["before"], near["after"], found.names, text) + f"<p>{note}</p>"
 
 
 def _curves(records: Sequence[Record], names: Sequence[str] = ("this run",)) -> str:
@@ -179,7 +238,15 @@ def _skipped(record: Record) -> str:
         return "<p>none</p>"
     rest = len(record.skipped) - MAX_ROWS
     more = f"<p>and {rest:,} more in skipped.csv</p>" if rest > 0 else ""
-    return _table(["image", "why"], [list(row) for row in record.skipped[:MAX_ROWS]]) + more
+    thumbs = record.pictures.odd if record.pictures else {}
+    gallery = "".join(
+        f'<figure class="odd"><svg class="thumb" viewBox="0 0 96 96" role="img"><image width="96" height="96" '
+        f'href="data:image/webp;base64,{thumbs[name]}"/></svg><figcaption>{text(why)}</figcaption></figure>'
+        for name, why in dict(record.skipped).items()
+        if name in thumbs
+    )
+    shown = f'<div class="gallery">{gallery}</div>' if gallery else ""
+    return shown + _table(["image", "why"], [list(row) for row in record.skipped[:MAX_ROWS]]) + more
 
 
 def _names(records: Sequence[Record]) -> list[str]:
@@ -223,7 +290,7 @@ def _section(title: str, body: str) -> str:
 
 def _page(title: str, *parts: str) -> str:
     style, body = STYLE.read_text(encoding="utf-8"), "\n".join(part for part in parts if part)
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{text(title)} · upstep-fast</title>\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'

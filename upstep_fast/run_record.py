@@ -14,6 +14,8 @@ from typing import Any
 from .checkpoint import MANIFEST
 from .errors import ConfigError
 from .output import CHECKPOINTS, CONFIG
+from .pictures import Pictures
+from .pictures import read as read_pictures
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Record:
     scores: dict[str, Any] | None  # eval.json
     environment: dict[str, Any]  # versions and device, from the newest checkpoint
     messages: list[str]  # train.log's warnings and errors
+    pictures: Pictures | None = None  # pictures.json
 
     @property
     def steps(self) -> int | None:
@@ -62,6 +65,7 @@ def read_record(folder: Path) -> Record:
         skipped=_skipped(folder / "skipped.csv"),
         scores=scores if isinstance(scores, dict) else None,
         environment=_environment(folder / CHECKPOINTS),
+        pictures=read_pictures(folder),
         messages=[line for line in _lines(folder / "train.log") if any(f" {level} " in line[:40] for level in levels)],
     )
 
@@ -91,6 +95,15 @@ def summary(record: Record) -> dict[str, str]:
         found["time waiting for images"] = f"{100 * sum(wait for wait, _ in waits) / total:.1f} %"
     bad = sum(row.get("bad") is not None for row in rows)
     return found | ({"steps not applied (not finite)": f"{bad:,}"} if bad else {})
+
+
+def split(record: Record) -> dict[str, float]:
+    """Where the steps' time went, as parts of 1: waiting for data, forward, backward, and what lies between them."""
+    columns = {"data": "data_wait", "forward": "forward_s", "backward": "backward_s", "gaps": "other_s"}
+    sums = {label: sum(max(0.0, v) for v in record.column(name) if v is not None) for label, name in columns.items()}
+    total = sum(sums.values())
+    measured = any(v is not None for v in record.column("forward_s"))
+    return {label: value / total for label, value in sums.items()} if measured and 0 < total < math.inf else {}
 
 
 def number(value: Any) -> float | None:

@@ -72,8 +72,10 @@ def count(config: AdaptConfig, compute: Compute, *, on: str | None = None, flops
     with torch.device("meta"):
         backbone = backbones.load_from(config, pretrained=False)
     seen = _Storages(on, _library_bytes(compute) if on == "cuda" else 0)
+    # one mode for both parts: another would take the first one's tensors for real ones and copy them
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
     # what the engine leaves to torch.compile is counted as it runs without: an upper bound
-    with FakeTensorMode(allow_non_fake_inputs=True), seen, device, torch.compiler.set_stance("force_eager"):
+    with fake, seen, device, torch.compiler.set_stance("force_eager"):
         seen.part = "weights"
         _without_bytes(backbone.vit)
         seen.part = "adapters"
@@ -93,7 +95,7 @@ def count(config: AdaptConfig, compute: Compute, *, on: str | None = None, flops
         optimizer = torch.optim.AdamW(method.parameter_groups(), fused=True)
         optimizer.step()
     likes = _view_shapes(method, len(backbone.mean), config.batch_size)
-    with FakeTensorMode(allow_non_fake_inputs=True), seen, device, torch.compiler.set_stance("force_eager"):
+    with fake, seen, device, torch.compiler.set_stance("force_eager"):
         seen.part = "views"
         views = tree_map(lambda like: torch.empty(like.shape, dtype=like.dtype), likes)
         context = torch.autocast("cpu", dtype=compute.dtype) if stands_in and compute.dtype else compute.autocast()

@@ -29,6 +29,7 @@ from .journal import Journal
 from .kernels import _dispatch as dispatch
 from .memory_fit import settle
 from .methods import Method
+from .presets import with_preset
 from .referee import Referee, hold_out
 from .report import train_log
 from .resume import RunState
@@ -60,6 +61,7 @@ def adapt(**options: Any) -> AdaptResult:
 
     Keywords are the fields of AdaptConfig, with method="explora" those of Dinov2Config, or MaeConfig (objective="mae").
     """
+    options = with_preset(options)
     config_class = of_method(AdaptConfig, options.get("method"), options.get("objective"))
     for name in options:
         known_field(name, config_class, "adapt")
