@@ -119,6 +119,7 @@ def parse(config_class: type, args: Sequence[str], prog: str) -> Any:
 
     from . import cli_help
     from .config import of_method, read_toml
+    from .presets import with_preset
 
     cli_help.plain_help()
     args = list(args)
@@ -134,6 +135,9 @@ def parse(config_class: type, args: Sequence[str], prog: str) -> Any:
     config_class = of_method(config_class, method, objective)
     cli_help.check_flags(args, config_class)
     # a file's values become flags placed before the user's own, which win: one parser checks both
+    values = with_preset(values)
+    if preset := _value_of("preset", args):  # the user's own goes before the file
+        values |= with_preset({"preset": preset})
     from_file = [part for key, value in values.items() for part in _as_flags(key, value)]
     return tyro.cli(config_class, args=[*from_file, *args], prog=prog)
 

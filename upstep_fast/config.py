@@ -89,6 +89,8 @@ class AdaptConfig(ModelConfig):
     """After the first checkpoint: repeat so many steps from it and compare bit for bit; exit 1 if they differ."""
     method: Literal["upstep", "explora"] = "upstep"
     """How to adapt; each method has its own defaults."""
+    preset: Literal["gentle", "balanced", "strong"] | None = None
+    """How much to change the model: forget least, between, or gain most; single flags override it."""
 
     # length and batch
     batch_size: int = 256
@@ -222,7 +224,7 @@ class AdaptConfig(ModelConfig):
 
     # judged without labels
     judge_every: int = 0
-    """Steps between two looks at held-out images (a tenth, at most 256); the best adapter is kept, or none; 0: never."""
+    """Steps between looks at held-out images (a tenth, at most 256); the best adapter is kept, or none; 0: never."""
     judge_patience: int = 4
     """Looks in a row without a better one that end the run early; 0: never."""
     strength: float | Literal["auto"] = 1.0

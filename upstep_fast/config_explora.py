@@ -9,7 +9,10 @@ from .config import AdaptConfig, _at_least, _fraction, _positive
 from .errors import ConfigError
 
 # these say how UpStep clusters; given to ExPLoRA they would do nothing
-_UPSTEPS_OWN = ("head", "layout", "cvr", "cvr_weight", "prototype_init", "epsilon")
+_UPSTEPS_OWN = (
+    *("preset", "head", "layout", "cvr", "cvr_weight", "prototype_init", "epsilon", "sharpen", "distil", "gate_unit"),
+    "strength",
+)
 
 
 @dataclass(frozen=True)
