@@ -26,12 +26,12 @@ from upstep_fast.report import setup_logging
 
 RECIPES: dict[str, dict[str, Any]] = {
     "dinov2": dict(
-        steps=300,
+        steps=200,
         batch_size=32,
         prototypes=1024,
         head_hidden=512,
         head_dim=64,
-        local_views=4,
+        local_views=2,
         lora_r=16,
         alpha="customary",
         lr=5e-4,

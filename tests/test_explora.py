@@ -3,6 +3,7 @@
 import copy
 import json
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -167,7 +168,7 @@ def test_another_size_is_what_timm_makes_of_it():
 def test_the_engine_and_the_plain_model_agree(options):
     found = {}
     for name in ("reference", "auto"):
-        config, state = state_of(options, implementation=name)
+        _, state = state_of(options, implementation=name)
         crops = state.method.views(a_batch(), CPU.device)
         found[name] = state.method.loss(state.method.embed(crops))
         found[name].backward()
@@ -179,7 +180,7 @@ def test_the_engine_and_the_plain_model_agree(options):
 
 
 def test_masks_are_rectangles_of_the_wanted_share_and_depend_on_names_alone(options):
-    config, state = state_of(options)
+    _, state = state_of(options)
     shares = []
     for seed in range(300):
         mask = explora_tokens.block_mask((8, 8), 20, np.random.default_rng(seed))
@@ -192,26 +193,29 @@ def test_masks_are_rectangles_of_the_wanted_share_and_depend_on_names_alone(opti
     half = state.method.views(a_batch(4), CPU.device)
     assert torch.equal(half.masked, one.masked[:, :4]) and torch.equal(half.local, one.local[:, :4])
     masks = [state.method._mask(0, index, 0) for index in range(400)]
+    of_crop = one.masked.flatten(0, 1)
+    assert one.places.tolist() == of_crop.flatten().nonzero().flatten().tolist()
+    assert one.weights.sum().item() == pytest.approx(of_crop.any(1).sum().item())
     assert 0.4 < np.mean([mask.any() for mask in masks]) < 0.6
 
 
 def test_masked_patches_are_not_seen(options):
     """Two crops that differ in masked patches alone give the student the same."""
-    config, state = state_of(options, local_views=0)
+    _, state = state_of(options, local_views=0)
     crops = state.method.views(a_batch(), CPU.device)
     view, image, patch = crops.masked.nonzero()[0].tolist()
     row, column = 8 * (patch // 4), 8 * (patch % 4)
     changed = crops.whole.clone()
     changed[view, image, :, row : row + 8, column : column + 8] += 5
     with torch.no_grad():
-        before, after = (state.method.embed(type(crops)(x, None, crops.masked)) for x in (crops.whole, changed))
+        before, after = (state.method.embed(replace(crops, whole=x)) for x in (crops.whole, changed))
         assert torch.equal(before.of_crops, after.of_crops)
-        seen = type(crops)(changed, None, torch.zeros_like(crops.masked))
+        seen = replace(crops, whole=changed, masked=torch.zeros_like(crops.masked))
         assert not torch.equal(state.method.embed(seen).of_crops, after.of_crops)
 
 
 def test_the_mae_encoder_sees_the_shown_patches_alone(options):
-    config, state = state_of(options, "mae")
+    _, state = state_of(options, "mae")
     views = state.method.views(a_batch(), CPU.device)
     with torch.no_grad():
         before = state.method.embed(views)
@@ -227,7 +231,7 @@ def test_the_mae_encoder_sees_the_shown_patches_alone(options):
 
 
 def test_the_teacher_is_a_moving_average_of_factors_and_is_never_merged(options):
-    config, state = state_of(options, momentum=0.9)
+    _, state = state_of(options, momentum=0.9)
     method = state.method
     student = dict(method.vit.named_parameters())
     teacher = dict(method.teacher.named_parameters())
@@ -244,7 +248,7 @@ def test_the_teacher_is_a_moving_average_of_factors_and_is_never_merged(options)
 
     first = teachers_features()
     with torch.no_grad():
-        for name, p in student.items():
+        for p in student.values():
             if p.requires_grad:
                 p.add_(torch.randn_like(p))
     method.eval(), method.train()  # what DINOv2 does to its teacher at every step
@@ -262,7 +266,7 @@ def test_the_teacher_is_a_moving_average_of_factors_and_is_never_merged(options)
 
 
 def test_an_average_of_products_is_not_the_product_of_averages(options):
-    config, state = state_of(options, ema="products", save="student", momentum=0.75)
+    _, state = state_of(options, ema="products", save="student", momentum=0.75)
     method, name = state.method, "blocks.0.attn.qkv"
     adapter, frozen = method.adapters[name], method.adapters[name].base.weight.clone()
     method.schedule(state.optimizer, 0)
@@ -294,7 +298,7 @@ def test_schedules_of_a_run(options):
 
 
 def test_what_weight_decay_leaves_alone(options):
-    config, state = state_of(options)
+    _, state = state_of(options)
     decayed, plain, last = (group["params"] for group in state.optimizer.param_groups)
     names = {id(p): name for name, p in state.method.named_parameters()}
     assert [names[id(p)] for p in last] == ["head.prototypes"]
@@ -331,7 +335,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(options, monkeypatch, 
             real(self, embedded)
 
         patch.setattr(method, "remember", remember)
-        with pytest.raises(Interrupted, match="after 4 of 6 steps"):
+        with pytest.raises(Interrupted, match=r"after 4 of 6 steps"):
             upstep_fast.adapt(**options)
     upstep_fast.adapt(**options, resume=True)
     files = [f"checkpoints/step-00000006/{name}" for name in ("state.safetensors", lora.WEIGHTS)]
@@ -370,7 +374,7 @@ def test_collapse_warns_and_then_ends_the_run(options, monkeypatch, tmp_path, ca
     monkeypatch.setattr("upstep_fast.methods.explora_dinov2.pooled", lambda vit, x: 1e-6 * real(vit, x) + 1)
     with (
         caplog.at_level("WARNING", logger="upstep_fast"),
-        pytest.raises(RunFailedError, match="4 steps in a row") as end,
+        pytest.raises(RunFailedError, match=r"4 steps in a row") as end,
     ):
         upstep_fast.adapt(**options | DINO)
     assert end.value.exit_code == 1 and caplog.text.count("collapse: the features of all images point one way") >= 1
@@ -378,7 +382,7 @@ def test_collapse_warns_and_then_ends_the_run(options, monkeypatch, tmp_path, ca
 
 
 def test_uniform_targets_are_a_collapse_too(options):
-    config, state = state_of(options)
+    _, state = state_of(options)
     method = state.method
     crops = method.views(a_batch(), CPU.device)
     learning = method.embed(crops)
@@ -391,7 +395,7 @@ def test_uniform_targets_are_a_collapse_too(options):
 
 
 def test_an_adapter_without_gradient_is_noticed(options):
-    config, state = state_of(options)
+    _, state = state_of(options)
     state.received.fill_(True)
     names = list(state.method.watched())
     assert "blocks.0.attn.qkv" in names and "blocks.1.mlp.fc1.weight" in names and "norm.weight" in names
@@ -439,7 +443,7 @@ def test_the_adapter_folder_is_read_by_peft(finished):
 
 
 def test_the_folder_names_what_it_holds(finished):
-    model, out = finished
+    _, out = finished
     config = json.loads((out / "adapter" / lora.CONFIG).read_text())
     assert config["target_modules"] == ["blocks.1.attn.qkv"]
     saved = set(config["modules_to_save"])
@@ -469,10 +473,10 @@ def test_eval_embed_and_export_read_it(finished, photos, tmp_path):
 
 
 def test_an_adapter_of_another_model_is_refused_before_anything_is_changed(finished, tmp_path):
-    model, out = finished
+    _, out = finished
     vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=96, depth=2, num_heads=3)
     before = copy.deepcopy(vit.state_dict())
-    with pytest.raises(ConfigError, match="does not fit this model"):
+    with pytest.raises(ConfigError, match=r"does not fit this model"):
         lora.attach(vit, out / "adapter")
     assert all(torch.equal(before[name], value) for name, value in vit.state_dict().items())
 
@@ -499,7 +503,7 @@ def test_a_pretrained_decoder_gets_lora_and_norms_alone(options, tmp_path):
         broken = config_of(options, "mae", decoder=str(tmp_path / "bad.safetensors"))
         ExploraMae(backbone.load(config.model), broken)
     save_file({"pos_embed": torch.zeros(1)}, tmp_path / "none.safetensors")
-    with pytest.raises(ConfigError, match="no decoder_"):
+    with pytest.raises(ConfigError, match=r"no decoder_"):
         ExploraMae(backbone.load(config.model), config_of(options, "mae", decoder=str(tmp_path / "none.safetensors")))
 
 
@@ -520,7 +524,7 @@ def test_a_method_has_defaults_and_flags_of_its_own(tmp_path):
     for config in (found, mae):
         (tmp_path / "c.toml").write_text(to_toml(config))
         assert parse(AdaptConfig, ["--config", str(tmp_path / "c.toml")], "adapt") == config
-    with pytest.raises(ConfigError, match="unfreeze"):
+    with pytest.raises(ConfigError, match=r"unfreeze"):
         (tmp_path / "u.toml").write_text('model = "m"\nunfreeze = "last"\n')
         read_toml(tmp_path / "u.toml", AdaptConfig)
 
@@ -559,5 +563,5 @@ def test_bad_input_is_refused_in_one_line(options, extra, named):
 def test_a_model_that_the_forward_pass_does_not_know_is_refused(options):
     eva = timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=1, embed_dim=48, num_heads=3)
     config = config_of(options)
-    with pytest.raises(ConfigError, match="method: explora runs timm's VisionTransformer; .* is a Eva"):
+    with pytest.raises(ConfigError, match=r"method: explora runs timm's VisionTransformer; .* is a Eva"):
         explora.prepare(backbone.Backbone(eva, "eva", 48, (28, 28), (0,), (1,), "bicubic", 1.0), config)

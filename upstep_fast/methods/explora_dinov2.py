@@ -50,8 +50,10 @@ class Crops:
     """The views of a batch of B images."""
 
     whole: Tensor  # [2, B, C, H, W], the global crops
-    local: Tensor | None  # [n, B, C, h, w]
+    local: Tensor  # [n, B, C, h, w], n may be 0
     masked: Tensor  # [2, B, N] bool, patches of the global crops that the student does not see
+    places: Tensor  # [M], where these are among all 2 B N: known to the host, so that no step waits for the device
+    weights: Tensor  # [M] fp32, 1 / (masked patches of the crop)
 
     def __len__(self) -> int:
         return len(self.whole)
@@ -64,6 +66,10 @@ class Student(Embedded):
     crops: Crops
     of_crops: Tensor  # [2 + n, B, D] features of all crops
     patches: Tensor  # [M, D] masked patches, in the order of `crops.masked`
+
+
+# counted and moved tensor by tensor
+torch.export.register_dataclass(Crops)
 
 
 class Head(nn.Module):
@@ -186,8 +192,8 @@ class ExploraDinov2(nn.Module):
         masks = [
             [self._mask(batch.epoch, index, view) for index in batch.indices.tolist()] for view in range(GLOBAL_VIEWS)
         ]
-        masked = torch.from_numpy(np.array(masks)).flatten(2).to(device)
-        return Crops(crops[0], crops[1] if len(crops) > 1 else None, masked)
+        masked = np.array(masks).reshape(GLOBAL_VIEWS, len(batch.images), -1)
+        return Crops(crops[0], crops[1] if len(crops) > 1 else crops[0][:0], *_places(masked, device))
 
     def _mask(self, epoch: int, index: int, view: int) -> np.ndarray:
         random = np.random.default_rng((self.config.seed, epoch, index, view, _MASKS))
@@ -213,11 +219,11 @@ class ExploraDinov2(nn.Module):
         )
         tokens = self.encoder(whole)
         features = [pooled(self.vit, tokens)]
-        if views.local is not None:
+        if len(views.local):
             features.append(pooled(self.vit, self.encoder(embed(self.vit, views.local.flatten(0, 1)))))
         of_all = torch.cat(features).unflatten(0, (-1, views.whole.shape[1]))
         seen = embedded(F.normalize(of_all[:GLOBAL_VIEWS].float(), dim=-1))
-        patches = tokens[:, prefix:][views.masked.flatten(0, 1)]
+        patches = tokens[:, prefix:].flatten(0, 1)[views.places]
         own = {field.name: getattr(seen, field.name) for field in fields(Embedded)}
         return Student(**own, crops=views, of_crops=of_all, patches=patches)
 
@@ -234,10 +240,8 @@ class ExploraDinov2(nn.Module):
         total = dino.class_token_loss(scores, class_targets, c.temperature)
         self._figures = {"dino": total.detach(), "teacher_entropy": dino.entropy(class_targets)}
         if c.ibot_weight:
-            of_image = crops.masked.flatten(0, 1).sum(1)
-            weights = (1 / of_image.clamp_min(1)).repeat_interleave(of_image)
             scores = (self.patch_head or self.head)(learning.patches)
-            ibot = dino.patch_loss(scores, patch_targets, weights, num_images, c.temperature)
+            ibot = dino.patch_loss(scores, patch_targets, crops.weights, num_images, c.temperature)
             self._figures["ibot"] = ibot.detach()
             total = total + c.ibot_weight * ibot
         if c.koleo_weight:
@@ -252,7 +256,7 @@ class ExploraDinov2(nn.Module):
         teacher = self.teacher
         tokens = self.teacher_encoder(embed(teacher, crops.whole.flatten(0, 1)))
         of_class = self.teacher_head(pooled(teacher, tokens)).float()
-        patches = tokens[:, teacher.num_prefix_tokens :][crops.masked.flatten(0, 1)]
+        patches = tokens[:, teacher.num_prefix_tokens :].flatten(0, 1)[crops.places]
         of_patch = (self.teacher_patch_head or self.teacher_head)(patches).float()
         if self.config.centring == "softmax":
             self._means = (of_class.mean(0), of_patch.mean(0) if len(of_patch) else self.patch_centre)
@@ -330,6 +334,13 @@ class ExploraDinov2(nn.Module):
         """The teacher, as the authors' code saves it, or the student; as PEFT reads it, and bare parameters."""
         model = self.teacher if self.config.save == "teacher" else self.vit
         return explora.result_files(model, lora.find(model), self.config.model, explora.trained(self.vit))
+
+
+def _places(masked: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """`Crops.masked`, `places` and `weights` of masks [2, B, N]."""
+    weights = np.broadcast_to(1 / masked.sum(-1, keepdims=True).clip(1), masked.shape)[masked]
+    found = torch.from_numpy(masked), torch.from_numpy(np.flatnonzero(masked)), torch.from_numpy(weights).float()
+    return tuple(x.to(device, non_blocking=True) for x in found)  # type: ignore[return-value]
 
 
 def _give_own_weights(teacher: nn.Module) -> None:

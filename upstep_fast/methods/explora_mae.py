@@ -53,6 +53,10 @@ class Shown:
         return len(self.crops)
 
 
+# counted and moved tensor by tensor
+torch.export.register_dataclass(Shown)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Encoded(Embedded):
     """The encoder's view of a batch; z: unit features of the shown patches."""
