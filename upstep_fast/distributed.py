@@ -96,7 +96,9 @@ def joined(device: torch.device) -> Iterator[None]:
         yield
         return
     timeout = datetime.timedelta(seconds=START_SECONDS)
-    store, number, count = next(rendezvous("env://", timeout=timeout))
+    found, number, count = next(rendezvous("env://", timeout=timeout))
+    # torchrun keeps one store over restarts: without a name of its own an attempt meets the addresses of dead ranks
+    store = PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", found)
     backend = "cpu:gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
