@@ -254,6 +254,7 @@ def fresh_state(config: AdaptConfig, compute: Compute, backbone: backbones.Backb
         distributed.shard(method.vit, compute.device)
     method = method.to(compute.device)
     if config.implementation != "reference" and not config.shard_weights:
+        assert config.memory != "auto"  # settled before the run began
         method.accelerate(compute.dtype or torch.float32, config.memory)
     return RunState(
         method=method,
