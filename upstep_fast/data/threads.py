@@ -63,7 +63,9 @@ def ahead(items: Generator[T], depth: int) -> Generator[T]:
         finally:
             items.close()
 
-    thread = threading.Thread(target=contextvars.copy_context().run, args=(work,), name="upstep-data-ahead")
+    # a daemon: a caller that forgets to close must still be able to end its process
+    run = contextvars.copy_context().run
+    thread = threading.Thread(target=run, args=(work,), name="upstep-data-ahead", daemon=True)
     thread.start()
     try:
         while True:
