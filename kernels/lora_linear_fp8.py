@@ -79,19 +79,23 @@ def lora_linear_fp8_reference(
 
 def scaled_product(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """quantize(x) (weight * weight_scale)^T + bias, in the dtype of x; the library's fp8 GEMM where it has one."""
-    x_q, x_scale = quantize(x)
-    if _has_scaled_mm(x, weight):
-        return torch._scaled_mm(
-            x_q, weight.T, x_scale, weight_scale.T, bias=bias, out_dtype=x.dtype, use_fast_accum=True
-        )
+    return scaled_mm(*quantize(x), weight, weight_scale, bias, x.dtype)
+
+
+def scaled_mm(
+    x_q: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """(x_q * x_scale) (weight * weight_scale)^T + bias in `dtype`: e4m3 [M, K] and [N, K], fp32 [M, 1] and [N, 1]."""
+    if _has_scaled_mm(x_q, weight, dtype):
+        return torch._scaled_mm(x_q, weight.T, x_scale, weight_scale.T, bias=bias, out_dtype=dtype, use_fast_accum=True)
     y = (x_q.float() @ weight.float().T) * x_scale * weight_scale.T
-    return (y if bias is None else y + bias).to(x.dtype)
+    return (y if bias is None else y + bias).to(dtype)
 
 
-def _has_scaled_mm(x: Tensor, weight: Tensor) -> bool:
+def _has_scaled_mm(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     if x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) < (9, 0):
         return False
-    return x.dtype == torch.bfloat16 and weight.is_contiguous() and all(size % 16 == 0 for size in weight.shape)
+    return dtype == torch.bfloat16 and weight.is_contiguous() and all(size % 16 == 0 for size in weight.shape)
 
 
 def _forward_split(x, weight, weight_scale, bias, a, b, scale, dropout, seed, rows):

@@ -39,6 +39,7 @@ from ..kernels.attention import attention_backward, attention_forward
 from .fold import FoldedBlock, FoldedLinear
 from .merge import ReadyBlock, factors_of
 from .pieces import gelu, gelu_backward, gelu_forward, linear_gelu, norm, norm_backward
+from .precision import Quantized, wide
 
 Memory = Literal["fast", "balanced", "lean"]
 Run = Callable[[Tensor, Tensor | None, int], tuple[Tensor, Tensor]]
@@ -114,22 +115,22 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(middle, m, the stream before the block); fills `kept` if it is given."""
     block, (qkv, proj, fc1, fc2) = ready.block, ready.merged
-    h1, before, rstd1 = norm(x, delta, block.eps[0], block.fused)
-    y = F.linear(_affine(h1, block, 0, trained), qkv.weight, qkv.bias)
+    h1, before, rstd1, rows = norm(x, delta, block.eps[0], block.fused, block.fp8)
+    y = qkv.product(_affine(rows, block, 0, trained))
     if kept is None:
-        del h1
+        del h1, rows
     o, lse = attention_forward(_heads(y, block.heads))
     o = o.flatten(2)
-    p = _scaled(F.linear(o, proj.weight, proj.bias), keep[0])
-    h2, middle, rstd2 = norm(before, p, block.eps[1], block.fused)
-    h2_affine = _affine(h2, block, 1, trained)
+    p = _scaled(proj.product(o), keep[0])
+    h2, middle, rstd2, rows = norm(before, p, block.eps[1], block.fused, block.fp8)
+    rows = _affine(rows, block, 1, trained)
+    g: Tensor | Quantized
     if kept is None:
-        g = linear_gelu(h2_affine, fc1.weight, fc1.bias, block.activation)
+        g = linear_gelu(rows, fc1, block.activation)
     else:
-        u = F.linear(h2_affine, fc1.weight, fc1.bias)
-        g, of_u = gelu_forward(u, block.activation, block.keeps_byte)
+        g, of_u = gelu_forward(fc1.product(rows), block.activation, block.keeps_byte, block.fp8)
         kept |= {"h1": h1, "rstd1": rstd1, "y": y, "o": o, "lse": lse, "h2": h2, "rstd2": rstd2, "u": of_u}
-    return middle, _scaled(F.linear(g, fc2.weight, fc2.bias), keep[1]), before
+    return middle, _scaled(fc2.product(g), keep[1]), before
 
 
 def _backward(
@@ -149,26 +150,26 @@ def _backward(
     d_m = _scaled(d_m, keep[1])
     if "fc2" in factors:
         d_of["fc2"] = adapter_gradients(d_m, gelu(u, block.activation), block.fc2, factors["fc2"])
-    du = gelu_backward(d_m @ fc2.weight, u, block.activation)
+    du = gelu_backward(fc2.input_gradient(d_m), u, block.activation, block.fp8 and "fc1" not in factors)
     if "fc1" in factors:
-        d_of["fc1"] = adapter_gradients(du, _affine(h2, block, 1, trained), block.fc1, factors["fc1"])
-    d_h2, d_norm2 = _affine_backward(du @ fc1.weight, h2, block, 1, trained)
+        d_of["fc1"] = adapter_gradients(wide(du), wide(_affine(h2, block, 1, trained)), block.fc1, factors["fc1"])
+    d_h2, d_norm2 = _affine_backward(fc1.input_gradient(du), h2, block, 1, trained)
     del du
-    d_middle = norm_backward(d_h2, h2, rstd2, d_middle, block.fused)
+    d_middle, rows = norm_backward(d_h2, h2, rstd2, d_middle, block.fused, block.fp8)
     d_p = _scaled(d_middle, keep[0])
     if "proj" in factors:
         d_of["proj"] = adapter_gradients(d_p, o, block.proj, factors["proj"])
-    h1_affine = _affine(h1, block, 0, trained)
-    y = kept["y"] if "y" in kept else F.linear(h1_affine, qkv.weight, qkv.bias)
-    d_o = (d_p @ proj.weight).view(*o.shape[:2], block.heads, -1)
+    h1_affine = wide(_affine(h1, block, 0, trained))
+    y = kept["y"] if "y" in kept else qkv.product(h1_affine)
+    d_o = proj.input_gradient(rows if keep[0] is None else d_p).view(*o.shape[:2], block.heads, -1)
     dy = attention_backward(d_o, _heads(y, block.heads), o.view_as(d_o), lse).view_as(y)
     if "qkv" in factors:
         d_of["qkv"] = adapter_gradients(dy, h1_affine, block.qkv, factors["qkv"])
     dx: Tensor | None = None
     d_norm1: tuple[Tensor, ...] = ()
     if needs_dx or block.norms[0] is not None:
-        d_h1, d_norm1 = _affine_backward(dy @ qkv.weight, h1, block, 0, trained)
-        dx = norm_backward(d_h1, h1, rstd1, d_middle, block.fused) if needs_dx else None
+        d_h1, d_norm1 = _affine_backward(qkv.input_gradient(dy), h1, block, 0, trained)
+        dx = norm_backward(d_h1, h1, rstd1, d_middle, block.fused)[0] if needs_dx else None
     return dx, [*(d for name in factors for d in d_of[name]), *d_norm1, *d_norm2]
 
 
@@ -200,9 +201,12 @@ def _scale_and_shift(block: FoldedBlock, which: int, trained: Sequence[Tensor]) 
     return trained[len(trained) - after - 2 : len(trained) - after]
 
 
-def _affine(x_hat: Tensor, block: FoldedBlock, which: int, trained: Sequence[Tensor]) -> Tensor:
+def _affine(x_hat: Tensor | Quantized, block: FoldedBlock, which: int, trained: Sequence[Tensor]) -> Tensor | Quantized:
     pair = _scale_and_shift(block, which, trained)
-    return x_hat if pair is None else torch.addcmul(pair[1].to(x_hat.dtype), x_hat, pair[0].to(x_hat.dtype))
+    if pair is None:
+        return x_hat
+    rows = wide(x_hat)
+    return torch.addcmul(pair[1].to(rows.dtype), rows, pair[0].to(rows.dtype))
 
 
 def _affine_backward(

@@ -23,6 +23,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from ..lora import LoraLinear
+from .precision import Fp8Weight, to_fp8
 
 ACTIVATIONS = {"GELU": "erf", "GELUTanh": "tanh", "QuickGELU": "quick"}
 
@@ -31,7 +32,7 @@ ACTIVATIONS = {"GELU": "erf", "GELUTanh": "tanh", "QuickGELU": "quick"}
 class FoldedLinear:
     """A frozen projection with its norm and LayerScale folded in, and the adapter on it, if any."""
 
-    weight: Tensor  # [N, K], compute type
+    weight: Tensor | Fp8Weight  # [N, K], compute type or fp8
     bias: Tensor  # [N], compute type
     norm: tuple[Tensor, Tensor] | None  # gamma, beta [K] that were folded in
     layer_scale: Tensor | None  # [N]
@@ -66,6 +67,11 @@ class FoldedBlock:
     norms: tuple[nn.LayerNorm | None, nn.LayerNorm | None] = (None, None)  # those that are trained, hence not folded
     paths: tuple[nn.Module, nn.Module] = (nn.Identity(), nn.Identity())  # drop path of the two branches
     fused: bool = False  # norms and GELU by the kernels; else by the library (pieces.py)
+
+    @property
+    def fp8(self) -> bool:
+        """Whether the frozen weights are in fp8 (precision.py)."""
+        return isinstance(self.fc1.weight, Fp8Weight)
 
     @property
     def linears(self) -> dict[str, FoldedLinear]:
@@ -111,16 +117,19 @@ def why_not(vit: nn.Module) -> str | None:
 
 
 @torch.no_grad()
-def fold(vit: VisionTransformer, dtype: torch.dtype, fused: bool | None = None) -> list[FoldedBlock | nn.Module]:
+def fold(
+    vit: VisionTransformer, dtype: torch.dtype, fused: bool | None = None, fp8: bool = False
+) -> list[FoldedBlock | nn.Module]:
     """The blocks of `vit`, folded in `dtype`; adapters and trained norms are referred to, not copied.
 
     A block that cannot be folded, or whose weights are trained, is given back as it is. fused: norms and GELU by the
-    kernels; None: in 16 bit on a GPU. Raises ValueError if no block can be folded.
+    kernels; None: in 16 bit on a GPU. fp8: frozen weights in row-wise fp8 (precision.py), dtype bf16. Raises
+    ValueError if no block can be folded.
     """
     reason = why_not(vit)
     if reason:
         raise ValueError(f"engine: cannot fold this model: {reason}")
-    return [block if _why_not_block(block) else _fold_block(block, dtype, fused) for block in vit.blocks]
+    return [block if _why_not_block(block) else _fold_block(block, dtype, fused, fp8) for block in vit.blocks]
 
 
 def left_alone(vit: VisionTransformer) -> dict[int, str]:
@@ -129,7 +138,7 @@ def left_alone(vit: VisionTransformer) -> dict[int, str]:
     return {index: reason for index, reason in reasons.items() if reason}
 
 
-def _fold_block(block: Any, dtype: torch.dtype, fused: bool | None) -> FoldedBlock:
+def _fold_block(block: Any, dtype: torch.dtype, fused: bool | None, fp8: bool) -> FoldedBlock:
     if fused is None:
         fused = block.norm1.weight.device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
     trained = [norm if norm.weight.requires_grad else None for norm in (block.norm1, block.norm2)]
@@ -137,10 +146,10 @@ def _fold_block(block: Any, dtype: torch.dtype, fused: bool | None) -> FoldedBlo
         heads=block.attn.num_heads,
         eps=(block.norm1.eps, block.norm2.eps),
         activation=ACTIVATIONS[type(block.mlp.act).__name__],
-        qkv=_fold_linear(block.attn.qkv, dtype, norm=None if trained[0] else block.norm1),
-        proj=_fold_linear(block.attn.proj, dtype, layer_scale=block.ls1),
-        fc1=_fold_linear(block.mlp.fc1, dtype, norm=None if trained[1] else block.norm2),
-        fc2=_fold_linear(block.mlp.fc2, dtype, layer_scale=block.ls2),
+        qkv=_fold_linear(block.attn.qkv, dtype, fp8, norm=None if trained[0] else block.norm1),
+        proj=_fold_linear(block.attn.proj, dtype, fp8, layer_scale=block.ls1),
+        fc1=_fold_linear(block.mlp.fc1, dtype, fp8, norm=None if trained[1] else block.norm2),
+        fc2=_fold_linear(block.mlp.fc2, dtype, fp8, layer_scale=block.ls2),
         norms=(trained[0], trained[1]),
         paths=(block.drop_path1, block.drop_path2),
         fused=fused,
@@ -148,7 +157,12 @@ def _fold_block(block: Any, dtype: torch.dtype, fused: bool | None) -> FoldedBlo
 
 
 def _fold_linear(
-    module: nn.Module, dtype: torch.dtype, *, norm: nn.Module | None = None, layer_scale: nn.Module | None = None
+    module: nn.Module,
+    dtype: torch.dtype,
+    fp8: bool,
+    *,
+    norm: nn.Module | None = None,
+    layer_scale: nn.Module | None = None,
 ) -> FoldedLinear:
     adapter = module if isinstance(module, LoraLinear) else None
     base = module.base if isinstance(module, LoraLinear) else module
@@ -161,7 +175,7 @@ def _fold_linear(
         weight, bias = weight * affine[0], bias + weight @ affine[1]
     if scale is not None:
         weight, bias = weight * scale[:, None], bias * scale
-    return FoldedLinear(weight.to(dtype), bias.to(dtype), affine, scale, adapter)
+    return FoldedLinear(to_fp8(weight) if fp8 else weight.to(dtype), bias.to(dtype), affine, scale, adapter)
 
 
 def _why_not_block(block: Any) -> str | None:

@@ -12,14 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .fold import FoldedBlock, FoldedLinear
-
-
-@dataclass(frozen=True)
-class Merged:
-    """A projection ready to multiply: the frozen weight with the adapter added, in the compute type."""
-
-    weight: Tensor  # [N, K]
-    bias: Tensor  # [N]
+from .precision import Apart, Fp8Weight, Merged, Projection
 
 
 @dataclass(frozen=True)
@@ -27,19 +20,17 @@ class ReadyBlock:
     """A folded block with its adapters merged, and what of it is trained: `FoldedBlock.trained`, without gradients."""
 
     block: FoldedBlock
-    merged: list[Merged]  # qkv, proj, fc1, fc2
+    merged: list[Projection]  # qkv, proj, fc1, fc2
     trained: list[Tensor]
 
     def update(self, new: ReadyBlock) -> None:
         """Writes `new` into the same memory, which a CUDA graph reads."""
         for before, now in zip(self.merged, new.merged, strict=True):
-            if before.weight is not now.weight:  # those without an adapter are the frozen weights themselves
-                before.weight.copy_(now.weight)
-                before.bias.copy_(now.bias)
-        for tensor, value in zip(self.trained, new.trained, strict=True):
-            # the parameter itself needs no copy, which would count as a change of it; data_ptr() warns on fake tensors
-            if not torch._C._is_alias_of(tensor, value):
-                tensor.copy_(value)
+            if isinstance(before, Merged) and isinstance(now, Merged):
+                _copy((before.weight, before.bias), (now.weight, now.bias))
+            elif isinstance(before, Apart) and isinstance(now, Apart):
+                _copy(before.factors or (), now.factors or ())
+        _copy(self.trained, new.trained)
 
 
 def make_ready(blocks: Sequence[FoldedBlock | nn.Module]) -> Callable[[], dict[int, ReadyBlock]]:
@@ -65,23 +56,31 @@ def make_ready(blocks: Sequence[FoldedBlock | nn.Module]) -> Callable[[], dict[i
     return refresh
 
 
-def merge(linear: FoldedLinear, factors: Sequence[Tensor] | None) -> Merged:
-    """W + s B A and b + s B (A beta), added in fp32 and rounded once. factors: (A, A beta, B) or None."""
-    if factors is None or linear.adapter is None:
+def merge(linear: FoldedLinear, factors: Sequence[Tensor] | None) -> Projection:
+    """W + s B A and b + s B (A beta), added in fp32 and rounded once; apart where W is in fp8.
+
+    factors: (A, A beta, B) or None.
+    """
+    adapter = linear.adapter if factors is not None else None
+    if isinstance(linear.weight, Fp8Weight):
+        low = None if factors is None else [f.detach().to(linear.bias.dtype) for f in factors]
+        return Apart(
+            linear.weight, linear.bias, low, adapter.parts if adapter else (), adapter.scale if adapter else 0.0
+        )
+    if factors is None or adapter is None:
         return Merged(linear.weight, linear.bias)
     a, shift, b = (f.detach() for f in factors)
-    scale, parts = linear.adapter.scale, linear.adapter.parts
     weight, bias = linear.weight.float(), linear.bias.float()
     if weight is linear.weight:  # already fp32: the frozen tensors themselves must stay
         weight, bias = weight.clone(), bias.clone()
     rows = b.shape[1]
-    for t, part in enumerate(parts):
-        weight[part * rows : (part + 1) * rows].addmm_(b[t], a[t], alpha=scale)
-        bias[part * rows : (part + 1) * rows].addmv_(b[t], shift[t], alpha=scale)
+    for t, part in enumerate(adapter.parts):
+        weight[part * rows : (part + 1) * rows].addmm_(b[t], a[t], alpha=adapter.scale)
+        bias[part * rows : (part + 1) * rows].addmv_(b[t], shift[t], alpha=adapter.scale)
     return Merged(weight.to(linear.weight.dtype), bias.to(linear.bias.dtype))
 
 
-def merge_all(block: FoldedBlock, trained: Sequence[Tensor]) -> list[Merged]:
+def merge_all(block: FoldedBlock, trained: Sequence[Tensor]) -> list[Projection]:
     """The block's four projections. trained: what `FoldedBlock.trained` gives."""
     factors = factors_of(block, trained)
     return [merge(linear, factors.get(name)) for name, linear in block.linears.items()]
@@ -93,8 +92,16 @@ def factors_of(block: FoldedBlock, trained: Sequence[Tensor]) -> dict[str, Seque
     return {name: trained[3 * i : 3 * i + 3] for i, name in enumerate(names)}
 
 
+def _copy(before: Sequence[Tensor], now: Sequence[Tensor]) -> None:
+    for tensor, value in zip(before, now, strict=True):
+        # a frozen weight or a parameter itself needs no copy, which would count as a change of it; data_ptr() warns on
+        # fake tensors
+        if not torch._C._is_alias_of(tensor, value):  # type: ignore[attr-defined]
+            tensor.copy_(value)
+
+
 def _merge_block(block: FoldedBlock) -> ReadyBlock:
     # in fp32 whatever autocast the caller is in
-    with torch.autocast(block.qkv.weight.device.type, enabled=False):
+    with torch.autocast(block.qkv.bias.device.type, enabled=False):
         trained = [tensor.detach() for tensor in block.trained()]
         return ReadyBlock(block, merge_all(block, trained), trained)

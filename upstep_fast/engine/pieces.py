@@ -17,35 +17,52 @@ from torch import Tensor
 from ..kernels.gelu import gelu_backward as backward_from_byte
 from ..kernels.gelu import gelu_forward as forward_with_byte
 from ..kernels.layer_norm import layer_norm_backward, layer_norm_forward
+from .precision import Merged, Projection, Quantized
 
 _APPROXIMATE = {"erf": "none", "tanh": "tanh", "quick": "quick"}
 
 
-def norm(x: Tensor, delta: Tensor | None, eps: float, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(x_hat, total, rstd) of x + delta, [..., D]; rstd [..., 1] in fp32."""
+def norm(
+    x: Tensor, delta: Tensor | None, eps: float, fused: bool, fp8: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor | Quantized]:
+    """(x_hat, total, rstd, x_hat for a product) of x + delta, [..., D]; rstd [..., 1] in fp32.
+
+    fp8: for an fp8 product, quantised in the same pass where the form is fused.
+    """
     if fused:
-        done = layer_norm_forward(x, eps, residual=delta)
+        done = layer_norm_forward(x, eps, residual=delta, fp8=fp8)
         assert done.y is not None
-        return done.y, done.h, done.rstd[..., None]
+        return done.y, done.h, done.rstd[..., None], _as_given(done.y, done.q, done.scale)
     total = x if delta is None else x + delta
     # a CPU gives the statistics in the type of the weight: without one they would be rounded to bf16
     width = total.shape[-1:]
     weight = total.new_ones(width, dtype=torch.float32) if total.dtype in (torch.float16, torch.bfloat16) else None
     bias = None if weight is None else torch.zeros_like(weight)
     x_hat, _, rstd = torch.native_layer_norm(total, width, weight, bias, eps)
-    return x_hat, total, rstd
+    return x_hat, total, rstd, x_hat
 
 
-def norm_backward(d: Tensor, x_hat: Tensor, rstd: Tensor, around: Tensor, fused: bool) -> Tensor:
-    """The gradient of the total, from that of x_hat and the one that goes round the norm."""
+def norm_backward(
+    d: Tensor, x_hat: Tensor, rstd: Tensor, around: Tensor, fused: bool, fp8: bool = False
+) -> tuple[Tensor, Tensor | Quantized]:
+    """(the gradient of the total, the same for a product), from that of x_hat and the one that goes round the norm."""
     if fused:
-        return layer_norm_backward(d, x_hat, rstd[..., 0], around)[0]
+        dx, q, scale = layer_norm_backward(d, x_hat, rstd[..., 0], around, fp8=fp8)
+        return dx, _as_given(dx, q, scale)
     # the library's op, told that its input was already normalised: mean 0, rstd 1
     zero, one = (torch.full_like(rstd, value, dtype=d.dtype) for value in (0.0, 1.0))
     dx, _, _ = torch.ops.aten.native_layer_norm_backward(
         d, x_hat, x_hat.shape[-1:], zero, one, None, None, [True, False, False]
     )
-    return dx.mul_(rstd).add_(around)
+    dx = dx.mul_(rstd).add_(around)
+    return dx, dx
+
+
+def _as_given(wide: Tensor | None, q: Tensor | None, scale: Tensor | None) -> Tensor | Quantized:
+    if q is not None and scale is not None:
+        return Quantized(q, scale, wide)
+    assert wide is not None
+    return wide
 
 
 def gelu(u: Tensor, activation: str) -> Tensor:
@@ -55,27 +72,29 @@ def gelu(u: Tensor, activation: str) -> Tensor:
     return F.gelu(u, approximate="tanh" if activation == "tanh" else "none")
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
-    """gelu(x weight^T + bias) where nothing is kept; x: [..., K]."""
-    if activation == "tanh" and x.is_cuda:  # the form that cuBLAS has in the product's epilogue
-        y = torch._addmm_activation(bias, x.flatten(0, -2), weight.T, use_gelu=True)
+def linear_gelu(x: Tensor | Quantized, projection: Projection, activation: str) -> Tensor:
+    """gelu of the product, where nothing is kept; x: [..., K]."""
+    if activation == "tanh" and isinstance(x, Tensor) and x.is_cuda and isinstance(projection, Merged):
+        # the form that cuBLAS has in the product's epilogue
+        y = torch._addmm_activation(projection.bias, x.flatten(0, -2), projection.weight.T, use_gelu=True)
         return y.view(*x.shape[:-1], -1)
-    return gelu(F.linear(x, weight, bias), activation)
+    return gelu(projection.product(x), activation)
 
 
-def gelu_forward(u: Tensor, activation: str, as_byte: bool) -> tuple[Tensor, Tensor]:
-    """(g, what `gelu_backward` takes: u, or the derivative in one byte)."""
+def gelu_forward(u: Tensor, activation: str, as_byte: bool, fp8: bool = False) -> tuple[Tensor | Quantized, Tensor]:
+    """(g, what `gelu_backward` takes: u, or the derivative in one byte). fp8: g as an fp8 product alone wants it."""
     if not as_byte:
         return gelu(u, activation), u
-    g, byte, _ = forward_with_byte(u, _APPROXIMATE[activation])
+    g, byte, scale = forward_with_byte(u, _APPROXIMATE[activation], fp8=fp8)
     assert byte is not None
-    return g, byte
+    return g if scale is None else Quantized(g, scale, None), byte
 
 
-def gelu_backward(dg: Tensor, kept: Tensor, activation: str) -> Tensor:
-    """dg gelu'(u), from what `gelu_forward` kept."""
+def gelu_backward(dg: Tensor, kept: Tensor, activation: str, fp8: bool = False) -> Tensor | Quantized:
+    """dg gelu'(u), from what `gelu_forward` kept. fp8: as an fp8 product alone wants it."""
     if kept.dtype == torch.uint8:
-        return backward_from_byte(dg, kept)[0]
+        du, scale = backward_from_byte(dg, kept, fp8=fp8)
+        return du if scale is None else Quantized(du, scale, None)
     if activation == "quick":
         s = torch.sigmoid(1.702 * kept)
         return dg * (s + 1.702 * kept * s * (1 - s))

@@ -65,12 +65,13 @@ def build(
     *,
     fused: bool | None = None,
     compiled: bool | None = None,
+    fp8: bool = False,
 ) -> EngineViT:
     """Folds `vit` for training or for features in `dtype`. Raises ValueError if the engine cannot run it.
 
-    fused: as for `fold`; compiled: the forward-only path, as for `make_forward_only`.
+    fused, fp8: as for `fold`; compiled: the forward-only path, as for `make_forward_only`.
     """
-    blocks = fold(vit, dtype, fused)
+    blocks = fold(vit, dtype, fused, fp8)
     frozen = tuple((p, p._version) for p in vit.parameters() if not p.requires_grad)
     tokens, features = partial(embed, vit, dtype=dtype), partial(head, vit)
     device = next(vit.parameters()).device
