@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import resource
 import subprocess
 import tarfile
 import time
@@ -33,13 +34,15 @@ def main() -> None:
     clone = folder / "upstep_fast"
     environment = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH", "OMP_NUM_THREADS")}
     environment |= {"HF_HUB_OFFLINE": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    steps = []
+    steps: list[dict] = []
+    load = os.getloadavg()[0]
 
     def timed(command: str, cwd: Path) -> None:
         print(f"$ {command}", flush=True)
-        began = time.monotonic()
+        began, used = time.monotonic(), processor_seconds()
         subprocess.run(["bash", "-ec", command], cwd=cwd, env=environment, check=True)
-        steps.append({"command": command, "seconds": round(time.monotonic() - began, 1)})
+        took = {"seconds": time.monotonic() - began, "cpu_seconds": processor_seconds() - used}
+        steps.append({"command": command, **{name: round(value, 1) for name, value in took.items()}})
 
     timed(f"git clone --quiet {ROOT} upstep_fast", folder)
     images = own_pictures(clone / "photos", clone / "upstep_fast/assets/sign_digits_64.tar")
@@ -63,7 +66,7 @@ def main() -> None:
         "command": f"python bench/newcomer.py {options.folder}",
         "commit": output("git", "rev-parse", "--short", "HEAD", cwd=clone),
         "machine": {"cpu": processor(), "cores": os.cpu_count(), "python": platform.python_version()},
-        "load_1min": round(os.getloadavg()[0], 1),
+        "load_1min": {"before": round(load, 1), "after": round(os.getloadavg()[0], 1)},
         "versions": output(str(clone / "venv/bin/pip"), "list", "--format=freeze", cwd=clone).splitlines(),
         "pictures": images,
         "steps": steps,
@@ -114,6 +117,12 @@ def find(readme: str, start: str) -> str:
 
 def output(*command: str, cwd: Path) -> str:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def processor_seconds() -> float:
+    """Of all commands so far: on a busy machine what an idle one would need, shared by its cores."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def processor() -> str:
