@@ -26,7 +26,7 @@ from upstep_fast.report import setup_logging
 
 RECIPES: dict[str, dict[str, Any]] = {
     "dinov2": dict(
-        steps=200,
+        steps=120,
         batch_size=32,
         prototypes=1024,
         head_hidden=512,
@@ -34,11 +34,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         local_views=2,
         lora_r=16,
         alpha="customary",
-        lr=5e-4,
+        lr=1e-3,
         momentum=0.98,
     ),
     "mae": dict(
-        steps=300,
+        steps=200,
         batch_size=64,
         decoder_width=128,
         decoder_depth=2,

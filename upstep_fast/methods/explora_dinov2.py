@@ -82,7 +82,7 @@ class Head(nn.Module):
         )
         for module in self.mlp:
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=0.02)  # DINOv2 truncates it at 100 standard deviations
                 nn.init.zeros_(module.bias)
         # of unit length in use: weight normalisation with its length fixed at 1
         self.prototypes = nn.Parameter(torch.randn(prototypes, bottleneck) / bottleneck**0.5)
@@ -149,9 +149,9 @@ class ExploraDinov2(nn.Module):
                 pairs += [(own[name], p) for name, p in explora.trained(theirs).items() if name in own]
         return pairs
 
-    def accelerate(self, dtype: torch.dtype, memory: Memory = "fast") -> None:
+    def accelerate(self, dtype: torch.dtype, memory: Memory = "fast", fp8: bool = False) -> None:
         """Runs the frozen blocks on the engine from now on."""
-        reason = self.encoder.accelerate(dtype, memory)
+        reason = self.encoder.accelerate(dtype, memory, fp8)
         if reason:
             log.warning("engine: running the plain model instead, since %s", reason)
             return
@@ -159,7 +159,7 @@ class ExploraDinov2(nn.Module):
         own = [p for p in self.teacher.parameters() if id(p) not in {id(q) for q in self.vit.parameters()}]
         for p in own:
             p.requires_grad_(True)
-        self.teacher_encoder.accelerate(dtype, memory)
+        self.teacher_encoder.accelerate(dtype, memory, fp8)
         for p in own:
             p.requires_grad_(False)
         log.info("engine: the blocks trained whole (%s) run as plain modules", self.config.unfreeze)
