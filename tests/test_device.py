@@ -36,7 +36,12 @@ def test_bf16_is_refused_where_a_gpu_lacks_it(gpu):
 
 @pytest.mark.parametrize(
     ("name", "precision", "message"),
-    [("tpu", "auto", "not a device"), ("meta", "auto", "not supported"), ("cpu", "fp16", "fp16 needs a GPU")],
+    [
+        ("tpu", "auto", "not a device"),
+        ("meta", "auto", "not supported"),
+        ("cpu", "fp16", "fp16 needs a GPU"),
+        ("cpu", "fp8", "fp8 needs a GPU"),
+    ],
 )
 def test_what_is_not_there_is_refused(name, precision, message):
     with pytest.raises(ConfigError, match=message):

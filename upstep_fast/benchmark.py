@@ -28,7 +28,8 @@ from .device import Compute, resolve
 from .engine import vit as engine
 from .errors import CheckFailedError
 
-TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 2e-2}  # relative, of features and of adapter gradients, against fp32
+# relative, of features and of adapter gradients, against fp32
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 2e-2, "fp8": 1e-1}
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def make_variants(
         if config.compile:
             variants["peft compiled"] = torch.compile(eager_peft), peft_parameters
     variants["reference"] = reference, parameters
-    variants["engine"] = engine.build(vit, compute.dtype or torch.float32).features, parameters
+    variants["engine"] = engine.build(vit, compute.dtype or torch.float32, fp8=compute.fp8).features, parameters
     return variants, (truth, parameters)
 
 

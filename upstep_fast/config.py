@@ -56,8 +56,9 @@ class ModelConfig(BackboneConfig):
     """Images: folders (searched recursively, no labels needed), .tar files, text lists, or hf:NAME."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N. auto: the GPU if there is one."""
-    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """auto: bf16 where the device is fast in it, fp16 with loss scaling on older GPUs, else fp32."""
+    precision: Literal["auto", "fp32", "fp16", "bf16", "fp8"] = "auto"
+    """auto: bf16 where the device is fast in it, fp16 with loss scaling on older GPUs, else fp32. fp8 (by choice only):
+    frozen weights in fp8, the rest in bf16."""
     implementation: Literal["auto", "reference", "triton", "cuda"] = "auto"
     """Kernels to use; auto: the fastest that runs here."""
     num_workers: int | None = None
@@ -409,7 +410,7 @@ class BenchConfig:
     """Also time PEFT under torch.compile (minutes to compile)."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "fp16", "bf16", "fp8"] = "auto"
     """As for adapt."""
     json: str | None = None
     """File for the figures."""

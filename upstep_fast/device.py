@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from . import distributed
 from .errors import ConfigError
 
-_DTYPES = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+_DTYPES = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,17 @@ class Compute:
     """Where and how a run computes."""
 
     device: torch.device
-    precision: str  # fp32, fp16 or bf16
+    precision: str  # fp32, fp16, bf16 or fp8
 
     @property
     def dtype(self) -> torch.dtype | None:
         """The autocast type; None: plain fp32."""
         return _DTYPES[self.precision]
+
+    @property
+    def fp8(self) -> bool:
+        """Whether frozen weights are in row-wise fp8; all else is in bf16."""
+        return self.precision == "fp8"
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Runs matrix products in `precision`. To be entered after no_grad, which chooses the CPU's attention."""
@@ -58,6 +63,8 @@ def resolve(device: str, precision: str) -> Compute:
         return Compute(found, _fast_precision(found))
     if precision == "fp16" and found.type == "cpu":
         raise ConfigError("precision: fp16 needs a GPU; use bf16 or fp32 on a CPU")
+    if precision == "fp8" and (found.type == "cpu" or torch.cuda.get_device_capability(found) < (8, 9)):
+        raise ConfigError("precision: fp8 needs a GPU that multiplies it (Ada, Hopper or newer); use bf16")
     if precision == "bf16" and found.type == "cuda" and torch.cuda.get_device_capability(found)[0] < 8:
         raise ConfigError("precision: this GPU has no bf16 (it came with Ampere); use fp16 or fp32")
     return Compute(found, precision)

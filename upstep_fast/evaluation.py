@@ -185,7 +185,7 @@ def _features_of(model: Backbone, config: EvalConfig | EmbedConfig, compute: Com
     plain = partial(backbones.features, vit)
     if config.implementation == "reference":
         return plain
-    return engine.choose(vit, compute.dtype or torch.float32, "fast", otherwise=plain)
+    return engine.choose(vit, compute.dtype or torch.float32, "fast", otherwise=plain, fp8=compute.fp8)
 
 
 def ensemble(base: Tensor, adapted: Tensor) -> Tensor:

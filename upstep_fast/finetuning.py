@@ -152,7 +152,7 @@ def _run(config: FinetuneConfig, compute: Compute, splits: Splits, backbone: Bac
     reader = make_reader(config, backbone, compute.device)
     model = finetuned.build(backbone, config, len(splits.learn.classes)).to(compute.device)
     if config.implementation != "reference":
-        model.accelerate(compute.dtype or torch.float32)
+        model.accelerate(compute.dtype or torch.float32, compute.fp8)
     state = fresh_state(model, config, compute)
     if config.resume:
         finetune_state.go_on(state, out / output.CHECKPOINTS, identity, reader.skipped)

@@ -82,7 +82,7 @@ def count(config: AdaptConfig, compute: Compute, *, on: str | None = None, flops
         method = methods.build(backbone, config)
         seen.part = "folded"
         if config.implementation != "reference":
-            method.accelerate(compute.dtype or torch.float32, config.memory)  # type: ignore[arg-type]
+            method.accelerate(compute.dtype or torch.float32, config.memory, compute.fp8)  # type: ignore[arg-type]
         if stands_in and compute.dtype is not None:
             _fuse(method)
         learned = [p for group in method.parameter_groups() for p in group["params"]]

@@ -255,7 +255,7 @@ def fresh_state(config: AdaptConfig, compute: Compute, backbone: backbones.Backb
     method = method.to(compute.device)
     if config.implementation != "reference" and not config.shard_weights:
         assert config.memory != "auto"  # settled before the run began
-        method.accelerate(compute.dtype or torch.float32, config.memory)
+        method.accelerate(compute.dtype or torch.float32, config.memory, compute.fp8)
     return RunState(
         method=method,
         optimizer=make_optimizer(method, config),

@@ -93,7 +93,7 @@ def head(vit: VisionTransformer, x: Tensor) -> Tensor:
 
 
 def choose(
-    vit: nn.Module, dtype: torch.dtype, memory: Memory, otherwise: Callable[[Tensor], Tensor]
+    vit: nn.Module, dtype: torch.dtype, memory: Memory, otherwise: Callable[[Tensor], Tensor], fp8: bool = False
 ) -> Callable[[Tensor], Tensor]:
     """The engine's `features` if it can run `vit`, else `otherwise`, compiled on a GPU; with a line that says why."""
     reason = why_not(vit)
@@ -101,7 +101,7 @@ def choose(
         assert isinstance(vit, VisionTransformer)
         for index, why in left_alone(vit).items():
             log.info("engine: block %d runs as it is, since it %s", index, why)
-        return build(vit, dtype, memory).features
+        return build(vit, dtype, memory, fp8=fp8).features
     is_cuda = next(vit.parameters()).device.type == "cuda"
     log.warning("engine: running the plain model%s instead, since %s", " under torch.compile" * is_cuda, reason)
     return torch.compile(otherwise) if is_cuda else otherwise

@@ -48,7 +48,7 @@ class Method(Protocol):
     def to(self, device: torch.device) -> Self:
         """Moves everything to the device."""
 
-    def accelerate(self, dtype: torch.dtype, memory: Memory = "fast") -> None:
+    def accelerate(self, dtype: torch.dtype, memory: Memory = "fast", fp8: bool = False) -> None:
         """Runs what it can on the engine from now on; called once, on the device."""
 
     @property

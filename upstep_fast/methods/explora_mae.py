@@ -139,9 +139,9 @@ class ExploraMae(nn.Module):
         alpha = explora.lora_spec(self.config).alpha / self.config.lora_r * r  # the encoder's scale
         return explora.extend(self.decoder, (), lora.LoraSpec(r=r, alpha=alpha, targets=("q", "v")), class_token=False)
 
-    def accelerate(self, dtype: torch.dtype, memory: Memory = "fast") -> None:
+    def accelerate(self, dtype: torch.dtype, memory: Memory = "fast", fp8: bool = False) -> None:
         """Runs the encoder's frozen blocks on the engine from now on."""
-        if reason := self.encoder.accelerate(dtype, memory):
+        if reason := self.encoder.accelerate(dtype, memory, fp8):
             log.warning("engine: running the plain model instead, since %s", reason)
         else:
             log.info("engine: the blocks trained whole (%s) and the decoder run as plain modules", self.config.unfreeze)

@@ -74,11 +74,11 @@ class Encoder:
         self.vit = vit
         self._engine: EngineViT | None = None
 
-    def accelerate(self, dtype: torch.dtype, memory: Memory) -> str | None:
+    def accelerate(self, dtype: torch.dtype, memory: Memory, fp8: bool = False) -> str | None:
         """Folds the frozen blocks for the engine. Returns why it cannot, if it cannot."""
         reason = why_not(self.vit)
         if reason is None:
-            self._engine = build(self.vit, dtype, memory)
+            self._engine = build(self.vit, dtype, memory, fp8=fp8)
         return reason
 
     def __call__(self, x: Tensor) -> Tensor:

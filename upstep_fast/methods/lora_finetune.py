@@ -52,10 +52,10 @@ class Baseline(nn.Module):
         nn.init.zeros_(self.head.bias)
         self.features: Callable[[Tensor], Tensor] = partial(features, self.vit)
 
-    def accelerate(self, dtype: torch.dtype) -> None:
+    def accelerate(self, dtype: torch.dtype, fp8: bool = False) -> None:
         """Runs a backbone whose weights are frozen on the engine in `dtype`; to be called on the final device."""
         if self.method != "full":
-            self.features = engine.choose(self.vit, dtype, "fast", otherwise=self.features)
+            self.features = engine.choose(self.vit, dtype, "fast", otherwise=self.features, fp8=fp8)
 
     def train(self, mode: bool = True) -> Baseline:
         """A frozen backbone stays as it is evaluated; one that trains drops paths and nothing else."""

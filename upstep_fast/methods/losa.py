@@ -179,9 +179,9 @@ class Losa(nn.Module):
         nn.init.zeros_(self.head.bias)
         self.stream: Stream = partial(stream_plain, vit, torch.float32)
 
-    def accelerate(self, dtype: torch.dtype) -> None:
+    def accelerate(self, dtype: torch.dtype, fp8: bool = False) -> None:
         """Runs the frozen blocks on the engine in `dtype` from now on; to be called on the final device."""
-        self.stream = make_stream(self.vit, dtype)
+        self.stream = make_stream(self.vit, dtype, fp8)
 
     def train(self, mode: bool = True) -> Losa:
         """The backbone stays as it is evaluated."""
@@ -225,11 +225,11 @@ class Losa(nn.Module):
             return self.head(pooled.unflatten(0, (-1, self.frames)).mean(1))
 
 
-def make_stream(vit: nn.Module, dtype: torch.dtype) -> Stream:
+def make_stream(vit: nn.Module, dtype: torch.dtype, fp8: bool = False) -> Stream:
     """Runs a frozen ViT without gradient and hands every block's output, [B, N, D] in `dtype`, to a function."""
     reason = why_not(vit)
     if reason is None:
-        return partial(_stream_engine, engine.build(vit, dtype))  # type: ignore[arg-type]
+        return partial(_stream_engine, engine.build(vit, dtype, fp8=fp8))  # type: ignore[arg-type]
     log.warning("engine: running the plain model instead, since %s", reason)
     return partial(stream_plain, vit, dtype)
 

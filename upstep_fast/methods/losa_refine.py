@@ -78,7 +78,8 @@ class _Refine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (g,), (u, difference, gate, scale, *rest) = grads, ctx.saved_tensors
+        u, difference, gate, scale, *rest = ctx.saved_tensors
+        g = grads[0].contiguous()  # the norm's kernel reads it by rows
         lows, factors, axes = rest[: len(ctx.axes)], _fours(rest[len(ctx.axes) :]), ctx.axes
         xs = [u]  # the mixers' inputs; the last change is wanted for the factor alone
         delta: Any = None
@@ -100,7 +101,7 @@ class _Refine(torch.autograd.Function):
             d_hat, of_factors = _mixer_backward(d_change, x_hat, lows[at], factors[at], axes[at], ctx.frames, needs_dx)
             d_factors[:0] = of_factors
             if d_hat is not None:
-                du = norm_backward(d_hat, x_hat, rstd, du, _fused(d_hat))
+                du, _ = norm_backward(d_hat, x_hat, rstd, du, _fused(d_hat))
         d_gate = None
         if gate is not None:
             share = gate.sigmoid()
@@ -160,7 +161,7 @@ def _columns(x: Tensor, axis: str, frames: int) -> Tensor:
 
 def _norm(x: Tensor) -> tuple[Tensor, Tensor]:
     """(x_hat, rstd)."""
-    x_hat, _, rstd = norm(x, None, EPS, _fused(x))
+    x_hat, _, rstd, _ = norm(x, None, EPS, _fused(x))
     return x_hat, rstd
 
 

@@ -112,12 +112,12 @@ class UpStep(nn.Module):
         self.register_buffer("running_magnitude", torch.zeros(()))
         self.register_buffer("seen", torch.zeros((), dtype=torch.bool))
 
-    def accelerate(self, dtype: torch.dtype, memory: Memory = "fast") -> None:
+    def accelerate(self, dtype: torch.dtype, memory: Memory = "fast", fp8: bool = False) -> None:
         """Runs the backbone on the engine from now on, in `dtype`; the plain model where the engine cannot.
 
         To be called once the module is on its device, since the frozen weights are folded into copies.
         """
-        self.features = engine.choose(self.vit, dtype, memory, otherwise=self.features)
+        self.features = engine.choose(self.vit, dtype, memory, otherwise=self.features, fp8=fp8)
 
     @property
     def needs_start(self) -> bool:
