@@ -8,6 +8,7 @@ import torch
 
 from upstep_fast import backbone as backbones
 from upstep_fast.engine import vit as engine
+from upstep_fast.methods.lora_finetune import Baseline
 from upstep_fast.methods.losa import Losa, LosaSpec, SideNetwork, make_stream, stream_plain
 from upstep_fast.reference import losa as reference
 
@@ -130,6 +131,16 @@ def test_a_step_keeps_nothing_of_the_backbone(tiny):
     assert kept <= 8 * tokens * per_token * blocks + tail
 
 
+def test_it_keeps_a_fraction_of_what_lora_keeps(model):
+    def of(net):
+        net.train().accelerate(torch.bfloat16)
+        return kept_bytes(lambda: net(images(8)))[0]
+
+    lora = Baseline(backbones.load(model), "lora", 4)
+    losa = Losa(backbones.load(model), LosaSpec(rank=2, token_rank=2), classes=4)
+    assert of(losa) < 0.25 * of(lora)
+
+
 @pytest.mark.parametrize("spec", FORMS)
 def test_it_starts_as_the_backbone(tiny, spec):
     net = Losa(tiny, spec, classes=4)
@@ -220,6 +231,20 @@ def test_engine_and_plain_model_stream_the_same(tiny, dtype):
         assert error < (1e-5 if dtype == torch.float32 else 2e-2)
 
 
+def test_frozen_weights_in_fp8(tiny):
+    x, found = images(), {}
+    with torch.no_grad():
+        for fp8 in (False, True):
+            make_stream(tiny.vit, torch.bfloat16, fp8)(x, lambda i, b, fp8=fp8: found.setdefault((fp8, i), b.float()))
+    error = (found[True, 1] - found[False, 1]).norm() / found[False, 1].norm()
+    assert 1e-4 < error < 0.1  # other numbers, and close
+    net = Losa(tiny, LosaSpec(rank=2, token_rank=2), classes=4).train()
+    net.accelerate(torch.bfloat16, fp8=True)
+    randomise(net.side)
+    net(x).sum().backward()
+    assert all(p.grad is None for p in net.vit.parameters()) and all(p.grad is not None for p in net.side.parameters())
+
+
 def test_a_model_the_engine_cannot_run_learns_all_the_same(caplog):
     vit = timm.create_model(
         "eva02_tiny_patch14_224", img_size=28, embed_dim=48, depth=2, num_heads=3, num_classes=0
@@ -271,3 +296,21 @@ def test_a_short_run_learns(tiny):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.2 * losses[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("frames", [1, 3])
+@pytest.mark.parametrize("spec", FORMS)
+def test_on_a_gpu_in_bf16_it_is_the_formula_up_to_rounding(spec, frames):
+    side = SideNetwork(spec, depth=4, width=192, tokens=65, frames=frames)
+    randomise(side)
+    taps = torch.randn(len(side.taps), 2 * frames, 65, 192, generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(taps.shape[1:], generator=torch.Generator().manual_seed(2))
+    theirs = copy.deepcopy(side).double()
+    z = by_reference(theirs, taps.double())
+    want = [z, *torch.autograd.grad((z * weights).sum(), list(theirs.parameters()))]
+    side.cuda()
+    z = side(taps.cuda().bfloat16())
+    got = [z, *torch.autograd.grad((z.float() * weights.cuda()).sum(), list(side.parameters()))]
+    for a, b in zip(got, want, strict=True):
+        assert (a.cpu().double() - b).norm() <= 3e-2 * b.norm() + 1e-6

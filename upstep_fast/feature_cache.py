@@ -93,7 +93,10 @@ def _allocate(count: int, dtype: torch.dtype, where: str, folder: Path) -> Tenso
     path = folder / FILE
     try:
         with open(path, "wb") as file:  # taken now: a disk that fills up later would kill the process
-            os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
+            else:  # macOS and Windows
+                file.truncate(count * dtype.itemsize)
     except OSError as error:
         path.unlink(missing_ok=True)
         raise ConfigError(f"cache: cannot write {path}: {error.strerror}; use --cache memory or off") from error
