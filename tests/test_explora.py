@@ -550,7 +550,7 @@ def test_fresh_parts_are_named(options, caplog):
         ({"objective": "mae", "hidden": 1.0}, "hidden: got 1.0"),
         ({"objective": "mae", "decoder_width": 30}, "decoder_width: got 30"),
         ({"objective": "mae", "decoder": "/no/such/file.pth"}, "file.pth"),
-        ({"auto_batch": True}, "auto_batch: is not made for explora"),
+        ({"auto_batch": True}, "auto_batch: --method explora cannot"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(options, extra, named):

@@ -47,10 +47,6 @@ class ExploraConfig(AdaptConfig):
         for name in _UPSTEPS_OWN:
             if getattr(self, name) != defaults[name]:
                 raise ConfigError(f"{name}: belongs to --method upstep; leave it out with explora")
-        if self.auto_batch:
-            raise ConfigError("auto_batch: is not made for explora; lower --batch-size and raise --accumulate")
-        if self.shard_weights:
-            raise ConfigError("shard_weights: is not made for explora, whose teacher shares the frozen weights")
         if self.gate == "views":
             raise ConfigError("gate: views compares UpStep's two views; choose another with explora")
         for part in self.unfreeze.split(","):

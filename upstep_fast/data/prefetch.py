@@ -10,6 +10,7 @@ a CPU there is nothing to overlap with: the same code makes the views when they 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -28,7 +29,7 @@ class Ready(Generic[T]):
     """An item and what was made of it, which may still be in the making on another stream."""
 
     item: T
-    made: Any  # tensors, in lists, tuples or dicts if there are several; a function that makes them, without an event
+    made: Any  # tensors, in lists, tuples, dicts or dataclasses; without an event a function that makes them
     event: torch.cuda.Event | None = None  # recorded behind the last kernel that makes them
 
     def take(self) -> Any:
@@ -68,3 +69,6 @@ def _tensors(x: Any) -> Iterator[Tensor]:
     elif isinstance(x, (list, tuple, dict)):
         for part in x.values() if isinstance(x, dict) else x:
             yield from _tensors(part)
+    elif dataclasses.is_dataclass(x):
+        for field in dataclasses.fields(x):
+            yield from _tensors(getattr(x, field.name))

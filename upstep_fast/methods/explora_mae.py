@@ -196,7 +196,9 @@ class ExploraMae(nn.Module):
     def loss(self, learning: Encoded, target: Encoded | None = None) -> Tensor:
         """The squared error of the hidden patches' pixels, a scalar in fp32."""
         prediction = self.decoder(learning.tokens, learning.keep)
-        targets = mae.pixel_targets(learning.crops, self.patch, self.config.norm_pixels)
+        # rows and columns beyond the last whole patch are not seen
+        height, width = (count * side for count, side in zip(self.grid, self.patch, strict=True))
+        targets = mae.pixel_targets(learning.crops[..., :height, :width], self.patch, self.config.norm_pixels)
         return mae.pixel_loss(prediction, targets, learning.hidden)
 
     def figures(self) -> dict[str, float]:

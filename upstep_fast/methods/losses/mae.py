@@ -17,7 +17,7 @@ def patchify(images: Tensor, patch: tuple[int, int]) -> Tensor:
     """Pixels by patch: [B, C, H, W] -> [B, N, p q C], rows first, channels last, as MAE orders them."""
     B, C, H, W = images.shape
     p, q = patch
-    x = images.view(B, C, H // p, p, W // q, q)
+    x = images.reshape(B, C, H // p, p, W // q, q)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // p) * (W // q), p * q * C)
 
 
