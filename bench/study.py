@@ -17,6 +17,7 @@ goes on with the same command. Configurations are chosen on a third of each trai
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import io
 import itertools
@@ -29,6 +30,7 @@ import sys
 import tarfile
 import time
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -81,7 +83,7 @@ def main() -> int:
         sys.path.insert(0, str(HERE))
         import study_page
 
-        study_page.fill(args.page, read_rows(args.out), args.out)
+        study_page.fill(args.page, rows := read_rows(args.out), args.out, missing(jobs, rows))
     return int(failed > 0)
 
 
@@ -218,6 +220,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
+def missing(jobs: list[Job], rows: list[dict[str, Any]]) -> list[str]:
+    """What the grid asks for and no row has, as "NAME on DATA (n seeds)"."""
+    there = {row["key"] for row in rows if "error" not in row and row["split"] == "select"}
+    lacking = Counter(f"{job.name} on {label(job.data)}" for job in jobs if job.key not in there)
+    return [f"{what} ({seeds} seeds)" if seeds > 1 else what for what, seeds in lacking.items()]
+
+
 def _append(path: Path, row: dict[str, Any]) -> None:
     text = path.read_bytes() if path.is_file() else b""
     with path.open("ab") as file:
@@ -242,6 +251,7 @@ def label(data: str) -> str:
     return Path(data).name.removesuffix(".tar")
 
 
+@functools.cache
 def fingerprint(data: str) -> str:
     """Of the images, wherever they lie."""
     from upstep_fast.data.sources import open_source

@@ -18,8 +18,11 @@ PLOT = Path("images") / "quality_frontier.svg"
 Row = dict[str, Any]
 
 
-def fill(page: Path, rows: Sequence[Row], source: Path) -> None:
-    """Writes tables between the page's markers and the plot beside it. Raises ValueError without markers."""
+def fill(page: Path, rows: Sequence[Row], source: Path, missing: Sequence[str] = ()) -> None:
+    """Writes tables between the page's markers and the plot beside it; says what is missing.
+
+    Raises ValueError without markers.
+    """
     text = page.read_text()
     if BEGIN not in text or END not in text:
         raise ValueError(f"{page}: no lines {BEGIN!r} and {END!r} to write between")
@@ -38,6 +41,8 @@ def fill(page: Path, rows: Sequence[Row], source: Path) -> None:
         (page.parent / PLOT).write_text(frontier(selected))
         if any("dense" in row["base"] for row in selected):
             parts += ["### Patches", dense_table(selected)]
+    if missing:
+        parts += ["### Not measured", f"Of the grid: {', '.join(missing)}."]
     page.write_text(before + BEGIN + "\n" + "\n\n".join(parts) + "\n" + END + after)
 
 

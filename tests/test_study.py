@@ -223,6 +223,28 @@ def test_mean_iou_and_segment(bench):
     assert bench["dense"].segment(bank, labels, torch.eye(2), k=2).tolist() == [True, False]
 
 
+def test_what_has_no_row_is_named(bench, grid):
+    study = bench["study"]
+    jobs = study.read_grid(grid)
+    rows = [{"key": job.key, "split": "select"} for job in jobs if job.name != "plain"]
+    rows += [{"key": jobs[0].key, "split": "select", "error": "no luck"}]
+    assert study.missing(jobs, rows) == [f"plain on {study.label(jobs[0].data)} (2 seeds)"]
+
+
+@pytest.mark.parametrize("name", ["study.toml", "study_cpu2.toml"])
+def test_the_grids_that_are_shipped_are_valid(bench, shared, name, monkeypatch):
+    from upstep_fast.config import AdaptConfig
+
+    monkeypatch.chdir(BENCH.parent)
+    if not Path("../shared/data/gtsrb_32.tar").is_file():
+        pytest.skip("the grids name ../shared/data")
+    jobs = bench["study"].read_grid(BENCH / name)
+    for job in jobs:
+        options = {k: tuple(v) if isinstance(v, list) else v for k, v in job.options.items()}
+        AdaptConfig(model=job.model, data=(job.data,), out="", seed=job.seed, **options)
+    assert len({job.key for job in jobs}) == len(jobs)
+
+
 def a_row(data, gain, score, seed=0, **more):
     at = {
         "adapted": {"knn": 50 + gain, "linear": 60 + gain},
@@ -256,6 +278,8 @@ def test_the_page_has_means_with_standard_errors_and_is_filled_between_its_marke
     assert plot.count("<title>") == 6 and "plain x 1, adapted, a: -6.0, +2.0" in plot
     study_page.fill(page, rows, tmp_path / "rows.jsonl")
     assert page.read_text() == text
+    study_page.fill(page, rows, tmp_path / "rows.jsonl", ["gate on c"])
+    assert "Of the grid: gate on c." in page.read_text()
     (tmp_path / "bare.md").write_text("nothing")
     with pytest.raises(ValueError, match="no lines"):
         study_page.fill(tmp_path / "bare.md", rows, tmp_path / "rows.jsonl")
