@@ -12,9 +12,11 @@ from typing import Any
 from scipy.stats import spearmanr
 
 from upstep_fast.charts import ticks
+from upstep_fast.judgement import predicted_gain
 
 BEGIN, END = "<!-- study: written by bench/study.py -->", "<!-- end of study -->"
 PLOT = Path("images") / "quality_frontier.svg"
+WORSE = 0.5  # points: less is noise
 Row = dict[str, Any]
 
 
@@ -105,7 +107,11 @@ def mean_change(values: Sequence[float]) -> str:
 def points(rows: Iterable[Row]) -> list[tuple[str, float, dict[str, float]]]:
     """(data, true k-NN gain of the adapted features, label-free scores) of every adapter at every strength."""
     return [
-        (row["data"], at["adapted"]["knn"] - row["base"]["knn"], at["judgement"])
+        (
+            row["data"],
+            at["adapted"]["knn"] - row["base"]["knn"],
+            at["judgement"] | {"predicted_gain": predicted_gain(at["judgement"])},
+        )
         for row in rows
         for at in row["at"].values()
     ]
@@ -141,9 +147,20 @@ def scores_table(rows: Sequence[Row]) -> str:
             best = max(others_rho, key=lambda name: abs(others_rho[name]))
             left_out.append(f"{data}: {best}, {found[data][best]:+.2f}")
     text = "Spearman's rank correlation with the true change of k-NN of the adapted features.\n\n" + "\n".join(lines)
+    text += "\n\n" + refusals(every)
     if left_out:
         text += "\n\nThe best score on the other sets, and its correlation on the one left out: " + "; ".join(left_out)
     return text
+
+
+def refusals(found: Sequence[tuple[str, float, dict[str, float]]]) -> str:
+    """How often a prediction of at most 0 met an adapter that truly got worse, by more than WORSE points."""
+    worse = [scores["predicted_gain"] <= 0 for _, gain, scores in found if gain < -WORSE]
+    others = [scores["predicted_gain"] <= 0 for _, gain, scores in found if gain >= -WORSE]
+    return (
+        f"Of {len(worse)} adapters that lost more than {WORSE} points, {sum(worse)} would have been refused "
+        f"(predicted_gain at most 0); of the {len(others)} others, {sum(others)} would have been refused wrongly."
+    )
 
 
 def dense_table(rows: Sequence[Row]) -> str:

@@ -250,7 +250,8 @@ def a_row(data, gain, score, seed=0, **more):
         "adapted": {"knn": 50 + gain, "linear": 60 + gain},
         "ensemble": {"knn": 51 + gain, "linear": 61},
         "source": {"adapted": 40, "ensemble": 45},
-        "judgement": {"good": score, "noise": (7 * score) % 3, "constant": 1.0},
+        "judgement": {"good": score, "noise": (7 * score) % 3, "constant": 1.0}
+        | {"view_agreement": score, "uniformity": 0.0},
     }
     row = dict(key=f"{data}{gain}{seed}", split="select", name="plain", data=data, seed=seed, skip_rate=0.5)
     row |= dict(backward_passes=60, images_learnt=3840, centre_first=0.6, centre_last=0.2, cpu_seconds=100)
@@ -261,6 +262,9 @@ def test_rank_correlations_are_of_score_and_true_gain(bench):
     rows = [a_row("a", gain, score) for gain, score in ((1, 0.1), (3, 0.5), (2, 0.3), (-4, -8.0), (9, 0.51))]
     found = bench["study_page"].correlations(bench["study_page"].points(rows))
     assert found["good"] == pytest.approx(1) and found["constant"] == 0 and abs(found["noise"]) < 1
+    assert found["predicted_gain"] == pytest.approx(1)
+    text = bench["study_page"].refusals(bench["study_page"].points([*rows, a_row("a", -3, 0.2), a_row("a", 5, -0.1)]))
+    assert "Of 2 adapters that lost more than 0.5 points, 1 would" in text and "of the 5 others, 1 would" in text
 
 
 def test_the_page_has_means_with_standard_errors_and_is_filled_between_its_markers(bench, tmp_path):
