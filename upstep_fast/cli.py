@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -57,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except UpstepError as error:
         if debug:
             raise
+        if isinstance(error, Interrupted) and "TORCHELASTIC_RUN_ID" in os.environ:
+            # torchrun sends it to all once the first has ended; the exit code is to stay this one
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if not error.is_said:
             _complain(str(error))
         sys.exit(error.exit_code)

@@ -108,7 +108,7 @@ class AdaptConfig(ModelConfig):
     # many processes
     shard_weights: bool = False
     """Under torchrun: spread the frozen weights over the GPUs (FSDP2) for models too large for one; slower."""
-    rank_timeout: float = 20.0
+    rank_timeout: float = 15.0
     """Seconds that one process waits for another, after the first step, until all end."""
 
     # adapter

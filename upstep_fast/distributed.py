@@ -29,10 +29,11 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from .errors import ConfigError, RunFailedError, UpstepError
+from .errors import ConfigError, Interrupted, RunFailedError, UpstepError
 
 START_SECONDS = 600.0  # the wait for others while models are loaded, images listed and kernels compiled
 PULSE_SECONDS = 1.0
+LAST_SECONDS = 10.0  # what a rank has for its last words when another has failed; torchrun gives it 30
 
 
 class RankError(RunFailedError):
@@ -109,9 +110,11 @@ def joined(device: torch.device) -> Iterator[None]:
             yield
         except BaseException as error:
             text = str(error) if isinstance(error, UpstepError) else f"{type(error).__name__}: {error}".splitlines()[0]
-            is_new = _pulse.note(text)
+            is_new = _pulse.note(text, "stopped" if isinstance(error, Interrupted) else "cause")
             if isinstance(error, UpstepError):
                 error.is_said = not is_new
+            if isinstance(error, Interrupted):
+                _pulse.wait_for_first()
             raise
         finally:
             _pulse = None
@@ -301,12 +304,20 @@ class _Pulse:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="upstep-pulse", daemon=True)
 
-    def note(self, text: str) -> bool:
-        """Whether this rank is the first to note a cause; `text` is it then."""
+    def note(self, text: str, key: str) -> bool:
+        """Whether this rank is the first to note why all end; `text` is it then. key: "cause" or "stopped"."""
         with contextlib.suppress(RuntimeError):  # the store went with torchrun
             mine = f"{self._rank} {text}"
-            return self._store.compare_set("cause", "", mine).decode(errors="replace") == mine
+            return self._store.compare_set(key, "", mine).decode(errors="replace") == mine
         return True
+
+    def wait_for_first(self) -> None:
+        """Until rank 0 has written what a stopped run writes: torchrun ends all as soon as the first has ended."""
+        with contextlib.suppress(RuntimeError):
+            if self._rank == 0:
+                self._store.set("written", "")
+            else:
+                self._store.wait(["written"], datetime.timedelta(seconds=LAST_SECONDS))
 
     def cause(self) -> str:
         """Why a collective failed, as far as can be known: what a rank has noted, else who gives no sign of life."""
@@ -335,9 +346,13 @@ class _Pulse:
         self._store.set(f"pulse/{self._rank}", f"{self._beats} {_traffic.entered}")
 
     def _run(self) -> None:
+        left = LAST_SECONDS
         with contextlib.suppress(RuntimeError):
             while not self._stopped.wait(PULSE_SECONDS):
                 self._beat()
+                left -= PULSE_SECONDS * self._store.check(["cause"])
+                if left < 0:  # the main thread hangs somewhere and will not hear of it
+                    os._exit(RankError.exit_code)
 
     def __enter__(self) -> _Pulse:
         self._beat()
