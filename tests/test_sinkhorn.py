@@ -16,6 +16,8 @@ from kernel_checks import LAYOUTS, assert_matches, guarded_outputs, laid_out, si
 from torch import Tensor
 
 from upstep_fast.kernels import _dispatch, _tiles
+from upstep_fast.kernels import sinkhorn_triton as fused
+from upstep_fast.kernels._triton import INTERPRET
 from upstep_fast.kernels.sinkhorn import sinkhorn, sinkhorn_reference
 
 # the package exports the function under the module's name
@@ -207,7 +209,7 @@ def test_bad_input(scores, epsilon, iterations, message):
 
 
 def test_a_forced_implementation_that_cannot_run_raises():
-    if module.INTERPRET:
+    if INTERPRET:
         pytest.skip("the interpreter takes CPU tensors")
     with _dispatch.forced("triton"), pytest.raises(RuntimeError, match=r"triton.*cannot run.*cpu"):
         sinkhorn(torch.zeros(3, 4), 0.05, 3)
@@ -258,7 +260,7 @@ def test_interpreted_at_any_shape(B, K, epsilon, seed):
     with pytest.MonkeyPatch.context() as patch, _dispatch.forced("triton"), guarded_outputs():
         # 64 scores a block: one chunk of centres or several, one block of rows or several to a program
         patch.setitem(_tiles.TILES, "sinkhorn", {None: {"BLOCK": 64, "SMALL_BLOCK": 64}})
-        patch.setattr(module, "_resident_warps", lambda device: 4)
+        patch.setattr(fused, "_resident_warps", lambda device: 4)
         q = sinkhorn(scores, epsilon, 2)
     check(scores, epsilon, 2, got=q)
 
@@ -266,12 +268,12 @@ def test_interpreted_at_any_shape(B, K, epsilon, seed):
 @pytest.mark.interp
 def test_interpreted_in_one_launch(small_tiles, monkeypatch):
     # one program, which meets nobody at the barriers
-    monkeypatch.setattr(module, "_resident_warps", lambda device: 1)
-    monkeypatch.setattr(module, "INTERPRET", False)
+    monkeypatch.setattr(fused, "_resident_warps", lambda device: 1)
+    monkeypatch.setattr(fused, "INTERPRET", False)
     for shape in ((9, 13), (5, 70)):
         scores = cosines(*shape)
         with guarded_outputs():
-            q = module._sinkhorn_triton(scores, 0.05, 3)
+            q = fused.assignments(scores, 0.05, 3)
         check(scores, 0.05, 3, got=q)
 
 
@@ -335,7 +337,7 @@ def test_gpu_one_launch_is_the_passes_bit_for_bit(shape, monkeypatch):
     first = sinkhorn(scores, 0.05, 3)
     for _ in range(50):
         assert torch.equal(sinkhorn(scores, 0.05, 3), first)
-    monkeypatch.setattr(module, "INTERPRET", True)
+    monkeypatch.setattr(fused, "INTERPRET", True)
     assert torch.equal(sinkhorn(scores, 0.05, 3), first)
 
 

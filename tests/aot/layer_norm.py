@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from upstep_fast.kernels.layer_norm import _bwd_triton, _fwd_triton
+from upstep_fast.kernels.layer_norm_triton import backward, forward
 from upstep_fast.kernels.quantize import MAX_ROW
 
 
@@ -13,7 +13,7 @@ def _forward(K, dtype, rank=0, weight=False, fp8=True):
         x = torch.empty(4096, K, dtype=dtype, device="meta")
         a = x.new_empty(rank, K) if rank else None
         w = x.new_empty(K) if weight else None
-        _fwd_triton(x, x, w, w, a, 1e-6, True, fp8, capability >= (8, 9))
+        forward(x, x, w, w, a, 1e-6, True, fp8, capability >= (8, 9))
 
     return run
 
@@ -22,7 +22,7 @@ def _backward(K, dtype, weight=False, fp8=True):
     def run(capability):
         grad, stats = torch.empty(4096, K, dtype=dtype, device="meta"), torch.empty(4096, device="meta")
         w = grad.new_empty(K) if weight else None
-        _bwd_triton(grad, grad, stats, stats, w, grad, weight, fp8, capability >= (8, 9), 132)
+        backward(grad, grad, stats, stats, w, grad, weight, fp8, capability >= (8, 9), 132)
 
     return run
 
