@@ -5,7 +5,8 @@
 
 A step is forward, loss and backward, without the optimizer. `eager` is the plain timm model under autocast. Kept bytes
 are what autograd holds between forward and backward, each memory once, parameters left out; on a GPU the peak of the
-allocator beyond what was there before is given as well. Variants alternate within one process.
+allocator beyond what was there before is given as well. Variants alternate within one process. Times are the GPU's, or
+on a CPU the process's own (with one thread a neighbour's work does not count).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import copy
 import json
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,6 +101,20 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) - before
 
 
+def measured(steps: dict[str, Callable[[], object]], device: torch.device, runs: int) -> dict[str, list[float]]:
+    """Milliseconds of each run of each variant, taken in turns."""
+    if device.type == "cuda":
+        return alternate(steps, device, runs=runs)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(runs + 1):
+        for name, step in steps.items():
+            began = time.process_time()
+            step()
+            if turn:  # the first is to warm up
+                times[name].append(1e3 * (time.process_time() - began))
+    return times
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_base_patch16_224")
@@ -116,7 +132,7 @@ def main() -> None:
     found = models(backbone, compute, args.rank, args.lora_r)
     steps = {name: step_of(model, x, y, compute) for name, model in found.items()}
     kept = {name: kept_bytes(model, x, y, compute) for name, model in found.items()}
-    times = alternate(steps, compute.device, runs=args.runs, warmup=1)
+    times = measured(steps, compute.device, args.runs)
     rows = []
     for name, model in found.items():
         low, median, high = statistics.quantiles(times[name], n=4)

@@ -521,6 +521,7 @@ def test_held_out_takes_its_part_of_every_class():
     assert torch.equal(mask, held_out(y, 0.2, 0)) and not torch.equal(mask, held_out(y, 0.2, 1))
 
 
+@pytest.mark.long
 def test_base_tiny_on_hand_signs(shared, tmp_path):
     """LoSA on real photographs and weights, far above the linear layer on the same activations in as many epochs."""
     common = dict(
@@ -530,10 +531,10 @@ def test_base_tiny_on_hand_signs(shared, tmp_path):
         cache="memory",
         precision="fp32",
         num_workers=1,
-        epochs=2,
+        epochs=6,
     )
     top1 = {
         method: upstep_fast.finetune(**common, out=tmp_path / method, method=method).figures["top1"]
         for method in ("linear", "losa")
     }
-    assert top1["losa"] > top1["linear"] + 3 and top1["linear"] > 25
+    assert top1["losa"] > top1["linear"] + 5 and top1["linear"] > 60

@@ -177,7 +177,7 @@ class Losa(nn.Module):
         self.head = nn.Linear(backbone.width, classes)
         nn.init.trunc_normal_(self.head.weight, std=INIT_STD)
         nn.init.zeros_(self.head.bias)
-        self.stream: Stream = partial(stream_plain, vit, torch.float32)
+        self.stream: Stream = partial(stream_plain, vit, None)
 
     def accelerate(self, dtype: torch.dtype, fp8: bool = False) -> None:
         """Runs the frozen blocks on the engine in `dtype` from now on; to be called on the final device."""
@@ -254,8 +254,11 @@ def _stream_engine(built: engine.EngineViT, images: Tensor, tap: Callable[[int, 
         tap(index, b)
 
 
-def stream_plain(vit: Any, dtype: torch.dtype, images: Tensor, tap: Callable[[int, Tensor], None]) -> None:
-    """The same by the plain model, whatever its blocks are."""
+def stream_plain(vit: Any, dtype: torch.dtype | None, images: Tensor, tap: Callable[[int, Tensor], None]) -> None:
+    """The same by the plain model, whatever its blocks are. dtype: None: that of the autocast around it, else fp32."""
+    kind = images.device.type
+    if dtype is None:
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
 
     def hook(index: int, module: nn.Module, args: Any, output: Tensor) -> None:
         with torch.set_grad_enabled(learning):
@@ -264,7 +267,7 @@ def stream_plain(vit: Any, dtype: torch.dtype, images: Tensor, tap: Callable[[in
     learning = torch.is_grad_enabled()
     hooks = [block.register_forward_hook(partial(hook, index)) for index, block in enumerate(vit.blocks)]
     try:
-        with torch.no_grad(), torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        with torch.no_grad(), torch.autocast(kind, dtype=dtype, enabled=dtype != torch.float32):
             vit.forward_features(images)
     finally:
         for handle in hooks:
