@@ -101,13 +101,13 @@ class Referee:
     def settle(self) -> None:
         """Puts the best adapter in its place. Raises CheckFailedError if none is predicted to beat the base model."""
         best, adapter = self.best(), self._out / "adapter"
-        if best is None or not adapter.is_dir():
+        if best is None:
             return
         if best["predicted_gain"] <= 0:
             refused = self._out / REFUSED
             if distributed.is_first():
                 shutil.rmtree(refused, ignore_errors=True)
-                adapter.rename(refused)
+                adapter.rename(refused)  # written just before, by rank 0 itself
                 shutil.rmtree(self._out / BEST, ignore_errors=True)
             raise CheckFailedError(
                 f"adapter: refused: on held-out images, without labels, every look says worse than the base model (the "
