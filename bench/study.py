@@ -72,13 +72,14 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time: processes, on one GPU or the cores")
     parser.add_argument("--test", nargs="*", default=[], metavar="NAME", help="measure these on the test part")
     parser.add_argument("--page", type=Path, help="fill the tables and plots of this page")
+    parser.add_argument("--no-run", action="store_true", help="only the page, of the rows that are there")
     args = parser.parse_args()
     jobs = read_grid(args.grid)
     if unknown := set(args.test) - {job.name for job in jobs}:
         there = ", ".join(dict.fromkeys(job.name for job in jobs))
         parser.error(f"--test: no configuration {', '.join(sorted(unknown))}; there are {there}")
     asked = [(job, "select") for job in jobs] + [(job, "test") for job in jobs if job.name in args.test]
-    failed = run(asked, args.out, args.work, args.jobs)
+    failed = 0 if args.no_run else run(asked, args.out, args.work, args.jobs)
     if args.page:
         sys.path.insert(0, str(HERE))
         import study_page
