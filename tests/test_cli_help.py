@@ -102,7 +102,7 @@ def test_bash_completes_commands_flags_and_choices(capsys, tmp_path):
     assert set(complete(script, "upstep-fast", "")) >= set(cli.COMMANDS)
     assert complete(script, "upstep-fast", "ada") == ["adapt"]
     assert complete(script, "upstep-fast", "adapt", "--sinkhorn") == ["--sinkhorn-iterations"]
-    assert set(complete(script, "upstep-fast", "adapt", "--precision", "")) == {"auto", "fp32", "fp16", "bf16"}
+    assert set(complete(script, "upstep-fast", "adapt", "--layout", "")) == {"symmetric", "asymmetric"}
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
