@@ -52,7 +52,7 @@ def whole_run(steps: int) -> dict[str, Any]:
     model, data = demo.assets()
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "out")
-        config = AdaptConfig(model=model, data=(data,), out=out, steps=steps, batch_size=32, report_images=False)
+        config = AdaptConfig(model=model, data=(data,), out=out, steps=steps, batch_size=8, report_images=False)
         result = trainer.run(config)
         newest = max((Path(out) / "checkpoints").glob("step-*"))
         size = sum(path.stat().st_size for path in newest.iterdir())
