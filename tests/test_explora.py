@@ -3,6 +3,8 @@
 import copy
 import json
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -368,6 +370,24 @@ def test_a_short_run_lowers_its_own_loss(options, objective, tmp_path):
         assert all(0 < value < 0.999 for value in entropies)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "extra", [DINO | {"koleo_weight": 0.0}, DINO | {"koleo_weight": 0.0, "centring": "softmax"}, MAE]
+)
+def test_two_processes_are_one_run(options, tmp_path, extra):
+    """KoLeo apart: as in DINOv2, neighbours are looked for among a process's own images."""
+    objective = "mae" if extra is MAE else "dinov2"
+    named = options | extra | {"objective": objective, "steps": 4}
+    flags = [part for name, value in named.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*command, "-m", "upstep_fast", "adapt", *flags], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    upstep_fast.adapt(**named | {"out": tmp_path / "alone"})
+    two, one = (rows(tmp_path / name) for name in ("out", "alone"))
+    for name in ("loss", "center"):
+        assert [row[name] for row in two] == pytest.approx([row[name] for row in one], rel=1e-4)
+
+
 def test_collapse_warns_and_then_ends_the_run(options, monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(trainer, "MAX_COLLAPSED_STEPS", 4)
     real = explora_tokens.pooled
@@ -533,6 +553,13 @@ def test_fresh_parts_are_named(options, caplog):
     with caplog.at_level("WARNING", logger="upstep_fast"):
         upstep_fast.adapt(**options | MAE | {"objective": "mae", "steps": 2})
     assert "has no MAE decoder; a fresh one of 1 blocks" in caplog.text
+
+
+@pytest.mark.parametrize("objective", ["dinov2", "mae"])
+def test_its_memory_is_counted_before_the_run(options, caplog, objective):
+    with caplog.at_level("INFO", logger="upstep_fast"):
+        upstep_fast.adapt(**options | SMALL[objective] | {"objective": objective, "steps": 1})
+    assert "memory: level fast" in caplog.text and "not checked" not in caplog.text
 
 
 @pytest.mark.parametrize(

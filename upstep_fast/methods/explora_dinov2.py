@@ -129,7 +129,7 @@ class ExploraDinov2(nn.Module):
         self.encoder, self.teacher_encoder = Encoder(vit), Encoder(self.teacher)
         self.temperature, self.momentum = config.teacher_temperature_start, config.momentum
         self._figures: dict[str, Tensor] = {}
-        self._means: tuple[Tensor, Tensor] | None = None
+        self._sums: list[Tensor] = []  # of the teacher's scores and how many they are, for softmax centring
 
     def _local_size(self, backbone: Backbone) -> tuple[int, int]:
         patch = backbone.vit.patch_embed.patch_size
@@ -259,7 +259,7 @@ class ExploraDinov2(nn.Module):
         patches = tokens[:, teacher.num_prefix_tokens :].flatten(0, 1)[crops.places]
         of_patch = (self.teacher_patch_head or self.teacher_head)(patches).float()
         if self.config.centring == "softmax":
-            self._means = (of_class.mean(0), of_patch.mean(0) if len(of_patch) else self.patch_centre)
+            self._sums = [torch.cat([x.sum(0), x.new_full((1,), len(x))]) for x in (of_class, of_patch)]
             targets = (
                 dino.softmax_targets(of_class, self.class_centre, self.temperature),
                 dino.softmax_targets(of_patch, self.patch_centre, self.temperature),
@@ -286,10 +286,12 @@ class ExploraDinov2(nn.Module):
             for name, adapter in self.adapters.items():
                 weight = self.teacher.get_parameter(f"{name}.weight")
                 weight.lerp_((adapter.base.weight + adapter.delta()).to(weight), 1 - self.momentum)
-        if self._means is not None:
-            for centre, mean in zip((self.class_centre, self.patch_centre), self._means, strict=True):
-                whole = distributed.reduce(mean.clone()) / distributed.size() if distributed.size() > 1 else mean
-                centre.lerp_(whole, 1 - CENTRE_MOMENTUM)
+        # no sums with Sinkhorn
+        for centre, sums in zip((self.class_centre, self.patch_centre), self._sums, strict=False):
+            if distributed.size() > 1:
+                distributed.reduce(sums)
+            if sums[-1]:  # a batch may have no masked patch
+                centre.lerp_(sums[:-1] / sums[-1], 1 - CENTRE_MOMENTUM)
 
     def remember(self, embedded: Embedded) -> None:
         """Nothing runs along."""
