@@ -23,7 +23,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "reliability.md"
-TESTS = ("tests/test_checkpoint.py", "tests/test_resume.py", "tests/test_faults.py")
+TESTS = (
+    "tests/test_checkpoint.py",
+    "tests/test_resume.py",
+    "tests/test_faults.py",
+    "tests/test_out_of_memory.py",
+    "tests/test_distributed.py",
+)
 BEGIN, END = "<!-- figures: written by make figures -->", "<!-- end of figures -->"
 
 
