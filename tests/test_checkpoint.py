@@ -365,6 +365,9 @@ class Saves(RuleBasedStateMachine):
     def killed_save(self, ahead, call):
         """A save that stops dead before its call-th change on disk: nothing is tidied up after it."""
         step, count = self.step + ahead, iter(range(1000))
+        final = self.folder / f"step-{step:08d}"
+        # a damaged one of this step may still lie there, which is not what is being saved
+        before = final.stat().st_ino if final.is_dir() else None
         real = {name: getattr(os, name) for name in ("fsync", "replace", "unlink", "rmdir")}
         real_rmtree = shutil.rmtree
 
@@ -388,7 +391,8 @@ class Saves(RuleBasedStateMachine):
             shutil.rmtree = real_rmtree
             for name, function in real.items():
                 setattr(os, name, function)
-        if (self.folder / f"step-{step:08d}").is_dir():
+        if final.is_dir() and final.stat().st_ino != before:
+            self.damaged.discard(step)
             self.whole[step] = self.content(step)
         if finished:
             self.saved(step)
