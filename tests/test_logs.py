@@ -109,3 +109,6 @@ def test_the_page_lists_the_schema():
     types = [part["type"] if isinstance(part["type"], str) else " or ".join(part["type"]) for _, part in parts]
     wanted = [(name, kind, part["description"]) for (name, part), kind in zip(parts, types, strict=True)]
     assert listed == wanted
+    # names appear once: json.loads keeps the last of two in silence
+    names = re.findall(r'^    "(\w+)": \{', (ROOT / "docs/metrics.schema.json").read_text(), re.M)
+    assert names == list(SCHEMA["properties"])
