@@ -30,6 +30,7 @@ def options(model, photos, tmp_path):
         precision="fp32",
         device="cpu",
         num_workers=0,
+        memory_check=False,  # it counts a step, whose calls the tests here would count too
     )
 
 
@@ -183,12 +184,11 @@ def test_three_nan_steps_in_a_row_stop_the_run_with_the_last_good_adapter(option
     kept = {}
     real = steps.update
 
-    def spy(loss, method, *rest):
+    def spy(loss, state, config):
+        applied = real(loss, state, config)
         if math.isfinite(loss.item()):
-            applied = real(loss, method, *rest)
-            kept["b"] = [a.lora_b.detach().clone() for a in method.adapters.values()]
-            return applied
-        return real(loss, method, *rest)
+            kept["b"] = [a.lora_b.detach().clone() for a in state.method.adapters.values()]
+        return applied
 
     monkeypatch.setattr(steps, "update", spy)
     poison(monkeypatch, {2, 3, 4})

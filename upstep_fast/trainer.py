@@ -106,7 +106,8 @@ def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
                 log.warning("%s: reduced from %d to the %d images there are", name, before, now)
         result = _train(config, compute, source, held_out, backbone, out)
         if config.report_images and distributed.is_first():
-            pictures.collect(config, compute, source, out)
+            with torch.random.fork_rng(devices=[]):  # the caller's generator stays as it is
+                pictures.collect(config, compute, source, out)
         return result
 
 
