@@ -37,7 +37,7 @@ class FinetuneConfig(ModelConfig):
     batch_size: int = 64
     """Images or clips a step; a smaller data set reduces it."""
     lr: float | None = None
-    """Peak learning rate, reached after the warm-up; None: losa 3e-3, lora 2e-3, linear 1e-2, full 2e-4."""
+    """Peak learning rate, reached after the warm-up; None: losa 3e-3, lora 6e-3, linear 1e-2, full 2e-4."""
     layer_decay: float = 1.0
     """Learning rate of a layer as a fraction of the next one's; 1: all the same."""
     warmup: float = 0.05

@@ -43,7 +43,7 @@ from .whole_file import write_whole
 
 log = logging.getLogger("upstep_fast")
 
-LR = {"losa": 3e-3, "lora": 2e-3, "linear": 1e-2, "full": 2e-4}
+LR = {"losa": 3e-3, "lora": 6e-3, "linear": 1e-2, "full": 2e-4}
 MODEL, RESULT = "model", "result.json"
 
 
