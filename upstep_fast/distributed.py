@@ -6,9 +6,8 @@ Each rank sees its slice of one global batch. What a decision depends on is summ
 the same one; gradients are averaged, so all make the same update. Alone, every function returns its input at once.
 What travels is tensors and JSON; nothing is unpickled.
 
-A rank that dies or hangs leaves the others waiting. So each tells a store once a second that it lives and how many
-collectives it has entered; whoever waited in vain reads there who was the first cause, says so and ends, and torchrun
-ends the rest.
+A rank that dies or hangs leaves the others waiting. Whoever waited in vain finds out who was the first cause
+(pulse.py), says so and ends, and torchrun ends the rest.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import contextlib
 import datetime
 import json
 import os
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -30,10 +28,9 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from .errors import ConfigError, Interrupted, RunFailedError, UpstepError
+from .pulse import Pulse
 
 START_SECONDS = 600.0  # the wait for others while models are loaded, images listed and kernels compiled
-PULSE_SECONDS = 1.0
-LAST_SECONDS = 10.0  # what a rank has for its last words when another has failed; torchrun gives it 30
 
 
 class RankError(RunFailedError):
@@ -49,7 +46,7 @@ class _Traffic:
 
 
 _traffic = _Traffic()
-_pulse: _Pulse | None = None
+_pulse: Pulse | None = None
 
 
 def launched() -> bool:
@@ -105,7 +102,9 @@ def joined(device: torch.device) -> Iterator[None]:
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
-    with _Pulse(store, number, count) as _pulse:
+    # a connection of its own: another's wait must not hold it up
+    own = PrefixStore("upstep_fast", store.clone() if hasattr(store, "clone") else store)
+    with Pulse(own, number, count, lambda: _traffic.entered) as _pulse:
         try:
             yield
         except BaseException as error:
@@ -292,77 +291,3 @@ def _difference(a: Any, b: Any, name: str = "") -> tuple[str, Any, Any] | None:
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-class _Pulse:
-    """Notes in the store of torchrun that this rank lives, and what it failed of."""
-
-    def __init__(self, store: Any, rank: int, size: int):
-        # a connection of its own: another's wait must not hold it up
-        self._store = PrefixStore("upstep_fast", store.clone() if hasattr(store, "clone") else store)
-        self._rank, self._size, self._beats = rank, size, 0
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="upstep-pulse", daemon=True)
-
-    def note(self, text: str, key: str) -> bool:
-        """Whether this rank is the first to note why all end; `text` is it then. key: "cause" or "stopped"."""
-        with contextlib.suppress(RuntimeError):  # the store went with torchrun
-            mine = f"{self._rank} {text}"
-            return self._store.compare_set(key, "", mine).decode(errors="replace") == mine
-        return True
-
-    def wait_for_first(self) -> None:
-        """Until rank 0 has written what a stopped run writes: torchrun ends all as soon as the first has ended."""
-        with contextlib.suppress(RuntimeError):
-            if self._rank == 0:
-                self._store.set("written", "")
-            else:
-                self._store.wait(["written"], datetime.timedelta(seconds=LAST_SECONDS))
-
-    def cause(self) -> str:
-        """Why a collective failed, as far as can be known: what a rank has noted, else who gives no sign of life."""
-        with contextlib.suppress(RuntimeError):
-            others = [r for r in range(self._size) if r != self._rank]
-            before = {r: self._read(r) for r in others}
-            until = time.monotonic() + 3 * PULSE_SECONDS
-            while time.monotonic() < until:
-                if self._store.check(["cause"]):
-                    number, _, text = self._store.get("cause").decode(errors="replace").partition(" ")
-                    return f"rank {number}: {text}"
-                time.sleep(0.1)
-            after = {r: self._read(r) for r in others}
-            if quiet := [r for r in others if after[r] == before[r]]:
-                return f"ranks: no sign of life from {_named(quiet)}, killed or stopped; go on with --resume"
-            if late := [r for r in others if after[r][1] < _traffic.entered]:
-                return f"ranks: {_named(late)} did not come to where the others wait, though alive; go on with --resume"
-        return "ranks: the connection to the others broke; go on with --resume"
-
-    def _read(self, rank: int) -> tuple[int, int]:
-        beats, entered = self._store.get(f"pulse/{rank}").decode().split()
-        return int(beats), int(entered)
-
-    def _beat(self) -> None:
-        self._beats += 1
-        self._store.set(f"pulse/{self._rank}", f"{self._beats} {_traffic.entered}")
-
-    def _run(self) -> None:
-        left = LAST_SECONDS
-        with contextlib.suppress(RuntimeError):
-            while not self._stopped.wait(PULSE_SECONDS):
-                self._beat()
-                left -= PULSE_SECONDS * self._store.check(["cause"])
-                if left < 0:  # the main thread hangs somewhere and will not hear of it
-                    os._exit(RankError.exit_code)
-
-    def __enter__(self) -> _Pulse:
-        self._beat()
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        self._thread.join()
-
-
-def _named(ranks: Sequence[int]) -> str:
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
