@@ -98,10 +98,13 @@ def test_a_missing_file_is_refused(tmp_path):
 
 
 def test_usage_errors_exit_with_2():
-    for args in (["--lr", "fast"], ["--gate", "door"], ["--stps", "3"], []):
+    for args in (["--lr", "fast"], ["--gate", "door"], []):
         with pytest.raises(SystemExit) as stop:
             parse(AdaptConfig, args, "upstep-fast adapt")
         assert stop.value.code == 2
+    with pytest.raises(ConfigError, match="unknown option --stps; did you mean --steps") as error:
+        parse(AdaptConfig, ["--stps", "3"], "upstep-fast adapt")
+    assert error.value.exit_code == 2
 
 
 def test_every_field_has_a_line_of_help(capsys):
