@@ -68,7 +68,7 @@ def kill(options, tmp_path, *, random, points, seed=0):
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-8000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
@@ -116,24 +116,6 @@ def test_a_kill_at_every_point_of_every_save(options, tmp_path, record_property)
     rows = kill(options, tmp_path, random=0, points=range(80))
     assert not rows[-1]["killed"], "there are more points than were tried"
     report_kills(record_property, "kills", check_kills(rows, options["checkpoint_every"]))
-
-
-@pytest.mark.long
-@pytest.mark.timeout(7200)
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory in use from /proc")
-def test_twenty_thousand_steps_need_no_more_memory_than_two_thousand(options, monkeypatch, record_property):
-    used = {}
-
-    def look(step):
-        if step in (2_000, 19_999):
-            used[step] = int(Path("/proc/self/statm").read_text().split()[1])
-
-    on_each_step(monkeypatch, look)
-    upstep_fast.adapt(**options | {"steps": 20_000, "checkpoint_every": 1_000})
-    drift = 100 * (used[19_999] / used[2_000] - 1)
-    assert drift < 1
-    record_property("soak_steps", 20_000)
-    record_property("soak_drift", drift)
 
 
 def fail(monkeypatch, name, number, times=1):
