@@ -32,6 +32,9 @@ def child(options, point=None):
     if pid:
         return pid
     code = 1
+    # torch makes its thread pool anew after a fork, at the next call of this and not safely from two threads at once:
+    # without it autograd's threads would race for it ("Invalid thread pool!", an abort)
+    torch.set_num_threads(1)
     try:
         if point is not None:
             calls = iter(range(10**9))
@@ -78,7 +81,8 @@ def one(options, kill):
     _, resumed = os.waitpid(child(options | {"resume": True}), 0)
     return {
         **kill,
-        "killed": os.WIFSIGNALED(status),
+        "killed": os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL,
+        "ended": os.waitstatus_to_exitcode(status),
         "checkpoint": found.step if found else 0,
         "steps_done": done,
         "half_written": left,

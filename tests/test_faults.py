@@ -74,6 +74,7 @@ def kill(options, tmp_path, *, random, points, seed=0):
 
 def check_kills(rows, every):
     for row in rows:
+        assert row["killed"] or row["ended"] == 0, row
         assert row["resumed"] == 0 and row["same"] and not row["left_over"], row
         lost = row["steps_done"] - row["checkpoint"]
         # one interval, and the steps made while the next checkpoint was being written: fewer than another
