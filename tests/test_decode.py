@@ -299,27 +299,30 @@ def test_the_fingerprint_moves_when_pixels_do(monkeypatch):
         (b"\x93NUMPY\x01\x00", "cannot be decoded"),
     ],
 )
-def test_other_bytes_are_refused_with_a_reason(data, reason):
+def test_other_bytes_are_refused_with_a_reason(data, reason, record_property):
     with pytest.raises(BadImage) as caught:
         decode(data, name="photo.jpg")
     assert reason in caught.value.reason
     assert str(caught.value).startswith("photo.jpg: ") and "\n" not in str(caught.value)
+    record_property("bad_images", 1)
 
 
 @pytest.mark.parametrize("kind", VALID)
 @pytest.mark.parametrize("percent", [1, 50, 80, 99])
-def test_truncated_files_are_refused(kind, percent):
+def test_truncated_files_are_refused(kind, percent, record_property):
     data = VALID[kind]
     with pytest.raises(BadImage):
         decode(data[: len(data) * percent // 100])
+    record_property("bad_images", 1)
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "progressive", "png"])
-def test_no_prefix_of_a_file_is_taken_for_it(kind):
+def test_no_prefix_of_a_file_is_taken_for_it(kind, record_property):
     data = VALID[kind]
     for length in range(len(data)):
         with pytest.raises(BadImage):
             decode(data[:length])
+    record_property("bad_images", len(data))
 
 
 def test_a_cut_jpeg_with_an_end_marker_is_refused():
@@ -340,13 +343,15 @@ def test_a_jpeg_that_is_grey_at_its_end_is_no_cut_one():
     assert decode(encoded(Image.new("RGB", (33, 17), (128, 128, 128)), "JPEG")).shape == (3, 17, 33)
 
 
-def test_a_flipped_bit_in_a_png_is_seen():
+def test_a_flipped_bit_in_a_png_is_seen(record_property):
     data = VALID["png"]
-    for bit in range(0, 8 * len(data), 7):
+    bits = range(0, 8 * len(data), 7)
+    for bit in bits:
         changed = bytearray(data)
         changed[bit // 8] ^= 1 << bit % 8
         with pytest.raises(BadImage):
             decode(bytes(changed))
+    record_property("bad_images", len(bits))
 
 
 def test_bombs_are_refused_from_the_header():
@@ -405,10 +410,24 @@ mutations = st.lists(
 slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
-@settings(max_examples=300, derandomize=True, deadline=None, suppress_health_check=slow)
-@given(kind=st.sampled_from(sorted(VALID)), edits=mutations)
-def test_mutated_files(kind, edits):
-    _check_mutation(kind, edits)
+def _mutations(record_property, **options):
+    """Tries mutated files and records how many were refused, and how many were taken for an image."""
+    taken: list[bool] = []
+
+    @settings(deadline=None, suppress_health_check=slow, **options)
+    @given(kind=st.sampled_from(sorted(VALID)), edits=mutations)
+    def check(kind, edits):
+        taken.append(_check_mutation(kind, edits))
+
+    check()
+    assert len(taken) >= options["max_examples"]
+    record_property("bad_images", len(taken))
+    record_property("mutations", len(taken))
+    record_property("mutations_refused", len(taken) - sum(taken))
+
+
+def test_mutated_files(record_property):
+    _mutations(record_property, max_examples=300, derandomize=True)
 
 
 @settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=slow)
@@ -430,14 +449,4 @@ def test_mutated_tiffs_of_many_bands(layout, edits):
 
 @pytest.mark.long
 def test_mutated_files_long(record_property):
-    taken: list[bool] = []
-
-    @settings(max_examples=10_000, deadline=None, suppress_health_check=slow)
-    @given(kind=st.sampled_from(sorted(VALID)), edits=mutations)
-    def check(kind, edits):
-        taken.append(_check_mutation(kind, edits))
-
-    check()
-    assert len(taken) >= 10_000
-    record_property("mutations", len(taken))
-    record_property("mutations_refused", len(taken) - sum(taken))
+    _mutations(record_property, max_examples=10_000)

@@ -246,37 +246,41 @@ def test_a_run_of_two_ranks_goes_on_alone_and_says_what_is_not_exact(ranks, base
     assert "not bit for bit the run it goes on from: ranks was 2, is 1" in caplog.text
 
 
-def test_a_step_that_is_not_finite_on_one_rank_is_applied_on_none(ranks):
+def test_a_step_that_is_not_finite_on_one_rank_is_applied_on_none(ranks, record_property):
     bad = [row["bad"] for row in rows(ranks / "nan")]
     assert bad == [None, None, "the loss is nan", None, None, None]
     counts = {
         t.item() for n, t in state(ranks / "nan")[0].items() if n.startswith("optimizer.") and n.endswith(".step")
     }
     assert counts == {5.0}
+    record_property("rank_faults", 1)
 
 
 @pytest.mark.parametrize("name", ["forward", "backward"])
-def test_out_of_memory_on_one_rank_makes_smaller_passes_on_all_and_the_same_result(ranks, alone, name):
+def test_out_of_memory_on_one_rank_makes_smaller_passes_on_all_and_the_same_result(ranks, alone, name, record_property):
     first, second = outcome(ranks, name)
     assert first["result"] == second["result"]
     for found in (first, second):
         assert any("step 2: out of memory; from now on each step makes 2 passes" in line for line in found["lines"])
     assert state(ranks / name)[1]["state"]["passes"] == 2
     close(ranks / name, alone(gate="none"))
+    record_property("rank_faults", 1)
 
 
-def test_out_of_memory_says_what_to_do(ranks):
+def test_out_of_memory_says_what_to_do(ranks, record_property):
     for found in outcome(ranks, "no-memory"):
         assert found["error"] == "RunFailedError"
         for words in ("step 2", "8 images of 32 x 32 over 2 ranks", "--memory fast", "--auto-batch", "in part"):
             assert words in found["text"]
     assert len(rows(ranks / "no-memory")) == 2
+    record_property("rank_faults", 1)
 
 
-def test_a_decision_that_differs_is_found_in_debug_mode(ranks):
+def test_a_decision_that_differs_is_found_in_debug_mode(ranks, record_property):
     for found in outcome(ranks, "gate"):
         assert found["error"] == "RunFailedError" and "step 2: the gate's decision" in found["text"]
         assert "[0.0, " in found["text"] and "[1.0, " in found["text"]
+    record_property("rank_faults", 1)
 
 
 def test_a_batch_that_does_not_divide_is_refused(ranks):
@@ -288,10 +292,11 @@ def test_repeated_steps_on_two_ranks_are_the_same(ranks):
     assert any("2 steps repeated" in line for line in outcome(ranks, "verified")[0]["lines"])
 
 
-def test_a_rank_with_another_configuration_is_refused(ranks):
+def test_a_rank_with_another_configuration_is_refused(ranks, record_property):
     for found in outcome(ranks, "differs"):
         assert found["error"] == "ConfigError"
         assert "rank 1 differs from rank 0: config.lr is 0.002, rank 0 has 0.001" in found["text"]
+    record_property("rank_faults", 1)
 
 
 def test_features_are_those_of_one_process(ranks, base):
