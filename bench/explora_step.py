@@ -1,0 +1,83 @@
+"""A whole step of ExPLoRA with DINOv2's objective: ours against the official way of running it.
+
+    python bench/explora_step.py --json bench/results/explora_step_cpu.json
+    python bench/explora_step.py --model vit_large_patch14_dinov2 --batch-size 32 --runs 20 --json FILE      (a GPU)
+
+The official way: the plain model under autocast, a pass for each size of crop, nothing fused (--implementation
+reference). Both take the same crops in turns, with the same first weights; their losses must agree before a time is
+given. Times are the GPU's, or on a CPU the process's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from upstep_fast import backbone as backbones
+from upstep_fast.benchmark import alternate, device_card
+from upstep_fast.config_explora import Dinov2Config
+from upstep_fast.data.loader import Batch
+from upstep_fast.device import resolve
+from upstep_fast.gate import GateRule
+from upstep_fast.step import step
+from upstep_fast.trainer import fresh_state
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vit_base_patch16_224")
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    compute, tasks, losses = resolve("auto", "auto"), {}, {}
+    for name, implementation in (("official", "reference"), ("ours", "auto")):
+        torch.manual_seed(0)
+        backbone = backbones.load(args.model, img_size=224, pretrained=False)
+        config = Dinov2Config(
+            args.model, ("none",), out="none", steps=1000, batch_size=args.batch_size, lora_r=64, prototypes=4096,
+            implementation=implementation, gate="none",
+        )  # fmt: skip
+        state = fresh_state(config, compute, backbone)
+        generator = torch.Generator().manual_seed(0)
+        pixels = [
+            torch.randint(0, 256, (3, 256, 256), dtype=torch.uint8, generator=generator) for _ in range(args.batch_size)
+        ]
+        views = state.method.views(Batch(pixels, torch.arange(args.batch_size), 0, 0), compute.device)
+
+        def task(state=state, views=views, config=config) -> dict:
+            return step(state, views, GateRule("none"), config, compute)
+
+        tasks[name], losses[name] = task, task()["loss"]
+    gap = abs(losses["ours"] / losses["official"] - 1)
+    assert gap < 2e-2, f"the first losses differ by {gap:.1e}: not timed"
+    if compute.device.type == "cuda":
+        times = alternate(tasks, compute.device, runs=args.runs)
+    else:
+        times = {name: [] for name in tasks}
+        for _ in range(args.runs):
+            for name, task in tasks.items():
+                began = time.process_time()
+                task()
+                times[name].append(1e3 * (time.process_time() - began))
+    medians = {name: statistics.median(of) for name, of in times.items()}
+    result = {
+        "device": device_card(compute.device) | {"precision": compute.precision},
+        "config": {name: str(value) for name, value in vars(args).items()},
+        "first_losses": losses,
+        "milliseconds": times,
+        "medians": medians,
+        "official / ours": medians["official"] / medians["ours"],
+    }
+    print(json.dumps(result, indent=1))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
