@@ -1,182 +1,171 @@
-"""Fills the table in docs/reliability.md from a real run of the fault tests: make figures.
+"""Fills the table in docs/reliability.md from real runs of the tests: make figures.
 
-    python bench/figures.py [--long] [PYTEST ARGUMENTS]
+    python bench/figures.py [--long] [PART ...]        run these parts (all), store what they found, write the table
+    python bench/figures.py --table                    write the table from what is stored
+    python bench/figures.py --long PART --junit FILE   take a report of pytest in place of running it
 
-Tests report what they tried with record_property; a figure is the sum (or the largest) over the tests that passed. A
-figure that no test reported is "not measured".
+Tests report what they tried with record_property; a figure is the sum (or the largest) over the tests that passed, and
+says how many of its part did not. Each part's result is kept in bench/results/figures_PART.json with its command,
+commit, date and machine, the long form beside the short one, so a short run does not erase what a long one measured.
+A figure that no run reported is "not measured".
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import json
+import os
 import platform
 import subprocess
 import sys
 import tempfile
+import tomllib
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "reliability.md"
-TESTS = (
-    "tests/test_checkpoint.py",
-    "tests/test_resume.py",
-    "tests/test_faults.py",
-    "tests/test_out_of_memory.py",
-    "tests/test_distributed.py",
-)
+RESULTS = ROOT / "bench" / "results"
+SAVES = RESULTS / "checkpoint_cost_cpu2.json"  # bench/checkpoint_cost.py
 BEGIN, END = "<!-- figures: written by make figures -->", "<!-- end of figures -->"
+
+COVERED = {"gate": "gate.py", "checkpoint": "checkpoint.py", "loader": "data/loader.py"}
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One row: what is counted, how, and what we aim at."""
+    """One row: what is counted, in which part, how, and what we aim at."""
 
     name: str
-    properties: tuple[str, ...]  # as the tests call them; `show` formats their values
+    part: str
+    properties: list[str]  # as the tests call them; `show` formats their values
     show: str
     how: str
     target: str
 
 
-FIGURES = (
-    Figure(
-        "kill -9 survived",
-        ("kills",),
-        "{kills} of {kills}",
-        "random moments of a run and every call that orders what is on disk; a whole checkpoint is found, and the "
-        "resumed run equals the unbroken one bit for bit",
-        "200 of 200",
-    ),
-    Figure(
-        "steps lost to a kill",
-        ("kills", "lost_steps_max", "lost_steps_sum"),
-        "at most {lost_steps_max:.0f}, mean {lost_mean:.2f}",
-        "rows of metrics.jsonl beyond the checkpoint found; an interval is 3 steps, each of some 20 ms, so steps are "
-        "made while a save waits for the disk",
-        "less than two intervals",
-    ),
-    Figure(
-        "bit-exact resumes",
-        ("exact_resumes",),
-        "{exact_resumes} of {exact_resumes}",
-        "stopped by a signal and resumed, over gates, layouts, heads, prototypes, penalties, bf16: every tensor, the "
-        "gate, the losses (CPU, one process)",
-        "all",
-    ),
-    Figure(
-        "bit-exact resumes on a GPU",
-        ("exact_resumes_gpu",),
-        "{exact_resumes_gpu} of {exact_resumes_gpu}",
-        "the same on one GPU in fp32, bf16 and fp16 (run with -m gpu)",
-        "all",
-    ),
-    Figure(
-        "disk faults",
-        ("disk_faults",),
-        "{disk_faults} of {disk_faults}",
-        "no space, quota, EIO, read-only at fsync and rename, once and for good: one line, exit 1, exact resume",
-        "all",
-    ),
-    Figure(
-        "non-finite steps",
-        ("number_faults",),
-        "{number_faults} of {number_faults}",
-        "NaN or infinity in images, loss or gradient: no weight, moment or running value moves; three in a row stop",
-        "all",
-    ),
-    Figure(
-        "damaged checkpoint files",
-        ("mutated_files",),
-        "{mutated_files}; 0 accepted with other contents",
-        "bit flips and truncations of every file of a checkpoint",
-        "0 accepted",
-    ),
-    Figure(
-        "hostile checkpoint files",
-        ("hostile_files",),
-        "{hostile_files}; 0 ran code or were used in part",
-        "manifests with right hashes and wrong contents, links, pipes, devices, pickles, tensors of another run",
-        "0",
-    ),
-    Figure(
-        "bad images", ("bad_images",), "{bad_images}", "broken, truncated, hostile and mutated image files", "10,000"
-    ),
-    Figure(
-        "bit-exact resumes of several ranks",
-        ("exact_resumes_ranks",),
-        "{exact_resumes_ranks} of {exact_resumes_ranks}",
-        "2 gloo ranks, stopped by a signal to one of them while gradients wait, or killed and restarted by torchrun",
-        "all",
-    ),
-    Figure(
-        "rank faults",
-        ("rank_faults", "rank_fault_seconds_max"),
-        "{rank_faults} of {rank_faults}, the slowest gone after {rank_fault_seconds_max:.0f} s",
-        "a rank is killed, stopped, sleeps, exits, raises, gets a signal or differs, on 2 and 4 gloo ranks: all end, "
-        "one line names the first cause",
-        "all, < 60 s",
-    ),
-    Figure(
-        "soak",
-        ("soak_steps", "soak_drift"),
-        "{soak_steps} steps, memory {soak_drift:+.2f} %",
-        "small steps in one run; resident memory after a tenth of them against the end",
-        "20,000 steps, < 1 %",
-    ),
-)
+_SETTINGS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
+PARTS: dict[str, list[str]] = _SETTINGS["parts"]  # what pytest is told for each
+FIGURES = [Figure(**row) for row in _SETTINGS["figures"]]
 
 
 def main() -> int:
-    """Runs the tests, writes the table; returns pytest's exit code."""
+    """Runs the parts, stores their results, writes the table; returns the worst of pytest's exit codes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all if none is named")
     parser.add_argument("--long", action="store_true", help="with the long forms of the tests")
-    args, more = parser.parse_known_args()
-    chosen = "not gpu and not interp" + ("" if args.long else " and not long")
-    command = ["pytest", "-m", chosen, *TESTS, *more]
-    report = ["-o", "junit_family=xunit1", "--junitxml"]
+    parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--junit", type=Path, help="pytest's report of the one part, run on this machine and commit")
+    args = parser.parse_args()
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    if args.junit and len(args.parts) != 1:
+        parser.error("--junit is the report of one PART")
+    codes = [0]
+    for part in () if args.table else args.parts or PARTS:
+        codes.append(measure(part, args.long, args.junit))
+        write_table()  # after each: what was measured stays if a later part is stopped
+    write_table()
+    return max(codes)
+
+
+def measure(part: str, long: bool, junit: Path | None) -> int:
+    """Runs a part (or reads its report) and stores what it found; returns pytest's exit code."""
+    long = long and part != "coverage"  # which is of the short forms
+    command = ["pytest", "-m", "not gpu and not interp" + ("" if long else " and not long"), *PARTS[part]]
     with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "junit.xml"
-        # bare pytest, not `python -m pytest`, which would put the checkout's kernels/ on the path
-        program = Path(sys.executable).with_name("pytest")
-        done = subprocess.run([program, *command[1:], *report, str(result)], cwd=ROOT)
-        cases = ElementTree.parse(result).getroot().findall(".//testcase")
-    page = PAGE.read_text()
-    before, rest = page.split(BEGIN)
-    _, after = rest.split(END)
-    PAGE.write_text(f"{before}{BEGIN}\n{table(cases, ' '.join(map(_quoted, command)))}\n{END}{after}")
-    return done.returncode
+        result, coverage, code = junit or Path(folder) / "junit.xml", Path(folder) / "coverage.json", 0
+        if junit is None:
+            # bare pytest, not `python -m pytest`, which would put the checkout's kernels/ on the path
+            program = Path(sys.executable).with_name("pytest")
+            more = [f"--cov-report=json:{coverage}"] if part == "coverage" else []
+            report = ["-o", "junit_family=xunit1", "--junitxml", str(result)]
+            code = subprocess.run([program, *command[1:], "-q", "--timeout=900", *more, *report], cwd=ROOT).returncode
+        counts, values = read(result)
+        if coverage.exists():
+            values |= covered(coverage)
+    run = {"command": " ".join(map(_quoted, command)), "commit": _commit(), "date": str(datetime.date.today())}
+    file = RESULTS / f"figures_{part}.json"
+    stored = json.loads(file.read_text()) if file.exists() else {}
+    stored["long" if long else "short"] = {**run, "machine": _machine(), **counts, "values": values}
+    file.write_text(json.dumps(stored, indent=1) + "\n")
+    return code
 
 
-def table(cases: list[ElementTree.Element], command: str) -> str:
-    """The table in Markdown, under a line that says from what run it is."""
-    passed = [case for case in cases if not {"failure", "error", "skipped"} & {child.tag for child in case}]
-    skipped = sum(case.find("skipped") is not None for case in cases)
+def read(report: Path) -> tuple[dict[str, int], dict[str, float]]:
+    """How many tests passed, failed and were skipped, and the sums of what those that passed recorded."""
+    cases = ElementTree.parse(report).getroot().findall(".//testcase")
+    ends = [{child.tag for child in case} for case in cases]
+    failed = sum(bool({"failure", "error"} & end) for end in ends)
+    skipped = sum("skipped" in end for end in ends)
     values: dict[str, float] = defaultdict(float)
-    for case in passed:
-        for item in case.iter("property"):
+    for case, end in zip(cases, ends, strict=True):
+        for item in () if {"failure", "error", "skipped"} & end else case.iter("property"):
             name, value = item.attrib["name"], float(item.attrib["value"])
-            values[name] = max(values[name], value) if name.endswith(("_max", "_drift")) else values[name] + value
-    lines = [
-        f"{len(passed)} of {len(cases)} tests passed, {skipped} skipped; commit {_commit()}, {datetime.date.today()}, "
-        f"{_cpu()}, torch {torch.__version__}, Python {platform.python_version()}; `{command}`",
-        "",
-        "| figure | result | how counted | target |",
-        "| --- | --- | --- | --- |",
-    ]
+            values[name] = max(values[name], value) if name.endswith("_max") else values[name] + value
+    counts = {"passed": len(cases) - failed - skipped, "failed": failed, "skipped": skipped}
+    return counts, {name: int(value) if value.is_integer() else value for name, value in values.items()}
+
+
+def covered(report: Path) -> dict[str, float]:
+    """Branches taken of those there are, and the percentage of lines run, of each module in COVERED."""
+    files = json.loads(report.read_text())["files"]
+    found: dict[str, float] = {}
+    for name, file in COVERED.items():
+        (summary,) = (facts["summary"] for path, facts in files.items() if path.endswith(f"upstep_fast/{file}"))
+        found[f"branches_{name}"], found[f"of_branches_{name}"] = summary["covered_branches"], summary["num_branches"]
+        found[f"lines_{name}"] = 100 * summary["covered_lines"] / summary["num_statements"]
+    return found
+
+
+def stored_runs() -> dict[str, dict[str, Any]]:
+    """The run of each part that the table shows: the long one if there is one."""
+    runs = {}
+    for part in PARTS:
+        file = RESULTS / f"figures_{part}.json"
+        if file.exists():
+            forms = json.loads(file.read_text())
+            runs[part] = forms.get("long") or forms["short"]
+    if SAVES.exists():
+        cost = json.loads(SAVES.read_text())
+        machine = f"{cost['device']['processor']}, torch {cost['device']['torch']}"
+        facts = {"command": cost["command"], "commit": "", "date": cost["date"], "machine": machine}
+        runs["saves"] = {**facts, "failed": 0, "values": {"share_percent": cost["run"]["share_percent"]}}
+    return runs
+
+
+def table(runs: dict[str, dict[str, Any]]) -> str:
+    """The tables in Markdown: the figures, and the runs that they are from."""
+    lines = ["| figure | result | how counted | target | run |", "| --- | --- | --- | --- | --- |"]
     for figure in FIGURES:
-        result = "not measured"
-        if all(name in values for name in figure.properties):
-            whole = {name: int(v) if v.is_integer() else v for name, v in values.items()}
-            mean = values["lost_steps_sum"] / max(1.0, values["kills"])
-            result = figure.show.format(**whole, lost_mean=mean)
-        lines.append(f"| {figure.name} | {result} | {figure.how} | {figure.target} |")
+        run = runs.get(figure.part)
+        values = dict(run["values"]) if run else {}
+        result, how = "not measured", figure.how.partition(" {")[0] if "{" in figure.how else figure.how
+        if run and all(name in values for name in figure.properties):
+            values["lost_mean"] = values.get("lost_steps_sum", 0) / max(1, values.get("kills", 0))
+            result, how = figure.show.format(**values), figure.how.format(**values)
+            if run["failed"]:
+                result += f"; {run['failed']} of the run's tests failed"
+        lines.append(f"| {figure.name} | {result} | {how} | {figure.target} | {figure.part} |")
+    lines += ["", "| run | tests | commit | date | machine | command |", "| --- | --- | --- | --- | --- | --- |"]
+    for part, run in runs.items():
+        tests = "" if part == "saves" else f"{run['passed']} passed, {run['failed']} failed, {run['skipped']} skipped"
+        facts = (run["commit"], run["date"], run["machine"])
+        lines.append(f"| {part} | {tests} | {' | '.join(facts)} | `{run['command']}` |")
     return "\n".join(lines)
+
+
+def write_table() -> None:
+    """Puts the tables of what is stored into the page."""
+    before, rest = PAGE.read_text().split(BEGIN)
+    _, after = rest.split(END)
+    PAGE.write_text(f"{before}{BEGIN}\n{table(stored_runs())}\n{END}{after}")
 
 
 def _commit() -> str:
@@ -186,11 +175,12 @@ def _commit() -> str:
     return commit + (" with changes" if changed else "")
 
 
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+def _machine() -> str:
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    cpu = names[0] if names else platform.machine()
+    return f"{cpu}, {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
 
 
 def _quoted(part: str) -> str:
