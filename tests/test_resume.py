@@ -252,6 +252,28 @@ def test_a_changed_configuration_is_refused_by_its_fields(finished, tmp_path, ch
     assert evidence(tmp_path / "out") == before
 
 
+def forget(tmp_path, *names, **added):
+    """Rewrites the newest manifest as if its configuration had no such fields, or others too."""
+    path = tmp_path / "out" / "checkpoints" / "step-00000012"
+    found = checkpoint.load(path)
+    config = {k: v for k, v in found.manifest["config"].items() if k not in names} | added
+    checkpoint.save(path.parent, 12, found.files, {**found.manifest, "config": config})
+
+
+def test_a_field_newer_than_the_checkpoint_had_its_default(finished, tmp_path):
+    forget(tmp_path, "clip", "lora_targets", "img_size", "lr")
+    assert upstep_fast.adapt(**finished, resume=True).steps == 12
+    for change, named in [({"clip": 0.5}, "clip was 1.0, is 0.5"), ({"lr": 0.5}, "lr was 0.001, is 0.5")]:
+        with pytest.raises(ConfigError, match=named):
+            upstep_fast.adapt(**{**finished, **change}, resume=True)
+
+
+def test_a_field_that_there_is_no_more_is_refused(finished, tmp_path):
+    forget(tmp_path, gone=3)
+    with pytest.raises(ConfigError, match="gone was 3, is None"):
+        upstep_fast.adapt(**finished, resume=True)
+
+
 def test_what_may_change(options, tmp_path, monkeypatch):
     upstep_fast.adapt(**{**options, "out": tmp_path / "whole"})
     interrupted(options, monkeypatch, step=7)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from . import checkpoint as checkpoints
 from .errors import ConfigError, RunFailedError
 from .finetuned import trained
-from .resume import STATE, Identity, check_same
+from .resume import STATE, Identity, check_same, facts
 
 log = logging.getLogger("upstep_fast")
 
@@ -51,7 +50,7 @@ def save(state: State, folder: Path, identity: Identity, skipped: Mapping[str, s
     """Writes a checkpoint. Raises OSError."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(state).items()}
     manifest = {
-        **dataclasses.asdict(identity),
+        **facts(identity),
         "state": {name: getattr(state, name) for name in _VALUES} | {"scaler": state.scaler.state_dict()},
         "loader": {"step": state.step, "skipped": dict(skipped)},
     }

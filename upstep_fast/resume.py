@@ -78,6 +78,12 @@ class Identity:
     backbone: dict[str, Any]
     data: dict[str, Any]
     environment: dict[str, Any]
+    defaults: dict[str, Any] = field(default_factory=dict)  # of config: what a field was before it existed
+
+
+def facts(identity: Identity) -> dict[str, Any]:
+    """What a checkpoint holds of it."""
+    return {name: value for name, value in vars(identity).items() if name != "defaults"}
 
 
 def identify(config: AdaptConfig | FinetuneConfig, compute: Compute, source: Source, backbone_sha256: str) -> Identity:
@@ -98,16 +104,17 @@ def identify(config: AdaptConfig | FinetuneConfig, compute: Compute, source: Sou
             "ranks": distributed.size(),
             "decoder": decoder_fingerprint(),
         },
+        defaults=_defaults(config),
     )
 
 
 def agree(identity: Identity) -> None:
     """Raises ConfigError naming the first thing in which a rank is not as rank 0: configuration, files, code."""
-    facts = dataclasses.asdict(identity)
+    found = facts(identity)
     # the number of the GPU, and what does not touch the result
-    facts["config"] = {name: value for name, value in identity.config.items() if name != "device"}
-    facts["environment"] = {k: v for k, v in identity.environment.items() if k not in ("device", "cpu", "threads")}
-    distributed.agree_on(facts | {"code": _code()})
+    found["config"] = {name: value for name, value in identity.config.items() if name != "device"}
+    found["environment"] = {k: v for k, v in identity.environment.items() if k not in ("device", "cpu", "threads")}
+    distributed.agree_on(found | {"code": _code()})
 
 
 def share_pins() -> None:
@@ -146,7 +153,7 @@ def copied(state: RunState) -> Callable[[], dict[str, bytes]]:
 def manifest(state: RunState, identity: Identity) -> dict[str, Any]:
     """What the checkpoint says beside its tensors."""
     return {
-        **dataclasses.asdict(identity),
+        **facts(identity),
         "state": _numbers(state),
         "loader": {"step": state.step, "skipped": dict(state.skipped)},
         "kernels": [dataclasses.asdict(choice) for choice in dispatch.report()],
@@ -267,11 +274,12 @@ def _refuse_another(checkpoint: Checkpoint, identity: Identity) -> None:
                 f"resume: the images are not those of {checkpoint.path}: {then['data']['images']} then, "
                 f"{identity.data['images']} now, or other names or sizes; {cure}"
             )
-        names = [name for name in then["config"] | identity.config if name not in _FREE]
+        # a field that is newer than the checkpoint had its default
+        before = {name: identity.defaults.get(name) for name in identity.config} | then["config"]
         changed = [
-            f"{name} was {then['config'].get(name)}, is {identity.config.get(name)}"
-            for name in names
-            if then["config"].get(name) != identity.config.get(name)
+            f"{name} was {value}, is {identity.config.get(name)}"
+            for name, value in before.items()
+            if name not in _FREE and value != identity.config.get(name)
         ]
     except (KeyError, TypeError, AttributeError) as error:
         raise RunFailedError(
@@ -281,6 +289,13 @@ def _refuse_another(checkpoint: Checkpoint, identity: Identity) -> None:
         raise ConfigError(
             f"resume: {checkpoint.path} was made with another configuration: {'; '.join(changed)}; {cure}"
         )
+
+
+def _defaults(config: AdaptConfig | FinetuneConfig) -> dict[str, Any]:
+    """The default of each field that has one, as JSON can hold it."""
+    fields = dataclasses.fields(config)
+    found = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+    return json.loads(json.dumps(found))
 
 
 def _name_differences(checkpoint: Checkpoint, identity: Identity) -> None:
