@@ -297,6 +297,10 @@ def test_many_processes_that_race_for_one_lock(options, tmp_path):
     assert sum(int(out) for out, _ in ends) > 3
 
 
+# open at every step; the count of memory would compute one more
+EVERY_STEP = {"gate": "none", "memory_check": False}
+
+
 def poison(monkeypatch, what, bad):
     """Makes the loss, a gradient or the embedding of the given steps NaN."""
     calls = iter(range(10**6))
@@ -340,7 +344,7 @@ def test_a_step_that_is_not_finite_changes_nothing(options, monkeypatch, tmp_pat
 
     monkeypatch.setattr(trainer, "step", spy)
     poison(monkeypatch, what, {2, 3, 6})
-    upstep_fast.adapt(**options, gate="none", layout=layout)
+    upstep_fast.adapt(**options, **EVERY_STEP, layout=layout)
     assert [at for at, (bad, _) in enumerate(seen) if bad] == [2, 3, 6]
     for bad, moved in seen:
         learnt = {name for name in moved if not name.startswith("running_")}
@@ -358,7 +362,7 @@ def test_three_in_a_row_end_the_run_with_the_images_named(
 ):
     poison(monkeypatch, what, {1, 2, 4, 5, 6})
     with pytest.raises(RunFailedError, match=r"step 6: .* 3 steps in a row.*bad_batches\.json") as error:
-        upstep_fast.adapt(**options, gate="none")
+        upstep_fast.adapt(**options, **EVERY_STEP)
     assert one_line(error) and error.value.exit_code == 1
     batches = json.loads((tmp_path / "out" / "bad_batches.json").read_text())
     assert [batch["step"] for batch in batches] == [4, 5, 6]
@@ -375,10 +379,10 @@ def test_a_streak_of_bad_steps_survives_a_stop(options, monkeypatch, tmp_path):
         poison(patch, "loss", {3, 4})
         on_each_step(patch, lambda step: signal.raise_signal(signal.SIGTERM) if step == 4 else None)
         with pytest.raises(Interrupted):
-            upstep_fast.adapt(**options, gate="none")
+            upstep_fast.adapt(**options, **EVERY_STEP)
     poison(monkeypatch, "loss", {0})
     with pytest.raises(RunFailedError, match="step 5: the loss is nan, 3 steps in a row"):
-        upstep_fast.adapt(**options, gate="none", resume=True)
+        upstep_fast.adapt(**options, **EVERY_STEP, resume=True)
 
 
 def test_a_signal_during_a_save_is_not_lost(options, monkeypatch, tmp_path):
