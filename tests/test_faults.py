@@ -77,7 +77,7 @@ def check_kills(rows, every):
         assert row["killed"] or row["ended"] == 0, row
         assert row["resumed"] == 0 and row["same"] and not row["left_over"], row
         lost = row["steps_done"] - row["checkpoint"]
-        # one interval, and the steps made while the next checkpoint was being written: at most another, then it is awaited
+        # one interval, and the steps made during the write of the next checkpoint: at most another, then it is awaited
         assert 0 <= lost <= 2 * every, row
     return [row["steps_done"] - row["checkpoint"] for row in rows if row["killed"]]
 
