@@ -237,7 +237,10 @@ def test_eval_without_labels(capsys, model, photos, tmp_path):
         (["adapt", "--config"], "needs a file"),
         (["adapt", "--config", "/no/such.toml"], "cannot read"),
         (["adapt", "--model", "m", "--data", "d", "--out", "o", "--lr", "-1"], "lr"),
-        (["adapt", "--model", "m", "--data", "d", "--out", "o", "--lerning-rate", "1"], "Unrecognized"),
+        (
+            ["adapt", "--model", "m", "--data", "d", "--out", "o", "--lerning-rate", "1"],
+            "unknown option --lerning-rate; did you mean",
+        ),
         (["embed", "--model", "m", "--data", "d", "--out", "f.csv"], ".npy"),
         (["adapt", "--model", "m", "--data", "d", "--out", "o", "--device", "tpu"], "device"),
     ],
