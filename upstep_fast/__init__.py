@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .evaluation import embed, evaluate
-    from .finetuning import finetune
     from .finetuned import load_finetuned
+    from .finetuning import finetune
     from .lora import load_adapted
     from .trainer import adapt
 
