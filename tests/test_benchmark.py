@@ -6,9 +6,9 @@ import time
 import pytest
 import torch
 
-from upstep_fast import benchmark
+from upstep_fast import benchmark, benchmark_plot
 from upstep_fast.config import BenchConfig
-from upstep_fast.errors import CheckFailedError
+from upstep_fast.errors import CheckFailedError, ConfigError
 
 SMALL = dict(model="vit_tiny_patch16_224", img_size=32, batch_size=2, runs=2, device="cpu", precision="fp32")
 
@@ -21,7 +21,12 @@ def test_variants_take_turns():
 
 
 def test_a_slower_variant_is_measured_as_slower():
-    variants = {"slow": lambda: time.sleep(0.02), "fast": lambda: None}
+    def slow():
+        until = time.process_time() + 0.02  # a sleep takes none of the process's own time
+        while time.process_time() < until:
+            pass
+
+    variants = {"slow": slow, "fast": lambda: None}
     times = benchmark.alternate(variants, torch.device("cpu"), runs=3)
     assert min(times["slow"]) >= 20 > min(times["fast"])  # a busy machine can make any one run slow
 
@@ -35,6 +40,24 @@ def test_a_run_compares_peft_reference_and_engine(tmp_path):
             # the adapters are the same in all three, so are features and gradients
             assert row["error"] < 1e-4 and row["low_ms"] <= row["median_ms"] <= row["high_ms"] and row["runs"] == 2
     assert result["device"]["torch"] == torch.__version__
+
+
+def test_the_plot_shows_every_variant_with_its_ratio(tmp_path):
+    result = benchmark.run(BenchConfig(**SMALL, plot=str(tmp_path / "b.png")))
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+    figure = benchmark_plot.draw(result)
+    for axes, kind in zip(figure.axes, ("backward", "forward"), strict=True):
+        assert [tick.get_text() for tick in axes.get_yticklabels()] == [row["name"] for row in result[kind]]
+        assert [bar.get_width() for bar in axes.patches] == [row["median_ms"] for row in result[kind]]
+        assert axes.texts[0].get_text().strip() == "1.00x"
+
+
+def test_a_plot_that_cannot_be_written_is_refused_first(monkeypatch):
+    with pytest.raises(ConfigError, match=r"plot: b\.txt must end in"):
+        benchmark.run(BenchConfig(**SMALL, plot="b.txt"))
+    monkeypatch.setattr(benchmark_plot.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="matplotlib is not installed"):
+        benchmark.run(BenchConfig(**SMALL, plot="b.svg"))
 
 
 def test_a_wrong_engine_is_not_timed(monkeypatch):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from . import backbone as backbones
 from . import lora
+from .benchmark_plot import check_plot, write_plot
 from .config import BenchConfig
 from .device import Compute, resolve
 from .engine import vit as engine
@@ -81,6 +82,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
     Returns {"device", "config", "backward": [...], "forward": [...]} with one Timing a variant, eager PEFT first.
     Raises CheckFailedError if the engine's results are wrong.
     """
+    check_plot(config.plot)
     compute = resolve(config.device, config.precision)
     backbone = backbones.load(config.model, img_size=config.img_size, pretrained=config.pretrained)
     images = torch.randn(config.batch_size, 3, *backbone.img_size, device=compute.device)
@@ -98,6 +100,8 @@ def run(config: BenchConfig) -> dict[str, Any]:
         ]
     if config.json is not None:
         Path(config.json).write_text(json.dumps(result, indent=1) + "\n")
+    if config.plot is not None:
+        write_plot(result, config.plot)
     return result
 
 

@@ -414,6 +414,8 @@ class BenchConfig:
     """As for adapt."""
     json: str | None = None
     """File for the figures."""
+    plot: str | None = None
+    """File for a picture of them: .svg, .png or .pdf (needs matplotlib)."""
     debug: bool = False
     """Show tracebacks instead of one-line errors."""
 

@@ -1,0 +1,49 @@
+"""What `upstep-fast bench` measured as one picture: medians with quartiles, forward beside forward and backward."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def check_plot(path: str | None) -> None:
+    """Raises ConfigError if `path` cannot become a picture: before minutes are spent on its figures."""
+    if path is None:
+        return
+    if Path(path).suffix not in (".svg", ".png", ".pdf"):
+        raise ConfigError(f"plot: {path} must end in .svg, .png or .pdf")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("plot: matplotlib is not installed; pip install 'upstep_fast[report]'")
+
+
+def write_plot(result: dict[str, Any], path: str) -> None:
+    """result: what `benchmark.run` returned. Raises OSError."""
+    draw(result).savefig(path)
+
+
+def draw(result: dict[str, Any]) -> Figure:
+    """The picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    for axes, (kind, title) in zip(
+        figure.subplots(1, 2), (("backward", "forward and backward"), ("forward", "forward")), strict=True
+    ):
+        rows = result[kind]
+        medians = [row["median_ms"] for row in rows]
+        low = [row["median_ms"] - row["low_ms"] for row in rows]
+        high = [row["high_ms"] - row["median_ms"] for row in rows]
+        bars = axes.barh([row["name"] for row in rows], medians, xerr=[low, high], capsize=3, color="#4878a8")
+        axes.bar_label(bars, [f" {medians[0] / median:.2f}x" for median in medians], padding=4)
+        axes.invert_yaxis()
+        axes.set(title=title, xlabel="ms, median and quartiles", xlim=(0, 1.25 * max(row["high_ms"] for row in rows)))
+    card, config = result["device"], result["config"]
+    where = card.get("gpu") or f"{card['processor']}, {card['threads']} threads"
+    figure.suptitle(f"{config['model']}, {config['batch_size']} views, {where}, torch {card['torch']}", fontsize=9)
+    return figure
