@@ -1,7 +1,7 @@
 """Forward only: base features, evaluation, steps known to be skipped, teachers. Nothing is kept.
 
-On a GPU the whole model is one compiled graph, replayed as a CUDA graph (torch.compile, max-autotune); on a CPU it runs
-as it is unless compilation is asked for.
+On a GPU the whole model is one compiled graph, replayed as a CUDA graph (torch.compile, reduce-overhead: max-autotune would
+take minutes before the first image); on a CPU it runs as it is unless compilation is asked for.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def make_forward_only(
         return head(run_blocks(embed(images), blocks, run))
 
     compiled = device.type == "cuda" if compiled is None else compiled
-    mode = "max-autotune" if device.type == "cuda" else None
+    mode = "reduce-overhead" if device.type == "cuda" else None
     call = torch.compile(forward, mode=mode) if compiled else forward
 
     @torch.no_grad()
