@@ -1,7 +1,7 @@
 """Forward only: base features, evaluation, steps known to be skipped, teachers. Nothing is kept.
 
-On a GPU the whole model is one compiled graph, replayed as a CUDA graph (torch.compile, reduce-overhead: max-autotune would
-take minutes before the first image); on a CPU it runs as it is unless compilation is asked for.
+On a GPU the whole model is one compiled graph, replayed as a CUDA graph (torch.compile, reduce-overhead: max-autotune
+would take minutes before the first image); on a CPU it runs as it is unless compilation is asked for.
 """
 
 from __future__ import annotations
