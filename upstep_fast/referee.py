@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,9 @@ from .config import AdaptConfig
 from .data.labelled import Chosen
 from .data.loader import Loader
 from .data.random import uniform
+from .data.recipe import preset_config
 from .data.sources import Source
-from .data.views import random_views, view_config
+from .data.views import random_views
 from .device import Compute
 from .errors import CheckFailedError, DataError
 from .judgement import judge, predicted_gain
@@ -150,7 +150,7 @@ def _views(held_out: Source, base: backbones.Backbone, config: AdaptConfig, comp
     ) as loader:
         batch = next(loader)
     # the default views whatever the run trains on, so that runs can be compared
-    plain = view_config(replace(config, crop_min=None, crop_max=None, flip=None, blur=None, grey=None), base)
+    plain = preset_config(config.preset_views, base)
     return random_views(
         batch.images, plain, seed=_VIEWS_SEED, epoch=0, indices=batch.indices, views=2, device=compute.device
     )

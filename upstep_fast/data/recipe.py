@@ -113,16 +113,18 @@ def local_config(
     return dataclasses.replace(config, size=size, crop_scale=scale)
 
 
+def preset_config(preset: str, backbone: Backbone) -> ViewConfig:
+    """The preset as it is, at the size and with the statistics of the model."""
+    return dataclasses.replace(PRESETS[preset], size=backbone.img_size, mean=backbone.mean, std=backbone.std)
+
+
 def view_config(config: AdaptConfig | FinetuneConfig, backbone: Backbone) -> ViewConfig:
     """The preset of a run with its single settings, at the size and with the statistics of the model."""
-    preset = PRESETS[config.preset_views]
+    preset = preset_config(config.preset_views, backbone)
     low, high = preset.crop_scale
     given = {name: getattr(config, name, None) for name in _SWITCHES}  # not every command has them all
     return dataclasses.replace(
         preset,
-        size=backbone.img_size,
-        mean=backbone.mean,
-        std=backbone.std,
         crop_scale=(
             low if config.crop_min is None else config.crop_min,
             high if config.crop_max is None else config.crop_max,
