@@ -15,7 +15,6 @@ import argparse
 import copy
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upstep_fast import backbone as backbones
-from upstep_fast.benchmark import alternate, device_card
+from upstep_fast.benchmark import alternate, device_card, peak_bytes
 from upstep_fast.device import Compute, resolve
 from upstep_fast.lora import LoraSpec
 from upstep_fast.methods.lora_finetune import Baseline
@@ -89,32 +88,6 @@ def kept_bytes(model: nn.Module, x: Tensor, y: Tensor, compute: Compute) -> int:
     return sum(found.values())
 
 
-def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
-    """The allocator's peak beyond what was there before; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    run()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def measured(steps: dict[str, Callable[[], object]], device: torch.device, runs: int) -> dict[str, list[float]]:
-    """Milliseconds of each run of each variant, taken in turns."""
-    if device.type == "cuda":
-        return alternate(steps, device, runs=runs)
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(runs + 1):
-        for name, step in steps.items():
-            began = time.process_time()
-            step()
-            if turn:  # the first is to warm up
-                times[name].append(1e3 * (time.process_time() - began))
-    return times
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_base_patch16_224")
@@ -132,7 +105,7 @@ def main() -> None:
     found = models(backbone, compute, args.rank, args.lora_r)
     steps = {name: step_of(model, x, y, compute) for name, model in found.items()}
     kept = {name: kept_bytes(model, x, y, compute) for name, model in found.items()}
-    times = measured(steps, compute.device, args.runs)
+    times = alternate(steps, compute.device, runs=args.runs, warmup=1)
     rows = []
     for name, model in found.items():
         low, median, high = statistics.quantiles(times[name], n=4)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from pathlib import Path
 
 import torch
@@ -56,15 +55,7 @@ def main() -> None:
         tasks[name], losses[name] = task, task()["loss"]
     gap = abs(losses["ours"] / losses["official"] - 1)
     assert gap < 2e-2, f"the first losses differ by {gap:.1e}: not timed"
-    if compute.device.type == "cuda":
-        times = alternate(tasks, compute.device, runs=args.runs)
-    else:
-        times = {name: [] for name in tasks}
-        for _ in range(args.runs):
-            for name, task in tasks.items():
-                began = time.process_time()
-                task()
-                times[name].append(1e3 * (time.process_time() - began))
+    times = alternate(tasks, compute.device, runs=args.runs, warmup=1)
     medians = {name: statistics.median(of) for name, of in times.items()}
     result = {
         "device": device_card(compute.device) | {"precision": compute.precision},

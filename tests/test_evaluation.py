@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from upstep_fast.evaluation import PROBE_WEIGHTS, Features, _held_out, ensemble, fit_logistic, knn, linear_probe
+from upstep_fast.data.labelled import held_out
+from upstep_fast.evaluation import PROBE_HELD_OUT, PROBE_WEIGHTS, Features, ensemble, fit_logistic, knn, linear_probe
 
 
 def clusters(n, classes=5, width=12, noise=0.9, seed=0):
@@ -55,8 +56,8 @@ def test_probe_chooses_on_train_alone():
     # the choice cannot see the test labels: predictions are the same, so the two scores cannot overlap
     assert score + linear_probe(train, wrong_labels) <= 100
     assert score > 60
-    held_out = _held_out(train.y, 0)
-    assert 0.15 < held_out.float().mean() < 0.25
+    mask = held_out(train.y, PROBE_HELD_OUT, 0)
+    assert 0.15 < mask.float().mean() < 0.25
     assert len(PROBE_WEIGHTS) > 1
 
 

@@ -12,6 +12,7 @@ from upstep_fast import backbone, gate, lora, trainer
 from upstep_fast import step as steps
 from upstep_fast.config import AdaptConfig
 from upstep_fast.errors import CheckFailedError, ConfigError, Interrupted, RunFailedError
+from upstep_fast.methods.schedules import warmup_cosine
 from upstep_fast.methods.upstep import UpStep
 
 
@@ -62,12 +63,12 @@ def test_a_run_writes_what_is_promised(options, tmp_path):
 
 
 def test_schedule_is_linear_then_cosine():
-    factors = [steps.schedule(step, 100, 0.1) for step in range(100)]
+    factors = [warmup_cosine(step, 100, 0.1) for step in range(100)]
     assert factors[0] == pytest.approx(1 / 11) and factors[9] == pytest.approx(10 / 11) and factors[10] == 1
     assert factors[55] == pytest.approx(0.5) and factors[99] < 1e-3
     assert factors[:11] == sorted(set(factors[:11]))
-    assert [steps.schedule(s, 100, 10) for s in range(100)] == factors
-    assert steps.schedule(0, 1, 0.0) == 1
+    assert [warmup_cosine(s, 100, 10) for s in range(100)] == factors
+    assert warmup_cosine(0, 1, 0.0) == 1
 
 
 @pytest.mark.parametrize("extra", [{}, {"gate": "views"}, {"layout": "asymmetric"}, {"precision": "bf16"}])

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from . import catalogue, weights
 from .config import BackboneConfig
+from .data.resize import normalised
 from .errors import ConfigError
 
 log = logging.getLogger("upstep_fast")
@@ -38,6 +39,20 @@ class Backbone:
     crop_pct: float
     arch: str = ""  # timm.create_model(arch, **model_args) builds the same model
     model_args: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How images are read for evaluation, as keywords of `data.loader.load_images`; see `normalised` then."""
+        return {
+            "size": self.img_size,
+            "interpolation": self.interpolation,
+            "crop_pct": self.crop_pct,
+            "channels": len(self.mean),
+        }
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """images: [B, C, H, W] on a 0..1 scale -> what the model takes."""
+        return normalised(images, self.mean, self.std)
 
     @property
     def blocks(self) -> nn.Sequential | nn.ModuleList:

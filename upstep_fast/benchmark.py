@@ -95,7 +95,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
             raise CheckFailedError(f"engine: {kind} differs from fp32 by {errors['engine']:.1e}; not timed")
         times = alternate(tasks, compute.device, runs=config.runs)
         result[kind] = [
-            asdict(_timing(name, times[name], _peak(task, compute.device), errors[name]))
+            asdict(_timing(name, times[name], peak_bytes(task, compute.device), errors[name]))
             for name, task in tasks.items()
         ]
     if config.json is not None:
@@ -202,7 +202,8 @@ def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
     return 1e3 * (clock() - began)
 
 
-def _peak(run: Callable[[], object], device: torch.device) -> int | None:
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
+    """The allocator's peak beyond what was there before; None on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)

@@ -508,6 +508,21 @@ def of_method(config_class: type, method: Any, objective: Any = None) -> type:
     return config_class
 
 
+def from_options(config_class: type, options: dict[str, Any], where: str) -> Any:
+    """The configuration from a Python call's keywords; paths may be Path, and `data` one of them or several.
+
+    Raises ConfigError for unknown keywords and for missing ones of model, data and out.
+    """
+    for name in options:
+        known_field(name, config_class, where)
+    if missing := [name for name in ("model", "data", "out") if name not in options]:
+        raise ConfigError(f"{where}: {', '.join(missing)} must be given")
+    data = options["data"]
+    paths = [data] if isinstance(data, (str, Path)) else data
+    fields: dict[str, Any] = {name: str(v) if isinstance(v, Path) else v for name, v in options.items()}
+    return config_class(**fields | {"data": tuple(str(path) for path in paths)})
+
+
 def known_field(key: str, config_class: type, where: str) -> str:
     """`key` with dashes as underscores, if it is a field. Raises ConfigError with the nearest name otherwise."""
     names = [f.name for f in dataclasses.fields(config_class)]

@@ -142,24 +142,20 @@ def extract(
     """Unit features [N, D] of every readable image by each model and their ensemble, and the images' indices."""
     base = models["base"]
     features = {name: _features_of(model, config, compute) for name, model in models.items()}
-    mean, std = (torch.tensor(v, device=compute.device).view(-1, 1, 1) for v in (base.mean, base.std))
     rows: dict[str, list[Tensor]] = {name: [] for name in models}
     read: list[int] = []
     skipped: dict[str, str] = {}
     batches = load_images(
         source,
         distributed.own_part(len(source)),
-        size=base.img_size,
-        interpolation=base.interpolation,
-        crop_pct=base.crop_pct,
+        **base.reading,
         batch_size=config.batch_size,
         num_workers=config.num_workers,
         max_bad_fraction=config.max_bad_fraction,
         skipped=skipped,
-        channels=len(base.mean),
     )
     for indices, images in batches:
-        x = (images.to(compute.device) - mean) / std
+        x = base.normalised(images.to(compute.device))
         read += indices.tolist()
         for name, run in features.items():
             with compute.autocast():
@@ -212,7 +208,7 @@ def linear_probe(train: Features, test: Features, *, seed: int = 0) -> float:
     """Top-1 accuracy in percent of logistic regression; its L2 weight is chosen on a split of `train`, not on test."""
     mean, std = train.x.mean(0), train.x.std(0).clamp_min(1e-6)
     x, x_test = (train.x - mean) / std, (test.x - mean) / std
-    held_out = _held_out(train.y, seed)
+    held_out = held_out_of(train.y, PROBE_HELD_OUT, seed)
     classes = len(train.classes)
     if held_out.any():
 
@@ -249,11 +245,6 @@ def fit_logistic(x: Tensor, y: Tensor, classes: int, l2: float, iterations: int 
 @torch.no_grad()
 def _accuracy(model: nn.Linear, x: Tensor, y: Tensor) -> float:
     return 100.0 * float((model(x).argmax(1) == y).float().mean())
-
-
-def _held_out(y: Tensor, seed: int) -> Tensor:
-    """A mask over about a fifth of every class; none of a class of one image."""
-    return held_out_of(y, PROBE_HELD_OUT, seed)
 
 
 def _train_and_test(

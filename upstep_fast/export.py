@@ -113,23 +113,19 @@ def _images(config: ExportConfig, base: Backbone) -> tuple[Tensor, str]:
     batches = load_images(
         source,
         range(min(count, len(source))),
-        size=base.img_size,
-        interpolation=base.interpolation,
-        crop_pct=base.crop_pct,
+        **base.reading | {"channels": stored},
         max_bad_fraction=1.0,
-        channels=stored,
     )
     pixels = torch.cat([images for _, images in batches] or [torch.empty(0)])
     if not len(pixels):
         raise ConfigError(f"data: none of the first {count} images in {', '.join(data)} can be read")
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (base.mean, base.std))
     seen = f"{len(pixels)} images of {', '.join(data)}"
     if not config.data:  # red, green and blue again and again, as timm repeats the weights
         pixels, seen = (
             pixels[:, torch.arange(channels) % 3],
             f"{len(pixels)} of upstep-fast's own photographs ({PHOTOS})",
         )
-    return (pixels - mean) / std, seen
+    return base.normalised(pixels), seen
 
 
 def _card(config: ExportConfig, base: Backbone, written: Written, difference: float, seen: str) -> str:

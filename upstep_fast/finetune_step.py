@@ -59,8 +59,6 @@ def train_step(
             if config.clip:
                 torch.nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
             state.scaler.step(state.optimizer)
-            # the fused optimizer moves no version counter, by which the engine sees that adapters changed
-            torch.autograd.graph.increment_version(parameters)
         elif not state.scaler.is_enabled() or state.scaler.get_scale() < 1:
             bad = "a gradient is not finite"
         if state.scaler.is_enabled():

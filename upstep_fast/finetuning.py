@@ -21,7 +21,7 @@ from torch import Tensor
 from . import __version__, distributed, feature_cache, finetune_state, finetuned, output, resume
 from . import backbone as backbones
 from .backbone import Backbone
-from .config import known_field
+from .config import from_options
 from .config_finetune import FinetuneConfig
 from .data.batches import Reader
 from .data.clips import train_and_test_clips
@@ -68,14 +68,7 @@ class Splits:
 
 def finetune(**options: Any) -> FinetuneResult:
     """Trains a classifier on labelled images and writes it to `out`; keywords are FinetuneConfig's fields."""
-    for name in options:
-        known_field(name, FinetuneConfig, "finetune")
-    if missing := [name for name in ("model", "data", "out") if name not in options]:
-        raise ConfigError(f"finetune: {', '.join(missing)} must be given")
-    data = options["data"]
-    paths = [data] if isinstance(data, (str, Path)) else data
-    fields: dict[str, Any] = {name: str(v) if isinstance(v, Path) else v for name, v in options.items()}
-    return run(FinetuneConfig(**fields | {"data": tuple(str(path) for path in paths)}))
+    return run(from_options(FinetuneConfig, options, "finetune"))
 
 
 def run(config: FinetuneConfig) -> FinetuneResult:

@@ -76,25 +76,21 @@ def look(config: AdaptConfig, compute: Compute, source: Source, out: Path) -> Pi
     models = load_models(EvalConfig(**same, adapter=str(out / "adapter")))
     base = models["base"]
     chosen = spread(len(source), _how_many(base, compute))
-    mean, std = (torch.tensor(v, device=compute.device).view(-1, 1, 1) for v in (base.mean, base.std))
     rows: dict[str, list[Tensor]] = {"before": [], "after": []}
     indices: list[int] = []
     thumbs: list[str] = []
     batches = load_images(
         source,
         chosen,
-        size=base.img_size,
-        interpolation=base.interpolation,
-        crop_pct=base.crop_pct,
+        **base.reading,
         batch_size=32,
         num_workers=config.num_workers,
         max_bad_fraction=1.0,
-        channels=len(base.mean),
     )
     for model in models.values():
         model.vit.to(compute.device)
     for at, images in batches:
-        x = (images.to(compute.device) - mean) / std
+        x = base.normalised(images.to(compute.device))
         for when, model in zip(rows, (base, models["adapted"]), strict=True):
             with compute.autocast():
                 f = backbones.features(model.vit, x)

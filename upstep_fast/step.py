@@ -22,7 +22,6 @@ from .config import AdaptConfig
 from .device import Compute
 from .errors import RunFailedError
 from .methods import Embedded, Method
-from .methods.schedules import warmup_cosine as schedule  # noqa: F401  (by the name that its tests know)
 from .resume import RunState
 from .signals import WISHES, Asked
 
@@ -205,8 +204,6 @@ def update(loss: Tensor, state: RunState, config: AdaptConfig) -> str | None:
                 if clip:
                     torch.nn.utils.clip_grads_with_norm_(part, clip, norm)
             optimizer.step()
-            # the fused optimizer moves no version counter, by which the engine sees that adapters changed
-            torch.autograd.graph.increment_version(trained)
             method.after_update()
     if scaler.is_enabled():
         scaler.update()

@@ -19,7 +19,7 @@ from . import backbone as backbones
 from . import gate as gates
 from .adapter_check import check_adapter
 from .checkpoint import Checkpoint
-from .config import AdaptConfig, every, known_field, of_method
+from .config import AdaptConfig, every, from_options, of_method
 from .data.loader import Batch, Loader
 from .data.sources import Source, open_source
 from .data.survey import survey
@@ -63,14 +63,7 @@ def adapt(**options: Any) -> AdaptResult:
     """
     options = with_preset(options)
     config_class = of_method(AdaptConfig, options.get("method"), options.get("objective"))
-    for name in options:
-        known_field(name, config_class, "adapt")
-    if missing := [name for name in ("model", "data", "out") if name not in options]:
-        raise ConfigError(f"adapt: {', '.join(missing)} must be given")
-    data = options["data"]
-    paths = [data] if isinstance(data, (str, Path)) else data
-    fields: dict[str, Any] = {name: str(v) if isinstance(v, Path) else v for name, v in options.items()}
-    return run(config_class(**fields | {"data": tuple(str(path) for path in paths)}))
+    return run(from_options(config_class, options, "adapt"))
 
 
 def run(config: AdaptConfig) -> AdaptResult:

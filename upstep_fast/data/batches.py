@@ -12,7 +12,7 @@ from .clips import Clips, load_clips, training_clips
 from .labelled import Labelled
 from .loader import Loader, load_images
 from .recipe import ViewConfig
-from .resize import eval_resize
+from .resize import eval_resize, normalised
 from .views import random_views
 
 
@@ -89,5 +89,4 @@ class Reader:
         return self._normalised(torch.stack(resized).float() / 255)
 
     def _normalised(self, images: Tensor) -> Tensor:
-        mean, std = (torch.tensor(v, device=self.device).view(-1, 1, 1) for v in (self.mean, self.std))
-        return (images.to(self.device) - mean) / std
+        return normalised(images.to(self.device), self.mean, self.std)

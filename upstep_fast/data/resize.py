@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -42,6 +44,12 @@ def center_crop(image: Tensor, size: tuple[int, int]) -> Tensor:
         height, width = image.shape[1:]
     top, left = (round((have - s) / 2.0) for s, have in zip(size, (height, width), strict=True))
     return image[:, top : top + size[0], left : left + size[1]]
+
+
+def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(images - mean) / std of every channel; images: [..., C, H, W] on a 0..1 scale, on any device."""
+    mean_C11, std_C11 = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (mean, std))
+    return (images - mean_C11) / std_C11
 
 
 def check_interpolation(name: str) -> None:
