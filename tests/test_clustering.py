@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from upstep_fast.kernels.sinkhorn import sinkhorn
 from upstep_fast.methods.losses import clustering
+from upstep_fast.methods.losses.distillation import sharpen
 from upstep_fast.reference.upstep import sinkhorn as sinkhorn_by_logs
 from upstep_fast.reference.upstep import upstep_loss
 
@@ -27,6 +28,21 @@ def test_loss_of_two_images_and_two_prototypes_by_hand():
     by_hand = -(q * log_p[0] + (1 - q) * log_p[1])
     loss = clustering.swapped_loss(scores, targets, temperature)
     assert loss.item() == pytest.approx(by_hand, rel=1e-6)
+
+
+@pytest.mark.parametrize("V", [2, 3])
+@pytest.mark.parametrize("power", [1, 4])
+def test_loss_is_the_sum_over_pairs_of_views(V, power):
+    g = torch.Generator().manual_seed(V)
+    scores = torch.randn(V, 20, 30, generator=g).requires_grad_()
+    targets = sharpen(torch.randn(V, 20, 30, generator=g).mul(3).softmax(-1), power)
+    exact = scores.detach().double().requires_grad_()
+    log_p = F.log_softmax(exact / 0.1, -1)
+    pairs = [-(targets[v] * log_p[w]).sum(-1).mean() for v in range(V) for w in range(V) if v != w]
+    loss, wanted = clustering.swapped_loss(scores, targets, 0.1), sum(pairs) / len(pairs)
+    torch.testing.assert_close(loss.double(), wanted, rtol=1e-6, atol=0)
+    loss.backward(), wanted.backward()
+    torch.testing.assert_close(scores.grad.double(), exact.grad, rtol=1e-5, atol=1e-7)
 
 
 def test_gradient_by_hand():

@@ -17,26 +17,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...kernels.swapped_loss import swapped_cross_entropy
+
 Cvr = Literal["off", "sq", "norm", "anchor", "hinge", "ema"]
 CVR_EMA_BETA = 0.9  # share of the running centre in the "ema" penalty
 
 
 def swapped_loss(scores: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """Each view predicts the targets of the others (SwAV, eq. 1 and 2).
+    """Each view predicts the targets of the others (SwAV, eq. 1 and 2), the mean of them at once.
 
     scores: [V, B, K]; targets: [V, B, K], rows summing to 1; returns a scalar in fp32. V of at least 2.
+    The kernel stores no log-probabilities. Targets carry no gradient.
     """
-    log_p = F.log_softmax(scores.float() / temperature, dim=-1)
-    num_views = scores.shape[0]
-    # sum over all pairs, less the pairs of a view with itself
-    all_pairs = (targets.sum(0) * log_p.sum(0)).sum(-1)
-    own_pairs = (targets * log_p).sum((0, 2))
-    return -(all_pairs - own_pairs).mean() / (num_views * (num_views - 1))
+    others = (targets.sum(0) - targets) / (len(targets) - 1)
+    return swapped_cross_entropy(scores.flatten(0, 1), others.flatten(0, 1), temperature)
 
 
 def one_sided_loss(scores: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """The learning view predicts the targets of the other. scores, targets: [B, K]; returns a scalar in fp32."""
-    return -(targets * F.log_softmax(scores.float() / temperature, dim=-1)).sum(-1).mean()
+    return swapped_cross_entropy(scores, targets, temperature)
 
 
 def cvr_penalty(
