@@ -2,7 +2,8 @@
 
     python bench/bench_crops.py [--json FILE]
 
-separate: one pass a size. tokens: norms, projections and MLP on all tokens at once, attention size by size.
+separate: one pass a size. tokens: norms, projections and MLP on all tokens at once, attention size by size; this is
+what the engine does (upstep_fast/engine/packed.py), --implementation reference does the first.
 rows: local crops side by side in rows as long as a global one, block-diagonal mask. padded: local crops padded to
 a global one's length, keys masked. nested: torch's jagged tensors. Forward and backward; processor time, since that
 is what a shared machine leaves steady; variants alternate. A variant whose result is wrong is not timed.

@@ -150,7 +150,7 @@ def test_tokens_are_those_of_timm(arch):
     vit = timm.create_model(arch, img_size=4 * patch, depth=2, embed_dim=48, num_heads=3).eval()
     x = torch.randn(2, 3, 4 * patch, 4 * patch)
     with torch.no_grad():
-        ours = explora_tokens.Encoder(vit)(explora_tokens.embed(vit, x))
+        (ours,) = explora_tokens.Encoder(vit)(explora_tokens.embed(vit, x))
         assert torch.allclose(ours, vit.forward_features(x), atol=1e-5)
         assert torch.allclose(explora_tokens.pooled(vit, ours), backbone.features(vit, x), atol=1e-5)
 
@@ -163,7 +163,7 @@ def test_another_size_is_what_timm_makes_of_it():
     other.load_state_dict(vit.state_dict())
     x = torch.randn(2, 3, 16, 24)
     with torch.no_grad():
-        ours = explora_tokens.Encoder(vit)(explora_tokens.embed(vit, x))
+        (ours,) = explora_tokens.Encoder(vit)(explora_tokens.embed(vit, x))
         assert torch.allclose(ours, other.forward_features(x), atol=1e-5)
 
 
@@ -244,9 +244,8 @@ def test_the_teacher_is_a_moving_average_of_factors_and_is_never_merged(options)
 
     def teachers_features():
         with torch.no_grad():
-            return explora_tokens.pooled(
-                method.teacher, method.teacher_encoder(explora_tokens.embed(method.teacher, images))
-            )
+            (tokens,) = method.teacher_encoder(explora_tokens.embed(method.teacher, images))
+            return explora_tokens.pooled(method.teacher, tokens)
 
     first = teachers_features()
     with torch.no_grad():

@@ -35,9 +35,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.attention import attention_backward, attention_forward
 from .fold import FoldedBlock, FoldedLinear
 from .merge import ReadyBlock, factors_of
+from .packed import Sizes, attend, attend_backward, pack, unpack
 from .pieces import gelu, gelu_backward, gelu_forward, linear_gelu, norm, norm_backward
 from .precision import Quantized, wide
 
@@ -46,10 +46,10 @@ Run = Callable[[Tensor, Tensor | None, int], tuple[Tensor, Tensor]]
 _FORGOTTEN: dict[str, tuple[str, ...]] = {"fast": (), "balanced": ("y",)}
 
 
-def run_blocks(x: Tensor, blocks: Sequence[FoldedBlock | nn.Module], run: Run) -> Tensor:
+def run_blocks(x: Tensor, blocks: Sequence[FoldedBlock | nn.Module], run: Run, sizes: Sizes = None) -> Tensor:
     """x: [B, N, D] in the compute type -> the same, after all blocks; those that are not folded run as they are.
 
-    run: (x, delta, index) -> (x, delta) for a folded block.
+    run: (x, delta, index) -> (x, delta) for a folded block. sizes: x holds several groups as rows [T, D] (packed.py).
     """
     delta: Tensor | None = None
     for index, block in enumerate(blocks):
@@ -57,21 +57,24 @@ def run_blocks(x: Tensor, blocks: Sequence[FoldedBlock | nn.Module], run: Run) -
             x, delta = run(x, delta, index)
         else:
             with torch.autocast(x.device.type, dtype=x.dtype, enabled=x.dtype != torch.float32):
-                x, delta = block(x if delta is None else x + delta).to(x.dtype), None
+                groups = unpack(x if delta is None else x + delta, sizes)
+                x, delta = pack([block(group) for group in groups]).to(x.dtype), None
     return x if delta is None else x + delta
 
 
-def run_block(x: Tensor, delta: Tensor | None, ready: ReadyBlock, memory: Memory = "fast") -> tuple[Tensor, Tensor]:
+def run_block(
+    x: Tensor, delta: Tensor | None, ready: ReadyBlock, memory: Memory = "fast", sizes: Sizes = None
+) -> tuple[Tensor, Tensor]:
     """The stream x + delta, [B, N, D] in the compute type, after the block, as a sum again.
 
-    Differentiable in x, in delta, in the adapters and in the norms that are trained.
+    Differentiable in x, in delta, in the adapters and in the norms that are trained. sizes: as for `run_blocks`.
     """
-    keep = ready.block.draw_paths(x)
+    keep = ready.block.draw_paths(x, sizes)
     if torch.is_grad_enabled():
         trained = ready.block.trained()
         if any(t.requires_grad for t in (x, *trained)):
-            return _Block.apply(x, delta, ready, memory, keep, *trained)
-    return _forward(x, delta, ready, ready.trained, keep, None)[:2]
+            return _Block.apply(x, delta, ready, memory, keep, sizes, *trained)
+    return _forward(x, delta, ready, ready.trained, keep, sizes, None)[:2]
 
 
 class _Block(torch.autograd.Function):
@@ -79,15 +82,22 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, delta: Tensor | None, ready: ReadyBlock, memory: Memory, keep: Any, *trained: Tensor
+        ctx: Any,
+        x: Tensor,
+        delta: Tensor | None,
+        ready: ReadyBlock,
+        memory: Memory,
+        keep: Any,
+        sizes: Sizes,
+        *trained: Tensor,
     ) -> tuple[Tensor, Tensor]:
         kept: dict[str, Tensor] = {}
-        middle, m, before = _forward(x, delta, ready, trained, keep, kept)
+        middle, m, before = _forward(x, delta, ready, trained, keep, sizes, kept)
         if memory == "lean":
             kept = {"before": before}
         for name in _FORGOTTEN.get(memory, ()):
             del kept[name]
-        ctx.ready, ctx.names, ctx.keep, ctx.has_delta = ready, list(kept), keep, delta is not None
+        ctx.ready, ctx.names, ctx.keep, ctx.sizes, ctx.has_delta = ready, list(kept), keep, sizes, delta is not None
         # the adapters are among them: autograd raises if they, and with them the merged weights, change before backward
         ctx.save_for_backward(*kept.values(), *trained)
         return middle, m
@@ -100,9 +110,10 @@ class _Block(torch.autograd.Function):
         trained = values[len(kept) :]
         if "before" in kept:
             before, kept = kept["before"], {}
-            _forward(before, None, ctx.ready, trained, ctx.keep, kept)
-        dx, d_trained = _backward(d_middle, d_m, ctx.ready, trained, ctx.keep, kept, ctx.needs_input_grad[0])
-        return dx, dx if ctx.has_delta else None, None, None, None, *d_trained
+            _forward(before, None, ctx.ready, trained, ctx.keep, ctx.sizes, kept)
+        needs_dx = ctx.needs_input_grad[0]
+        dx, d_trained = _backward(d_middle, d_m, ctx.ready, trained, ctx.keep, ctx.sizes, kept, needs_dx)
+        return dx, dx if ctx.has_delta else None, None, None, None, None, *d_trained
 
 
 def _forward(
@@ -111,6 +122,7 @@ def _forward(
     ready: ReadyBlock,
     trained: Sequence[Tensor],
     keep: tuple[Tensor | None, Tensor | None],
+    sizes: Sizes,
     kept: dict[str, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(middle, m, the stream before the block); fills `kept` if it is given."""
@@ -119,8 +131,7 @@ def _forward(
     y = qkv.product(_affine(rows, block, 0, trained))
     if kept is None:
         del h1, rows
-    o, lse = attention_forward(_heads(y, block.heads))
-    o = o.flatten(2)
+    o, lse = attend(y, block.heads, sizes)
     p = _scaled(proj.product(o), keep[0])
     h2, middle, rstd2, rows = norm(before, p, block.eps[1], block.fused, block.fp8)
     rows = _affine(rows, block, 1, trained)
@@ -139,6 +150,7 @@ def _backward(
     ready: ReadyBlock,
     trained: Sequence[Tensor],
     keep: tuple[Tensor | None, Tensor | None],
+    sizes: Sizes,
     kept: dict[str, Tensor],
     needs_dx: bool,
 ) -> tuple[Tensor | None, list[Tensor]]:
@@ -161,8 +173,8 @@ def _backward(
         d_of["proj"] = adapter_gradients(d_p, o, block.proj, factors["proj"])
     h1_affine = wide(_affine(h1, block, 0, trained))
     y = kept["y"] if "y" in kept else qkv.product(h1_affine)
-    d_o = proj.input_gradient(rows if keep[0] is None else d_p).view(*o.shape[:2], block.heads, -1)
-    dy = attention_backward(d_o, _heads(y, block.heads), o.view_as(d_o), lse).view_as(y)
+    d_o = proj.input_gradient(rows if keep[0] is None else d_p)
+    dy = attend_backward(d_o, y, o, lse, block.heads, sizes)
     if "qkv" in factors:
         d_of["qkv"] = adapter_gradients(dy, h1_affine, block.qkv, factors["qkv"])
     dx: Tensor | None = None
@@ -223,8 +235,3 @@ def _affine_backward(
 
 def _scaled(branch: Tensor, keep: Tensor | None) -> Tensor:
     return branch if keep is None else branch * keep
-
-
-def _heads(y: Tensor, heads: int) -> Tensor:
-    """[B, N, 3 D] -> [B, N, 3, H, d]."""
-    return y.view(*y.shape[:2], 3, heads, -1)

@@ -23,6 +23,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from ..lora import LoraLinear
+from .packed import Sizes, draw_path
 from .precision import Fp8Weight, to_fp8
 
 ACTIVATIONS = {"GELU": "erf", "GELUTanh": "tanh", "QuickGELU": "quick"}
@@ -94,16 +95,13 @@ class FoldedBlock:
         own = [p for adapter in adapters for p in (adapter.lora_a, adapter.lora_b)]
         return own + [p for norm in self.norms if norm is not None for p in (norm.weight, norm.bias)]
 
-    def draw_paths(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The factors of drop path [B, 1, 1], 0 or 1 / (1 - p), drawn by timm's own module; None: nothing drops."""
-        first, second = (self._draw_path(path, x) for path in self.paths)
+    def draw_paths(self, x: Tensor, sizes: Sizes) -> tuple[Tensor | None, Tensor | None]:
+        """The factors of drop path, 0 or 1 / (1 - p), one a sequence (`packed.draw_path`); None: nothing drops."""
+        first, second = (
+            draw_path(path, x, sizes) if path.training and getattr(path, "drop_prob", None) else None
+            for path in self.paths
+        )
         return first, second
-
-    @staticmethod
-    def _draw_path(path: nn.Module, x: Tensor) -> Tensor | None:
-        if not path.training or not getattr(path, "drop_prob", None):
-            return None
-        return path(x.new_ones(len(x), 1, 1))
 
 
 def why_not(vit: nn.Module) -> str | None:

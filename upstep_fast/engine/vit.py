@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +16,7 @@ from .block import Memory, run_block, run_blocks
 from .fold import FoldedBlock, fold, left_alone, why_not
 from .forward import make_forward_only
 from .merge import ReadyBlock, make_ready
+from .packed import pack, sizes_of, unpack
 
 log = logging.getLogger("upstep_fast")
 
@@ -40,18 +41,22 @@ class EngineViT:
         if not torch.is_grad_enabled():
             self._check_frozen()
             return self.forward_only(images)
-        return head(self.vit, self.through_blocks(embed(self.vit, images, self.dtype)))
+        return head(self.vit, self.through_blocks([embed(self.vit, images, self.dtype)])[0])
 
-    def through_blocks(self, x: Tensor) -> Tensor:
-        """Tokens [B, N, D] of any number, as they enter the first block -> as they leave the last, in `dtype`."""
+    def through_blocks(self, groups: Sequence[Tensor]) -> list[Tensor]:
+        """Tokens [B, N, D] of each group as they enter the first block -> as they leave the last, in `dtype`.
+
+        Groups may differ in B and N, as crops of several sizes do; all take one pass (packed.py).
+        """
         self._check_frozen()
-        ready = self.ready()
+        ready, sizes = self.ready(), sizes_of(groups)
 
         def run(x: Tensor, delta: Tensor | None, index: int) -> tuple[Tensor, Tensor]:
-            return run_block(x, delta, ready[index], self.memory)
+            return run_block(x, delta, ready[index], self.memory, sizes)
 
+        x = pack(groups).to(self.dtype)
         with torch.autocast(x.device.type, enabled=False):  # the engine chooses its own types
-            return run_blocks(x.to(self.dtype), self.blocks, run)
+            return unpack(run_blocks(x, self.blocks, run, sizes), sizes)
 
     def _check_frozen(self) -> None:
         if any(parameter._version != version for parameter, version in self.frozen):

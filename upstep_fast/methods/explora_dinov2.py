@@ -217,13 +217,11 @@ class ExploraDinov2(nn.Module):
         whole = embed(
             self.vit, views.whole.flatten(0, 1), masked=views.masked.flatten(0, 1), mask_token=self.mask_token
         )
-        tokens = self.encoder(whole)
-        features = [pooled(self.vit, tokens)]
-        if len(views.local):
-            features.append(pooled(self.vit, self.encoder(embed(self.vit, views.local.flatten(0, 1)))))
-        of_all = torch.cat(features).unflatten(0, (-1, views.whole.shape[1]))
+        local = [embed(self.vit, views.local.flatten(0, 1))] if len(views.local) else []
+        groups = self.encoder(whole, *local)
+        of_all = torch.cat([pooled(self.vit, group) for group in groups]).unflatten(0, (-1, views.whole.shape[1]))
         seen = embedded(F.normalize(of_all[:GLOBAL_VIEWS].float(), dim=-1))
-        patches = tokens[:, prefix:].flatten(0, 1)[views.places]
+        patches = groups[0][:, prefix:].flatten(0, 1)[views.places]
         own = {field.name: getattr(seen, field.name) for field in fields(Embedded)}
         return Student(**own, crops=views, of_crops=of_all, patches=patches)
 
@@ -254,7 +252,7 @@ class ExploraDinov2(nn.Module):
     def _targets(self, crops: Crops) -> tuple[Tensor, Tensor]:
         """The teacher's targets: of the global crops [2, B, K], of the masked patches [M, K]."""
         teacher = self.teacher
-        tokens = self.teacher_encoder(embed(teacher, crops.whole.flatten(0, 1)))
+        (tokens,) = self.teacher_encoder(embed(teacher, crops.whole.flatten(0, 1)))
         of_class = self.teacher_head(pooled(teacher, tokens)).float()
         patches = tokens[:, teacher.num_prefix_tokens :].flatten(0, 1)[crops.places]
         of_patch = (self.teacher_patch_head or self.teacher_head)(patches).float()

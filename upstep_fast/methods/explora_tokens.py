@@ -81,12 +81,15 @@ class Encoder:
             self._engine = build(self.vit, dtype, memory, fp8=fp8)
         return reason
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Tokens [B, N, D] -> the same after the final norm."""
+    def __call__(self, *groups: Tensor) -> list[Tensor]:
+        """Tokens [B, N, D] of each group -> the same after the final norm.
+
+        Groups may differ in B and N: the engine takes all in one pass (engine/packed.py), the plain model one by one.
+        """
         if self._engine is None:
-            return self.vit.norm(self.vit.blocks(x))
-        with torch.autocast(x.device.type, enabled=False):
-            return self.vit.norm(self._engine.through_blocks(x).float())
+            return [self.vit.norm(self.vit.blocks(group)) for group in groups]
+        with torch.autocast(groups[0].device.type, enabled=False):
+            return [self.vit.norm(group.float()) for group in self._engine.through_blocks(groups)]
 
 
 def pooled(vit: Any, x: Tensor) -> Tensor:
