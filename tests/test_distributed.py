@@ -95,6 +95,7 @@ FORMS = {
     "one-sided": {"gate": "prev", "layout": "asymmetric", "prototype_init": "learned", "head": "linear"},
     "start": {"prototype_init": "kmeans", "cvr": "anchor", "gate": "alternate"},
     "hinge": {"cvr": "hinge", "lora_targets": ("q", "v", "proj", "fc1", "fc2"), "clip": 0.01},
+    "average": {"adapter_ema": 0.9},
 }
 
 

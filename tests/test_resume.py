@@ -124,6 +124,7 @@ FORMS = [
     {"prototype_init": "kmeans", "cvr": "anchor", "head": "none"},
     {"cvr": "hinge", "lora_targets": ("q", "v", "proj", "fc1", "fc2")},
     {"cvr": "ema", "precision": "bf16", "num_workers": 2},
+    {"adapter_ema": 0.9},
 ]
 
 

@@ -128,6 +128,8 @@ class AdaptConfig(ModelConfig):
     """AdamW's weight decay on the head; adapters have none."""
     clip: float = 1.0
     """Largest norm of the adapters' gradient; 0: no clipping."""
+    adapter_ema: float = 0.0
+    """Memory of a running mean of the adapter over the updates, written in place of the last one; 0: none."""
     layout: Literal["symmetric", "asymmetric"] = "symmetric"
     """symmetric: both views learn. asymmetric: one view makes targets without gradient, the other learns."""
 
@@ -253,6 +255,8 @@ class AdaptConfig(ModelConfig):
             _at_least(self, name, 0 if name == "num_workers" else 1)
         for name in ("lr", "temperature", "epsilon", "distil_temperature", "sharpen"):
             _positive(self, name)
+        if not 0 <= self.adapter_ema < 1:
+            raise ConfigError(f"adapter_ema: got {self.adapter_ema}, must be at least 0 and below 1")
         if self.epsilon < 0.01:
             raise ConfigError(f"epsilon: got {self.epsilon}, must be at least 0.01 (below it fp32 targets break down)")
         for name in ("epochs", "lora_alpha"):

@@ -75,7 +75,8 @@ class Referee:
     def look(self, state: RunState) -> None:
         """Judges the model as it is after `state.step` steps. Raises OSError."""
         # rank 0's: the others may be off by a rounding, and all must stop together
-        scores = distributed.gather(judge(self._base, self._features(state.method.vit)))[0]
+        with state.method.as_written() as vit:
+            scores = distributed.gather(judge(self._base, self._features(vit)))[0]
         row = {"step": state.step, "predicted_gain": predicted_gain(scores), **scores}
         before = self.best()
         self.looks[state.step] = row

@@ -196,7 +196,8 @@ def _train(
                         "go on with the same command and --resume"
                     )
         distributed.limit_wait(distributed.START_SECONDS)
-        check_adapter(state, state.method.images(next(loader).views), compute, out)
+        with state.method.as_written():
+            check_adapter(state, state.method.images(next(loader).views), compute, out)
         with output.writing(out):
             if referee:
                 referee.settle()

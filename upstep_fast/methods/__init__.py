@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
@@ -106,6 +107,9 @@ class Method(Protocol):
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """As nn.Module."""
+
+    def as_written(self) -> AbstractContextManager[nn.Module]:
+        """Within this context: the model with the weights that `result_files` writes."""
 
     def result_files(self) -> dict[str, bytes]:
         """The files of the adapter folder, by name."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -330,10 +331,14 @@ class ExploraDinov2(nn.Module):
         averages = {name: p for name, p in self.named_parameters() if id(p) in own}
         return explora.trained(self) | averages | dict(self.named_buffers(recurse=False))
 
+    def as_written(self) -> AbstractContextManager[nn.Module]:
+        """The teacher, as the authors' code saves it, or the student."""
+        return nullcontext(self.teacher if self.config.save == "teacher" else self.vit)
+
     def result_files(self) -> dict[str, bytes]:
-        """The teacher, as the authors' code saves it, or the student; as PEFT reads it, and bare parameters."""
-        model = self.teacher if self.config.save == "teacher" else self.vit
-        return explora.result_files(model, lora.find(model), self.config.model, explora.trained(self.vit))
+        """That model's adapters and what else is trained, as PEFT reads them, and bare parameters."""
+        with self.as_written() as model:
+            return explora.result_files(model, lora.find(model), self.config.model, explora.trained(self.vit))
 
 
 def _places(masked: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -235,6 +236,10 @@ class ExploraMae(nn.Module):
     def state_tensors(self) -> dict[str, Tensor]:
         """What trains."""
         return dict(explora.trained(self))
+
+    def as_written(self) -> AbstractContextManager[nn.Module]:
+        """The encoder as it is."""
+        return nullcontext(self.vit)
 
     def result_files(self) -> dict[str, bytes]:
         """The encoder, as PEFT reads it, and bare parameters."""

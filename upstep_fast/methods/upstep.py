@@ -12,7 +12,8 @@ losses/clustering.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
@@ -30,6 +31,7 @@ from ..engine import vit as engine
 from ..engine.block import Memory
 from ..gate import choose_images
 from ..kernels.sinkhorn import sinkhorn
+from .average import Average
 from .losses import clustering
 from .losses.distillation import distillation_loss, sharpen
 from .passes import in_passes
@@ -96,6 +98,7 @@ class UpStep(nn.Module):
             torch.manual_seed(config.seed)
             self.adapters = lora.inject(backbone.vit, lora_spec(config))
             self.head = make_head(config, backbone.width)
+        self.average = Average(self.adapter_parameters(), config.adapter_ema) if config.adapter_ema else None
         self.vit = backbone.vit
         self.features: Callable[[Tensor], Tensor] = partial(features, self.vit)
         width = backbone.width if config.head == "none" else config.head_dim
@@ -177,7 +180,9 @@ class UpStep(nn.Module):
         return {"learnt": self._learnt} if self.config.gate_unit == "image" else {}
 
     def after_update(self) -> None:
-        """Nothing: there is no teacher."""
+        """Takes the adapters into their running mean."""
+        if self.average:
+            self.average.update(self.adapter_parameters())
 
     @torch.no_grad()
     def remember(self, embedded: Embedded) -> None:
@@ -261,11 +266,19 @@ class UpStep(nn.Module):
     def state_tensors(self) -> dict[str, Tensor]:
         """What learns, the prototypes and the running values."""
         learned = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        return learned | dict(self.named_buffers(recurse=False))
+        average = self.average.state_dict(prefix="average.") if self.average else {}
+        return learned | dict(self.named_buffers(recurse=False)) | average
+
+    @contextlib.contextmanager
+    def as_written(self) -> Iterator[nn.Module]:
+        """Within this context the adapters are those that `result_files` writes."""
+        with self.average.in_place_of(self.adapter_parameters()) if self.average else contextlib.nullcontext():
+            yield self.vit
 
     def result_files(self) -> dict[str, bytes]:
         """The adapter as PEFT reads it."""
-        return lora.to_files(self.adapters, self.config.model)
+        with self.as_written():
+            return lora.to_files(self.adapters, self.config.model)
 
     def other_parameters(self) -> list[nn.Parameter]:
         """What is trained beside them and thrown away afterwards."""
