@@ -54,10 +54,8 @@ TILES: dict[str, dict[tuple[int, int] | None, Tile]] = {
     "attention": {None: {"BLOCK": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3}},
     "attention_wide": {None: {"BLOCK": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}},
     "attention_fp32": {None: {"BLOCK": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}},
-    # pixels of a view in a program, over all channels; not measured yet
-    "crop_resize": {None: {"CELLS": 1024, "num_warps": 4}},
-    # pixels of a view in a program; not measured yet
-    "recolour": {None: {"CELLS": 1024, "num_warps": 4}},
+    # pixels that a program makes at a time, over all channels; not measured yet
+    "views": {None: {"CELLS": 2048, "num_warps": 8}},
     # cells of a program; not measured yet
     "patchify": {None: {"CELLS": 4096, "num_warps": 4}},
 }

@@ -18,9 +18,9 @@ from upstep_fast.data import colour, draws, views
 from upstep_fast.data.draws import ViewParams, draw_params
 from upstep_fast.data.random import uniform, uniform_array
 from upstep_fast.data.recipe import PRESETS, ViewConfig, local_config, view_config
-from upstep_fast.data.views import multi_crop, pack, random_views
+from upstep_fast.data.views import multi_crop, random_views
 from upstep_fast.errors import ConfigError
-from upstep_fast.kernels.views import crop_resize, crop_resize_reference, resize_weights
+from upstep_fast.kernels.views_plain import resize_weights
 
 SIZES = [(64, 64), (50, 80), (10, 7), (100, 33), (1, 1), (1, 300), (300, 1), (120, 200)]
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
@@ -414,94 +414,6 @@ def test_presets_say_what_their_images_allow():
     for field, value in (("hue", 0.6), ("crop_ratio", (2, 1)), ("brightness", -1), ("solarize", 2), ("rotate90", -1)):
         with pytest.raises(ConfigError, match=field):
             AdaptConfig(model="m", data=("d",), out="o", **{field: value})
-
-
-# the kernel
-
-
-def packed(config: ViewConfig, sizes=SIZES, num_views: int = 2):
-    """Images in both memory orders and a grey one, packed, and their boxes."""
-    images = pictures(sizes)
-    images[0] = images[0].permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    images[3] = images[3][:1].expand(3, -1, -1)
-    boxes = torch.from_numpy(drawn(config, images, views=num_views).boxes())
-    return images, (*pack(images, torch.device("cpu")), boxes, 3, config.height, config.width, config.interpolation)
-
-
-GEOMETRIES = [
-    dataclasses.replace(
-        STILL, size=size, interpolation=interpolation, crop_scale=(0.05, 1.0), flip=0.5, vertical_flip=0.5,
-        rotate90=0.75 if size[0] == size[1] else 0.0,
-    )
-    for size in ((9, 9), (5, 13))
-    for interpolation in ("bilinear", "bicubic")
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("config", GEOMETRIES, ids=lambda c: f"{c.size} {c.interpolation}")
-def test_the_reference_is_torchvisions(config):
-    images, arguments = packed(config)
-    params = drawn(config, images)
-    got = crop_resize_reference(*arguments)
-    assert got.dtype == torch.float32
-    for n, image in enumerate(params.image):
-        want = torchvision_view(images[image], params, n, config)
-        assert (got[n] * 255 - want).abs().max() <= 2, n
-
-
-def _check_kernel(config: ViewConfig, device: str, *images) -> None:
-    _, (pixels, places, boxes, *rest) = packed(config, *images)
-    # what lies around the images must not be looked at: the same result whatever it is
-    results = []
-    for value in (0, 255):
-        guard = torch.full((4096,), value, dtype=torch.uint8)
-        moved = places + torch.tensor([4096, 0, 0, 0])
-        on_device = (x.to(device) for x in (torch.cat([guard, pixels, guard]), moved, boxes))
-        results.append(crop_resize(*on_device, *rest).cpu())
-    assert torch.equal(*results)
-    torch.set_default_dtype(torch.float64)
-    try:
-        want = crop_resize_reference(pixels, places, boxes, *rest)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    eager = crop_resize_reference(pixels, places, boxes, *rest)
-    limit = 2 * (eager - want).abs().max() + torch.finfo(torch.float32).eps * want.abs().max()
-    # the filter's arguments are fp32 in both: a position of 300 pixels is known to 2e-5
-    assert (results[0] - want).abs().max() <= max(limit, 2e-5)
-
-
-@pytest.mark.interp
-@pytest.mark.parametrize("config", GEOMETRIES, ids=lambda c: f"{c.size} {c.interpolation}")
-def test_the_kernel_in_the_interpreter(config):
-    from upstep_fast.kernels._dispatch import forced
-
-    with forced("triton"):
-        _check_kernel(config, "cpu", [(12, 15), (1, 1), (1, 40), (6, 5)], 1)  # the interpreter is slow
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("config", GEOMETRIES, ids=lambda c: f"{c.size} {c.interpolation}")
-def test_the_kernel_on_the_gpu(config):
-    from upstep_fast.kernels._dispatch import forced
-
-    with forced("triton"):
-        _check_kernel(config, "cuda")
-        _check_kernel(dataclasses.replace(config, size=(224, 224)), "cuda")
-
-
-def test_the_op_checks_out_and_names_wrong_arguments():
-    _, arguments = packed(GEOMETRIES[0])
-    torch.library.opcheck(torch.ops.upstep_fast_kernels.crop_resize.default, arguments)
-    pixels, places, boxes, *rest = arguments
-    with pytest.raises(ValueError, match="pixels must be uint8"):
-        crop_resize(pixels.float(), places, boxes, *rest)
-    with pytest.raises(ValueError, match="places"):
-        crop_resize(pixels, places.int(), boxes, *rest)
-    with pytest.raises(ValueError, match="boxes"):
-        crop_resize(pixels, places, boxes[:, :5], *rest)
-    with pytest.raises(ValueError, match="interpolation"):
-        crop_resize(pixels, places, boxes, 3, 4, 4, "nearest")
-    assert crop_resize(pixels, places, boxes[:0], *rest).shape == (0, 3, 9, 9)
 
 
 @pytest.mark.parametrize("blur", [0.0, 0.5])

@@ -195,36 +195,24 @@ def _swapped_loss(ops: ModuleType) -> Problem:
 
 def _views(ops: ModuleType) -> Problem:
     def call(*tensors: Tensor) -> Tensor:
-        return ops.crop_resize(*tensors, 3, 16, 16, "bicubic")
+        given = [x.float() if x.is_floating_point() else x for x in tensors]  # factors are fp32 whatever comes out
+        options = {"interpolation": "bicubic", "taps": (5, 5), "patch": 8, "dtype": tensors[-1].dtype}
+        return ops.make_views(*given, 16, 16, **options)
 
     def reference(*tensors: Tensor) -> Tensor:
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
         try:
-            return ops.crop_resize_reference(*tensors, 3, 16, 16, "bicubic")
+            return ops.views_reference(*tensors, 16, 16, "bicubic", (5, 5), 8, torch.float64)
         finally:
             torch.set_default_dtype(before)
 
     pixels = torch.randint(256, (3 * 40 * 30,), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    boxes = torch.tensor([[0, 0, 0, 40, 30, 0], [0, 5, 3, 20, 12, ops.FLIP_X], [0, 1, 2, 9, 8, ops.TRANSPOSE]])
-    inputs = (pixels, torch.tensor([[0, 1200, 30, 1]]), boxes.int())
-    return Problem(call, reference, inputs)
-
-
-def _recolour(ops: ModuleType) -> Problem:
-    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.25])
-    factors = torch.tensor([[1.2, 0.7, 1.4, 0.0, 0.0, 1.0], [0.8, 1.3, 0.6, 0.1, 1.0, 0.0]])
-    x = torch.rand(2, 3, 24, 16, generator=torch.Generator().manual_seed(0))
-
-    # views are fp32 whatever the model's dtype; on one value the threshold of solarize would be a matter of rounding
-    def call(x: Tensor) -> Tensor:
-        given = (v.to(x.device) for v in (factors, mean, std))
-        return ops.recolour(x.float(), *given, patch=8, dtype=x.dtype)
-
-    def reference(x: Tensor) -> Tensor:
-        return ops.recolour_reference(x, *(v.to(x.device, x.dtype) for v in (factors, mean, std)), 8, x.dtype)
-
-    return Problem(call, reference, (x,))
+    boxes = torch.tensor([[0, 0, 0, 40, 30, 0], [0, 5, 3, 20, 12, 2], [0, 1, 2, 9, 8, 4]]).int()
+    still, one = [1.0, 1.0, 1.0, 0.0, 0.0], [1.25, 0.75, 1.375, 0.125, 0.0]
+    factors = torch.tensor([[*one, 0.0, 1.0], [0.75, 1.25, 0.625, 0.0, 1.0, 0.0, 0.0], [*still, 2.0, 0.0]])
+    mean, std = torch.tensor([0.5, 0.375, 0.25]), torch.tensor([0.25, 0.3125, 0.25])
+    return Problem(call, reference, (pixels, torch.tensor([[0, 1200, 30, 1]]), boxes, factors, mean, std))
 
 
 # module of kernels/ -> its problem
@@ -237,7 +225,6 @@ PROBLEMS: dict[str, Callable[[ModuleType], Problem]] = {
     "lora_linear_fp8": _lora_linear_fp8,
     "patchify": _patchify,
     "quantize": _quantize,
-    "recolour": _recolour,
     "sinkhorn": _sinkhorn,
     "swapped_loss": _swapped_loss,
     "views": _views,

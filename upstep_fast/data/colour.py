@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from ..kernels.views_plain import blur as blur
 
 GREY = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, as torchvision and Pillow
 
@@ -62,21 +63,6 @@ def grey(x: Tensor) -> Tensor:
 def solarize(x: Tensor, threshold: float = 128 / 255) -> Tensor:
     """1 - x where x is at least `threshold`."""
     return torch.where(x >= threshold, 1 - x, x)
-
-
-def blur(x: Tensor, sigma: Tensor, kernel_size: tuple[int, int]) -> Tensor:
-    """Gaussian blur, edges reflected; sigma: [N], pixels; kernel_size: (rows, columns), odd. A new tensor."""
-    count, channels, height, width = x.shape
-    y = x.reshape(1, count * channels, height, width)  # a group a plane, each with its own kernel
-    for axis, (size, taps) in enumerate(zip((height, width), kernel_size, strict=True)):
-        half = min(taps // 2, size - 1)
-        offsets = torch.arange(-half, half + 1, device=x.device)
-        kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
-        kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(channels, 0)
-        around = (0, 0, half, half) if axis == 0 else (half, half, 0, 0)
-        shape = (-1, 1, 2 * half + 1, 1) if axis == 0 else (-1, 1, 1, 2 * half + 1)
-        y = F.conv2d(F.pad(y, around, mode="reflect"), kernel.view(shape), groups=count * channels)
-    return y.view_as(x)
 
 
 def blur_kernel_size(size: int) -> int:

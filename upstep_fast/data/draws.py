@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..kernels.views import FLIP_X, FLIP_Y, TRANSPOSE
+from ..kernels.views_plain import FLIP_X, FLIP_Y, TRANSPOSE
 from .random import uniform_array
 from .recipe import ViewConfig
 
@@ -47,12 +47,15 @@ class ViewParams:
         return ViewParams(*(getattr(self, field.name)[which] for field in dataclasses.fields(self)))
 
     def factors(self) -> np.ndarray:
-        """The colours as `kernels.recolour` takes them: [N, 6] fp32; the blur is none of them."""
-        columns = (self.brightness, self.contrast, self.saturation, self.hue, self.grey, self.solarize)
+        """The colours and the blur as `kernels.views.make_views` takes them: [N, 7] fp32."""
+        columns = (
+            *(self.brightness, self.contrast, self.saturation, self.hue, self.grey),
+            *(self.sigma, self.solarize),
+        )
         return np.stack(columns, 1).astype(np.float32)
 
     def boxes(self) -> np.ndarray:
-        """The geometry as `kernels.views.crop_resize` takes it: [N, 6] int32."""
+        """The geometry as `kernels.views.make_views` takes it: [N, 6] int32."""
         turn = FLIP_Y * self.flip_y + FLIP_X * self.flip_x + TRANSPOSE * self.transpose
         return np.stack([self.image, self.top, self.left, self.height, self.width, turn], 1).astype(np.int32)
 

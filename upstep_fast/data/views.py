@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels.recolour import HUE, SOLARIZE, recolour
-from ..kernels.views import crop_resize, resize_weights
+from ..kernels.views import make_views
+from ..kernels.views_plain import resize_weights
 from . import colour
 from .draws import ViewParams, draw_params
 from .recipe import PRESETS as PRESETS
@@ -30,7 +30,7 @@ MATMUL_PIXELS = 96 * 96  # on a CPU, larger images are resized one by one by a s
 
 
 def pack(images: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Images behind one another on the device, and where they lie: pixels and places of `kernels.views.crop_resize`."""
+    """Images behind one another on the device, and where they lie: pixels and places of `kernels.views.make_views`."""
     flat, places, offset = [], [], 0
     for image in images:
         image = image[:1] if image.stride(0) == 0 else image  # grey, shown as three channels
@@ -135,23 +135,11 @@ def _make(
 
 
 def _make_fused(packed: tuple[Tensor, Tensor], p: ViewParams, config: ViewConfig, mean: Tensor, std: Tensor) -> Tensor:
-    """By the kernels: the crops in one, all colours in another, which runs twice where some views are blurred."""
-
-    def on_device(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(mean.device)
-
-    boxes = on_device(p.boxes())
-    x = crop_resize(*packed, boxes, len(mean), config.height, config.width, config.interpolation)
-    factors = p.factors()
-    if not p.sigma.any():
-        return recolour(x, on_device(factors), mean, std)
-    before, after = factors.copy(), np.zeros_like(factors)
-    before[:, SOLARIZE] = 0
-    after[:, :HUE], after[:, SOLARIZE] = 1, factors[:, SOLARIZE]
-    x = recolour(x, on_device(before), torch.zeros_like(mean), torch.ones_like(std))
-    chosen, sigma = on_device(np.flatnonzero(p.sigma)), on_device(p.sigma[p.sigma > 0])
-    x[chosen] = colour.blur(x[chosen], sigma, _blur_size(config))
-    return recolour(x, on_device(after), mean, std)
+    """By the kernel, which does all of it."""
+    boxes, factors = (torch.from_numpy(values).to(mean.device) for values in (p.boxes(), p.factors()))
+    taps = _blur_size(config) if p.sigma.any() else (1, 1)
+    size = (config.height, config.width)
+    return make_views(*packed, boxes, factors, mean, std, *size, interpolation=config.interpolation, taps=taps)
 
 
 def _resize(images: Sequence[Tensor], p: ViewParams, config: ViewConfig, out: Tensor) -> None:
