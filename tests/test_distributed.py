@@ -96,6 +96,10 @@ FORMS = {
     "start": {"prototype_init": "kmeans", "cvr": "anchor", "gate": "alternate"},
     "hinge": {"cvr": "hinge", "lora_targets": ("q", "v", "proj", "fc1", "fc2"), "clip": 0.01},
     "average": {"adapter_ema": 0.9},
+    "queue": {"queue": 13, "base_targets": 0.9},
+    "queue, one-sided": {"queue": 12, "base_targets": 0.5, "layout": "asymmetric"},
+    "loss": {"gate_statistic": "loss", "gate": "prev", "queue": 12},
+    "disagreement": {"gate_statistic": "disagreement", "update_when": "high"},
 }
 
 

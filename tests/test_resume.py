@@ -125,6 +125,10 @@ FORMS = [
     {"cvr": "hinge", "lora_targets": ("q", "v", "proj", "fc1", "fc2")},
     {"cvr": "ema", "precision": "bf16", "num_workers": 2},
     {"adapter_ema": 0.9},
+    {"queue": 12, "base_targets": 0.9},
+    {"queue": 20, "layout": "asymmetric", "base_targets": 0.5},
+    {"gate_statistic": "loss"},
+    {"gate_statistic": "disagreement", "gate": "quantile", "update_when": "high"},
 ]
 
 

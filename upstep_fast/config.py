@@ -158,6 +158,10 @@ class AdaptConfig(ModelConfig):
     """Rounds of Sinkhorn-Knopp that balance the targets; a smaller epsilon needs more."""
     sharpen: float = 1.0
     """Power that the targets are raised to; above 1 they are harder."""
+    queue: int = 0
+    """Embeddings of earlier images that the targets are balanced over as well, for small batches; 0: none."""
+    base_targets: float = 0.0
+    """Part of the steps, from the first, in which targets of the base model's features are mixed in; 0: never."""
 
     # centre-vector regularisation
     cvr: Literal["off", "sq", "norm", "anchor", "hinge", "ema"] = "sq"
@@ -178,6 +182,9 @@ class AdaptConfig(ModelConfig):
     """Rule that decides which steps do a backward pass."""
     update_when: Literal["low", "high"] = "low"
     """Update when the centre's magnitude is below (low) or above (high) the rule's reference."""
+    gate_statistic: Literal["center", "loss", "disagreement"] = "center"
+    """What prev, ema, median and quantile compare: the centre's magnitude, the clustering loss, or how far apart an
+    image's two views lie."""
     gate_rate: float = 0.5
     """Fraction of steps to leave open, for quantile, random and alternate."""
     gate_beta: float = 0.9
@@ -263,7 +270,9 @@ class AdaptConfig(ModelConfig):
             _positive(self, name)
         for name in ("judge_every", "judge_patience", "warmup", "weight_decay", "clip", "cvr_weight", "distil_weight"):
             _at_least(self, name, 0)
+        _at_least(self, "queue", 0)
         for name in (
+            "base_targets",
             "gate_rate",
             "gate_beta",
             "max_bad_fraction",
@@ -309,6 +318,11 @@ class AdaptConfig(ModelConfig):
             raise ConfigError("lora_targets: qkv is one adapter over q, k and v; do not name q, k or v beside it")
         if self.layout == "asymmetric" and self.gate == "views":
             raise ConfigError("gate: views compares two views, which --layout asymmetric does not have before the gate")
+        compares = self.gate in ("prev", "ema", "median", "quantile") and self.layout == "symmetric"
+        if self.gate_statistic != "center" and not compares:
+            raise ConfigError(
+                f"gate_statistic: {self.gate_statistic} needs --gate prev, ema, median or quantile, --layout symmetric"
+            )
         if self.strength == "auto" and not self.judge_every:
             raise ConfigError("strength: auto needs --judge-every, which holds out images to judge it on")
         if self.strength != "auto":

@@ -14,6 +14,9 @@ reference, with "high" where it does not fall below.
     alternate   none: open in a regular pattern, a fraction gate_rate of the steps
     none        always open
 
+With another statistic than "center", m is the clustering loss of the batch or how far apart its images' two views lie,
+for the rules prev, ema, median and quantile (ours, not the paper's).
+
 The reference is updated on every step, skipped ones too. The first step is open, and so is the one after max_skips
 skipped in a row. A magnitude that is not finite closes the gate and leaves the reference alone.
 """
@@ -49,6 +52,7 @@ class GateRule:
     max_skips: int = 16
     seed: int = 0
     unit: Literal["step", "image"] = "step"  # image: every step is open, choose_images says for whom
+    statistic: Literal["center", "loss", "disagreement"] = "center"  # what stands for m
 
     @property
     def is_known_ahead(self) -> bool:
@@ -80,12 +84,13 @@ class GateState:
 def decide(rule: GateRule, state: GateState, views: Sequence[float]) -> tuple[bool, GateState]:
     """Whether this step is open, and the state after it.
 
-    views: the centre's magnitude over the whole batch, followed by that of each view where the rule is "views".
+    views: the centre's magnitude over the whole batch, followed by that of each view where the rule is "views", and
+    by the rule's statistic where that is another.
     """
-    m = views[0]
+    m = views[0] if rule.statistic == "center" else views[-1]
     if not all(math.isfinite(value) for value in views):
         return False, replace(state, step=state.step + 1, skips=state.skips + 1)
-    is_open = state.step == 0 or state.skips >= rule.max_skips or _is_open(rule, state, views)
+    is_open = state.step == 0 or state.skips >= rule.max_skips or _is_open(rule, state, m, views)
     return is_open, replace(
         _remember(rule, state, m),
         step=state.step + 1,
@@ -118,7 +123,7 @@ def choose_images(
     return order[:num].sort().values
 
 
-def _is_open(rule: GateRule, state: GateState, views: Sequence[float]) -> bool:
+def _is_open(rule: GateRule, state: GateState, m: float, views: Sequence[float]) -> bool:
     if rule.rule == "none" or rule.unit == "image":
         return True
     if rule.rule == "random":
@@ -127,7 +132,7 @@ def _is_open(rule: GateRule, state: GateState, views: Sequence[float]) -> bool:
         # the number of open steps so far is kept at ceil(rate * steps), starting with an open one
         return math.ceil((state.step + 1) * rule.rate) > math.ceil(state.step * rule.rate)
     reference = views[2] if rule.rule == "views" else state.reference
-    m = views[1] if rule.rule == "views" else views[0]
+    m = views[1] if rule.rule == "views" else m
     if reference is None:  # nothing but non-finite statistics so far
         return True
     return m <= reference if rule.update_when == "low" else m >= reference

@@ -42,7 +42,7 @@ log = logging.getLogger("upstep_fast")
 
 MAX_BAD_STEPS = 3  # non-finite steps in a row that end the run
 MAX_COLLAPSED_STEPS = 50  # steps in a row whose features tell images no longer apart
-START_IMAGES = 4096  # seen once, for k-means prototypes and the base model's centre
+START_IMAGES = 4096  # seen once, for k-means prototypes, the base model's centre and the queue, if that is no longer
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
         versions = f"upstep-fast {__version__}, torch {torch.__version__}"
         ranks = f", {distributed.size()} ranks" if distributed.size() > 1 else ""
         log.info("%s, %s in %s%s", versions, compute.device, compute.precision, ranks)
-        for name in ("batch_size", "prototypes"):
+        for name in ("batch_size", "prototypes", "queue"):
             if (before := getattr(asked, name)) != (now := getattr(config, name)):
                 log.warning("%s: reduced from %d to the %d images there are", name, before, now)
         result = _train(config, compute, source, held_out, backbone, out)
@@ -112,11 +112,11 @@ def fit_to_data(config: AdaptConfig, num_images: int) -> AdaptConfig:
     batch = min(config.batch_size, num_images) // ranks * ranks
     if batch < 2:
         raise ConfigError(f"data: {num_images} image found, adaptation needs at least {max(2, ranks)}")
-    prototypes, steps = min(config.prototypes, num_images), config.steps
+    prototypes, queue, steps = min(config.prototypes, num_images), min(config.queue, num_images), config.steps
     if steps is None:
         per_epoch = num_images // batch
         steps = max(400, 10 * per_epoch) if config.epochs is None else max(1, round(config.epochs * num_images / batch))
-    return replace(config, batch_size=batch, prototypes=prototypes, steps=steps, epochs=None)
+    return replace(config, batch_size=batch, prototypes=prototypes, queue=queue, steps=steps, epochs=None)
 
 
 def _train(
@@ -273,6 +273,7 @@ def gate_rule(config: AdaptConfig) -> gates.GateRule:
         beta=config.gate_beta,
         max_skips=config.max_skips,
         unit=config.gate_unit,
+        statistic=config.gate_statistic,
         seed=config.seed,
     )
 
@@ -338,6 +339,6 @@ def _start_views(
     config: AdaptConfig, source: Source, state: RunState, channels: int, compute: Compute
 ) -> Iterator[Any]:
     with make_loader(config, source, state, channels, compute) as loader:
-        batches = -(-min(len(source), START_IMAGES) // config.batch_size)
+        batches = -(-min(len(source), max(START_IMAGES, config.queue)) // config.batch_size)
         for _, batch in zip(range(batches), loader, strict=False):
             yield batch.views

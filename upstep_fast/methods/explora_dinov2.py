@@ -33,10 +33,10 @@ from ..engine.block import Memory
 from ..kernels.sinkhorn import sinkhorn
 from ..lora import LoraLinear
 from . import explora
+from .embedded import Embedded, embedded
 from .explora_tokens import Encoder, block_mask, embed, grid_of, pooled
 from .losses import dino
 from .schedules import cosine, linear_warmup, warmup_cosine
-from .upstep import Embedded, embedded
 
 log = logging.getLogger("upstep_fast")
 

@@ -32,10 +32,10 @@ from ..data.views import random_views
 from ..engine.block import Memory
 from ..errors import ConfigError
 from . import explora
+from .embedded import Embedded, embedded
 from .explora_tokens import Encoder, embed, grid_of, pooled
 from .losses import mae
 from .schedules import warmup_cosine
-from .upstep import Embedded, embedded
 
 log = logging.getLogger("upstep_fast")
 

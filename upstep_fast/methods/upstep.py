@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,52 +32,14 @@ from ..engine.block import Memory
 from ..gate import choose_images
 from ..kernels.sinkhorn import sinkhorn
 from .average import Average
+from .embedded import Embedded, embedded
+from .head import make_head, make_prototypes
 from .losses import clustering
 from .losses.distillation import distillation_loss, sharpen
 from .passes import in_passes
 from .schedules import warmup_cosine
 
 ONE_DIRECTION = 0.999  # a centre of unit embeddings this long means collapse (METHODS 1.2)
-
-
-@dataclass(frozen=True)
-class Embedded:
-    """Embeddings of V views of B images and their centre."""
-
-    z: Tensor  # [V, B, d] fp32, unit length
-    centre: Tensor  # [d] fp32, mean of z; carries gradient where z does
-    magnitudes: Tensor  # [1 + V] fp32, detached: |centre|, then of each view's centre
-    views: Tensor | None = None  # [V, B, C, H, W] and
-    features: Tensor | None = None  # [V B, D] with gradient, where the loss compares them with the base model's
-    chosen: Tensor | None = None  # [b] int64, of target views: the images whose other view learns; None: all
-
-    @property
-    def sums(self) -> Tensor:
-        """What is added up over the ranks: the sum of each view's z, and the images. [V d + 1] fp32, detached."""
-        z = self.z.detach()
-        return torch.cat([z.sum(1).flatten(), z.new_full((1,), z.shape[1])])
-
-    def of_all(self, sums: Tensor) -> Self:
-        """The same z with the centre of all ranks' images; `sums`: those of all ranks together.
-
-        The centre's value is that of the whole batch and its gradient that of the own images' mean, so the mean over
-        the ranks of a loss of it, and of the loss's gradients, is what one process with the whole batch would have.
-        """
-        of_views = sums[:-1].view(len(self.z), -1) / sums[-1]
-        whole, own = of_views.mean(0), self.centre
-        magnitudes = torch.cat([whole.norm()[None], of_views.norm(dim=-1)])
-        return replace(self, centre=whole + (own - own.detach()), magnitudes=magnitudes)
-
-    def detach(self) -> Self:
-        """The same without gradients: nothing kept for a backward pass outlives a closed gate."""
-        return replace(self, z=self.z.detach(), centre=self.centre.detach(), views=None, features=None)
-
-
-def embedded(z: Tensor) -> Embedded:
-    """Embeddings z [V, B, d] with their centre, of one rank."""
-    centre = z.mean((0, 1))
-    of_views = z.detach().mean(1).norm(dim=-1)
-    return Embedded(z, centre, torch.cat([centre.detach().norm()[None], of_views]))
 
 
 class UpStep(nn.Module):
@@ -88,11 +50,13 @@ class UpStep(nn.Module):
     base_centre: Tensor
     running_magnitude: Tensor
     seen: Tensor  # whether the running values hold anything yet
+    queue: Tensor | None  # [V, N, d] embeddings that made targets in earlier steps, the newest first
 
     def __init__(self, backbone: Backbone, config: AdaptConfig, num_prototypes: int):
         super().__init__()
         self.config, self.view_config, self.passes, self._learnt = config, view_config(config, backbone), 1, 0
-        generator = torch.Generator().manual_seed(config.seed)
+        self.base_share = float(config.base_targets > 0)  # in the targets; `schedule` moves it
+        self._fresh: Tensor | None = None  # [V, B, d], what made the targets of this step
         # parts of torch.nn draw from the global generator: set it for this block only
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -102,10 +66,7 @@ class UpStep(nn.Module):
         self.vit = backbone.vit
         self.features: Callable[[Tensor], Tensor] = partial(features, self.vit)
         width = backbone.width if config.head == "none" else config.head_dim
-        make = (
-            clustering.orthogonal_prototypes if config.prototype_init == "orthogonal" else clustering.random_prototypes
-        )
-        prototypes = make(num_prototypes, width, generator)
+        prototypes = make_prototypes(config, num_prototypes, width)
         if config.prototype_init == "learned":
             self.prototypes = nn.Parameter(prototypes)
         else:
@@ -114,6 +75,8 @@ class UpStep(nn.Module):
         self.register_buffer("base_centre", torch.zeros(width))
         self.register_buffer("running_magnitude", torch.zeros(()))
         self.register_buffer("seen", torch.zeros((), dtype=torch.bool))
+        num_views = 2 if config.layout == "symmetric" else 1
+        self.register_buffer("queue", torch.zeros(num_views, config.queue, width) if config.queue else None)
 
     def accelerate(self, dtype: torch.dtype, memory: Memory = "fast", fp8: bool = False) -> None:
         """Runs the backbone on the engine from now on, in `dtype`; the plain model where the engine cannot.
@@ -125,12 +88,15 @@ class UpStep(nn.Module):
     @property
     def needs_start(self) -> bool:
         """Whether `start` must see embeddings of the data before the first step."""
-        return self.config.prototype_init == "kmeans" or self.config.cvr == "anchor"
+        return self.config.prototype_init == "kmeans" or self.config.cvr == "anchor" or self.config.queue > 0
 
     @torch.no_grad()
     def start(self, views: Iterable[Tensor]) -> None:
         """Sets what is computed once from the base model's embeddings; views: [V, B, C, H, W] batches."""
-        z = torch.cat([distributed.gather_rows(self.embed(batch).z, 1).flatten(0, 1) for batch in views])
+        of_batches = [distributed.gather_rows(self.embed(batch).z, 1) for batch in views]
+        if self.queue is not None:
+            self._push(torch.cat(of_batches, 1))
+        z = torch.cat([part.flatten(0, 1) for part in of_batches])
         self.base_centre.copy_(z.mean(0))
         if self.config.prototype_init == "kmeans":
             if len(z) < len(self.prototypes):
@@ -139,10 +105,13 @@ class UpStep(nn.Module):
             self.prototypes.copy_(clustering.kmeans_prototypes(z, len(self.prototypes), generator))
 
     def schedule(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Sets the learning rate of this step."""
-        assert self.config.steps is not None
+        """Sets the learning rate of this step, and the base model's share in its targets."""
+        c = self.config
+        assert c.steps is not None
         for group in optimizer.param_groups:
-            group["lr"] = self.config.lr * warmup_cosine(step, self.config.steps, self.config.warmup)
+            group["lr"] = c.lr * warmup_cosine(step, c.steps, c.warmup)
+        self.base_share = max(0.0, 1 - step / (c.base_targets * c.steps)) if c.base_targets else 0.0
+        self._fresh = None
 
     def views(self, batch: Batch, device: torch.device) -> Tensor:
         """Two random views, [2, B, C, H, W]."""
@@ -168,8 +137,15 @@ class UpStep(nn.Module):
     def embed(self, views: Tensor) -> Embedded:
         """views: [V, B, C, H, W] normalised images. The backbone sees all V B images in one batch."""
         f = in_passes(self.features, views.flatten(0, 1), self.passes)
-        result = embedded(F.normalize(self.head(f).float(), dim=-1).view(*views.shape[:2], -1))
+        result = embedded(self._unit(f).view(*views.shape[:2], -1))
+        if self.config.gate_statistic != "center":
+            result = replace(result, statistic=self._statistic)
+        if self.base_share:
+            result = replace(result, views=views)
         return replace(result, views=views, features=f) if self.config.distil != "off" else result
+
+    def _unit(self, f: Tensor) -> Tensor:
+        return F.normalize(self.head(f).float(), dim=-1)
 
     def num_sums(self, views: int) -> int:
         """How many numbers `Embedded.sums` of so many views are."""
@@ -191,6 +167,13 @@ class UpStep(nn.Module):
         self.running_centre.lerp_(embedded.centre.detach(), weight)
         self.running_magnitude.lerp_(embedded.magnitudes[0], weight)
         self.seen.fill_(True)
+        if self.queue is not None and self._fresh is not None:
+            self._push(distributed.gather_rows(self._fresh, 1))
+
+    def _push(self, z: Tensor) -> None:
+        """Puts embeddings of all ranks, [V, B, d], before those of the queue; the oldest fall out."""
+        assert self.queue is not None
+        self.queue.copy_(torch.cat([z[: len(self.queue)], self.queue], 1)[:, : self.queue.shape[1]])
 
     def loss(self, learning: Embedded, target: Embedded | None = None) -> Tensor:
         """The objective of an open step, a scalar in fp32.
@@ -201,14 +184,19 @@ class UpStep(nn.Module):
         c = self.config
         prototypes = F.normalize(self.prototypes, dim=-1)
         scores = learning.z @ prototypes.T  # [V, B, K]
+        base = self._base_features(learning) if c.distil != "off" or (self.base_share and target is None) else None
         if target is None:
-            targets = torch.stack([self._targets(p) for p in scores])
+            targets = self._targets(learning, scores, prototypes, base)
             clustering_loss = clustering.swapped_loss(scores, targets, c.temperature)
         else:
-            targets = self._targets(target.z[0] @ prototypes.T)
+            base_of_target = self._base_features(target) if self.base_share else None
+            targets = self._targets(target, target.z @ prototypes.T, prototypes, base_of_target)[0]
             targets = targets if target.chosen is None else targets[target.chosen]
             clustering_loss = clustering.one_sided_loss(scores[0], targets, c.temperature)
-        distance = distillation_loss(c.distil, *self._both_features(learning), c.distil_temperature)
+        distance: Tensor | float = 0.0
+        if c.distil != "off":
+            assert learning.features is not None and base is not None
+            distance = distillation_loss(c.distil, learning.features, base, c.distil_temperature)
         penalty = clustering.cvr_penalty(
             c.cvr,
             learning.centre,
@@ -218,18 +206,41 @@ class UpStep(nn.Module):
         )
         return clustering_loss + c.cvr_weight * penalty + c.distil_weight * distance
 
-    def _targets(self, scores: Tensor) -> Tensor:
-        c, all_reduce = self.config, distributed.reducer()
-        q = sinkhorn(scores.detach(), c.epsilon, c.sinkhorn_iterations, all_reduce=all_reduce)
-        return sharpen(q, c.sharpen)
+    @torch.no_grad()
+    def _targets(self, made_by: Embedded, scores: Tensor, prototypes: Tensor, base: Tensor | None) -> Tensor:
+        """q [V, B, K]: (1 - w) q_adapted + w q_base; base: the base model's features [V B, D], wanted while w > 0."""
+        self._fresh = made_by.z.detach()
+        q = self._assign(scores, prototypes)
+        if not self.base_share or base is None:
+            return q
+        z = self._unit(base).view_as(made_by.z)
+        return q.lerp(self._assign(z @ prototypes.T, prototypes), self.base_share)
 
-    def _both_features(self, learning: Embedded) -> tuple[Tensor, Tensor]:
-        if learning.features is None or learning.views is None:
-            return learning.z[0], learning.z[0]
+    def _assign(self, scores: Tensor, prototypes: Tensor) -> Tensor:
+        """Each view's Sinkhorn targets, [V, B, K], balanced over these rows and the queue's."""
+        c, own, all_reduce = self.config, scores.shape[1], distributed.reducer()
+        if self.queue is not None:
+            part = distributed.own_part(self.queue.shape[1])
+            scores = torch.cat([scores, self.queue[:, part.start : part.stop] @ prototypes.T], 1)
+        q = [sinkhorn(p.detach(), c.epsilon, c.sinkhorn_iterations, all_reduce=all_reduce)[:own] for p in scores]
+        return sharpen(torch.stack(q), c.sharpen)
+
+    @torch.no_grad()
+    def _statistic(self, z: Tensor) -> Tensor:
+        """What --gate-statistic names, of the own images; z: [2, B, d]."""
+        if self.config.gate_statistic == "disagreement":
+            return clustering.disagreement(z)
+        prototypes = F.normalize(self.prototypes, dim=-1)
+        scores = z @ prototypes.T
+        return clustering.swapped_loss(scores, self._assign(scores, prototypes), self.config.temperature)
+
+    @torch.no_grad()
+    def _base_features(self, of: Embedded) -> Tensor:
+        """The base model's features of the same views, [V B, D]."""
+        assert of.views is not None
         # on the plain model: the engine's merged weights are those that the backward pass will want
-        with torch.no_grad(), lora.disabled(self.adapters.values()):
-            base = [features(self.vit, part) for part in learning.views.flatten(0, 1).chunk(self.passes)]
-        return learning.features, torch.cat(base)
+        with lora.disabled(self.adapters.values()):
+            return torch.cat([features(self.vit, part) for part in of.views.flatten(0, 1).chunk(self.passes)])
 
     @torch.no_grad()
     def choose(self, target: Embedded, step: int) -> Embedded:
@@ -290,14 +301,3 @@ def lora_spec(config: AdaptConfig) -> lora.LoraSpec:
     """The adapter that this configuration asks for."""
     alpha = config.lora_r if config.lora_alpha is None else config.lora_alpha
     return lora.LoraSpec(r=config.lora_r, alpha=alpha, targets=config.lora_targets)
-
-
-def make_head(config: AdaptConfig, width: int) -> nn.Module:
-    """The projection head: [*, D] -> [*, d]."""
-    if config.head == "none":
-        return nn.Identity()
-    if config.head == "linear":
-        return nn.Linear(width, config.head_dim)
-    return nn.Sequential(
-        nn.Linear(width, config.head_hidden), nn.GELU(), nn.Linear(config.head_hidden, config.head_dim)
-    )

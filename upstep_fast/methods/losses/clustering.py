@@ -38,6 +38,11 @@ def one_sided_loss(scores: Tensor, targets: Tensor, temperature: float) -> Tenso
     return swapped_cross_entropy(scores, targets, temperature)
 
 
+def disagreement(z: Tensor) -> Tensor:
+    """1 - mean_b z_1 . z_2, how far apart the two views of an image lie; z: [2, B, d] of unit length. A scalar."""
+    return 1 - (z[0] * z[1]).sum(-1).mean()
+
+
 def cvr_penalty(
     form: Cvr, centre: Tensor, *, running_centre: Tensor, base_centre: Tensor, running_magnitude: Tensor
 ) -> Tensor:

@@ -1,0 +1,56 @@
+"""What a step's forward pass leaves: unit embeddings, their centre, and what the gate looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from .. import distributed
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Embeddings of V views of B images and their centre."""
+
+    z: Tensor  # [V, B, d] fp32, unit length
+    centre: Tensor  # [d] fp32, mean of z; carries gradient where z does
+    magnitudes: Tensor  # [1 + V] or one more, fp32, detached: |centre|, of each view's centre, `statistic`
+    views: Tensor | None = None  # [V, B, C, H, W] and
+    features: Tensor | None = None  # [V B, D] with gradient, where the loss compares them with the base model's
+    chosen: Tensor | None = None  # [b] int64, of target views: the images whose other view learns; None: all
+    statistic: Callable[[Tensor], Tensor] | None = None  # z -> what the gate looks at instead of the centre, a scalar
+
+    @property
+    def sums(self) -> Tensor:
+        """What is added up over the ranks: the sum of each view's z, and the images. [V d + 1] fp32, detached."""
+        z = self.z.detach()
+        return torch.cat([z.sum(1).flatten(), z.new_full((1,), z.shape[1])])
+
+    def of_all(self, sums: Tensor) -> Self:
+        """The same z with the centre of all ranks' images; `sums`: those of all ranks together.
+
+        The centre's value is that of the whole batch and its gradient that of the own images' mean, so the mean over
+        the ranks of a loss of it, and of the loss's gradients, is what one process with the whole batch would have.
+        """
+        of_views = sums[:-1].view(len(self.z), -1) / sums[-1]
+        whole, own = of_views.mean(0), self.centre
+        magnitudes = torch.cat([whole.norm()[None], of_views.norm(dim=-1)])
+        if self.statistic:  # a mean over images, of which every rank has as many
+            value = distributed.reduce(self.statistic(self.z.detach())) / distributed.size()
+            magnitudes = torch.cat([magnitudes, value[None]])
+        return replace(self, centre=whole + (own - own.detach()), magnitudes=magnitudes)
+
+    def detach(self) -> Self:
+        """The same without gradients: nothing kept for a backward pass outlives a closed gate."""
+        return replace(self, z=self.z.detach(), centre=self.centre.detach(), views=None, features=None)
+
+
+def embedded(z: Tensor) -> Embedded:
+    """Embeddings z [V, B, d] with their centre, of one rank."""
+    centre = z.mean((0, 1))
+    of_views = z.detach().mean(1).norm(dim=-1)
+    return Embedded(z, centre, torch.cat([centre.detach().norm()[None], of_views]))
