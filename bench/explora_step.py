@@ -23,7 +23,7 @@ from upstep_fast.config_explora import Dinov2Config
 from upstep_fast.data.loader import Batch
 from upstep_fast.device import resolve
 from upstep_fast.gate import GateRule
-from upstep_fast.step import step
+from upstep_fast.step import catch_up, step
 from upstep_fast.trainer import fresh_state
 
 
@@ -50,7 +50,9 @@ def main() -> None:
         views = state.method.views(Batch(pixels, torch.arange(args.batch_size), 0, 0), compute.device)
 
         def task(state=state, views=views, config=config) -> dict:
-            return step(state, views, GateRule("none"), config, compute)
+            row = step(state, views, GateRule("none"), config, compute)
+            catch_up(state)
+            return row
 
         tasks[name], losses[name] = task, task()["loss"]
     gap = abs(losses["ours"] / losses["official"] - 1)

@@ -10,6 +10,7 @@ of a list: {"command": [...], "fault": {...}}, a command line that may end the p
 import contextlib
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -95,13 +96,14 @@ def collectives():
     rank, size = distributed.rank(), distributed.size()
     p = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))]
     p[0].grad = torch.full((2, 3), float(rank))
+    numbers = torch.tensor([rank, 1.0, math.nan if rank == 0 else 0.0])
     return {
         "size": size,
         "sum": distributed.reduce(torch.arange(4.0) + rank).tolist(),
         "max": distributed.reduce(torch.tensor([rank, -rank]), "max").tolist(),
         "rows": distributed.gather_rows(torch.full((2, 1, 2), rank), 1).tolist(),
         "json": distributed.gather({"rank": rank, "name": "ä" * (rank + 1)}),
-        "numbers": distributed.average_gradients(p, [rank, 1.0, float("nan") if rank == 0 else 0.0])[:2],
+        "numbers": distributed.average_gradients(p, numbers)[:2].tolist(),
         "grad": [p[0].grad.tolist(), p[1].grad],
         "traffic": distributed.traffic(1.0)["comm_bytes"],
     }

@@ -38,8 +38,8 @@ def states(monkeypatch):
     """The factors after each update, and a look at the method."""
     found, real = [], UpStep.after_update
 
-    def after_update(self):
-        real(self)
+    def after_update(self, applied):
+        real(self, applied)
         found.append((self, [p.detach().double().clone() for p in self.adapter_parameters()]))
 
     monkeypatch.setattr(UpStep, "after_update", after_update)
@@ -54,7 +54,10 @@ def test_the_mean_is_the_weighted_sum_of_all_updates(beta):
     for n, values in enumerate(seen, 1):
         p[0].data.copy_(values[:6].view(2, 3))
         p[1].data.copy_(values[6:])
-        average.update(p)
+        average.update(p, torch.tensor(True))
+        before = average.values.clone()
+        average.update([torch.nn.Parameter(torch.full_like(x, 9.0)) for x in p], torch.tensor(False))
+        assert torch.equal(average.values, before)
         weights = beta ** torch.arange(n - 1, -1, -1, dtype=torch.float64)
         expected = (weights @ seen[:n].double()) / weights.sum()
         torch.testing.assert_close(average.values.double(), expected, rtol=1e-5, atol=1e-6)
@@ -112,7 +115,7 @@ def test_the_referee_judges_what_is_written(options, tmp_path, monkeypatch, phot
     for _ in range(3):
         for p in state.method.adapter_parameters():
             p.data.normal_(generator=generator)
-        state.method.after_update()
+        state.method.after_update(torch.tensor(True))
     judge.look(state)
     vit = upstep_fast.load_adapted(options["model"], tmp_path / referee.BEST, merged=False)
     torch.testing.assert_close(looked[0], judge._features(vit), rtol=1e-4, atol=1e-5)

@@ -186,7 +186,7 @@ def test_alone_every_collective_gives_its_input_back():
     assert (distributed.rank(), distributed.size(), distributed.is_first()) == (0, 1, True)
     p = torch.nn.Parameter(x)
     p.grad = torch.ones(3)
-    assert distributed.average_gradients([p], [2.0]) == [2.0] and p.grad.sum() == 3
+    assert distributed.average_gradients([p], torch.tensor([2.0])).tolist() == [2.0] and p.grad.sum() == 3
     distributed.agree_on({"a": 1})
     distributed.check_same("x", [1.0])
 

@@ -339,14 +339,15 @@ def test_a_step_that_is_not_finite_changes_nothing(options, monkeypatch, tmp_pat
         row = real(state, *rest)
         after = snapshot(state)
         moved = {name for name in after if name not in before or not torch.equal(before[name], after[name])}
-        seen.append((row["bad"], moved))
+        seen.append((row, moved))  # the row is filled in by the next step
         return row
 
     monkeypatch.setattr(trainer, "step", spy)
     poison(monkeypatch, what, {2, 3, 6})
     upstep_fast.adapt(**options, **EVERY_STEP, layout=layout)
-    assert [at for at, (bad, _) in enumerate(seen) if bad] == [2, 3, 6]
-    for bad, moved in seen:
+    assert [at for at, (row, _) in enumerate(seen) if row["bad"]] == [2, 3, 6]
+    for row, moved in seen:
+        bad = row["bad"]
         learnt = {name for name in moved if not name.startswith("running_")}
         assert bool(learnt) == (bad is None)
         # the centre of a step whose loss alone is bad is as good as a skipped step's

@@ -142,28 +142,27 @@ def test_a_skipped_step_does_no_backward_and_leaves_the_optimizer_alone(options,
 
 @pytest.mark.parametrize("layout", ["symmetric", "asymmetric"])
 def test_a_closed_step_keeps_no_graph(options, layout):
-    config, method = build(options, layout=layout)
+    config, _ = build(options, layout=layout)
     compute = trainer.resolve("cpu", "fp32")
-    closed = gate.GateState(step=1, reference=-1.0)
+    state = trainer.fresh_state(config, compute, backbone.load(config.model))
+    state.gate = gate.GateState(step=1, reference=-1.0)
     images = torch.randn(2, 4, 3, 32, 32)
-    is_open, learning, _, _ = steps.forward(method, images, gate.GateRule("ema"), closed, config, compute)
+    is_open, learning, _, _ = steps.forward(state, images, gate.GateRule("ema"), config, compute)
     assert not is_open and not learning.z.requires_grad and not learning.centre.requires_grad
-    is_open, learning, target, _ = steps.forward(method, images, gate.GateRule("none"), closed, config, compute)
+    is_open, learning, target, _ = steps.forward(state, images, gate.GateRule("none"), config, compute)
     assert is_open and learning.z.requires_grad
     assert (target is None) == (layout == "symmetric") and (target is None or not target.z.requires_grad)
 
 
 def test_a_gate_known_ahead_runs_its_skipped_steps_without_gradients(options):
-    config, method = build(options)
-    recorded = []
-    real = method.embed
+    config, _ = build(options)
+    compute, recorded = trainer.resolve("cpu", "fp32"), []
+    state = trainer.fresh_state(config, compute, backbone.load(config.model))
+    method, real = state.method, state.method.embed
     method.embed = lambda views: (recorded.append(torch.is_grad_enabled()), real(views))[1]
     images = torch.randn(2, 4, 3, 32, 32)
-    state = gate.GateState()
     for _ in range(4):
-        *_, state = steps.forward(
-            method, images, gate.GateRule("alternate"), state, config, trainer.resolve("cpu", "fp32")
-        )
+        *_, state.gate = steps.forward(state, images, gate.GateRule("alternate"), config, compute)
     assert recorded == [True, False, True, False]
 
 

@@ -176,8 +176,8 @@ def own_part(count: int) -> range:
     return range(count * rank() // size(), count * (rank() + 1) // size())
 
 
-def average_gradients(parameters: Sequence[nn.Parameter], numbers: Sequence[float]) -> list[float]:
-    """Averages the gradients over the ranks, in place, and returns the averages of `numbers`. Raises RankError.
+def average_gradients(parameters: Sequence[nn.Parameter], numbers: Tensor) -> Tensor:
+    """Averages the gradients over the ranks, in place, and returns the averages of `numbers` [n]. Raises RankError.
 
     All in one reduction, so that what is not finite on one rank is not finite on all. A parameter without a gradient
     travels as zeros and stays without one.
@@ -187,16 +187,15 @@ def average_gradients(parameters: Sequence[nn.Parameter], numbers: Sequence[floa
     a backward pass is no special case.
     """
     if size() == 1:
-        return list(numbers)
-    device = parameters[0].device
+        return numbers
     grads = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in parameters]
-    flat = torch.cat([*grads, torch.tensor(numbers, dtype=torch.float32, device=device)])
+    flat = torch.cat([*grads, numbers.float()])
     reduce(flat).div_(size())
     parts = flat.split([*(p.numel() for p in parameters), len(numbers)])
     for p, average in zip(parameters, parts[:-1], strict=True):
         if p.grad is not None:
             p.grad.copy_(average.view_as(p))
-    return parts[-1].tolist()
+    return parts[-1]
 
 
 def agree_on(facts: dict[str, Any]) -> None:

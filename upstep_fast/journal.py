@@ -27,14 +27,11 @@ class Journal:
             self._progress = self._stack.enter_context(Progress(config, state.gate))
             self._writer = self._stack.enter_context(checkpoint.Writer())
 
-    def show(self, row: dict[str, Any], gate: GateState) -> None:
-        """Moves the progress line."""
+    def write(self, row: dict[str, Any], gate: GateState) -> None:
+        """Appends a row to metrics.jsonl and moves the progress line. `other_s` loses what the step's halves took."""
+        row["other_s"] = max(0.0, row["other_s"] - row["forward_s"] - row["backward_s"])
         if self._metrics:
             self._progress.update(row, gate)
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Appends a row to metrics.jsonl."""
-        if self._metrics:
             self._metrics.write(row)
 
     def save(self, state: RunState) -> None:

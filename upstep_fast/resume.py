@@ -51,6 +51,16 @@ _FREE = {
 }
 
 
+@dataclass(frozen=True)
+class Late:
+    """What a step tells once the device has done it."""
+
+    row: dict[str, Any]  # of metrics.jsonl, to be filled in
+    numbers: Tensor  # fp32: the centre's magnitude; of open steps also loss, whether all was finite, and figures
+    figures: list[str]  # their names
+    marks: list[Any]  # of the device's clock: begin, gate, end
+
+
 @dataclass
 class RunState:
     """What changes from step to step. Nothing else may carry over from one step to the next."""
@@ -64,10 +74,10 @@ class RunState:
     loss: float = math.nan  # of the last open step
     bad: list[dict[str, Any]] = field(default_factory=list)  # steps not applied since the last that was
     skipped: dict[str, str] = field(default_factory=dict)  # bad images met so far; shared with the loader
-    seconds: dict[str, float] = field(default_factory=dict)  # of the last step, by half; only told, not kept
     gradients: dict[str, Tensor] = field(default_factory=dict)  # of open steps that wait for more, by parameter
     accumulated: int = 0  # of how many
     collapsed: int = 0  # steps in a row whose features told images no longer apart
+    late: Late | None = None  # of the last step; none where a checkpoint is made
 
 
 @dataclass(frozen=True)
@@ -152,6 +162,7 @@ def copied(state: RunState) -> Callable[[], dict[str, bytes]]:
 
 def manifest(state: RunState, identity: Identity) -> dict[str, Any]:
     """What the checkpoint says beside its tensors."""
+    assert state.late is None, "catch up with the last step first"
     return {
         **facts(identity),
         "state": _numbers(state),

@@ -11,6 +11,8 @@ from .checkpoint import Checkpoint
 from .errors import RunFailedError
 from .resume import RunState
 
+CLOCK = ("forward_s", "backward_s")  # no two runs agree on these
+
 log = logging.getLogger("upstep_fast")
 
 Repeat = Callable[[Checkpoint, int], tuple[list[dict[str, Any]], RunState]]
@@ -32,15 +34,21 @@ class ResumeCheck:
         """Whether the next checkpoint is the one to begin from."""
         return self._steps > 0 and self._found is None
 
+    @property
+    def is_on(self) -> bool:
+        """Whether steps are being compared: their rows must be whole."""
+        return self._steps > 0 and self._found is not None
+
     def begin(self, found: Checkpoint) -> None:
         """The steps from here on are compared."""
         self._found = found
 
     def after(self, row: dict[str, Any], state: RunState, is_last: bool) -> None:
         """Takes note of a step; after the last one to compare, repeats them all. Raises RunFailedError."""
-        if self._found is None or not self._steps:
+        if not self.is_on:
             return
-        self._rows.append(dict(row))
+        assert self._found is not None
+        self._rows.append({name: value for name, value in row.items() if name not in CLOCK})
         if len(self._rows) < self._steps and not is_last:
             return
         rows, again = self._repeat(self._found, len(self._rows))

@@ -1,7 +1,11 @@
 """One step: embeddings, gate, and on open steps loss, backward and update. A closed step keeps nothing.
 
-Several ranks take it together. Reductions: the sums that the gate's statistics are made of, with what signals asked
-for and whether a rank is out of memory; on open steps Sinkhorn's, and one of gradients, loss and memory. So every
+The host waits for the device once a step: at the gate, for the centre's magnitudes. What else a step tells (its loss,
+whether everything was finite) stays on the device and comes along with the next step's magnitudes; whether the update
+is applied is decided there too. Sums over several gradients (--accumulate), fp16 and several ranks cost a wait more.
+
+Several ranks take a step together. Reductions: the sums that the gate's statistics are made of, with what signals
+asked for and whether a rank is out of memory; on open steps Sinkhorn's, and one of gradients, loss and memory. So every
 rank takes the same decisions, and none applies a step that another cannot.
 """
 
@@ -22,7 +26,7 @@ from .config import AdaptConfig
 from .device import Compute
 from .errors import RunFailedError
 from .methods import Embedded, Method
-from .resume import RunState
+from .resume import Late, RunState
 from .signals import WISHES, Asked
 
 log = logging.getLogger("upstep_fast")
@@ -42,23 +46,23 @@ def step(
 ) -> dict[str, Any]:
     """One step, in place; images: the views that the method made. Returns what metrics.jsonl says of it.
 
-    asked: whose wishes the ranks agree on meanwhile. A step whose centre, loss or gradients are not finite on any
-    rank changes no weight, moment or running value on any. Out of memory: with auto_batch the step is tried again in
-    more passes, else RunFailedError is raised.
+    The row's `loss`, `center`, `bad` and figures are filled in by the next step, or by `catch_up`; until then
+    `state.late` holds them. asked: whose wishes the ranks agree on meanwhile. A step whose centre, loss or gradients
+    are not finite on any rank changes no weight, moment or running value on any. Out of memory: with auto_batch the
+    step is tried again in more passes, else RunFailedError is raised.
     """
     method = state.method
     method.schedule(state.optimizer, state.step)
     while True:
         try:
-            # the host waits for the device at both ends of both halves anyway, so its own clock tells them apart
-            began = time.perf_counter()
-            is_open, learning, target, gate = forward(method, images, rule, state.gate, config, compute, asked)
-            magnitude = learning.magnitudes[0].item()
-            bad = None if math.isfinite(magnitude) else f"the centre's magnitude is {magnitude}"
-            decided = time.perf_counter()
+            marks = [_mark(compute)]
+            is_open, learning, target, gate = forward(state, images, rule, config, compute, asked)
+            marks.append(_mark(compute))
+            numbers, updated = [learning.magnitudes[0]], False
             if is_open:
-                bad = update(_loss(method, learning, target, compute), state, config)
-            state.seconds = {"forward_s": decided - began, "backward_s": time.perf_counter() - decided}
+                told, updated = update(_loss(method, learning, target, compute), state, config)
+                numbers += told
+            marks.append(_mark(compute))
             break
         except OutOfMemoryError:
             pass  # the frames that hold the step's tensors go with the exception
@@ -69,58 +73,106 @@ def step(
         state.optimizer.zero_grad(set_to_none=True)
         take_more_passes(state, images, config, compute)
     state.gate = gate
-    if math.isfinite(magnitude):
-        method.remember(learning)
-    collapsed = method.collapsed(learning)
-    state.collapsed = state.collapsed + 1 if collapsed else 0
+    method.remember(learning)
     row = {
         "step": state.step,
-        "loss": state.loss if is_open else None,
-        "center": magnitude,
+        "loss": None,
+        "center": None,
         "open": is_open,
         "lr": state.optimizer.param_groups[0]["lr"],
-        "bad": bad,
-        **({"updated": is_open and bad is None and not state.accumulated} if config.accumulate > 1 else {}),
-        **({"collapsed": collapsed} if collapsed else {}),
-        **(method.figures() if is_open else {}),
+        "bad": None,
     }
+    if config.accumulate > 1:
+        row["updated"] = updated
+    figures = method.figures() if is_open else {}
+    names = [name for name, value in figures.items() if isinstance(value, Tensor)]
+    row |= {name: None if name in names else value for name, value in figures.items()}
+    numbers += [figures[name] for name in names]
+    state.late = Late(row, torch.stack([x.detach().float() for x in numbers]), names, marks)
     state.step += 1
+    if distributed.size() > 1:  # they agree on every step before the next
+        catch_up(state)
     return row
 
 
+def catch_up(state: RunState) -> None:
+    """Waits for what the last step tells and fills in its row."""
+    if state.late is not None:
+        _fill_in(state, state.late.numbers.tolist())
+
+
+def _fill_in(state: RunState, numbers: list[float]) -> None:
+    late = state.late
+    assert late is not None
+    state.late, row = None, late.row
+    magnitude, *told = numbers
+    row["center"] = magnitude
+    if not math.isfinite(magnitude):
+        row["bad"] = f"the centre's magnitude is {magnitude}"
+    if row["open"]:
+        row["loss"], is_finite, *figures = told
+        row |= zip(late.figures, figures, strict=True)
+        row["bad"] = _bad(row["loss"], bool(is_finite), state)
+        state.loss = row["loss"]
+    if collapsed := state.method.collapsed(row):
+        row["collapsed"] = collapsed
+    state.collapsed = state.collapsed + 1 if collapsed else 0
+    begin, decided, end = late.marks
+    row |= {"forward_s": _between(begin, decided), "backward_s": _between(decided, end)}
+
+
+def _bad(loss: float, is_finite: bool, state: RunState) -> str | None:
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    # under fp16 an overflow is the ordinary way to find the scale, until there is none left to take
+    if is_finite or (state.scaler.is_enabled() and state.scaler.get_scale() >= 1):
+        return None
+    return "a gradient is not finite"
+
+
+def _mark(compute: Compute) -> Any:
+    if compute.device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(begin: Any, end: Any) -> float:
+    return end - begin if isinstance(end, float) else begin.elapsed_time(end) / 1e3
+
+
 def forward(
-    method: Method,
+    state: RunState,
     images: Any,
     rule: gates.GateRule,
-    state: gates.GateState,
     config: AdaptConfig,
     compute: Compute,
     asked: Asked | None = None,
 ) -> tuple[bool, Embedded, Embedded | None, gates.GateState]:
     """Embeds the views, asks the gate; returns the decision, what learns, what makes targets, the gate's new state."""
-    ahead = gates.known_ahead(rule, state)
+    method, ahead = state.method, gates.known_ahead(rule, state.gate)
 
     def embed(views: Any) -> Embedded:
         return _of_all(lambda: method.embed(views), method.num_sums(len(views)), compute, asked)
 
-    # the only place where the host waits for the device before the decision
     with compute.autocast():
         if config.layout == "asymmetric":
             with torch.no_grad():
                 target = embed(images[:1])
-            is_open, state = _decide(rule, state, target, config)
+            is_open, gate = _decide(rule, state, target, config)
             if not is_open:
-                return False, target, None, state
+                return False, target, None, gate
             if config.gate_unit == "image":
-                target = method.choose(target, state.step)  # type: ignore[attr-defined]
-                return True, embed(images[1:, target.chosen]), target, state
-            return True, embed(images[1:]), target, state
+                target = method.choose(target, gate.step)  # type: ignore[attr-defined]
+                return True, embed(images[1:, target.chosen]), target, gate
+            return True, embed(images[1:]), target, gate
         with torch.set_grad_enabled(ahead is not False):
             learning = embed(images)
-        is_open, state = _decide(rule, state, learning, config)
+        is_open, gate = _decide(rule, state, learning, config)
     if not is_open:  # nothing kept for a backward pass outlives the decision
         learning = learning.detach()
-    return is_open, learning, None, state
+    return is_open, learning, None, gate
 
 
 def _of_all(embed: Callable[[], Embedded], num_sums: int, compute: Compute, asked: Asked | None) -> Embedded:
@@ -147,10 +199,15 @@ def _of_all(embed: Callable[[], Embedded], num_sums: int, compute: Compute, aske
 
 
 def _decide(
-    rule: gates.GateRule, state: gates.GateState, embedded: Embedded, config: AdaptConfig
+    rule: gates.GateRule, state: RunState, embedded: Embedded, config: AdaptConfig
 ) -> tuple[bool, gates.GateState]:
-    magnitudes = embedded.magnitudes.tolist()
-    is_open, after = gates.decide(rule, state, magnitudes)
+    # the one place of a step where the host waits for the device; what the step before tells comes along
+    of_views, late = embedded.magnitudes, state.late
+    values = (of_views if late is None else torch.cat([of_views, late.numbers])).tolist()
+    magnitudes = values[: len(of_views)]
+    if late is not None:
+        _fill_in(state, values[len(of_views) :])
+    is_open, after = gates.decide(rule, state.gate, magnitudes)
     if config.debug:
         distributed.check_same(f"step {state.step}: the gate's decision and the magnitudes", [is_open, *magnitudes])
     return is_open, after
@@ -167,10 +224,11 @@ def _loss(method: Method, learning: Embedded, target: Embedded | None, compute: 
     raise OutOfMemoryError
 
 
-def update(loss: Tensor, state: RunState, config: AdaptConfig) -> str | None:
-    """Backward and one optimizer step, unless a loss or a gradient is not finite. Returns why it was not applied.
+def update(loss: Tensor, state: RunState, config: AdaptConfig) -> tuple[list[Tensor], bool]:
+    """Backward and one optimizer step, which the device leaves out where the loss or a gradient is not finite.
 
-    With config.accumulate above 1 the gradients wait in `state.gradients` until there are as many as that.
+    Returns the loss and whether all was finite, on the device, and whether a step of the optimizer was asked for:
+    with config.accumulate above 1 the gradients wait in `state.gradients` until there are as many as that.
     """
     method, optimizer, scaler = state.method, state.optimizer, state.scaler
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -182,41 +240,34 @@ def update(loss: Tensor, state: RunState, config: AdaptConfig) -> str | None:
         if not is_out_of_memory(error):
             raise
         short = True
-    value, any_short = distributed.average_gradients(trained, [loss.item(), float(short)])
-    if any_short:
+    value, shorts = distributed.average_gradients(trained, torch.stack([loss.detach(), loss.new_tensor(float(short))]))
+    if short or (distributed.size() > 1 and shorts.item()):
         raise OutOfMemoryError
-    state.loss = value
-    if not math.isfinite(value):
-        return f"the loss is {value}"
     scaler.unscale_(optimizer)
     parts = method.gradient_parts()
     norms = [torch.nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]) for part, _ in parts]
-    finite = math.isfinite(sum(norms, torch.zeros(())).item())
-    if finite:
-        none = state.received.new_zeros(())
-        state.received |= torch.stack(
-            [none if p.grad is None else p.grad.ne(0).any() for p in method.watched().values()]
-        )
-        if _all_there(state, config.accumulate):
-            for (part, clip), norm in zip(parts, norms, strict=True):
-                if config.accumulate > 1:
-                    norm = torch.nn.utils.get_total_norm([p.grad for p in part if p.grad is not None])
-                if clip:
-                    torch.nn.utils.clip_grads_with_norm_(part, clip, norm)
-            optimizer.step()
-            method.after_update()
+    finite = torch.stack([value, *norms]).isfinite().all()
+    none = state.received.new_zeros(())
+    received = [none if p.grad is None else p.grad.ne(0).any() for p in method.watched().values()]
+    state.received |= torch.stack(received) & finite
+    # only what waits for more gradients must know now whether these count
+    is_due = config.accumulate == 1 or (bool(finite) and _all_there(state, config.accumulate))
+    if is_due:
+        for (part, clip), norm in zip(parts, norms, strict=True):
+            if config.accumulate > 1:
+                norm = torch.nn.utils.get_total_norm([p.grad for p in part if p.grad is not None])
+            if clip:
+                torch.nn.utils.clip_grads_with_norm_(part, clip, norm)
+        optimizer.found_inf = finite.logical_not().float()  # type: ignore[attr-defined]  # as GradScaler tells AdamW
+        optimizer.step()
+        method.after_update(finite)
     if scaler.is_enabled():
         scaler.update()
-    # under fp16 an overflow is the ordinary way to find the scale, until there is none left to take
-    if finite or (scaler.is_enabled() and scaler.get_scale() >= 1):
-        return None
-    return "a gradient is not finite"
+    return [value, finite], is_due
 
 
 def _all_there(state: RunState, accumulate: int) -> bool:
     """Adds the gradients to those that wait; once there are `accumulate`, their mean takes the gradients' place."""
-    if accumulate == 1:
-        return True
     for name, p in state.method.named_parameters():
         if p.grad is not None:
             part = p.grad / accumulate

@@ -7,12 +7,14 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import __version__, distributed, html_report, lora, methods, output, pictures, resume
 from . import backbone as backbones
@@ -35,7 +37,7 @@ from .report import train_log
 from .resume import RunState
 from .resume_check import ResumeCheck
 from .signals import signals
-from .step import step
+from .step import catch_up, step
 from .whole_file import write_whole
 
 log = logging.getLogger("upstep_fast")
@@ -141,16 +143,18 @@ def _train(
         resume.restore(again, found, identity)
         with make_loader(config, source, again, channels, compute) as batches:
             rows = [step(again, next(batches).views, rule, config, compute) for _ in range(steps)]
+        catch_up(again)
         return rows, again
 
     referee = Referee(config, held_out, compute, out) if held_out else None
     check = ResumeCheck(config.verify_resume, repeat)
+    taken: deque[tuple[dict[str, Any], Tensor]] = deque()  # rows that are not written yet, whose images they had
     with (
         make_loader(config, source, state, channels, compute) as loader,
         Journal(config, state, out, identity) as journal,
         signals(every_seconds) as asked,
     ):
-        with _kept(state, loader, out):
+        with _kept(state, loader, journal, taken, out):
             if state.step == 0 and state.method.needs_start:
                 with compute.autocast():
                     state.method.start(_start_views(config, source, state, channels, compute))
@@ -164,23 +168,28 @@ def _train(
                         referee.look(state)
                 gives_up = referee is not None and referee.gives_up(state.step)
                 (stop, save), is_last = asked.settle(), state.step == config.steps or gives_up
+                save = save or stop or is_last or bool(every_steps and state.step % every_steps == 0)
+                if save or check.is_on:
+                    catch_up(state)
                 check.after(row, state, is_last)
                 seconds = max(1e-9, time.monotonic() - began_step)
                 row |= {
                     "images_per_s": config.batch_size / seconds,
                     "data_wait": loader.data_wait,
-                    **state.seconds,
-                    "other_s": max(0.0, seconds - loader.data_wait - sum(state.seconds.values())),
+                    "other_s": seconds - loader.data_wait,  # the halves of the step are taken off once they are known
                     "epoch": batch.epoch,
                     "replaced": batch.replaced,
                     **distributed.traffic(seconds),
                 }
-                journal.show(row, state.gate)
+                taken.append((row, batch.indices))
                 with output.writing(out):
-                    journal.write(row)
-                    stop_if_bad(state, row, source, batch, out)
-                    stop_if_collapsed(state, row, out)
-                    if stop or is_last or save or (every_steps and state.step % every_steps == 0):
+                    # what the last one tells may still be on the device
+                    while len(taken) > (state.late is not None):
+                        row, indices = taken.popleft()
+                        journal.write(row, state.gate)
+                        stop_if_bad(state, row, source, indices, out)
+                        stop_if_collapsed(state, row, out)
+                    if save:
                         journal.save(state)
                         if check.wants_checkpoint and not is_last:
                             check.begin(journal.read_back(state.step))
@@ -206,17 +215,17 @@ def _train(
     return AdaptResult(out / "adapter", state.step, state.gate.opened, state.loss, time.monotonic() - began)
 
 
-def stop_if_bad(state: RunState, row: dict[str, Any], source: Source, batch: Batch, out: Path) -> None:
+def stop_if_bad(state: RunState, row: dict[str, Any], source: Source, own: Tensor, out: Path) -> None:
     """Counts steps that were not applied; at the third in a row writes out/bad_batches.json and ends the run.
 
-    Raises RunFailedError, or OSError if the file cannot be written.
+    own: indices of this rank's images. Raises RunFailedError, or OSError if the file cannot be written.
     """
     if row["bad"] is None:
         if row["open"]:
             state.bad.clear()
         return
     log.warning("step %d: %s; not applied", row["step"], row["bad"])
-    names = [source.name(index) for indices in distributed.gather(batch.indices.tolist()) for index in indices]
+    names = [source.name(index) for indices in distributed.gather(own.tolist()) for index in indices]
     state.bad.append({"step": row["step"], "reason": row["bad"], "images": names})
     if len(state.bad) >= MAX_BAD_STEPS:
         path = out / "bad_batches.json"
@@ -304,12 +313,16 @@ def make_views(method: Method, batch: Batch, compute: Compute) -> Any:
 
 
 @contextlib.contextmanager
-def _kept(state: RunState, loader: Loader, out: Path) -> Iterator[None]:
+def _kept(state: RunState, loader: Loader, journal: Journal, taken: Iterable[Any], out: Path) -> Iterator[None]:
     # whatever ends the run, what was learnt is kept
 
     def keep() -> None:
         if not distributed.is_first():
             return
+        with contextlib.suppress(RuntimeError):  # of a device that has failed
+            catch_up(state)
+            for row, _ in taken:
+                journal.write(row, state.gate)
         if state.gate.opened:
             lora.write(out / "adapter", state.method.result_files())
         loader.write_skipped(out / "skipped.csv")

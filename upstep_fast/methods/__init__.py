@@ -81,17 +81,17 @@ class Method(Protocol):
     def loss(self, learning: Any, target: Any = None) -> Tensor:
         """The objective of an open step, a scalar in fp32; of several ranks, the mean over them is the whole's."""
 
-    def figures(self) -> dict[str, float]:
-        """More numbers of the last `loss` for metrics.jsonl."""
+    def figures(self) -> dict[str, Any]:
+        """More numbers of the last `loss` for metrics.jsonl: Python's, or scalars on the device, which can wait."""
 
-    def after_update(self) -> None:
-        """Called after a step of the optimizer that was applied."""
+    def after_update(self, applied: Tensor) -> None:
+        """Called after a step of the optimizer. applied: bool scalar on the device, False if no weight moved."""
 
     def remember(self, embedded: Any) -> None:
-        """Called at the end of every step, skipped ones too."""
+        """Called at the end of every step, skipped ones and those that are not finite too."""
 
-    def collapsed(self, embedded: Any) -> str | None:
-        """A word on why the features tell images no longer apart, if they do not."""
+    def collapsed(self, row: dict[str, Any]) -> str | None:
+        """A word on why features tell images no longer apart, if so; row: the step's, with `center` and figures."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """AdamW's groups."""

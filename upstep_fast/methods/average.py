@@ -30,10 +30,11 @@ class Average(nn.Module):
         self.register_buffer("updates", torch.zeros((), dtype=torch.float64))
 
     @torch.no_grad()
-    def update(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Takes the parameters in; called after each update."""
-        self.updates += 1
+    def update(self, parameters: Sequence[nn.Parameter], applied: Tensor) -> None:
+        """Takes the parameters in; called after each update. applied: bool scalar, False where it moved nothing."""
+        self.updates += applied
         weight = (1 - self.beta) / (1 - self.beta**self.updates)  # 1 at the first: no share of the start's B = 0
+        weight = torch.where(applied, weight, 0.0)
         self.values.lerp_(parameters_to_vector(parameters), weight.to(self.values.dtype))
 
     @contextlib.contextmanager

@@ -130,6 +130,7 @@ class ExploraDinov2(nn.Module):
         self.encoder, self.teacher_encoder = Encoder(vit), Encoder(self.teacher)
         self.temperature, self.momentum = config.teacher_temperature_start, config.momentum
         self._figures: dict[str, Tensor] = {}
+        self._entropy = 0.0  # of the last targets
         self._sums: list[Tensor] = []  # of the teacher's scores and how many they are, for softmax centring
 
     def _local_size(self, backbone: Backbone) -> tuple[int, int]:
@@ -271,35 +272,36 @@ class ExploraDinov2(nn.Module):
             )
         return targets[0].view(GLOBAL_VIEWS, -1, targets[0].shape[-1]), targets[1]
 
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> dict[str, Any]:
         """The parts of the last loss and the state of the teacher."""
-        values = {name: value.item() for name, value in self._figures.items()}
-        return values | {"teacher_temperature": self.temperature, "momentum": self.momentum}
+        return self._figures | {"teacher_temperature": self.temperature, "momentum": self.momentum}
 
     @torch.no_grad()
-    def after_update(self) -> None:
+    def after_update(self, applied: Tensor) -> None:
         """Moves the teacher toward the student, and its centres."""
+        share = (1 - self.momentum) * applied
         for average, value in self._averaged:
-            average.lerp_(value, 1 - self.momentum)
+            average.lerp_(value, share)
         if self.config.ema == "products":
             for name, adapter in self.adapters.items():
                 weight = self.teacher.get_parameter(f"{name}.weight")
-                weight.lerp_((adapter.base.weight + adapter.delta()).to(weight), 1 - self.momentum)
+                weight.lerp_((adapter.base.weight + adapter.delta()).to(weight), share)
         # no sums with Sinkhorn
         for centre, sums in zip((self.class_centre, self.patch_centre), self._sums, strict=False):
             if distributed.size() > 1:
                 distributed.reduce(sums)
-            if sums[-1]:  # a batch may have no masked patch
-                centre.lerp_(sums[:-1] / sums[-1], 1 - CENTRE_MOMENTUM)
+            moved = centre.lerp(sums[:-1] / sums[-1], 1 - CENTRE_MOMENTUM)
+            centre.copy_(torch.where(applied & (sums[-1] > 0), moved, centre))  # a batch may have no masked patch
 
     def remember(self, embedded: Embedded) -> None:
         """Nothing runs along."""
 
-    def collapsed(self, embedded: Embedded) -> str | None:
+    def collapsed(self, row: dict[str, Any]) -> str | None:
         """A word on why the features tell images no longer apart, if they do not."""
-        if embedded.magnitudes[0].item() > ONE_DIRECTION:
+        self._entropy = row.get("teacher_entropy", self._entropy)  # a skipped step has none
+        if row["center"] > ONE_DIRECTION:
             return "the features of all images point one way"
-        if "teacher_entropy" in self._figures and self._figures["teacher_entropy"].item() > FLAT:
+        if self._entropy > FLAT:
             return "the teacher's targets are the same for every prototype"
         return None
 

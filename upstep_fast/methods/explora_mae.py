@@ -202,17 +202,17 @@ class ExploraMae(nn.Module):
         targets = mae.pixel_targets(learning.crops[..., :height, :width], self.patch, self.config.norm_pixels)
         return mae.pixel_loss(prediction, targets, learning.hidden)
 
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> dict[str, Any]:
         """Nothing beside the loss and the centre."""
         return {}
 
-    def after_update(self) -> None:
+    def after_update(self, applied: Tensor) -> None:
         """Nothing: there is no teacher."""
 
     def remember(self, embedded: Embedded) -> None:
         """Nothing runs along."""
 
-    def collapsed(self, embedded: Embedded) -> str | None:
+    def collapsed(self, row: dict[str, Any]) -> str | None:
         """Never: one feature for all images cannot predict their pixels."""
         return None
 

@@ -95,7 +95,7 @@ class UpStep(nn.Module):
         """Sets what is computed once from the base model's embeddings; views: [V, B, C, H, W] batches."""
         of_batches = [distributed.gather_rows(self.embed(batch).z, 1) for batch in views]
         if self.queue is not None:
-            self._push(torch.cat(of_batches, 1))
+            self._push(z := torch.cat(of_batches, 1), z.isfinite().all())
         z = torch.cat([part.flatten(0, 1) for part in of_batches])
         self.base_centre.copy_(z.mean(0))
         if self.config.prototype_init == "kmeans":
@@ -151,29 +151,31 @@ class UpStep(nn.Module):
         """How many numbers `Embedded.sums` of so many views are."""
         return views * self.prototypes.shape[1] + 1
 
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> dict[str, Any]:
         """How many images learnt, where the gate chooses images."""
         return {"learnt": self._learnt} if self.config.gate_unit == "image" else {}
 
-    def after_update(self) -> None:
+    def after_update(self, applied: Tensor) -> None:
         """Takes the adapters into their running mean."""
         if self.average:
-            self.average.update(self.adapter_parameters())
+            self.average.update(self.adapter_parameters(), applied)
 
     @torch.no_grad()
     def remember(self, embedded: Embedded) -> None:
-        """Moves the running centre and magnitude; called at the end of every step, skipped ones too."""
-        weight = torch.where(self.seen, 1 - clustering.CVR_EMA_BETA, 1.0)
-        self.running_centre.lerp_(embedded.centre.detach(), weight)
-        self.running_magnitude.lerp_(embedded.magnitudes[0], weight)
-        self.seen.fill_(True)
+        """Moves the running centre and magnitude and the queue, unless the step is not finite."""
+        centre, magnitude = embedded.centre.detach(), embedded.magnitudes[0]
+        weight, finite = torch.where(self.seen, 1 - clustering.CVR_EMA_BETA, 1.0), magnitude.isfinite()
+        for running, value in ((self.running_centre, centre), (self.running_magnitude, magnitude)):
+            running.copy_(torch.where(finite, running.lerp(value, weight), running))
+        self.seen |= finite
         if self.queue is not None and self._fresh is not None:
-            self._push(distributed.gather_rows(self._fresh, 1))
+            self._push(distributed.gather_rows(self._fresh, 1), finite)
 
-    def _push(self, z: Tensor) -> None:
+    def _push(self, z: Tensor, finite: Tensor) -> None:
         """Puts embeddings of all ranks, [V, B, d], before those of the queue; the oldest fall out."""
         assert self.queue is not None
-        self.queue.copy_(torch.cat([z[: len(self.queue)], self.queue], 1)[:, : self.queue.shape[1]])
+        moved = torch.cat([z[: len(self.queue)], self.queue], 1)[:, : self.queue.shape[1]]
+        self.queue.copy_(torch.where(finite, moved, self.queue))
 
     def loss(self, learning: Embedded, target: Embedded | None = None) -> Tensor:
         """The objective of an open step, a scalar in fp32.
@@ -255,9 +257,9 @@ class UpStep(nn.Module):
         """The LoRA matrices."""
         return [p for adapter in self.adapters.values() for p in (adapter.lora_a, adapter.lora_b)]
 
-    def collapsed(self, embedded: Embedded) -> str | None:
+    def collapsed(self, row: dict[str, Any]) -> str | None:
         """A word on why the embeddings tell images no longer apart, if they do not."""
-        return "the embeddings of all images point one way" if embedded.magnitudes[0].item() > ONE_DIRECTION else None
+        return "the embeddings of all images point one way" if row["center"] > ONE_DIRECTION else None
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Weight decay on the head alone."""
