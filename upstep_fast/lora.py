@@ -35,7 +35,8 @@ from .whole_file import write_whole
 WEIGHTS, CONFIG, BARE = "adapter_model.safetensors", "adapter_config.json", "bare_parameters.safetensors"
 _PREFIX = "base_model.model."
 _QKV = {"q": 0, "k": 1, "v": 2}
-_HOME = {"proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+_HOME = {"proj": ("attn.proj",), "fc1": ("mlp.fc1",), "fc2": ("mlp.fc2",)}
+_GATED_FC1 = ("mlp.fc1_g", "mlp.fc1_x")  # timm's SwiGLU, where it keeps the gate and the value apart
 
 
 class LoraLinear(nn.Module):
@@ -126,7 +127,8 @@ def _places(block: nn.Module, targets: Sequence[str]) -> list[tuple[str, tuple[i
         found.append(("attn.qkv", parts, 3))
     elif "qkv" in targets:
         found.append(("attn.qkv", (0,), 1))
-    return found + [(_HOME[target], (0,), 1) for target in targets if target in _HOME]
+    homes = _HOME | ({"fc1": _GATED_FC1} if hasattr(block.mlp, "fc1_g") else {})
+    return found + [(place, (0,), 1) for target in targets for place in homes.get(target, ())]
 
 
 def call_qkv(vit: nn.Module) -> None:

@@ -8,14 +8,16 @@ norm. With h the bare normalisation (scale and shift are folded into the weights
     o  = softmax(q k^T / sqrt(d)) v
     p  = o Wproj^T + c               middle = x + delta + p
     h2 = norm(middle)
-    u  = h2 W1^T + c;  g = gelu(u);  m = g W2^T + c
+    u  = h2 W1^T + c;  g = gelu(u) (or gated, hidden.py);  m = g W2^T + c
     returns (middle, m)
 
 Backward, with the gradient of the new stream given (frozen weights need no gradient: one product each, not two):
 
     du = (dm W2) gelu'(u)            d_middle = d_stream + norm'(du W1)
     dy = attention'(d_middle Wproj)  d_before = d_middle + norm'(dy (Wqkv + s B A))
-    S = h1 A^T + A beta              dB = s dy^T S;  dS = s dy B;  dA = dS^T h1;  d(A beta) = sum dS
+    S = h1 A^T + A beta              d(s B) = dy^T S;  dS = dy s B;  dA = dS^T h1;  d(A beta) = sum dS
+
+A norm before proj (EVA-02 CLIP, BEiT-3) stands between o and its product, computed again in backward.
 
 Kept for backward, in values a token of width D, at level
 
@@ -36,9 +38,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .fold import FoldedBlock, FoldedLinear
+from .hidden import hidden, hidden_backward, hidden_forward, linear_hidden
 from .merge import ReadyBlock, factors_of
 from .packed import Sizes, attend, attend_backward, pack, unpack
-from .pieces import gelu, gelu_backward, gelu_forward, linear_gelu, norm, norm_backward
+from .pieces import norm, norm_backward
 from .precision import Quantized, wide
 
 Memory = Literal["fast", "balanced", "lean"]
@@ -99,7 +102,7 @@ class _Block(torch.autograd.Function):
             del kept[name]
         ctx.ready, ctx.names, ctx.keep, ctx.sizes, ctx.has_delta = ready, list(kept), keep, sizes, delta is not None
         # the adapters are among them: autograd raises if they, and with them the merged weights, change before backward
-        ctx.save_for_backward(*kept.values(), *trained)
+        ctx.save_for_backward(*kept.values(), *trained, *ready.block.sources())
         return middle, m
 
     @staticmethod
@@ -107,7 +110,7 @@ class _Block(torch.autograd.Function):
         d_middle, d_m = grads
         values = ctx.saved_tensors
         kept = dict(zip(ctx.names, values, strict=False))
-        trained = values[len(kept) :]
+        trained = values[len(kept) : len(values) - len(ctx.ready.block.sources())]
         if "before" in kept:
             before, kept = kept["before"], {}
             _forward(before, None, ctx.ready, trained, ctx.keep, ctx.sizes, kept)
@@ -132,14 +135,14 @@ def _forward(
     if kept is None:
         del h1, rows
     o, lse = attend(y, block.heads, sizes)
-    p = _scaled(proj.product(o), keep[0])
+    p = _scaled(proj.product(_normed(o, block)[0]), keep[0])
     h2, middle, rstd2, rows = norm(before, p, block.eps[1], block.fused, block.fp8)
     rows = _affine(rows, block, 1, trained)
     g: Tensor | Quantized
     if kept is None:
-        g = linear_gelu(rows, fc1, block.activation)
+        g = linear_hidden(rows, fc1, block)
     else:
-        g, of_u = gelu_forward(fc1.product(rows), block.activation, block.keeps_byte, block.fp8)
+        g, of_u = hidden_forward(fc1.product(rows), block)
         kept |= {"h1": h1, "rstd1": rstd1, "y": y, "o": o, "lse": lse, "h2": h2, "rstd2": rstd2, "u": of_u}
     return middle, _scaled(fc2.product(g), keep[1]), before
 
@@ -161,19 +164,22 @@ def _backward(
 
     d_m = _scaled(d_m, keep[1])
     if "fc2" in factors:
-        d_of["fc2"] = adapter_gradients(d_m, gelu(u, block.activation), block.fc2, factors["fc2"])
-    du = gelu_backward(fc2.input_gradient(d_m), u, block.activation, block.fp8 and "fc1" not in factors)
+        d_of["fc2"] = adapter_gradients(d_m, hidden(u, block), block.fc2, factors["fc2"])
+    du = hidden_backward(fc2.input_gradient(d_m), u, block, block.fp8 and "fc1" not in factors)
     if "fc1" in factors:
         d_of["fc1"] = adapter_gradients(wide(du), wide(_affine(h2, block, 1, trained)), block.fc1, factors["fc1"])
     d_h2, d_norm2 = _affine_backward(fc1.input_gradient(du), h2, block, 1, trained)
     del du
     d_middle, rows = norm_backward(d_h2, h2, rstd2, d_middle, block.fused, block.fp8)
     d_p = _scaled(d_middle, keep[0])
+    o_hat, o_rstd = _normed(o, block)
     if "proj" in factors:
-        d_of["proj"] = adapter_gradients(d_p, o, block.proj, factors["proj"])
+        d_of["proj"] = adapter_gradients(d_p, o_hat, block.proj, factors["proj"])
     h1_affine = wide(_affine(h1, block, 0, trained))
     y = kept["y"] if "y" in kept else qkv.product(h1_affine)
     d_o = proj.input_gradient(rows if keep[0] is None else d_p)
+    if o_rstd is not None:
+        d_o, _ = norm_backward(d_o, o_hat, o_rstd, None, fused=False)
     dy = attend_backward(d_o, y, o, lse, block.heads, sizes)
     if "qkv" in factors:
         d_of["qkv"] = adapter_gradients(dy, h1_affine, block.qkv, factors["qkv"])
@@ -188,21 +194,17 @@ def _backward(
 def adapter_gradients(
     dy: Tensor, h: Tensor, linear: FoldedLinear, factors: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of (A [T, r, K], A beta [T, r], B [T, n, r]) in fp32, from dy [..., N] and the input h [..., K]."""
-    assert linear.adapter is not None
+    """Gradients of (A [T, r, K], A beta [T, r], s B [T, n, r]) in fp32, from dy [..., N] and the input h [..., K]."""
     a, shift, b = (f.detach() for f in factors)
-    scale, parts = linear.adapter.scale, linear.adapter.parts
     dy, h = dy.flatten(0, -2), h.flatten(0, -2)
     low = F.linear(h, a.flatten(0, 1).to(h.dtype), shift.flatten().to(h.dtype))  # [M, T r]
     rows, r = b.shape[1:]
     d_low, d_b = torch.empty_like(low), torch.empty_like(b)
-    for t, part in enumerate(parts):
+    for t, part in enumerate(linear.parts):
         dy_part, own = dy[:, part * rows : (part + 1) * rows], slice(t * r, (t + 1) * r)
         d_b[t] = dy_part.T @ low[:, own]
         d_low[:, own] = dy_part @ b[t].to(dy.dtype)
-    d_a = (d_low.T @ h).float().view_as(a)
-    d_shift = d_low.float().sum(0).view_as(shift)
-    return scale * d_a, scale * d_shift, scale * d_b
+    return (d_low.T @ h).float().view_as(a), d_low.float().sum(0).view_as(shift), d_b
 
 
 def _scale_and_shift(block: FoldedBlock, which: int, trained: Sequence[Tensor]) -> Sequence[Tensor] | None:
@@ -231,6 +233,14 @@ def _affine_backward(
     rows = tuple(range(d.dim() - 1))
     of_pair = ((d * x_hat).sum(rows, dtype=torch.float32), d.sum(rows, dtype=torch.float32))
     return d * pair[0].to(d.dtype), of_pair
+
+
+def _normed(o: Tensor, block: FoldedBlock) -> tuple[Tensor, Tensor | None]:
+    """(what proj takes, rstd) where a norm stands before it; else (o, None)."""
+    if block.inner_eps[0] is None:
+        return o, None
+    o_hat, _, rstd, _ = norm(o, None, block.inner_eps[0], fused=False)
+    return o_hat, rstd
 
 
 def _scaled(branch: Tensor, keep: Tensor | None) -> Tensor:

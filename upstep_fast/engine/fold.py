@@ -4,8 +4,11 @@ A block's norms, LayerScale and projections are frozen, so with x_hat = (x - mea
 
     W (gamma x_hat + beta) + b        =  (W gamma) x_hat + (W beta + b)               norm into qkv and fc1
     ls (W y + b)                      =  (ls W) y + ls b                              LayerScale into proj and fc2
-    s B A (gamma x_hat + beta)        =  s B ((A gamma) x_hat + A beta)               the adapter alike, kept apart
-    ls s B A y                        =  s (ls B) A y
+    s B A (gamma x_hat + beta)        =  (s B) ((A gamma) x_hat + A beta)             the adapter alike, kept apart
+    ls s B A y                        =  (ls s B) A y
+
+Matrices whose outputs stand side by side (q, k and v, or a gated MLP's two, where timm keeps them apart) become one,
+with their adapters as parts of it.
 
 The adapter's side is made of autograd operations on its own parameters, so what is learnt through the folded form is
 the adapter of the original model. Folding is exact up to rounding; it is done in fp32 and cast once.
@@ -13,44 +16,47 @@ the adapter of the original model. Folding is exact up to rounding; it is done i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from timm.layers.layer_scale import LayerScale
-from timm.layers.mlp import Mlp
-from timm.models.vision_transformer import Block, VisionTransformer
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..lora import LoraLinear
 from .packed import Sizes, draw_path
+from .parts import parts_of, why_not_block
 from .precision import Fp8Weight, to_fp8
-
-ACTIVATIONS = {"GELU": "erf", "GELUTanh": "tanh", "QuickGELU": "quick"}
 
 
 @dataclass(frozen=True)
 class FoldedLinear:
-    """A frozen projection with its norm and LayerScale folded in, and the adapter on it, if any."""
+    """A frozen projection with its norm and LayerScale folded in, and the adapters on it, if any."""
 
     weight: Tensor | Fp8Weight  # [N, K], compute type or fp8
     bias: Tensor  # [N], compute type
     norm: tuple[Tensor, Tensor] | None  # gamma, beta [K] that were folded in
     layer_scale: Tensor | None  # [N]
-    adapter: LoraLinear | None
+    adapters: tuple[LoraLinear, ...] = ()
+    parts: tuple[int, ...] = ()  # for each of their T parts, which rows it adds to, in blocks of n
 
     def adapter_factors(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """(A [T, r, K], A beta [T, r], B [T, n, r]) in fp32, folded; differentiable in the adapter's parameters."""
-        if self.adapter is None:
+        """(A [T, r, K], A beta [T, r], s B [T, n, r]) in fp32, folded; differentiable in the adapters' parameters."""
+        if not self.adapters:
             return None
-        a: Tensor = self.adapter.lora_a
-        b: Tensor = self.adapter.lora_b
+        # several adapters (of q, k and v apart) may differ in rank: zeros add nothing
+        r = max(adapter.r for adapter in self.adapters)
+        a = _joined([F.pad(m.lora_a, (0, 0, 0, r - m.r)) if m.r < r else m.lora_a for m in self.adapters])
+        b = _joined([m.scale * (F.pad(m.lora_b, (0, r - m.r)) if m.r < r else m.lora_b) for m in self.adapters])
         shift = torch.zeros(a.shape[:2], device=a.device)
         if self.norm is not None:
             gamma, beta = self.norm
             a, shift = a * gamma, a @ beta
         if self.layer_scale is not None:
-            b = b * self.layer_scale.view(self.adapter.num_parts, -1)[list(self.adapter.parts), :, None]
+            b = b * self.layer_scale.view(-1, b.shape[1])[list(self.parts), :, None]
         return a, shift, b
 
 
@@ -60,7 +66,8 @@ class FoldedBlock:
 
     heads: int
     eps: tuple[float, float]  # of the two norms
-    activation: str  # erf, tanh or quick
+    inner_eps: tuple[float | None, float | None]  # of the norms before proj and before fc2; None: there is none
+    activation: str  # erf, tanh, quick or swiglu
     qkv: FoldedLinear
     proj: FoldedLinear
     fc1: FoldedLinear
@@ -81,17 +88,17 @@ class FoldedBlock:
 
     @property
     def keeps_byte(self) -> bool:
-        """Whether GELU's derivative is kept as one byte; an adapter on fc2 needs GELU's value in backward."""
-        return self.fused and self.fc2.adapter is None
+        """Whether GELU's derivative is kept as one byte; an adapter on fc2, or a norm before it, needs GELU's value."""
+        return self.fused and self.activation != "swiglu" and not self.fc2.adapters and self.inner_eps[1] is None
 
     def trained(self) -> list[Tensor]:
-        """(A, A beta, B) of each adapter, then (gamma, beta) of each trained norm; differentiable, fp32."""
+        """(A, A beta, s B) by adapted projection, then (gamma, beta) of each trained norm; differentiable, fp32."""
         factors = [f for linear in self.linears.values() for f in (linear.adapter_factors() or ())]
         return factors + [p for norm in self.norms if norm is not None for p in (norm.weight, norm.bias)]
 
     def sources(self) -> list[nn.Parameter]:
         """The parameters behind `trained`."""
-        adapters = [linear.adapter for linear in self.linears.values() if linear.adapter is not None]
+        adapters = [adapter for linear in self.linears.values() for adapter in linear.adapters]
         own = [p for adapter in adapters for p in (adapter.lora_a, adapter.lora_b)]
         return own + [p for norm in self.norms if norm is not None for p in (norm.weight, norm.bias)]
 
@@ -108,7 +115,7 @@ def why_not(vit: nn.Module) -> str | None:
     """Why the engine cannot run this model, or None if it can run at least some of its blocks."""
     if not isinstance(vit, VisionTransformer):
         return f"it is a {type(vit).__name__}"
-    reasons = [_why_not_block(block) for block in vit.blocks]
+    reasons = [why_not_block(block) for block in vit.blocks]
     if not reasons or None in reasons:
         return None
     return f"block 0 {reasons[0]}"
@@ -127,81 +134,68 @@ def fold(
     reason = why_not(vit)
     if reason:
         raise ValueError(f"engine: cannot fold this model: {reason}")
-    return [block if _why_not_block(block) else _fold_block(block, dtype, fused, fp8) for block in vit.blocks]
+    return [block if why_not_block(block) else _fold_block(block, dtype, fused, fp8) for block in vit.blocks]
 
 
 def left_alone(vit: VisionTransformer) -> dict[int, str]:
     """The blocks that run as they are beside folded ones, with the reason."""
-    reasons = {index: _why_not_block(block) for index, block in enumerate(vit.blocks)}
+    reasons = {index: why_not_block(block) for index, block in enumerate(vit.blocks)}
     return {index: reason for index, reason in reasons.items() if reason}
 
 
 def _fold_block(block: Any, dtype: torch.dtype, fused: bool | None, fp8: bool) -> FoldedBlock:
+    parts = parts_of(block)
+    norms: tuple[Any, Any] = parts.norms
     if fused is None:
-        fused = block.norm1.weight.device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
-    trained = [norm if norm.weight.requires_grad else None for norm in (block.norm1, block.norm2)]
+        fused = norms[0].weight.device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    trained = [norm if norm.weight.requires_grad else None for norm in norms]
+    fold_linear = partial(_fold_linear, dtype=dtype, fp8=fp8)
     return FoldedBlock(
         heads=block.attn.num_heads,
-        eps=(block.norm1.eps, block.norm2.eps),
-        activation=ACTIVATIONS[type(block.mlp.act).__name__],
-        qkv=_fold_linear(block.attn.qkv, dtype, fp8, norm=None if trained[0] else block.norm1),
-        proj=_fold_linear(block.attn.proj, dtype, fp8, layer_scale=block.ls1),
-        fc1=_fold_linear(block.mlp.fc1, dtype, fp8, norm=None if trained[1] else block.norm2),
-        fc2=_fold_linear(block.mlp.fc2, dtype, fp8, layer_scale=block.ls2),
+        eps=(norms[0].eps, norms[1].eps),
+        inner_eps=(_eps(parts.inner_norms[0]), _eps(parts.inner_norms[1])),
+        activation=parts.activation,
+        qkv=fold_linear(parts.qkv, norm=None if trained[0] else norms[0]),
+        proj=fold_linear((parts.proj,), norm=parts.inner_norms[0], layer_scale=parts.layer_scales[0]),
+        fc1=fold_linear(parts.fc1, norm=None if trained[1] else norms[1]),
+        fc2=fold_linear((parts.fc2,), norm=parts.inner_norms[1], layer_scale=parts.layer_scales[1]),
         norms=(trained[0], trained[1]),
         paths=(block.drop_path1, block.drop_path2),
         fused=fused,
     )
 
 
+def _eps(norm: nn.Module) -> float | None:
+    return norm.eps if isinstance(norm, nn.LayerNorm) else None
+
+
 def _fold_linear(
-    module: nn.Module,
+    modules: Sequence[nn.Module],
+    *,
     dtype: torch.dtype,
     fp8: bool,
-    *,
     norm: nn.Module | None = None,
-    layer_scale: nn.Module | None = None,
+    layer_scale: Tensor | None = None,
 ) -> FoldedLinear:
-    adapter = module if isinstance(module, LoraLinear) else None
-    base = module.base if isinstance(module, LoraLinear) else module
-    assert isinstance(base, nn.Linear)
-    weight: Tensor = base.weight.float()
-    bias: Tensor = base.bias.float() if base.bias is not None else weight.new_zeros(len(weight))
-    scale = layer_scale.gamma.float() if isinstance(layer_scale, LayerScale) else None
+    bases: list[Any] = [module.base if isinstance(module, LoraLinear) else module for module in modules]
+    weight = _joined([base.weight.float() for base in bases])
+    bias = _joined([_bias(base).float() for base in bases])
+    scale = None if layer_scale is None else layer_scale.float()
     affine = (norm.weight.float(), norm.bias.float()) if isinstance(norm, nn.LayerNorm) else None
     if affine is not None:
         weight, bias = weight * affine[0], bias + weight @ affine[1]
     if scale is not None:
         weight, bias = weight * scale[:, None], bias * scale
-    return FoldedLinear(to_fp8(weight) if fp8 else weight.to(dtype), bias.to(dtype), affine, scale, adapter)
+    # one matrix brings its parts; of several each is a part
+    adapters = {index: module for index, module in enumerate(modules) if isinstance(module, LoraLinear)}
+    parts = tuple(adapters) if len(modules) > 1 else tuple(p for module in adapters.values() for p in module.parts)
+    folded = to_fp8(weight) if fp8 else weight.to(dtype)
+    return FoldedLinear(folded, bias.to(dtype), affine, scale, tuple(adapters.values()), parts)
 
 
-def _why_not_block(block: Any) -> str | None:
-    if type(block) is not Block:
-        return f"is a {type(block).__name__}, not a pre-norm Block"
-    attention, mlp = block.attn, block.mlp
-    if not isinstance(getattr(attention, "qkv", None), nn.Linear | LoraLinear):
-        return "has no fused qkv"
-    if not isinstance(attention.q_norm, nn.Identity) or not isinstance(getattr(attention, "norm", None), nn.Identity):
-        return "normalises q, k or the attention's output"
-    if getattr(attention, "gate", None) is not None:
-        return "has gated attention"
-    if type(mlp) is not Mlp or not isinstance(mlp.norm, nn.Identity):
-        return f"has a {type(mlp).__name__}, not a plain MLP"
-    if type(mlp.act).__name__ not in ACTIVATIONS:
-        return f"has the activation {type(mlp.act).__name__}"
-    for norm in (block.norm1, block.norm2):
-        if not isinstance(norm, nn.LayerNorm) or norm.bias is None:
-            return f"has the norm {type(norm).__name__}"
-    for linear in (attention.qkv, attention.proj, mlp.fc1, mlp.fc2):
-        base: Any = linear.base if isinstance(linear, LoraLinear) else linear
-        if base.weight.requires_grad:
-            return "trains its weights"
-    for scale in (block.ls1, block.ls2):
-        if any(p.requires_grad for p in scale.parameters()):
-            return "trains its LayerScale"
-    drop: Any
-    for drop in (attention.attn_drop, attention.proj_drop, mlp.drop1, mlp.drop2):
-        if block.training and drop.p:
-            return "drops values while training"
-    return None
+def _bias(linear: nn.Linear) -> Tensor:
+    return linear.bias if linear.bias is not None else linear.weight.new_zeros(len(linear.weight))
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))

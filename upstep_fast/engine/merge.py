@@ -59,24 +59,21 @@ def make_ready(blocks: Sequence[FoldedBlock | nn.Module]) -> Callable[[], dict[i
 def merge(linear: FoldedLinear, factors: Sequence[Tensor] | None) -> Projection:
     """W + s B A and b + s B (A beta), added in fp32 and rounded once; apart where W is in fp8.
 
-    factors: (A, A beta, B) or None.
+    factors: (A, A beta, s B) or None.
     """
-    adapter = linear.adapter if factors is not None else None
     if isinstance(linear.weight, Fp8Weight):
         low = None if factors is None else [f.detach().to(linear.bias.dtype) for f in factors]
-        return Apart(
-            linear.weight, linear.bias, low, adapter.parts if adapter else (), adapter.scale if adapter else 0.0
-        )
-    if factors is None or adapter is None:
+        return Apart(linear.weight, linear.bias, low, linear.parts)
+    if factors is None:
         return Merged(linear.weight, linear.bias)
     a, shift, b = (f.detach() for f in factors)
     weight, bias = linear.weight.float(), linear.bias.float()
     if weight is linear.weight:  # already fp32: the frozen tensors themselves must stay
         weight, bias = weight.clone(), bias.clone()
     rows = b.shape[1]
-    for t, part in enumerate(adapter.parts):
-        weight[part * rows : (part + 1) * rows].addmm_(b[t], a[t], alpha=adapter.scale)
-        bias[part * rows : (part + 1) * rows].addmv_(b[t], shift[t], alpha=adapter.scale)
+    for t, part in enumerate(linear.parts):
+        weight[part * rows : (part + 1) * rows].addmm_(b[t], a[t])
+        bias[part * rows : (part + 1) * rows].addmv_(b[t], shift[t])
     return Merged(weight.to(linear.weight.dtype), bias.to(linear.bias.dtype))
 
 
@@ -87,8 +84,8 @@ def merge_all(block: FoldedBlock, trained: Sequence[Tensor]) -> list[Projection]
 
 
 def factors_of(block: FoldedBlock, trained: Sequence[Tensor]) -> dict[str, Sequence[Tensor]]:
-    """(A, A beta, B) by projection, for those with an adapter; they stand first in `trained`, three each."""
-    names = [name for name, linear in block.linears.items() if linear.adapter is not None]
+    """(A, A beta, s B) by projection, for those with an adapter; they stand first in `trained`, three each."""
+    names = [name for name, linear in block.linears.items() if linear.adapters]
     return {name: trained[3 * i : 3 * i + 3] for i, name in enumerate(names)}
 
 

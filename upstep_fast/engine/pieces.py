@@ -43,9 +43,12 @@ def norm(
 
 
 def norm_backward(
-    d: Tensor, x_hat: Tensor, rstd: Tensor, around: Tensor, fused: bool, fp8: bool = False
+    d: Tensor, x_hat: Tensor, rstd: Tensor, around: Tensor | None, fused: bool, fp8: bool = False
 ) -> tuple[Tensor, Tensor | Quantized]:
-    """(the gradient of the total, the same for a product), from that of x_hat and the one that goes round the norm."""
+    """(the gradient of the total, the same for a product), from that of x_hat and the one that goes round the norm.
+
+    around: None where nothing goes round it.
+    """
     if fused:
         dx, q, scale = layer_norm_backward(d, x_hat, rstd[..., 0], around, fp8=fp8)
         return dx, _as_given(dx, q, scale)
@@ -54,7 +57,9 @@ def norm_backward(
     dx, _, _ = torch.ops.aten.native_layer_norm_backward(
         d, x_hat, x_hat.shape[-1:], zero, one, None, None, [True, False, False]
     )
-    dx = dx.mul_(rstd).add_(around)
+    dx = dx.mul_(rstd)
+    if around is not None:
+        dx = dx.add_(around)
     return dx, dx
 
 

@@ -1,7 +1,7 @@
 """A frozen projection with its adapter, ready to multiply: in the compute type, or in row-wise fp8.
 
     compute type   y = x W^T + c, the adapter merged into W              dx = dy W
-    fp8            y = Q(x) Q(W)^T + c + s (x A^T + A beta) B^T          dx = Q(dy) Q(W^T)^T + s (dy B) A
+    fp8            y = Q(x) Q(W)^T + c + (x A^T + A beta) (s B)^T        dx = Q(dy) Q(W^T)^T + (dy s B) A
                    the adapter apart in bf16: merged into fp8 it would be rounded away
 
 Q: e4m3 with one scale a row (kernels/quantize.py). Hopper's row-wise product wants W and W^T apart, each with its own
@@ -64,9 +64,8 @@ class Apart:
 
     weight: Fp8Weight
     bias: Tensor  # [N], compute type
-    factors: Sequence[Tensor] | None  # (A [T, r, K], A beta [T, r], B [T, n, r]), compute type
+    factors: Sequence[Tensor] | None  # (A [T, r, K], A beta [T, r], s B [T, n, r]), compute type
     parts: Sequence[int]  # which rows of the output, in blocks of n, each of the T parts adds to
-    adapter_scale: float
 
     def product(self, x: Tensor | Quantized) -> Tensor:
         """[..., K] -> [..., N]."""
@@ -75,7 +74,7 @@ class Apart:
             a, shift, b = self.factors
             low = F.linear(wide(x), a.flatten(0, 1), shift.flatten()).unflatten(-1, shift.shape)
             for t, rows in enumerate(self._rows(b)):
-                y[..., rows] += self.adapter_scale * (low[..., t, :] @ b[t].T)
+                y[..., rows] += low[..., t, :] @ b[t].T
         return y
 
     def input_gradient(self, dy: Tensor | Quantized) -> Tensor:
@@ -84,7 +83,7 @@ class Apart:
         if self.factors is not None:
             a, _, b = self.factors
             for t, rows in enumerate(self._rows(b)):
-                dx += self.adapter_scale * ((wide(dy)[..., rows] @ b[t]) @ a[t])
+                dx += (wide(dy)[..., rows] @ b[t]) @ a[t]
         return dx
 
     def _rows(self, b: Tensor) -> list[slice]:

@@ -1,0 +1,82 @@
+"""Small timm models of every kind the engine runs, and what tests ask of them beside the plain model."""
+
+import timm
+import torch
+
+from upstep_fast import lora
+from upstep_fast.backbone import features
+from upstep_fast.engine import vit as engine
+
+SMALL = dict(img_size=48, patch_size=8, embed_dim=96, num_heads=3)
+TWO = dict(SMALL, mlp_layer=timm.layers.SwiGLU, act_layer="silu")
+VARIANTS = {
+    "class token": ("vit_tiny_patch16_224", SMALL),
+    "registers, LayerScale": ("vit_small_patch14_reg4_dinov2", dict(img_size=42, embed_dim=128, num_heads=2)),
+    "no registers, LayerScale": ("vit_small_patch14_dinov2", dict(img_size=70, embed_dim=128, num_heads=2)),
+    "QuickGELU, norm_pre": ("vit_base_patch16_clip_quickgelu_224", dict(img_size=48, embed_dim=128, num_heads=2)),
+    "attention pooling": ("vit_so150m_patch16_reg4_map_256", dict(img_size=64, embed_dim=128, num_heads=2)),
+    "mean of patches": ("vit_tiny_patch16_224", dict(img_size=48, embed_dim=96, num_heads=3, global_pool="avg")),
+    "head width 128": ("vit_tiny_patch16_224", dict(img_size=48, embed_dim=128, num_heads=1)),
+    "no qkv bias": ("vit_tiny_patch16_224", dict(img_size=48, embed_dim=96, num_heads=3, qkv_bias=False)),
+    "SwiGLU": ("vit_giant_patch14_reg4_dinov2", dict(img_size=42, embed_dim=96, num_heads=1)),
+    "SwiGLU in two matrices": ("vit_tiny_patch16_224", TWO),
+    "SwiGLU with a norm": ("vit_tiny_patch16_224", dict(TWO, scale_mlp_norm=True)),
+    "norms before proj and fc2": ("beit3_base_patch16_224", dict(img_size=48, embed_dim=96, num_heads=1)),
+}
+# beyond the plain block: what stands between its products differs
+SWIGLU = [name for name in VARIANTS if "SwiGLU" in name]
+
+
+def model(variant="class token", targets=("q", "k", "v"), depth=2):
+    """A timm model of random weights with adapters that already do something, and images for it."""
+    name, args = VARIANTS[variant]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vit = timm.create_model(name, depth=depth, num_classes=0, **args).eval().requires_grad_(False)
+        for parameter in vit.parameters():
+            if parameter.ndim == 1:  # norms and LayerScale start at constants, where a wrong fold would not show
+                parameter += 0.1 * torch.randn_like(parameter)
+        for adapter in lora.inject(vit, lora.LoraSpec(r=4, alpha=6, targets=targets)).values():
+            torch.nn.init.normal_(adapter.lora_b, std=0.05)
+        images = torch.randn(3, 3, *vit.patch_embed.img_size)
+    return vit, images
+
+
+def gradients(vit, function, images):
+    """Features, and the gradient of every adapter of an arbitrary function of them."""
+    parameters = [p for p in vit.parameters() if p.requires_grad]
+    f = function(images)
+    weights = torch.linspace(-1, 1, f.numel()).view_as(f)
+    grads = torch.autograd.grad((f.float() * weights + f.float().sin()).sum(), parameters)
+    return f.detach().float(), [g.float() for g in grads]
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def same_as_timm(vit, images, memory="fast"):
+    torch.manual_seed(1)
+    expected, expected_grads = gradients(vit, lambda x: features(vit, x), images)
+    torch.manual_seed(1)
+    got, grads = gradients(vit, engine.build(vit, torch.float32, memory).features, images)
+    assert relative(got, expected) < 1e-5
+    assert len(grads) == len([p for p in vit.parameters() if p.requires_grad])
+    for ours, theirs in zip(grads, expected_grads, strict=True):
+        assert relative(ours, theirs) < 1e-4
+
+
+def kept_bytes(memory, dtype, depth, fused, variant="class token"):
+    vit, images = model(variant, depth=depth)
+    total = {}
+
+    def note(tensor):
+        total[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    run = engine.build(vit, dtype, memory, fused=fused)
+    parameters = {p.untyped_storage().data_ptr() for p in vit.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        out = run.features(images)
+    assert out.requires_grad
+    return sum(size for pointer, size in total.items() if pointer not in parameters)

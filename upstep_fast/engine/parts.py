@@ -1,0 +1,102 @@
+"""What a block of timm is made of, whichever of its classes it is, and why the engine cannot run one.
+
+`Block` (timm's VisionTransformer) and `EvaBlock` (its Eva: EVA-02, DINOv3, ViTs with rotary positions) are the same
+pre-norm block; they name their parts differently, and keep what is here one matrix as one or several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from timm.layers.layer_scale import LayerScale
+from timm.layers.mlp import GluMlp, Mlp, SwiGLU
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from ..lora import LoraLinear
+
+ACTIVATIONS = {"GELU": "erf", "GELUTanh": "tanh", "QuickGELU": "quick"}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The modules of a block. A projection is one matrix, or several whose outputs stand side by side."""
+
+    norms: tuple[nn.Module, nn.Module]
+    qkv: tuple[nn.Module, ...]
+    proj: nn.Module
+    fc1: tuple[nn.Module, ...]  # of a gated MLP: the gate's rows first
+    fc2: nn.Module
+    inner_norms: tuple[nn.Module, nn.Module]  # of the attention's output, of what goes into fc2; mostly Identity
+    layer_scales: tuple[Tensor | None, Tensor | None]
+    activation: str  # erf, tanh, quick or swiglu
+
+    @property
+    def projections(self) -> list[Any]:
+        """All matrices."""
+        return [*self.qkv, self.proj, *self.fc1, self.fc2]
+
+
+def parts_of(block: Any) -> Parts:
+    """The parts of a block for which `why_not_block` has no reason."""
+    attention, mlp = block.attn, block.mlp
+    return Parts(
+        norms=(block.norm1, block.norm2),
+        qkv=(attention.qkv,),
+        proj=attention.proj,
+        fc1=(mlp.fc1_g, mlp.fc1_x) if isinstance(mlp, SwiGLU) else (mlp.fc1,),
+        fc2=mlp.fc2,
+        inner_norms=(attention.norm, mlp.norm),
+        layer_scales=(_gamma(block.ls1), _gamma(block.ls2)),
+        activation=ACTIVATIONS.get(type(mlp.act).__name__, "swiglu"),
+    )
+
+
+def why_not_block(block: Any) -> str | None:
+    """Why the engine cannot run this block, as the rest of a sentence, or None if it can."""
+    return next(_reasons(block), None)
+
+
+def _reasons(block: Any) -> Iterator[str]:
+    if type(block) is not Block:
+        yield f"is a {type(block).__name__}, not a pre-norm Block"
+        return
+    attention, mlp = block.attn, block.mlp
+    if not isinstance(getattr(attention, "qkv", None), nn.Linear | LoraLinear):
+        yield "has no fused qkv"
+    if not isinstance(attention.q_norm, nn.Identity):
+        yield "normalises q and k"
+    if getattr(attention, "gate", None) is not None:
+        yield "has gated attention"
+    gated = type(mlp) is SwiGLU or (type(mlp) is GluMlp and not mlp.gate_last)
+    if type(mlp) is not Mlp and not gated:
+        yield f"has a {type(mlp).__name__}, not a plain or SwiGLU MLP"
+        return
+    if not isinstance(mlp.act, nn.SiLU) if gated else type(mlp.act).__name__ not in ACTIVATIONS:
+        yield f"has the activation {type(mlp.act).__name__}"
+    parts = parts_of(block)
+    for norm in parts.norms:
+        if not isinstance(norm, nn.LayerNorm) or norm.bias is None:
+            yield f"has the norm {type(norm).__name__}"
+    for norm in parts.inner_norms:
+        if not isinstance(norm, nn.Identity) and (not isinstance(norm, nn.LayerNorm) or norm.bias is None):
+            yield f"has the norm {type(norm).__name__} inside attention or MLP"
+        if any(p.requires_grad for p in norm.parameters()):
+            yield "trains a norm inside attention or MLP"
+    for linear in parts.projections:
+        base: Any = linear.base if isinstance(linear, LoraLinear) else linear
+        if base.weight.requires_grad:
+            yield "trains its weights"
+    for scale in parts.layer_scales:
+        if scale is not None and scale.requires_grad:
+            yield "trains its LayerScale"
+    drop: Any
+    for drop in (attention.attn_drop, attention.proj_drop, mlp.drop1, mlp.drop2):
+        if block.training and drop.p:
+            yield "drops values while training"
+
+
+def _gamma(scale: nn.Module) -> Tensor | None:
+    return scale.gamma if isinstance(scale, LayerScale) else None
