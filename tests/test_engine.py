@@ -13,8 +13,11 @@ from timm.layers import DropPath
 from upstep_fast import backbone, lora, trainer
 from upstep_fast.backbone import features
 from upstep_fast.config import AdaptConfig
+from upstep_fast.data.loader import Batch
+from upstep_fast.data.views import random_views
 from upstep_fast.engine import fold
 from upstep_fast.engine import vit as engine
+from upstep_fast.kernels.patchify import patchify
 
 TARGETS = [("q", "k", "v"), ("q", "v"), ("qkv",), ("q", "v", "proj", "fc1", "fc2"), ("fc2",)]
 
@@ -251,8 +254,8 @@ def test_a_model_of_trained_blocks_has_nothing_to_fold():
         engine.build(vit, torch.float32)
 
 
-def trajectory(implementation, steps, precision="fp32", **options):
-    """Losses and gate decisions of a run on noise images, with the real small model."""
+def run_state(steps, implementation, precision="fp32", **options):
+    """The start of a run of the real small model."""
     assets = Path(trainer.__file__).parent / "assets"
     config = AdaptConfig(
         model=f"local-dir:{assets / 'base_tiny'}",
@@ -267,7 +270,12 @@ def trajectory(implementation, steps, precision="fp32", **options):
         **options,
     )
     compute = trainer.resolve("cpu", precision)
-    state = trainer.fresh_state(config, compute, backbone.load(config.model))
+    return config, compute, trainer.fresh_state(config, compute, backbone.load(config.model))
+
+
+def trajectory(implementation, steps, precision="fp32", **options):
+    """Losses and gate decisions of a run on noise images."""
+    config, compute, state = run_state(steps, implementation, precision, **options)
     rule, rows = trainer.gate_rule(config), []
     for t in range(steps):
         images = torch.randn(2, 8, 3, 64, 64, generator=torch.Generator().manual_seed(t))
@@ -282,6 +290,40 @@ def test_the_engine_and_the_reference_take_the_same_way():
     for a, b in zip(ours, reference, strict=True):
         assert a["center"] == pytest.approx(b["center"], rel=1e-4)
         assert a["loss"] == (None if b["loss"] is None else pytest.approx(b["loss"], abs=1e-4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", ["class token", "QuickGELU, norm_pre"])
+def test_patches_give_the_features_of_their_pictures(variant, dtype):
+    vit, images = model(variant)
+    built, side = engine.build(vit, dtype), engine.patch_side(vit)
+    patches = patchify(images, side, dtype)
+    for grad in (torch.no_grad, torch.enable_grad):
+        with grad():
+            assert torch.equal(built.features(patches), built.features(images))
+    if dtype == torch.float32:
+        assert relative(built.features(patches), features(vit, images)) < 1e-6
+    convolved = vit.patch_embed(images)
+    assert relative(engine.patch_embed(vit, patchify(images, side)), convolved) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("implementation", "options", "wants"),
+    [("auto", {}, True), ("auto", {"distil": "feature"}, False), ("reference", {}, False)],
+)
+def test_upstep_takes_its_views_as_patches_where_nothing_needs_pictures(implementation, options, wants):
+    config, _, state = run_state(8, implementation, **options)
+    method = state.method
+    images = [torch.randint(256, (3, 70, 90), dtype=torch.uint8) for _ in range(4)]
+    batch = Batch(images, torch.arange(4), 0, 0)
+    views = method.views(batch, torch.device("cpu"))
+    pictures = random_views(images, method.view_config, seed=config.seed, epoch=0, indices=range(4))
+    assert views.shape == ((2, 4, 64, 3 * 64) if wants else pictures.shape)
+    assert torch.equal(method.images(views), pictures[0])
+    for passes in (1, 2):
+        method.passes = passes
+        z = method.embed(views).z.detach()
+        assert torch.equal(z, method.embed(pictures).z.detach()) and torch.isfinite(z).all()
 
 
 @pytest.mark.long

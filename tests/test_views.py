@@ -20,6 +20,7 @@ from upstep_fast.data.random import uniform, uniform_array
 from upstep_fast.data.recipe import PRESETS, ViewConfig, local_config, view_config
 from upstep_fast.data.views import multi_crop, random_views
 from upstep_fast.errors import ConfigError
+from upstep_fast.kernels.patchify import patchify
 from upstep_fast.kernels.views_plain import resize_weights
 
 SIZES = [(64, 64), (50, 80), (10, 7), (100, 33), (1, 1), (1, 300), (300, 1), (120, 200)]
@@ -442,3 +443,20 @@ def test_the_gpu_makes_the_same_views(interpolation):
     got = random_views(images, config, **key, device="cuda")
     error = (got.cpu() - want).abs() * torch.tensor(config.std)[:, None, None] * 255
     assert error.quantile(0.999) <= 2 and error.mean() < 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("blur", [0.0, 0.5])
+def test_patches_are_those_of_the_pictures(monkeypatch, blur, dtype):
+    monkeypatch.setattr(views, "CHUNK_BYTES", 3 * 4 * 3 * 16 * 24)  # three views at a time
+    config = ViewConfig(size=(16, 24), blur=blur)
+    images = pictures()
+    key = {"seed": 1, "epoch": 4, "indices": range(len(images)), "views": 2}
+    plain = random_views(images, config, **key)
+    got = random_views(images, config, **key, patch=8, dtype=dtype)
+    assert got.shape == (2, len(images), 6, 3 * 64) and got.dtype == dtype
+    assert torch.equal(got.flatten(0, 1), patchify(plain.flatten(0, 1), 8, dtype))
+    packed = views.pack(images, torch.device("cpu"))  # the kernel's way
+    p = drawn(config, images, seed=1, epoch=4)
+    plain = views._make(images, packed, p, config, torch.device("cpu"))
+    assert torch.equal(views._make(images, packed, p, config, torch.device("cpu"), 8, dtype), patchify(plain, 8, dtype))

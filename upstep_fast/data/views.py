@@ -10,12 +10,14 @@ What is drawn for a view is a function of (seed, epoch, index, view) alone: draw
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels.patchify import patchify
 from ..kernels.views import make_views
 from ..kernels.views_plain import resize_weights
 from . import colour
@@ -57,13 +59,17 @@ def random_views(
     indices: Tensor | Sequence[int],
     views: int = 2,
     device: torch.device | str = "cpu",
+    patch: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Random views of each image, fp32, normalised: [views, B, C, H, W] on `device`.
+    """Random views of each image, normalised: [views, B, C, H, W] in `dtype` on `device`.
 
     images: B of uint8 [C, H, W] on the CPU, of any sizes. seed, epoch, indices: what the random numbers come from.
+    patch: P; the views are laid out as `kernels.patchify` does, [views, B, (H / P) (W / P), C P P].
     Views of several sizes, as n global and m local ones: `multi_crop`.
     """
-    return multi_crop(images, [(config, views)], seed=seed, epoch=epoch, indices=indices, device=device)[0]
+    key = {"seed": seed, "epoch": epoch, "indices": indices, "device": device, "patch": patch, "dtype": dtype}
+    return multi_crop(images, [(config, views)], **key)[0]  # type: ignore[arg-type]
 
 
 def multi_crop(
@@ -74,12 +80,14 @@ def multi_crop(
     epoch: int,
     indices: Tensor | Sequence[int],
     device: torch.device | str = "cpu",
+    patch: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
     """Views of several kinds of each image, as SwAV's and DINO's n global and m local ones.
 
         globals, locals = multi_crop(images, [(config, 2), (local_config(config, 96), 8)], seed=..., ...)
 
-    crops: pairs of a recipe and how many views it makes. Returns for each pair [views, B, C, H, W] fp32, normalised,
+    crops: pairs of a recipe and how many views it makes. Returns for each pair [views, B, C, H, W], normalised,
     on `device`. Views are numbered through all pairs, so no two draw the same numbers, and the first pair's views are
     those that `random_views` makes. Other arguments as `random_views`; the images go to the device once.
     """
@@ -98,8 +106,8 @@ def multi_crop(
     for config, views in crops:
         key = {"seed": seed, "epoch": epoch, "indices": np.asarray(indices, np.int64), "views": views, "first": first}
         params = draw_params(config, heights, widths, **key)  # type: ignore[arg-type]
-        x = _make(images, packed, params, config, device)
-        found.append(x.view(views, len(images), channels, config.height, config.width))
+        x = _make(images, packed, params, config, device, patch, dtype)
+        found.append(x.unflatten(0, (views, len(images))))
         first += views
     return found
 
@@ -110,36 +118,48 @@ def _make(
     params: ViewParams,
     config: ViewConfig,
     device: torch.device,
+    patch: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The views that `params` describes, [N, C, H, W]; packed: the images on a device that is not the CPU."""
-    count, channels = len(params.image), images[0].shape[0]
-    per_view = 4 * channels * config.height * config.width
+    """The views that `params` describes, [N, C, H, W] or [N, tokens, C P P]; packed: the images on another device."""
     mean, std = (torch.tensor(v, device=device) for v in (config.mean, config.std))
     if packed is not None:
-        step = max(1, (256 << 20) // per_view)
-        parts = [
-            _make_fused(packed, params.take(slice(start, start + step)), config, mean, std)
-            for start in range(0, count, step)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-    out = torch.empty(count, channels, config.height, config.width)
-    step = max(1, CHUNK_BYTES // per_view)
+        return _make_fused(packed, params, config, mean, std, patch, dtype)
+    count, shape = len(params.image), (len(mean), config.height, config.width)
+    step = min(count, max(1, CHUNK_BYTES // (4 * math.prod(shape))))
+    is_final = not patch and dtype == torch.float32
+    pictures = torch.empty(count if is_final else step, *shape)
+    parts = []
     for start in range(0, count, step):
         part = params.take(slice(start, start + step))
         # everything happens in the result's own memory: fresh pages cost a CPU more than the arithmetic
-        x = out[start : start + step]
+        x = pictures[start : start + step] if is_final else pictures[: len(part.image)]
         _resize(images, part, config, x)
         _recolour(x, part, config)
         x.sub_(mean.view(-1, 1, 1)).mul_(1 / std.view(-1, 1, 1))
-    return out
+        if not is_final:
+            parts.append(patchify(x, patch, dtype) if patch else x.to(dtype))
+    return pictures if is_final else torch.cat(parts)
 
 
-def _make_fused(packed: tuple[Tensor, Tensor], p: ViewParams, config: ViewConfig, mean: Tensor, std: Tensor) -> Tensor:
+def _make_fused(
+    packed: tuple[Tensor, Tensor],
+    p: ViewParams,
+    config: ViewConfig,
+    mean: Tensor,
+    std: Tensor,
+    patch: int,
+    dtype: torch.dtype,
+) -> Tensor:
     """By the kernel, which does all of it."""
     boxes, factors = (torch.from_numpy(values).to(mean.device) for values in (p.boxes(), p.factors()))
-    taps = _blur_size(config) if p.sigma.any() else (1, 1)
-    size = (config.height, config.width)
-    return make_views(*packed, boxes, factors, mean, std, *size, interpolation=config.interpolation, taps=taps)
+    options = {
+        "interpolation": config.interpolation,
+        "taps": _blur_size(config) if p.sigma.any() else (1, 1),
+        "patch": patch,
+        "dtype": dtype,
+    }
+    return make_views(*packed, boxes, factors, mean, std, config.height, config.width, **options)
 
 
 def _resize(images: Sequence[Tensor], p: ViewParams, config: ViewConfig, out: Tensor) -> None:

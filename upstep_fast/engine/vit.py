@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ..kernels.patchify import patchify
 from .block import Memory, run_block, run_blocks
 from .fold import FoldedBlock, fold, left_alone, why_not
 from .forward import make_forward_only
@@ -34,7 +35,7 @@ class EngineViT:
     forward_only: Callable[[Tensor], Tensor]
 
     def features(self, images: Tensor) -> Tensor:
-        """images: [B, C, H, W], normalised, fp32 -> [B, D] fp32, differentiable in what is trained.
+        """Images [B, C, H, W], normalised, or their patches -> [B, D] fp32, differentiable in what is trained.
 
         Without gradients it takes the forward-only path (forward.py).
         """
@@ -86,7 +87,7 @@ def build(
 
 
 def embed(vit: VisionTransformer, images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Patches, prefix tokens and positions: images [B, C, H, W] -> tokens [B, N, D] in `dtype`."""
+    """Patches, prefix tokens and positions: images [B, C, H, W], or their patches -> tokens [B, N, D] in `dtype`."""
     with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
         return vit.norm_pre(vit.patch_drop(vit._pos_embed(patch_embed(vit, images)))).to(dtype)
 
@@ -116,10 +117,23 @@ def patch_embed(vit: VisionTransformer, images: Tensor) -> Tensor:
     """The strided convolution of the patch embedding as one matrix product: [B, C, H, W] -> [B, N, D].
 
     Where a patch is as far from the next as it is large, which is what PatchEmbed always does, both are the same sum.
+    Images may come as what `patchify` makes of them, [B, N, C P P], already rounded to the product's type.
     """
+    side = _side_of_square_patches(vit)
+    if not side:
+        return vit.patch_embed(images)
     embed = vit.patch_embed
-    if vit.dynamic_img_size or not embed.flatten or getattr(embed, "dynamic_img_pad", False):
-        return embed(images)
-    weight = embed.proj.weight
-    patches = F.unfold(images, weight.shape[2:], stride=weight.shape[2:]).transpose(1, 2)
-    return embed.norm(F.linear(patches, weight.flatten(1), embed.proj.bias))
+    patches = images if images.dim() == 3 else patchify(images, side)
+    return embed.norm(F.linear(patches, embed.proj.weight.flatten(1), embed.proj.bias))
+
+
+def patch_side(vit: nn.Module) -> int:
+    """P, the side of the patches that the engine's `features` takes in place of images; 0: it takes images only."""
+    return _side_of_square_patches(vit) if isinstance(vit, VisionTransformer) and why_not(vit) is None else 0
+
+
+def _side_of_square_patches(vit: VisionTransformer) -> int:
+    embed = vit.patch_embed
+    down, across = embed.proj.weight.shape[2:]
+    whole = not vit.dynamic_img_size and embed.flatten and not getattr(embed, "dynamic_img_pad", False)
+    return down if whole and down == across else 0

@@ -30,6 +30,7 @@ from ..data.views import random_views, view_config
 from ..engine import vit as engine
 from ..engine.block import Memory
 from ..gate import choose_images
+from ..kernels.patchify import unpatchify_reference
 from ..kernels.sinkhorn import sinkhorn
 from .average import Average
 from .embedded import Embedded, embedded
@@ -57,6 +58,7 @@ class UpStep(nn.Module):
         self.config, self.view_config, self.passes, self._learnt = config, view_config(config, backbone), 1, 0
         self.base_share = float(config.base_targets > 0)  # in the targets; `schedule` moves it
         self._fresh: Tensor | None = None  # [V, B, d], what made the targets of this step
+        self._patch, self._view_dtype = 0, torch.float32  # of `views`; 0: pictures
         # parts of torch.nn draw from the global generator: set it for this block only
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -84,6 +86,8 @@ class UpStep(nn.Module):
         To be called once the module is on its device, since the frozen weights are folded into copies.
         """
         self.features = engine.choose(self.vit, dtype, memory, otherwise=self.features, fp8=fp8)
+        if self.config.distil == "off" and not self.config.base_targets:  # whose base model is the plain one
+            self._patch, self._view_dtype = engine.patch_side(self.vit), dtype
 
     @property
     def needs_start(self) -> bool:
@@ -114,7 +118,7 @@ class UpStep(nn.Module):
         self._fresh = None
 
     def views(self, batch: Batch, device: torch.device) -> Tensor:
-        """Two random views, [2, B, C, H, W]."""
+        """Two random views: [2, B, C, H, W], or patches [2, B, N, C P P] as the engine's first product wants them."""
         return random_views(
             batch.images,
             self.view_config,
@@ -123,6 +127,8 @@ class UpStep(nn.Module):
             indices=batch.indices,
             views=2,
             device=device,
+            patch=self._patch,
+            dtype=self._view_dtype if self._patch else torch.float32,
         )
 
     @property
@@ -131,11 +137,14 @@ class UpStep(nn.Module):
         return self.view_config.min_side
 
     def images(self, views: Tensor) -> Tensor:
-        """The first view of each image."""
-        return views[0]
+        """The first view of each image, as a picture."""
+        if views.dim() == 5:
+            return views[0]
+        recipe = self.view_config
+        return unpatchify_reference(views[0], self._patch, recipe.height, recipe.width, torch.float32)
 
     def embed(self, views: Tensor) -> Embedded:
-        """views: [V, B, C, H, W] normalised images. The backbone sees all V B images in one batch."""
+        """views: normalised, as `views` makes them, or [V, B, C, H, W]. The backbone sees all V B in one batch."""
         f = in_passes(self.features, views.flatten(0, 1), self.passes)
         result = embedded(self._unit(f).view(*views.shape[:2], -1))
         if self.config.gate_statistic != "center":
