@@ -136,8 +136,8 @@ def run(asked: list[tuple[Job, str]], out: Path, work: Path, jobs: int) -> int:
     print(f"{len(asked)} rows asked for, {len(todo)} to run", flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     failed, total = 0, len(todo)
-    # fresh processes: one that torch has run in does not survive a fork
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=4) as pool:
+    # spawned: what torch has run in does not survive a fork; no max_tasks_per_child, with which 3.11 hangs (gh-115634)
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         running = {pool.submit(measure, job, split, work): (job, split) for job, split in todo}
         for number, future in enumerate(as_completed(running), 1):
             job, split = running[future]
