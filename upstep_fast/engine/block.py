@@ -179,7 +179,7 @@ def _backward(
     y = kept["y"] if "y" in kept else qkv.product(h1_affine)
     d_o = proj.input_gradient(rows if keep[0] is None else d_p)
     if o_rstd is not None:
-        d_o, _ = norm_backward(d_o, o_hat, o_rstd, None, fused=False)
+        d_o, _ = norm_backward(d_o, o_hat, o_rstd, None, block.fused)
     dy = attend_backward(d_o, y, o, lse, block.heads, sizes)
     if "qkv" in factors:
         d_of["qkv"] = adapter_gradients(dy, h1_affine, block.qkv, factors["qkv"])
@@ -239,7 +239,7 @@ def _normed(o: Tensor, block: FoldedBlock) -> tuple[Tensor, Tensor | None]:
     """(what proj takes, rstd) where a norm stands before it; else (o, None)."""
     if block.inner_eps[0] is None:
         return o, None
-    o_hat, _, rstd, _ = norm(o, None, block.inner_eps[0], fused=False)
+    o_hat, _, rstd, _ = norm(o, None, block.inner_eps[0], block.fused)
     return o_hat, rstd
 
 
