@@ -87,10 +87,9 @@ def test_every_kind_of_vit_adapts_and_is_served_by_peft(tmp_path, kind):
 
 def test_targets_that_a_model_lacks_are_named(tmp_path):
     split = timm.create_model("eva02_base_patch14_224", img_size=56, depth=1)
-    for target, message in (("qkv", r"blocks\.0\.attn\.qkv is not in this model"), ("fc1", r"blocks\.0\.mlp\.fc1")):
-        with pytest.raises(ConfigError, match=message):
-            lora.inject(split, lora.LoraSpec(targets=("proj", target)))
-        assert not lora.find(split)
+    with pytest.raises(ConfigError, match=r"blocks\.0\.attn\.qkv is not in this model"):
+        lora.inject(split, lora.LoraSpec(targets=("proj", "qkv")))
+    assert not lora.find(split)
 
 
 # sizes and channels: what timm does is the oracle

@@ -18,6 +18,7 @@ from upstep_fast.data.views import random_views
 from upstep_fast.engine import fold
 from upstep_fast.engine import vit as engine
 from upstep_fast.kernels.patchify import patchify
+from upstep_fast.step import catch_up
 
 TARGETS = [("q", "k", "v"), ("q", "v"), ("qkv",), ("q", "v", "proj", "fc1", "fc2"), ("fc2",)]
 
@@ -280,6 +281,7 @@ def trajectory(implementation, steps, precision="fp32", **options):
     for t in range(steps):
         images = torch.randn(2, 8, 3, 64, 64, generator=torch.Generator().manual_seed(t))
         rows.append(trainer.step(state, images, rule, config, compute))
+    catch_up(state)
     return rows
 
 
