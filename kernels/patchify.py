@@ -24,10 +24,12 @@ _DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.floa
 
 def patchify_reference(images: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
     """The specification. Arguments as `patchify`."""
-    B, C, H, W = images.shape
-    GH, GW = H // patch, W // patch
-    cells = images.to(dtype).reshape(B, C, GH, patch, GW, patch)
-    return cells.permute(0, 2, 4, 1, 3, 5).reshape(B, GH * GW, C * patch * patch)
+    return in_patches(images, patch).to(dtype).flatten(3).flatten(1, 2)
+
+
+def in_patches(images: Tensor, patch: int) -> Tensor:
+    """The images' own memory seen as [B, GH, GW, C, P, P]."""
+    return images.unflatten(2, (-1, patch)).unflatten(4, (-1, patch)).permute(0, 2, 4, 1, 3, 5)
 
 
 def unpatchify_reference(patches: Tensor, patch: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -84,7 +86,9 @@ def _patchify_op(images: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
     if _takes_triton("patchify", images, patch):
         _patchify_triton(images, patches, patch, inverse=False)
         return patches
-    return patches.copy_(patchify_reference(images, patch, dtype))
+    cells = in_patches(images, patch)
+    patches.view(cells.shape).copy_(cells)  # the reference in one copy
+    return patches
 
 
 @_patchify_op.register_fake

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels.patchify import patchify
+from ..kernels.patchify import in_patches
 from ..kernels.views import make_views
 from ..kernels.views_plain import resize_weights
 from . import colour
@@ -127,19 +127,19 @@ def _make(
         return _make_fused(packed, params, config, mean, std, patch, dtype)
     count, shape = len(params.image), (len(mean), config.height, config.width)
     step = min(count, max(1, CHUNK_BYTES // (4 * math.prod(shape))))
-    is_final = not patch and dtype == torch.float32
-    pictures = torch.empty(count if is_final else step, *shape)
-    parts = []
+    out = torch.empty(count, *shape, dtype=dtype)  # as pictures, or the same cells in the order of patches
+    cells = out.view(in_patches(out, patch).shape) if patch else out
+    room = None if cells is out and dtype == torch.float32 else torch.empty(step, *shape)
     for start in range(0, count, step):
         part = params.take(slice(start, start + step))
-        # everything happens in the result's own memory: fresh pages cost a CPU more than the arithmetic
-        x = pictures[start : start + step] if is_final else pictures[: len(part.image)]
+        # everything happens in one place, the result's own if it can: fresh pages cost a CPU more than the arithmetic
+        x = out[start : start + step] if room is None else room[: len(part.image)]
         _resize(images, part, config, x)
         _recolour(x, part, config)
         x.sub_(mean.view(-1, 1, 1)).mul_(1 / std.view(-1, 1, 1))
-        if not is_final:
-            parts.append(patchify(x, patch, dtype) if patch else x.to(dtype))
-    return pictures if is_final else torch.cat(parts)
+        if room is not None:
+            cells[start : start + step] = in_patches(x, patch) if patch else x
+    return cells.flatten(3).flatten(1, 2) if patch else out
 
 
 def _make_fused(
