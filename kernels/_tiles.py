@@ -52,7 +52,8 @@ TILES: dict[str, dict[tuple[int, int] | None, Tile]] = {
     "layer_norm": {None: {"CELLS": 4096, "WARP_CELLS": 1024}},
     # the query rows and key columns first tried on an H200; the wide (d > 64) and fp32 rows are guesses
     "attention": {None: {"BLOCK": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3}},
-    "attention_wide": {None: {"BLOCK": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}},
+    # 4 warps spill in the wide backward (sm_90, sm_100)
+    "attention_wide": {None: {"BLOCK": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}},
     "attention_fp32": {None: {"BLOCK": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}},
     # pixels that a program makes at a time, over all channels; not measured yet
     "views": {None: {"CELLS": 2048, "num_warps": 8}},

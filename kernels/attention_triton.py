@@ -198,7 +198,9 @@ def _attention_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST_DOT: tl.constexpr,
 ):  # fmt: skip
     """One block of tokens of one head; the last program of a head has the small block."""
-    i, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    # in one dimension: the others end at 65535, and a large batch has more heads
+    blocks = tl.cdiv(T, BLOCK)
+    i, head = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     b, h = head // H, head % H
     stride_t, stride_o = 3 * H * D, H * D
     q = qkv + b * T * stride_t + h * D
@@ -238,7 +240,7 @@ def _launch(part, qkv, out, lse, grad, delta, dqkv, scale):
     rest = T % tiles["BLOCK"]
     small = max(16, 1 << (rest - 1).bit_length()) if rest else 0
     with torch.cuda.device_of(qkv):
-        _attention_kernel[(triton.cdiv(T, tiles["BLOCK"]), B * H)](
+        _attention_kernel[(triton.cdiv(T, tiles["BLOCK"]) * B * H,)](
             qkv, out, lse, grad, delta, dqkv,
             T, H, rest, scale, scale * _LOG2_E,
             PART=part, BLOCK_S=small, D=D, BLOCK_D=block_d, UPCAST_DOT=INTERPRET, **tiles,

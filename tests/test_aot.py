@@ -118,6 +118,7 @@ def launched(case: Case, capability: Capability, *, compiles: bool = True) -> li
     run = triton.JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
+        assert all(size < 2**16 for size in grid[1:]), f"{self.fn.__name__}: a grid of {grid} cannot be launched"
         found.append((self, run(self, *args, grid=grid, warmup=True, **kwargs) if compiles else None))
 
     with pytest.MonkeyPatch.context() as patch, pretending(capability):

@@ -8,11 +8,11 @@ from upstep_fast.kernels.attention_triton import backward as backward_triton
 from upstep_fast.kernels.attention_triton import forward as forward_triton
 
 
-def _case(T, D, dtype, backward):
+def _case(T, D, dtype, backward, B=8):
     def run(capability):
-        qkv = torch.empty(8, T, 3, 16, D, dtype=dtype, device="meta")
+        qkv = torch.empty(B, T, 3, 16, D, dtype=dtype, device="meta")
         if backward:
-            out, lse = qkv.new_empty(8, T, 16, D), qkv.new_empty(8, 16, T, dtype=torch.float32)
+            out, lse = qkv.new_empty(B, T, 16, D), qkv.new_empty(B, 16, T, dtype=torch.float32)
             backward_triton(out, qkv, out, lse, 0.125)
         else:
             forward_triton(qkv, 0.125)
@@ -23,6 +23,8 @@ def _case(T, D, dtype, backward):
 CASES = {
     "forward 257 bf16": _case(257, 64, torch.bfloat16, False),
     "backward 257 bf16": _case(257, 64, torch.bfloat16, True),
+    # the same kernel; more heads than a grid's second dimension has places
+    "forward 257 bf16 8192 images": _case(257, 64, torch.bfloat16, False, B=8192),
 }
 LONG = {
     f"{T} {D} {dtype} {backward}": _case(T, D, dtype, backward)
