@@ -16,6 +16,7 @@ from .lora_linear import lora_linear
 from .lora_linear_fp8 import lora_linear_fp8
 from .patchify import patchify
 from .quantize import dequantize, quantize
+from .scored_sinkhorn import scored_sinkhorn
 from .sinkhorn import sinkhorn
 from .swapped_loss import swapped_cross_entropy
 
@@ -38,6 +39,7 @@ __all__ = [
     "pins",
     "quantize",
     "report",
+    "scored_sinkhorn",
     "sinkhorn",
     "swapped_cross_entropy",
 ]

@@ -8,38 +8,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import platform
-from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from . import _triton
 from ._dispatch import report, wanted
 from ._native import LIBRARY, extension, has_cuda, library_folder, load_failure
-
-
-def _center_vector(ops, x: Tensor) -> object:
-    return ops.center_vector_update(
-        x, importlib.import_module(".gate", __package__).new_gate_state(x.shape[1], x.device)
-    )
-
-
-def _lora_linear(ops, x: Tensor) -> object:
-    return ops.lora_linear(x, x.new_ones(48, x.shape[1]), None, x.new_ones(4, x.shape[1]), x.new_ones(48, 4), 1.0)
-
-
-# module -> a call of its op on x [64, 32]
-PROBES: dict[str, Callable[..., object]] = {
-    "attention": lambda ops, x: ops.attention(x.new_ones(1, 4, 3, 2, 64)),
-    "center_vector": _center_vector,
-    "gelu": lambda ops, x: ops.gelu(x),
-    "layer_norm": lambda ops, x: ops.layer_norm(x),
-    "lora_linear": _lora_linear,
-    "patchify": lambda ops, x: ops.patchify(x.view(1, 2, 32, 32), 8),
-    "quantize": lambda ops, x: ops.quantize(x),
-    "sinkhorn": lambda ops, x: ops.sinkhorn(x.float(), 0.05, 3),
-    "swapped_loss": lambda ops, x: ops.swapped_cross_entropy(x, x.softmax(1), 0.1),
-}
+from ._problems import PROBLEMS
 
 
 def _machine() -> list[tuple[str, str]]:
@@ -74,10 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to try the ops")
     device = torch.device(parser.parse_args(arguments).device)
     failed: list[tuple[str, ...]] = []
-    for name, probe in PROBES.items():
+    for name, make in PROBLEMS.items():
         try:
-            x = torch.randn(64, 32, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
-            probe(importlib.import_module(f".{name}", __package__), x)
+            problem = make(importlib.import_module(f".{name}", __package__))
+            problem.call(*problem.on(device, torch.bfloat16 if device.type == "cuda" else torch.float32))
         except Exception as error:  # a report must say what is broken, whatever it is
             failed.append((name, device.type, "FAILED", str(error).split("\n")[0]))
     _print(_machine())

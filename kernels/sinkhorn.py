@@ -129,6 +129,11 @@ def _complaint(scores: Tensor, epsilon: float, iterations: int) -> str | None:
         return f"scores must be [samples, centres] with at least one centre, got shape {list(scores.shape)}"
     if scores.dtype not in _DTYPES:
         return f"scores must be fp16, bf16 or fp32, got {scores.dtype}"
+    return argument_complaint(epsilon, iterations)
+
+
+def argument_complaint(epsilon: float, iterations: int) -> str | None:
+    """What is wrong with the numbers, or None."""
     if not 0 < epsilon < math.inf:
         return f"epsilon must be a finite number above 0, got {epsilon}"
     if iterations < 1:

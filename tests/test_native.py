@@ -189,14 +189,14 @@ def test_report_names_every_op_and_the_library(capsys):
     printed = capsys.readouterr().out
     for name in ("torch " + " " * 8 + torch.__version__, "compiled ops", *(c.op for c in _dispatch.report())):
         assert name in printed
-    for name in report.PROBES:
+    for name in report.PROBLEMS:
         assert any(row.op.startswith((name, "swapped")) for row in _dispatch.report()), name
 
 
 def test_report_says_what_failed(capsys, monkeypatch):
-    def broken(ops, x):
+    def broken(ops):
         raise RuntimeError("out of luck\nand more")
 
-    monkeypatch.setitem(report.PROBES, "gelu", broken)
+    monkeypatch.setitem(report.PROBLEMS, "gelu", broken)
     assert report.main(["--device", "cpu"]) == 1
     assert re.search(r"gelu +cpu +FAILED +out of luck$", capsys.readouterr().out, re.M)
