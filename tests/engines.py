@@ -22,6 +22,9 @@ VARIANTS = {
     "SwiGLU in two matrices": ("vit_tiny_patch16_224", TWO),
     "SwiGLU with a norm": ("vit_tiny_patch16_224", dict(TWO, scale_mlp_norm=True)),
     "norms before proj and fc2": ("beit3_base_patch16_224", dict(img_size=48, embed_dim=96, num_heads=1)),
+    "qk-norm": ("vit_tiny_patch16_224", dict(SMALL, qk_norm=True)),
+    "qk-norm by RMSNorm": ("vit_tiny_patch16_224", dict(SMALL, qk_norm=True, norm_layer="rmsnorm")),
+    "RMSNorm, SwiGLU": ("aimv2_large_patch14_224", dict(img_size=42, embed_dim=96, num_heads=1)),
 }
 # beyond the plain block: what stands between its products differs
 SWIGLU = [name for name in VARIANTS if "SwiGLU" in name]

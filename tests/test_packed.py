@@ -8,6 +8,7 @@ from torch import nn
 from upstep_fast import lora
 from upstep_fast.backbone import features
 from upstep_fast.engine import vit as engine
+from upstep_fast.engine.fold import left_alone
 from upstep_fast.engine.packed import draw_path, pack, sizes_of, unpack
 from upstep_fast.methods import explora
 from upstep_fast.methods.explora_tokens import Encoder, embed, pooled
@@ -16,6 +17,7 @@ MODELS = {
     "class token": ("vit_tiny_patch16_224", dict(img_size=48, patch_size=8, embed_dim=96, num_heads=3)),
     "registers, LayerScale": ("vit_small_patch14_reg4_dinov2", dict(img_size=56, embed_dim=128, num_heads=2)),
     "mean of patches": ("vit_tiny_patch16_224", dict(img_size=48, embed_dim=96, num_heads=3, global_pool="avg")),
+    "qk-norm": ("vit_tiny_patch16_224", dict(img_size=48, patch_size=8, embed_dim=96, num_heads=3, qk_norm=True)),
 }
 # (images, height, width): odd batches, a size that is the model's own, oblong ones, one image
 BATCHES = [(3, 4, 4), (5, 2, 3), (1, 1, 2)]
@@ -39,7 +41,7 @@ class FixedPath(nn.Module):
 
 
 def model(variant="class token", unfrozen=(), drops=False):
-    """A timm model as ExPLoRA trains it, its twin that interpolates positions, and crops of three sizes."""
+    """A timm model as ExPLoRA trains it, but for the norms of q and k, and crops of three sizes."""
     name, args = MODELS[variant]
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -50,6 +52,8 @@ def model(variant="class token", unfrozen=(), drops=False):
         adapters = explora.extend(vit, unfrozen, lora.LoraSpec(r=4, alpha=6, targets=("q", "v")), positions=True)
         for adapter in adapters.values():
             nn.init.normal_(adapter.lora_b, std=0.05)
+        for block in vit.blocks:
+            block.attn.q_norm.requires_grad_(False), block.attn.k_norm.requires_grad_(False)
         for number, block in enumerate(vit.blocks):
             if drops:
                 block.drop_path1, block.drop_path2 = FixedPath(2 * number), FixedPath(2 * number + 1)
@@ -110,6 +114,15 @@ def test_one_draw_a_sequence():
     assert keep.shape == (40 * 3 + 60 * 5, 1)
     for group in unpack(keep, sizes):
         assert (group == group[:, :1]).all() and set(group.unique().tolist()) == {0.0, 2.0}
+
+
+def test_trained_norms_of_q_and_k_are_left_to_the_plain_model():
+    vit, _ = model("qk-norm")
+    vit.blocks[0].attn.q_norm.requires_grad_(True)
+    assert left_alone(vit) == {0: "trains a norm that the engine only folds"}
+    for block in vit.blocks:
+        block.attn.q_norm.requires_grad_(True)
+    assert Encoder(vit).accelerate(torch.float32, "fast") == "block 0 trains a norm that the engine only folds"
 
 
 def test_no_token_sees_another_image():

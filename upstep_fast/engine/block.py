@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .fold import FoldedBlock, FoldedLinear
+from .heads import meet, meet_backward
 from .hidden import hidden, hidden_backward, hidden_forward, linear_hidden
 from .merge import ReadyBlock, factors_of
 from .packed import Sizes, attend, attend_backward, pack, unpack
@@ -130,13 +131,13 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(middle, m, the stream before the block); fills `kept` if it is given."""
     block, (qkv, proj, fc1, fc2) = ready.block, ready.merged
-    h1, before, rstd1, rows = norm(x, delta, block.eps[0], block.fused, block.fp8)
+    h1, before, rstd1, rows = norm(x, delta, block.eps[0], block.fused, block.fp8, block.rms)
     y = qkv.product(_affine(rows, block, 0, trained))
     if kept is None:
         del h1, rows
-    o, lse = attend(y, block.heads, sizes)
+    o, lse = attend(meet(y, block.heads, block.head_norm), block.heads, sizes)
     p = _scaled(proj.product(_normed(o, block)[0]), keep[0])
-    h2, middle, rstd2, rows = norm(before, p, block.eps[1], block.fused, block.fp8)
+    h2, middle, rstd2, rows = norm(before, p, block.eps[1], block.fused, block.fp8, block.rms)
     rows = _affine(rows, block, 1, trained)
     g: Tensor | Quantized
     if kept is None:
@@ -170,7 +171,7 @@ def _backward(
         d_of["fc1"] = adapter_gradients(wide(du), wide(_affine(h2, block, 1, trained)), block.fc1, factors["fc1"])
     d_h2, d_norm2 = _affine_backward(fc1.input_gradient(du), h2, block, 1, trained)
     del du
-    d_middle, rows = norm_backward(d_h2, h2, rstd2, d_middle, block.fused, block.fp8)
+    d_middle, rows = norm_backward(d_h2, h2, rstd2, d_middle, block.fused, block.fp8, block.rms)
     d_p = _scaled(d_middle, keep[0])
     o_hat, o_rstd = _normed(o, block)
     if "proj" in factors:
@@ -179,15 +180,16 @@ def _backward(
     y = kept["y"] if "y" in kept else qkv.product(h1_affine)
     d_o = proj.input_gradient(rows if keep[0] is None else d_p)
     if o_rstd is not None:
-        d_o, _ = norm_backward(d_o, o_hat, o_rstd, None, block.fused)
-    dy = attend_backward(d_o, y, o, lse, block.heads, sizes)
+        d_o, _ = norm_backward(d_o, o_hat, o_rstd, None, block.fused, rms=block.rms)
+    dz = attend_backward(d_o, meet(y, block.heads, block.head_norm), o, lse, block.heads, sizes)
+    dy = meet_backward(dz, y, block.heads, block.head_norm)
     if "qkv" in factors:
         d_of["qkv"] = adapter_gradients(dy, h1_affine, block.qkv, factors["qkv"])
     dx: Tensor | None = None
     d_norm1: tuple[Tensor, ...] = ()
     if needs_dx or block.norms[0] is not None:
         d_h1, d_norm1 = _affine_backward(qkv.input_gradient(dy), h1, block, 0, trained)
-        dx = norm_backward(d_h1, h1, rstd1, d_middle, block.fused)[0] if needs_dx else None
+        dx = norm_backward(d_h1, h1, rstd1, d_middle, block.fused, rms=block.rms)[0] if needs_dx else None
     return dx, [*(d for name in factors for d in d_of[name]), *d_norm1, *d_norm2]
 
 
@@ -239,7 +241,7 @@ def _normed(o: Tensor, block: FoldedBlock) -> tuple[Tensor, Tensor | None]:
     """(what proj takes, rstd) where a norm stands before it; else (o, None)."""
     if block.inner_eps[0] is None:
         return o, None
-    o_hat, _, rstd, _ = norm(o, None, block.inner_eps[0], block.fused)
+    o_hat, _, rstd, _ = norm(o, None, block.inner_eps[0], block.fused, rms=block.rms)
     return o_hat, rstd
 
 

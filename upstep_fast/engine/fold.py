@@ -27,8 +27,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..lora import LoraLinear
+from .heads import HeadNorm
 from .packed import Sizes, draw_path
-from .parts import parts_of, why_not_block
+from .parts import norm_kind, parts_of, why_not_block
 from .precision import Fp8Weight, to_fp8
 
 
@@ -65,8 +66,10 @@ class FoldedBlock:
     """One pre-norm block, ready to run: x + proj(attention(qkv(norm x))), then x + fc2(gelu(fc1(norm x)))."""
 
     heads: int
+    rms: bool  # the norms are RMSNorm
     eps: tuple[float, float]  # of the two norms
     inner_eps: tuple[float | None, float | None]  # of the norms before proj and before fc2; None: there is none
+    head_norm: HeadNorm | None  # of q and k
     activation: str  # erf, tanh, quick or swiglu
     qkv: FoldedLinear
     proj: FoldedLinear
@@ -152,8 +155,10 @@ def _fold_block(block: Any, dtype: torch.dtype, fused: bool | None, fp8: bool) -
     fold_linear = partial(_fold_linear, dtype=dtype, fp8=fp8)
     return FoldedBlock(
         heads=block.attn.num_heads,
+        rms=norm_kind(norms[0]) == "rms",
         eps=(norms[0].eps, norms[1].eps),
         inner_eps=(_eps(parts.inner_norms[0]), _eps(parts.inner_norms[1])),
+        head_norm=_head_norm(parts.head_norms),
         activation=parts.activation,
         qkv=fold_linear(parts.qkv, norm=None if trained[0] else norms[0]),
         proj=fold_linear((parts.proj,), norm=parts.inner_norms[0], layer_scale=parts.layer_scales[0]),
@@ -165,8 +170,25 @@ def _fold_block(block: Any, dtype: torch.dtype, fused: bool | None, fp8: bool) -
     )
 
 
-def _eps(norm: nn.Module) -> float | None:
-    return norm.eps if isinstance(norm, nn.LayerNorm) else None
+def _eps(norm: Any) -> float | None:
+    return norm.eps if norm_kind(norm) else None
+
+
+def _affine(norm: Any) -> tuple[Tensor, Tensor] | None:
+    """(gamma, beta) in fp32; RMSNorm has no beta."""
+    kind = norm_kind(norm)
+    if kind is None:
+        return None
+    gamma = norm.weight.float()
+    return gamma, norm.bias.float() if kind == "layer" else torch.zeros_like(gamma)
+
+
+def _head_norm(norms: tuple[Any, Any]) -> HeadNorm | None:
+    of_q, of_k = (_affine(norm) for norm in norms)
+    if of_q is None or of_k is None:
+        return None
+    gamma, beta = (torch.stack(pair)[:, None] for pair in zip(of_q, of_k, strict=True))
+    return HeadNorm(gamma, beta, norms[0].eps, norm_kind(norms[0]) == "rms")
 
 
 def _fold_linear(
@@ -181,7 +203,7 @@ def _fold_linear(
     weight = _joined([base.weight.float() for base in bases])
     bias = _joined([_bias(base).float() for base in bases])
     scale = None if layer_scale is None else layer_scale.float()
-    affine = (norm.weight.float(), norm.bias.float()) if isinstance(norm, nn.LayerNorm) else None
+    affine = None if norm is None else _affine(norm)
     if affine is not None:
         weight, bias = weight * affine[0], bias + weight @ affine[1]
     if scale is not None:

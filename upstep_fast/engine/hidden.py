@@ -21,7 +21,7 @@ from .precision import Projection, Quantized
 def hidden(u: Tensor, block: FoldedBlock) -> Tensor:
     """m from u: [..., H], or [..., 2 H] where it is gated -> [..., H]."""
     a = swiglu(u) if block.activation == "swiglu" else gelu(u, block.activation)
-    return a if block.inner_eps[1] is None else norm(a, None, block.inner_eps[1], block.fused)[0]
+    return a if block.inner_eps[1] is None else norm(a, None, block.inner_eps[1], block.fused, rms=block.rms)[0]
 
 
 def linear_hidden(rows: Tensor | Quantized, fc1: Projection, block: FoldedBlock) -> Tensor:
@@ -43,8 +43,8 @@ def hidden_backward(dm: Tensor, kept: Tensor, block: FoldedBlock, fp8: bool = Fa
     eps = block.inner_eps[1]
     if eps is not None:
         a = swiglu(kept) if block.activation == "swiglu" else gelu(kept, block.activation)
-        m, _, rstd, _ = norm(a, None, eps, block.fused)
-        dm, _ = norm_backward(dm, m, rstd, None, block.fused)
+        m, _, rstd, _ = norm(a, None, eps, block.fused, rms=block.rms)
+        dm, _ = norm_backward(dm, m, rstd, None, block.fused, rms=block.rms)
     if block.activation == "swiglu":
         return swiglu_backward(dm, kept)
     return gelu_backward(dm, kept, block.activation, fp8)

@@ -12,6 +12,7 @@ from typing import Any
 
 from timm.layers.layer_scale import LayerScale
 from timm.layers.mlp import GluMlp, Mlp, SwiGLU
+from timm.layers.norm import RmsNorm, RmsNormFp32
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -29,6 +30,7 @@ class Parts:
     proj: nn.Module
     fc1: tuple[nn.Module, ...]  # of a gated MLP: the gate's rows first
     fc2: nn.Module
+    head_norms: tuple[nn.Module, nn.Module]  # of q and of k; mostly Identity
     inner_norms: tuple[nn.Module, nn.Module]  # of the attention's output, of what goes into fc2; mostly Identity
     layer_scales: tuple[Tensor | None, Tensor | None]
     activation: str  # erf, tanh, quick or swiglu
@@ -48,10 +50,19 @@ def parts_of(block: Any) -> Parts:
         proj=attention.proj,
         fc1=(mlp.fc1_g, mlp.fc1_x) if isinstance(mlp, SwiGLU) else (mlp.fc1,),
         fc2=mlp.fc2,
+        head_norms=(attention.q_norm, attention.k_norm),
         inner_norms=(attention.norm, mlp.norm),
         layer_scales=(_gamma(block.ls1), _gamma(block.ls2)),
         activation=ACTIVATIONS.get(type(mlp.act).__name__, "swiglu"),
     )
+
+
+def norm_kind(norm: nn.Module) -> str | None:
+    """layer or rms, where it has all that the engine wants of it; else None."""
+    if isinstance(norm, nn.LayerNorm) and norm.bias is not None:
+        return "layer"
+    is_rms = isinstance(norm, RmsNorm | RmsNormFp32 | nn.RMSNorm)
+    return "rms" if is_rms and norm.weight is not None and norm.eps is not None else None
 
 
 def why_not_block(block: Any) -> str | None:
@@ -66,8 +77,6 @@ def _reasons(block: Any) -> Iterator[str]:
     attention, mlp = block.attn, block.mlp
     if not isinstance(getattr(attention, "qkv", None), nn.Linear | LoraLinear):
         yield "has no fused qkv"
-    if not isinstance(attention.q_norm, nn.Identity):
-        yield "normalises q and k"
     if getattr(attention, "gate", None) is not None:
         yield "has gated attention"
     gated = type(mlp) is SwiGLU or (type(mlp) is GluMlp and not mlp.gate_last)
@@ -77,14 +86,17 @@ def _reasons(block: Any) -> Iterator[str]:
     if not isinstance(mlp.act, nn.SiLU) if gated else type(mlp.act).__name__ not in ACTIVATIONS:
         yield f"has the activation {type(mlp.act).__name__}"
     parts = parts_of(block)
-    for norm in parts.norms:
-        if not isinstance(norm, nn.LayerNorm) or norm.bias is None:
+    inner, at_heads = _real(parts.inner_norms), _real(parts.head_norms)
+    for norm in (*parts.norms, *inner, *at_heads):
+        if norm_kind(norm) is None:
             yield f"has the norm {type(norm).__name__}"
-    for norm in parts.inner_norms:
-        if not isinstance(norm, nn.Identity) and (not isinstance(norm, nn.LayerNorm) or norm.bias is None):
-            yield f"has the norm {type(norm).__name__} inside attention or MLP"
+    if len({norm_kind(norm) for norm in (*parts.norms, *inner)}) > 1:
+        yield "has LayerNorm and RMSNorm"
+    if at_heads and (len(at_heads) == 1 or len({(norm_kind(norm), norm.eps) for norm in at_heads}) > 1):
+        yield "normalises q and k in two ways"
+    for norm in (*(parts.norms if norm_kind(parts.norms[0]) == "rms" else ()), *inner, *at_heads):
         if any(p.requires_grad for p in norm.parameters()):
-            yield "trains a norm inside attention or MLP"
+            yield "trains a norm that the engine only folds"
     for linear in parts.projections:
         base: Any = linear.base if isinstance(linear, LoraLinear) else linear
         if base.weight.requires_grad:
@@ -96,6 +108,10 @@ def _reasons(block: Any) -> Iterator[str]:
     for drop in (attention.attn_drop, attention.proj_drop, mlp.drop1, mlp.drop2):
         if block.training and drop.p:
             yield "drops values while training"
+
+
+def _real(norms: tuple[nn.Module, ...]) -> list[Any]:
+    return [norm for norm in norms if not isinstance(norm, nn.Identity)]
 
 
 def _gamma(scale: nn.Module) -> Tensor | None:

@@ -2,10 +2,11 @@
 
     norm    total = x + delta;  x_hat = (total - mean) rstd
             d_total = rstd (d - mean d - x_hat mean(d x_hat)) + the gradient that goes round the norm
+            RMSNorm: the same without the two means, rstd = 1 / sqrt(mean total^2 + eps)
     gelu    g = u Phi(u);  dg/du from u itself, or from one byte an entry (kernels/gelu.py)
 
 Each has two forms. Fused: the kernels of kernels/layer_norm.py and gelu.py, one pass each, for 16 bit on a GPU. Plain:
-the library's ops, for CPUs and for fp32, where the derivative must be exact.
+the library's ops, for CPUs and for fp32, where the derivative must be exact, and for RMSNorm.
 """
 
 from __future__ import annotations
@@ -23,17 +24,21 @@ _APPROXIMATE = {"erf": "none", "tanh": "tanh", "quick": "quick"}
 
 
 def norm(
-    x: Tensor, delta: Tensor | None, eps: float, fused: bool, fp8: bool = False
+    x: Tensor, delta: Tensor | None, eps: float, fused: bool, fp8: bool = False, rms: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | Quantized]:
     """(x_hat, total, rstd, x_hat for a product) of x + delta, [..., D]; rstd [..., 1] in fp32.
 
-    fp8: for an fp8 product, quantised in the same pass where the form is fused.
+    fp8: for an fp8 product, quantised in the same pass where the form is fused. rms: RMSNorm.
     """
-    if fused:
+    if fused and not rms:
         done = layer_norm_forward(x, eps, residual=delta, fp8=fp8)
         assert done.y is not None
         return done.y, done.h, done.rstd[..., None], _as_given(done.y, done.q, done.scale)
     total = x if delta is None else x + delta
+    if rms:
+        x_hat, rstd = standardise(total, eps, rms)
+        x_hat = x_hat.to(total.dtype)
+        return x_hat, total, rstd, x_hat
     # a CPU gives the statistics in the type of the weight: without one they would be rounded to bf16
     width = total.shape[-1:]
     weight = total.new_ones(width, dtype=torch.float32) if total.dtype in (torch.float16, torch.bfloat16) else None
@@ -43,24 +48,41 @@ def norm(
 
 
 def norm_backward(
-    d: Tensor, x_hat: Tensor, rstd: Tensor, around: Tensor | None, fused: bool, fp8: bool = False
+    d: Tensor, x_hat: Tensor, rstd: Tensor, around: Tensor | None, fused: bool, fp8: bool = False, rms: bool = False
 ) -> tuple[Tensor, Tensor | Quantized]:
     """(the gradient of the total, the same for a product), from that of x_hat and the one that goes round the norm.
 
     around: None where nothing goes round it.
     """
-    if fused:
+    if fused and not rms:
         dx, q, scale = layer_norm_backward(d, x_hat, rstd[..., 0], around, fp8=fp8)
         return dx, _as_given(dx, q, scale)
-    # the library's op, told that its input was already normalised: mean 0, rstd 1
-    zero, one = (torch.full_like(rstd, value, dtype=d.dtype) for value in (0.0, 1.0))
-    dx, _, _ = torch.ops.aten.native_layer_norm_backward(
-        d, x_hat, x_hat.shape[-1:], zero, one, None, None, [True, False, False]
-    )
-    dx = dx.mul_(rstd)
+    if rms:
+        dx = standardise_backward(d.float(), x_hat, rstd, rms).to(d.dtype)
+    else:
+        # the library's op, told that its input was already normalised: mean 0, rstd 1
+        zero, one = (torch.full_like(rstd, value, dtype=d.dtype) for value in (0.0, 1.0))
+        dx, _, _ = torch.ops.aten.native_layer_norm_backward(
+            d, x_hat, x_hat.shape[-1:], zero, one, None, None, [True, False, False]
+        )
+        dx = dx.mul_(rstd)
     if around is not None:
         dx = dx.add_(around)
     return dx, dx
+
+
+def standardise(x: Tensor, eps: float, rms: bool) -> tuple[Tensor, Tensor]:
+    """(x_hat, rstd [..., 1]) over the last dimension, in fp32, by the formula."""
+    x = x.float()
+    x = x if rms else x - x.mean(-1, keepdim=True)
+    rstd = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return x * rstd, rstd
+
+
+def standardise_backward(d: Tensor, x_hat: Tensor, rstd: Tensor, rms: bool) -> Tensor:
+    """The gradient of x, from that of x_hat, in fp32."""
+    d = d if rms else d - d.mean(-1, keepdim=True)
+    return rstd * (d - x_hat * (d * x_hat).mean(-1, keepdim=True))
 
 
 def _as_given(wide: Tensor | None, q: Tensor | None, scale: Tensor | None) -> Tensor | Quantized:
