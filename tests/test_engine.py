@@ -1,5 +1,6 @@
 """The engine against the plain timm model: features, gradients, what is kept, what is refused."""
 
+import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -221,12 +222,44 @@ def test_what_a_block_keeps(memory, fused, most):
     assert block == adapter + statistics + most * width * tokens
 
 
-def test_a_weight_changed_after_folding_is_noticed():
-    vit, images = model()
-    run = engine.build(vit, torch.float32).features
+def written_to(vit):
     with torch.no_grad():
         vit.blocks[1].mlp.fc1.weight += 1
-    with pytest.raises(RuntimeError, match="changed after folding"):
+
+
+def moved(vit):
+    vit.blocks[0].attn.proj.double()
+
+
+def assigned(vit):
+    vit.norm.load_state_dict({name: t.clone() for name, t in vit.norm.state_dict().items()}, assign=True)
+
+
+def replaced(vit):
+    vit.blocks[1].mlp = copy.deepcopy(vit.blocks[1].mlp)
+
+
+def removed(vit):
+    vit.set_submodule("blocks.0.attn.qkv", vit.blocks[0].attn.qkv.base)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (written_to, "blocks.1.mlp.fc1.weight was changed"),
+        (moved, "blocks.0.attn.proj.weight was changed"),
+        (assigned, "norm.weight was changed"),
+        (replaced, "blocks.1.mlp was replaced"),
+        (removed, "blocks.0.attn.qkv was replaced"),
+    ],
+)
+def test_a_model_changed_after_folding_is_noticed(change, message, grad):
+    vit, images = model()
+    run = engine.build(vit, torch.float32).features
+    run(images)
+    change(vit)
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match=f"{message} after folding"):
         run(images)
 
 

@@ -18,6 +18,7 @@ from .fold import FoldedBlock, fold, left_alone, why_not
 from .forward import make_forward_only
 from .merge import ReadyBlock, make_ready
 from .packed import pack, sizes_of, unpack
+from .unchanged import watch
 
 log = logging.getLogger("upstep_fast")
 
@@ -30,7 +31,7 @@ class EngineViT:
     blocks: list[FoldedBlock | nn.Module]
     dtype: torch.dtype
     memory: Memory
-    frozen: tuple[tuple[nn.Parameter, int], ...]  # what was folded, and its version then
+    check_unchanged: Callable[[], None]  # raises RuntimeError if `vit` is not what was folded
     ready: Callable[[], dict[int, ReadyBlock]]  # the folded blocks with the adapters merged as they are now
     forward_only: Callable[[Tensor], Tensor]
 
@@ -40,7 +41,7 @@ class EngineViT:
         Without gradients it takes the forward-only path (forward.py).
         """
         if not torch.is_grad_enabled():
-            self._check_frozen()
+            self.check_unchanged()
             return self.forward_only(images)
         return head(self.vit, self.through_blocks([embed(self.vit, images, self.dtype)])[0])
 
@@ -49,7 +50,7 @@ class EngineViT:
 
         Groups may differ in B and N, as crops of several sizes do; all take one pass (packed.py).
         """
-        self._check_frozen()
+        self.check_unchanged()
         ready, sizes = self.ready(), sizes_of(groups)
 
         def run(x: Tensor, delta: Tensor | None, index: int) -> tuple[Tensor, Tensor]:
@@ -58,10 +59,6 @@ class EngineViT:
         x = pack(groups).to(self.dtype)
         with torch.autocast(x.device.type, enabled=False):  # the engine chooses its own types
             return unpack(run_blocks(x, self.blocks, run, sizes), sizes)
-
-    def _check_frozen(self) -> None:
-        if any(parameter._version != version for parameter, version in self.frozen):
-            raise RuntimeError("engine: a frozen weight was changed after folding; fold the model again")
 
 
 def build(
@@ -78,12 +75,11 @@ def build(
     fused, fp8: as for `fold`; compiled: the forward-only path, as for `make_forward_only`.
     """
     blocks = fold(vit, dtype, fused, fp8)
-    frozen = tuple((p, p._version) for p in vit.parameters() if not p.requires_grad)
     tokens, features = partial(embed, vit, dtype=dtype), partial(head, vit)
     device = next(vit.parameters()).device
     ready = make_ready(blocks)
     forward_only = make_forward_only(blocks, ready, tokens, features, device, compiled)
-    return EngineViT(vit, blocks, dtype, memory, frozen, ready, forward_only)
+    return EngineViT(vit, blocks, dtype, memory, watch(vit), ready, forward_only)
 
 
 def embed(vit: VisionTransformer, images: Tensor, dtype: torch.dtype) -> Tensor:
