@@ -35,6 +35,8 @@ CONFIGURATIONS = [
     dict(model=TINY, batch_size=4, implementation="reference", precision="bf16"),
     dict(model=TINY, batch_size=6, lora_targets=("qkv",), lora_r=32),
     dict(model=TINY, batch_size=6, lora_targets=("q", "v", "proj", "fc1", "fc2"), memory="lean"),
+    dict(model=TINY, batch_size=6, lora_blocks=2),
+    dict(model=TINY, batch_size=6, tune="full"),
     dict(model=TINY, batch_size=6, head="none", prototypes=64),
     dict(model=TINY, batch_size=48, img_size=32, head_hidden=4096, head_dim=512, prototypes=2000),
     dict(model=TINY, batch_size=6, prototype_init="learned", head="linear"),

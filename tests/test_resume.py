@@ -129,6 +129,8 @@ FORMS = [
     {"queue": 20, "layout": "asymmetric", "base_targets": 0.5},
     {"gate_statistic": "loss"},
     {"gate_statistic": "disagreement", "gate": "quantile", "update_when": "high"},
+    {"tune": "full", "cvr": "sq", "lora_r": 8},
+    {"lora_blocks": 1},
 ]
 
 

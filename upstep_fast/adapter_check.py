@@ -32,6 +32,8 @@ def check_adapter(state: RunState, images: Tensor, compute: Compute, out: Path) 
                 raise CheckFailedError(f"adapter: lora_B of {name}, part {part}, is all zero after training; see {out}")
             if not b.isfinite().all():
                 raise CheckFailedError(f"adapter: lora_B of {name}, part {part}, is not finite; see {out}")
+    if not method.adapters:  # every weight was trained: there is no base model left to compare with
+        return
     with compute.autocast():
         adapted = backbones.features(method.vit, images[:32])
         with lora.disabled(method.adapters.values()):

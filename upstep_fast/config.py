@@ -14,6 +14,10 @@ from typing import Any, Literal
 
 from .errors import ConfigError
 
+# these act on adapters, or want the base model's weights to stand still
+_NOT_WITH_FULL = (
+    *("lora_r", "lora_alpha", "lora_targets", "lora_blocks", "distil", "base_targets", "strength", "shard_weights"),
+)
 LORA_TARGETS = ("q", "k", "v", "qkv", "proj", "fc1", "fc2")
 
 
@@ -118,6 +122,10 @@ class AdaptConfig(ModelConfig):
     """Scale of the adapter is lora_alpha / lora_r; None: lora_r, a scale of 1."""
     lora_targets: tuple[str, ...] = ("q", "k", "v")
     """Which matrices get an adapter: q k v (each its own), qkv (one for all three), proj fc1 fc2."""
+    lora_blocks: int | None = None
+    """Adapters on so many of the last blocks only; None: on all."""
+    tune: Literal["lora", "full"] = "lora"
+    """lora: adapters learn, the model stands still. full: every weight learns, without adapters (for comparison)."""
 
     # optimisation
     lr: float = 1e-3
@@ -250,8 +258,9 @@ class AdaptConfig(ModelConfig):
     def __post_init__(self) -> None:
         """Checks every field. Raises ConfigError naming the field, its value and what is allowed."""
         super().__post_init__()
-        for name in ("batch_size", "lora_r", "head_hidden", "head_dim", "log_every", "max_skips", "accumulate"):
+        for name in ("batch_size", "lora_r", "lora_blocks", "head_hidden", "head_dim", "log_every", "max_skips"):
             _at_least(self, name, 1)
+        _at_least(self, "accumulate", 1)
         every(self.checkpoint_every)
         _at_least(self, "verify_resume", 0)
         _positive(self, "rank_timeout")
@@ -323,6 +332,11 @@ class AdaptConfig(ModelConfig):
             raise ConfigError(
                 f"gate_statistic: {self.gate_statistic} needs --gate prev, ema, median or quantile, --layout symmetric"
             )
+        if self.tune == "full" and self.method == "upstep":
+            defaults = {field.name: field.default for field in dataclasses.fields(AdaptConfig)}
+            for name in _NOT_WITH_FULL:
+                if getattr(self, name) != defaults[name]:
+                    raise ConfigError(f"{name}: needs --tune lora; leave it out with full")
         if self.strength == "auto" and not self.judge_every:
             raise ConfigError("strength: auto needs --judge-every, which holds out images to judge it on")
         if self.strength != "auto":

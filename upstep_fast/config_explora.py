@@ -11,7 +11,7 @@ from .errors import ConfigError
 # these say how UpStep clusters; given to ExPLoRA they would do nothing
 _UPSTEPS_OWN = (
     *("preset", "head", "layout", "cvr", "cvr_weight", "prototype_init", "epsilon", "sharpen", "distil", "gate_unit"),
-    *("strength", "adapter_ema", "queue", "base_targets", "gate_statistic"),
+    *("strength", "adapter_ema", "queue", "base_targets", "gate_statistic", "tune", "lora_blocks"),
 )
 
 

@@ -32,6 +32,7 @@ from .backbone import load
 from .errors import ConfigError
 from .whole_file import write_whole
 
+NO_MODULE = "dummy-target-modules"  # PEFT's word for an adapter with modules_to_save alone
 WEIGHTS, CONFIG, BARE = "adapter_model.safetensors", "adapter_config.json", "bare_parameters.safetensors"
 _PREFIX = "base_model.model."
 _QKV = {"q": 0, "k": 1, "v": 2}
@@ -204,14 +205,14 @@ def to_files(
     bare = {name: p.detach().cpu().contiguous() for name, p in (whole or {}).items() if "." not in name}
     inside = {name: p.detach().cpu().contiguous() for name, p in (whole or {}).items() if "." in name}
     tensors |= {f"{_PREFIX}{name}": tensor for name, tensor in inside.items()}
-    r = max(ranks.values())
+    r = max(ranks.values(), default=1)
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": base_model,
         "r": r,
-        "lora_alpha": _whole(max(alphas.values())),
+        "lora_alpha": _whole(max(alphas.values(), default=1)),
         "lora_dropout": 0.0,
-        "target_modules": sorted(adapters),
+        "target_modules": sorted(adapters) or NO_MODULE,
         "rank_pattern": {name: rank for name, rank in ranks.items() if rank != r},
         "alpha_pattern": {name: _whole(alphas[name]) for name, rank in ranks.items() if rank != r},
         "bias": "none",
@@ -331,7 +332,7 @@ def _sort(
     for name, pair in found.items():
         if set(pair) != {"A", "B"}:
             raise ConfigError(f"adapter: {folder / WEIGHTS} lacks lora_{'B' if 'A' in pair else 'A'} of {name}")
-    if not found:
+    if not found and not whole:
         raise ConfigError(f"adapter: {folder / WEIGHTS} holds no LoRA matrices")
     return {name: (pair["A"], pair["B"]) for name, pair in found.items()}, whole
 

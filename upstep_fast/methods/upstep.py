@@ -29,9 +29,11 @@ from ..data.loader import Batch
 from ..data.views import random_views, view_config
 from ..engine import vit as engine
 from ..engine.block import Memory
+from ..errors import ConfigError
 from ..gate import choose_images
 from ..kernels.patchify import unpatchify_reference
 from ..kernels.sinkhorn import sinkhorn
+from . import explora
 from .average import Average
 from .embedded import Embedded, embedded
 from .head import make_head, make_prototypes
@@ -62,10 +64,10 @@ class UpStep(nn.Module):
         # parts of torch.nn draw from the global generator: set it for this block only
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.adapters = lora.inject(backbone.vit, lora_spec(config))
+            self.adapters = _prepare(backbone.vit, config)
             self.head = make_head(config, backbone.width)
-        self.average = Average(self.adapter_parameters(), config.adapter_ema) if config.adapter_ema else None
         self.vit = backbone.vit
+        self.average = Average(self.adapter_parameters(), config.adapter_ema) if config.adapter_ema else None
         self.features: Callable[[Tensor], Tensor] = partial(features, self.vit)
         width = backbone.width if config.head == "none" else config.head_dim
         prototypes = make_prototypes(config, num_prototypes, width)
@@ -263,8 +265,8 @@ class UpStep(nn.Module):
         return replace(target, chosen=chosen)
 
     def adapter_parameters(self) -> list[nn.Parameter]:
-        """The LoRA matrices."""
-        return [p for adapter in self.adapters.values() for p in (adapter.lora_a, adapter.lora_b)]
+        """The LoRA matrices; with --tune full the model itself."""
+        return list(explora.trained(self.vit).values())
 
     def collapsed(self, row: dict[str, Any]) -> str | None:
         """A word on why the embeddings tell images no longer apart, if they do not."""
@@ -282,8 +284,8 @@ class UpStep(nn.Module):
         return [(self.adapter_parameters(), self.config.clip), (self.other_parameters(), 0.0)]
 
     def watched(self) -> dict[str, nn.Parameter]:
-        """Each adapter's B."""
-        return {name: adapter.lora_b for name, adapter in self.adapters.items()}
+        """Each adapter's B; with --tune full every weight."""
+        return explora.watched(self.vit, self.adapters)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What learns, the prototypes and the running values."""
@@ -300,12 +302,26 @@ class UpStep(nn.Module):
     def result_files(self) -> dict[str, bytes]:
         """The adapter as PEFT reads it."""
         with self.as_written():
-            return lora.to_files(self.adapters, self.config.model)
+            return explora.result_files(self.vit, self.adapters, self.config.model, explora.trained(self.vit))
 
     def other_parameters(self) -> list[nn.Parameter]:
         """What is trained beside them and thrown away afterwards."""
         learned = [self.prototypes] if isinstance(self.prototypes, nn.Parameter) else []
         return [*self.head.parameters(), *learned]
+
+
+def _prepare(vit: nn.Module, config: AdaptConfig) -> dict[str, lora.LoraLinear]:
+    """What of the model learns: adapters, put on it in place, on all blocks or the last; or all of it."""
+    if config.tune == "full":
+        vit.requires_grad_(True)
+        for name in ("head", "head_dist"):  # a classifier behind the features, which learns nothing here
+            getattr(vit, name, nn.Identity()).requires_grad_(False)
+        return {}
+    depth = len(vit.blocks)  # type: ignore[arg-type]
+    num = depth if config.lora_blocks is None else config.lora_blocks
+    if num > depth:
+        raise ConfigError(f"lora_blocks: got {num}, but {config.model} has {depth} blocks")
+    return lora.inject(vit, lora_spec(config), leave_out=range(depth - num))
 
 
 def lora_spec(config: AdaptConfig) -> lora.LoraSpec:
