@@ -25,6 +25,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from . import jpeg
 from .arrays import NPY, TIFF, decode_npy, decode_tiff_bands, tiff_bands
 from .bad_image import BadImage as BadImage
 
@@ -82,7 +83,8 @@ def decode(
 
 @functools.lru_cache
 def decoder_fingerprint() -> str:
-    """SHA-256 over the pixels of twenty pictures, written by this machine's libraries and read by `decode`.
+    """Who reads JPEGs here, and SHA-256 over the pixels of twenty pictures: written by this machine's libraries, read
+    by `decode`.
 
     Another value means that images may be other pixels than before: another libjpeg, libwebp or Pillow (RELIABILITY
     I7). A format that is not built in counts as that.
@@ -116,7 +118,7 @@ def decoder_fingerprint() -> str:
             digest.update(f"{kind} {tuple(found.shape)}".encode() + found.numpy().tobytes())
         except (KeyError, OSError, BadImage) as error:
             digest.update(f"{kind} {type(error).__name__}".encode())
-    return digest.hexdigest()
+    return f"{'torchvision' if jpeg.reader() else 'Pillow'} {digest.hexdigest()}"
 
 
 def _decode_jpeg(data: bytes | memoryview, channels: int, max_pixels: int, min_side: int | None) -> Tensor:
@@ -130,8 +132,9 @@ def _decode_jpeg(data: bytes | memoryview, channels: int, max_pixels: int, min_s
     if end < 0:
         raise BadImage("truncated JPEG: no end marker")
     x = _decode_pillow(data, channels, max_pixels, min_side)
-    corners = x[:, [0, 0, -1, -1], [0, -1, 0, -1]]  # of the upright image: any of them may be the last of the file
-    if ((corners >= 127) & (corners <= 129)).all(0).any():
+    # of the upright image: any of its corners may be the last of the file
+    corners = x[:, :: max(1, x.shape[1] - 1), :: max(1, x.shape[2] - 1)].flatten(1).T.tolist()
+    if any(all(127 <= value <= 129 for value in corner) for corner in corners):
         padded = bytes(data[:end]) + b"\x2a\x95" * 256 + b"\xff\xd9"
         if not torch.equal(x, _decode_pillow(padded, channels, max_pixels, min_side)):
             raise BadImage("truncated JPEG: its data ends before its last pixel")
@@ -141,13 +144,16 @@ def _decode_jpeg(data: bytes | memoryview, channels: int, max_pixels: int, min_s
 def _decode_pillow(data: bytes | memoryview, channels: int, max_pixels: int, min_side: int | None) -> Tensor:
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         _check_pixels(*image.size, max_pixels)
+        size = image.size
         if min_side:
             image.draft(image.mode, (min_side, min_side))
-        image.load()
+        x = jpeg.pixels(data, image) if channels == 3 and image.size == size else None
+        if x is None:
+            image.load()
+            array = torch.from_numpy(_to_array(image, channels))
+            x = array.permute(2, 0, 1) if array.ndim == 3 else array[None]
         orientation = _orientation(image)
-        pixels = torch.from_numpy(_to_array(image, channels))
-    x = pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels[None].expand(channels, -1, -1)
-    return _upright(x, orientation)
+    return _upright(x if len(x) == channels else x.expand(channels, -1, -1), orientation)
 
 
 def _to_array(image: Image.Image, channels: int) -> np.ndarray:
