@@ -23,7 +23,7 @@ from upstep_fast.data.loader import Batch
 from upstep_fast.device import resolve
 from upstep_fast.errors import CheckFailedError, ConfigError, Interrupted, RunFailedError
 from upstep_fast.lora import LoraSpec
-from upstep_fast.methods import explora, explora_tokens
+from upstep_fast.methods import explora, explora_crops, explora_tokens
 from upstep_fast.methods.explora_dinov2 import ExploraDinov2
 from upstep_fast.methods.explora_mae import Decoder, ExploraMae
 
@@ -194,7 +194,7 @@ def test_masks_are_rectangles_of_the_wanted_share_and_depend_on_names_alone(opti
     assert torch.equal(one.masked, again.masked) and torch.equal(one.whole, again.whole)
     half = state.method.views(a_batch(4), CPU.device)
     assert torch.equal(half.masked, one.masked[:, :4]) and torch.equal(half.local, one.local[:, :4])
-    masks = [state.method._mask(0, index, 0) for index in range(400)]
+    masks = [explora_crops.mask(state.method.config, state.method.grid, 0, index, 0) for index in range(400)]
     of_crop = one.masked.flatten(0, 1)
     assert one.places.tolist() == of_crop.flatten().nonzero().flatten().tolist()
     assert one.weights.sum().item() == pytest.approx(of_crop.any(1).sum().item())
@@ -390,7 +390,7 @@ def test_two_processes_are_one_run(options, tmp_path, extra):
 def test_collapse_warns_and_then_ends_the_run(options, monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(trainer, "MAX_COLLAPSED_STEPS", 4)
     real = explora_tokens.pooled
-    monkeypatch.setattr("upstep_fast.methods.explora_dinov2.pooled", lambda vit, x: 1e-6 * real(vit, x) + 1)
+    monkeypatch.setattr("upstep_fast.methods.explora_tokens.pooled", lambda vit, x: 1e-6 * real(vit, x) + 1)
     with (
         caplog.at_level("WARNING", logger="upstep_fast"),
         pytest.raises(RunFailedError, match=r"4 steps in a row") as end,

@@ -11,7 +11,7 @@ from upstep_fast.engine import vit as engine
 from upstep_fast.engine.fold import left_alone
 from upstep_fast.engine.packed import draw_path, pack, sizes_of, unpack
 from upstep_fast.methods import explora
-from upstep_fast.methods.explora_tokens import Encoder, embed, pooled
+from upstep_fast.methods.explora_tokens import Encoder, embed, pooled, seen
 
 MODELS = {
     "class token": ("vit_tiny_patch16_224", dict(img_size=48, patch_size=8, embed_dim=96, num_heads=3)),
@@ -104,6 +104,25 @@ def test_drop_path_drops_whole_samples(memory):
         dropped = features(vit, crops[0])
         assert relative(dropped, features(vit.eval(), crops[0])) > 1e-2
     same_as_timm(vit.train(), crops, memory)
+
+
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+@pytest.mark.parametrize("unfrozen", [(), (0,), (2,), (0, 2)])
+@pytest.mark.parametrize("variant", MODELS)
+def test_features_and_some_patches_are_those_of_a_pass_over_all_tokens(variant, unfrozen, memory):
+    vit, crops = model(variant, unfrozen, drops=True)
+    places = torch.tensor([0, 3, 15, 16, 40])  # of the 3 x 16 patches of the first size
+    passes = [vit.norm(vit.blocks(embed(vit, x))) for x in crops]
+    patches = passes[0][:, vit.num_prefix_tokens :].flatten(0, 1)[places]
+    expected = [torch.cat([vit.forward_head(x, pre_logits=True) for x in passes]), patches]
+    expected_grads = gradients(vit, expected)
+    encoder = Encoder(vit)
+    assert encoder.accelerate(torch.float32, memory) is None
+    got = seen(vit, encoder, [embed(vit, x) for x in crops], places)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert relative(ours, theirs) < 1e-5
+    for name, gradient in gradients(vit, got).items():
+        assert relative(gradient, expected_grads[name]) < 1e-4, name
 
 
 def test_one_draw_a_sequence():

@@ -41,8 +41,9 @@ from .fold import FoldedBlock, FoldedLinear
 from .heads import meet, meet_backward
 from .hidden import hidden, hidden_backward, hidden_forward, linear_hidden
 from .merge import ReadyBlock, factors_of
-from .packed import Sizes, attend, attend_backward, pack, unpack
+from .packed import Sizes, attend, attend_backward
 from .pieces import norm, norm_backward
+from .plain import run_plain, take
 from .precision import Quantized, wide
 
 Memory = Literal["fast", "balanced", "lean"]
@@ -50,20 +51,29 @@ Run = Callable[[Tensor, Tensor | None, int], tuple[Tensor, Tensor]]
 _FORGOTTEN: dict[str, tuple[str, ...]] = {"fast": (), "balanced": ("y",)}
 
 
-def run_blocks(x: Tensor, blocks: Sequence[FoldedBlock | nn.Module], run: Run, sizes: Sizes = None) -> Tensor:
+def run_blocks(
+    x: Tensor,
+    blocks: Sequence[FoldedBlock | nn.Module],
+    run: Run,
+    sizes: Sizes = None,
+    wanted: Tensor | None = None,
+) -> Tensor:
     """x: [B, N, D] in the compute type -> the same, after all blocks; those that are not folded run as they are.
 
     run: (x, delta, index) -> (x, delta) for a folded block. sizes: x holds several groups as rows [T, D] (packed.py).
+    wanted: [M], the only tokens to give back, as rows [M, D].
     """
     delta: Tensor | None = None
+    last = len(blocks) - 1
     for index, block in enumerate(blocks):
         if isinstance(block, FoldedBlock):
             x, delta = run(x, delta, index)
         else:
             with torch.autocast(x.device.type, dtype=x.dtype, enabled=x.dtype != torch.float32):
-                groups = unpack(x if delta is None else x + delta, sizes)
-                x, delta = pack([block(group) for group in groups]).to(x.dtype), None
-    return x if delta is None else x + delta
+                x, delta, taken = x if delta is None else x + delta, None, wanted if index == last else None
+                x = run_plain(block, x, sizes, taken).to(x.dtype)
+    x = x if delta is None else x + delta
+    return x if wanted is None or not isinstance(blocks[last], FoldedBlock) else take(x, wanted)
 
 
 def run_block(

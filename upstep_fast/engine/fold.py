@@ -106,12 +106,8 @@ class FoldedBlock:
         return own + [p for norm in self.norms if norm is not None for p in (norm.weight, norm.bias)]
 
     def draw_paths(self, x: Tensor, sizes: Sizes) -> tuple[Tensor | None, Tensor | None]:
-        """The factors of drop path, 0 or 1 / (1 - p), one a sequence (`packed.draw_path`); None: nothing drops."""
-        first, second = (
-            draw_path(path, x, sizes) if path.training and getattr(path, "drop_prob", None) else None
-            for path in self.paths
-        )
-        return first, second
+        """The factors of the two branches (`packed.draw_path`)."""
+        return draw_path(self.paths[0], x, sizes), draw_path(self.paths[1], x, sizes)
 
 
 def why_not(vit: nn.Module) -> str | None:

@@ -48,7 +48,7 @@ def make_ready(blocks: Sequence[FoldedBlock | nn.Module]) -> Callable[[], dict[i
         now = [p._version for p in sources]
         if not ready or now != versions or any(p.requires_grad for p in sources):
             for index, block in folded.items():
-                new = _merge_block(block)
+                new = _merge_block(block, ready.get(index))
                 ready.setdefault(index, new).update(new)
             versions[:] = now
         return ready
@@ -56,10 +56,11 @@ def make_ready(blocks: Sequence[FoldedBlock | nn.Module]) -> Callable[[], dict[i
     return refresh
 
 
-def merge(linear: FoldedLinear, factors: Sequence[Tensor] | None) -> Projection:
+def merge(linear: FoldedLinear, factors: Sequence[Tensor] | None, into: Projection | None = None) -> Projection:
     """W + s B A and b + s B (A beta), added in fp32 and rounded once; apart where W is in fp8.
 
-    factors: (A, A beta, s B) or None.
+    factors: (A, A beta, s B) or None. into: an earlier result for `linear`, whose memory is written to; of a merged
+    weight only the rows that an adapter adds to.
     """
     if isinstance(linear.weight, Fp8Weight):
         low = None if factors is None else [f.detach().to(linear.bias.dtype) for f in factors]
@@ -67,20 +68,22 @@ def merge(linear: FoldedLinear, factors: Sequence[Tensor] | None) -> Projection:
     if factors is None:
         return Merged(linear.weight, linear.bias)
     a, shift, b = (f.detach() for f in factors)
-    weight, bias = linear.weight.float(), linear.bias.float()
-    if weight is linear.weight:  # already fp32: the frozen tensors themselves must stay
-        weight, bias = weight.clone(), bias.clone()
-    rows = b.shape[1]
+    merged = into if isinstance(into, Merged) else Merged(linear.weight.clone(), linear.bias.clone())
+    num_rows = b.shape[1]
     for t, part in enumerate(linear.parts):
-        weight[part * rows : (part + 1) * rows].addmm_(b[t], a[t])
-        bias[part * rows : (part + 1) * rows].addmv_(b[t], shift[t])
-    return Merged(weight.to(linear.weight.dtype), bias.to(linear.bias.dtype))
+        rows = slice(part * num_rows, (part + 1) * num_rows)
+        merged.weight[rows] = linear.weight[rows].to(torch.float32, copy=True).addmm_(b[t], a[t])
+        merged.bias[rows] = linear.bias[rows].to(torch.float32, copy=True).addmv_(b[t], shift[t])
+    return merged
 
 
-def merge_all(block: FoldedBlock, trained: Sequence[Tensor]) -> list[Projection]:
-    """The block's four projections. trained: what `FoldedBlock.trained` gives."""
+def merge_all(
+    block: FoldedBlock, trained: Sequence[Tensor], into: Sequence[Projection | None] = (None,) * 4
+) -> list[Projection]:
+    """The block's four projections. trained: what `FoldedBlock.trained` gives; into: as for `merge`."""
     factors = factors_of(block, trained)
-    return [merge(linear, factors.get(name)) for name, linear in block.linears.items()]
+    pairs = zip(block.linears.items(), into, strict=True)
+    return [merge(linear, factors.get(name), before) for (name, linear), before in pairs]
 
 
 def factors_of(block: FoldedBlock, trained: Sequence[Tensor]) -> dict[str, Sequence[Tensor]]:
@@ -97,8 +100,9 @@ def _copy(before: Sequence[Tensor], now: Sequence[Tensor]) -> None:
             tensor.copy_(value)
 
 
-def _merge_block(block: FoldedBlock) -> ReadyBlock:
+def _merge_block(block: FoldedBlock, before: ReadyBlock | None) -> ReadyBlock:
     # in fp32 whatever autocast the caller is in
     with torch.autocast(block.qkv.bias.device.type, enabled=False):
         trained = [tensor.detach() for tensor in block.trained()]
-        return ReadyBlock(block, merge_all(block, trained), trained)
+        merged = merge_all(block, trained, before.merged) if before else merge_all(block, trained)
+        return ReadyBlock(block, merged, trained)

@@ -53,7 +53,12 @@ def attend_backward(d_o: Tensor, y: Tensor, o: Tensor, lse: Tensor, heads: int, 
     return pack(gradients)
 
 
-def draw_path(path: torch.nn.Module, x: Tensor, sizes: Sizes) -> Tensor:
-    """One draw of timm's DropPath a sequence, for all of its tokens: [T, 1] for rows, [B, 1, 1] for a group alone."""
+def draw_path(path: torch.nn.Module, x: Tensor, sizes: Sizes) -> Tensor | None:
+    """The factor of drop path, 0 or 1 / (1 - p), one draw a sequence by timm's own module; None: nothing drops.
+
+    [T, 1] for rows, the same for all tokens of a sequence; [B, 1, 1] for a group alone.
+    """
+    if not path.training or not getattr(path, "drop_prob", None):
+        return None
     draws = [path(group.new_ones(len(group), 1, 1)) for group in unpack(x, sizes)]
     return draws[0] if sizes is None else pack([d.expand(*size, 1) for d, size in zip(draws, sizes, strict=True)])

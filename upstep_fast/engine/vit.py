@@ -50,6 +50,10 @@ class EngineViT:
 
         Groups may differ in B and N, as crops of several sizes do; all take one pass (packed.py).
         """
+        return unpack(self.rows_through_blocks(groups), sizes_of(groups))
+
+    def rows_through_blocks(self, groups: Sequence[Tensor], wanted: Tensor | None = None) -> Tensor:
+        """The same as `pack` lays them out; or only `wanted`, [M] places among the tokens of all groups: [M, D]."""
         self.check_unchanged()
         ready, sizes = self.ready(), sizes_of(groups)
 
@@ -58,7 +62,7 @@ class EngineViT:
 
         x = pack(groups).to(self.dtype)
         with torch.autocast(x.device.type, enabled=False):  # the engine chooses its own types
-            return unpack(run_blocks(x, self.blocks, run, sizes), sizes)
+            return run_blocks(x, self.blocks, run, sizes, wanted)
 
 
 def build(

@@ -8,17 +8,23 @@ What is here serves both objectives (explora_dinov2.py, explora_mae.py): what tr
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .. import lora
 from ..backbone import Backbone
 from ..config_explora import ExploraConfig
+from ..engine.block import Memory
 from ..errors import ConfigError
 from ..lora import LoraLinear, LoraSpec
+from .explora_tokens import Encoder
+
+log = logging.getLogger("upstep_fast")
 
 
 def unfrozen_blocks(unfreeze: str, depth: int) -> tuple[int, ...]:
@@ -85,6 +91,14 @@ def prepare(backbone: Backbone, config: ExploraConfig) -> dict[str, LoraLinear]:
         patch_embed=config.train_patch_embed,
         positions=config.train_positions,
     )
+
+
+def accelerate(encoder: Encoder, dtype: torch.dtype, memory: Memory, fp8: bool) -> bool:
+    """Runs the encoder's frozen blocks on the engine from now on; where it cannot, says why and returns False."""
+    if reason := encoder.accelerate(dtype, memory, fp8):
+        log.warning("engine: running the plain model instead, since %s", reason)
+        return False
+    return True
 
 
 def trained(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -18,7 +18,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,37 +26,21 @@ from .. import distributed, lora
 from ..backbone import Backbone
 from ..config_explora import Dinov2Config
 from ..data.loader import Batch
-from ..data.recipe import local_config, view_config
-from ..data.views import multi_crop
 from ..engine.block import Memory
 from ..kernels.sinkhorn import sinkhorn
-from ..lora import LoraLinear
-from . import explora
+from . import explora, explora_crops
+from .dino_head import Head, scores
 from .embedded import Embedded, embedded
-from .explora_tokens import Encoder, block_mask, embed, grid_of, pooled
+from .explora_crops import GLOBAL_VIEWS, Crops
+from .explora_teacher import averaged, own_weights, teacher_of
+from .explora_tokens import Encoder, embed, grid_of, seen
 from .losses import dino
 from .schedules import cosine, linear_warmup, warmup_cosine
 
 log = logging.getLogger("upstep_fast")
 
-GLOBAL_VIEWS = 2
 CENTRE_MOMENTUM = 0.9  # of softmax centring, as in DINO
 FLAT, ONE_DIRECTION = 0.999, 0.999  # teacher entropy and centre magnitude that mean collapse
-_MASKS = 7  # names the random numbers of masks among those of (seed, epoch, index)
-
-
-@dataclass(frozen=True)
-class Crops:
-    """The views of a batch of B images."""
-
-    whole: Tensor  # [2, B, C, H, W], the global crops
-    local: Tensor  # [n, B, C, h, w], n may be 0
-    masked: Tensor  # [2, B, N] bool, patches of the global crops that the student does not see
-    places: Tensor  # [M], where these are among all 2 B N: known to the host, so that no step waits for the device
-    weights: Tensor  # [M] fp32, 1 / (masked patches of the crop)
-
-    def __len__(self) -> int:
-        return len(self.whole)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,30 +52,6 @@ class Student(Embedded):
     patches: Tensor  # [M, D] masked patches, in the order of `crops.masked`
 
 
-# counted and moved tensor by tensor
-torch.export.register_dataclass(Crops)
-
-
-class Head(nn.Module):
-    """DINO's head: [*, D] -> [*, K], cosines against K prototypes of a bottleneck behind an MLP of three layers."""
-
-    def __init__(self, width: int, hidden: int, bottleneck: int, prototypes: int):
-        super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
-        )
-        for module in self.mlp:
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)  # DINOv2 truncates it at 100 standard deviations
-                nn.init.zeros_(module.bias)
-        # of unit length in use: weight normalisation with its length fixed at 1
-        self.prototypes = nn.Parameter(torch.randn(prototypes, bottleneck) / bottleneck**0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [*, D] -> scores [*, K], each a cosine."""
-        return F.linear(F.normalize(self.mlp(x), dim=-1, eps=1e-6), F.normalize(self.prototypes, dim=-1).to(x.dtype))
-
-
 class ExploraDinov2(nn.Module):
     """Student, teacher and heads; what training changes and a checkpoint holds."""
 
@@ -102,9 +61,7 @@ class ExploraDinov2(nn.Module):
     def __init__(self, backbone: Backbone, config: Dinov2Config):
         super().__init__()
         self.config, self.passes = config, 1
-        whole = view_config(config, backbone)
-        local = local_config(whole, self._local_size(backbone), (0.05, whole.crop_scale[0]))
-        self.recipes = [(whole, GLOBAL_VIEWS)] + ([(local, config.local_views)] if config.local_views else [])
+        self.recipes = explora_crops.recipes(config, backbone)
         vit: Any = backbone.vit
         self.grid = grid_of(vit, *backbone.img_size)
         size = (backbone.width, config.head_hidden, config.head_dim, config.prototypes)
@@ -116,13 +73,10 @@ class ExploraDinov2(nn.Module):
             self.patch_head = Head(*size) if config.separate_heads else None
         self.vit = vit
         self.mask_token = nn.Parameter(torch.zeros(vit.embed_dim))
-        # frozen weights are the student's own tensors, not copies
-        frozen = {id(p): p for p in vit.parameters() if not p.requires_grad}
-        self.teacher = copy.deepcopy(vit, frozen)
+        self.teacher = teacher_of(vit, config.ema)
         self.teacher_head, self.teacher_patch_head = copy.deepcopy(self.head), copy.deepcopy(self.patch_head)
-        if config.ema == "products":
-            _give_own_weights(self.teacher)
-        self._averaged = self._pairs()
+        pairs = ((self.teacher, vit), (self.teacher_head, self.head), (self.teacher_patch_head, self.patch_head))
+        self._averaged = [pair for mine, theirs in pairs for pair in averaged(mine, theirs)]
         for average, _ in self._averaged:
             average.requires_grad_(False)
         self.register_buffer("class_centre", torch.zeros(config.prototypes))
@@ -133,29 +87,9 @@ class ExploraDinov2(nn.Module):
         self._entropy = 0.0  # of the last targets
         self._sums: list[Tensor] = []  # of the teacher's scores and how many they are, for softmax centring
 
-    def _local_size(self, backbone: Backbone) -> tuple[int, int]:
-        patch = backbone.vit.patch_embed.patch_size
-        sides = []
-        for side, step in zip(backbone.img_size, patch, strict=True):
-            asked = 7 * side / 16 if self.config.local_size is None else self.config.local_size
-            sides.append(max(1, round(asked / step)) * step)
-        return sides[0], sides[1]
-
-    def _pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """(the teacher's, the student's) for all that the teacher averages one by one."""
-        pairs = []
-        modules = [(self.teacher, self.vit), (self.teacher_head, self.head), (self.teacher_patch_head, self.patch_head)]
-        for mine, theirs in modules:
-            if mine is not None and theirs is not None:
-                own = dict(mine.named_parameters())
-                pairs += [(own[name], p) for name, p in explora.trained(theirs).items() if name in own]
-        return pairs
-
     def accelerate(self, dtype: torch.dtype, memory: Memory = "fast", fp8: bool = False) -> None:
         """Runs the frozen blocks on the engine from now on."""
-        reason = self.encoder.accelerate(dtype, memory, fp8)
-        if reason:
-            log.warning("engine: running the plain model instead, since %s", reason)
+        if not explora.accelerate(self.encoder, dtype, memory, fp8):
             return
         # what the teacher averages changes too: the engine must refer to it as to what trains, not fold it away
         own = [p for p in self.teacher.parameters() if id(p) not in {id(q) for q in self.vit.parameters()}]
@@ -189,20 +123,7 @@ class ExploraDinov2(nn.Module):
 
     def views(self, batch: Batch, device: torch.device) -> Crops:
         """The crops of a batch and the masks of the global ones."""
-        key = {"seed": self.config.seed, "epoch": batch.epoch, "indices": batch.indices, "device": device}
-        crops = multi_crop(batch.images, self.recipes, **key)  # type: ignore[arg-type]
-        masks = [
-            [self._mask(batch.epoch, index, view) for index in batch.indices.tolist()] for view in range(GLOBAL_VIEWS)
-        ]
-        masked = np.array(masks).reshape(GLOBAL_VIEWS, len(batch.images), -1)
-        return Crops(crops[0], crops[1] if len(crops) > 1 else crops[0][:0], *_places(masked, device))
-
-    def _mask(self, epoch: int, index: int, view: int) -> np.ndarray:
-        random = np.random.default_rng((self.config.seed, epoch, index, view, _MASKS))
-        if not self.config.ibot_weight or random.random() >= self.config.mask_probability:
-            return np.zeros(self.grid, bool)
-        share = random.uniform(*self.config.mask_ratio)
-        return block_mask(self.grid, int(share * self.grid[0] * self.grid[1]), random)
+        return explora_crops.draw(batch, self.recipes, self.grid, self.config, device)
 
     @property
     def min_side(self) -> int:
@@ -215,16 +136,14 @@ class ExploraDinov2(nn.Module):
 
     def embed(self, views: Crops) -> Student:
         """The student's forward pass over all crops."""
-        prefix = self.vit.num_prefix_tokens
         whole = embed(
             self.vit, views.whole.flatten(0, 1), masked=views.masked.flatten(0, 1), mask_token=self.mask_token
         )
         local = [embed(self.vit, views.local.flatten(0, 1))] if len(views.local) else []
-        groups = self.encoder(whole, *local)
-        of_all = torch.cat([pooled(self.vit, group) for group in groups]).unflatten(0, (-1, views.whole.shape[1]))
-        seen = embedded(F.normalize(of_all[:GLOBAL_VIEWS].float(), dim=-1))
-        patches = groups[0][:, prefix:].flatten(0, 1)[views.places]
-        own = {field.name: getattr(seen, field.name) for field in fields(Embedded)}
+        features, patches = seen(self.vit, self.encoder, [whole, *local], views.places)
+        of_all = features.unflatten(0, (-1, views.whole.shape[1]))
+        of_gate = embedded(F.normalize(of_all[:GLOBAL_VIEWS].float(), dim=-1))
+        own = {field.name: getattr(of_gate, field.name) for field in fields(Embedded)}
         return Student(**own, crops=views, of_crops=of_all, patches=patches)
 
     def num_sums(self, views: int) -> int:
@@ -236,12 +155,11 @@ class ExploraDinov2(nn.Module):
         c, crops = self.config, learning.crops
         num_images = crops.masked.shape[0] * crops.masked.shape[1]
         class_targets, patch_targets = self._targets(crops)
-        scores = self.head(learning.of_crops)
-        total = dino.class_token_loss(scores, class_targets, c.temperature)
+        of_class, of_patch = scores(self.head, self.patch_head, learning.of_crops, learning.patches)
+        total = dino.class_token_loss(of_class, class_targets, c.temperature)
         self._figures = {"dino": total.detach(), "teacher_entropy": dino.entropy(class_targets)}
         if c.ibot_weight:
-            scores = (self.patch_head or self.head)(learning.patches)
-            ibot = dino.patch_loss(scores, patch_targets, crops.weights, num_images, c.temperature)
+            ibot = dino.patch_loss(of_patch, patch_targets, crops.weights, num_images, c.temperature)
             self._figures["ibot"] = ibot.detach()
             total = total + c.ibot_weight * ibot
         if c.koleo_weight:
@@ -254,10 +172,10 @@ class ExploraDinov2(nn.Module):
     def _targets(self, crops: Crops) -> tuple[Tensor, Tensor]:
         """The teacher's targets: of the global crops [2, B, K], of the masked patches [M, K]."""
         teacher = self.teacher
-        (tokens,) = self.teacher_encoder(embed(teacher, crops.whole.flatten(0, 1)))
-        of_class = self.teacher_head(pooled(teacher, tokens)).float()
-        patches = tokens[:, teacher.num_prefix_tokens :].flatten(0, 1)[crops.places]
-        of_patch = (self.teacher_patch_head or self.teacher_head)(patches).float()
+        whole = embed(teacher, crops.whole.flatten(0, 1))
+        features, patches = seen(teacher, self.teacher_encoder, [whole], crops.places)
+        both = scores(self.teacher_head, self.teacher_patch_head, features, patches)
+        of_class, of_patch = (x.float() for x in both)
         if self.config.centring == "softmax":
             self._sums = [torch.cat([x.sum(0), x.new_full((1,), len(x))]) for x in (of_class, of_patch)]
             targets = (
@@ -329,7 +247,7 @@ class ExploraDinov2(nn.Module):
     def state_tensors(self) -> dict[str, Tensor]:
         """The student, the heads, the teacher and the centres."""
         own = {id(average) for average, _ in self._averaged}
-        own |= {id(p) for p in _own_weights(self.teacher, self.adapters)} if self.config.ema == "products" else set()
+        own |= {id(p) for p in own_weights(self.teacher, self.adapters)} if self.config.ema == "products" else set()
         averages = {name: p for name, p in self.named_parameters() if id(p) in own}
         return explora.trained(self) | averages | dict(self.named_buffers(recurse=False))
 
@@ -341,24 +259,3 @@ class ExploraDinov2(nn.Module):
         """That model's adapters and what else is trained, as PEFT reads them, and bare parameters."""
         with self.as_written() as model:
             return explora.result_files(model, lora.find(model), self.config.model, explora.trained(self.vit))
-
-
-def _places(masked: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """`Crops.masked`, `places` and `weights` of masks [2, B, N]."""
-    weights = np.broadcast_to(1 / masked.sum(-1, keepdims=True).clip(1), masked.shape)[masked]
-    found = torch.from_numpy(masked), torch.from_numpy(np.flatnonzero(masked)), torch.from_numpy(weights).float()
-    return tuple(x.to(device, non_blocking=True) for x in found)  # type: ignore[return-value]
-
-
-def _give_own_weights(teacher: nn.Module) -> None:
-    # an average of products is no product of factors: the teacher's adapted matrices become plain ones of its own
-    for name, module in list(teacher.named_modules()):
-        if isinstance(module, LoraLinear):
-            linear = copy.copy(module.base)
-            linear._parameters = dict(module.base._parameters)
-            linear.weight = nn.Parameter(module.base.weight.detach().clone(), requires_grad=False)
-            teacher.set_submodule(name, linear)
-
-
-def _own_weights(teacher: nn.Module, adapters: Iterable[str]) -> list[nn.Parameter]:
-    return [teacher.get_parameter(f"{name}.weight") for name in adapters]

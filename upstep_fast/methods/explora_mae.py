@@ -142,9 +142,7 @@ class ExploraMae(nn.Module):
 
     def accelerate(self, dtype: torch.dtype, memory: Memory = "fast", fp8: bool = False) -> None:
         """Runs the encoder's frozen blocks on the engine from now on."""
-        if reason := self.encoder.accelerate(dtype, memory, fp8):
-            log.warning("engine: running the plain model instead, since %s", reason)
-        else:
+        if explora.accelerate(self.encoder, dtype, memory, fp8):
             log.info("engine: the blocks trained whole (%s) and the decoder run as plain modules", self.config.unfreeze)
 
     @property

@@ -7,6 +7,7 @@ norm(blocks(x))                                                                 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -91,10 +92,37 @@ class Encoder:
         with torch.autocast(groups[0].device.type, enabled=False):
             return [self.vit.norm(group.float()) for group in self._engine.through_blocks(groups)]
 
+    def some(self, groups: Sequence[Tensor], wanted: Tensor) -> Tensor:
+        """The same, but only the tokens `wanted`, [M] places among those of all groups in order: [M, D]."""
+        if self._engine is None:
+            return torch.cat([group.flatten(0, 1) for group in self(*groups)])[wanted]
+        with torch.autocast(wanted.device.type, enabled=False):
+            return self.vit.norm(self._engine.rows_through_blocks(groups, wanted).float())
+
 
 def pooled(vit: Any, x: Tensor) -> Tensor:
     """What the model gives its classifier, of normalised tokens: [B, N, D] -> [B, D]."""
     return vit.forward_head(x, pre_logits=True)
+
+
+def seen(vit: Any, encoder: Encoder, groups: Sequence[Tensor], places: Tensor) -> tuple[Tensor, Tensor]:
+    """Features [S, D] of the S sequences of all groups, and [M, D] of some patches of the first group.
+
+    groups: [B, P + N, D] each, as `embed` gives them; places: [M], among the B N patches of the first. Where the
+    features are class tokens, the engine is told that it needs no others.
+    """
+    prefix = vit.num_prefix_tokens
+    if vit.global_pool != "token" or vit.attn_pool is not None:
+        tokens = encoder(*groups)
+        return torch.cat([pooled(vit, group) for group in tokens]), tokens[0][:, prefix:].flatten(0, 1)[places]
+    before, wanted = 0, []
+    for group in groups:
+        wanted.append(before + group.shape[1] * torch.arange(len(group), device=group.device))
+        before += len(group) * group.shape[1]
+    image = places // (groups[0].shape[1] - prefix)
+    rows = encoder.some(groups, torch.cat([*wanted, places + prefix * (image + 1)]))
+    num_sequences = len(rows) - len(places)
+    return pooled(vit, rows[:num_sequences, None]), rows[num_sequences:]
 
 
 MIN_BLOCK, MIN_ASPECT, TRIES = 4, 0.3, 10  # patches; height over width; as DINOv2's masking generator
