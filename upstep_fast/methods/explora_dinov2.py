@@ -11,7 +11,6 @@ models do not keep. Both are thrown away afterwards.
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -32,7 +31,7 @@ from . import explora, explora_crops
 from .dino_head import Head, scores
 from .embedded import Embedded, embedded
 from .explora_crops import GLOBAL_VIEWS, Crops
-from .explora_teacher import averaged, own_weights, teacher_of
+from .explora_teacher import averaged, copied, own_weights, teacher_of
 from .explora_tokens import Encoder, embed, grid_of, seen
 from .losses import dino
 from .schedules import cosine, linear_warmup, warmup_cosine
@@ -74,7 +73,8 @@ class ExploraDinov2(nn.Module):
         self.vit = vit
         self.mask_token = nn.Parameter(torch.zeros(vit.embed_dim))
         self.teacher = teacher_of(vit, config.ema)
-        self.teacher_head, self.teacher_patch_head = copy.deepcopy(self.head), copy.deepcopy(self.patch_head)
+        self.teacher_head = copied(self.head)
+        self.teacher_patch_head = copied(self.patch_head) if self.patch_head else None
         pairs = ((self.teacher, vit), (self.teacher_head, self.head), (self.teacher_patch_head, self.patch_head))
         self._averaged = [pair for mine, theirs in pairs for pair in averaged(mine, theirs)]
         for average, _ in self._averaged:

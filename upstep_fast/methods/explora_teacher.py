@@ -18,10 +18,17 @@ from . import explora
 
 def teacher_of(vit: Any, ema: Literal["factors", "products"]) -> Any:
     """A copy of `vit` with its own adapters and trained parts. Frozen weights are the student's tensors, not copies."""
-    teacher = copy.deepcopy(vit, {id(p): p for p in vit.parameters() if not p.requires_grad})
+    teacher = copied(vit)
     if ema == "products":
         _give_own_weights(teacher)
     return teacher
+
+
+def copied(module: Any) -> Any:
+    """A copy with what trains copied, and frozen parameters shared."""
+    # by clone: deepcopy gives fake tensors a storage that is not the one they then use (torch 2.15)
+    own = {id(p): nn.Parameter(p.detach().clone()) if p.requires_grad else p for p in module.parameters()}
+    return copy.deepcopy(module, own)
 
 
 def averaged(mine: nn.Module | None, theirs: nn.Module | None) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
