@@ -17,6 +17,7 @@ Nothing overflows at any epsilon, and a column's best samples keep all their dig
 Split over ranks, the [K] peaks and sums are reduced between them and nothing else: 1 + iterations reductions.
 Bytes moved: iterations + 1 reads of the scores and one write of Q in fp32 (above BLOCK centres, twice the reads).
 One launch: a grid small enough to be resident runs all passes, with a barrier between them. No gradient.
+Several problems of one shape, scores [V, B, K], share the launch, and over ranks the reductions.
 """
 
 from __future__ import annotations
@@ -36,34 +37,34 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 def sinkhorn_reference(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
     """The specification, in fp32 or wider. Arguments as `sinkhorn`."""
     t, _ = _below_peak(scores, epsilon)
-    share = -t.exp().sum(0).log()
+    share = -t.exp().sum(-2, keepdim=True).log()
     for _ in range(iterations - 1):
-        share = share - (t + share).softmax(1).sum(0).log()
-    return (t + share).softmax(1)
+        share = share - (t + share).softmax(-1).sum(-2, keepdim=True).log()
+    return (t + share).softmax(-1)
 
 
 def _below_peak(scores: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     x = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    peak = x.amax(0) if len(x) else x.new_full((x.shape[1],), -math.inf)
-    return (x - peak) / epsilon, peak
+    peak = x.amax(-2, keepdim=True) if x.numel() else x.new_full((*x.shape[:-2], 1, x.shape[-1]), -math.inf)
+    return (x - peak) / epsilon, peak.squeeze(-2)
 
 
 def _columns_reference(scores: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     t, peak = _below_peak(scores, epsilon)
-    return peak, t.exp().sum(0)
+    return peak, t.exp().sum(-2)
 
 
 def _assign_reference(scores: Tensor, epsilon: float, peak: Tensor, share: Tensor) -> Tensor:
-    return ((scores.float() - peak) / epsilon + share).softmax(1)
+    return ((scores.float() - peak.unsqueeze(-2)) / epsilon + share.unsqueeze(-2)).softmax(-1)
 
 
 def _rows_reference(scores: Tensor, epsilon: float, peak: Tensor, share: Tensor) -> Tensor:
-    return _assign_reference(scores, epsilon, peak, share).sum(0)
+    return _assign_reference(scores, epsilon, peak, share).sum(-2)
 
 
 def _register(schema: str, fake: Callable, in_triton: Callable, in_torch: Callable) -> Callable:
     def run(scores: Tensor, *rest):
-        if not len(scores):  # a rank without rows
+        if not scores.numel():  # a rank without rows
             return in_torch(scores, *rest)
         kind = choose("sinkhorn", scores.device, {"triton": triton_reason(scores), "reference": None})
         return (in_triton if kind == "triton" else in_torch)(scores, *rest)
@@ -99,11 +100,12 @@ def sinkhorn(
 ) -> Tensor:
     """Targets Q of samples against centres; every row sums to 1 within 1e-6. No gradient flows to `scores`.
 
-    scores: [B, K] in fp16, bf16 or fp32, any strides; B may be 0. epsilon: above 0; SwAV's is 0.05, for cosines.
+    scores: [B, K], or [V, B, K] for V problems apart (views, say), in fp16, bf16 or fp32, any strides; B may be 0.
+    epsilon: above 0; SwAV's is 0.05, for cosines.
     iterations: at least 1, since the rows sum to 1 only after a sample step; SwAV's is 3.
-    all_reduce: for a batch split over ranks, of which `scores` are this rank's rows: reduces a [K] tensor over the
-        ranks in place by "max" or "sum". Called 1 + `iterations` times, by every rank, one without rows too.
-    Returns [B, K] in fp32, contiguous. A NaN among the scores makes every target NaN.
+    all_reduce: for a batch split over ranks, of which `scores` are this rank's rows: reduces a [K] or [V, K] tensor
+        over the ranks in place by "max" or "sum". Called 1 + `iterations` times, by every rank, one without rows too.
+    Returns fp32 of the shape of `scores`, contiguous. A NaN among a problem's scores makes all its targets NaN.
     Raises ValueError for arguments that do not fit.
     """
     if message := _complaint(scores, epsilon, iterations):
@@ -125,8 +127,9 @@ def sinkhorn(
 
 
 def _complaint(scores: Tensor, epsilon: float, iterations: int) -> str | None:
-    if scores.dim() != 2 or scores.shape[1] == 0:
-        return f"scores must be [samples, centres] with at least one centre, got shape {list(scores.shape)}"
+    if scores.dim() not in (2, 3) or scores.shape[-1] == 0:
+        shapes = "[samples, centres] or [problems, samples, centres]"
+        return f"scores must be {shapes} with at least one centre, got shape {list(scores.shape)}"
     if scores.dtype not in _DTYPES:
         return f"scores must be fp16, bf16 or fp32, got {scores.dtype}"
     return argument_complaint(epsilon, iterations)

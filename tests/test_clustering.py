@@ -21,7 +21,7 @@ def test_loss_of_two_images_and_two_prototypes_by_hand():
     # both views of image 0 lie on prototype 0, of image 1 on prototype 1; scores 1 and 0; targets by equal usage
     scores = torch.eye(2).expand(2, 2, 2)
     temperature, epsilon = 0.5, 0.25
-    targets = torch.stack([sinkhorn(s, epsilon, 3) for s in scores])
+    targets = sinkhorn(scores, epsilon, 3)
     q = 1 / (1 + math.exp(-1 / epsilon))  # the matrix [[e^4, 1], [1, e^4]] is balanced by its row sums alone
     torch.testing.assert_close(targets[0], torch.tensor([[q, 1 - q], [1 - q, q]]))
     log_p = -math.log(1 + math.exp(-1 / temperature)), -math.log(1 + math.exp(1 / temperature))
@@ -65,7 +65,7 @@ def test_whole_objective_and_its_gradient_against_float64(epsilon):
     u32 = u.float().requires_grad_()
     z = F.normalize(u32, dim=-1)
     scores = z @ prototypes.float().T
-    targets = torch.stack([sinkhorn(s.detach(), epsilon, 3) for s in scores])
+    targets = sinkhorn(scores.detach(), epsilon, 3)
     loss = clustering.swapped_loss(scores, targets, 0.1) + 0.7 * z.mean((0, 1)).square().sum()
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -74,7 +74,7 @@ def test_whole_objective_and_its_gradient_against_float64(epsilon):
 
 def test_collapsed_batch_gives_uniform_targets_and_log_k():
     scores = torch.full((2, 32, 10), 0.3)
-    targets = torch.stack([sinkhorn(s, 0.05, 3) for s in scores])
+    targets = sinkhorn(scores, 0.05, 3)
     torch.testing.assert_close(targets, torch.full_like(targets, 0.1))
     assert clustering.swapped_loss(scores, targets, 0.1).item() == pytest.approx(math.log(10), rel=1e-6)
 

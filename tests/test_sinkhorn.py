@@ -45,7 +45,7 @@ def log_domain(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
     """The same where exp would overflow."""
     log_q = scores / epsilon
     for _ in range(iterations):
-        log_q = log_q.log_softmax(0).log_softmax(1)
+        log_q = log_q.log_softmax(-2).log_softmax(-1)
     return log_q.exp()
 
 
@@ -56,13 +56,17 @@ def cosines(B: int, K: int, seed: int = 0, device: str = "cpu") -> Tensor:
     return (z @ F.normalize(torch.randn(K, 64, generator=g), dim=1).T).to(device)
 
 
+def problems(V: int, B: int, K: int, device: str = "cpu") -> Tensor:
+    return torch.stack([cosines(B, K, seed, device) for seed in range(V)])
+
+
 def check(scores: Tensor, epsilon: float, iterations: int, got: Tensor | None = None) -> None:
     got = sinkhorn(scores, epsilon, iterations) if got is None else got
     oracle = log_domain(scores.double(), epsilon, iterations)
     eager = log_domain(scores.float(), epsilon, iterations)
     assert got.dtype == torch.float32 and got.is_contiguous()
     assert_matches(got, oracle, eager)
-    assert (got.double().sum(1) - 1).abs().max() <= 1e-6
+    assert (got.double().sum(-1) - 1).abs().max() <= 1e-6
 
 
 def over_ranks(parts: list[Tensor], epsilon: float, iterations: int) -> Tensor:
@@ -156,6 +160,23 @@ def test_any_shape(B, K, dtype, layout, epsilon, iterations, seed):
     check(laid_out(cosines(B, K, seed).to(dtype), layout), epsilon, iterations)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_problems_are_apart(dtype):
+    scores = problems(3, 64, 30).to(dtype)
+    check(scores, 0.05, 3)
+    check(scores.transpose(0, 1), 0.05, 3)
+    scores[1, 2, 3] = math.nan
+    assert sinkhorn(scores, 0.05, 3).isnan().flatten(1).all(1).tolist() == [False, True, False]
+    assert sinkhorn(scores[:, :0], 0.05, 3).shape == (3, 0, 30) and sinkhorn(scores[:0], 0.05, 3).shape == (0, 64, 30)
+
+
+def test_problems_share_the_reductions():
+    calls = []
+    scores = problems(2, 8, 5)
+    check(scores, 0.05, 3, got=sinkhorn(scores, 0.05, 3, all_reduce=lambda t, op: calls.append((op, t.shape))))
+    assert calls == [("max", (2, 5))] + [("sum", (2, 5))] * 3
+
+
 @pytest.mark.parametrize("cuts", [[256], [128, 128], [100, 0, 156], [1, 85, 85, 85]])
 @pytest.mark.parametrize(("epsilon", "iterations"), [(0.05, 3), (0.01, 1)])
 def test_a_split_batch_is_the_whole(cuts, epsilon, iterations):
@@ -194,7 +215,7 @@ def test_empty_batch_is_empty():
     [
         (torch.zeros(3), 0.05, 3, r"scores must be .*got shape \[3\]"),
         (torch.zeros(3, 0), 0.05, 3, r"at least one centre, got shape \[3, 0\]"),
-        (torch.zeros(2, 3, 4), 0.05, 3, r"got shape \[2, 3, 4\]"),
+        (torch.zeros(2, 3, 4, 5), 0.05, 3, r"got shape \[2, 3, 4, 5\]"),
         (torch.zeros(3, 4, dtype=torch.int64), 0.05, 3, "scores must be fp16, bf16 or fp32, got torch.int64"),
         (torch.zeros(3, 4), 0.0, 3, "epsilon must be a finite number above 0, got 0.0"),
         (torch.zeros(3, 4), -1.0, 3, "epsilon must be"),
@@ -220,10 +241,12 @@ def test_no_gradient_flows():
 
 
 @pytest.mark.parametrize(
-    "scores", [cosines(8, 5), cosines(8, 5).T, torch.empty(0, 5)], ids=["whole", "transposed", "empty"]
+    "scores",
+    [cosines(8, 5), cosines(8, 5).T, torch.empty(0, 5), cosines(8, 5).view(2, 4, 5), torch.empty(2, 0, 5)],
+    ids=["whole", "transposed", "empty", "problems", "empty problems"],
 )
 def test_opcheck(scores):
-    peak, share = torch.ones(2, scores.shape[1])
+    peak, share = torch.ones(2, *scores.shape[:-2], scores.shape[-1])
     for op, arguments in (
         (module._sinkhorn_op, (scores, 0.05, 3)),
         (module._columns_op, (scores, 0.05)),
@@ -278,6 +301,30 @@ def test_interpreted_in_one_launch(small_tiles, monkeypatch):
 
 
 @pytest.mark.interp
+@pytest.mark.parametrize("warps", [12, 2])  # for two programs a problem or more, and for fewer than there are problems
+@pytest.mark.parametrize("shape", [(3, 9, 13), (3, 5, 70)])
+def test_interpreted_problems_are_apart(small_tiles, shape, warps, monkeypatch):
+    monkeypatch.setattr(fused, "_resident_warps", lambda device: warps)
+    scores = problems(*shape)
+    assert fused.cut(scores).resident == (warps > 3)
+    for of in (scores, scores.transpose(1, 2)):
+        with _dispatch.forced("triton"), guarded_outputs():
+            q = sinkhorn(surrounded(of), 0.05, 2)
+        check(of, 0.05, 2, got=q)
+
+
+@pytest.mark.interp
+def test_interpreted_problems_in_one_launch(small_tiles, monkeypatch):
+    monkeypatch.setattr(fused, "_resident_warps", lambda device: 3)
+    monkeypatch.setattr(fused, "INTERPRET", False)
+    for shape in ((9, 13), (5, 70)):
+        scores = problems(3, *shape)
+        with guarded_outputs():
+            q = fused.assignments(scores, 0.05, 3)
+        check(scores, 0.05, 3, got=q)
+
+
+@pytest.mark.interp
 @pytest.mark.parametrize("K", [40, 100])
 def test_interpreted_parts_add_up(small_tiles, K):
     scores = cosines(9, K)
@@ -319,6 +366,17 @@ def test_gpu_matches_fp64(shape, dtype, epsilon, iterations):
     scores = cosines(*shape, device="cuda").to(dtype)
     with _dispatch.forced("triton"):
         check(scores, epsilon, iterations)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(2, 257, 300), (10, 64, 8193), (700, 9, 40)])
+def test_gpu_problems_are_apart(shape):
+    scores = surrounded(problems(*shape, device="cuda"))
+    with guarded_outputs():
+        q = sinkhorn(scores, 0.05, 3)
+    check(scores, 0.05, 3, got=q)
+    for one, of in zip(q, scores, strict=True):
+        torch.testing.assert_close(one, sinkhorn(of, 0.05, 3), rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.gpu

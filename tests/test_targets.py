@@ -12,6 +12,8 @@ from upstep_fast import step as steps
 from upstep_fast.config import AdaptConfig
 from upstep_fast.device import resolve
 from upstep_fast.errors import ConfigError
+from upstep_fast.kernels.sinkhorn import sinkhorn as sinkhorn_op
+from upstep_fast.methods import upstep
 from upstep_fast.methods.losses import clustering
 from upstep_fast.methods.upstep import UpStep
 from upstep_fast.reference.upstep import sinkhorn
@@ -66,6 +68,25 @@ def swapped(z, q, prototypes, temperature=0.1):
     """The mean over both views of the cross-entropy with the other's targets, in float64."""
     log_p = ((z.double() @ prototypes.T) / temperature).log_softmax(-1)
     return -(q[0] * log_p[1] + q[1] * log_p[0]).sum(-1).mean() / 2
+
+
+def test_views_share_one_call_and_train_as_with_a_call_each(options, monkeypatch):
+    def trajectory(out):
+        upstep_fast.adapt(**options | {"out": options["out"] / out})
+        lines = (options["out"] / out / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["loss"] for line in lines]
+
+    calls = []
+
+    def counted(scores, *args, **kwargs):
+        calls.append(scores.shape)
+        return sinkhorn_op(scores, *args, **kwargs)
+
+    monkeypatch.setattr(upstep, "sinkhorn", counted)
+    together = trajectory("together")
+    assert set(calls) == {(2, 8, 8)}
+    monkeypatch.setattr(upstep, "sinkhorn", lambda s, *a, **k: torch.stack([sinkhorn_op(view, *a, **k) for view in s]))
+    assert together == pytest.approx(trajectory("each"), rel=1e-5)
 
 
 def test_targets_are_balanced_over_the_queue_and_the_loss_is_the_batchs(options):

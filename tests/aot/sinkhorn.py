@@ -29,12 +29,14 @@ def passes(capability, *, shape, dtype):
 
 CASES = {
     "one launch fp32 128x512": partial(one_launch, shape=(128, 512), dtype=torch.float32),
+    "one launch of two fp32 256x300": partial(one_launch, shape=(2, 256, 300), dtype=torch.float32),
     "one launch fp32 4096x8192": partial(one_launch, shape=(4096, 8192), dtype=torch.float32),
     "passes bf16 2048x3000": partial(passes, shape=(2048, 3000), dtype=torch.bfloat16),
 }
+SHAPES = ((1, 1), (128, 512), (256, 300), (2048, 3000), (4096, 8192), (1024, 65536), (65536, 16))
 LONG = {
-    f"{way.__name__} {dtype} {B}x{K}": partial(way, shape=(B, K), dtype=dtype)
+    f"{way.__name__} {dtype} {'x'.join(map(str, shape))}": partial(way, shape=shape, dtype=dtype)
     for way in (one_launch, passes)
     for dtype in (torch.float16, torch.bfloat16, torch.float32)
-    for B, K in ((1, 1), (128, 512), (256, 300), (2048, 3000), (4096, 8192), (1024, 65536), (65536, 16))
+    for shape in (*SHAPES, (2, 128, 512), (10, 64, 8193))
 }

@@ -235,8 +235,8 @@ class UpStep(nn.Module):
         if self.queue is not None:
             part = distributed.own_part(self.queue.shape[1])
             scores = torch.cat([scores, self.queue[:, part.start : part.stop] @ prototypes.T], 1)
-        q = [sinkhorn(p.detach(), c.epsilon, c.sinkhorn_iterations, all_reduce=all_reduce)[:own] for p in scores]
-        return sharpen(torch.stack(q), c.sharpen)
+        q = sinkhorn(scores.detach(), c.epsilon, c.sinkhorn_iterations, all_reduce=all_reduce)
+        return sharpen(q[:, :own], c.sharpen)
 
     @torch.no_grad()
     def _statistic(self, z: Tensor) -> Tensor:
