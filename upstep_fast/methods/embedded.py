@@ -1,4 +1,7 @@
-"""What a step's forward pass leaves: unit embeddings, their centre, and what the gate looks at."""
+"""What a step's forward pass leaves: unit embeddings, their centre, and what the gate looks at.
+
+z = u / |u|;  S_v = sum_i z_vi, added up over the ranks;  s = sum_v S_v / (V B);  m = |s|    kernels/center_vector
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import distributed
+from ..kernels.center_vector import center_vector_partial
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,7 @@ class Embedded:
 
     z: Tensor  # [V, B, d] fp32, unit length
     centre: Tensor  # [d] fp32, mean of z; carries gradient where z does
+    of_views: Tensor  # [V, d] fp32, detached: the sum of each view's z
     magnitudes: Tensor  # [1 + V] or one more, fp32, detached: |centre|, of each view's centre, `statistic`
     views: Tensor | None = None  # [V, B, C, H, W] and
     features: Tensor | None = None  # [V B, D] with gradient, where the loss compares them with the base model's
@@ -27,8 +32,7 @@ class Embedded:
     @property
     def sums(self) -> Tensor:
         """What is added up over the ranks: the sum of each view's z, and the images. [V d + 1] fp32, detached."""
-        z = self.z.detach()
-        return torch.cat([z.sum(1).flatten(), z.new_full((1,), z.shape[1])])
+        return torch.cat([self.of_views.flatten(), self.of_views.new_full((1,), self.z.shape[1])])
 
     def of_all(self, sums: Tensor) -> Self:
         """The same z with the centre of all ranks' images; `sums`: those of all ranks together.
@@ -49,8 +53,10 @@ class Embedded:
         return replace(self, z=self.z.detach(), centre=self.centre.detach(), views=None, features=None)
 
 
-def embedded(z: Tensor) -> Embedded:
-    """Embeddings z [V, B, d] with their centre, of one rank."""
-    centre = z.mean((0, 1))
-    of_views = z.detach().mean(1).norm(dim=-1)
-    return Embedded(z, centre, torch.cat([centre.detach().norm()[None], of_views]))
+def embedded(u: Tensor) -> Embedded:
+    """What the head makes of V views, u [V, B, d], as unit embeddings with their centre, of one rank."""
+    z, sums, _ = center_vector_partial(u.flatten(0, 1), num_views=len(u))
+    of_views = sums[:-2].view(len(u), -1)
+    centre = (of_views.sum(0) / len(z)).float()
+    magnitudes = torch.cat([centre.detach()[None], of_views.detach().float() / u.shape[1]]).norm(dim=-1)
+    return Embedded(z.view_as(u), centre, of_views.detach().float(), magnitudes)

@@ -18,7 +18,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import distributed, lora
@@ -142,7 +141,7 @@ class ExploraDinov2(nn.Module):
         local = [embed(self.vit, views.local.flatten(0, 1))] if len(views.local) else []
         features, patches = seen(self.vit, self.encoder, [whole, *local], views.places)
         of_all = features.unflatten(0, (-1, views.whole.shape[1]))
-        of_gate = embedded(F.normalize(of_all[:GLOBAL_VIEWS].float(), dim=-1))
+        of_gate = embedded(of_all[:GLOBAL_VIEWS])
         own = {field.name: getattr(of_gate, field.name) for field in fields(Embedded)}
         return Student(**own, crops=views, of_crops=of_all, patches=patches)
 

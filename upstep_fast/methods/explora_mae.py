@@ -182,7 +182,7 @@ class ExploraMae(nn.Module):
         """The encoder's forward pass over the shown patches."""
         keep, hidden = mae.split(views.noise, self.config.hidden)
         (x,) = self.encoder(embed(self.vit, views.crops[0], keep=keep))
-        seen = embedded(F.normalize(pooled(self.vit, x).float(), dim=-1)[None])
+        seen = embedded(pooled(self.vit, x)[None])
         if isinstance(self.vit.norm, nn.Identity):  # a model that pools before its norm has it in the head
             x = self.vit.fc_norm(x)
         own = {field.name: getattr(seen, field.name) for field in fields(Embedded)}

@@ -148,7 +148,7 @@ class UpStep(nn.Module):
     def embed(self, views: Tensor) -> Embedded:
         """views: normalised, as `views` makes them, or [V, B, C, H, W]. The backbone sees all V B in one batch."""
         f = in_passes(self.features, views.flatten(0, 1), self.passes)
-        result = embedded(self._unit(f).view(*views.shape[:2], -1))
+        result = embedded(self.head(f).unflatten(0, views.shape[:2]))
         if self.config.gate_statistic != "center":
             result = replace(result, statistic=self._statistic)
         if self.base_share:
