@@ -7,16 +7,12 @@ No time is given for a variant whose result is wrong. A time is that of `calls` 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
-from upstep_fast.kernels import _dispatch
 from upstep_fast.kernels.attention import _BACKWARD, _FORWARD, attention_backward_reference, attention_reference
 
-OP = "attention"
-DEVICE, DTYPE, CALLS = ("cuda", torch.bfloat16, 10) if torch.cuda.is_available() else ("cpu", torch.float32, 1)
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 # name: (B images, T tokens, H heads, d head width)
 SHAPES = (
     {
@@ -27,24 +23,6 @@ SHAPES = (
     else {"tiny": (4, 65, 3, 64)}
 )  # fmt: skip
 WAYS = ["flash", "cudnn", "triton"] if DEVICE == "cuda" else ["sdpa", "reference"]
-
-
-def measure(benchmark, call: Callable[[], object], group: str, num_bytes: int) -> None:
-    """Times `call`; `bytes` is what the op has to move, to be held against the time of the `copy` of its group."""
-
-    def run() -> None:
-        for _ in range(CALLS):
-            call()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.group = group
-    benchmark.extra_info |= {
-        "bytes": num_bytes, "dtype": str(DTYPE), "calls": CALLS,
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
-        "ran": {c.op: c.implementation for c in _dispatch.report() if c.op.startswith(OP)},
-    }  # fmt: skip
-    benchmark.pedantic(run, warmup_rounds=3, rounds=20)
 
 
 def tensors(shape: str) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -63,7 +41,7 @@ def right(got: torch.Tensor, wanted: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize("name", [*WAYS, "xformers"] if DEVICE == "cuda" else WAYS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_attention_forward(benchmark, shape, name):
+def test_attention_forward(measure, shape, name):
     qkv, _, scale = tensors(shape)
     if name == "xformers":
         ops = pytest.importorskip("xformers.ops")
@@ -72,16 +50,18 @@ def test_attention_forward(benchmark, shape, name):
         call = lambda: _FORWARD[name](qkv, scale)  # noqa: E731
     few = qkv[:2].double()
     assert right(call()[0][:2], attention_reference(few, scale)[0]), f"{name}: out is wrong; no time given"
-    measure(benchmark, call, f"attention forward {shape}", 4 * qkv.numel() // 3 * qkv.element_size())
+    num_bytes = 4 * qkv.numel() // 3 * qkv.element_size()
+    measure(call, f"attention forward {shape}", "attention", bytes=num_bytes, dtype=str(DTYPE))
 
 
 @pytest.mark.parametrize("name", WAYS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_attention_backward(benchmark, shape, name):
+def test_attention_backward(measure, shape, name):
     qkv, grad, scale = tensors(shape)
     out, lse = (t.contiguous() for t in _FORWARD[name](qkv, scale))
     call = lambda: _BACKWARD[name](grad, qkv, out, lse, scale)  # noqa: E731
     few = [t[:2].double() for t in (grad, qkv)]
     wanted = attention_backward_reference(*few, *attention_reference(few[1], scale), scale)
     assert right(call()[:2], wanted), f"{name}: dqkv is wrong; no time given"
-    measure(benchmark, call, f"attention backward {shape}", 8 * qkv.numel() // 3 * qkv.element_size())
+    num_bytes = 8 * qkv.numel() // 3 * qkv.element_size()
+    measure(call, f"attention backward {shape}", "attention", bytes=num_bytes, dtype=str(DTYPE))

@@ -21,7 +21,7 @@ from upstep_fast.kernels import center_vector as cv
 from upstep_fast.kernels.gate import HEAD, new_gate_state
 
 ON_GPU = torch.cuda.is_available()
-DEVICE, DTYPE, CALLS = ("cuda", torch.bfloat16, 20) if ON_GPU else ("cpu", torch.float32, 1)
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)
 SHAPES = ((256, 128), (2048, 256), (65536, 256), (8192, 4096)) if ON_GPU else ((256, 128), (2048, 256))
 VIEWS = 2
 COMPILED = "cuda" if ON_GPU else "cpp"
@@ -80,22 +80,6 @@ def check(name: str, got, u: Tensor) -> None:
         assert error < 4e-7, f"{name}: {what} is wrong (error {error:.1e}); no time given"
 
 
-def timed(benchmark, call: Callable[[], object], group: str, u: Tensor, num_bytes: int) -> None:
-    def run() -> None:
-        for _ in range(CALLS):
-            call()
-        if ON_GPU:
-            torch.cuda.synchronize()
-
-    benchmark.group = f"{group} {u.shape[0]}x{u.shape[1]}"
-    benchmark.extra_info |= {
-        "rows": u.shape[0], "d": u.shape[1], "dtype": str(u.dtype), "calls": CALLS, "bytes": num_bytes,
-        "device": torch.cuda.get_device_name() if ON_GPU else "cpu",
-        "ran": {c.op: c.implementation for c in _dispatch.report() if c.op.startswith("center_vector")},
-    }  # fmt: skip
-    benchmark.pedantic(run, warmup_rounds=3, rounds=20)
-
-
 def needs(name: str) -> None:
     if name in (COMPILED, "graph") and (reason := _native.native_reason(COMPILED, torch.device(DEVICE))):
         pytest.skip(reason)
@@ -103,7 +87,7 @@ def needs(name: str) -> None:
 
 @pytest.mark.parametrize("name", FORWARD)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_center_vector(benchmark, shape, name):
+def test_center_vector(measure, shape, name):
     needs(name)
     u = embeddings(shape)
     wanted = COMPILED if name == "graph" else name
@@ -112,12 +96,12 @@ def test_center_vector(benchmark, shape, name):
         if name != "copy":
             check(name, call(), u)
         num_bytes = u.numel() * (u.element_size() + 4) + 8 * (len(u) + HEAD + u.shape[1])
-        timed(benchmark, call, "center_vector", u, num_bytes)
+        measure(call, f"center_vector {shape[0]}x{shape[1]}", "center_vector", bytes=num_bytes, dtype=str(DTYPE))
 
 
 @pytest.mark.parametrize("name", ("eager", "reference", COMPILED))
 @pytest.mark.parametrize("shape", SHAPES)
-def test_center_vector_backward(benchmark, shape, name):
+def test_center_vector_backward(measure, shape, name):
     """From the gradient of z and the penalty |s|^2 to the gradient of u."""
     needs(name)
     u = embeddings(shape).requires_grad_()
@@ -140,4 +124,6 @@ def test_center_vector_backward(benchmark, shape, name):
             call = lambda: torch.autograd.grad(outputs, u, grads, retain_graph=True)  # noqa: E731
         else:
             call = by_hand
-        timed(benchmark, call, "center_vector backward", u, u.numel() * (u.element_size() + 8))
+        num_bytes = u.numel() * (u.element_size() + 8)
+        group = f"center_vector backward {shape[0]}x{shape[1]}"
+        measure(call, group, "center_vector", bytes=num_bytes, dtype=str(DTYPE))

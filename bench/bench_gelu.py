@@ -7,17 +7,13 @@ No time is given for a variant whose result is wrong. A time is that of `calls` 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-from upstep_fast.kernels import _dispatch
 from upstep_fast.kernels.gelu import gelu_backward, gelu_forward
 
-OP = "gelu"
-DEVICE, DTYPE, CALLS = ("cuda", torch.bfloat16, 10) if torch.cuda.is_available() else ("cpu", torch.float32, 1)
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 # name: (M tokens, K width)
 SHAPES = (
     {"B/16": (256 * 197, 3072), "L/14": (128 * 257, 4096), "g/14": (64 * 257, 6144)}
@@ -26,37 +22,12 @@ SHAPES = (
 )
 
 
-def measure(benchmark, call: Callable[[], object], group: str, num_bytes: int) -> None:
-    """Times `call`; `bytes` is what the op has to move, to be held against the time of the `copy` of its group."""
-
-    def run() -> None:
-        for _ in range(CALLS):
-            call()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.group = group
-    benchmark.extra_info |= {
-        "bytes": num_bytes, "dtype": str(DTYPE), "calls": CALLS,
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
-        "ran": {c.op: c.implementation for c in _dispatch.report() if c.op.startswith(OP)},
-    }  # fmt: skip
-    benchmark.pedantic(run, warmup_rounds=3, rounds=20)
-
-
-def copy_of(num_bytes: int) -> Callable[[], object]:
-    """A copy that moves as many bytes, half of them in and half out: the speed of memory."""
-    source = torch.empty(num_bytes // 2, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    return lambda: target.copy_(source)
-
-
 VARIANTS = ["copy", "ours", "ours fp8", "eager"] + (["compiled"] if DEVICE == "cuda" else [])
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gelu_forward(benchmark, shape, name):
+def test_gelu_forward(measure, copy_of, shape, name):
     x = torch.randn(SHAPES[shape], device=DEVICE).to(DTYPE)
     num_bytes = x.numel() * (2 * x.element_size() + 1)
     calls = {
@@ -69,12 +40,12 @@ def test_gelu_forward(benchmark, shape, name):
     if name == "ours":
         wanted = F.gelu(x.double())
         assert (calls[name]() - wanted).norm() <= torch.finfo(DTYPE).eps * wanted.norm(), "y is wrong"
-    measure(benchmark, calls[name], f"gelu forward {shape}", num_bytes)
+    measure(calls[name], f"gelu forward {shape}", "gelu", bytes=num_bytes, dtype=str(DTYPE))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gelu_backward(benchmark, shape, name):
+def test_gelu_backward(measure, copy_of, shape, name):
     x = torch.randn(SHAPES[shape], device=DEVICE).to(DTYPE)
     g, derivative = torch.randn_like(x), gelu_forward(x)[1]
     num_bytes = x.numel() * (2 * x.element_size() + 1)
@@ -88,4 +59,4 @@ def test_gelu_backward(benchmark, shape, name):
     if name == "ours":
         wanted = torch.ops.aten.gelu_backward(g.double(), x.double())
         assert (calls[name]() - wanted).norm() <= 8e-3 * wanted.norm(), "dx is wrong"
-    measure(benchmark, calls[name], f"gelu backward {shape}", num_bytes)
+    measure(calls[name], f"gelu backward {shape}", "gelu", bytes=num_bytes, dtype=str(DTYPE))

@@ -7,17 +7,13 @@ No time is given for a variant whose result is wrong. A time is that of `calls` 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-from upstep_fast.kernels import _dispatch
 from upstep_fast.kernels.layer_norm import layer_norm_backward, layer_norm_forward
 
-OP = "layer_norm"
-DEVICE, DTYPE, CALLS = ("cuda", torch.bfloat16, 10) if torch.cuda.is_available() else ("cpu", torch.float32, 1)
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 # name: (M tokens, K width)
 SHAPES = (
     {"B/16": (256 * 197, 768), "L/14": (128 * 257, 1024), "g/14": (64 * 257, 1536)}
@@ -25,31 +21,6 @@ SHAPES = (
     else {"tiny": (4 * 197, 192)}
 )
 RANK = 16
-
-
-def measure(benchmark, call: Callable[[], object], group: str, num_bytes: int) -> None:
-    """Times `call`; `bytes` is what the op has to move, to be held against the time of the `copy` of its group."""
-
-    def run() -> None:
-        for _ in range(CALLS):
-            call()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.group = group
-    benchmark.extra_info |= {
-        "bytes": num_bytes, "dtype": str(DTYPE), "calls": CALLS,
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
-        "ran": {c.op: c.implementation for c in _dispatch.report() if c.op.startswith(OP)},
-    }  # fmt: skip
-    benchmark.pedantic(run, warmup_rounds=3, rounds=20)
-
-
-def copy_of(num_bytes: int) -> Callable[[], object]:
-    """A copy that moves as many bytes, half of them in and half out: the speed of memory."""
-    source = torch.empty(num_bytes // 2, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    return lambda: target.copy_(source)
 
 
 VARIANTS = ["copy", "ours", "ours fp8", "ours rank 16", "eager"] + (["compiled", "liger"] if DEVICE == "cuda" else [])
@@ -62,7 +33,7 @@ def eager(x, residual):
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_add_and_norm(benchmark, shape, name):
+def test_add_and_norm(measure, copy_of, shape, name):
     x, residual = (torch.randn(SHAPES[shape], device=DEVICE).to(DTYPE) for _ in range(2))
     a = torch.randn(RANK, x.shape[1], device=DEVICE).to(DTYPE)
     num_bytes = 4 * x.numel() * x.element_size()
@@ -83,12 +54,12 @@ def test_add_and_norm(benchmark, shape, name):
     if name.startswith("ours"):
         got, wanted = calls[name](), F.layer_norm((x + residual).double(), x.shape[-1:], eps=1e-6)
         assert (got.y - wanted).norm() <= torch.finfo(DTYPE).eps * wanted.norm(), "y is wrong"
-    measure(benchmark, calls[name], f"layer_norm forward {shape}", num_bytes)
+    measure(calls[name], f"layer_norm forward {shape}", "layer_norm", bytes=num_bytes, dtype=str(DTYPE))
 
 
 @pytest.mark.parametrize("name", ["copy", "ours", "ours fp8", "eager"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_backward_with_residual(benchmark, shape, name):
+def test_backward_with_residual(measure, copy_of, shape, name):
     x, g, gh = (torch.randn(SHAPES[shape], device=DEVICE).to(DTYPE) for _ in range(3))
     out = layer_norm_forward(x)
     num_bytes = 4 * x.numel() * x.element_size()
@@ -105,4 +76,4 @@ def test_backward_with_residual(benchmark, shape, name):
             g.double(), x.double(), x.shape[-1:], mean.double(), rstd.double(), None, None, [True, False, False]
         )[0] + gh.double()  # fmt: skip
         assert (calls[name]() - wanted).norm() <= 2 * torch.finfo(DTYPE).eps * wanted.norm(), "dx is wrong"
-    measure(benchmark, calls[name], f"layer_norm backward {shape}", num_bytes)
+    measure(calls[name], f"layer_norm backward {shape}", "layer_norm", bytes=num_bytes, dtype=str(DTYPE))

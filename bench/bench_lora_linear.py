@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upstep_fast.kernels import _dispatch
 from upstep_fast.kernels import lora_linear_triton as fused
 from upstep_fast.kernels.lora_linear import STRATEGIES, lora_linear, lora_linear_reference
 
@@ -26,7 +25,7 @@ SHAPES = (
     if torch.cuda.is_available()
     else {"tiny": (4 * 197, 192, 576)}
 )
-DEVICE, DTYPE, CALLS = ("cuda", torch.bfloat16, 10) if torch.cuda.is_available() else ("cpu", torch.float32, 1)
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 RANK, SCALE = 16, 1.0
 
 
@@ -101,7 +100,7 @@ VARIANTS += ["bare triton", "peft compiled"] if DEVICE == "cuda" else []
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_lora_linear(benchmark, shape, direction, name):
+def test_lora_linear(measure, shape, direction, name):
     backward = direction != "forward"
     if name == "triton" and DEVICE == "cpu":
         pytest.skip("Triton needs a GPU")
@@ -110,21 +109,8 @@ def test_lora_linear(benchmark, shape, direction, name):
     check(name, shape, backward)
     call, wrt, g = variant(name, shape), leaves(name, shape), tensors(shape)[-1]
 
-    def run() -> None:
-        for _ in range(CALLS):
-            y = call()
-            if backward:
-                torch.autograd.grad(y, wrt, g)
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-
     M, K, N = SHAPES[shape]
-    benchmark.group = f"lora_linear {shape} {direction}"
-    benchmark.extra_info |= {
-        "M": M, "K": K, "N": N, "rank": RANK, "dtype": str(DTYPE), "calls": CALLS,
-        "frozen_flop": 2 * M * K * N * (2 if backward else 1),
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
-        "ran": {c.op: c.implementation for c in _dispatch.report() if c.op.startswith("lora_linear")},
-    }  # fmt: skip
+    info = {"M": M, "K": K, "N": N, "rank": RANK, "dtype": str(DTYPE), "frozen_flop": 2 * M * K * N * (1 + backward)}
+    both = lambda: torch.autograd.grad(call(), wrt, g)  # noqa: E731
     with torch.set_grad_enabled(backward):
-        benchmark.pedantic(run, warmup_rounds=3, rounds=20)
+        measure(both if backward else call, f"lora_linear {shape} {direction}", "lora_linear", **info)

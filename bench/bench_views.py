@@ -16,11 +16,10 @@ import torch
 from upstep_fast.data.draws import draw_params
 from upstep_fast.data.recipe import ViewConfig
 from upstep_fast.data.views import pack
-from upstep_fast.kernels import _dispatch
 from upstep_fast.kernels.views import make_views
 from upstep_fast.kernels.views_plain import views_reference
 
-DEVICE, DTYPE, CALLS = ("cuda", torch.bfloat16, 10) if torch.cuda.is_available() else ("cpu", torch.float32, 1)
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 IMAGES, SIDE, PATCH = (256, 224, 16) if DEVICE == "cuda" else (4, 64, 8)
 HEIGHT, WIDTH = 375, 500  # of an image, pixels
 RECIPES = {
@@ -31,7 +30,7 @@ RECIPES = {
 
 @pytest.mark.parametrize("name", ["copy", "ours", "eager"])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_views(benchmark, recipe, name):
+def test_views(measure, copy_of, recipe, name):
     config = RECIPES[recipe]
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (IMAGES, HEIGHT, WIDTH, 3), generator=generator, dtype=torch.uint8).permute(0, 3, 1, 2)
@@ -52,22 +51,8 @@ def test_views(benchmark, recipe, name):
     # what has to move: every pixel of the crops once, the views once
     crops = 3 * int((params.height * params.width).sum())
     num_bytes = crops + 2 * IMAGES * 3 * SIDE * SIDE * torch.finfo(DTYPE).bits // 8
-    source = torch.empty(num_bytes // 2, dtype=torch.uint8, device=DEVICE)
-    call: Callable[[], object] = {"copy": source.clone, "ours": ours, "eager": eager}[name]
+    call: Callable[[], object] = {"copy": copy_of(num_bytes), "ours": ours, "eager": eager}[name]
     if name == "ours":
         error = (ours().float() - eager().float()).abs()
         assert error.quantile(0.999) < 0.05 if error.numel() < 2**24 else error.mean() < 1e-2, "views are wrong"
-
-    def run() -> None:
-        for _ in range(CALLS):
-            call()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.group = f"views {recipe}"
-    benchmark.extra_info |= {
-        "bytes": num_bytes, "dtype": str(DTYPE), "calls": CALLS, "images": IMAGES, "side": SIDE,
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
-        "ran": {c.op: c.implementation for c in _dispatch.report() if c.op == "views"},
-    }  # fmt: skip
-    benchmark.pedantic(run, warmup_rounds=3, rounds=20)
+    measure(call, f"views {recipe}", "views", bytes=num_bytes, dtype=str(DTYPE), images=IMAGES, side=SIDE)

@@ -1,7 +1,11 @@
 """The benchmark's runner: it alternates, checks before it times, and its figures are those it measured."""
 
 import json
+import re
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,3 +70,12 @@ def test_a_wrong_engine_is_not_timed(monkeypatch):
     with pytest.raises(CheckFailedError, match="not timed") as error:
         benchmark.run(BenchConfig(**SMALL))
     assert error.value.exit_code == 4
+
+
+def test_the_benchmarks_are_collected():
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "pytest", "bench", "--collect-only", "-q", "--benchmark-only"]
+    found = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240)
+    files = set(re.findall(r"^bench/(bench_\w+\.py)::", found.stdout, re.M))
+    timed = {path.name for path in (root / "bench").glob("bench_*.py") if "def test_" in path.read_text()}
+    assert files == timed, found.stdout + found.stderr
