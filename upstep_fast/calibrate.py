@@ -19,6 +19,7 @@ from . import trainer
 from .config import AdaptConfig
 from .data.loader import Batch
 from .device import Compute
+from .step_memory import open_loss
 
 CPU_IMAGES = 8  # of a calibrated step on a CPU, where a full batch may take minutes
 _COUNTED = "upstep_fast: the counted step"
@@ -69,14 +70,7 @@ def one_step(config: AdaptConfig, compute: Compute) -> tuple[Callable[[], None],
         views = state.method.views(batch, compute.device)
         began = _now(compute)
         with compute.autocast():
-            target = None
-            if config.layout == "asymmetric":
-                with torch.no_grad():
-                    target = state.method.embed(views[:1])
-                learning = state.method.embed(views[1:])
-            else:
-                learning = state.method.embed(views)
-            loss = state.method.loss(learning.of_all(learning.sums), target)
+            loss = open_loss(state.method, views, config)
         middle = _now(compute)
         state.optimizer.zero_grad(set_to_none=True)
         state.scaler.scale(loss).backward()

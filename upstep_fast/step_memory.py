@@ -101,14 +101,7 @@ def count(config: AdaptConfig, compute: Compute, *, on: str | None = None, flops
         context = torch.autocast("cpu", dtype=compute.dtype) if stands_in and compute.dtype else compute.autocast()
         seen.part = "activations"
         with _counter(flops) as forward, context:
-            if config.layout == "asymmetric":
-                with torch.no_grad():
-                    target = method.embed(views[:1])
-                learning = method.embed(views[1:])
-            else:
-                target, learning = None, method.embed(views)
-            # of one rank's sums alone: those of all are as large
-            loss = method.loss(learning.of_all(learning.sums), target)
+            loss = open_loss(method, views, config)
         kept = seen.live["activations"]
         optimizer.zero_grad(set_to_none=True)
         seen.part = "workspace"
@@ -122,6 +115,21 @@ def count(config: AdaptConfig, compute: Compute, *, on: str | None = None, flops
     trained = sum(p.numel() for p in learned)
     waiting = (1 + DEPTH) * parts["views"] if on == "cuda" else 0
     return StepMemory(parts, kept, waiting, trained, forward.get_total_flops(), backward.get_total_flops())
+
+
+def open_loss(method: Any, views: Any, config: AdaptConfig) -> Tensor:
+    """The loss of an open step, as step.py's `forward` makes it; of one rank's sums, those of all are as large."""
+    if config.layout == "symmetric":
+        learning, target = method.embed(views), None
+    else:
+        with torch.no_grad():
+            target = method.embed(views[:1])
+        if config.gate_unit == "image":
+            target = method.choose(target.of_all(target.sums), 0)
+            learning = method.embed(views[1:, target.chosen])
+        else:
+            learning = method.embed(views[1:])
+    return method.loss(learning.of_all(learning.sums), target)
 
 
 def hidden_bytes(shape: torch.Size, itemsize: int, on: str) -> int:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -27,10 +26,14 @@ def distillation_loss(form: Distil, adapted: Tensor, base: Tensor, temperature: 
     if form == "feature":
         return 1 - (f * g).sum(-1).mean()
     if form == "relational":
-        own = torch.eye(len(f), dtype=torch.bool, device=f.device)
-        log_p, log_q = (((x @ x.T)[~own].view(len(x), -1) / temperature).log_softmax(-1) for x in (f, g))
+        log_p, log_q = ((_of_others(x @ x.T) / temperature).log_softmax(-1) for x in (f, g))
         return F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
     return adapted.new_zeros(())
+
+
+def _of_others(x: Tensor) -> Tensor:
+    """[N, N] without its diagonal: [N, N - 1]. Of a mask only the device would know how many values it leaves."""
+    return x.flatten()[1:].view(len(x) - 1, len(x) + 1)[:, :-1].reshape(len(x), -1)
 
 
 def sharpen(targets: Tensor, power: float) -> Tensor:
