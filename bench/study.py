@@ -4,7 +4,8 @@
 
 Rows are keyed by a hash of configuration, data and seed: what has a row is not run again, so a study that was stopped
 goes on with the same command. Configurations are chosen on a third of each train part, which adaptation does not see
-("select"); --test NAME measures the named ones on the test part, from the same adapters, once. --page fills the page.
+("select"); --test NAME measures the named ones on the test part, from the same adapters, once; --depth NAME with a
+third of the blocks at a time weakened (to 0 and 0.5). --page fills the page.
 
     model, data = [PATH ...], source = PATH, seeds = [0, 1, 2], k = 20
     strengths = [0.5]    measured beside 1: W + strength * s B A
@@ -38,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+LOOKS = 4  # at the clusters of a run
 HELD_OUT = 1 / 3  # of the train part, for choosing configurations
 TUPLES = ("lora_targets", "mean", "std", "in_chans", "img_size")  # options whose values may be lists themselves
 
@@ -71,14 +73,20 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("study"), help="folder for adapters and base features")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time: processes, on one GPU or the cores")
     parser.add_argument("--test", nargs="*", default=[], metavar="NAME", help="measure these on the test part")
+    parser.add_argument(
+        "--depth", nargs="*", default=[], metavar="NAME", help="weaken thirds of these adapters' blocks"
+    )
     parser.add_argument("--page", type=Path, help="fill the tables and plots of this page")
     parser.add_argument("--no-run", action="store_true", help="only the page, of the rows that are there")
     args = parser.parse_args()
     jobs = read_grid(args.grid)
-    if unknown := set(args.test) - {job.name for job in jobs}:
-        there = ", ".join(dict.fromkeys(job.name for job in jobs))
-        parser.error(f"--test: no configuration {', '.join(sorted(unknown))}; there are {there}")
-    asked = [(job, "select") for job in jobs] + [(job, "test") for job in jobs if job.name in args.test]
+    more = {"test": args.test, "depth": args.depth}
+    for split, names in more.items():
+        if unknown := set(names) - {job.name for job in jobs}:
+            there = ", ".join(dict.fromkeys(job.name for job in jobs))
+            parser.error(f"--{split}: no configuration {', '.join(sorted(unknown))}; there are {there}")
+    asked = [(job, "select") for job in jobs]
+    asked += [(job, split) for split, names in more.items() for job in jobs if job.name in names]
     failed = 0 if args.no_run else run(asked, args.out, args.work, args.jobs)
     if args.page:
         sys.path.insert(0, str(HERE))
@@ -154,6 +162,7 @@ def run(asked: list[tuple[Job, str]], out: Path, work: Path, jobs: int) -> int:
 
 def measure(job: Job, split: str, work: Path) -> dict[str, Any]:
     """One row: adapts unless this adapter is there already, then measures it at every strength."""
+    import clusters
     import study_scores
 
     from upstep_fast.trainer import adapt
@@ -164,11 +173,13 @@ def measure(job: Job, split: str, work: Path) -> dict[str, Any]:
     if not finished.is_file():
         shutil.rmtree(folder, ignore_errors=True)
         began, cpu = time.monotonic(), time.process_time()
-        adapt(model=job.model, data=str(chosen_on), out=folder, seed=job.seed, log_every=1000, **job.options)
+        looks = {} if "steps" not in job.options else looked_at(job.options["steps"])
+        adapt(model=job.model, data=str(chosen_on), out=folder, seed=job.seed, log_every=1000, **looks | job.options)
         taken = {"seconds": round(time.monotonic() - began, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
+        taken |= {"clusters": clusters.history(folder, str(chosen_on))} if looks else {}
         finished.write_text(json.dumps(taken | study_scores.steps_taken(folder)))
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    data = str(chosen_on) if split == "select" else job.data
+    data = job.data if split == "test" else str(chosen_on)
     return {
         "key": job.key,
         "split": split,
@@ -179,10 +190,15 @@ def measure(job: Job, split: str, work: Path) -> dict[str, Any]:
         "seed": job.seed,
         "k": job.k,
         **json.loads(finished.read_text()),
-        **study_scores.scores(job, data, folder / "adapter", work),
+        **study_scores.scores(job, data, folder / "adapter", work, by_depth=split == "depth"),
         "commit": commit(),
         "device": device(),
     }
+
+
+def looked_at(steps: int) -> dict[str, int]:
+    """Options that keep LOOKS checkpoints of a run, evenly spaced, for its clusters (clusters.py)."""
+    return {"checkpoint_every": -(-steps // LOOKS), "keep_checkpoints": LOOKS}
 
 
 def selection(data: str, work: Path) -> Path:
@@ -242,7 +258,8 @@ def brief(row: dict[str, Any]) -> str:
     if "error" in row:
         return row["error"]
     at = row["at"]["1.0"]
-    gains = [f"{kind} {at[kind]['knn'] - row['base']['knn']:+.1f}" for kind in ("adapted", "ensemble")]
+    kinds = [kind for kind in ("adapted", "ensemble") if kind in at]
+    gains = [f"{kind} {at[kind]['knn'] - row['base']['knn']:+.1f}" for kind in kinds]
     source = f", source {at['source']['adapted'] - row['base']['source']:+.1f}" if "source" in at else ""
     return f"k-NN {', '.join(gains)}{source}, {row['seconds']:.0f} s"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,10 @@ import study_plot
 import study_predictor
 from study_plot import Row, grouped
 
+from upstep_fast.judgement import predicted_gain
+
 BEGIN, END = "<!-- study: written by bench/study.py -->", "<!-- end of study -->"
+SOURCE_IMAGES = 1000  # of source_64.tar's test part, for rows that do not say
 PLOT = Path("images") / "quality_frontier.svg"
 
 
@@ -32,11 +36,16 @@ def fill(page: Path, rows: Sequence[Row], source: Path, missing: Sequence[str] =
             parts += [f"### On {what}", gains_table(chosen)]
     if selected := [row for row in good if row["split"] == "select"]:
         parts += ["### Gain against forgetting", f"![gain against forgetting]({PLOT})"]
+        parts += [source_error(selected)] * any("source" in row["base"] for row in selected)
         parts += ["### Label-free scores", study_predictor.report(selected)]
         (page.parent / PLOT).parent.mkdir(exist_ok=True)
         (page.parent / PLOT).write_text(study_plot.plot(selected))
+        if looked := [row for row in selected if row.get("clusters")]:
+            parts += ["### Clusters over the run", clusters_table(looked)]
         if any("dense" in row["base"] for row in selected):
             parts += ["### Patches", dense_table(selected)]
+    if weakened := [row for row in good if row["split"] == "depth"]:
+        parts += ["### Strength by depth", depth_table(weakened)]
     if missing:
         parts += ["### Not measured", f"Of the grid: {', '.join(missing)}."]
     page.write_text(before + BEGIN + "\n" + "\n\n".join(parts) + "\n" + END + after)
@@ -54,8 +63,7 @@ def gains_table(rows: Sequence[Row]) -> str:
             return mean_change([at[kind][measure] - row["base"][measure] for row, at in plus])
 
         def forgot(kind: str, plus: list[tuple[Row, Row]] = plus) -> str:
-            found = [at["source"][kind] - row["base"]["source"] for row, at in plus if "source" in at]
-            return mean_change(found) if found else ""
+            return source_change(kind, [(row, at) for row, at in plus if "source" in at])
 
         scale = "" if strength == "1.0" else f" x {float(strength):g}"
         lines.append(
@@ -86,6 +94,77 @@ def mean_change(values: Sequence[float]) -> str:
     if len(values) < 2:
         return mean
     return f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.1f}"
+
+
+def source_change(kind: str, found: Sequence[tuple[Row, Row]]) -> str:
+    """-1.5 ± 1.1: the paired standard error over the source's images, which seeds share, so they do not lessen it."""
+    if not found:
+        return ""
+    changes = [at["source"][kind] - row["base"]["source"] for row, at in found]
+    if any(f"{kind}_se" not in at["source"] for _, at in found):  # rows of before it was measured
+        return mean_change(changes)
+    error = statistics.mean(at["source"][f"{kind}_se"] for _, at in found)
+    return f"{statistics.mean(changes):+.1f} ± {error:.1f}"
+
+
+def source_error(rows: Sequence[Row]) -> str:
+    """What the standard error of a change on the source is: paired where it was measured, else the unpaired bound."""
+    every = [(row, at["source"]) for row in rows for at in row["at"].values() if "source" in at]
+    paired = [source["adapted_se"] for _, source in every if "adapted_se" in source]
+    rest = [
+        100 * sum(p / 100 * (1 - p / 100) / SOURCE_IMAGES for p in (row["base"]["source"], source["adapted"])) ** 0.5
+        for row, source in every
+        if "adapted_se" not in source
+    ]
+    parts = []
+    if paired:
+        parts.append(f"paired over its images, {statistics.mean(paired):.1f} points on average")
+    if rest:
+        parts.append(
+            f"in {len(rest)} of {len(every)} measurements not paired: as of independent samples of {SOURCE_IMAGES:,} "
+            f"images, {max(rest):.1f} points, which is too large for two models on the same images"
+        )
+    return f"Standard error of the adapted features' change on the source: {'; '.join(parts)}."
+
+
+def clusters_table(rows: Sequence[Row]) -> str:
+    """Purity, NMI and stability at each look, of held-out images by the run's own prototypes; means over seeds."""
+    lines = [_line("configuration", "data", "seeds", "step", "purity", "NMI", "stability"), "|---|---|" + "--:|" * 5]
+    groups: dict[tuple[str, str, int], list[Row]] = defaultdict(list)
+    for row in rows:
+        for look in row["clusters"]:
+            groups[row["data"], row["name"], look["step"]].append(look)
+    for (data, name, step), looks in groups.items():
+        stable = [look["stability"] for look in looks if look["stability"] is not None]
+        purity, nmi = (f"{statistics.mean(look[key] for look in looks):.2f}" for key in ("purity", "nmi"))
+        lines.append(
+            _line(name, data, len(looks), step, purity, nmi, f"{statistics.mean(stable):.2f}" if stable else "")
+        )
+    return "\n".join(lines)
+
+
+def depth_table(rows: Sequence[Row]) -> str:
+    """One third of the blocks weakened at a time; which one `predicted_gain` would have chosen, and which was best."""
+    columns = ("configuration", "data", "seed", "blocks x strength", "adapted", "source", "predicted", "")
+    lines = [_line(*columns), "|---|---|--:|---|" + "--:|" * 3 + "---|"]
+    for row in rows:
+        predicted = {name: predicted_gain(at["judgement"]) for name, at in row["at"].items()}
+        chosen = max(predicted, key=lambda name: predicted[name])
+        best = max(row["at"], key=lambda name: row["at"][name]["adapted"]["knn"])
+        for name, at in row["at"].items():
+            lines.append(
+                _line(
+                    row["name"],
+                    row["data"],
+                    row["seed"],
+                    "all x 1" if name == "1.0" else name,
+                    f"{at['adapted']['knn'] - row['base']['knn']:+.1f}",
+                    source_change("adapted", [(row, at)] if "source" in at else []),
+                    f"{predicted[name]:+.1f}",
+                    ", ".join(["chosen"] * (name == chosen) + ["best"] * (name == best)),
+                )
+            )
+    return "\n".join(lines)
 
 
 def dense_table(rows: Sequence[Row]) -> str:

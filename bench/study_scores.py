@@ -1,16 +1,19 @@
-"""What one row of the study measures of one adapter, at several strengths: W + strength * s B A."""
+"""What one row of the study measures of one adapter, at several strengths: W_base + strength (W - W_base)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import dense
 import torch
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from upstep_fast import backbone as backbones
 from upstep_fast import lora
@@ -20,7 +23,7 @@ from upstep_fast.data.loader import Loader
 from upstep_fast.data.sources import open_source
 from upstep_fast.data.views import random_views, view_config
 from upstep_fast.device import Compute, resolve
-from upstep_fast.evaluation import Features, ensemble, extract, knn, linear_probe
+from upstep_fast.evaluation import Features, ensemble, extract, knn_right, linear_probe
 from upstep_fast.judgement import judge
 from upstep_fast.whole_file import write_whole
 
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
 JUDGED = 256  # unlabelled held-out images that the label-free scores see
 VIEW_SEED = 12345
 SPLITS = ("train", "test")
+THIRDS = ("first", "middle", "last")  # of the blocks
+PART_STRENGTHS = (0.0, 0.5)
 HANDS = "sign_digits"  # the set whose photographs the dense check cuts hands out of
 
 
@@ -52,11 +57,44 @@ def steps_taken(folder: Path) -> dict[str, Any]:
     }
 
 
-def scores(job: Job, data: str, adapter: Path, work: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Variant:
+    """How strong an adapter is, by parameter name, and how much of it is measured."""
+
+    strength: Callable[[str], float]
+    measured: Literal["all", "gain", "gain and source"]
+
+
+def variants(job: Job, depth: int, by_depth: bool) -> dict[str, Variant]:
+    """By the name that a row gives them: the job's strengths and probes, or one third of the blocks weakened."""
+    if not by_depth:
+        every = {str(float(s)): Variant(lambda _, s=s: s, "all") for s in job.strengths}
+        return every | {str(float(s)): Variant(lambda _, s=s: s, "gain") for s in job.probes}
+
+    def weak(third: int, strength: float) -> Callable[[str], float]:
+        def of(name: str) -> float:
+            block = re.match(r"blocks\.(\d+)\.", name)
+            return strength if block and 3 * int(block[1]) // depth == third else 1.0
+
+        return of
+
+    parts = {f"{THIRDS[i]} x {s:g}": Variant(weak(i, s), "gain and source") for i in range(3) for s in PART_STRENGTHS}
+    return {"1.0": Variant(lambda _: 1.0, "gain and source")} | parts
+
+
+@torch.no_grad()
+def between(base: nn.Module, adapted: nn.Module, strength: Callable[[str], float]) -> None:
+    """Moves the merged model `adapted`, in place, to W_base + strength (W - W_base), strength by parameter name."""
+    for name, p in adapted.named_parameters():
+        p.copy_(base.get_parameter(name).to(p).lerp(p, strength(name)))
+
+
+def scores(job: Job, data: str, adapter: Path, work: Path, by_depth: bool = False) -> dict[str, Any]:
     """k-NN and linear probe in percent of base, adapted and ensemble, forgetting, label-free scores, dense check.
 
-    Returns {"base": {"knn", "linear", "source", "dense"}, "at": {strength: {"adapted", "ensemble", "source",
-    "judgement", "dense"}}, "n_bank", "n_queries"}; source and dense only where they are measured.
+    Returns {"base": {"knn", "linear", "source", "dense"}, "at": {variant: {"adapted", "ensemble", "source",
+    "judgement", "dense"}}, "n_bank", "n_queries"}; source and dense only where they are measured. "source" has the
+    paired standard error of each change too, "adapted_se" and "ensemble_se".
     """
     config = EvalConfig(model=job.model, data=(data,), num_workers=1)
     compute = resolve(config.device, config.precision)
@@ -82,28 +120,30 @@ def scores(job: Job, data: str, adapter: Path, work: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"n_bank": len(before["data"][0]), "n_queries": len(before["data"][1]), "at": {}}
     result["base"] = _accuracies(before["data"], labels["data"], job.k)
     if job.source:
-        result["base"]["source"] = _knn(before["source"], labels["source"], job.k)
+        right_before = knn_right(*_sets(before["source"], labels["source"]), job.k)
+        result["base"]["source"], result["n_source"] = _percent(right_before), len(right_before)
     if composites is not None:
         result["base"]["dense"] = dense.dense_score(base, *composites)
-    for strength in (*job.strengths, *job.probes):
+    for name, variant in variants(job, len(base.vit.blocks), by_depth).items():
         adapted = backbones.load_from(config)
         lora.attach(adapted.vit, adapter)
-        lora.merge(adapted.vit, strength=strength)
+        between(base.vit, lora.merge(adapted.vit), variant.strength)
         adapted.vit.to(compute.device)
         after = of(adapted, data)
         at: dict[str, Any] = {"judgement": judge(base_views, view_features(adapted, views, compute))}
-        result["at"][str(float(strength))] = at
-        if strength in job.probes:
+        result["at"][name] = at
+        if variant.measured == "all":
+            at["adapted"] = _accuracies(after, labels["data"], job.k)
+            at["ensemble"] = _accuracies(_pairs(before["data"], after), labels["data"], job.k)
+        else:
             at["adapted"] = {"knn": _knn(after, labels["data"], job.k)}
-            continue
-        at["adapted"] = _accuracies(after, labels["data"], job.k)
-        at["ensemble"] = _accuracies(_pairs(before["data"], after), labels["data"], job.k)
-        if job.source:
+        if job.source and variant.measured != "gain":
             forgot = of(adapted, job.source)
-            both = _pairs(before["source"], forgot)
-            at["source"] = {"adapted": _knn(forgot, labels["source"], job.k)}
-            at["source"]["ensemble"] = _knn(both, labels["source"], job.k)
-        if composites is not None:
+            at["source"] = {}
+            for kind, x in (("adapted", forgot), ("ensemble", _pairs(before["source"], forgot))):
+                right = knn_right(*_sets(x, labels["source"]), job.k)
+                at["source"] |= {kind: _percent(right), f"{kind}_se": paired_error(right_before, right)}
+        if composites is not None and variant.measured == "all":
             at["dense"] = dense.dense_score(adapted, *composites)
     return result
 
@@ -142,7 +182,16 @@ def _sets(x: list[Tensor], y: list[Tensor]) -> list[Features]:
 
 
 def _knn(x: list[Tensor], y: list[Tensor], k: int) -> float:
-    return knn(*_sets(x, y), k)
+    return _percent(knn_right(*_sets(x, y), k))
+
+
+def _percent(right: Tensor) -> float:
+    return 100 * float(right.double().mean())
+
+
+def paired_error(before: Tensor, after: Tensor) -> float:
+    """Standard error, in points, of the change of accuracy on the same N images. before, after: [N] bool, right."""
+    return 100 * float((after.double() - before.double()).std() / len(before) ** 0.5)
 
 
 def _accuracies(x: list[Tensor], y: list[Tensor], k: int) -> dict[str, float]:

@@ -21,7 +21,7 @@ BENCH = Path(__file__).resolve().parent.parent / "bench"
 @pytest.fixture(scope="module")
 def bench():
     """The study's modules, by name; they import each other from their own folder."""
-    names = ("dense", "study", "study_scores", "study_plot", "study_predictor", "study_page")
+    names = ("clusters", "dense", "study", "study_scores", "study_plot", "study_predictor", "study_page")
     sys.path.insert(0, str(BENCH))
     try:
         yield {name: importlib.import_module(name) for name in names}
@@ -369,3 +369,84 @@ def test_the_page_has_means_with_standard_errors_and_is_filled_between_its_marke
     (tmp_path / "bare.md").write_text("nothing")
     with pytest.raises(ValueError, match="no lines"):
         study_page.fill(tmp_path / "bare.md", rows, tmp_path / "rows.jsonl")
+
+
+def test_purity_and_nmi_by_hand_and_by_scikit_learn(bench):
+    from sklearn.metrics import normalized_mutual_info_score
+
+    clusters = bench["clusters"]
+    labels = torch.tensor([0, 0, 0, 1, 1, 2])
+    assert clusters.purity(labels, labels) == 1 and clusters.nmi(labels, labels) == pytest.approx(1)
+    one = torch.zeros(6, dtype=torch.int64)
+    assert clusters.purity(one, labels) == 0.5 and clusters.nmi(one, labels) == pytest.approx(0)
+    # clusters {0, 0, 1} and {0, 1, 2}: two of three and one of three
+    assert clusters.purity(torch.tensor([0, 0, 1, 0, 1, 1]), labels) == 0.5
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(num, (200,), generator=generator) for num in (12, 5))
+    assert clusters.nmi(a, b) == pytest.approx(normalized_mutual_info_score(b, a), abs=1e-12)
+
+
+def test_a_runs_clusters_are_those_of_its_own_checkpoints(bench, model, labelled, tmp_path):
+    import upstep_fast
+
+    options = dict(steps=8, batch_size=8, prototypes=4, head_hidden=16, head_dim=8, num_workers=0, device="cpu")
+    looks = bench["study"].looked_at(8)
+    assert looks == {"checkpoint_every": 2, "keep_checkpoints": 4}
+    upstep_fast.adapt(model=model, data=str(labelled), out=tmp_path / "run", lr=1e-2, **options, **looks)
+    found = bench["clusters"].history(tmp_path / "run", str(labelled))
+    assert [row["step"] for row in found] == [2, 4, 6, 8]
+    assert found[0]["stability"] is None and all(0 <= row["stability"] <= 1 for row in found[1:])
+    assert all(0.5 <= row["purity"] <= 1 and 0 <= row["nmi"] <= 1 + 1e-12 for row in found)
+
+
+def test_an_adapter_is_weakened_by_thirds_of_its_blocks(bench, model):
+    from upstep_fast import backbone
+
+    scores, study = bench["study_scores"], bench["study"]
+    job = study.Job("a", {}, "m", "d", None, 0, 20, (0.5, 1.0), (4.0,))
+    assert list(scores.variants(job, 9, by_depth=False)) == ["0.5", "1.0", "4.0"]
+    found = scores.variants(job, 9, by_depth=True)
+    assert set(found) == {"1.0"} | {f"{third} x {s}" for third in ("first", "middle", "last") for s in ("0", "0.5")}
+    names = [f"blocks.{i}.attn.qkv.weight" for i in range(9)]
+    assert [found["middle x 0.5"].strength(name) for name in names] == [1] * 3 + [0.5] * 3 + [1] * 3
+    assert found["last x 0"].strength("norm.weight") == 1
+    base, adapted = backbone.load(model).vit, backbone.load(model).vit
+    with torch.no_grad():
+        for p in adapted.parameters():
+            p.add_(1)
+    scores.between(base, adapted, lambda name: 0.25 if name.startswith("blocks.0.") else 4.0)
+    for name, p in adapted.named_parameters():
+        more = 0.25 if name.startswith("blocks.0.") else 4.0
+        assert torch.allclose(p, base.get_parameter(name) + more, atol=1e-5), name
+
+
+def test_the_standard_error_of_a_change_is_paired(bench):
+    before, after = torch.tensor([1, 1, 0, 0, 1]).bool(), torch.tensor([1, 0, 0, 1, 1]).bool()
+    differences = np.array([0, -1, 0, 1, 0])
+    expected = 100 * differences.std(ddof=1) / 5**0.5
+    assert bench["study_scores"].paired_error(before, after) == pytest.approx(expected)
+    assert bench["study_scores"].paired_error(before, before) == 0
+
+
+def test_the_page_has_clusters_depth_and_the_sources_errors(bench, tmp_path):
+    study_page = bench["study_page"]
+    page = tmp_path / "quality.md"
+    page.write_text(f"{study_page.BEGIN}\n{study_page.END}\n")
+    looks = [{"step": 30, "purity": 0.4, "nmi": 0.3, "stability": None}]
+    looks += [{"step": 60, "purity": 0.6, "nmi": 0.5, "stability": 0.75}]
+    new = a_row("a", 3, 0.2, clusters=looks)
+    new["at"]["1.0"]["source"] |= {"adapted_se": 1.1, "ensemble_se": 0.7}
+    weak = a_row("a", 3, 0.2) | {"split": "depth"}
+    weak["at"] = {"1.0": weak["at"]["1.0"], "last x 0": {"adapted": {"knn": 54}, "judgement": a_judgement(0.1)}}
+    study_page.fill(page, [new, a_row("b", 1, 0.1), weak], tmp_path / "rows.jsonl")
+    text = page.read_text()
+    assert "| plain | a | 1 | 30 | 0.40 | 0.30 |  |" in text and "| plain | a | 1 | 60 | 0.60 | 0.50 | 0.75 |" in text
+    assert "| -6.0 ± 1.1 | -1.0 ± 0.7 |" in text
+    # unpaired, 46 and 40 % of 1,000: sqrt(.46 .54 + .40 .60) / sqrt(1000) = 2.2 points
+    assert "1.1 points on average; in 1 of 2 measurements not paired" in text and "2.2 points" in text
+    assert "| plain | a | 0 | all x 1 | +3.0 | -6.0 | +20.0 | chosen |" in text
+    assert "| plain | a | 0 | last x 0 | +4.0 |  | +10.0 | best |" in text
+
+
+def a_judgement(score):
+    return {"view_agreement": score, "uniformity": 0.0}

@@ -50,9 +50,10 @@ class DamagedError(Exception):
 
 
 class Writer:
-    """Saves in a thread, one checkpoint at a time, while the run goes on."""
+    """Saves in a thread, one checkpoint at a time, while the run goes on; the newest `keep` stay."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep: int = 2) -> None:
+        self._keep = keep
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="upstep-checkpoint")
         self._pending: Future[Path] | None = None
 
@@ -64,7 +65,7 @@ class Writer:
         make_files: is called in the thread, so it must work on a copy.
         """
         self.wait()
-        self._pending = self._pool.submit(lambda: save(folder, step, make_files(), manifest))
+        self._pending = self._pool.submit(lambda: save(folder, step, make_files(), manifest, self._keep))
 
     def wait(self) -> None:
         """Until what was begun is on disk. Raises OSError if the disk refused it."""

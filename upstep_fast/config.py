@@ -89,7 +89,9 @@ class AdaptConfig(ModelConfig):
     resume: bool = False
     """Go on from the newest checkpoint in --out; start from the beginning if there is none."""
     checkpoint_every: int | str = 200
-    """Steps between two checkpoints, or minutes (10min); two are kept; a signal and the last step write one too."""
+    """Steps between two checkpoints, or minutes (10min); a signal and the last step write one too."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay, at least 2, so that one is left if the other is damaged."""
     verify_resume: int = 0
     """After the first checkpoint: repeat so many steps from it and compare bit for bit; exit 1 if they differ."""
     method: Literal["upstep", "explora"] = "upstep"
@@ -263,6 +265,7 @@ class AdaptConfig(ModelConfig):
         _at_least(self, "accumulate", 1)
         every(self.checkpoint_every)
         _at_least(self, "verify_resume", 0)
+        _at_least(self, "keep_checkpoints", 2)
         _positive(self, "rank_timeout")
         _at_least(self, "prototypes", 2)
         _at_least(self, "sinkhorn_iterations", 1)
@@ -280,20 +283,8 @@ class AdaptConfig(ModelConfig):
         for name in ("judge_every", "judge_patience", "warmup", "weight_decay", "clip", "cvr_weight", "distil_weight"):
             _at_least(self, name, 0)
         _at_least(self, "queue", 0)
-        for name in (
-            "base_targets",
-            "gate_rate",
-            "gate_beta",
-            "max_bad_fraction",
-            "flip",
-            "blur",
-            "grey",
-            "crop_min",
-            "crop_max",
-            "vertical_flip",
-            "rotate90",
-            "solarize",
-        ):
+        fractions = ("base_targets", "gate_rate", "gate_beta", "max_bad_fraction", "crop_min", "crop_max")
+        for name in (*fractions, "flip", "blur", "grey", "vertical_flip", "rotate90", "solarize"):
             _fraction(self, name)
         for name in ("brightness", "contrast", "saturation", "hue"):
             _at_least(self, name, 0)

@@ -194,14 +194,20 @@ def knn(train: Features, test: Features, k: int = 20) -> float:
 
     Both sets hold unit features and share their classes; k above the size of `train` is reduced to it.
     """
-    votes_of = F.one_hot(train.y, len(train.classes)).float()
-    right = 0
     own = slice(distributed.rank(), None, distributed.size())
-    for x, y in zip(test.x[own].split(1024), test.y[own].split(1024), strict=True):
+    right = knn_right(train, Features(test.x[own], test.y[own], test.classes), k).sum()
+    return 100.0 * distributed.reduce(right).item() / len(test.y)
+
+
+def knn_right(train: Features, test: Features, k: int = 20) -> Tensor:
+    """Which images of `test` the classifier of `knn` gets right, [N] bool; of one process."""
+    votes_of = F.one_hot(train.y, len(train.classes)).float()
+    right = []
+    for x, y in zip(test.x.split(1024), test.y.split(1024), strict=True):
         similarity, nearest = (x @ train.x.T).topk(min(k, len(train.x)), dim=1)
         votes = (votes_of[nearest] * ((similarity - 1) / KNN_TEMPERATURE).exp()[..., None]).sum(1)
-        right += int((votes.argmax(1) == y).sum())
-    return 100.0 * distributed.reduce(torch.tensor(right)).item() / len(test.y)
+        right.append(votes.argmax(1) == y)
+    return torch.cat(right)
 
 
 def linear_probe(train: Features, test: Features, *, seed: int = 0) -> float:

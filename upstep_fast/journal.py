@@ -25,7 +25,7 @@ class Journal:
         if distributed.is_first():
             self._metrics = self._stack.enter_context(Metrics(out / "metrics.jsonl", state.step, config.tensorboard))
             self._progress = self._stack.enter_context(Progress(config, state.gate))
-            self._writer = self._stack.enter_context(checkpoint.Writer())
+            self._writer = self._stack.enter_context(checkpoint.Writer(config.keep_checkpoints))
 
     def write(self, row: dict[str, Any], gate: GateState) -> None:
         """Appends a row to metrics.jsonl and moves the progress line. `other_s` loses what the step's halves took."""
