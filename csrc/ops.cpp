@@ -9,9 +9,11 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "center_vector.h"
+#include "views.h"
 
 namespace {
 
@@ -142,6 +144,31 @@ void backward_cpu(const std::optional<Tensor>& grad_z, const std::optional<Tenso
   upstep::backward_cpu(backward_of(grad_z, grad_sums, scale, z, inv_norm, grad_u));
 }
 
+void views_cpu(const Tensor& pixels, const Tensor& places, const Tensor& boxes, const Tensor& factors,
+               const Tensor& mean, const Tensor& std, int64_t height, int64_t width, bool cubic, int64_t half_y,
+               int64_t half_x, int64_t patch, const Tensor& out) {
+  const int64_t count = boxes.size(0), channels = mean.numel();
+  STD_TORCH_CHECK(pixels.scalar_type() == ScalarType::Byte, "upstep_ops: pixels must be uint8");
+  STD_TORCH_CHECK(boxes.dim() == 2 && places.dim() == 2, "upstep_ops: places and boxes must be tables");
+  STD_TORCH_CHECK(std::min(height, width) >= 1 && std::max(height, width) <= 1 << 15 && channels <= 1 << 12,
+                  "upstep_ops: views must be 1 to 32768 pixels a side, of at most 4096 channels");
+  STD_TORCH_CHECK(patch >= 0 && (!patch || (height % patch == 0 && width % patch == 0)),
+                  "upstep_ops: patch must divide the view");
+  STD_TORCH_CHECK(half_y >= 0 && half_x >= 0 && half_y < height && half_x < width, "upstep_ops: the blur is too wide");
+  upstep::ViewsCall call{};
+  call.pixels = static_cast<const uint8_t*>(pixels.data_ptr());
+  call.places = static_cast<const int64_t*>(cells(places, ScalarType::Long, places.size(0) * 4, pixels, "places"));
+  call.boxes = static_cast<const int32_t*>(cells(boxes, ScalarType::Int, count * 6, pixels, "boxes"));
+  call.factors = floats(factors, count * 7, pixels, "factors");
+  call.mean = floats(mean, channels, pixels, "mean"), call.std = floats(std, channels, pixels, "std");
+  call.count = count, call.channels = static_cast<int>(channels);
+  call.height = static_cast<int>(height), call.width = static_cast<int>(width), call.cubic = cubic;
+  call.half_y = static_cast<int>(half_y), call.half_x = static_cast<int>(half_x);
+  call.patch = static_cast<int>(patch), call.real = real_of(out);
+  call.out = cells(out, out.scalar_type(), count * channels * height * width, pixels, "out");
+  upstep::views_cpu(call);
+}
+
 // ---- CUDA
 
 #ifdef UPSTEP_FAST_CUDA
@@ -204,6 +231,8 @@ STABLE_TORCH_LIBRARY(upstep_ops, m) {
         "Tensor(b!) next_state) -> ()");
   m.def("center_vector_backward(Tensor? grad_z, Tensor? grad_sums, float scale, Tensor z, Tensor inv_norm, "
         "Tensor(a!) grad_u) -> ()");
+  m.def("views(Tensor pixels, Tensor places, Tensor boxes, Tensor factors, Tensor mean, Tensor std, int height, "
+        "int width, bool cubic, int half_y, int half_x, int patch, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(upstep_ops, CPU, m) {
@@ -211,6 +240,7 @@ STABLE_TORCH_LIBRARY_IMPL(upstep_ops, CPU, m) {
   m.impl("center_vector_partial", TORCH_BOX(&partial_cpu));
   m.impl("center_vector_finish", TORCH_BOX(&finish_cpu));
   m.impl("center_vector_backward", TORCH_BOX(&backward_cpu));
+  m.impl("views", TORCH_BOX(&views_cpu));
 }
 
 #ifdef UPSTEP_FAST_CUDA

@@ -49,13 +49,15 @@ def has_cuda() -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key("upstep_ops::center_vector", "CUDA")
 
 
-def native_reason(kind: str, device: torch.device) -> str | None:
+def native_reason(kind: str, device: torch.device, op: str = "center_vector") -> str | None:
     """Why the compiled op of this kind ("cpp" or "cuda") cannot take tensors on `device`, or None if it can."""
     wanted = "cpu" if kind == "cpp" else "cuda"
     if device.type != wanted:
         return f"needs {wanted.upper()} tensors, got {device}"
     if failure := load_failure():
         return failure
+    if not hasattr(torch.ops.upstep_ops, op):
+        return f"{LIBRARY} is older than {op}: {_CURE}"
     if kind == "cpp":
         return None
     if not has_cuda():

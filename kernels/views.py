@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from ._dispatch import NAMESPACE, choose, triton_reason
-from .views_plain import FACTORS, views_reference
+from ._native import native_reason
+from .views_plain import FACTORS, halves, views_reference
 from .views_triton import views_triton
 
 INTERPOLATIONS = ("bilinear", "bicubic")
@@ -47,11 +48,39 @@ def _op(
     if not len(out):
         return out
     given, options = (pixels, places, boxes, factors, mean, std), (height, width, interpolation, tuple(taps), patch)
-    if choose("views", pixels.device, {"triton": triton_reason(pixels), "reference": None}) == "triton":
+    chosen = made_by(pixels.device)
+    if chosen == "triton":
         views_triton(*(x.contiguous() for x in given), out, len(mean), *options)
+    elif chosen == "cpp":
+        views_cpp(*(x.contiguous() for x in given), out, *options)
     else:
         out.copy_(views_reference(*given, *options, dtype))
     return out
+
+
+def made_by(device: torch.device) -> str:
+    """What makes views on `device`: "triton", "cpp" (the compiled op on a CPU) or "reference" (torch)."""
+    why_not = {
+        "triton": triton_reason(torch.empty(0, device=device)),
+        "cpp": native_reason("cpp", device, "views"),
+        "reference": None,
+    }
+    return choose("views", device, why_not)
+
+
+def views_cpp(
+    pixels: Tensor, places: Tensor, boxes: Tensor, factors: Tensor, mean: Tensor, std: Tensor, out: Tensor,
+    height: int, width: int, interpolation: str, taps: tuple[int, int], patch: int,
+) -> None:  # fmt: skip
+    """Fills `out` by the compiled op; arguments as `make_views`, on a CPU, contiguous.
+
+    Places may point to images in other memory than that of `pixels`: offsets count from its first byte, so that images
+    need not be copied together.
+    """
+    torch.ops.upstep_ops.views(
+        pixels, places, boxes, factors, mean, std, height, width, interpolation == "bicubic",
+        *halves(taps, height, width), patch, out,
+    )  # fmt: skip
 
 
 @_op.register_fake

@@ -12,8 +12,9 @@ from torchvision.transforms.v2 import functional as tv
 from upstep_fast.data.draws import ViewParams, draw_params
 from upstep_fast.data.recipe import ViewConfig
 from upstep_fast.data.views import pack
-from upstep_fast.kernels import patchify
+from upstep_fast.kernels import _native, patchify
 from upstep_fast.kernels._dispatch import forced
+from upstep_fast.kernels._native import native_reason
 from upstep_fast.kernels.views import make_views
 from upstep_fast.kernels.views_plain import FACTORS, SIGMA, blur, crop_resize, finish, recolour, views_reference
 
@@ -106,13 +107,16 @@ def test_the_references_colours_are_torchvisions():
         assert (got[n] - want).abs().max() < 5e-5, n
 
 
-def test_the_whole_is_torchvisions_on_uint8():
+@pytest.mark.parametrize("implementation", ["reference", "cpp"])
+def test_the_whole_is_torchvisions_on_uint8(implementation):
     """Within 2/255 where no factor is above 1; solarize is a jump at one level, so it is left out."""
+    needs(implementation)
     size, interpolation = (12, 12), "bilinear"
     images, params, (pixels, places, boxes, factors, *_) = problem(size, interpolation)
     factors[:, :3].clamp_(max=1.0)
     factors[:, -1] = 0
-    got = make_views(pixels, places, boxes, factors, [0.0] * 3, [1.0] * 3, *size, taps=TAPS)
+    with forced(implementation):
+        got = make_views(pixels, places, boxes, factors, [0.0] * 3, [1.0] * 3, *size, taps=TAPS)
     config = ViewConfig(size=size, interpolation=interpolation)
     for n, image in enumerate(params.image):
         want = torchvision_colours(torchvision_view(images[image], params, n, config) / 255, factors[n].tolist())
@@ -122,9 +126,10 @@ def test_the_whole_is_torchvisions_on_uint8():
 def test_patches_are_patchifys_and_a_still_row_changes_nothing():
     _, _, (*packed, factors, mean, std) = problem((8, 16), "bilinear", channels=5)
     factors[:] = torch.tensor(STILL)
-    plain = make_views(*packed, factors, mean, std, 8, 16)
+    with forced("reference"):
+        plain = make_views(*packed, factors, mean, std, 8, 16)
+        patches = make_views(*packed, factors, mean.tolist(), std.tolist(), 8, 16, patch=4, dtype=torch.bfloat16)
     assert torch.equal(plain, (crop_resize(*packed, 5, 8, 16, "bilinear") - mean[:, None, None]) / std[:, None, None])
-    patches = make_views(*packed, factors, mean.tolist(), std.tolist(), 8, 16, patch=4, dtype=torch.bfloat16)
     assert torch.equal(patches, patchify(plain, 4, torch.bfloat16)) and patches.shape == (len(plain), 8, 5 * 16)
 
 
@@ -140,7 +145,12 @@ CASES = [
 ]
 
 
-def _check_kernel(case, device: str, sizes) -> None:
+def needs(implementation: str) -> None:
+    if implementation == "cpp" and (reason := native_reason("cpp", torch.device("cpu"), "views")):
+        pytest.skip(reason)
+
+
+def _check_kernel(case, device: str, sizes, implementation="triton") -> None:
     channels, size, interpolation, taps, patch, dtype = case
     _, _, given = problem(size, interpolation, channels, sizes)
     pixels, places, *rest = given
@@ -151,7 +161,7 @@ def _check_kernel(case, device: str, sizes) -> None:
     for value in (0, 255):
         guard = torch.full((4096,), value, dtype=torch.uint8)
         moved = places + torch.tensor([4096, 0, 0, 0])
-        with guarded_outputs(), forced("triton"):
+        with guarded_outputs(), forced(implementation):
             around = [surrounded(x.to(device)) for x in (moved, *rest)]
             options = {"interpolation": interpolation, "taps": taps, "patch": patch, "dtype": dtype}
             results.append(make_views(torch.cat([guard, pixels, guard]).to(device), *around, *size, **options).cpu())
@@ -162,12 +172,42 @@ def _check_kernel(case, device: str, sizes) -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     error = (results[0].double() - want).abs()
-    # a position of 300 pixels is known to 2e-5 in fp32, and a view in 16 bit waits as fixed point three times
-    limit = 2e-5 if dtype == torch.float32 else 2e-5 + 1.5 / 65535
+    # a position of 300 pixels is known to 2e-5 in fp32, and in Triton a view in 16 bit waits as fixed point three times
+    limit = 2e-5 if dtype == torch.float32 or implementation == "cpp" else 2e-5 + 1.5 / 65535
     limit *= 1.4 * 1.3 / float(rest[3].min())  # what the largest factors and the normalisation make of it
     # the interpreter truncates when it stores bf16, where a GPU rounds
     step = torch.finfo(dtype).eps * (1 if interpreting() and dtype == torch.bfloat16 else 0.5)
     assert (error <= limit + step * want.abs()).all(), (error - step * want.abs()).max() / limit
+
+
+LARGE = (3, (224, 224), "bicubic", (23, 23), 16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("case", [*CASES, (4, (40, 30), "bilinear", TAPS, 5, torch.float32), LARGE], ids=str)
+def test_the_compiled_op(case):
+    needs("cpp")
+    _check_kernel(case, "cpu", SIZES, "cpp")
+
+
+def test_the_compiled_op_depends_on_neither_threads_nor_neighbours():
+    needs("cpp")
+    _, _, (pixels, places, boxes, factors, mean, std) = problem((24, 24), "bicubic")
+    threads, options = torch.get_num_threads(), {"interpolation": "bicubic", "taps": TAPS}
+    with forced("cpp"):
+        try:
+            torch.set_num_threads(3)
+            first = make_views(pixels, places, boxes, factors, mean, std, 24, 24, **options)
+            torch.set_num_threads(1)
+            alone = [make_views(pixels, places, boxes[n : n + 1], factors[n : n + 1], mean, std, 24, 24, **options)
+                     for n in range(len(boxes))]  # fmt: skip
+        finally:
+            torch.set_num_threads(threads)
+    assert torch.equal(first, torch.cat(alone))
+
+
+def test_a_library_without_the_op_is_passed_over(monkeypatch):
+    monkeypatch.setattr(_native, "load_failure", lambda: None)
+    assert "is older than no_such_op" in native_reason("cpp", torch.device("cpu"), "no_such_op")
 
 
 @pytest.mark.interp
@@ -177,7 +217,7 @@ def test_the_kernel_in_the_interpreter(case):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", [*CASES, (3, (224, 224), "bicubic", (23, 23), 16, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("case", [*CASES, LARGE], ids=str)
 def test_the_kernel_on_the_gpu(case):
     _check_kernel(case, "cuda", SIZES)
 

@@ -20,12 +20,28 @@ from upstep_fast.data.random import uniform, uniform_array
 from upstep_fast.data.recipe import PRESETS, ViewConfig, local_config, view_config
 from upstep_fast.data.views import multi_crop, random_views
 from upstep_fast.errors import ConfigError
+from upstep_fast.kernels._dispatch import forced
+from upstep_fast.kernels._native import native_reason
 from upstep_fast.kernels.patchify import patchify
 from upstep_fast.kernels.views_plain import resize_weights
 
+both_ways = pytest.mark.usefixtures("implementation")
 SIZES = [(64, 64), (50, 80), (10, 7), (100, 33), (1, 1), (1, 300), (300, 1), (120, 200)]
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 STILL = ViewConfig(**{**dataclasses.asdict(PRESETS["none"]), **PLAIN})  # nothing but the crop
+
+
+def needs(implementation: str) -> None:
+    if implementation == "cpp" and (reason := native_reason("cpp", torch.device("cpu"), "views")):
+        pytest.skip(reason)
+
+
+@pytest.fixture(params=["cpp", "reference"])
+def implementation(request):
+    """The compiled op, and torch alone."""
+    needs(request.param)
+    with forced(request.param):
+        yield
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -52,11 +68,14 @@ def torchvision_view(image: torch.Tensor, p: ViewParams, n: int, config: ViewCon
     return view.transpose(1, 2) if p.transpose[n] else view
 
 
-@pytest.mark.parametrize("dense", [True, False], ids=["matmul", "one by one"])
+@both_ways
+@pytest.mark.parametrize("way", ["compiled", "matmul", "one by one"])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [(48, 48), (31, 57), (3, 200)])
-def test_crop_and_resize_are_torchvisions(monkeypatch, size, interpolation, dense):
-    monkeypatch.setattr(views, "MATMUL_PIXELS", 10**9 if dense else 0)
+def test_crop_and_resize_are_torchvisions(monkeypatch, size, interpolation, way):
+    implementation = "cpp" if way == "compiled" else "reference"
+    needs(implementation)
+    monkeypatch.setattr(views, "MATMUL_PIXELS", 10**9 if way == "matmul" else 0)
     turns = {"rotate90": 0.75} if size[0] == size[1] else {}
     config = dataclasses.replace(
         STILL, size=size, interpolation=interpolation, crop_scale=(0.05, 1.0), crop_ratio=(0.5, 2.0), flip=0.5,
@@ -64,7 +83,8 @@ def test_crop_and_resize_are_torchvisions(monkeypatch, size, interpolation, dens
     )  # fmt: skip
     images = pictures()
     params = drawn(config, images, views=4)
-    got = random_views(images, config, seed=0, epoch=0, indices=range(len(images)), views=4).flatten(0, 1)
+    with forced(implementation):
+        got = random_views(images, config, seed=0, epoch=0, indices=range(len(images)), views=4).flatten(0, 1)
     for n, image in enumerate(params.image):
         want = torchvision_view(images[image], params, n, config)
         assert (got[n] * 255 - want).abs().max() <= 2, (SIZES[image], n)
@@ -81,6 +101,7 @@ def test_resize_weights_are_a_partition_of_one():
         assert torch.allclose(flipped, weights.flip(1), atol=1e-6)
 
 
+@both_ways
 def test_quarter_turns_are_torchs():
     """All four turns appear, each equally often, and are those of torch.rot90."""
     image = noise(3, 8, 8)
@@ -127,6 +148,7 @@ def test_grey_solarize_and_blur_are_torchvisions():
     assert [colour.blur_kernel_size(s) for s in (8, 64, 224)] == [3, 7, 23]
 
 
+@both_ways
 def test_the_whole_pipeline_is_the_steps_in_order():
     config = ViewConfig(size=32, hue=0.1, blur=0.5, solarize=0.3, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
     images = pictures()
@@ -189,6 +211,7 @@ def test_crops_have_torchvisions_distribution(height, width):
     assert (p.top >= 0).all() and (p.top + p.height <= height).all() and (p.left + p.width <= width).all()
 
 
+@both_ways
 def test_views_have_the_moments_of_torchvisions_pipeline():
     """Mean and mean square over many views of a few images, of pixels at the corners, the edges and the middle."""
     config = ViewConfig(size=16, **PLAIN)
@@ -236,6 +259,7 @@ DISTRIBUTIONS = {
 }
 
 
+@both_ways
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_each_operation_has_torchvisions_distribution(name):
     """Over many views of a picture the mean and mean square of its pixels are torchvision's, to 4.5 standard errors."""
@@ -261,6 +285,7 @@ def test_each_operation_has_torchvisions_distribution(name):
 # repeatability and shape
 
 
+@both_ways
 def test_a_batch_can_be_made_again_and_a_sample_alone():
     images, config = pictures(), ViewConfig(size=24, blur=0.5, solarize=0.5, hue=0.1)
     indices = [50, 3, 2**33, 7, 0, 1, 12, 9]
@@ -275,12 +300,14 @@ def test_a_batch_can_be_made_again_and_a_sample_alone():
     assert not torch.equal(first[0], first[1])
 
 
+@both_ways
 def test_more_views_leave_the_first_ones_alone():
     images, config = pictures(), ViewConfig(size=16)
     two, five = (random_views(images, config, seed=0, epoch=0, indices=range(8), views=v) for v in (2, 5))
     assert (two - five[:2]).abs().max() < 1e-5
 
 
+@both_ways
 def test_global_and_local_views():
     """The globals are random_views' own; the locals are as if drawn alone under their own numbers."""
     images, config = pictures(), ViewConfig(size=24, hue=0.1, blur=0.3)
@@ -296,6 +323,7 @@ def test_global_and_local_views():
     assert area.min() > 0.04 and area.max() < 0.21 and abs(area.mean() - 0.125) < 0.01
 
 
+@both_ways
 @pytest.mark.parametrize("channels", [1, 5])
 def test_other_numbers_of_channels(channels):
     config = ViewConfig(size=(12, 20), blur=1.0, hue=0.1, mean=(0.5,) * channels, std=(0.2,) * channels)
@@ -305,6 +333,7 @@ def test_other_numbers_of_channels(channels):
         random_views([noise(channels, 4, 4)], ViewConfig(), seed=0, epoch=0, indices=[0])
 
 
+@both_ways
 def test_constant_images_stay_finite():
     config = ViewConfig(size=8, hue=0.5, blur=1.0, solarize=0.5)
     for value in (0, 128, 255):
@@ -312,6 +341,7 @@ def test_constant_images_stay_finite():
         assert random_views([image], config, seed=0, epoch=0, indices=[0]).isfinite().all()
 
 
+@both_ways
 def test_none_is_the_normalised_middle():
     image = noise(3, 20, 20)
     got = random_views([image], dataclasses.replace(PRESETS["none"], size=20), seed=0, epoch=0, indices=[0], views=2)
@@ -319,6 +349,7 @@ def test_none_is_the_normalised_middle():
     assert (got - want).abs().max() < 1e-5
 
 
+@both_ways
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_run(name):
     config = dataclasses.replace(PRESETS[name], size=16)
@@ -387,6 +418,7 @@ def from_flags(flags: str, size: int = 20) -> ViewConfig:
     return view_config(config, SimpleNamespace(img_size=(size, size), mean=(0.0,) * 3, std=(1.0,) * 3))
 
 
+@both_ways
 @pytest.mark.parametrize("flags", SWITCHES)
 def test_every_operation_is_switched_by_its_flag(flags):
     """Alone it is torchvision's within 2/255; without it the picture is left as it is."""
@@ -426,8 +458,9 @@ def test_the_kernels_way_is_the_cpus(channels, blur):
     )
     images = [noise(channels, h, w, seed=i) for i, (h, w) in enumerate(SIZES)]
     p, cpu = drawn(config, images), torch.device("cpu")
-    want = views._make(images, None, p, config, cpu)
-    got = views._make(images, views.pack(images, cpu), p, config, cpu)
+    with forced("reference"):
+        want = views._make(images, None, p, config, cpu)
+        got = views._make(images, views.pack(images, cpu), p, config, cpu)
     error = (got - want).abs() * 0.2 * 255
     # the resize rounds to levels on the CPU: beside the threshold of solarize that is a jump
     assert error[p.solarize].quantile(0.98) <= 3 and error[~p.solarize].max() <= 4 and error.mean() < 1
@@ -445,6 +478,7 @@ def test_the_gpu_makes_the_same_views(interpolation):
     assert error.quantile(0.999) <= 2 and error.mean() < 0.5
 
 
+@both_ways
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("blur", [0.0, 0.5])
 def test_patches_are_those_of_the_pictures(monkeypatch, blur, dtype):

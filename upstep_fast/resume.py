@@ -37,6 +37,7 @@ from .errors import ConfigError, RunFailedError
 from .gate import GateState
 from .kernels import _dispatch as dispatch
 from .kernels import _measure as measure
+from .kernels.views import made_by
 from .methods import Method
 
 log = logging.getLogger("upstep_fast")
@@ -113,6 +114,7 @@ def identify(config: AdaptConfig | FinetuneConfig, compute: Compute, source: Sou
             "precision": compute.precision,
             "ranks": distributed.size(),
             "decoder": decoder_fingerprint(),
+            "views": made_by(device),
         },
         defaults=_defaults(config),
     )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.patchify import in_patches
-from ..kernels.views import make_views
+from ..kernels.views import made_by, make_views, views_cpp
 from ..kernels.views_plain import resize_weights
 from . import colour
 from .draws import ViewParams, draw_params
@@ -126,6 +126,8 @@ def _make(
     if packed is not None:
         return _make_fused(packed, params, config, mean, std, patch, dtype)
     count, shape = len(params.image), (len(mean), config.height, config.width)
+    if made_by(device) == "cpp":
+        return _make_compiled(images, params, config, mean, std, patch, dtype)
     step = min(count, max(1, CHUNK_BYTES // (4 * math.prod(shape))))
     out = torch.empty(count, *shape, dtype=dtype)  # as pictures, or the same cells in the order of patches
     cells = out.view(in_patches(out, patch).shape) if patch else out
@@ -140,6 +142,26 @@ def _make(
         if room is not None:
             cells[start : start + step] = in_patches(x, patch) if patch else x
     return cells.flatten(3).flatten(1, 2) if patch else out
+
+
+def _make_compiled(
+    images: Sequence[Tensor],
+    p: ViewParams,
+    config: ViewConfig,
+    mean: Tensor,
+    std: Tensor,
+    patch: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """By the compiled op of a CPU, which takes the images where they lie."""
+    first = images[0].data_ptr()
+    places = torch.tensor([(image.data_ptr() - first, *image.stride()) for image in images])
+    boxes, factors = torch.from_numpy(p.boxes()), torch.from_numpy(p.factors())
+    out = torch.empty(len(boxes), len(mean), config.height, config.width, dtype=dtype)
+    taps = _blur_size(config) if p.sigma.any() else (1, 1)
+    given, size = (images[0], places, boxes, factors, mean, std), (config.height, config.width)
+    views_cpp(*given, out, *size, config.interpolation, taps, patch)
+    return out.view(len(boxes), math.prod(size) // patch**2, -1) if patch else out
 
 
 def _make_fused(
