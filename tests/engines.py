@@ -24,10 +24,23 @@ VARIANTS = {
     "norms before proj and fc2": ("beit3_base_patch16_224", dict(img_size=48, embed_dim=96, num_heads=1)),
     "qk-norm": ("vit_tiny_patch16_224", dict(SMALL, qk_norm=True)),
     "qk-norm by RMSNorm": ("vit_tiny_patch16_224", dict(SMALL, qk_norm=True, norm_layer="rmsnorm")),
+    "DINOv3": ("vit_small_patch16_dinov3", dict(img_size=48, embed_dim=96, num_heads=3)),
+    "DINOv3, SwiGLU, biases": (
+        "vit_small_plus_patch16_dinov3_qkvb",
+        dict(img_size=(48, 80), embed_dim=96, num_heads=3),
+    ),
+    "EVA-02": ("eva02_tiny_patch14_224", dict(img_size=42, embed_dim=96, num_heads=3)),
+    "EVA-02, q k v apart": ("eva02_base_patch14_224", dict(img_size=(42, 28), embed_dim=96, num_heads=3)),
+    "EVA-02 CLIP": ("eva02_base_patch16_clip_224", dict(img_size=48, embed_dim=96, num_heads=3)),
+    "rotary, qk-norm": ("vit_base_patch16_sapiens2", dict(img_size=48, embed_dim=96, num_heads=3, num_kv_heads=3)),
+    "rotary, norm_pre": ("vit_pe_core_base_patch16_224", dict(img_size=48, embed_dim=96, num_heads=3)),
+    "rotary, mean": ("vit_medium_patch16_rope_reg1_gap_256", dict(img_size=48, embed_dim=96, num_heads=3)),
+    "EVA": ("eva_giant_patch14_224", dict(img_size=28, embed_dim=96, num_heads=1)),
     "RMSNorm, SwiGLU": ("aimv2_large_patch14_224", dict(img_size=42, embed_dim=96, num_heads=1)),
 }
 # beyond the plain block: what stands between its products differs
-SWIGLU = [name for name in VARIANTS if "SwiGLU" in name]
+SWIGLU = [name for name in VARIANTS if "SwiGLU" in name and "DINOv3" not in name]
+ROTARY = [name for name in VARIANTS if name.startswith(("rotary", "DINOv3", "EVA"))]
 
 
 def model(variant="class token", targets=("q", "k", "v"), depth=2):

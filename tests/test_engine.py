@@ -268,7 +268,11 @@ def test_a_model_changed_after_folding_is_noticed(change, message, grad):
     [
         ("vit_small_patch14_dinov2", None),
         ("vit_giant_patch14_dinov2", None),
-        ("vit_base_patch16_rope_reg1_gap_256", "Eva"),
+        ("vit_base_patch16_rope_reg1_gap_256", None),
+        ("vit_7b_patch16_dinov3", None),
+        ("eva02_large_patch14_clip_336", None),
+        ("vit_base_patch16_rope_mixed_224", "rotary positions differ from block to block"),
+        ("eva02_enormous_patch14_clip_224", "EvaBlockPostNorm"),
         ("vit_small_patch16_36x1_224", None),
         ("vit_base_patch16_rpn_224", "ResPostBlock"),
         ("vit_medium_patch16_reg1_gap_256", None),

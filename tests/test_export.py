@@ -390,7 +390,7 @@ def test_the_models_command(capsys):
         assert ("vit_base_patch" in out and not err) if code == 0 else "near names" in err
         runs = {line.split()[0]: line for line in out.splitlines()}
         if "dinov3" in args:
-            assert "compiled (it is a Eva)" in runs["vit_base_patch16_dinov3"]
+            assert {runs[name].split(maxsplit=1)[1] for name in runs if "patch16_dinov3" in name} == {"rotary  engine"}
         elif code == 0:
             assert runs["vit_base_patch14_dinov2"].split()[1:] == ["plain", "engine"]
             assert runs["vit_giant_patch14_dinov2"].split()[1:] == ["plain", "engine"]  # SwiGLU

@@ -245,19 +245,21 @@ def test_frozen_weights_in_fp8(tiny):
     assert all(p.grad is None for p in net.vit.parameters()) and all(p.grad is not None for p in net.side.parameters())
 
 
-def test_a_model_the_engine_cannot_run_learns_all_the_same(caplog):
-    vit = timm.create_model(
-        "eva02_tiny_patch14_224", img_size=28, embed_dim=48, depth=2, num_heads=3, num_classes=0
-    ).eval()
-    assert engine.why_not(vit)
-    one = backbones.Backbone(vit, "eva", 48, (28, 28), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0)
+@pytest.mark.parametrize(
+    ("arch", "runs"), [("vit_small_patch16_rope_mixed_224", False), ("vit_small_patch16_dinov3", True)]
+)
+def test_rotary_models_learn_on_the_engine_or_beside_it(arch, runs, caplog):
+    vit = timm.create_model(arch, img_size=32, embed_dim=48, depth=2, num_heads=3, num_classes=0)
+    vit.eval().requires_grad_(False)
+    assert (engine.why_not(vit) is None) is runs
+    one = backbones.Backbone(vit, "eva", 48, (32, 32), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0)
     net = Losa(one, LosaSpec(rank=2, token_rank=2), classes=3)
     with caplog.at_level("WARNING", "upstep_fast"):
         net.accelerate(torch.float32)
-    assert "plain model" in caplog.text
-    torch.testing.assert_close(net(images(2, 28)), net.head(backbones.features(vit, images(2, 28))))
+    assert ("plain model" in caplog.text) is not runs
+    torch.testing.assert_close(net(images(2, 32)), net.head(backbones.features(vit, images(2, 32))))
     randomise(net.side)
-    net(images(2, 28)).sum().backward()
+    net(images(2, 32)).sum().backward()
     assert all(p.grad is None for p in vit.parameters())
     assert all(p.grad is not None for p in net.side.parameters())
 

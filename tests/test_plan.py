@@ -49,6 +49,7 @@ CONFIGURATIONS = [
     dict(model="vit_small_patch14_dinov2", batch_size=2, img_size=112),
     dict(model="deit_tiny_distilled_patch16_224", batch_size=4, in_chans=1),
     dict(model="eva02_tiny_patch14_224", batch_size=2),
+    dict(model="vit_small_patch16_dinov3", batch_size=2, img_size=112, precision="bf16"),
 ]
 
 

@@ -5,6 +5,7 @@ norm. With h the bare normalisation (scale and shift are folded into the weights
 
     h1 = norm(x + delta)
     y  = h1 (Wqkv + s B A)^T + c     the adapter merged into the weight: rounded once a step
+    z  = y, or with q and k normalised (heads.py) and turned (rotary.py)
     o  = softmax(q k^T / sqrt(d)) v
     p  = o Wproj^T + c               middle = x + delta + p
     h2 = norm(middle)
@@ -45,6 +46,7 @@ from .packed import Sizes, attend, attend_backward
 from .pieces import norm, norm_backward
 from .plain import run_plain, take
 from .precision import Quantized, wide
+from .rotary import Ropes, turn
 
 Memory = Literal["fast", "balanced", "lean"]
 Run = Callable[[Tensor, Tensor | None, int], tuple[Tensor, Tensor]]
@@ -57,11 +59,12 @@ def run_blocks(
     run: Run,
     sizes: Sizes = None,
     wanted: Tensor | None = None,
+    ropes: Ropes = None,
 ) -> Tensor:
     """x: [B, N, D] in the compute type -> the same, after all blocks; those that are not folded run as they are.
 
     run: (x, delta, index) -> (x, delta) for a folded block. sizes: x holds several groups as rows [T, D] (packed.py).
-    wanted: [M], the only tokens to give back, as rows [M, D].
+    wanted: [M], the only tokens to give back, as rows [M, D]. ropes: the rotary table of each group (rotary.py).
     """
     delta: Tensor | None = None
     last = len(blocks) - 1
@@ -71,24 +74,29 @@ def run_blocks(
         else:
             with torch.autocast(x.device.type, dtype=x.dtype, enabled=x.dtype != torch.float32):
                 x, delta, taken = x if delta is None else x + delta, None, wanted if index == last else None
-                x = run_plain(block, x, sizes, taken).to(x.dtype)
+                x = run_plain(block, x, sizes, taken, ropes).to(x.dtype)
     x = x if delta is None else x + delta
     return x if wanted is None or not isinstance(blocks[last], FoldedBlock) else take(x, wanted)
 
 
 def run_block(
-    x: Tensor, delta: Tensor | None, ready: ReadyBlock, memory: Memory = "fast", sizes: Sizes = None
+    x: Tensor,
+    delta: Tensor | None,
+    ready: ReadyBlock,
+    memory: Memory = "fast",
+    sizes: Sizes = None,
+    ropes: Ropes = None,
 ) -> tuple[Tensor, Tensor]:
     """The stream x + delta, [B, N, D] in the compute type, after the block, as a sum again.
 
-    Differentiable in x, in delta, in the adapters and in the norms that are trained. sizes: as for `run_blocks`.
+    Differentiable in x, in delta, in the adapters and in the norms that are trained. sizes, ropes: as for `run_blocks`.
     """
     keep = ready.block.draw_paths(x, sizes)
     if torch.is_grad_enabled():
         trained = ready.block.trained()
         if any(t.requires_grad for t in (x, *trained)):
-            return _Block.apply(x, delta, ready, memory, keep, sizes, *trained)
-    return _forward(x, delta, ready, ready.trained, keep, sizes, None)[:2]
+            return _Block.apply(x, delta, ready, memory, keep, sizes, ropes, *trained)
+    return _forward(x, delta, ready, ready.trained, keep, sizes, ropes, None)[:2]
 
 
 class _Block(torch.autograd.Function):
@@ -103,15 +111,17 @@ class _Block(torch.autograd.Function):
         memory: Memory,
         keep: Any,
         sizes: Sizes,
+        ropes: Ropes,
         *trained: Tensor,
     ) -> tuple[Tensor, Tensor]:
         kept: dict[str, Tensor] = {}
-        middle, m, before = _forward(x, delta, ready, trained, keep, sizes, kept)
+        middle, m, before = _forward(x, delta, ready, trained, keep, sizes, ropes, kept)
         if memory == "lean":
             kept = {"before": before}
         for name in _FORGOTTEN.get(memory, ()):
             del kept[name]
-        ctx.ready, ctx.names, ctx.keep, ctx.sizes, ctx.has_delta = ready, list(kept), keep, sizes, delta is not None
+        ctx.ready, ctx.names, ctx.has_delta = ready, list(kept), delta is not None
+        ctx.keep, ctx.sizes, ctx.ropes = keep, sizes, ropes
         # the adapters are among them: autograd raises if they, and with them the merged weights, change before backward
         ctx.save_for_backward(*kept.values(), *trained, *ready.block.sources())
         return middle, m
@@ -124,10 +134,10 @@ class _Block(torch.autograd.Function):
         trained = values[len(kept) : len(values) - len(ctx.ready.block.sources())]
         if "before" in kept:
             before, kept = kept["before"], {}
-            _forward(before, None, ctx.ready, trained, ctx.keep, ctx.sizes, kept)
+            _forward(before, None, ctx.ready, trained, ctx.keep, ctx.sizes, ctx.ropes, kept)
         needs_dx = ctx.needs_input_grad[0]
-        dx, d_trained = _backward(d_middle, d_m, ctx.ready, trained, ctx.keep, ctx.sizes, kept, needs_dx)
-        return dx, dx if ctx.has_delta else None, None, None, None, None, *d_trained
+        dx, d_trained = _backward(d_middle, d_m, ctx.ready, trained, ctx.keep, ctx.sizes, ctx.ropes, kept, needs_dx)
+        return dx, dx if ctx.has_delta else None, None, None, None, None, None, *d_trained
 
 
 def _forward(
@@ -137,6 +147,7 @@ def _forward(
     trained: Sequence[Tensor],
     keep: tuple[Tensor | None, Tensor | None],
     sizes: Sizes,
+    ropes: Ropes,
     kept: dict[str, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(middle, m, the stream before the block); fills `kept` if it is given."""
@@ -145,7 +156,8 @@ def _forward(
     y = qkv.product(_affine(rows, block, 0, trained))
     if kept is None:
         del h1, rows
-    o, lse = attend(meet(y, block.heads, block.head_norm), block.heads, sizes)
+    z = turn(meet(y, block.heads, block.head_norm), block.heads, block.rotary, ropes, sizes)
+    o, lse = attend(z, block.heads, sizes)
     p = _scaled(proj.product(_normed(o, block)[0]), keep[0])
     h2, middle, rstd2, rows = norm(before, p, block.eps[1], block.fused, block.fp8, block.rms)
     rows = _affine(rows, block, 1, trained)
@@ -165,6 +177,7 @@ def _backward(
     trained: Sequence[Tensor],
     keep: tuple[Tensor | None, Tensor | None],
     sizes: Sizes,
+    ropes: Ropes,
     kept: dict[str, Tensor],
     needs_dx: bool,
 ) -> tuple[Tensor | None, list[Tensor]]:
@@ -188,10 +201,13 @@ def _backward(
         d_of["proj"] = adapter_gradients(d_p, o_hat, block.proj, factors["proj"])
     h1_affine = wide(_affine(h1, block, 0, trained))
     y = kept["y"] if "y" in kept else qkv.product(h1_affine)
+    z = meet(y, block.heads, block.head_norm)
+    if z is not kept.get("y"):  # where q and k are not normalised, y was turned in its own place, and kept so
+        z = turn(z, block.heads, block.rotary, ropes, sizes)
     d_o = proj.input_gradient(rows if keep[0] is None else d_p)
     if o_rstd is not None:
         d_o, _ = norm_backward(d_o, o_hat, o_rstd, None, block.fused, rms=block.rms)
-    dz = attend_backward(d_o, meet(y, block.heads, block.head_norm), o, lse, block.heads, sizes)
+    dz = turn(attend_backward(d_o, z, o, lse, block.heads, sizes), block.heads, block.rotary, ropes, sizes, back=True)
     dy = meet_backward(dz, y, block.heads, block.head_norm)
     if "qkv" in factors:
         d_of["qkv"] = adapter_gradients(dy, h1_affine, block.qkv, factors["qkv"])

@@ -23,14 +23,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from ..lora import LoraLinear
 from .heads import HeadNorm
 from .packed import Sizes, draw_path
-from .parts import norm_kind, parts_of, why_not_block
+from .parts import Vit, norm_kind, parts_of, why_not_block
 from .precision import Fp8Weight, to_fp8
+from .rotary import Rotary
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class FoldedBlock:
     eps: tuple[float, float]  # of the two norms
     inner_eps: tuple[float | None, float | None]  # of the norms before proj and before fc2; None: there is none
     head_norm: HeadNorm | None  # of q and k
+    rotary: Rotary | None  # how q and k are turned
     activation: str  # erf, tanh, quick or swiglu
     qkv: FoldedLinear
     proj: FoldedLinear
@@ -112,8 +114,12 @@ class FoldedBlock:
 
 def why_not(vit: nn.Module) -> str | None:
     """Why the engine cannot run this model, or None if it can run at least some of its blocks."""
-    if not isinstance(vit, VisionTransformer):
+    if not isinstance(vit, Vit):
         return f"it is a {type(vit).__name__}"
+    if isinstance(vit, Eva) and vit.rope_mixed:
+        return "its rotary positions differ from block to block"
+    if isinstance(vit, Eva) and vit.patch_drop is not None:
+        return "it drops patches while training"
     reasons = [why_not_block(block) for block in vit.blocks]
     if not reasons or None in reasons:
         return None
@@ -121,9 +127,7 @@ def why_not(vit: nn.Module) -> str | None:
 
 
 @torch.no_grad()
-def fold(
-    vit: VisionTransformer, dtype: torch.dtype, fused: bool | None = None, fp8: bool = False
-) -> list[FoldedBlock | nn.Module]:
+def fold(vit: Vit, dtype: torch.dtype, fused: bool | None = None, fp8: bool = False) -> list[FoldedBlock | nn.Module]:
     """The blocks of `vit`, folded in `dtype`; adapters and trained norms are referred to, not copied.
 
     A block that cannot be folded, or whose weights are trained, is given back as it is. fused: norms and GELU by the
@@ -133,30 +137,32 @@ def fold(
     reason = why_not(vit)
     if reason:
         raise ValueError(f"engine: cannot fold this model: {reason}")
-    return [block if why_not_block(block) else _fold_block(block, dtype, fused, fp8) for block in vit.blocks]
+    turned = getattr(vit, "rope", None) is not None
+    return [block if why_not_block(block) else _fold_block(block, dtype, fused, fp8, turned) for block in vit.blocks]
 
 
-def left_alone(vit: VisionTransformer) -> dict[int, str]:
+def left_alone(vit: Vit) -> dict[int, str]:
     """The blocks that run as they are beside folded ones, with the reason."""
     reasons = {index: why_not_block(block) for index, block in enumerate(vit.blocks)}
     return {index: reason for index, reason in reasons.items() if reason}
 
 
-def _fold_block(block: Any, dtype: torch.dtype, fused: bool | None, fp8: bool) -> FoldedBlock:
-    parts = parts_of(block)
+def _fold_block(block: Any, dtype: torch.dtype, fused: bool | None, fp8: bool, turned: bool) -> FoldedBlock:
+    parts, attention = parts_of(block), block.attn
     norms: tuple[Any, Any] = parts.norms
     if fused is None:
         fused = norms[0].weight.device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
     trained = [norm if norm.weight.requires_grad else None for norm in norms]
     fold_linear = partial(_fold_linear, dtype=dtype, fp8=fp8)
     return FoldedBlock(
-        heads=block.attn.num_heads,
+        heads=attention.num_heads,
         rms=norm_kind(norms[0]) == "rms",
         eps=(norms[0].eps, norms[1].eps),
         inner_eps=(_eps(parts.inner_norms[0]), _eps(parts.inner_norms[1])),
         head_norm=_head_norm(parts.head_norms),
+        rotary=Rotary(attention.num_prefix_tokens, attention.rotate_half) if turned else None,
         activation=parts.activation,
-        qkv=fold_linear(parts.qkv, norm=None if trained[0] else norms[0]),
+        qkv=fold_linear(parts.qkv, norm=None if trained[0] else norms[0], own_bias=parts.qkv_bias),
         proj=fold_linear((parts.proj,), norm=parts.inner_norms[0], layer_scale=parts.layer_scales[0]),
         fc1=fold_linear(parts.fc1, norm=None if trained[1] else norms[1]),
         fc2=fold_linear((parts.fc2,), norm=parts.inner_norms[1], layer_scale=parts.layer_scales[1]),
@@ -194,10 +200,11 @@ def _fold_linear(
     fp8: bool,
     norm: nn.Module | None = None,
     layer_scale: Tensor | None = None,
+    own_bias: Tensor | None = None,
 ) -> FoldedLinear:
     bases: list[Any] = [module.base if isinstance(module, LoraLinear) else module for module in modules]
     weight = _joined([base.weight.float() for base in bases])
-    bias = _joined([_bias(base).float() for base in bases])
+    bias = (_joined([_bias(base) for base in bases]) if own_bias is None else own_bias).float()
     scale = None if layer_scale is None else layer_scale.float()
     affine = None if norm is None else _affine(norm)
     if affine is not None:

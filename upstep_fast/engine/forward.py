@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .block import run_block, run_blocks
 from .fold import FoldedBlock
 from .merge import ReadyBlock
+from .rotary import Ropes
 
 Map = Callable[[Tensor], Tensor]
 
@@ -22,6 +23,7 @@ def make_forward_only(
     blocks: Sequence[FoldedBlock | nn.Module],
     ready: Callable[[], dict[int, ReadyBlock]],
     embed: Map,
+    ropes: Callable[[Tensor], Ropes],
     head: Map,
     device: torch.device,
     compiled: bool | None = None,
@@ -29,14 +31,15 @@ def make_forward_only(
     """images [B, C, H, W] -> features [B, D] in fp32, without gradients.
 
     ready: the folded blocks with their adapters merged (merge.py). embed: images -> tokens [B, N, D] in the compute
-    type. head: tokens after the last block -> features. compiled: None: on a GPU.
+    type. ropes: images -> rotary tables (rotary.py). head: tokens after the last block -> features. compiled: None: on
+    a GPU.
     """
 
-    def forward(images: Tensor, now: dict[int, ReadyBlock]) -> Tensor:
+    def forward(images: Tensor, now: dict[int, ReadyBlock], tables: Ropes) -> Tensor:
         def run(x: Tensor, delta: Tensor | None, index: int) -> tuple[Tensor, Tensor]:
-            return run_block(x, delta, now[index])
+            return run_block(x, delta, now[index], ropes=tables)
 
-        return head(run_blocks(embed(images), blocks, run))
+        return head(run_blocks(embed(images), blocks, run, ropes=tables))
 
     compiled = device.type == "cuda" if compiled is None else compiled
     mode = "reduce-overhead" if device.type == "cuda" else None
@@ -45,6 +48,7 @@ def make_forward_only(
     @torch.no_grad()
     def features(images: Tensor) -> Tensor:
         # a CUDA graph writes every result to the same place
-        return call(images, ready()).clone() if compiled else call(images, ready())
+        found = call(images, ready(), ropes(images))
+        return found.clone() if compiled else found
 
     return features

@@ -10,14 +10,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from timm.layers.layer_scale import LayerScale
 from timm.layers.mlp import GluMlp, Mlp, SwiGLU
 from timm.layers.norm import RmsNorm, RmsNormFp32
-from timm.models.vision_transformer import Block
+from timm.models.eva import Eva, EvaBlock
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from ..lora import LoraLinear
 
+Vit = VisionTransformer | Eva
 ACTIVATIONS = {"GELU": "erf", "GELUTanh": "tanh", "QuickGELU": "quick"}
 
 
@@ -27,6 +30,7 @@ class Parts:
 
     norms: tuple[nn.Module, nn.Module]
     qkv: tuple[nn.Module, ...]
+    qkv_bias: Tensor | None  # where it stands beside the matrix
     proj: nn.Module
     fc1: tuple[nn.Module, ...]  # of a gated MLP: the gate's rows first
     fc2: nn.Module
@@ -46,13 +50,14 @@ def parts_of(block: Any) -> Parts:
     attention, mlp = block.attn, block.mlp
     return Parts(
         norms=(block.norm1, block.norm2),
-        qkv=(attention.qkv,),
+        qkv=_qkv(attention),
+        qkv_bias=_qkv_bias(attention),
         proj=attention.proj,
         fc1=(mlp.fc1_g, mlp.fc1_x) if isinstance(mlp, SwiGLU) else (mlp.fc1,),
         fc2=mlp.fc2,
         head_norms=(attention.q_norm, attention.k_norm),
         inner_norms=(attention.norm, mlp.norm),
-        layer_scales=(_gamma(block.ls1), _gamma(block.ls2)),
+        layer_scales=_layer_scales(block),
         activation=ACTIVATIONS.get(type(mlp.act).__name__, "swiglu"),
     )
 
@@ -71,12 +76,15 @@ def why_not_block(block: Any) -> str | None:
 
 
 def _reasons(block: Any) -> Iterator[str]:
-    if type(block) is not Block:
+    if type(block) not in (Block, EvaBlock):
         yield f"is a {type(block).__name__}, not a pre-norm Block"
         return
     attention, mlp = block.attn, block.mlp
-    if not isinstance(getattr(attention, "qkv", None), nn.Linear | LoraLinear):
-        yield "has no fused qkv"
+    if not all(isinstance(module, nn.Linear | LoraLinear) for module in _qkv(attention)):
+        yield "has no matrices of q, k and v"
+        return
+    if getattr(attention, "num_kv_groups", 1) > 1:
+        yield "shares k and v among heads"
     if getattr(attention, "gate", None) is not None:
         yield "has gated attention"
     gated = type(mlp) is SwiGLU or (type(mlp) is GluMlp and not mlp.gate_last)
@@ -99,8 +107,10 @@ def _reasons(block: Any) -> Iterator[str]:
             yield "trains a norm that the engine only folds"
     for linear in parts.projections:
         base: Any = linear.base if isinstance(linear, LoraLinear) else linear
-        if base.weight.requires_grad:
+        if any(p.requires_grad for p in base.parameters()):
             yield "trains its weights"
+    if any(p is not None and p.requires_grad for p in (getattr(attention, f"{of}_bias", None) for of in "qv")):
+        yield "trains the bias of q or v"
     for scale in parts.layer_scales:
         if scale is not None and scale.requires_grad:
             yield "trains its LayerScale"
@@ -114,5 +124,22 @@ def _real(norms: tuple[nn.Module, ...]) -> list[Any]:
     return [norm for norm in norms if not isinstance(norm, nn.Identity)]
 
 
-def _gamma(scale: nn.Module) -> Tensor | None:
-    return scale.gamma if isinstance(scale, LayerScale) else None
+def _qkv(attention: Any) -> tuple[nn.Module, ...]:
+    """One matrix, or one each for q, k and v."""
+    one = getattr(attention, "qkv", None)
+    apart: Any = (getattr(attention, f"{part}_proj", None) for part in "qkv")
+    return (one,) if one is not None else tuple(apart)
+
+
+def _qkv_bias(attention: Any) -> Tensor | None:
+    """timm's EvaAttention has parameters for q and v beside a fused qkv, and zeros for k."""
+    if getattr(attention, "q_bias", None) is None:
+        return None
+    return torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
+
+
+def _layer_scales(block: Any) -> tuple[Tensor | None, Tensor | None]:
+    if isinstance(block, EvaBlock):
+        return block.gamma_1, block.gamma_2
+    first, second = (scale.gamma if isinstance(scale, LayerScale) else None for scale in (block.ls1, block.ls2))
+    return first, second

@@ -18,15 +18,18 @@ from torch import Tensor, nn
 
 from ..kernels.attention import attention
 from .packed import Sizes, draw_path, pack, unpack
+from .rotary import Ropes
 
 
-def run_plain(block: nn.Module, x: Tensor, sizes: Sizes, wanted: Tensor | None = None) -> Tensor:
+def run_plain(block: nn.Module, x: Tensor, sizes: Sizes, wanted: Tensor | None = None, ropes: Ropes = None) -> Tensor:
     """A block by its own modules: x, as `pack` gives it -> the same after the block, or the rows [M, D] of `wanted`.
 
-    wanted: [M] places among all tokens, in the order of the rows; None: all.
+    wanted: [M] places among all tokens, in the order of the rows; None: all. ropes: the rotary table of each group.
     """
     if not _is_ordinary(block):
-        x = pack([block(group) for group in unpack(x, sizes)])
+        groups = unpack(x, sizes)
+        more = [{}] * len(groups) if ropes is None else [{"rope": table} for table in ropes]
+        x = pack([block(group, **own) for group, own in zip(groups, more, strict=True)])
         return x if wanted is None else take(x, wanted)
     any_block: Any = block
     attn, keep = any_block.attn, [draw_path(path, x, sizes) for path in (any_block.drop_path1, any_block.drop_path2)]

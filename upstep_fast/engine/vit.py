@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from ..kernels.patchify import patchify
@@ -18,6 +18,8 @@ from .fold import FoldedBlock, fold, left_alone, why_not
 from .forward import make_forward_only
 from .merge import ReadyBlock, make_ready
 from .packed import pack, sizes_of, unpack
+from .parts import Vit
+from .rotary import Ropes, make_ropes, without_rope
 from .unchanged import watch
 
 log = logging.getLogger("upstep_fast")
@@ -27,12 +29,14 @@ log = logging.getLogger("upstep_fast")
 class EngineViT:
     """A frozen ViT in the engine's form, with the adapters of the original model."""
 
-    vit: VisionTransformer
+    vit: Vit
     blocks: list[FoldedBlock | nn.Module]
     dtype: torch.dtype
     memory: Memory
     check_unchanged: Callable[[], None]  # raises RuntimeError if `vit` is not what was folded
     ready: Callable[[], dict[int, ReadyBlock]]  # the folded blocks with the adapters merged as they are now
+    embed: Callable[[Tensor], Tensor]  # images, or their patches -> tokens [B, N, D] in `dtype`
+    ropes: Callable[[Tensor], Ropes]  # the same -> their rotary table; None: the model has none
     forward_only: Callable[[Tensor], Tensor]
 
     def features(self, images: Tensor) -> Tensor:
@@ -43,30 +47,33 @@ class EngineViT:
         if not torch.is_grad_enabled():
             self.check_unchanged()
             return self.forward_only(images)
-        return head(self.vit, self.through_blocks([embed(self.vit, images, self.dtype)])[0])
+        return head(self.vit, self.through_blocks([self.embed(images)], self.ropes(images))[0])
 
-    def through_blocks(self, groups: Sequence[Tensor]) -> list[Tensor]:
+    def through_blocks(self, groups: Sequence[Tensor], ropes: Ropes = None) -> list[Tensor]:
         """Tokens [B, N, D] of each group as they enter the first block -> as they leave the last, in `dtype`.
 
-        Groups may differ in B and N, as crops of several sizes do; all take one pass (packed.py).
+        Groups may differ in B and N, as crops of several sizes do; all take one pass (packed.py). ropes: the rotary
+        table of each. Raises ValueError where the model needs them and they are not given.
         """
-        return unpack(self.rows_through_blocks(groups), sizes_of(groups))
+        return unpack(self.rows_through_blocks(groups, ropes=ropes), sizes_of(groups))
 
-    def rows_through_blocks(self, groups: Sequence[Tensor], wanted: Tensor | None = None) -> Tensor:
+    def rows_through_blocks(
+        self, groups: Sequence[Tensor], wanted: Tensor | None = None, ropes: Ropes = None
+    ) -> Tensor:
         """The same as `pack` lays them out; or only `wanted`, [M] places among the tokens of all groups: [M, D]."""
         self.check_unchanged()
         ready, sizes = self.ready(), sizes_of(groups)
 
         def run(x: Tensor, delta: Tensor | None, index: int) -> tuple[Tensor, Tensor]:
-            return run_block(x, delta, ready[index], self.memory, sizes)
+            return run_block(x, delta, ready[index], self.memory, sizes, ropes)
 
         x = pack(groups).to(self.dtype)
         with torch.autocast(x.device.type, enabled=False):  # the engine chooses its own types
-            return run_blocks(x, self.blocks, run, sizes, wanted)
+            return run_blocks(x, self.blocks, run, sizes, wanted, ropes)
 
 
 def build(
-    vit: VisionTransformer,
+    vit: Vit,
     dtype: torch.dtype,
     memory: Memory = "fast",
     *,
@@ -79,20 +86,22 @@ def build(
     fused, fp8: as for `fold`; compiled: the forward-only path, as for `make_forward_only`.
     """
     blocks = fold(vit, dtype, fused, fp8)
-    tokens, features = partial(embed, vit, dtype=dtype), partial(head, vit)
+    tokens, ropes = partial(embed, without_rope(vit), dtype=dtype), make_ropes(vit)
     device = next(vit.parameters()).device
     ready = make_ready(blocks)
-    forward_only = make_forward_only(blocks, ready, tokens, features, device, compiled)
-    return EngineViT(vit, blocks, dtype, memory, watch(vit), ready, forward_only)
+    forward_only = make_forward_only(blocks, ready, tokens, ropes, partial(head, vit), device, compiled)
+    return EngineViT(vit, blocks, dtype, memory, watch(vit), ready, tokens, ropes, forward_only)
 
 
-def embed(vit: VisionTransformer, images: Tensor, dtype: torch.dtype) -> Tensor:
+def embed(vit: Vit, images: Tensor, dtype: torch.dtype) -> Tensor:
     """Patches, prefix tokens and positions: images [B, C, H, W], or their patches -> tokens [B, N, D] in `dtype`."""
     with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        return vit.norm_pre(vit.patch_drop(vit._pos_embed(patch_embed(vit, images)))).to(dtype)
+        patches = patch_embed(vit, images)
+        x = vit._pos_embed(patches)[0] if isinstance(vit, Eva) else vit.patch_drop(vit._pos_embed(patches))
+        return vit.norm_pre(x).to(dtype)
 
 
-def head(vit: VisionTransformer, x: Tensor) -> Tensor:
+def head(vit: Vit, x: Tensor) -> Tensor:
     """Final norm and pooling, in fp32: tokens [B, N, D] -> features [B, D]."""
     with torch.autocast(x.device.type, enabled=False):
         return vit.forward_head(vit.norm(x.float()), pre_logits=True)
@@ -104,7 +113,7 @@ def choose(
     """The engine's `features` if it can run `vit`, else `otherwise`, compiled on a GPU; with a line that says why."""
     reason = why_not(vit)
     if reason is None:
-        assert isinstance(vit, VisionTransformer)
+        assert isinstance(vit, Vit)
         for index, why in left_alone(vit).items():
             log.info("engine: block %d runs as it is, since it %s", index, why)
         return build(vit, dtype, memory, fp8=fp8).features
@@ -113,7 +122,7 @@ def choose(
     return torch.compile(otherwise) if is_cuda else otherwise
 
 
-def patch_embed(vit: VisionTransformer, images: Tensor) -> Tensor:
+def patch_embed(vit: Vit, images: Tensor) -> Tensor:
     """The strided convolution of the patch embedding as one matrix product: [B, C, H, W] -> [B, N, D].
 
     Where a patch is as far from the next as it is large, which is what PatchEmbed always does, both are the same sum.
@@ -129,10 +138,10 @@ def patch_embed(vit: VisionTransformer, images: Tensor) -> Tensor:
 
 def patch_side(vit: nn.Module) -> int:
     """P, the side of the patches that the engine's `features` takes in place of images; 0: it takes images only."""
-    return _side_of_square_patches(vit) if isinstance(vit, VisionTransformer) and why_not(vit) is None else 0
+    return _side_of_square_patches(vit) if isinstance(vit, Vit) and why_not(vit) is None else 0
 
 
-def _side_of_square_patches(vit: VisionTransformer) -> int:
+def _side_of_square_patches(vit: Vit) -> int:
     embed = vit.patch_embed
     down, across = embed.proj.weight.shape[2:]
     whole = not vit.dynamic_img_size and embed.flatten and not getattr(embed, "dynamic_img_pad", False)

@@ -240,12 +240,12 @@ def _stream_engine(built: engine.EngineViT, images: Tensor, tap: Callable[[int, 
     block: Any
     delta: Tensor | None = None
     with torch.no_grad():
-        x = engine.embed(built.vit, images, dtype)
+        x, ropes = built.embed(images), built.ropes(images)
     for index, block in enumerate(built.blocks):
         with torch.no_grad():
             if index in ready:
                 with torch.autocast(kind, enabled=False):  # the engine chooses its own types
-                    x, delta = run_block(x, delta, ready[index])
+                    x, delta = run_block(x, delta, ready[index], ropes=ropes)
                     b = x + delta
             else:
                 with torch.autocast(kind, dtype=dtype, enabled=dtype != torch.float32):

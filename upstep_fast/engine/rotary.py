@@ -1,0 +1,85 @@
+"""Rotary positions (RoPE, Su et al. 2021): q and k of a patch are turned, pair by pair, by the angles of its place.
+
+    (a, b)  ->  (a cos - b sin, b cos + a sin)              backward: by the opposite angles, sin with its sign changed
+
+A pair are two values side by side (EVA-02), or half a head apart (DINOv3). Class and register tokens are not turned.
+The angles' sines and cosines are timm's: one table [N, 2 d] = [sin, cos] for the N patches of a grid, the same in every
+block and head, each value standing twice, as its pair does.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .packed import Sizes, unpack
+
+Ropes = Sequence[Tensor] | None  # a table for every group of sequences; None: the model has no rotary positions
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """How a block's attention turns q and k."""
+
+    prefix: int  # so many tokens at the front stay as they are
+    half: bool  # pairs stand half a head apart; else side by side
+
+
+def turn(y: Tensor, heads: int, rotary: Rotary | None, ropes: Ropes, sizes: Sizes, back: bool = False) -> Tensor:
+    """Turns q and k in y, packed qkv [..., 3 D], in place; gives y. back: by the opposite angles."""
+    if rotary is None:
+        return y
+    if ropes is None:
+        raise ValueError("engine: this model has rotary positions, and none were given for these tokens")
+    for group, table in zip(unpack(y, sizes), ropes, strict=True):
+        sin, cos = (_of_pairs(part, rotary)[0][:, None, None] for part in table.chunk(2, -1))
+        a, b = _of_pairs(group.unflatten(-1, (3, heads, -1))[:, rotary.prefix :, :2], rotary)
+        sign = -1 if back else 1
+        # in the table's type, fp32, and rounded once
+        turned = torch.addcmul(a * cos, b, sin, value=-sign), torch.addcmul(b * cos, a, sin, value=sign)
+        a.copy_(turned[0]), b.copy_(turned[1])
+    return y
+
+
+def _of_pairs(x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+    """The first and the second values of all pairs: [..., d] -> twice [..., d / 2], as views."""
+    if rotary.half:
+        first, second = x.chunk(2, -1)
+        return first, second
+    return x[..., ::2], x[..., 1::2]
+
+
+def without_rope(vit: Any) -> Any:
+    """A twin that shares all with `vit` but makes no table; timm makes one for every batch, on the CPU."""
+    if getattr(vit, "rope", None) is None:
+        return vit
+    twin = copy.copy(vit)
+    twin._modules = vit._modules | {"rope": None}
+    return twin
+
+
+def make_ropes(vit: Any) -> Callable[[Tensor], Ropes]:
+    """A function that gives the table for images [B, C, H, W], or for patches [B, N, C P P] of the model's own grid.
+
+    It is what timm's `_pos_embed` gives, kept for every grid; made anew where training draws other coordinates.
+    """
+    rope = getattr(vit, "rope", None)
+    kept: dict[tuple[int, int], Tensor] = {}
+
+    @torch.no_grad()
+    def ropes(images: Tensor) -> Ropes:
+        if rope is None:
+            return None
+        embed = vit.patch_embed
+        grid = embed.dynamic_feat_size(tuple(images.shape[-2:])) if images.dim() == 4 else tuple(embed.grid_size)
+        if grid not in kept or (rope.training and getattr(rope, "aug_active", False)):
+            tokens = embed.proj.weight.new_zeros(1, *grid, vit.embed_dim)
+            kept[grid] = vit._pos_embed(tokens if vit.dynamic_img_size else tokens.flatten(1, 2))[1]
+        return [kept[grid]]
+
+    return ropes
