@@ -14,6 +14,7 @@ from .gelu import gelu
 from .layer_norm import add_layer_norm, layer_norm
 from .lora_linear import lora_linear
 from .lora_linear_fp8 import lora_linear_fp8
+from .low_rank_mixer import low_rank_mixer
 from .patchify import patchify
 from .quantize import dequantize, quantize
 from .scored_sinkhorn import scored_sinkhorn
@@ -34,6 +35,7 @@ __all__ = [
     "layer_norm",
     "lora_linear",
     "lora_linear_fp8",
+    "low_rank_mixer",
     "patchify",
     "pin",
     "pins",

@@ -83,6 +83,15 @@ def _lora_linear_fp8(ops: ModuleType) -> Problem:
     return Problem(of(ops.lora_linear_fp8), of(ops.lora_linear_fp8_reference), inputs, (0, 4, 5), limit=2e-3)
 
 
+def _low_rank_mixer(ops: ModuleType) -> Problem:
+    def of(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda b, a, *factors: op(b, a, ("channel", "token"), factors)
+
+    small = (0.1 * t for t in _normals((4, 96), (4,), (96, 4), (96,), (3, 33), (3,), (33, 3), (33,)))
+    inputs = (*_normals((2, 33, 96), (2, 33, 96)), *small)
+    return Problem(of(ops.low_rank_mixer), of(ops.low_rank_mixer_reference), inputs, tuple(range(1, 10)))
+
+
 def _patchify(ops: ModuleType) -> Problem:
     return Problem(
         lambda x: ops.patchify(x, 4),
@@ -153,6 +162,7 @@ PROBLEMS: dict[str, Callable[[ModuleType], Problem]] = {
     "layer_norm": _layer_norm,
     "lora_linear": _lora_linear,
     "lora_linear_fp8": _lora_linear_fp8,
+    "low_rank_mixer": _low_rank_mixer,
     "patchify": _patchify,
     "quantize": _quantize,
     "scored_sinkhorn": _scored_sinkhorn,

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels import layer_norm_plain
 from ..kernels.gelu import gelu_backward as backward_from_byte
 from ..kernels.gelu import gelu_forward as forward_with_byte
 from ..kernels.layer_norm import layer_norm_backward, layer_norm_forward
@@ -38,12 +39,8 @@ def norm(
     if rms:
         x_hat, rstd = standardise(total, eps, rms)
         x_hat = x_hat.to(total.dtype)
-        return x_hat, total, rstd, x_hat
-    # a CPU gives the statistics in the type of the weight: without one they would be rounded to bf16
-    width = total.shape[-1:]
-    weight = total.new_ones(width, dtype=torch.float32) if total.dtype in (torch.float16, torch.bfloat16) else None
-    bias = None if weight is None else torch.zeros_like(weight)
-    x_hat, _, rstd = torch.native_layer_norm(total, width, weight, bias, eps)
+    else:
+        x_hat, rstd = layer_norm_plain.forward(total, eps)
     return x_hat, total, rstd, x_hat
 
 
@@ -59,15 +56,9 @@ def norm_backward(
         return dx, _as_given(dx, q, scale)
     if rms:
         dx = standardise_backward(d.float(), x_hat, rstd, rms).to(d.dtype)
+        dx = dx if around is None else dx.add_(around)
     else:
-        # the library's op, told that its input was already normalised: mean 0, rstd 1
-        zero, one = (torch.full_like(rstd, value, dtype=d.dtype) for value in (0.0, 1.0))
-        dx, _, _ = torch.ops.aten.native_layer_norm_backward(
-            d, x_hat, x_hat.shape[-1:], zero, one, None, None, [True, False, False]
-        )
-        dx = dx.mul_(rstd)
-    if around is not None:
-        dx = dx.add_(around)
+        dx = layer_norm_plain.backward(d, x_hat, rstd, around)
     return dx, dx
 
 

@@ -36,7 +36,7 @@ from ..backbone import Backbone
 from ..engine import vit as engine
 from ..engine.block import run_block
 from ..engine.fold import why_not
-from .losa_refine import refine
+from ..kernels import low_rank_mixer
 
 log = logging.getLogger("upstep_fast")
 
@@ -92,8 +92,7 @@ class Adaptor(nn.Module):
         """a_l from b_l and a_{l-1}, [B T, N, D] in the compute type."""
         mixers: Any = self.mixers.values()
         factors = [p for m in mixers for p in (m.down, m.down_bias, m.up, m.up_bias)]
-        axes = tuple(self.mixers)
-        return refine(b, a, axes, self.combine, frames, self.gate, self.scale, factors)
+        return low_rank_mixer(b, a, tuple(self.mixers), factors, self.combine, frames, self.gate, self.scale)
 
 
 class SideNetwork(nn.Module):
