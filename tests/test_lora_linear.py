@@ -404,6 +404,23 @@ class TestInterpreted:
         assert torch.equal(outputs[0][0], outputs[1][0]) and torch.equal(outputs[0][1], outputs[1][1])
 
 
+@pytest.mark.parametrize(
+    ("matrix", "fits"),
+    [
+        (torch.empty(6, 16), True),
+        (torch.empty(6, 32)[:, 16:], True),
+        (torch.empty(6, 32)[:, 1:17], False),  # starts within 16 bytes
+        (torch.empty(6, 17)[:, :16], False),  # so do its rows
+        (torch.empty(16, 6).T, False),
+        (torch.empty(1, 16).expand(6, 16), False),
+        (torch.empty(64).as_strided((6, 16), (8, 1)), False),  # windows that overlap
+    ],
+    ids=["whole", "columns", "start", "rows", "transposed", "expanded", "windows"],
+)
+def test_tensor_descriptors_want_rows_apart(matrix, fits):
+    assert fused._fits_tma(matrix) == fits
+
+
 @pytest.mark.gpu
 class TestGpu:
     @pytest.mark.parametrize("rows", [None, ((0, 384), (768, 1152))], ids=["all", "qv"])
