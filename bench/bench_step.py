@@ -31,7 +31,7 @@ def variants(request):
 
 
 @pytest.mark.parametrize("kind", ["backward", "forward"])
-@pytest.mark.parametrize("variant", ["peft", "peft compiled", "reference", "engine"])
+@pytest.mark.parametrize("variant", ["peft", "peft compiled", "reference", "engine", "engine graphed"])
 def test_step(benchmark, variants, variant, kind):
     found, truth, images, compute = variants
     if variant not in found:

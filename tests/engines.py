@@ -1,11 +1,15 @@
 """Small timm models of every kind the engine runs, and what tests ask of them beside the plain model."""
 
+from pathlib import Path
+
 import timm
 import torch
 
-from upstep_fast import lora
+from upstep_fast import backbone, lora, trainer
 from upstep_fast.backbone import features
+from upstep_fast.config import AdaptConfig
 from upstep_fast.engine import vit as engine
+from upstep_fast.step import catch_up
 
 SMALL = dict(img_size=48, patch_size=8, embed_dim=96, num_heads=3)
 TWO = dict(SMALL, mlp_layer=timm.layers.SwiGLU, act_layer="silu")
@@ -96,3 +100,33 @@ def kept_bytes(memory, dtype, depth, fused, variant="class token"):
         out = run.features(images)
     assert out.requires_grad
     return sum(size for pointer, size in total.items() if pointer not in parameters)
+
+
+def run_state(steps, implementation, precision="fp32", device="cpu", **options):
+    """The start of a run of the real small model."""
+    assets = Path(trainer.__file__).parent / "assets"
+    config = AdaptConfig(
+        model=f"local-dir:{assets / 'base_tiny'}",
+        data=("none",),
+        out="none",
+        steps=steps,
+        batch_size=8,
+        prototypes=16,
+        head_hidden=64,
+        head_dim=32,
+        implementation=implementation,
+        **options,
+    )
+    compute = trainer.resolve(device, precision)
+    return config, compute, trainer.fresh_state(config, compute, backbone.load(config.model))
+
+
+def trajectory(implementation, steps, precision="fp32", **options):
+    """The rows of a run on noise images."""
+    config, compute, state = run_state(steps, implementation, precision, **options)
+    rule, rows = trainer.gate_rule(config), []
+    for t in range(steps):
+        images = torch.randn(2, 8, 3, 64, 64, generator=torch.Generator().manual_seed(t)).to(compute.device)
+        rows.append(trainer.step(state, images, rule, config, compute))
+    catch_up(state)
+    return rows

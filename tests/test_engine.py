@@ -3,23 +3,20 @@
 import copy
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import timm
 import torch
-from engines import VARIANTS, gradients, kept_bytes, model, relative, same_as_timm
+from engines import VARIANTS, gradients, kept_bytes, model, relative, run_state, same_as_timm, trajectory
 from timm.layers import DropPath
 
-from upstep_fast import backbone, lora, trainer
+from upstep_fast import lora
 from upstep_fast.backbone import features
-from upstep_fast.config import AdaptConfig
 from upstep_fast.data.loader import Batch
 from upstep_fast.data.views import random_views
 from upstep_fast.engine import fold
 from upstep_fast.engine import vit as engine
 from upstep_fast.kernels.patchify import patchify
-from upstep_fast.step import catch_up
 
 TARGETS = [("q", "k", "v"), ("q", "v"), ("qkv",), ("q", "v", "proj", "fc1", "fc2"), ("fc2",)]
 
@@ -290,36 +287,6 @@ def test_a_model_of_trained_blocks_has_nothing_to_fold():
     vit.requires_grad_(True)
     with pytest.raises(ValueError, match="block 0 trains its"):
         engine.build(vit, torch.float32)
-
-
-def run_state(steps, implementation, precision="fp32", **options):
-    """The start of a run of the real small model."""
-    assets = Path(trainer.__file__).parent / "assets"
-    config = AdaptConfig(
-        model=f"local-dir:{assets / 'base_tiny'}",
-        data=("none",),
-        out="none",
-        steps=steps,
-        batch_size=8,
-        prototypes=16,
-        head_hidden=64,
-        head_dim=32,
-        implementation=implementation,
-        **options,
-    )
-    compute = trainer.resolve("cpu", precision)
-    return config, compute, trainer.fresh_state(config, compute, backbone.load(config.model))
-
-
-def trajectory(implementation, steps, precision="fp32", **options):
-    """Losses and gate decisions of a run on noise images."""
-    config, compute, state = run_state(steps, implementation, precision, **options)
-    rule, rows = trainer.gate_rule(config), []
-    for t in range(steps):
-        images = torch.randn(2, 8, 3, 64, 64, generator=torch.Generator().manual_seed(t))
-        rows.append(trainer.step(state, images, rule, config, compute))
-    catch_up(state)
-    return rows
 
 
 def test_the_engine_and_the_reference_take_the_same_way():

@@ -27,6 +27,7 @@ from .benchmark_plot import check_plot, write_plot
 from .config import BenchConfig
 from .device import Compute, resolve
 from .engine import vit as engine
+from .engine.graphs import graphed
 from .errors import CheckFailedError
 
 # relative, of features and of adapter gradients, against fp32
@@ -139,7 +140,10 @@ def make_variants(
         if config.compile:
             variants["peft compiled"] = torch.compile(eager_peft), peft_parameters
     variants["reference"] = reference, parameters
-    variants["engine"] = engine.build(vit, compute.dtype or torch.float32, fp8=compute.fp8).features, parameters
+    built = engine.build(vit, compute.dtype or torch.float32, fp8=compute.fp8)
+    variants["engine"] = built.features, parameters
+    if compute.device.type == "cuda":
+        variants["engine graphed"] = graphed(vit, built.features, built.check_unchanged), parameters
     return variants, (truth, parameters)
 
 

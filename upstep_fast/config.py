@@ -148,6 +148,9 @@ class AdaptConfig(ModelConfig):
     auto: the fastest of these that fits in the memory that is free."""
     memory_check: bool = True
     """Refuse to start what cannot fit in the memory that is free; --no-memory-check starts it all the same."""
+    cuda_graphs: bool = False
+    """Replay the backbone's forward and backward as CUDA graphs, where launches take longer than their work: small
+    batches and models. The same result."""
 
     # clustering
     head: Literal["mlp", "linear", "none"] = "mlp"
@@ -298,7 +301,12 @@ class AdaptConfig(ModelConfig):
             raise ConfigError("mean_std: auto measures mean and std; do not give --mean or --std as well")
         if self.shard_weights and self.auto_batch:
             raise ConfigError("shard_weights and auto_batch: give one of them, not both")
-        for name in ("shard_weights", "auto_batch"):
+        for name in ("auto_batch", "shard_weights"):
+            if self.cuda_graphs and getattr(self, name):
+                raise ConfigError(f"cuda_graphs and {name}: give one of them, not both")
+        if self.cuda_graphs and self.implementation == "reference":
+            raise ConfigError("cuda_graphs: only the engine is captured; leave out --implementation reference")
+        for name in ("shard_weights", "auto_batch", "cuda_graphs"):
             if getattr(self, name) and self.method != "upstep":
                 raise ConfigError(f"{name}: --method {self.method} cannot; leave it out")
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:

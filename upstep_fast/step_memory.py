@@ -65,7 +65,7 @@ def count(config: AdaptConfig, compute: Compute, *, on: str | None = None, flops
     on: "cuda" or "cpu", what the step is to run on; None: compute.device. flops: count them too, which takes longer.
     Raises ConfigError for an unknown model.
     """
-    on = on or compute.device.type
+    on, config = on or compute.device.type, replace(config, cuda_graphs=False)  # which hold what a step holds
     # autograd cannot run backward for a device that is not there: a CPU stands in
     stands_in = on == "cuda" and not torch.cuda.is_available()
     device = torch.device("cpu" if stands_in else on)

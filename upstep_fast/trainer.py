@@ -253,6 +253,8 @@ def stop_if_collapsed(state: RunState, row: dict[str, Any], out: Path) -> None:
 
 def fresh_state(config: AdaptConfig, compute: Compute, backbone: backbones.Backbone) -> RunState:
     """The state before the first step."""
+    if config.cuda_graphs and compute.device.type != "cuda":
+        raise ConfigError(f"cuda_graphs: needs a GPU, the device is {compute.device}; leave it out")
     method = methods.build(backbone, config)
     if config.shard_weights:
         distributed.shard(method.vit, compute.device)

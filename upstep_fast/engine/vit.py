@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
+from ..errors import ConfigError
 from ..kernels.patchify import patchify
 from .block import Memory, run_block, run_blocks
 from .fold import FoldedBlock, fold, left_alone, why_not
 from .forward import make_forward_only
+from .graphs import graphed
 from .merge import ReadyBlock, make_ready
 from .packed import pack, sizes_of, unpack
 from .parts import Vit
@@ -108,15 +110,26 @@ def head(vit: Vit, x: Tensor) -> Tensor:
 
 
 def choose(
-    vit: nn.Module, dtype: torch.dtype, memory: Memory, otherwise: Callable[[Tensor], Tensor], fp8: bool = False
+    vit: nn.Module,
+    dtype: torch.dtype,
+    memory: Memory,
+    otherwise: Callable[[Tensor], Tensor],
+    fp8: bool = False,
+    graphs: bool = False,
 ) -> Callable[[Tensor], Tensor]:
-    """The engine's `features` if it can run `vit`, else `otherwise`, compiled on a GPU; with a line that says why."""
+    """The engine's `features` if it can run `vit`, else `otherwise`, compiled on a GPU; with a line that says why.
+
+    graphs: replayed as CUDA graphs (graphs.py). Raises ConfigError for a model the engine cannot run with them.
+    """
     reason = why_not(vit)
     if reason is None:
         assert isinstance(vit, Vit)
         for index, why in left_alone(vit).items():
             log.info("engine: block %d runs as it is, since it %s", index, why)
-        return build(vit, dtype, memory, fp8=fp8).features
+        built = build(vit, dtype, memory, fp8=fp8)
+        return graphed(vit, built.features, built.check_unchanged) if graphs else built.features
+    if graphs:
+        raise ConfigError(f"cuda_graphs: only the engine is captured, and it cannot run this model: {reason}")
     is_cuda = next(vit.parameters()).device.type == "cuda"
     log.warning("engine: running the plain model%s instead, since %s", " under torch.compile" * is_cuda, reason)
     return torch.compile(otherwise) if is_cuda else otherwise

@@ -87,7 +87,9 @@ class UpStep(nn.Module):
 
         To be called once the module is on its device, since the frozen weights are folded into copies.
         """
-        self.features = engine.choose(self.vit, dtype, memory, otherwise=self.features, fp8=fp8)
+        self.features = engine.choose(
+            self.vit, dtype, memory, otherwise=self.features, fp8=fp8, graphs=self.config.cuda_graphs
+        )
         if self.config.distil == "off" and not self.config.base_targets:  # whose base model is the plain one
             self._patch, self._view_dtype = engine.patch_side(self.vit), dtype
 
