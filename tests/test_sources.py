@@ -473,6 +473,36 @@ def test_a_data_set_on_disk(tmp_path):
     assert len(open_source(f"hf:{tmp_path / 'set'}", "test")) == 1 and len(source.fingerprint()) == 64
 
 
+@pytest.mark.parametrize("columns", ["as datasets writes them", "bytes and path", "bytes"])
+def test_parquet_files_on_disk(tmp_path, monkeypatch, columns):
+    """A folder of parquet files, as a hub repository is, and one such file; also without datasets' own schema."""
+    datasets, parquet = pytest.importorskip("datasets"), pytest.importorskip("pyarrow.parquet")
+    pa = pytest.importorskip("pyarrow")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    data, labels = [b"one", b"two", b"three"], [1, 0, 1]
+    folder = tmp_path / "set"
+    for split, rows in (("train", slice(0, 2)), ("test", slice(2, 3))):
+        file = folder / "data" / f"{split}-00000-of-00001.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        stored: list = [{"bytes": b, "path": None} for b in data[rows]]
+        if columns == "as datasets writes them":
+            features = datasets.Features(
+                {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
+            )
+            datasets.Dataset.from_dict({"image": stored, "label": labels[rows]}, features=features).to_parquet(file)
+            continue
+        if columns == "bytes":
+            stored = data[rows]
+        kind = pa.binary() if columns == "bytes" else pa.struct({"bytes": pa.binary(), "path": pa.string()})
+        table = {"image": pa.array(stored, kind), "label": pa.array(labels[rows])}
+        parquet.write_table(pa.table(table), file)
+    source = open_source(f"hf:{folder}", "train")
+    named = columns == "as datasets writes them"
+    assert contents(source) == data[:2] and source.labels == (["dog", "cat"] if named else ["1", "0"])
+    assert contents(open_source(f"hf:{folder}", "test")) == data[2:]
+    assert contents(open_source(f"hf:{folder / 'data' / 'test-00000-of-00001.parquet'}")) == data[2:]
+
+
 def test_without_the_package_the_cure_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(DataError, match=r"pip install 'upstep_fast\[data\]'"):

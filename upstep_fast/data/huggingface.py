@@ -1,4 +1,4 @@
-"""Images of a Hugging Face data set: one on the hub or in the cache, or a folder written by `save_to_disk`."""
+"""Images of a Hugging Face data set: of the hub or the cache, a folder that `save_to_disk` wrote, parquet or arrow."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def open_dataset(name: str, split: str | None) -> list[Part]:
     except ImportError as error:
         raise DataError(f"data: hf:{name} needs the package datasets; pip install 'upstep_fast[data]'") from error
     try:
-        found = datasets.load_from_disk(name) if os.path.isdir(name) else datasets.load_dataset(name)
+        found = _load(name, datasets)
     except Exception as error:  # the hub, arrow and the set's own reader each raise their own kinds
         first_line = str(error).strip().split("\n", 1)[0]
         raise DataError(f"data: cannot load hf:{name}: {first_line}") from error
@@ -66,8 +66,23 @@ def open_dataset(name: str, split: str | None) -> list[Part]:
     return [_rows(f"hf:{name}/{key}", rows, datasets) for key, rows in splits.items()]
 
 
+def _load(name: str, datasets: Any) -> Any:
+    kind = os.path.splitext(name)[1].removeprefix(".")
+    if kind in ("parquet", "arrow") and os.path.isfile(name):
+        return datasets.load_dataset(kind, data_files=name)
+    is_saved = any(os.path.isfile(os.path.join(name, file)) for file in ("dataset_dict.json", "state.json"))
+    return datasets.load_from_disk(name) if is_saved else datasets.load_dataset(name)
+
+
+def _holds_images(feature: Any, datasets: Any) -> bool:
+    """An image column, or one that only holds files: bytes, or bytes and a path."""
+    is_binary = isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
+    return isinstance(feature, datasets.Image) or is_binary or (isinstance(feature, dict) and "bytes" in feature)
+
+
 def _rows(title: str, rows: Any, datasets: Any) -> Part:
-    images = [key for key, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+    images = [key for key, feature in rows.features.items() if _holds_images(feature, datasets)]
+    images.sort(key=lambda key: not isinstance(rows.features[key], datasets.Image))  # declared ones first
     if not images:
         raise DataError(f"data: {title} has no image column; its columns are {', '.join(rows.features)}")
     labels = [key for key, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
