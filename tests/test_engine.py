@@ -299,7 +299,7 @@ def test_the_engine_and_the_reference_take_the_same_way():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("variant", ["class token", "QuickGELU, norm_pre"])
+@pytest.mark.parametrize("variant", ["class token", "QuickGELU, norm_pre", "DINOv3", "DINOv3, SwiGLU, biases"])
 def test_patches_give_the_features_of_their_pictures(variant, dtype):
     vit, images = model(variant)
     built, side = engine.build(vit, dtype), engine.patch_side(vit)
@@ -311,6 +311,16 @@ def test_patches_give_the_features_of_their_pictures(variant, dtype):
         assert relative(built.features(patches), features(vit, images)) < 1e-6
     convolved = vit.patch_embed(images)
     assert relative(engine.patch_embed(vit, patchify(images, side)), convolved) < 1e-6
+
+
+def test_rows_that_no_patch_covers_are_not_seen():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vit = timm.create_model("vit_tiny_patch16_224", img_size=35, patch_size=8, embed_dim=48, num_heads=3, depth=1)
+        images = torch.randn(2, 3, 35, 35)
+    vit.eval().requires_grad_(False)
+    assert engine.patch_side(vit) == 0
+    assert relative(engine.build(vit, torch.float32).features(images), features(vit, images)) < 1e-5
 
 
 @pytest.mark.parametrize(

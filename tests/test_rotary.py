@@ -1,12 +1,15 @@
 """Rotary positions in the engine: against complex numbers, and timm's models at any size, in training, in parts."""
 
+import json
 from functools import partial
 
+import peft
 import pytest
 import timm
 import torch
 from engines import ROTARY, gradients, model, relative, same_as_timm
 
+import upstep_fast
 from upstep_fast.backbone import features
 from upstep_fast.engine import fold
 from upstep_fast.engine import vit as engine
@@ -139,3 +142,31 @@ def test_what_the_engine_leaves_to_timm_is_named():
     assert fold.left_alone(vit) == {0: "trains the bias of q or v"}
     same_as_timm(vit, images)
     assert [isinstance(block, fold.FoldedBlock) for block in fold.fold(vit, torch.float32)] == [False, True]
+
+
+@pytest.mark.parametrize("arch", ["vit_small_patch16_dinov3", "vit_small_plus_patch16_dinov3_qkvb"])
+def test_adapt_runs_a_dinov3_on_the_engine_and_peft_serves_its_adapter(arch, photos, tmp_path, caplog):
+    args = dict(img_size=48, embed_dim=48, depth=2, num_heads=3, num_classes=0, init_values=1.0)
+    timm.models.save_for_hf(timm.create_model(arch, **args), tmp_path / "base", model_args=args)
+    options = dict(model=f"local-dir:{tmp_path / 'base'}", data=(str(photos),), device="cpu", precision="fp32")
+    options |= dict(
+        steps=6, batch_size=8, prototypes=8, head_hidden=32, head_dim=16, gate="none", num_workers=0, lr=0.02
+    )
+    losses = {}
+    for implementation in ("reference", "auto"):
+        out = tmp_path / implementation
+        upstep_fast.adapt(**options, out=str(out), implementation=implementation)
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        losses[implementation] = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses["auto"]) == 6 and "plain model" not in caplog.text
+    assert losses["auto"] == pytest.approx(losses["reference"], abs=1e-4)
+
+    images = torch.randn(2, 3, 48, 48)
+    ours = upstep_fast.load_adapted(options["model"], tmp_path / "auto" / "adapter")
+    theirs = timm.create_model(options["model"], pretrained=True).eval()
+    for block in theirs.blocks:
+        block.attn.qkv_bias_separate = True  # docs/models.md
+    base = features(theirs, images)
+    served = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "auto" / "adapter")).eval().base_model.model
+    assert relative(features(served, images), features(ours, images)) < 1e-5
+    assert relative(features(served, images), base) > 1e-4

@@ -62,6 +62,13 @@ def parts_of(block: Any) -> Parts:
     )
 
 
+def grid_of(vit: Any, images: Tensor) -> tuple[int, int]:
+    """Patches down and across: of images [B, C, H, W], or the model's own for what comes as patches [B, N, C P P]."""
+    embed = vit.patch_embed
+    size: tuple[int, int] = embed.dynamic_feat_size(images.shape[-2:]) if images.dim() == 4 else embed.grid_size
+    return size[0], size[1]
+
+
 def norm_kind(norm: nn.Module) -> str | None:
     """layer or rms, where it has all that the engine wants of it; else None."""
     if isinstance(norm, nn.LayerNorm) and norm.bias is not None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .packed import Sizes, unpack
+from .parts import grid_of
 
 Ropes = Sequence[Tensor] | None  # a table for every group of sequences; None: the model has no rotary positions
 
@@ -64,7 +65,7 @@ def without_rope(vit: Any) -> Any:
 
 
 def make_ropes(vit: Any) -> Callable[[Tensor], Ropes]:
-    """A function that gives the table for images [B, C, H, W], or for patches [B, N, C P P] of the model's own grid.
+    """A function that gives the table for images, or for their patches, as `grid_of` takes them.
 
     It is what timm's `_pos_embed` gives, kept for every grid; made anew where training draws other coordinates.
     """
@@ -75,10 +76,9 @@ def make_ropes(vit: Any) -> Callable[[Tensor], Ropes]:
     def ropes(images: Tensor) -> Ropes:
         if rope is None:
             return None
-        embed = vit.patch_embed
-        grid = embed.dynamic_feat_size(tuple(images.shape[-2:])) if images.dim() == 4 else tuple(embed.grid_size)
+        grid = grid_of(vit, images)
         if grid not in kept or (rope.training and getattr(rope, "aug_active", False)):
-            tokens = embed.proj.weight.new_zeros(1, *grid, vit.embed_dim)
+            tokens = vit.patch_embed.proj.weight.new_zeros(1, *grid, vit.embed_dim)
             kept[grid] = vit._pos_embed(tokens if vit.dynamic_img_size else tokens.flatten(1, 2))[1]
         return [kept[grid]]
 

@@ -20,7 +20,7 @@ from .forward import make_forward_only
 from .graphs import graphed
 from .merge import ReadyBlock, make_ready
 from .packed import pack, sizes_of, unpack
-from .parts import Vit
+from .parts import Vit, grid_of
 from .rotary import Ropes, make_ropes, without_rope
 from .unchanged import watch
 
@@ -138,6 +138,8 @@ def choose(
 def patch_embed(vit: Vit, images: Tensor) -> Tensor:
     """The strided convolution of the patch embedding as one matrix product: [B, C, H, W] -> [B, N, D].
 
+    Models that take images of any size get [B, H / P, W / P, D].
+
     Where a patch is as far from the next as it is large, which is what PatchEmbed always does, both are the same sum.
     Images may come as what `patchify` makes of them, [B, N, C P P], already rounded to the product's type.
     """
@@ -146,7 +148,8 @@ def patch_embed(vit: Vit, images: Tensor) -> Tensor:
         return vit.patch_embed(images)
     embed = vit.patch_embed
     patches = images if images.dim() == 3 else patchify(images, side)
-    return embed.norm(F.linear(patches, embed.proj.weight.flatten(1), embed.proj.bias))
+    x = embed.norm(F.linear(patches, embed.proj.weight.flatten(1), embed.proj.bias))
+    return x.unflatten(1, grid_of(vit, images)) if vit.dynamic_img_size else x
 
 
 def patch_side(vit: nn.Module) -> int:
@@ -157,5 +160,6 @@ def patch_side(vit: nn.Module) -> int:
 def _side_of_square_patches(vit: Vit) -> int:
     embed = vit.patch_embed
     down, across = embed.proj.weight.shape[2:]
-    whole = not vit.dynamic_img_size and embed.flatten and not getattr(embed, "dynamic_img_pad", False)
-    return down if whole and down == across else 0
+    ordered = (embed.flatten or vit.dynamic_img_size) and not getattr(embed, "dynamic_img_pad", False)
+    # of a size that it does not divide the convolution leaves the last rows out
+    return down if ordered and down == across and not any(side % down for side in embed.img_size) else 0
