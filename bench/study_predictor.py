@@ -1,31 +1,32 @@
-"""How well label-free scores tell the true gain: rank correlations, refusals, and weights fitted leaving one set out.
+"""How well label-free scores tell the true gain: rank correlations and refusals, leaving one data set out.
 
-    gain ~ w . x                                          x: TERMS, the changes of scores against the base model
-    w = argmin mean (gain - w . x)^2 + RIDGE |w|^2        each x over its root mean square in the fit
+    prediction    100 (change of view agreement) - weight (1 - CKA with the base model)   judgement.predicted_gain
+    weight        of WEIGHTS the one with the best rank correlation, the mean over the sets it is fitted on
+    refused       prediction < floor; floor = MARGIN x the lowest prediction of an adapter there that lost nothing
 
-There is no intercept: a model that has not changed is predicted to gain nothing, so "at most 0" is a refusal. Seeds and
-configurations are independent runs; strengths of one adapter are not, so they are reported apart.
+An adapter that did not change is predicted to gain 0. Strengths of one adapter are no independent runs: weight and
+floor need them, since pushed too far an adapter surely loses, but runs as trained are reported apart.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from scipy.stats import spearmanr
 
-from upstep_fast.judgement import predicted_gain
+from upstep_fast.judgement import CLEARLY_WORSE, predicted_gain
 
-TERMS = ("view_agreement", "uniformity", "effective_rank", "drift")
-RIDGE = 0.1
-WORSE = 0.5  # points: less is noise
+WEIGHTS = (0.0, 5.0, 10.0, 15.0, 20.0, 30.0, 50.0)
+MARGIN = 1.5
+WORSE, MUCH_WORSE = 0.5, 3.0  # points: less is noise; about one and a half standard errors
 FEW_SETS = 3  # below this the weights were fitted on one set alone
 TRAINED = "1.0"  # the strength that was trained
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Point:
     """An adapter at one strength: what its label-free scores were, and what it truly gained."""
 
@@ -62,36 +63,40 @@ def correlations(found: Sequence[Point]) -> dict[str, float | None]:
     return {name: rank_correlation([p.scores[name] for p in found], gains) for name in found[0].scores}
 
 
-def terms(scores: dict[str, float]) -> list[float]:
-    """TERMS of `judge`'s scores; drift is how far the features went from the base model's, 1 - CKA."""
-    drift = {"drift": 1 - scores["base_cka"]}
-    return [(scores | drift)[name] for name in TERMS]
+def fit(found: Sequence[Point]) -> tuple[float, float]:
+    """The weight of the drift and the floor of refusals, at most 0, that these points ask for."""
+    by_set: dict[str, list[Point]] = defaultdict(list)
+    for point in found:
+        by_set[point.data].append(point)
+
+    def rank(weight: float) -> float:
+        each = [rank_correlation(_predictions(group, weight), [p.gain for p in group]) for group in by_set.values()]
+        return sum(value or 0 for value in each) / len(each)
+
+    weight = max(WEIGHTS, key=rank)
+    return weight, MARGIN * min([0.0, *_predictions([p for p in found if p.gain >= -WORSE], weight)])
 
 
-def fit(x: np.ndarray, gains: np.ndarray, ridge: float = RIDGE) -> np.ndarray:
-    """Ridge regression through the origin. x: [N, T]; gains: [N] -> weights [T] of the terms as they are."""
-    size = np.sqrt((x**2).mean(0))
-    size = np.where(size > 0, size, 1)
-    scaled = x / size
-    return np.linalg.solve(scaled.T @ scaled / len(x) + ridge * np.eye(x.shape[1]), scaled.T @ gains / len(x)) / size
+def leave_one_out(found: Sequence[Point]) -> list[tuple[float, bool]]:
+    """Each point's prediction and refusal by what was fitted on the other data sets alone; two sets at least."""
+    fitted = {data: fit([p for p in found if p.data != data]) for data in {p.data for p in found}}
+    result = []
+    for point in found:
+        weight, floor = fitted[point.data]
+        value = predicted_gain(point.scores, weight)
+        result.append((value, value < floor))
+    return result
 
 
-def leave_one_out(found: Sequence[Point]) -> list[float]:
-    """Each point's gain as predicted by weights that were fitted on the other data sets alone; two sets at least."""
-    x = np.array([terms(point.scores) for point in found])
-    gains, sets = np.array([point.gain for point in found]), np.array([point.data for point in found])
-    predicted = np.empty(len(found))
-    for data in np.unique(sets):
-        out = sets == data
-        predicted[out] = x[out] @ fit(x[~out], gains[~out])
-    return predicted.tolist()
+def refused(flags: Sequence[bool], gains: Sequence[float]) -> list[tuple[int, int]]:
+    """How many, and how many of them are refused: adapters that lost more than WORSE, than MUCH_WORSE; the others."""
+    groups = [[f for f, gain in zip(flags, gains, strict=True) if gain < -limit] for limit in (WORSE, MUCH_WORSE)]
+    groups.append([f for f, gain in zip(flags, gains, strict=True) if gain >= -WORSE])
+    return [(len(group), sum(group)) for group in groups]
 
 
-def refused(predicted: Sequence[float], gains: Sequence[float]) -> tuple[int, int, int, int]:
-    """Adapters that truly lost more than WORSE points, those of them refused; the others, those of them refused."""
-    no = [p <= 0 for p, gain in zip(predicted, gains, strict=True) if gain < -WORSE]
-    wrongly = [p <= 0 for p, gain in zip(predicted, gains, strict=True) if gain >= -WORSE]
-    return len(no), sum(no), len(wrongly), sum(wrongly)
+def _predictions(found: Sequence[Point], weight: float) -> list[float]:
+    return [predicted_gain(point.scores, weight) for point in found]
 
 
 def report(rows: Sequence[dict[str, Any]]) -> str:
@@ -114,34 +119,43 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
         return "\n\n".join([*parts, f"Needs two data sets or more; there is one ({sets[0]})."])
     if len(sets) < FEW_SETS:
         parts.append(f"Only {len(sets)} data sets: each fit saw one, so these figures say little.")
-    what = ", ".join(TERMS)
     parts.append(
-        f"Fitted: weights of {what} (ridge, no intercept) from the other sets; fixed: `predicted_gain` as it ships. "
-        f"Worse: lost more than {WORSE} points; refused: predicted at most 0."
+        "Left out: weight of the drift and floor of refusals fitted on the other sets, at all strengths; shipped: as "
+        f"in `upstep_fast/judgement.py`. Lost: more than {WORSE:g}, more than {MUCH_WORSE:g} points."
     )
+    left_out = dict(zip(every, leave_one_out(every), strict=True))
     for title, group in (("As trained, one point a run", trained), ("All strengths, not independent", every)):
-        parts += [f"{title}:", left_out_table(group)]
-    x = np.array([terms(point.scores) for point in trained])
-    weights = fit(x, np.array([point.gain for point in trained]))
-    fitted = ", ".join(f"{name} {weight:+.3g}" for name, weight in zip(TERMS, weights, strict=True))
-    parts.append(f"Weights fitted on all {len(sets)} sets as trained, in points of gain: {fitted}.")
+        parts += [f"{title}:", left_out_table(group, [left_out[point] for point in group])]
+    of_set = [f"without {s} {weight:g} and {floor:.1f}" for s in sets for weight, floor in [_without(s, every)]]
+    weight, floor = fit(every)
+    parts.append(f"Weight and floor fitted: {'; '.join(of_set)}; on all sets {weight:g} and {floor:.1f}.")
     return "\n\n".join(parts)
 
 
-def left_out_table(group: Sequence[Point]) -> str:
-    """One line a data set and one for all: rank correlation and refusals of the fitted and the fixed weights."""
-    columns = ("left out", "n", "rank, fitted", "rank, fixed", "worse", "refused, fitted", "refused, fixed")
-    head = _line(*columns, "others", "refused wrongly, fitted", "fixed")
-    lines = [head, "|---|" + "--:|" * 9]
-    fitted = leave_one_out(group)
+def _without(data: str, every: Sequence[Point]) -> tuple[float, float]:
+    return fit([point for point in every if point.data != data])
+
+
+def left_out_table(group: Sequence[Point], left_out: Sequence[tuple[float, bool]]) -> str:
+    """One line a data set and one for all: rank correlation and refusals, left out and as shipped."""
+    columns = ("left out", "n", "rank", "rank, shipped", f"lost > {WORSE:g}", "refused", "shipped")
+    more = (f"lost > {MUCH_WORSE:g}", "refused", "shipped", "others", "refused wrongly", "shipped")
+    lines = [_line(*columns, *more), "|---|" + "--:|" * 12]
     for data in [*sorted({point.data for point in group}), None]:
-        of_set = [(p, f) for p, f in zip(group, fitted, strict=True) if data in (p.data, None)]
+        of_set = [(p, f) for p, f in zip(group, left_out, strict=True) if data in (p.data, None)]
         gains = [point.gain for point, _ in of_set]
-        both = ([f for _, f in of_set], [point.scores["predicted_gain"] for point, _ in of_set])
-        ranks = [_signed(rank_correlation(values, gains)) for values in both]
-        (worse, right, others, wrong), (_, right_fixed, _, wrong_fixed) = (refused(v, gains) for v in both)
-        name = "all together" if data is None else data
-        lines.append(_line(name, len(of_set), *ranks, worse, right, right_fixed, others, wrong, wrong_fixed))
+        values = [value for _, (value, _) in of_set], [point.scores["predicted_gain"] for point, _ in of_set]
+        flags = (
+            [flag for _, (_, flag) in of_set],
+            [point.scores["predicted_gain"] < CLEARLY_WORSE for point, _ in of_set],
+        )
+        ranks = [_signed(rank_correlation(v, gains)) for v in values]
+        counts = [
+            cell
+            for (num, ours), (_, shipped) in zip(*(refused(f, gains) for f in flags), strict=True)
+            for cell in (num, ours, shipped)
+        ]
+        lines.append(_line("all together" if data is None else data, len(of_set), *ranks, *counts))
     return "\n".join(lines)
 
 

@@ -1,6 +1,8 @@
 """Label-free scores against closed forms and other people's implementations."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -124,4 +126,32 @@ def test_judge_tells_a_collapsed_model_from_a_consistent_one():
     assert bad["effective_rank"] < -5 and bad["view_agreement"] < -0.3 and bad["uniformity"] > 1
     assert bad["base_overlap"] < 0.5 < good["base_overlap"]
     assert judgement.predicted_gain(bad) < 0 < judgement.predicted_gain(good)
-    assert judgement.predicted_gain({"view_agreement": 0.03, "uniformity": -0.02}) == pytest.approx(4)
+    assert judgement.predicted_gain(bad) < judgement.CLEARLY_WORSE
+    assert judgement.predicted_gain({"view_agreement": 0.03, "base_cka": 0.9}) == pytest.approx(3 - 1.5)
+
+
+@pytest.mark.parametrize("num", [16, 64, 256])
+def test_a_collapse_is_clearly_worse_and_small_changes_are_not(num):
+    x, shift = unit(num, 64, 0), 0.5 * unit(num, 64, 1)
+    base = torch.stack([x, F.normalize(x + shift, dim=-1)])
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, num, 64, generator=generator)
+    one_point = F.normalize(torch.ones(64) + 0.01 * noise, dim=-1)
+    one_line = F.normalize(noise[..., :1] * torch.ones(64) + 0.01 * noise, dim=-1)
+    nearly = F.normalize(base + 0.02 * noise, dim=-1)
+    found = [judgement.predicted_gain(judgement.judge(base, z)) for z in (one_point, one_line, base, nearly)]
+    assert [gain < judgement.CLEARLY_WORSE for gain in found] == [True, True, False, False]
+
+
+def test_no_adapter_of_the_study_that_lost_nothing_is_clearly_worse():
+    """The committed rows, at every strength; those pushed to four times theirs are what a refusal is there for."""
+    text = (Path(__file__).resolve().parent.parent / "bench" / "results" / "study_cpu2.jsonl").read_text()
+    rows = [row for row in map(json.loads, text.splitlines()) if row["split"] == "select" and "error" not in row]
+    found = [
+        (at["adapted"]["knn"] - row["base"]["knn"], judgement.predicted_gain(at["judgement"]) < judgement.CLEARLY_WORSE)
+        for row in rows
+        for at in row["at"].values()
+    ]
+    assert len(found) >= 88 and not any(is_worse for gain, is_worse in found if gain >= -3)
+    far = [is_worse for gain, is_worse in found if gain < -6]
+    assert sum(far) >= 0.6 * len(far) > 0

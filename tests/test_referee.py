@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import upstep_fast
-from upstep_fast import backbone, lora, referee
+from upstep_fast import backbone, judgement, lora, referee
 from upstep_fast.config import AdaptConfig
 from upstep_fast.data.sources import open_source
 from upstep_fast.errors import CheckFailedError, ConfigError, DataError, Interrupted
@@ -120,8 +120,8 @@ def test_a_run_that_gets_no_better_stops_early(options, monkeypatch, tmp_path):
 
 
 def test_an_adapter_judged_worse_than_the_base_is_refused(options, monkeypatch, tmp_path):
-    predictions(monkeypatch, [-3.0, -1.0, 0.0, -2.0])
-    with pytest.raises(CheckFailedError, match=r"refused.*the best, at step 6: \+0\.00.*adapter-refused") as error:
+    predictions(monkeypatch, [-30.0, -20.0, -15.1, -20.0])
+    with pytest.raises(CheckFailedError, match=r"refused.*the best, at step 6: -15\.10.*adapter-refused") as error:
         upstep_fast.adapt(**options)
     assert error.value.exit_code == 4
     out = tmp_path / "out"
@@ -196,3 +196,16 @@ def test_wrong_settings_are_one_line(options):
     for name, value in (("judge_every", -1), ("judge_patience", -1), ("strength", 0.0)):
         with pytest.raises(ConfigError, match=f"{name}: got"):
             upstep_fast.adapt(**options | {name: value})
+
+
+def test_a_run_that_wrecks_the_model_is_refused(options, tmp_path):
+    wild = {"lr": 100.0, "clip": 0.0, "warmup": 0.0, "lora_targets": ("q", "k", "v", "proj", "fc1", "fc2")}
+    with pytest.raises(CheckFailedError, match="refused"):
+        upstep_fast.adapt(**options | wild)
+    assert all(row["predicted_gain"] < judgement.CLEARLY_WORSE for row in looks(tmp_path / "out"))
+
+
+def test_an_adapter_that_is_a_little_worse_by_prediction_is_kept_with_a_warning(options, monkeypatch, caplog):
+    predictions(monkeypatch, [-14.9, -20.0])
+    result = upstep_fast.adapt(**options)
+    assert result.adapter.is_dir() and "predicted gain -14.90: perhaps no better" in caplog.text

@@ -25,6 +25,9 @@ from torch import Tensor
 from .methods.losses.clustering import kmeans_prototypes
 
 NEIGHBOURS = 10  # of the overlaps
+# the weight whose predictions rank the study's adapters best on both sets; one and a half times the lowest prediction,
+# rounded away from 0, of an adapter that lost no accuracy (docs/quality.md)
+DRIFT, CLEARLY_WORSE = 15.0, -15.0
 CLUSTERS = 32  # of occupancy and stability; fewer where there are few images
 
 
@@ -88,7 +91,7 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
     """0 to 1: how far x and y agree up to rotation, scale and shift. Widths may differ; 0 where one is constant."""
     x, y = (z.double() - z.double().mean(0) for z in (x, y))
     size = (x.T @ x).norm() * (y.T @ y).norm()
-    return float((y.T @ x).square().sum() / size) if size > 0 else 0.0
+    return min(1.0, float((y.T @ x).square().sum() / size)) if size > 0 else 0.0
 
 
 def clusters(x: Tensor, num: int, seed: int) -> Tensor:
@@ -128,16 +131,16 @@ def judge(base: Tensor, adapted: Tensor) -> dict[str, float]:
     }
 
 
-def predicted_gain(judged: dict[str, float]) -> float:
-    """One number of `judge`'s scores: above 0 where the adapter is taken to be better than the base model.
+def predicted_gain(judged: dict[str, float], drift: float = DRIFT) -> float:
+    """One number of `judge`'s scores, to compare adapters by: the larger the better.
 
-        100 (change of view agreement - 1/2 change of uniformity)
+        100 (change of view agreement) - drift (1 - base_cka)
 
-    Held-out images must be found again by their other view, and the features must not draw together: neither alone saw
-    both adapters that learnt too little and those that went too far. The weights were set by eye on few runs; how well
-    it does is in docs/quality.md. Its size is not in points of accuracy.
+    Held-out images must be found again by their other view, and going far from the base model has its price. 0 is the
+    base model itself; its size is not in points of accuracy. Below CLEARLY_WORSE nothing that was measured kept the
+    base model's accuracy; below 0 many did. Where these constants come from, and how well it does: docs/quality.md.
     """
-    return 100 * (judged["view_agreement"] - judged["uniformity"] / 2)
+    return 100 * judged["view_agreement"] - drift * (1 - judged["base_cka"])
 
 
 def _perplexity(weights: Tensor) -> float:

@@ -1,11 +1,12 @@
 """Judges a run on unlabelled images that it does not train on: keeps the best adapter, stops early, refuses the worse.
 
 Every --judge-every steps the scores of judgement.py are taken of the adapted model and of the base model, on the same
-two views of the same held-out images, and `predicted_gain` makes one number of them: above 0 the adapter is taken to be
-better than the base model. The best adapter so far lies in OUT/best, every look in OUT/judgement.jsonl.
+two views of the same held-out images, and `predicted_gain` makes one number of them. The adapter with the largest one
+so far lies in OUT/best, every look in OUT/judgement.jsonl.
 
     the end    the best adapter becomes OUT/adapter; with --strength auto at the strength whose prediction is largest
-    refusal    if no look predicts a gain, OUT/adapter becomes OUT/adapter-refused and the run ends with exit code 4
+    a warning  if it is predicted to be no better than the base model, which is no strong evidence (docs/quality.md)
+    refusal    if every look is clearly worse, OUT/adapter becomes OUT/adapter-refused and the run ends with exit code 4
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from .data.sources import Source
 from .data.views import random_views
 from .device import Compute
 from .errors import CheckFailedError, DataError
-from .judgement import judge, predicted_gain
+from .judgement import CLEARLY_WORSE, judge, predicted_gain
 from .resume import RunState
 from .whole_file import write_whole
 
@@ -100,20 +101,25 @@ class Referee:
         return sum(s > best["step"] for s in seen) >= self._config.judge_patience
 
     def settle(self) -> None:
-        """Puts the best adapter in its place. Raises CheckFailedError if none is predicted to beat the base model."""
+        """Puts the best adapter in its place. Raises CheckFailedError if all are clearly worse than the base model."""
         best, adapter = self.best(), self._out / "adapter"
         if best is None:
             return
-        if best["predicted_gain"] <= 0:
+        if best["predicted_gain"] < CLEARLY_WORSE:
             refused = self._out / REFUSED
             if distributed.is_first():
                 shutil.rmtree(refused, ignore_errors=True)
                 adapter.rename(refused)  # written just before, by rank 0 itself
                 shutil.rmtree(self._out / BEST, ignore_errors=True)
             raise CheckFailedError(
-                f"adapter: refused: on held-out images, without labels, every look says worse than the base model (the "
-                f"best, at step {best['step']}: {best['predicted_gain']:+.2f}); use the base model as it is, or try "
+                "adapter: refused: on held-out images, without labels, every look is clearly worse than the base model "
+                f"(the best, at step {best['step']}: {best['predicted_gain']:+.2f}); use the base model, or try "
                 f"--preset gentle; the last adapter is in {refused}, the looks in {self._out / LOOKS}"
+            )
+        if best["predicted_gain"] <= 0:
+            log.warning(
+                "judge: predicted gain %+.2f: perhaps no better than the base model; compare with `upstep-fast eval`",
+                best["predicted_gain"],
             )
         if distributed.is_first():
             lora.write(adapter, {path.name: path.read_bytes() for path in (self._out / BEST).iterdir()})
