@@ -34,6 +34,7 @@ NAMESPACE = (__package__ or "kernels").replace(".", "_")
 _log = logging.getLogger(__name__)
 _forced: ContextVar[str | None] = ContextVar("forced_implementation", default=None)
 _report: dict[tuple[str, str], Choice] = {}
+_said: set[Choice] = set()  # in the log
 
 
 @dataclass(frozen=True)
@@ -107,13 +108,15 @@ def forget() -> None:
 
 
 def record(op: str, device: torch.device, implementation: str, reason: str, *, fallback: bool = False) -> str:
-    """Notes what runs for `op` on `device` (log on a change, row of `report()`) and returns it."""
+    """Notes what runs for `op` on `device` (row of `report()`, once in the log) and returns it."""
     choice = Choice(op, device.type, implementation, reason)
     if _report.get((op, device.type)) != choice:
         _report[op, device.type] = choice
-        # on a GPU a passed-over kernel costs speed, so it is said aloud; on a CPU it is the normal case
-        level = logging.DEBUG if device.type == "cpu" else logging.WARNING if fallback else logging.INFO
-        _log.log(level, "%s on %s: %s (%s)", op, device.type, implementation, reason)
+        if choice not in _said:
+            _said.add(choice)
+            # on a GPU a passed-over kernel costs speed, so it is said aloud; on a CPU it is the normal case
+            level = logging.DEBUG if device.type == "cpu" else logging.WARNING if fallback else logging.INFO
+            _log.log(level, "%s on %s: %s (%s)", op, device.type, implementation, reason)
     return implementation
 
 

@@ -22,6 +22,7 @@ import math
 import torch
 from torch import Tensor
 
+from ._autocast import autocast_dtype
 from ._dispatch import NAMESPACE, record, triton_reason, wanted
 from ._measure import fastest, power_class
 from .attention_triton import MAX_WIDTH, outputs
@@ -197,8 +198,8 @@ def attention(qkv: Tensor, scale: float | None = None) -> Tensor:
     The gradient comes packed like qkv. Under autocast qkv is cast as for torch's own attention.
     Raises ValueError for arguments that do not fit, RuntimeError for an implementation that cannot run here.
     """
-    if torch.is_autocast_enabled(qkv.device.type) and qkv.is_floating_point() and qkv.dtype != torch.float64:
-        qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
+    if qkv.is_floating_point() and qkv.dtype != torch.float64 and (dtype := autocast_dtype(qkv.device)):
+        qkv = qkv.to(dtype)
     return _op(qkv, _checked("attention", qkv, scale))[0]
 
 

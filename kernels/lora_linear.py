@@ -29,6 +29,7 @@ from torch import Tensor
 
 from . import lora_linear_plain as plain
 from . import lora_linear_triton as fused
+from ._autocast import autocast_dtype
 from ._dispatch import NAMESPACE, record, triton_reason, wanted
 from ._measure import fastest, power_class
 from .lora_linear_args import STRATEGIES, complaint, flat, seed_tensor
@@ -64,8 +65,7 @@ def lora_linear(
     plain autograd, says so in `report()`, and refuses any other strategy.
     Raises ValueError for arguments that do not fit, RuntimeError for a strategy that cannot run here.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if x.is_floating_point() and x.dtype != torch.float64 and (dtype := autocast_dtype(x.device)):
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if message := complaint(x, weight, bias, lora_a, lora_b, scale, dropout, flat(rows), strategy):
         raise ValueError(f"lora_linear: {message}")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import lora_linear_triton as fused
+from ._autocast import autocast_dtype
 from ._dispatch import NAMESPACE, wanted
 from .lora_linear import INPUT, gradients, lora_linear_reference, run, shape_class
 from .lora_linear_args import STRATEGIES, complaint, flat, seed_tensor
@@ -47,8 +48,7 @@ def lora_linear_fp8(
         product as well; without it the weight is widened and the gradient exact for the quantised weight.
     strategy: None (split or triton, measured), or "split", "triton", "reference".
     """
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if x.is_floating_point() and x.dtype != torch.float64 and (dtype := autocast_dtype(x.device)):
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     if x.dtype == torch.float64:
         raise ValueError("lora_linear_fp8: x must be fp16, bf16 or fp32, got torch.float64")

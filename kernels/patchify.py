@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._autocast import autocast_dtype
 from ._dispatch import NAMESPACE, choose, triton_reason
 from ._tiles import tile
 from ._triton import tl, triton
@@ -135,10 +136,9 @@ def patchify(images: Tensor, patch: int, dtype: torch.dtype | None = None) -> Te
         raise ValueError(f"patchify: images must be [B, C, H, W] in uint8, fp16, bf16, fp32 or fp64, got {got}")
     if patch < 1 or images.shape[2] % patch or images.shape[3] % patch:
         raise ValueError(f"patchify: patch must divide height and width {list(images.shape[2:])}, got {patch}")
-    if dtype is None and torch.is_autocast_enabled(images.device.type):
-        dtype = torch.get_autocast_dtype(images.device.type)
     if dtype is None:
-        dtype = images.dtype if images.is_floating_point() else torch.float32
+        own = images.dtype if images.is_floating_point() else torch.float32
+        dtype = autocast_dtype(images.device) or own
     if dtype not in _DTYPES[1:]:
         raise ValueError(f"patchify: dtype must be fp16, bf16, fp32 or fp64, got {dtype}")
     return _patchify_op(images, patch, dtype)

@@ -35,7 +35,10 @@ def quantize_reference(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The values that q [..., K] (fp8) and its row scales [..., 1] stand for, in `dtype`."""
+    """The values that q [..., K] (fp8) and its row scales [..., 1] stand for, in `dtype`. Raises ValueError."""
+    if scale.shape != (*q.shape[:-1], 1) or scale.device != q.device:
+        wanted, got = (*q.shape[:-1], 1), f"{list(scale.shape)} on {scale.device}"
+        raise ValueError(f"dequantize: scale must be {list(wanted)} on {q.device} to fit q, got {got}")
     return (q.float() * scale).to(dtype)
 
 

@@ -131,6 +131,11 @@ def test_bad_input(x):
         quantize(x)
 
 
+def test_scales_of_other_rows_are_named():
+    with pytest.raises(ValueError, match=r"dequantize: scale must be \[3, 1\] on cpu to fit q, got \[2, 1\] on cpu"):
+        dequantize(torch.zeros(3, 4).to(torch.float8_e4m3fn), torch.ones(2, 1))
+
+
 def test_rows_too_long_for_triton_say_so():
     quantize(torch.ones(1, MAX_ROW + 1))
     row = next(row for row in _dispatch.report() if row.op == "quantize")
