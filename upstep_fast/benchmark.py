@@ -130,7 +130,7 @@ def make_variants(
 
     variants: dict[str, Variant] = {}
     if _version("peft"):
-        peft_vit, peft_parameters = _peft(plain, adapters)
+        peft_vit, peft_parameters = peft_of(plain, adapters)
 
         def eager_peft(x: Tensor) -> Tensor:
             with compute.autocast():
@@ -147,7 +147,7 @@ def make_variants(
     return variants, (truth, parameters)
 
 
-def _peft(vit: nn.Module, adapters: Mapping[str, lora.LoraLinear]) -> tuple[nn.Module, list[nn.Parameter]]:
+def peft_of(vit: nn.Module, adapters: Mapping[str, lora.LoraLinear]) -> tuple[nn.Module, list[nn.Parameter]]:
     """The same adapters on the same weights, by PEFT."""
     import peft
 

@@ -77,7 +77,7 @@ def count(config: AdaptConfig, compute: Compute, *, on: str | None = None, flops
     # what the engine leaves to torch.compile is counted as it runs without: an upper bound
     with fake, seen, device, torch.compiler.set_stance("force_eager"):
         seen.part = "weights"
-        _without_bytes(backbone.vit)
+        without_bytes(backbone.vit)
         seen.part = "adapters"
         method = methods.build(backbone, config)
         seen.part = "folded"
@@ -195,7 +195,8 @@ class _Storages(TorchDispatchMode):
             self.at_peak["workspace"] += hidden
 
 
-def _without_bytes(vit: nn.Module) -> None:
+def without_bytes(vit: nn.Module) -> None:
+    """Puts tensors of the current device and mode in the place of those on "meta", frozen."""
     # to_empty would swap tensors, which fake ones refuse
     for module in vit.modules():
         for name, parameter in module._parameters.items():
