@@ -8,8 +8,6 @@ have to move (passes of [P, N, D] as kernels/low_rank_mixer.py counts them), and
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,8 +15,7 @@ import torch.nn.functional as F
 from upstep_fast.kernels import _dispatch
 from upstep_fast.kernels.low_rank_mixer import low_rank_mixer, low_rank_mixer_reference
 
-OP = "low_rank_mixer"
-DEVICE, DTYPE, CALLS = ("cuda", torch.bfloat16, 10) if torch.cuda.is_available() else ("cpu", torch.float32, 1)
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 # name: (P images, N tokens, D width, rank of both axes)
 SHAPES = (
     {
@@ -48,7 +45,7 @@ def eager(b, a, axes, factors):
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("direction", ["forward", "both"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_one_adaptor(benchmark, shape, direction, name):
+def test_one_adaptor(measure, copy_of, shape, direction, name):
     P, N, D, rank = SHAPES[shape]
     torch.manual_seed(0)
     b, a, grad = (torch.randn(P, N, D, device=DEVICE).to(DTYPE) for _ in range(3))
@@ -71,9 +68,7 @@ def test_one_adaptor(benchmark, shape, direction, name):
             return torch.autograd.grad(function(b, a, AXES, factors), [a, *factors], grad)
 
     if name == "copy":
-        source = torch.empty(num_bytes // 2, dtype=torch.uint8, device=DEVICE)
-        target = torch.empty_like(source)
-        call: Callable[[], object] = lambda: target.copy_(source)  # noqa: E731
+        call = copy_of(num_bytes)
     else:
         call = (lambda: forward(b, a)) if direction == "forward" else lambda: both(b, a, grad)
         wide = [f.detach().double().requires_grad_() for f in factors]
@@ -89,16 +84,4 @@ def test_one_adaptor(benchmark, shape, direction, name):
         for g, w in pairs:
             assert (g.double() - w).norm() <= limit * w.norm(), f"{name} is wrong"
 
-    def run() -> None:
-        for _ in range(CALLS):
-            call()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.group = f"{OP} {direction} {shape}"
-    benchmark.extra_info |= {
-        "bytes": num_bytes, "dtype": str(DTYPE), "calls": CALLS,
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
-        "ran": {c.op: c.implementation for c in _dispatch.report() if c.op.startswith(OP)},
-    }  # fmt: skip
-    benchmark.pedantic(run, warmup_rounds=3, rounds=20)
+    measure(call, f"low_rank_mixer {direction} {shape}", "low_rank_mixer", bytes=num_bytes, dtype=str(DTYPE))

@@ -72,10 +72,22 @@ def test_a_wrong_engine_is_not_timed(monkeypatch):
     assert error.value.exit_code == 4
 
 
-def test_the_benchmarks_are_collected():
+def test_the_benchmarks_are_collected_and_the_stored_run_names_them():
     root = Path(__file__).parents[1]
     command = [sys.executable, "-m", "pytest", "bench", "--collect-only", "-q", "--benchmark-only"]
     found = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240)
-    files = set(re.findall(r"^bench/(bench_\w+\.py)::", found.stdout, re.M))
-    timed = {path.name for path in (root / "bench").glob("bench_*.py") if "def test_" in path.read_text()}
-    assert files == timed, found.stdout + found.stderr
+    names = set(re.findall(r"^bench/.*::.*$", found.stdout, re.M))
+    timed = {f"bench/{path.name}" for path in (root / "bench").glob("bench_*.py") if "def test_" in path.read_text()}
+    assert {name.split("::")[0] for name in names} == timed, found.stdout + found.stderr
+    if not torch.cuda.is_available():  # whose shapes are larger
+        stored = json.loads((root / "bench/results/pytest_cpu2.json").read_text())["benchmarks"]
+        assert {benchmark["fullname"] for benchmark in stored} <= names
+
+
+def test_the_stored_run_compares(tmp_path):
+    stored = Path(__file__).parents[1] / "bench/results/pytest_cpu2.json"
+    (tmp_path / "local.json").write_bytes(stored.read_bytes())
+    command = ["pytest-benchmark", "compare", str(stored), str(tmp_path / "local.json"), "--group-by=fullname"]
+    program = Path(sys.executable).with_name(command[0])
+    done = subprocess.run([str(program), *command[1:], "--columns=min,median"], capture_output=True, text=True)
+    assert done.returncode == 0 and "test_sinkhorn[128x512-ours]" in done.stdout, done.stderr
