@@ -7,9 +7,11 @@ import peft
 import pytest
 import timm
 import torch
+import transformers
 from engines import ROTARY, gradients, model, relative, same_as_timm
 
 import upstep_fast
+from upstep_fast import backbone
 from upstep_fast.backbone import features
 from upstep_fast.engine import fold
 from upstep_fast.engine import vit as engine
@@ -170,3 +172,24 @@ def test_adapt_runs_a_dinov3_on_the_engine_and_peft_serves_its_adapter(arch, pho
     served = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "auto" / "adapter")).eval().base_model.model
     assert relative(features(served, images), features(ours, images)) < 1e-5
     assert relative(features(served, images), base) > 1e-4
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_engine_gives_what_transformers_dinov3_gives(gated, tmp_path):
+    torch.manual_seed(0)
+    shape = dict(
+        hidden_size=48, num_hidden_layers=3, num_attention_heads=3, intermediate_size=96, num_register_tokens=4
+    )
+    config = transformers.DINOv3ViTConfig(
+        **shape, image_size=64, patch_size=16, use_gated_mlp=gated, layerscale_value=1.0, initializer_range=0.2
+    )
+    theirs = transformers.DINOv3ViTModel(config).eval()
+    theirs.save_pretrained(tmp_path)
+    vit = backbone.load(f"local-dir:{tmp_path}").vit
+    run = engine.build(vit, torch.float32)
+    for side in ((64, 64), (48, 80)):
+        images = torch.randn(2, 3, *side)
+        with torch.no_grad():
+            expected = theirs(images).last_hidden_state
+            ours = vit.norm(run.through_blocks([run.embed(images)], run.ropes(images))[0])
+        assert relative(ours, expected) < 1e-5

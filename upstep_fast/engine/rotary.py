@@ -37,13 +37,14 @@ def turn(y: Tensor, heads: int, rotary: Rotary | None, ropes: Ropes, sizes: Size
         return y
     if ropes is None:
         raise ValueError("engine: this model has rotary positions, and none were given for these tokens")
+    sign = -1 if back else 1
     for group, table in zip(unpack(y, sizes), ropes, strict=True):
         sin, cos = (_of_pairs(part, rotary)[0][:, None, None] for part in table.chunk(2, -1))
-        a, b = _of_pairs(group.unflatten(-1, (3, heads, -1))[:, rotary.prefix :, :2], rotary)
-        sign = -1 if back else 1
-        # in the table's type, fp32, and rounded once
+        q_k = group.unflatten(-1, (3, heads, -1))[:, rotary.prefix :, :2]
+        a, b = _of_pairs(q_k.to(table.dtype), rotary)  # in fp32, and rounded once
         turned = torch.addcmul(a * cos, b, sin, value=-sign), torch.addcmul(b * cos, a, sin, value=sign)
-        a.copy_(turned[0]), b.copy_(turned[1])
+        for place, values in zip(_of_pairs(q_k, rotary), turned, strict=True):
+            place.copy_(values)
     return y
 
 
