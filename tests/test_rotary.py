@@ -177,11 +177,17 @@ def test_adapt_runs_a_dinov3_on_the_engine_and_peft_serves_its_adapter(arch, pho
 @pytest.mark.parametrize("gated", [False, True])
 def test_the_engine_gives_what_transformers_dinov3_gives(gated, tmp_path):
     torch.manual_seed(0)
-    shape = dict(
-        hidden_size=48, num_hidden_layers=3, num_attention_heads=3, intermediate_size=96, num_register_tokens=4
-    )
     config = transformers.DINOv3ViTConfig(
-        **shape, image_size=64, patch_size=16, use_gated_mlp=gated, layerscale_value=1.0, initializer_range=0.2
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        intermediate_size=96,
+        num_register_tokens=4,
+        image_size=64,
+        use_gated_mlp=gated,
+        hidden_act="silu" if gated else "gelu",
+        layerscale_value=1.0,
+        initializer_range=0.2,
     )
     theirs = transformers.DINOv3ViTModel(config).eval()
     theirs.save_pretrained(tmp_path)
