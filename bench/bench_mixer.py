@@ -19,7 +19,7 @@ DEVICE, DTYPE = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu
 # name: (P images, N tokens, D width, rank of both axes)
 SHAPES = (
     {
-        "B/16 r4": (256, 197, 768, 4), "B/16 r16": (256, 197, 768, 16), "B/16 r64": (256, 197, 768, 64),
+        "B/16 r4": (256, 197, 768, 4), "B/16 r16": (256, 197, 768, 16), "B/16 r32": (256, 197, 768, 32),
         "L/14 r16": (128, 257, 1024, 16), "e/14 r16": (32, 257, 1792, 16),
     }
     if DEVICE == "cuda"

@@ -52,11 +52,11 @@ TILES: dict[str, dict[tuple[int, int] | None, Tile]] = {
     "quantize": {None: {"CELLS": 4096, "WARP_CELLS": 1024}},
     "gelu": {None: {"CELLS": 2048, "WARP_CELLS": 512}},
     "layer_norm": {None: {"CELLS": 4096, "WARP_CELLS": 1024}},
-    # tokens and channels of a tile; `wide`: a rank above 32; not measured yet
+    # tokens and channels of a tile; `wide`: a rank above 16; not measured yet
     "low_rank_mixer": {None: {"BLOCK_N": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2}},
     "low_rank_mixer_backward": {None: {"BLOCK_N": 32, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}},
-    "low_rank_mixer_wide": {None: {"BLOCK_N": 32, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}},
-    "low_rank_mixer_fp32": {None: {"BLOCK_N": 16, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}},
+    "low_rank_mixer_wide": {None: {"BLOCK_N": 16, "BLOCK_D": 32, "num_warps": 4, "num_stages": 1}},
+    "low_rank_mixer_fp32": {None: {"BLOCK_N": 16, "BLOCK_D": 16, "num_warps": 4, "num_stages": 2}},
     # the query rows and key columns first tried on an H200; the wide (d > 64) and fp32 rows are guesses
     "attention": {None: {"BLOCK": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3}},
     # 4 warps spill in the wide backward (sm_90, sm_100)

@@ -26,7 +26,7 @@ Bytes moved, in passes over [P, N, D] (thin reads of low and of the factors left
 A change c_i is a product of two thin matrices, so the kernels make it again where they need it and never store it: a
 rows kernel owns some tokens with all D (norms, the sums over channels), a columns kernel some channels with all tokens.
 Arithmetic at ranks r, s: forward 8 r + 4 s, backward 18 r + 12 s operations a value: backward 40 a byte at r = s = 16
-in 16 bit, far below what a GPU's tensor cores sustain (some 300 on an H100); 160 at 64, so the gain shrinks as the rank
+in 16 bit, far below what a GPU's tensor cores sustain (some 300 on an H100); 80 at 32, so the gain shrinks as the rank
 grows. fp32 has no tensor cores (20 operations a byte are its limit there), so the library's products are preferred.
 These are counts: no GPU has timed it yet.
 """
@@ -38,6 +38,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import low_rank_mixer_backward as fused_backward
 from . import low_rank_mixer_plain as plain
@@ -97,8 +98,7 @@ def _takes_triton(op: str, x: Tensor, axes: Sequence[str], ranks: Sequence[int])
     return x.numel() > 0 and choose(op, x.device, {name: reasons[name] for name in order}) == "triton"
 
 
-@torch.library.custom_op(f"{NAMESPACE}::low_rank_mixer", mutates_args=())
-def _op(
+def _forward(
     b: Tensor, a: Tensor, axes: str, combine: str, frames: int, gate: Tensor | None, scale: Tensor | None,
     factors: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
@@ -108,6 +108,9 @@ def _op(
     run = fused.forward if takes else plain.forward
     with torch.autocast(b.device.type, enabled=False):
         return run(b, a, names, combine, frames, gate, scale, factors, EPS)
+
+
+_op = torch.library.custom_op(f"{NAMESPACE}::low_rank_mixer", _forward, mutates_args=())
 
 
 @_op.register_fake
@@ -121,8 +124,7 @@ def _(b, a, axes, combine, frames, gate, scale, factors):
     return b.new_empty(P, N, D), b.new_empty(P, N, D), b.new_empty(0 if gate is None else (P, N, D)), lows
 
 
-@torch.library.custom_op(f"{NAMESPACE}::low_rank_mixer_backward", mutates_args=())
-def _backward_op(
+def _gradients(
     grad: Tensor, u: Tensor, difference: Tensor, lows: list[Tensor], axes: str, combine: str, frames: int,
     gate: Tensor | None, scale: Tensor | None, factors: list[Tensor], needs_da: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
@@ -134,6 +136,9 @@ def _backward_op(
         *narrow, d_factors = run(grad, u, difference, lows, names, combine, frames, gate, scale, factors, EPS, needs_da)
     da, d_gate, d_scale = (u.new_empty(0) if d is None else d for d in narrow)
     return da, d_gate, d_scale, d_factors
+
+
+_backward_op = torch.library.custom_op(f"{NAMESPACE}::low_rank_mixer_backward", _gradients, mutates_args=())
 
 
 @_backward_op.register_fake
@@ -149,12 +154,12 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(u, difference, gate, scale, *lows, *factors)
 
 
-def _backward(ctx, grad, *_):
+def _backward(ctx, grad, *_, gradients=_backward_op):
     u, difference, gate, scale, *rest = ctx.saved_tensors
     lows, factors = rest[: len(rest) // 5], rest[len(rest) // 5 :]
     if grad is None:
         return None, None, None, None, None, None, None, [None] * len(factors)
-    da, d_gate, d_scale, d_factors = _backward_op(
+    da, d_gate, d_scale, d_factors = gradients(
         grad, u, difference, lows, ctx.axes, ctx.combine, ctx.frames, gate, scale, factors, ctx.needs_input_grad[1]
     )
     d_gate, d_scale = (None if t is None else d for t, d in ((gate, d_gate), (scale, d_scale)))
@@ -162,6 +167,23 @@ def _backward(ctx, grad, *_):
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _OnCpu(torch.autograd.Function):
+    """The same without the wrapping of a library's op, a tenth of a small adaptor's time on a CPU."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        inputs = (*inputs[:7], list(inputs[7:]))
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        *others, of_factors = _backward(ctx, grad, gradients=_gradients)
+        return *others, *of_factors
 
 
 def low_rank_mixer(
@@ -184,7 +206,10 @@ def low_rank_mixer(
     """
     if message := _complaint(b, a, axes, factors, combine, frames, gate, scale):
         raise ValueError(f"low_rank_mixer: {message}")
-    return _op(b, a, " ".join(axes), combine, frames, gate, scale, list(factors))[0]
+    inputs = b, a, " ".join(axes), combine, frames, gate, scale
+    if b.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _OnCpu.apply(*inputs, *factors)
+    return _op(*inputs, list(factors))[0]
 
 
 def _complaint(b, a, axes, factors, combine, frames, gate, scale) -> str | None:
