@@ -242,6 +242,8 @@ class AdaptConfig(ModelConfig):
     # images
     mean_std: Literal["given", "auto"] = "given"
     """auto: --mean and --std are measured on a sample of the images; given: these flags, or the model's own."""
+    decode: Literal["cpu", "cuda"] = "cpu"
+    """cuda: JPEGs are decoded by the GPU (nvJPEG); other pixels than the CPU's, and cut files may pass for whole."""
     triage: bool = False
     """Look at all images first: leave out copies and blank ones, list near copies and odd ones in skipped.csv."""
 

@@ -30,6 +30,7 @@ from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint
 from .config import AdaptConfig
 from .config_finetune import FinetuneConfig
+from .data import gpu_jpeg
 from .data.decode import decoder_fingerprint
 from .data.sources import Source
 from .device import Compute
@@ -114,6 +115,7 @@ def identify(config: AdaptConfig | FinetuneConfig, compute: Compute, source: Sou
             "precision": compute.precision,
             "ranks": distributed.size(),
             "decoder": decoder_fingerprint(),
+            **({"gpu_decoder": gpu_jpeg.name()} if getattr(config, "decode", "cpu") == "cuda" else {}),
             "views": made_by(device),
         },
         defaults=_defaults(config),

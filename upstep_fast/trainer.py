@@ -304,6 +304,7 @@ def make_loader(config: AdaptConfig, source: Source, state: RunState, channels: 
         min_side=state.method.min_side,
         make_views=lambda batch: make_views(state.method, batch, compute),
         device=compute.device,
+        decode=config.decode,
     )
     loader.skipped = state.skipped
     return loader

@@ -152,8 +152,8 @@ def _decode_pillow(data: bytes | memoryview, channels: int, max_pixels: int, min
             image.load()
             array = torch.from_numpy(_to_array(image, channels))
             x = array.permute(2, 0, 1) if array.ndim == 3 else array[None]
-        orientation = _orientation(image)
-    return _upright(x if len(x) == channels else x.expand(channels, -1, -1), orientation)
+        orientation = orientation_of(image)
+    return upright(x if len(x) == channels else x.expand(channels, -1, -1), orientation)
 
 
 def _to_array(image: Image.Image, channels: int) -> np.ndarray:
@@ -196,14 +196,15 @@ def _check_png(data: bytes | memoryview) -> None:
         at += 12 + length
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
+    """EXIF's, 1 where there is none."""
     try:
         return int(image.getexif().get(_EXIF_ORIENTATION, 1))
     except Exception:  # an EXIF block can be broken in any way; the pixels are good all the same
         return 1
 
 
-def _upright(x: Tensor, orientation: int) -> Tensor:
+def upright(x: Tensor, orientation: int) -> Tensor:
     """Undoes EXIF orientation 1 to 8 on [C, H, W]; other values count as 1."""
     if orientation in (5, 6, 7, 8):
         x = x.transpose(1, 2)

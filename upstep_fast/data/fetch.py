@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
 
+from .gpu_jpeg import GpuReader
 from .random import bits_array
 from .skipped import read_image, too_many
 from .sources import Source
@@ -31,24 +33,34 @@ class Chunk:
 class Fetcher:
     """What threads share: the source, what is known to be bad, and a cache. What it returns depends on none of these.
 
-    min_side: a JPEG may be decoded at a fraction of its size as long as both sides keep this many pixels.
+    min_side: a JPEG may be decoded at a fraction of its size as long as both sides keep this many pixels. gpu: decodes
+    what it takes of a chunk; the images are on its device then.
     """
 
     def __init__(
-        self, source: Source, *, seed: int, channels: int, min_side: int | None, max_bad_fraction: float, cache: int
+        self,
+        source: Source,
+        *,
+        seed: int,
+        channels: int,
+        min_side: int | None,
+        max_bad_fraction: float,
+        cache: int,
+        gpu: GpuReader | None = None,
     ) -> None:
         self.source, self.seed, self.channels, self.min_side = source, seed, channels, min_side
-        self.max_bad_fraction = max_bad_fraction
+        self.max_bad_fraction, self.gpu = max_bad_fraction, gpu
         self._bad: dict[int, str] = {}  # so that a bad file is read once
         self._cache = _Cache(cache)
 
     def chunk(self, epoch: int, indices: np.ndarray, pieces: int) -> Chunk:
         """The images at `indices`. A bad one is replaced by a draw from (seed, epoch, index)."""
         chunk = Chunk(epoch, pieces)
+        by_gpu = self._by_gpu(indices.tolist())
         for wanted in indices.tolist():
             index = wanted
             for draw in range(MAX_DRAWS):
-                image = self._image(index)
+                image = self._image(index, by_gpu)
                 if not isinstance(image, str):
                     break
                 chunk.bad.append((index, image))
@@ -67,11 +79,13 @@ class Fetcher:
             chunk.replaced += index != wanted
         return chunk
 
-    def _image(self, index: int) -> Tensor | str:
-        """The decoded image, or why there is none."""
+    def _image(self, index: int, by_gpu: dict[int, Tensor | None]) -> Tensor | str:
+        """The decoded image, or why there is none; by_gpu: what the GPU made of this chunk's images."""
         if (reason := self._bad.get(index)) is not None:
             return reason
         image = self._cache.get(index)
+        if image is None and (image := (by_gpu if index in by_gpu else self._by_gpu([index])).get(index)) is not None:
+            self._cache.add(index, image)
         if image is None:
             read = read_image(self.source, index, channels=self.channels, min_side=self.min_side)
             if isinstance(read, str):
@@ -80,6 +94,15 @@ class Fetcher:
             image = read
             self._cache.add(index, image)
         return image
+
+    def _by_gpu(self, indices: list[int]) -> dict[int, Tensor | None]:
+        """What the GPU makes of the images that are not known already; None: the CPU is to decode it."""
+        files = {}
+        for index in indices if self.gpu else ():
+            if index not in self._bad and self._cache.get(index) is None:
+                with contextlib.suppress(OSError):  # the CPU's way says so
+                    files[index] = self.source.read(index)
+        return dict(zip(files, self.gpu.read(list(files.values())), strict=True)) if self.gpu and files else {}
 
 
 class _Cache:

@@ -10,6 +10,7 @@ Threads, not processes: decoders release the GIL, pixels need no copy, and there
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -21,7 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
 from .fetch import Chunk, Fetcher
+from .gpu_jpeg import GpuReader
 from .prefetch import Ready, prefetch
 from .random import bits_array
 from .resize import eval_resize
@@ -29,6 +32,7 @@ from .skipped import check_bad, read_image, write_skipped
 from .sources import DataError, Source
 from .threads import ordered_map
 
+log = logging.getLogger(__name__)
 CACHE_BYTES = 256 << 20  # decoded images kept in memory
 AHEAD = 3  # batches in flight
 
@@ -37,7 +41,7 @@ AHEAD = 3  # batches in flight
 class Batch:
     """Decoded images of one step; tensors are shared with a cache, so do not write into them."""
 
-    images: list[Tensor]  # B of uint8 [C, H, W], of any sizes
+    images: list[Tensor]  # B of uint8 [C, H, W], of any sizes; on the CPU but for those that a GPU decoded
     indices: Tensor  # [B] int64, where each image stands in the source (a replacement has its own index)
     epoch: int
     replaced: int  # how many images of this batch stand in for bad ones
@@ -52,6 +56,7 @@ class Loader:
     min_side: JPEGs may be decoded at a fraction of their size as long as both sides keep this many pixels
     (ViewConfig.min_side); None: never.
     make_views, device: makes `Batch.views` of each batch; on a CUDA device ahead of time, on its own stream.
+    decode: "cuda" gives JPEGs to the GPU's reader (gpu_jpeg.py), which needs a CUDA device: their images lie there.
     max_bad_fraction: DataError as soon as more than this part of the source has proved unreadable.
 
     `data_wait` is the time in seconds that the last `next` spent waiting; `skipped` maps bad images to reasons.
@@ -74,6 +79,7 @@ class Loader:
         channels: int = 3,
         make_views: Callable[[Batch], Any] | None = None,
         device: torch.device | None = None,
+        decode: str = "cpu",
     ) -> None:
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(f"batch_size: got {batch_size}, must be a positive multiple of world_size {world_size}")
@@ -85,6 +91,8 @@ class Loader:
             )
         if not drop_last and world_size > 1:
             raise ValueError("drop_last: ranks need batches of one size; use drop_last=True with several ranks")
+        if decode == "cuda" and channels != 3:
+            raise ConfigError(f"decode: cuda gives RGB, the model takes {channels} channels; use --decode cpu")
         self.source, self.batch_size, self.seed = source, batch_size, seed
         self.rank, self.world_size, self.shuffle = rank, world_size, shuffle
         self.steps_per_epoch = len(source) // batch_size if drop_last else -(-len(source) // batch_size)
@@ -99,6 +107,7 @@ class Loader:
             min_side=min_side,
             max_bad_fraction=max_bad_fraction,
             cache=CACHE_BYTES,
+            gpu=GpuReader(device or torch.device("cpu"), min_side=min_side) if decode == "cuda" else None,
         )
         self._order: tuple[int, np.ndarray] | None = None
         self._num_workers = num_workers
@@ -148,6 +157,9 @@ class Loader:
         """Ends the threads; what they are decoding is finished first."""
         self._stop()
         self._closed = True
+        if (gpu := self._fetcher.gpu) and gpu.refused:
+            log.info("decode: the GPU refused %d JPEGs, the CPU decoded them", gpu.refused)
+            gpu.refused = 0
 
     def write_skipped(self, path: str | Path) -> None:
         """Writes name,reason of every image left out so far, those that could not even be listed included."""

@@ -35,6 +35,8 @@ def pack(images: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor
     """Images behind one another on the device, and where they lie: pixels and places of `kernels.views.make_views`."""
     flat, places, offset = [], [], 0
     for image in images:
+        if image.is_cuda:  # decoded on another stream: its memory is not to be given away before this one has read it
+            image.record_stream(torch.cuda.current_stream(device))
         image = image[:1] if image.stride(0) == 0 else image  # grey, shown as three channels
         interleaved = image.permute(1, 2, 0)
         is_interleaved = interleaved.is_contiguous()
@@ -45,6 +47,8 @@ def pack(images: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor
         places.append((offset, 0 if C == 1 else strides[0], *strides[1:]))
         flat.append(x.reshape(-1))
         offset += x.numel()
+    if any(image.is_cuda for image in images):
+        return torch.cat([x.to(device) for x in flat]), torch.tensor(places).to(device)
     pixels = torch.empty(offset, dtype=torch.uint8, pin_memory=device.type == "cuda")
     torch.cat(flat, out=pixels)
     return tuple(x.to(device, non_blocking=True) for x in (pixels, torch.tensor(places)))  # type: ignore[return-value]
@@ -64,8 +68,8 @@ def random_views(
 ) -> Tensor:
     """Random views of each image, normalised: [views, B, C, H, W] in `dtype` on `device`.
 
-    images: B of uint8 [C, H, W] on the CPU, of any sizes. seed, epoch, indices: what the random numbers come from.
-    patch: P; the views are laid out as `kernels.patchify` does, [views, B, (H / P) (W / P), C P P].
+    images: B of uint8 [C, H, W], on the CPU or on `device`, of any sizes. seed, epoch, indices: what the random
+    numbers come from. patch: P; the views are laid out as `kernels.patchify` does, [views, B, (H / P) (W / P), C P P].
     Views of several sizes, as n global and m local ones: `multi_crop`.
     """
     key = {"seed": seed, "epoch": epoch, "indices": indices, "device": device, "patch": patch, "dtype": dtype}
