@@ -12,7 +12,7 @@ from torch import nn
 
 import upstep_fast
 from upstep_fast import lora
-from upstep_fast.backbone import features
+from upstep_fast.backbone import features, load
 from upstep_fast.errors import ConfigError
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=5)
@@ -129,6 +129,26 @@ def test_strength_scales_the_merged_update(folder, tmp_path):
     before, delta = adapters[name].base.weight.detach().clone(), adapters[name].delta().detach()
     lora.merge(vit, strength=0.5)
     torch.testing.assert_close(vit.get_submodule(name).weight, before + 0.5 * delta)
+
+
+def test_strength_goes_from_the_first_block_to_the_last_in_a_line(folder, tmp_path):
+    strength = lora.by_depth(0.0, 1.0, 5)
+    assert [strength(f"blocks.{i}.attn.qkv") for i in range(5)] == [0, 0.25, 0.5, 0.75, 1]
+    assert lora.by_depth(0.5, 0.5, 1)("blocks.0.mlp.fc1") == 0.5
+    _, adapters = adapted(folder, ("q", "v", "fc1"))
+    lora.save(tmp_path / "a", adapters, folder)
+    depth = len(load(folder).vit.blocks)
+    of = lora.by_depth(0.25, 1.0, depth)
+    lora.strengthen(tmp_path / "a", of)
+    found = lora.attach(load(folder).vit, tmp_path / "a")
+    assert depth > 1 and len({of(name) for name in found}) == depth
+    for name, adapter in found.items():
+        torch.testing.assert_close(adapter.delta(), of(name) * adapters[name].delta())
+    peft = pytest.importorskip("peft")
+    theirs = peft.PeftModel.from_pretrained(load(folder).vit, str(tmp_path / "a")).merge_and_unload()
+    for name, adapter in found.items():
+        expected = adapter.base.weight + adapter.delta()
+        torch.testing.assert_close(theirs.get_submodule(name).weight, expected)
 
 
 @pytest.fixture

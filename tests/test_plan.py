@@ -34,6 +34,7 @@ CONFIGURATIONS = [
     dict(model=TINY, batch_size=8, layout="asymmetric", gate="quantile", gate_unit="image"),
     dict(model=TINY, batch_size=8, layout="asymmetric", gate="random", gate_unit="image", gate_rate=0.25),
     dict(model=TINY, batch_size=8, distil="relational"),
+    dict(model=TINY, batch_size=4, img_size=64, local_views=3),
     dict(model=TINY, batch_size=4, implementation="reference"),
     dict(model=TINY, batch_size=4, implementation="reference", precision="bf16"),
     dict(model=TINY, batch_size=6, lora_targets=("qkv",), lora_r=32),

@@ -179,6 +179,15 @@ def test_auto_takes_the_strength_with_the_largest_prediction(options, monkeypatc
     )
 
 
+def test_auto_takes_the_first_blocks_strength_after_the_last_ones(options, monkeypatch, tmp_path):
+    # four looks, the strengths .25, .5, .75 and 1 of all blocks, then 0, .25, .5, .75 and 1 of the first
+    predictions(monkeypatch, [1.0, 2.0, 3.0, 4.0, 1.0, 7.0, 6.0, 5.0, 6.0, 9.0, 7.0, 1.0, 1.0])
+    adapter = upstep_fast.adapt(**options | {"strength": "auto", "strength_first": "auto"}).adapter
+    found, best = (lora.attach(backbone.load(options["model"]).vit, x) for x in (adapter, tmp_path / "out" / "best"))
+    strengths = [found[name].scale / best[name].scale for name in sorted(found)]
+    assert strengths[0] == 0.25 and strengths[-1] == 0.5 and strengths == sorted(strengths)
+
+
 def test_the_base_judged_against_itself_has_gained_nothing(options):
     config = AdaptConfig(**{**options, "data": ("",), "out": ""})
     from upstep_fast.device import resolve
@@ -193,7 +202,9 @@ def test_the_base_judged_against_itself_has_gained_nothing(options):
 def test_wrong_settings_are_one_line(options):
     with pytest.raises(ConfigError, match="strength: auto needs --judge-every"):
         upstep_fast.adapt(**options | {"strength": "auto", "judge_every": 0})
-    for name, value in (("judge_every", -1), ("judge_patience", -1), ("strength", 0.0)):
+    with pytest.raises(ConfigError, match="strength_first: auto needs --judge-every"):
+        upstep_fast.adapt(**options | {"strength_first": "auto", "judge_every": 0})
+    for name, value in (("judge_every", -1), ("judge_patience", -1), ("strength", 0.0), ("strength_first", -0.1)):
         with pytest.raises(ConfigError, match=f"{name}: got"):
             upstep_fast.adapt(**options | {name: value})
 

@@ -16,7 +16,8 @@ from .errors import ConfigError
 
 # these act on adapters, or want the base model's weights to stand still
 _NOT_WITH_FULL = (
-    *("lora_r", "lora_alpha", "lora_targets", "lora_blocks", "distil", "base_targets", "strength", "shard_weights"),
+    *("lora_r", "lora_alpha", "lora_targets", "lora_blocks", "distil", "base_targets", "strength"),
+    *("strength_first", "shard_weights"),
 )
 LORA_TARGETS = ("q", "k", "v", "qkv", "proj", "fc1", "fc2")
 
@@ -208,6 +209,10 @@ class AdaptConfig(ModelConfig):
     """What the gate skips: whole steps, or images of each batch (layout asymmetric; gate quantile or random)."""
 
     # views
+    local_views: int = 0
+    """Small local views of an image beside the two global ones, which learn against the targets of these."""
+    local_size: int | None = None
+    """Side of a local view in pixels; None: 7/16 of the input, in whole patches."""
     preset_views: Literal["natural", "overhead", "microscopy", "document", "none"] = "natural"
     """Which random changes make two views of an image; single ones below override the preset."""
     crop_min: float | None = None
@@ -254,6 +259,8 @@ class AdaptConfig(ModelConfig):
     """Looks in a row without a better one that end the run early; 0: never."""
     strength: float | Literal["auto"] = 1.0
     """Scale of the adapter that is written, against the trained one; auto: the best by --judge-every's predictor."""
+    strength_first: float | Literal["auto"] | None = None
+    """The same for the first block, and in a line from there to the last, which has --strength; None: for all alike."""
 
     log_every: int = 10
     """Steps between two lines on the console when it is not a terminal."""
@@ -277,7 +284,7 @@ class AdaptConfig(ModelConfig):
         _at_least(self, "batch_size", 2)
         for name in ("steps", "num_workers"):
             _at_least(self, name, 0 if name == "num_workers" else 1)
-        for name in ("lr", "temperature", "epsilon", "distil_temperature", "sharpen"):
+        for name in ("lr", "temperature", "epsilon", "distil_temperature", "sharpen", "local_size"):
             _positive(self, name)
         if not 0 <= self.adapter_ema < 1:
             raise ConfigError(f"adapter_ema: got {self.adapter_ema}, must be at least 0 and below 1")
@@ -287,7 +294,8 @@ class AdaptConfig(ModelConfig):
             _positive(self, name)
         for name in ("judge_every", "judge_patience", "warmup", "weight_decay", "clip", "cvr_weight", "distil_weight"):
             _at_least(self, name, 0)
-        _at_least(self, "queue", 0)
+        for name in ("queue", "local_views"):
+            _at_least(self, name, 0)
         fractions = ("base_targets", "gate_rate", "gate_beta", "max_bad_fraction", "crop_min", "crop_max")
         for name in (*fractions, "flip", "blur", "grey", "vertical_flip", "rotate90", "solarize"):
             _fraction(self, name)
@@ -303,7 +311,7 @@ class AdaptConfig(ModelConfig):
             raise ConfigError("mean_std: auto measures mean and std; do not give --mean or --std as well")
         if self.shard_weights and self.auto_batch:
             raise ConfigError("shard_weights and auto_batch: give one of them, not both")
-        for name in ("auto_batch", "shard_weights"):
+        for name in ("auto_batch", "shard_weights", "local_views"):
             if self.cuda_graphs and getattr(self, name):
                 raise ConfigError(f"cuda_graphs and {name}: give one of them, not both")
         if self.cuda_graphs and self.implementation == "reference":
@@ -338,8 +346,11 @@ class AdaptConfig(ModelConfig):
             for name in _NOT_WITH_FULL:
                 if getattr(self, name) != defaults[name]:
                     raise ConfigError(f"{name}: needs --tune lora; leave it out with full")
-        if self.strength == "auto" and not self.judge_every:
-            raise ConfigError("strength: auto needs --judge-every, which holds out images to judge it on")
+        for name in ("strength", "strength_first"):
+            if getattr(self, name) == "auto" and not self.judge_every:
+                raise ConfigError(f"{name}: auto needs --judge-every, which holds out images to judge it on")
+        if self.strength_first not in (None, "auto"):
+            _at_least(self, "strength_first", 0)
         if self.strength != "auto":
             _positive(self, "strength")
         if self.gate_unit == "image" and (self.layout != "asymmetric" or self.gate not in ("quantile", "random")):

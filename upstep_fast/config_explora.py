@@ -11,7 +11,7 @@ from .errors import ConfigError
 # these say how UpStep clusters; given to ExPLoRA they would do nothing
 _UPSTEPS_OWN = (
     *("preset", "head", "layout", "cvr", "cvr_weight", "prototype_init", "epsilon", "sharpen", "distil", "gate_unit"),
-    *("strength", "adapter_ema", "queue", "base_targets", "gate_statistic", "tune", "lora_blocks"),
+    *("strength", "adapter_ema", "queue", "base_targets", "gate_statistic", "tune", "lora_blocks", "strength_first"),
 )
 
 
@@ -86,8 +86,6 @@ class Dinov2Config(ExploraConfig):
 
     local_views: int = 8
     """Local crops of an image beside the two global ones."""
-    local_size: int | None = None
-    """Side of a local crop in pixels; None: 7/16 of the input, in whole patches."""
     mask_probability: float = 0.5
     """Share of the global crops in which patches are masked."""
     mask_ratio: tuple[float, float] = (0.1, 0.5)
@@ -117,10 +115,10 @@ class Dinov2Config(ExploraConfig):
         super().__post_init__()
         for name in ("mask_probability", "momentum"):
             _fraction(self, name)
-        for name in ("weight_decay_end", "freeze_last_layer", "local_views", "ibot_weight", "koleo_weight"):
+        for name in ("weight_decay_end", "freeze_last_layer", "ibot_weight", "koleo_weight"):
             _at_least(self, name, 0)
         _at_least(self, "teacher_warmup", 0)
-        for name in ("teacher_temperature", "teacher_temperature_start", "local_size"):
+        for name in ("teacher_temperature", "teacher_temperature_start"):
             _positive(self, name)
         if self.ema == "products" and self.save == "teacher":
             raise ConfigError("ema: products leaves the teacher no factors to save; add --save student")
@@ -172,6 +170,8 @@ class MaeConfig(ExploraConfig):
         super().__post_init__()
         for name in ("decoder_lora_r", "decoder_width", "decoder_depth", "decoder_heads"):
             _at_least(self, name, 1)
+        if self.local_views or self.local_size:
+            raise ConfigError("local_views: --objective mae has no crops of two sizes; leave it out")
         if not 0 < self.hidden < 1:
             raise ConfigError(f"hidden: got {self.hidden}, must lie between 0 and 1")
         if self.decoder_width % (4 * self.decoder_heads) and self.decoder is None:

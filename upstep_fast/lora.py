@@ -17,7 +17,7 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,12 +182,25 @@ def write(folder: str | Path, files: Mapping[str, bytes]) -> None:
         write_whole(folder / name, data)
 
 
-def strengthen(folder: str | Path, by: float) -> None:
-    """Multiplies a saved adapter's scale, in its lora_alpha: below 1 it lies between base and adapted model."""
+def by_depth(first: float, last: float, depth: int) -> Callable[[str], float]:
+    """Strengths of the blocks of a model of that depth, in a line from `first` to `last`: of a module, by its name."""
+
+    def strength(name: str) -> float:
+        block = re.match(r"blocks\.(\d+)\.", name)
+        share = int(block[1]) / max(1, depth - 1) if block else 1.0
+        return first + share * (last - first)
+
+    return strength
+
+
+def strengthen(folder: str | Path, strength: Callable[[str], float]) -> None:
+    """Multiplies a saved adapter's scales, in its alphas: below 1 a module lies between base and adapted model."""
     path = Path(folder) / CONFIG
     config = json.loads(path.read_text())
-    config["lora_alpha"] = _whole(by * config["lora_alpha"])
-    config["alpha_pattern"] = {name: _whole(by * alpha) for name, alpha in config.get("alpha_pattern", {}).items()}
+    before = dict.fromkeys(config["target_modules"], config["lora_alpha"]) | config.get("alpha_pattern", {})
+    alphas = {name: _whole(strength(name) * alpha) for name, alpha in before.items()}
+    config["lora_alpha"] = max(alphas.values())
+    config["alpha_pattern"] = {name: alpha for name, alpha in alphas.items() if alpha != config["lora_alpha"]}
     write_whole(path, (json.dumps(config, indent=2) + "\n").encode())
 
 

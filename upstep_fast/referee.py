@@ -4,7 +4,8 @@ Every --judge-every steps the scores of judgement.py are taken of the adapted mo
 two views of the same held-out images, and `predicted_gain` makes one number of them. The adapter with the largest one
 so far lies in OUT/best, every look in OUT/judgement.jsonl.
 
-    the end    the best adapter becomes OUT/adapter; with --strength auto at the strength whose prediction is largest
+    the end    the best adapter becomes OUT/adapter; with --strength auto at the strength whose prediction is largest,
+               with --strength-first auto in a line over the blocks
     a warning  if it is predicted to be no better than the base model, which is no strong evidence (docs/quality.md)
     refusal    if every look is clearly worse, OUT/adapter becomes OUT/adapter-refused and the run ends with exit code 4
 """
@@ -66,6 +67,7 @@ class Referee:
         base = backbones.load_from(config)
         self._views = _views(held_out, base, config, compute)
         self._base = self._features(base.vit.to(compute.device))
+        self._depth = len(base.vit.blocks)
         self.looks: dict[int, dict[str, Any]] = _read(out / LOOKS) if config.resume else {}
 
     def due(self, step: int) -> bool:
@@ -123,22 +125,34 @@ class Referee:
             )
         if distributed.is_first():
             lora.write(adapter, {path.name: path.read_bytes() for path in (self._out / BEST).iterdir()})
-        if self._config.strength == "auto":
-            strength = self._strongest(self._out / BEST)
-            log.info("judge: strength %g has the largest predicted gain", strength)
+        if "auto" in (self._config.strength, self._config.strength_first):
+            first, last = self._strongest(self._out / BEST)
+            log.info(
+                "judge: strength %g in the first block, %g in the last has the largest predicted gain", first, last
+            )
             if distributed.is_first():
-                lora.strengthen(adapter, strength)
+                lora.strengthen(adapter, lora.by_depth(first, last, self._depth))
         log.info("judge: the adapter is that of step %d", best["step"])
 
-    def _strongest(self, folder: Path) -> float:
-        def gain(strength: float) -> float:
+    def _strongest(self, folder: Path) -> tuple[float, float]:
+        """The best strengths of the first and the last block: one for all blocks, then another for the first."""
+        strength, first = self._config.strength, self._config.strength_first
+
+        def gain(first: float, last: float) -> float:
             vit = backbones.load_from(self._config).vit
-            lora.attach(vit, folder)
-            lora.merge(vit, strength=strength)
-            return predicted_gain(judge(self._base, self._features(vit.to(self._compute.device))))
+            of = lora.by_depth(first, last, self._depth)
+            for name, adapter in lora.attach(vit, folder).items():
+                adapter.scale *= of(name)
+            return predicted_gain(judge(self._base, self._features(lora.merge(vit).to(self._compute.device))))
 
         distributed.gather(None)  # the others read what rank 0 has written
-        return max(STRENGTHS, key=gain)
+        lasts = STRENGTHS if strength == "auto" else [float(strength)]
+        if isinstance(first, (float, int)):
+            return first, max(lasts, key=lambda last: gain(first, last))
+        last = max(lasts, key=lambda last: gain(last, last))
+        if first is None:
+            return last, last
+        return max(sorted({0.0, *STRENGTHS, last}), key=lambda first: gain(first, last)), last
 
     @torch.no_grad()
     def _features(self, vit: nn.Module) -> Tensor:

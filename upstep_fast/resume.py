@@ -49,7 +49,7 @@ _SOMETIMES = ("optimizer.", "gradients.")  # parts of the state that are not the
 _FREE = {
     *("model", "data", "out", "overwrite", "resume", "checkpoint_every", "log_every", "num_workers"),
     *("max_bad_fraction", "device", "debug", "tensorboard", "verify_resume", "auto_batch", "rank_timeout"),
-    *("memory_check", "report_images", "strength", "keep_checkpoints", "cuda_graphs"),
+    *("memory_check", "report_images", "strength", "strength_first", "keep_checkpoints", "cuda_graphs"),
 }
 
 

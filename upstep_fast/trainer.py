@@ -210,8 +210,9 @@ def _train(
         with output.writing(out):
             if referee:
                 referee.settle()
-            if config.strength not in (1.0, "auto") and distributed.is_first():
-                lora.strengthen(out / "adapter", float(config.strength))
+            ends = config.strength if config.strength_first is None else config.strength_first, config.strength
+            if "auto" not in ends and ends != (1.0, 1.0) and distributed.is_first():
+                lora.strengthen(out / "adapter", lora.by_depth(*ends, len(state.method.vit.blocks)))  # type: ignore[arg-type]
     return AdaptResult(out / "adapter", state.step, state.gate.opened, state.loss, time.monotonic() - began)
 
 

@@ -26,6 +26,7 @@ class Embedded:
     magnitudes: Tensor  # [1 + V] or one more, fp32, detached: |centre|, of each view's centre, `statistic`
     views: Tensor | None = None  # [V, B, C, H, W] and
     features: Tensor | None = None  # [V B, D] with gradient, where the loss compares them with the base model's
+    local: Tensor | None = None  # [n, B, C, h, w], small views that only the loss embeds
     chosen: Tensor | None = None  # [b] int64, of target views: the images whose other view learns; None: all
     statistic: Callable[[Tensor], Tensor] | None = None  # z -> what the gate looks at instead of the centre, a scalar
 
@@ -50,7 +51,7 @@ class Embedded:
 
     def detach(self) -> Self:
         """The same without gradients: nothing kept for a backward pass outlives a closed gate."""
-        return replace(self, z=self.z.detach(), centre=self.centre.detach(), views=None, features=None)
+        return replace(self, z=self.z.detach(), centre=self.centre.detach(), views=None, features=None, local=None)
 
 
 def embedded(u: Tensor) -> Embedded:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backbone import Backbone
+from ..config import AdaptConfig
 from ..config_explora import Dinov2Config
 from ..data.loader import Batch
 from ..data.recipe import ViewConfig, local_config, view_config
@@ -37,14 +38,16 @@ class Crops:
 torch.export.register_dataclass(Crops)
 
 
-def recipes(config: Dinov2Config, backbone: Backbone) -> list[tuple[ViewConfig, int]]:
+def recipes(config: AdaptConfig, backbone: Backbone) -> list[tuple[ViewConfig, int]]:
     """How crops are made, and how many: the global ones, then the local ones if there are any."""
     whole = view_config(config, backbone)
+    if not config.local_views:
+        return [(whole, GLOBAL_VIEWS)]
     local = local_config(whole, local_size(config, backbone), (0.05, whole.crop_scale[0]))
-    return [(whole, GLOBAL_VIEWS)] + ([(local, config.local_views)] if config.local_views else [])
+    return [(whole, GLOBAL_VIEWS), (local, config.local_views)]
 
 
-def local_size(config: Dinov2Config, backbone: Backbone) -> tuple[int, int]:
+def local_size(config: AdaptConfig, backbone: Backbone) -> tuple[int, int]:
     """Height and width of a local crop in pixels, in whole patches."""
     sides = []
     for side, step in zip(backbone.img_size, backbone.vit.patch_embed.patch_size, strict=True):

@@ -26,19 +26,20 @@ from .. import distributed, lora
 from ..backbone import Backbone, features
 from ..config import AdaptConfig
 from ..data.loader import Batch
-from ..data.views import random_views, view_config
+from ..data.views import multi_crop
 from ..engine import vit as engine
 from ..engine.block import Memory
 from ..errors import ConfigError
 from ..gate import choose_images
 from ..kernels.patchify import unpatchify_reference
 from ..kernels.sinkhorn import sinkhorn
-from . import explora
+from . import explora, explora_crops
 from .average import Average
 from .embedded import Embedded, embedded
 from .head import make_head, make_prototypes
 from .losses import clustering
 from .losses.distillation import distillation_loss, sharpen
+from .multicrop import Crops, take_any_size
 from .passes import in_passes
 from .schedules import warmup_cosine
 
@@ -57,10 +58,12 @@ class UpStep(nn.Module):
 
     def __init__(self, backbone: Backbone, config: AdaptConfig, num_prototypes: int):
         super().__init__()
-        self.config, self.view_config, self.passes, self._learnt = config, view_config(config, backbone), 1, 0
+        self.config, self.recipes, self.passes, self._learnt = config, explora_crops.recipes(config, backbone), 1, 0
         self.base_share = float(config.base_targets > 0)  # in the targets; `schedule` moves it
         self._fresh: Tensor | None = None  # [V, B, d], what made the targets of this step
         self._patch, self._view_dtype = 0, torch.float32  # of `views`; 0: pictures
+        if config.local_views:
+            take_any_size(backbone.vit, backbone.name)
         # parts of torch.nn draw from the global generator: set it for this block only
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -90,7 +93,8 @@ class UpStep(nn.Module):
         self.features = engine.choose(
             self.vit, dtype, memory, otherwise=self.features, fp8=fp8, graphs=self.config.cuda_graphs
         )
-        if self.config.distil == "off" and not self.config.base_targets:  # whose base model is the plain one
+        # the base model is the plain one, and patches do not say how large their image is
+        if self.config.distil == "off" and not self.config.base_targets and not self.config.local_views:
             self._patch, self._view_dtype = engine.patch_side(self.vit), dtype
 
     @property
@@ -121,34 +125,40 @@ class UpStep(nn.Module):
         self.base_share = max(0.0, 1 - step / (c.base_targets * c.steps)) if c.base_targets else 0.0
         self._fresh = None
 
-    def views(self, batch: Batch, device: torch.device) -> Tensor:
-        """Two random views: [2, B, C, H, W], or patches [2, B, N, C P P] as the engine's first product wants them."""
-        return random_views(
+    def views(self, batch: Batch, device: torch.device) -> Tensor | Crops:
+        """Two random views: [2, B, C, H, W], or patches [2, B, N, C P P] as the engine's first product wants them.
+
+        With --local-views these and the local ones.
+        """
+        found = multi_crop(
             batch.images,
-            self.view_config,
+            self.recipes,
             seed=self.config.seed,
             epoch=batch.epoch,
             indices=batch.indices,
-            views=2,
             device=device,
             patch=self._patch,
             dtype=self._view_dtype if self._patch else torch.float32,
         )
+        return Crops(*found) if self.config.local_views else found[0]
 
     @property
     def min_side(self) -> int:
         """Pixels that the views need of an image's sides."""
-        return self.view_config.min_side
+        return max(recipe.min_side for recipe, _ in self.recipes)
 
-    def images(self, views: Tensor) -> Tensor:
+    def images(self, views: Tensor | Crops) -> Tensor:
         """The first view of each image, as a picture."""
-        if views.dim() == 5:
-            return views[0]
-        recipe = self.view_config
-        return unpatchify_reference(views[0], self._patch, recipe.height, recipe.width, torch.float32)
+        whole = views.whole if isinstance(views, Crops) else views
+        if whole.dim() == 5:
+            return whole[0]
+        recipe, _ = self.recipes[0]
+        return unpatchify_reference(whole[0], self._patch, recipe.height, recipe.width, torch.float32)
 
-    def embed(self, views: Tensor) -> Embedded:
+    def embed(self, views: Tensor | Crops) -> Embedded:
         """views: normalised, as `views` makes them, or [V, B, C, H, W]. The backbone sees all V B in one batch."""
+        if isinstance(views, Crops):
+            return replace(self.embed(views.whole), local=views.local)
         f = in_passes(self.features, views.flatten(0, 1), self.passes)
         result = embedded(self.head(f).unflatten(0, views.shape[:2]))
         if self.config.gate_statistic != "center":
@@ -208,6 +218,8 @@ class UpStep(nn.Module):
             targets = self._targets(target, target.z @ prototypes.T, prototypes, base_of_target)[0]
             targets = targets if target.chosen is None else targets[target.chosen]
             clustering_loss = clustering.one_sided_loss(scores[0], targets, c.temperature)
+        if learning.local is not None:
+            clustering_loss = self._with_local(clustering_loss, learning.local, targets, prototypes)
         distance: Tensor | float = 0.0
         if c.distil != "off":
             assert learning.features is not None and base is not None
@@ -220,6 +232,16 @@ class UpStep(nn.Module):
             running_magnitude=self.running_magnitude,
         )
         return clustering_loss + c.cvr_weight * penalty + c.distil_weight * distance
+
+    def _with_local(self, loss: Tensor, local: Tensor, targets: Tensor, prototypes: Tensor) -> Tensor:
+        """The mean over all pairs of a target and another view; loss: over the pairs of global views.
+
+        local: [n, B, C, h, w], each of which predicts every target of its image; targets: [V, B, K] or [B, K].
+        """
+        z = self._unit(in_passes(self.features, local.flatten(0, 1), self.passes))
+        q = targets.view(-1, *targets.shape[-2:]).mean(0).repeat(len(local), 1)
+        of_local = clustering.one_sided_loss(z @ prototypes.T, q, self.config.temperature)
+        return (loss + len(local) * of_local) / (1 + len(local))
 
     @torch.no_grad()
     def _targets(self, made_by: Embedded, scores: Tensor, prototypes: Tensor, base: Tensor | None) -> Tensor:
