@@ -165,7 +165,7 @@ def two_columns(scores: Tensor, *_: object) -> tuple[Tensor, ...]:
 
 
 def assignments(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
-    """Q [..., B, K], in one launch."""
+    """Q [..., B, K]; in one launch, unless there are more problems than the device holds."""
     peak, share = two_columns(scores)
     q, by = like_scores(scores), cut(scores)
     # programs run in turn in the interpreter, where none may wait for the next
