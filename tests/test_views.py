@@ -331,6 +331,9 @@ def test_other_numbers_of_channels(channels):
     assert got.shape == (2, 2, channels, 12, 20) and got.isfinite().all()
     with pytest.raises(ValueError, match="mean and std have 3"):
         random_views([noise(channels, 4, 4)], ViewConfig(), seed=0, epoch=0, indices=[0])
+    for odd in (noise(channels + 1, 4, 4), noise(channels, 4, 4).float(), noise(4, 4)):
+        with pytest.raises(ValueError, match=rf"must all be uint8 \[{channels}, H, W\]"):
+            random_views([noise(channels, 4, 4), odd], config, seed=0, epoch=0, indices=[0, 1])
 
 
 @both_ways

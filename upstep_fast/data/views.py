@@ -100,6 +100,9 @@ def multi_crop(
     if not images:
         raise ValueError("images: got none")
     channels = images[0].shape[0]
+    odd = next((x for x in images if x.dtype != torch.uint8 or x.dim() != 3 or x.shape[0] != channels), None)
+    if odd is not None:  # the compiled op would read beside it
+        raise ValueError(f"images: must all be uint8 [{channels}, H, W], got {odd.dtype} {list(odd.shape)}")
     for config, _ in crops:
         if channels != len(config.mean):
             raise ValueError(f"images: {channels} channels, but mean and std have {len(config.mean)}")
@@ -126,7 +129,7 @@ def _make(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The views that `params` describes, [N, C, H, W] or [N, tokens, C P P]; packed: the images on another device."""
-    mean, std = (torch.tensor(v, device=device) for v in (config.mean, config.std))
+    mean, std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (config.mean, config.std))
     if packed is not None:
         return _make_fused(packed, params, config, mean, std, patch, dtype)
     count, shape = len(params.image), (len(mean), config.height, config.width)
