@@ -35,8 +35,13 @@ def test_a_slower_variant_is_measured_as_slower():
     assert min(times["slow"]) >= 20 > min(times["fast"])  # a busy machine can make any one run slow
 
 
-def test_a_run_compares_peft_reference_and_engine(tmp_path):
-    result = benchmark.run(BenchConfig(**SMALL, json=str(tmp_path / "b.json")))
+# beside the plain ViT: biases past which PEFT's layer would be read, and a matrix each for q, k and v
+@pytest.mark.parametrize(
+    ("model", "size"), [(SMALL["model"], 32), ("vit_small_patch16_dinov3_qkvb", 32), ("eva02_base_patch14_224", 28)]
+)
+def test_a_run_compares_peft_reference_and_engine(model, size, tmp_path):
+    options = SMALL | dict(model=model, img_size=size)
+    result = benchmark.run(BenchConfig(**options, json=str(tmp_path / "b.json")))
     assert json.loads((tmp_path / "b.json").read_text())["backward"] == result["backward"]
     for kind in ("backward", "forward"):
         assert [row["name"] for row in result[kind]] == ["peft", "reference", "engine"]

@@ -115,7 +115,9 @@ def make_variants(
     """{"peft", "reference", "engine", ...}: features and the parameters they carry gradient to; and fp32 truth."""
     vit: Any = backbone.vit.to(compute.device)
     plain = copy.deepcopy(vit)
-    adapters = lora.inject(vit, lora.LoraSpec(r=config.lora_r, alpha=config.lora_r, targets=("qkv",)))
+    lora.call_qkv(plain)  # where timm would pass by PEFT's layer
+    targets = ("q", "k", "v") if vit.blocks[0].attn.qkv is None else ("qkv",)
+    adapters = lora.inject(vit, lora.LoraSpec(r=config.lora_r, alpha=config.lora_r, targets=targets))
     for index, adapter in enumerate(adapters.values()):  # B = 0 would leave A without gradient
         generator = torch.Generator().manual_seed(index)
         adapter.lora_b.data.copy_(0.02 * torch.randn(adapter.lora_b.shape, generator=generator))
