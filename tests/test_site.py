@@ -102,7 +102,7 @@ def test_every_documented_op_has_a_docstring_and_a_formula():
 
 def test_every_op_has_a_section():
     sections = set(re.findall(r"^## (\w+)$", (ROOT / "docs/kernels.md").read_text(), re.M))
-    parts = re.compile(r"_(triton|plain|args|fp8)$")
+    parts = re.compile(r"_(triton|passes|backward|plain|args|fp8)$")
     modules = {parts.sub("", path.stem) for path in (ROOT / "kernels").glob("[a-z]*.py")}
     assert modules <= sections, modules - sections
 
