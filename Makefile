@@ -69,6 +69,7 @@ bench: install   ## the benchmarks, small shapes on a CPU
 
 bench-gpu: gpu-install  ## the benchmarks on the GPU of this machine, with the python that is active
 	pytest bench --benchmark-only --benchmark-json=bench/results/gpu.json
+	$(PYTHON) bench/sweep.py --json bench/results/sweep_gpu.json
 
 bench-compare: install  ## the last `make bench` against the stored run
 	$(BIN)/pytest-benchmark compare bench/results/pytest_cpu2.json bench/results/local.json --group-by=fullname --columns=min,median
