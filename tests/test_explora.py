@@ -318,12 +318,14 @@ def test_what_weight_decay_leaves_alone(options):
         ("dinov2", {"centring": "softmax", "separate_heads": True}),
         ("dinov2", {"ema": "products", "save": "student", "local_views": 0, "koleo_weight": 0.0}),
         ("dinov2", {"gate": "alternate", "ibot_weight": 0.0}),
+        ("dinov2", {"memory": "lean"}),
         ("mae", {}),
         ("mae", {"norm_pixels": False, "train_patch_embed": True, "train_positions": True}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(options, monkeypatch, tmp_path, objective, extra):
+    """Each run ends with the check that all that trains received a gradient, where all is computed again too (lean)."""
     options |= SMALL[objective] | extra | {"objective": objective, "checkpoint_every": 2}
     upstep_fast.adapt(**options | {"out": tmp_path / "whole"})
     method = ExploraMae if objective == "mae" else ExploraDinov2
