@@ -2,6 +2,7 @@
 
     python bench/bench_methods.py --json bench/results/bench_methods_cpu_b16.json                (B/16, batch 4)
     python bench/bench_methods.py --model vit_large_patch14_dinov2 --img-size 224 --batch-size 64 --json FILE
+    python bench/bench_methods.py --model vit_e --batch-size 16 --methods losa --json FILE          (a GPU of 80 GB)
 
 A step is forward, loss and backward, without the optimizer. `eager` is the plain timm model under autocast. Kept bytes
 are what autograd holds between forward and backward, each memory once, parameters left out; on a GPU the peak of the
@@ -15,11 +16,13 @@ import argparse
 import copy
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from upstep_fast import backbone as backbones
@@ -30,24 +33,34 @@ from upstep_fast.methods.lora_finetune import Baseline
 from upstep_fast.methods.losa import Losa, LosaSpec
 
 CLASSES = 100
+METHODS = ("full eager", "lora eager", "losa eager", "lora", "losa")
 
 
-def models(backbone: backbones.Backbone, compute: Compute, rank: int, lora_r: int) -> dict[str, nn.Module]:
+def load(name: str, img_size: int | None, depth: int) -> backbones.Backbone:
+    """A backbone of random weights; vit_e: ViT-e of PaLI (arXiv 2209.06794), 3.9 billion parameters at depth 56."""
+    if name != "vit_e":
+        return backbones.load(name, img_size=img_size, pretrained=False)
+    size = img_size or 224
+    vit = VisionTransformer(
+        size, patch_size=14, embed_dim=1792, depth=depth, num_heads=16, mlp_ratio=15360 / 1792, num_classes=0
+    )
+    like = backbones.load("vit_tiny_patch16_224", img_size=size, pretrained=False)
+    return replace(like, vit=vit, name=name, width=1792)
+
+
+def models(
+    names: Sequence[str], backbone: backbones.Backbone, compute: Compute, rank: int, lora_r: int
+) -> dict[str, nn.Module]:
     """Each method on a copy of the backbone, on the engine and, for comparison, eager."""
 
-    def losa() -> Losa:
-        return Losa(copy.deepcopy(backbone), LosaSpec(rank=rank, token_rank=rank), CLASSES)
+    def made(name: str) -> nn.Module:
+        # one alone needs no copy, and there may be no room for it
+        own = copy.deepcopy(backbone) if len(names) > 1 else backbone
+        if name.startswith("losa"):
+            return Losa(own, LosaSpec(rank=rank, token_rank=rank), CLASSES)
+        return Baseline(own, name.split()[0], CLASSES, spec=LoraSpec(lora_r, lora_r, ("q", "v")))
 
-    def lora() -> Baseline:
-        return Baseline(copy.deepcopy(backbone), "lora", CLASSES, spec=LoraSpec(lora_r, lora_r, ("q", "v")))
-
-    found = {
-        "full eager": Baseline(copy.deepcopy(backbone), "full", CLASSES),
-        "lora eager": lora(),
-        "losa eager": losa(),
-        "lora": lora(),
-        "losa": losa(),
-    }
+    found = {name: made(name) for name in names}
     for name, model in found.items():
         model.to(compute.device).train()
         for parameter in (p for p in model.parameters() if p.requires_grad and p.dim() > 1):
@@ -92,6 +105,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_base_patch16_224")
     parser.add_argument("--img-size", type=int)
+    parser.add_argument("--depth", type=int, default=56, help="of vit_e")
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--rank", type=int, default=16, help="LoSA's, on both axes")
     parser.add_argument("--lora-r", type=int, default=8)
@@ -99,10 +114,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     compute = resolve("auto", "auto")
-    backbone = backbones.load(args.model, img_size=args.img_size, pretrained=False)
+    backbone = load(args.model, args.img_size, args.depth)
     x = torch.randn(args.batch_size, 3, *backbone.img_size, device=compute.device)
     y = torch.arange(args.batch_size, device=compute.device) % CLASSES
-    found = models(backbone, compute, args.rank, args.lora_r)
+    found = models(args.methods, backbone, compute, args.rank, args.lora_r)
     steps = {name: step_of(model, x, y, compute) for name, model in found.items()}
     kept = {name: kept_bytes(model, x, y, compute) for name, model in found.items()}
     times = alternate(steps, compute.device, runs=args.runs, warmup=1)
@@ -120,12 +135,13 @@ def main() -> None:
         }
         rows.append(row)
         print(f"{name:<12} {median:9.1f} ms ({low:.1f}..{high:.1f})  kept {kept[name] / 1e6:9.1f} MB", flush=True)
-    by_name = {row["name"]: row for row in rows}
+    median = {row["name"]: row["median_ms"] for row in rows}
+    pairs = (("losa eager", "lora eager"), ("losa", "lora"), ("losa", "lora eager"))
     ratios = {
-        "losa eager / lora eager, time": by_name["losa eager"]["median_ms"] / by_name["lora eager"]["median_ms"],
-        "losa / lora, time": by_name["losa"]["median_ms"] / by_name["lora"]["median_ms"],
-        "losa / lora eager, kept": kept["losa"] / kept["lora eager"],
-        "losa / lora, kept": kept["losa"] / kept["lora"],
+        f"{a} / {b}, {what}": of[a] / of[b]
+        for what, of in (("time", median), ("kept", kept))
+        for a, b in pairs
+        if {a, b} <= set(of)
     }
     print(json.dumps(ratios, indent=1))
     if args.json is not None:

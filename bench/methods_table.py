@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import resource
@@ -26,7 +27,8 @@ from upstep_fast.benchmark import device_card
 from upstep_fast.device import resolve
 
 SHARED = Path(os.environ.get("UPSTEP_FAST_SHARED", Path(__file__).resolve().parents[2] / "shared" / "data"))
-SETS = ("sign_digits_64", "pacs_cartoon_64")
+SETS = ("sign_digits_64", "pacs_cartoon_64", "pacs_sketch_64", "gtsrb_32", "omniglot_64")
+STARTS = ("base", "adapted")
 CACHED = ("--preset-views", "none", "--cache", "memory")
 # method: learning rates, other flags. All see the same images: no random views.
 METHODS: dict[str, tuple[tuple[float, ...], tuple[str, ...]]] = {
@@ -40,7 +42,7 @@ ADAPT = ("--steps", "160", "--batch-size", "64", "--lr", "6e-3", "--gate", "none
 
 def run(args: argparse.Namespace) -> None:
     done = {key(row) for row in rows(args.results)}
-    starts = ("adapted",) if args.adapted else ("base",)
+    starts = STARTS[1:] if args.adapted else STARTS[:1]
     # first one rate of everything, then the others
     for place in range(max(len(rates) for rates, _ in METHODS.values())):
         for name in args.sets:
@@ -117,21 +119,22 @@ def table(args: argparse.Namespace) -> None:
             best[place] = row
     print("| set | from | method | lr | held out | top-1 | balanced | trained | CPU s | peak MB |")
     print("|---|---|---|--:|--:|--:|--:|--:|--:|--:|")
-    for (name, start, method), row in sorted(
-        best.items(), key=lambda item: (item[0][:2], list(METHODS).index(item[0][2]))
-    ):
-        print(
-            f"| {name} | {start} | {method} | {row['lr']:g} | {row['held_out_top1']:.1f} | {row['top1']:.1f} | "
-            f"{row['balanced']:.1f} | {row['trainable_parameters']:,} | {row['cpu_seconds']:.0f} | "
-            f"{row['peak_bytes'] / 1e6:,.0f} |"
-        )
+    for place in itertools.product(SETS, STARTS, METHODS):
+        print(f"| {' | '.join(place)} | {' | '.join(cells(best[place]) if place in best else 7 * ['not measured'])} |")
+
+
+def cells(row: dict) -> list[str]:
+    """The table's columns of one run."""
+    scores = [f"{row[name]:.1f}" for name in ("held_out_top1", "top1", "balanced")]
+    costs = [f"{row['trainable_parameters']:,}", f"{row['cpu_seconds']:.0f}", f"{row['peak_bytes'] / 1e6:,.0f}"]
+    return [f"{row['lr']:g}", *scores, *costs]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "table"))
     parser.add_argument("--results", type=Path, default=Path("bench/results/methods_base_tiny.jsonl"))
-    parser.add_argument("--sets", nargs="+", default=SETS)
+    parser.add_argument("--sets", nargs="+", default=SETS[:2], choices=SETS)
     parser.add_argument("--methods", nargs="+", default=tuple(METHODS), choices=tuple(METHODS))
     parser.add_argument("--adapted", action="store_true", help="from the adapted model")
     parser.add_argument("--shared", type=Path, default=SHARED, help="folder of base_tiny and the sets")

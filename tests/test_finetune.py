@@ -234,12 +234,17 @@ def test_the_cached_backbone_runs_once(options, monkeypatch):
     assert sum(seen) == 1 + 36  # one for the size, and every image of train/ once
 
 
-def test_from_an_adapted_model(options, tmp_path):
+@pytest.mark.parametrize("whole", [(), ("blocks.0.norm1.weight", "blocks.1.mlp.fc1.weight", "cls_token")])
+def test_from_an_adapted_model(options, tmp_path, whole):
+    """whole: what ExPLoRA trains as it is, beside LoRA."""
     one = backbones.load(options["model"])
     adapters = lora.inject(one.vit, lora.LoraSpec(r=2, alpha=2))
-    for adapter in adapters.values():
-        torch.nn.init.normal_(adapter.lora_b, std=0.3)
-    lora.save(tmp_path / "adapter", adapters, options["model"])
+    for parameter in [adapter.lora_b for adapter in adapters.values()] + [
+        one.vit.get_parameter(name) for name in whole
+    ]:
+        torch.nn.init.normal_(parameter, std=0.3)
+    values = {name: one.vit.get_parameter(name).detach() for name in whole}
+    lora.write(tmp_path / "adapter", lora.to_files(adapters, options["model"], whole=values))
     result = upstep_fast.finetune(**options, adapter=tmp_path / "adapter", method="losa")
     (tmp_path / "adapter" / lora.WEIGHTS).unlink()  # the folder must not need it any more
     net = upstep_fast.load_finetuned(result.model)
@@ -295,8 +300,11 @@ def test_frames_come_from_equal_segments():
     assert len({tuple(frames) for frames in draws}) > 10
 
 
-def test_video_files(options, clips, tmp_path):
-    av = pytest.importorskip("av")
+@pytest.mark.parametrize("library", ["av", "torchcodec"])
+def test_video_files(options, clips, tmp_path, monkeypatch, library):
+    av = pytest.importorskip("av")  # writes them
+    pytest.importorskip(library)
+    monkeypatch.setattr(video, "backend", lambda path: library)
     folder = tmp_path / "videos"
     for source in sorted(clips.glob("*/*/*")):
         split, name, clip = source.relative_to(clips).parts
@@ -363,6 +371,13 @@ def bad_no_test(labelled, clips, folder):
 def bad_short_clips(labelled, clips, folder):
     copy_tree(clips, folder)
     return {"frames": 6}, r"12 of 12 clips are shorter than --frames 6; the shortest: .* with 4; lower --frames"
+
+
+def bad_video(labelled, clips, folder):
+    pytest.importorskip("av")
+    copy_tree(clips, folder)
+    (folder / "train" / "darker" / "broken.mp4").write_bytes(b"no video")
+    return {"frames": 2}, "broken.mp4 cannot be read: "
 
 
 def bad_no_clips(labelled, clips, folder):
