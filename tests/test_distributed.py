@@ -99,6 +99,7 @@ FORMS = {
     "queue": {"queue": 13, "base_targets": 0.9},
     "queue, one-sided": {"queue": 12, "base_targets": 0.5, "layout": "asymmetric"},
     "loss": {"gate_statistic": "loss", "gate": "prev", "queue": 12},
+    "features, local": {"cvr": "sq", "cvr_on": "features", "local_views": 2},
     "disagreement": {"gate_statistic": "disagreement", "update_when": "high"},
 }
 

@@ -131,7 +131,7 @@ FORMS = [
     {"gate_statistic": "disagreement", "gate": "quantile", "update_when": "high"},
     {"tune": "full", "cvr": "sq", "lora_r": 8},
     {"lora_blocks": 1},
-    {"local_views": 2, "gate": "alternate"},
+    {"local_views": 2, "gate": "alternate", "cvr_on": "features"},
 ]
 
 

@@ -205,3 +205,30 @@ def test_wrong_values_are_one_line(options):
             upstep_fast.adapt(**options | {name: value})
         with pytest.raises(ConfigError, match=f"{name}: belongs to --method upstep"):
             upstep_fast.adapt(**options | {name: 1, "method": "explora", "cvr": "sq"})
+
+
+@pytest.mark.parametrize(("form", "power"), [("sq", 2), ("norm", 1)])
+def test_the_penalty_on_features_is_on_their_mean(options, form, power):
+    views = draw(2, 6, 3, 32, 32)
+
+    def loss(**changes):
+        method = build(options, **changes)
+        return method.loss(method.embed(views)), method
+
+    plain, method = loss(cvr="off")
+    found, penalised = loss(cvr=form, cvr_on="features", cvr_weight=2.0)
+    f = F.normalize(backbone.features(method.vit, views.flatten(0, 1)).double(), dim=-1)
+    assert (found - plain).item() == pytest.approx(2 * f.mean(0).norm().item() ** power, rel=1e-4)
+    head = [
+        torch.autograd.grad(x, list(m.head.parameters()), retain_graph=True)
+        for x, m in ((plain, method), (found, penalised))
+    ]
+    for without, with_it in zip(*head, strict=True):
+        assert torch.equal(without, with_it)  # the head has no part in it
+    adapters = [torch.autograd.grad(x, m.adapter_parameters()) for x, m in ((plain, method), (found, penalised))]
+    assert any(not torch.allclose(a, b) for a, b in zip(*adapters, strict=True))
+
+
+def test_the_penalty_on_features_has_the_forms_that_need_no_memory(options):
+    with pytest.raises(ConfigError, match="cvr_on: features needs --cvr sq or norm, got anchor"):
+        build(options, cvr="anchor", cvr_on="features")

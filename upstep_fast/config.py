@@ -182,6 +182,8 @@ class AdaptConfig(ModelConfig):
     """Penalty on the centre vector: its square, its norm, its distance from the base model's, a hinge, an average."""
     cvr_weight: float = 1.0
     """Weight of that penalty."""
+    cvr_on: Literal["head", "features"] = "head"
+    """Whose mean is penalised: the head's unit embeddings, or the backbone's unit features (cvr sq or norm)."""
 
     # staying close to the base model
     distil: Literal["off", "feature", "relational"] = "off"
@@ -341,6 +343,8 @@ class AdaptConfig(ModelConfig):
             raise ConfigError(
                 f"gate_statistic: {self.gate_statistic} needs --gate prev, ema, median or quantile, --layout symmetric"
             )
+        if self.cvr_on == "features" and self.cvr not in ("sq", "norm"):
+            raise ConfigError(f"cvr_on: features needs --cvr sq or norm, got {self.cvr}")
         if self.tune == "full" and self.method == "upstep":
             defaults = {field.name: field.default for field in dataclasses.fields(AdaptConfig)}
             for name in _NOT_WITH_FULL:

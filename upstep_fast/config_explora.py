@@ -12,6 +12,7 @@ from .errors import ConfigError
 _UPSTEPS_OWN = (
     *("preset", "head", "layout", "cvr", "cvr_weight", "prototype_init", "epsilon", "sharpen", "distil", "gate_unit"),
     *("strength", "adapter_ema", "queue", "base_targets", "gate_statistic", "tune", "lora_blocks", "strength_first"),
+    "cvr_on",
 )
 
 

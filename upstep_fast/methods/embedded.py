@@ -24,8 +24,8 @@ class Embedded:
     centre: Tensor  # [d] fp32, mean of z; carries gradient where z does
     of_views: Tensor  # [V, d] fp32, detached: the sum of each view's z
     magnitudes: Tensor  # [1 + V] or one more, fp32, detached: |centre|, of each view's centre, `statistic`
-    views: Tensor | None = None  # [V, B, C, H, W] and
-    features: Tensor | None = None  # [V B, D] with gradient, where the loss compares them with the base model's
+    views: Tensor | None = None  # [V, B, C, H, W], where the loss wants the base model's features of them
+    features: Tensor | None = None  # [V B, D] with gradient, where the loss looks at them
     local: Tensor | None = None  # [n, B, C, h, w], small views that only the loss embeds
     chosen: Tensor | None = None  # [b] int64, of target views: the images whose other view learns; None: all
     statistic: Callable[[Tensor], Tensor] | None = None  # z -> what the gate looks at instead of the centre, a scalar

@@ -163,9 +163,10 @@ class UpStep(nn.Module):
         result = embedded(self.head(f).unflatten(0, views.shape[:2]))
         if self.config.gate_statistic != "center":
             result = replace(result, statistic=self._statistic)
-        if self.base_share:
+        if self.base_share or self.config.distil != "off":
             result = replace(result, views=views)
-        return replace(result, views=views, features=f) if self.config.distil != "off" else result
+        is_looked_at = self.config.distil != "off" or self.config.cvr_on == "features"
+        return replace(result, features=f) if is_looked_at else result
 
     def _unit(self, f: Tensor) -> Tensor:
         return F.normalize(self.head(f).float(), dim=-1)
@@ -226,7 +227,7 @@ class UpStep(nn.Module):
             distance = distillation_loss(c.distil, learning.features, base, c.distil_temperature)
         penalty = clustering.cvr_penalty(
             c.cvr,
-            learning.centre,
+            learning.centre if c.cvr_on == "head" else _feature_centre(learning),
             running_centre=self.running_centre,
             base_centre=self.base_centre,
             running_magnitude=self.running_magnitude,
@@ -332,6 +333,14 @@ class UpStep(nn.Module):
         """What is trained beside them and thrown away afterwards."""
         learned = [self.prototypes] if isinstance(self.prototypes, nn.Parameter) else []
         return [*self.head.parameters(), *learned]
+
+
+def _feature_centre(learning: Embedded) -> Tensor:
+    """The mean unit feature of all ranks' images, [D], with the gradient of the own ones' mean."""
+    assert learning.features is not None
+    own = F.normalize(learning.features.float(), dim=-1).mean(0)
+    whole = distributed.reduce(own.detach().clone()) / distributed.size()
+    return own + (whole - own.detach())
 
 
 def _prepare(vit: nn.Module, config: AdaptConfig) -> dict[str, lora.LoraLinear]:
