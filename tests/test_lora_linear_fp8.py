@@ -6,7 +6,9 @@ import math
 
 import pytest
 import torch
-from kernel_checks import assert_matches, guarded_outputs, surrounded
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from kernel_checks import assert_matches, guarded_outputs, sizes, surrounded
 from torch import Tensor
 
 from upstep_fast.kernels import _tiles
@@ -127,6 +129,16 @@ def test_compiles_as_one_graph_under_autocast():
     assert y.dtype == torch.bfloat16 and lora_a.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("strategy", ["reference", "split"])
+def test_no_rows(strategy):
+    x, w, w_scale, b, lora_a, lora_b, _ = tensors()[0]
+    leaves = [t.requires_grad_() for t in (x[:0], lora_a, lora_b)]
+    y = lora_linear_fp8(leaves[0], w, w_scale, b, lora_a, lora_b, 0.5, strategy=strategy)
+    assert y.shape == (0, 96)
+    dx, da, db = torch.autograd.grad(y.sum(), leaves)
+    assert dx.shape == (0, 48) and not da.any() and not db.any()
+
+
 BAD = {
     "x must be fp16": {"x": torch.zeros(2, 48, dtype=torch.float64)},
     "weight must be torch.float8_e4m3fn": {"weight": torch.zeros(96, 48, dtype=torch.bfloat16)},
@@ -160,6 +172,17 @@ def test_triton_interpreted(monkeypatch, rows, dropout):
     for op in [op for op in _tiles.TILES if op.startswith("lora_linear")]:
         monkeypatch.setitem(_tiles.TILES, op, {None: SMALL_SWEEP if "sweep" in op else SMALL})
     check("triton", tensors(M=70, K=45, N=96, dtype=torch.float16, rows=rows)[0], rows=rows, dropout=dropout, seed=3)
+
+
+@pytest.mark.interp
+# no shrinking: a failure would take minutes here
+@settings(deadline=None, max_examples=6, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@given(M=sizes(40, 8), K=sizes(70, 8), N=sizes(70, 8), r=st.integers(1, 20))
+def test_triton_interpreted_at_any_shape(M, K, N, r):
+    with pytest.MonkeyPatch.context() as patch:
+        for op in [op for op in _tiles.TILES if op.startswith("lora_linear")]:
+            patch.setitem(_tiles.TILES, op, {None: SMALL_SWEEP if "sweep" in op else SMALL})
+        check("triton", tensors(M, K, N, r, dtype=torch.float16)[0])
 
 
 @pytest.mark.gpu

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from kernel_checks import LAYOUTS, assert_matches, guarded_outputs, laid_out, sizes, surrounded
 from torch import Tensor
@@ -153,6 +153,18 @@ def test_interpreted(block, dtype, layout, monkeypatch):
     scores, targets = problem(5, 150, dtype)
     scores, targets = surrounded(laid_out(scores, layout)), surrounded(laid_out(targets, layout))
     with _dispatch.forced("triton"), guarded_outputs():
+        got = value_and_gradient(swapped_cross_entropy, scores, targets, 0.1)
+    check(scores, targets, 0.1, got)
+
+
+@pytest.mark.interp
+# no shrinking: a failure would take minutes here
+@settings(deadline=None, max_examples=10, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@given(B=sizes(20), K=sizes(130), seed=st.integers(0, 99))
+def test_interpreted_at_any_shape(B, K, seed):
+    scores, targets = (surrounded(t) for t in problem(B, K, seed=seed))
+    with pytest.MonkeyPatch.context() as patch, _dispatch.forced("triton"), guarded_outputs():
+        patch.setitem(_tiles.TILES, "swapped_cross_entropy", {None: {"BLOCK": 64}})
         got = value_and_gradient(swapped_cross_entropy, scores, targets, 0.1)
     check(scores, targets, 0.1, got)
 
