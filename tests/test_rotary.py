@@ -89,6 +89,9 @@ def test_positions_that_training_draws_anew_are_drawn_as_timm_does():
     first, second = run(images).detach(), run(images).detach()
     assert relative(first, second) > 1e-4
     same_as_timm(vit, images)
+    assert relative(run(images), first) > 1e-4
+    vit.eval()  # as in evaluation between two epochs
+    assert relative(run(images), features(vit, images)) < 1e-5
 
 
 @pytest.mark.parametrize("memory", ["fast", "balanced", "lean"])

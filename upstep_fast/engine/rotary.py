@@ -77,10 +77,13 @@ def make_ropes(vit: Any) -> Callable[[Tensor], Ropes]:
     def ropes(images: Tensor) -> Ropes:
         if rope is None:
             return None
-        grid = grid_of(vit, images)
-        if grid not in kept or (rope.training and getattr(rope, "aug_active", False)):
+        grid, drawn = grid_of(vit, images), rope.training and getattr(rope, "aug_active", False)
+        table = None if drawn else kept.get(grid)
+        if table is None:
             tokens = vit.patch_embed.proj.weight.new_zeros(1, *grid, vit.embed_dim)
-            kept[grid] = vit._pos_embed(tokens if vit.dynamic_img_size else tokens.flatten(1, 2))[1]
-        return [kept[grid]]
+            table = vit._pos_embed(tokens if vit.dynamic_img_size else tokens.flatten(1, 2))[1]
+        if not drawn:
+            kept[grid] = table
+        return [table]
 
     return ropes
