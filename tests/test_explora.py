@@ -167,10 +167,24 @@ def test_another_size_is_what_timm_makes_of_it():
         assert torch.allclose(ours, other.forward_features(x), atol=1e-5)
 
 
-def test_the_engine_and_the_plain_model_agree(options):
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"separate_heads": True, "unfreeze": "first", "memory": "lean"},
+        {"ema": "products", "save": "student", "centring": "softmax"},
+    ],
+    ids=lambda extra: "-".join(extra),
+)
+def test_the_engine_and_the_plain_model_agree(options, extra):
     found = {}
     for name in ("reference", "auto"):
-        _, state = state_of(options, implementation=name)
+        _, state = state_of(options, implementation=name, **extra)
+        with torch.no_grad():  # adapters as after some steps, which the teacher has followed half the way
+            for seed, adapter in enumerate(state.method.adapters.values()):
+                adapter.lora_b.copy_(torch.randn(adapter.lora_b.shape, generator=torch.Generator().manual_seed(seed)))
+            state.method.momentum = 0.5
+            state.method.after_update(torch.tensor(True))
         crops = state.method.views(a_batch(), CPU.device)
         found[name] = state.method.loss(state.method.embed(crops))
         found[name].backward()
@@ -280,6 +294,26 @@ def test_an_average_of_products_is_not_the_product_of_averages(options):
     assert torch.allclose(method.teacher.get_parameter(f"{name}.weight"), expected, atol=1e-5)
     assert torch.equal(adapter.base.weight, frozen)
     assert f"teacher.{name}.weight" in method.state_tensors()
+
+
+def test_centres_follow_the_teachers_mean_scores(options):
+    _, state = state_of(options, centring="softmax", mask_probability=1.0)
+    method = state.method
+    crops = method.views(a_batch(), CPU.device)
+    tokens = backbone_tokens(method.teacher, crops.whole.flatten(0, 1))
+    of_class = method.teacher_head(explora_tokens.pooled(method.teacher, tokens)).mean(0)
+    of_patch = method.teacher_head(tokens[:, 1:][crops.masked.flatten(0, 1)]).mean(0)
+    for applied, share in ((False, 0.0), (True, 0.1), (True, 0.19)):
+        method.loss(method.embed(crops))
+        method.momentum = 1.0  # the teacher stands still
+        method.after_update(torch.tensor(applied))
+        assert torch.allclose(method.class_centre, share * of_class, atol=1e-5)
+        assert torch.allclose(method.patch_centre, share * of_patch, atol=1e-5)
+
+
+def backbone_tokens(vit, images):
+    """Tokens after the final norm, by timm's own modules."""
+    return vit.norm(vit.blocks(explora_tokens.embed(vit, images)))
 
 
 def test_schedules_of_a_run(options):
