@@ -96,3 +96,18 @@ def test_the_stored_run_compares(tmp_path):
     program = Path(sys.executable).with_name(command[0])
     done = subprocess.run([str(program), *command[1:], "--columns=min,median"], capture_output=True, text=True)
     assert done.returncode == 0 and "test_sinkhorn[128x512-ours]" in done.stdout, done.stderr
+
+
+def test_the_table_of_methods_is_that_of_its_file_and_names_what_was_not_run():
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "bench/methods_table.py", "table"]
+    table = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.splitlines()[2:]
+    assert len(table) == 5 * 2 * 4  # sets, starts, methods
+    rows = [json.loads(line) for line in (root / "bench/results/methods_base_tiny.jsonl").read_text().splitlines()]
+    run = {(row["set"], row["start"], row["method"]) for row in rows}
+    told = (root / "docs/results.md").read_text()
+    for line in table:
+        place, (_, *figures) = tuple(line.split(" | ")[:3]), line.strip("| ").split(" | ")[3:]
+        assert (place[0].strip("| "), *place[1:]) in run or set(figures) == {"not measured"}
+        if place[1] == "base" and "not measured" not in figures:
+            assert f"| {' | '.join(figures)} |" in told, line
