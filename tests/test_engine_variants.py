@@ -37,7 +37,8 @@ def test_bf16_is_as_near_to_fp32_as_eager_bf16(variant, memory):
     theirs, their_grads = gradients(vit, eager, images)
     ours, our_grads = gradients(vit, engine.build(vit, torch.bfloat16, memory).features, images)
     # eager keeps the stream in fp32, which a mean over few patches shows; issue 4 asks for features within 1e-2
-    assert relative(ours, truth) < max(2 * relative(theirs, truth), 1e-2)
+    bound = 1e-2 if vit.global_pool == "avg" else 2 * relative(theirs, truth)
+    assert relative(ours, truth) < bound
     joined = [torch.cat([g.flatten() for g in grads]) for grads in (our_grads, their_grads, truth_grads)]
     assert relative(joined[0], joined[2]) < 2 * relative(joined[1], joined[2])
 
