@@ -196,7 +196,9 @@ def test_the_base_judged_against_itself_has_gained_nothing(options):
     judge = referee.Referee(config, held_out, resolve("cpu", "fp32"), options["out"])
     base = judge._features(backbone.load(options["model"]).vit)
     scores = referee.judge(judge._base, base)
-    assert referee.predicted_gain(scores) == 0 and scores["base_overlap"] == 1
+    # CKA's square roots may cost its last bit
+    assert abs(referee.predicted_gain(scores)) <= 2 * judgement.DRIFT * torch.finfo(torch.float64).eps
+    assert scores["view_agreement"] == 0 and scores["base_overlap"] == 1
 
 
 def test_wrong_settings_are_one_line(options):
