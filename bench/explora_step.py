@@ -15,9 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from upstep_fast import backbone as backbones
 from upstep_fast.benchmark import alternate, device_card
@@ -27,6 +30,27 @@ from upstep_fast.device import resolve
 from upstep_fast.gate import GateRule
 from upstep_fast.step import catch_up, step
 from upstep_fast.trainer import fresh_state
+
+# what an operator's name says of it, the first that fits
+KINDS = {
+    "attention": ("attention", "softmax", "bmm"),
+    "matrix products": ("mm", "linear"),
+    "copies and casts": ("copy_",),
+    "GELU": ("gelu",),
+    "norms": ("layer_norm",),
+    "other element-wise": ("::add", "::mul", "::sum", "::cat", "::where", "::ne", "::any", "::all", "::lerp", "::is"),
+}
+
+
+def shares(task: Callable[[], object]) -> dict[str, float]:
+    """Percent of one run's time on the host, by kind of operator, the largest first."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        task()
+    of: Counter[str] = Counter()
+    for event in seen.key_averages():
+        found = (kind for kind, words in KINDS.items() if any(word in event.key for word in words))
+        of[next(found, "rest")] += event.self_cpu_time_total
+    return {kind: round(100 * time / of.total(), 1) for kind, time in of.most_common()}
 
 
 def main() -> None:
@@ -73,6 +97,7 @@ def main() -> None:
         "milliseconds": times,
         "medians": medians,
         "official / ours": official / medians["ours"],
+        "percent of a step": {name: shares(task) for name, task in tasks.items()},
     }
     print(json.dumps(result, indent=1))
     if args.json:
