@@ -141,7 +141,10 @@ def test_a_gpu_is_planned_where_there_is_none():
 def test_hidden_bytes_of_attention():
     shape = torch.Size([2, 128, 3, 3, 64])
     values = 2 * 128 * 3 * 64
-    assert hidden_bytes(shape, 4, "cpu") == 12 * values and hidden_bytes(shape, 2, "cpu") == 44 * values
+    assert hidden_bytes(shape, 4, "cpu") == 12 * values
+    scores = 2 * 3 * 128 * 128
+    assert hidden_bytes(shape, 2, "cpu") == 16 * values + 4 * scores
+    assert hidden_bytes(torch.Size([2, 600, 3, 3, 64]), 2, "cpu") == 44 * values * 600 // 128
     assert hidden_bytes(shape, 2, "cuda") == (6 + 4) * values
 
 

@@ -37,10 +37,13 @@ class Compute:
         if self.dtype is not None:
             stack.enter_context(torch.autocast(self.device.type, dtype=self.dtype))
             if self.device.type == "cpu" and torch.is_grad_enabled():
-                # the fused attention's bf16 backward is slow on CPUs: 52 -> 31 ms forward and backward at
-                # [128, 3, 65, 64] on 2 cores of an AMD EPYC with AVX512-BF16, torch 2.15; its forward is fast:
-                # base_tiny's features of 256 images take 1.05 s without it and 0.66 s with it (one thread)
+                # the fused attention's bf16 backward is slow on CPUs, and so are explicit products in fp32: forward and
+                # backward at [8, 12, 197, 64] take 65 and 81 ms, explicit products in bf16 36 (one thread of an Intel
+                # Xeon with AMX, torch 2.15). The fused forward alone is fast, so without gradients it stays
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+                before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()  # the CPU's too, whatever its name
+                stack.callback(torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp, before)
+                torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(self.dtype == torch.bfloat16)
         return stack
 
 

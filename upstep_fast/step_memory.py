@@ -34,6 +34,7 @@ from .device import Compute
 from .engine.fold import FoldedBlock
 from .engine.vit import EngineViT
 from .kernels._dispatch import NAMESPACE
+from .kernels.attention import MAX_STORED
 
 PARTS = ("weights", "folded", "adapters", "optimizer", "gradients", "views", "activations", "workspace")
 CUBLAS_BYTES = {
@@ -135,11 +136,15 @@ def open_loss(method: Any, views: Any, config: AdaptConfig) -> Tensor:
 def hidden_bytes(shape: torch.Size, itemsize: int, on: str) -> int:
     """What attention's backward holds for itself beside its result; shape: of packed qkv, [B, T, 3, H, d].
 
-    CPU: dq, dk and dv apart in fp32; in 16 bit also fp32 copies of qkv, o and their gradients (kernels/attention.py).
+    CPU: dq, dk and dv apart in fp32; in 16 bit also fp32 copies of qkv, o and their gradients (kernels/attention.py),
+    or of short sequences copies of qkv and the gradient in bf16, with scores in fp32, P and dS.
     GPU: dq, dk and dv apart, and the library's fp32 sum of dq over tiles of 128 tokens.
     """
     images, tokens, _, heads, width = shape
     values = images * tokens * heads * width
+    if on == "cpu" and itemsize == 2 and tokens <= MAX_STORED:
+        scores = images * heads * tokens**2
+        return 8 * values + max(8 * values + 4 * scores, 6 * scores)
     if on == "cpu":
         return (12 if itemsize >= 4 else 12 + 4 + 4 + 12 + 12) * values
     return 3 * itemsize * values + 4 * images * heads * width * 128 * -(-tokens // 128)
