@@ -143,3 +143,9 @@ def test_mutated_files_are_judged_alike(record_property):
 @pytest.mark.long
 def test_mutated_files_are_judged_alike_long(record_property):
     _compare(record_property, max_examples=10_000)
+
+
+def test_an_image_that_ends_in_grey_says_nothing_on_the_console(capfd):
+    grey = encoded(Image.new("RGB", (40, 24), (128, 128, 128)), "JPEG")
+    assert decode(grey).shape == (3, 24, 40)
+    assert capfd.readouterr().err == ""

@@ -136,18 +136,22 @@ def _decode_jpeg(data: bytes | memoryview, channels: int, max_pixels: int, min_s
     corners = x[:, :: max(1, x.shape[1] - 1), :: max(1, x.shape[2] - 1)].flatten(1).T.tolist()
     if any(all(127 <= value <= 129 for value in corner) for corner in corners):
         padded = bytes(data[:end]) + b"\x2a\x95" * 256 + b"\xff\xd9"
-        if not torch.equal(x, _decode_pillow(padded, channels, max_pixels, min_side)):
+        # by Pillow alone: of bits it does not need, torchvision's reader complains on the console
+        x_alone, again = (_decode_pillow(d, channels, max_pixels, min_side, alone=True) for d in (data, padded))
+        if not torch.equal(x_alone, again):
             raise BadImage("truncated JPEG: its data ends before its last pixel")
     return x
 
 
-def _decode_pillow(data: bytes | memoryview, channels: int, max_pixels: int, min_side: int | None) -> Tensor:
+def _decode_pillow(
+    data: bytes | memoryview, channels: int, max_pixels: int, min_side: int | None, *, alone: bool = False
+) -> Tensor:
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         _check_pixels(*image.size, max_pixels)
         size = image.size
         if min_side:
             image.draft(image.mode, (min_side, min_side))
-        x = jpeg.pixels(data, image) if channels == 3 and image.size == size else None
+        x = jpeg.pixels(data, image) if channels == 3 and image.size == size and not alone else None
         if x is None:
             image.load()
             array = torch.from_numpy(_to_array(image, channels))
