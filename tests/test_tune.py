@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import upstep_fast
 from upstep_fast import backbone, lora
-from upstep_fast.config import AdaptConfig
+from upstep_fast.config import AdaptConfig, from_options, read_toml, to_toml
 from upstep_fast.errors import ConfigError
 
 
@@ -78,3 +78,9 @@ def test_full_tuning_refuses_what_needs_adapters(wrong):
 def test_explora_has_blocks_of_its_own(options):
     with pytest.raises(ConfigError, match="tune: belongs to --method upstep"):
         upstep_fast.adapt(**options, method="explora", tune="full")
+
+
+def test_a_written_configuration_can_be_read_again(tmp_path):
+    config = AdaptConfig(model="m", data=("d",), out="o", tune="full")
+    (tmp_path / "config.toml").write_text(to_toml(config))
+    assert from_options(AdaptConfig, read_toml(tmp_path / "config.toml", AdaptConfig), "adapt") == config

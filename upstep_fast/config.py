@@ -567,7 +567,10 @@ def from_options(config_class: type, options: dict[str, Any], where: str) -> Any
         raise ConfigError(f"{where}: {', '.join(missing)} must be given")
     data = options["data"]
     paths = [data] if isinstance(data, (str, Path)) else data
-    fields: dict[str, Any] = {name: str(v) if isinstance(v, Path) else v for name, v in options.items()}
+    # a TOML file's lists are the tuples of the fields
+    fields = {
+        name: str(v) if isinstance(v, Path) else tuple(v) if isinstance(v, list) else v for name, v in options.items()
+    }
     return config_class(**fields | {"data": tuple(str(path) for path in paths)})
 
 
