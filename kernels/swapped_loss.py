@@ -78,7 +78,8 @@ def _forward_kernel(
         higher = tl.maximum(top, tl.max(x, 1))
         gap += mass * (higher - top) + tl.sum(tl.where(mask, q * (higher[:, None] - x), 0.0), 1)
         total = total * tl.exp2((top - higher) * inverse) + tl.sum(tl.exp2((x - higher[:, None]) * inverse), 1)
-        mass += tl.sum(q, 1)
+        # not `mass += ...`: Triton 3.6's OptimizeThreadLocality fails where such a sum is read twice after its loop
+        mass = tl.where(b < B, mass + tl.sum(q, 1), 0.0)
         top = higher
     # powers of two throughout; ln 2 takes them back
     tl.store(loss + b, (gap * inverse + mass * tl.log2(total)) * 0.6931471805599453, mask=b < B)
