@@ -313,14 +313,14 @@ class AdaptConfig(ModelConfig):
             raise ConfigError("mean_std: auto measures mean and std; do not give --mean or --std as well")
         if self.shard_weights and self.auto_batch:
             raise ConfigError("shard_weights and auto_batch: give one of them, not both")
+        for name in ("shard_weights", "auto_batch", "cuda_graphs"):
+            if getattr(self, name) and self.method != "upstep":
+                raise ConfigError(f"{name}: --method {self.method} cannot; leave it out")
         for name in ("auto_batch", "shard_weights", "local_views"):
             if self.cuda_graphs and getattr(self, name):
                 raise ConfigError(f"cuda_graphs and {name}: give one of them, not both")
         if self.cuda_graphs and self.implementation == "reference":
             raise ConfigError("cuda_graphs: only the engine is captured; leave out --implementation reference")
-        for name in ("shard_weights", "auto_batch", "cuda_graphs"):
-            if getattr(self, name) and self.method != "upstep":
-                raise ConfigError(f"{name}: --method {self.method} cannot; leave it out")
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ConfigError("tensorboard: it is not installed; pip install 'upstep_fast[report]'")
         if self.resume and self.overwrite:
