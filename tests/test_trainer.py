@@ -308,3 +308,13 @@ def test_the_engine_sees_every_step_of_the_optimizer(options, monkeypatch):
     monkeypatch.setattr(UpStep, "embed", embed)
     upstep_fast.adapt(**options | {"lr": 1e-1}, gate="none")
     assert len(differences) == 6 and max(differences) < 1e-4
+
+
+@pytest.mark.parametrize("every", [1, 2, 100])
+def test_a_collapse_that_passes_is_warned_of_once_and_stands_in_its_rows(options, monkeypatch, tmp_path, caplog, every):
+    # a step after which a checkpoint is saved is read with the one before it
+    monkeypatch.setattr(UpStep, "collapsed", lambda self, row: "gone" if row["step"] in (3, 4) else None)
+    with caplog.at_level("WARNING", logger="upstep_fast"):
+        upstep_fast.adapt(**options, gate="none", checkpoint_every=every)
+    assert [message for message in caplog.messages if "collapse" in message] == ["step 3: collapse: gone"]
+    assert [row["step"] for row in rows(tmp_path / "out") if "collapsed" in row] == [3, 4]

@@ -117,6 +117,8 @@ def _fill_in(state: RunState, numbers: list[float]) -> None:
     if collapsed := state.method.collapsed(row):
         row["collapsed"] = collapsed
     state.collapsed = state.collapsed + 1 if collapsed else 0
+    if state.collapsed == 1:
+        log.warning("step %d: collapse: %s", row["step"], collapsed)
     begin, decided, end = late.marks
     row |= {"forward_s": _between(begin, decided), "backward_s": _between(decided, end)}
 

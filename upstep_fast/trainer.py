@@ -239,13 +239,12 @@ def stop_if_bad(state: RunState, row: dict[str, Any], source: Source, own: Tenso
 
 
 def stop_if_collapsed(state: RunState, row: dict[str, Any], out: Path) -> None:
-    """Warns at the first of some steps whose features tell images no longer apart; raises RunFailedError at the last.
+    """Raises RunFailedError at the last of many steps whose features tell images no longer apart.
 
-    Only steps in a row count: training can pass through such a state and leave it.
+    Only steps in a row count: training can pass through such a state and leave it. row: maybe the one before the last
+    that was counted.
     """
-    if state.collapsed == 1:
-        log.warning("step %d: collapse: %s", row["step"], row["collapsed"])
-    if state.collapsed >= MAX_COLLAPSED_STEPS:
+    if "collapsed" in row and state.collapsed >= MAX_COLLAPSED_STEPS:
         raise RunFailedError(
             f"step {row['step']}: collapse: {row['collapsed']}, {state.collapsed} steps in a row; "
             f"lower --lr, or go back to an earlier checkpoint in {out / output.CHECKPOINTS}"
