@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import numpy as np
 import pytest
@@ -95,7 +96,9 @@ def test_what_the_gpu_refuses_goes_to_the_cpu_and_is_counted(stand_in, tmp_path,
                 batch = next(loader)
                 for index, image in zip(batch.indices.tolist(), batch.images, strict=True):
                     assert torch.equal(seen.setdefault(index, image), image), "by the file, whoever its neighbours are"
-        assert "the GPU refused 1 JPEGs, the CPU decoded them" in caplog.text
+        # threads that want one file at once decode it each: in its batch, and as what stands in for the broken file
+        (refused,) = re.findall(r"the GPU refused (\d+) JPEGs, the CPU decoded them", caplog.text)
+        assert refused == "1" or (workers and refused == "2")
         assert list(loader.skipped) == [loader.source.name(9)]
         caplog.clear()
     for index, image in seen.items():
