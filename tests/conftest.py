@@ -62,3 +62,22 @@ def photos(tmp_path_factory):
         pixels = torch.nn.functional.interpolate(coarse, size=40, mode="bicubic")[0].clamp(0, 1)
         Image.fromarray((pixels * 255).byte().permute(1, 2, 0).numpy()).save(folder / f"{i:02}.png")
     return folder
+
+
+@pytest.fixture
+def options(model, photos, tmp_path):
+    """A short run of UpStep on them, as adapt's keywords; files that want another build on it."""
+    return dict(
+        model=model,
+        data=photos,
+        out=tmp_path / "out",
+        steps=6,
+        batch_size=8,
+        prototypes=8,
+        head_hidden=32,
+        head_dim=16,
+        lora_r=2,
+        precision="fp32",
+        device="cpu",
+        num_workers=0,
+    )

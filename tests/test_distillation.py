@@ -71,22 +71,8 @@ def test_sharpening():
 
 
 @pytest.fixture
-def options(model, photos, tmp_path):
-    return dict(
-        model=model,
-        data=photos,
-        out=tmp_path / "out",
-        steps=4,
-        batch_size=8,
-        prototypes=8,
-        head_hidden=32,
-        head_dim=16,
-        lora_r=2,
-        precision="fp32",
-        device="cpu",
-        num_workers=0,
-        gate="none",
-    )
+def options(options):
+    return options | dict(steps=4, gate="none")
 
 
 @pytest.mark.parametrize("form", ["feature", "relational"])

@@ -24,22 +24,8 @@ RUNNER = Path(__file__).with_name("kill_runner.py")
 
 
 @pytest.fixture
-def options(model, photos, tmp_path):
-    return dict(
-        model=model,
-        data=str(photos),
-        out=str(tmp_path / "out"),
-        steps=10,
-        batch_size=8,
-        prototypes=8,
-        head_hidden=32,
-        head_dim=16,
-        lora_r=2,
-        precision="fp32",
-        device="cpu",
-        num_workers=0,
-        checkpoint_every=3,
-    )
+def options(options):
+    return options | dict(data=str(options["data"]), out=str(options["out"]), steps=10, checkpoint_every=3)
 
 
 def one_line(error):

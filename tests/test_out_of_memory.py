@@ -15,23 +15,8 @@ from upstep_fast.methods.upstep import UpStep
 
 
 @pytest.fixture
-def options(model, photos, tmp_path):
-    return dict(
-        model=model,
-        data=str(photos),
-        out=str(tmp_path / "out"),
-        steps=6,
-        batch_size=8,
-        prototypes=8,
-        head_hidden=32,
-        head_dim=16,
-        lora_r=2,
-        precision="fp32",
-        device="cpu",
-        num_workers=0,
-        memory_check=False,
-        report_images=False,
-    )
+def options(options):
+    return options | dict(data=str(options["data"]), out=str(options["out"]), memory_check=False, report_images=False)
 
 
 def limit(monkeypatch, views, after=0):

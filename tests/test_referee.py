@@ -27,23 +27,8 @@ def many(tmp_path_factory):
 
 
 @pytest.fixture
-def options(model, many, tmp_path):
-    return dict(
-        model=model,
-        data=many,
-        out=tmp_path / "out",
-        steps=8,
-        batch_size=8,
-        prototypes=8,
-        head_hidden=32,
-        head_dim=16,
-        lora_r=2,
-        precision="fp32",
-        device="cpu",
-        num_workers=0,
-        gate="none",
-        judge_every=2,
-    )
+def options(options, many):
+    return options | dict(data=many, steps=8, gate="none", judge_every=2)
 
 
 def predictions(monkeypatch, values):

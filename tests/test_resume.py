@@ -50,23 +50,8 @@ def photos(tmp_path_factory):
 
 
 @pytest.fixture
-def options(model, photos, tmp_path):
-    return dict(
-        model=model,
-        data=photos,
-        out=tmp_path / "out",
-        steps=12,
-        batch_size=8,
-        prototypes=8,
-        head_hidden=32,
-        head_dim=16,
-        lora_r=2,
-        precision="fp32",
-        device="cpu",
-        num_workers=0,
-        max_bad_fraction=0.1,
-        checkpoint_every=5,
-    )
+def options(options):
+    return options | dict(steps=12, max_bad_fraction=0.1, checkpoint_every=5)
 
 
 @pytest.fixture

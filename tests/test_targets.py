@@ -20,24 +20,8 @@ from upstep_fast.reference.upstep import sinkhorn
 
 
 @pytest.fixture
-def options(model, photos, tmp_path):
-    return dict(
-        model=model,
-        data=photos,
-        out=tmp_path / "out",
-        steps=8,
-        batch_size=8,
-        prototypes=8,
-        head_hidden=32,
-        head_dim=16,
-        lora_r=2,
-        precision="fp32",
-        device="cpu",
-        num_workers=0,
-        gate="none",
-        cvr="off",
-        report_images=False,
-    )
+def options(options):
+    return options | dict(steps=8, gate="none", cvr="off", report_images=False)
 
 
 def build(options, **changes):

@@ -17,22 +17,8 @@ from upstep_fast.methods.upstep import UpStep
 
 
 @pytest.fixture
-def options(model, photos, tmp_path):
-    return dict(
-        model=model,
-        data=photos,
-        out=tmp_path / "out",
-        steps=6,
-        batch_size=8,
-        prototypes=8,
-        head_hidden=32,
-        head_dim=16,
-        lora_r=2,
-        precision="fp32",
-        device="cpu",
-        num_workers=0,
-        memory_check=False,  # it counts a step, whose calls the tests here would count too
-    )
+def options(options):
+    return options | dict(memory_check=False)  # the check counts a step, whose calls the tests here would count too
 
 
 def rows(out):
