@@ -15,7 +15,6 @@ from upstep_fast.judgement import predicted_gain
 
 BEGIN, END = "<!-- study: written by bench/study.py -->", "<!-- end of study -->"
 SOURCE_IMAGES = 1000  # of source_64.tar's test part, for rows that do not say
-PLOT = Path("images") / "quality_frontier.svg"
 
 
 def fill(page: Path, rows: Sequence[Row], source: Path, missing: Sequence[str] = ()) -> None:
@@ -35,11 +34,14 @@ def fill(page: Path, rows: Sequence[Row], source: Path, missing: Sequence[str] =
         if chosen := [row for row in good if row["split"] == split]:
             parts += [f"### On {what}", gains_table(chosen)]
     if selected := [row for row in good if row["split"] == "select"]:
-        parts += ["### Gain against forgetting", f"![gain against forgetting]({PLOT})"]
+        plot = f"images/{page.stem}_frontier.svg"
+        parts += ["### Gain against forgetting", f"![gain against forgetting]({plot})"]
         parts += [source_error(selected)] * any("source" in row["base"] for row in selected)
+        if whitened := [row for row in selected if "whitened" in row["base"]]:
+            parts += ["### Whitening alone", whitening_table(whitened)]
         parts += ["### Label-free scores", study_predictor.report(selected)]
-        (page.parent / PLOT).parent.mkdir(exist_ok=True)
-        (page.parent / PLOT).write_text(study_plot.plot(selected))
+        (page.parent / plot).parent.mkdir(exist_ok=True)
+        (page.parent / plot).write_text(study_plot.plot(selected))
         if looked := [row for row in selected if row.get("clusters")]:
             parts += ["### Clusters over the run", clusters_table(looked)]
         if any("dense" in row["base"] for row in selected):
@@ -53,17 +55,18 @@ def fill(page: Path, rows: Sequence[Row], source: Path, missing: Sequence[str] =
 
 def gains_table(rows: Sequence[Row]) -> str:
     """One line a configuration, data set and strength: changes against the base model in points, means over seeds."""
-    columns = ("base", "adapted", "ensemble", "linear", "linear ens.", "source", "source ens.")
+    columns = ("base", "adapted", "ensemble", "adapted w.", "ensemble w.", "linear", "linear ens.")
+    columns += ("source", "source ens.", "source w.", "source ens. w.")
     more = ("skipped", "backward", "learnt", "centre", "CPU s")
-    lines = [_line("configuration", "data", "seeds", *columns, *more), "|---|---|--:|" + "--:|" * 12]
+    lines = [_line("configuration", "data", "seeds", *columns, *more), "|---|---|--:|" + "--:|" * 16]
     for (data, name, strength), group in grouped(rows).items():
         first, plus = group[0], [(row, row["at"][strength]) for row in group]
 
         def change(kind: str, measure: str, plus: list[tuple[Row, Row]] = plus) -> str:
-            return mean_change([at[kind][measure] - row["base"][measure] for row, at in plus])
+            return mean_change([at[kind][measure] - row["base"][measure] for row, at in plus if kind in at])
 
         def forgot(kind: str, plus: list[tuple[Row, Row]] = plus) -> str:
-            return source_change(kind, [(row, at) for row, at in plus if "source" in at])
+            return source_change(kind, [(row, at) for row, at in plus if kind in at.get("source", {})])
 
         scale = "" if strength == "1.0" else f" x {float(strength):g}"
         lines.append(
@@ -74,10 +77,14 @@ def gains_table(rows: Sequence[Row]) -> str:
                 f"{statistics.mean(row['base']['knn'] for row in group):.1f}",
                 change("adapted", "knn"),
                 change("ensemble", "knn"),
+                change("adapted_whitened", "knn"),
+                change("ensemble_whitened", "knn"),
                 change("adapted", "linear"),
                 change("ensemble", "linear"),
                 forgot("adapted"),
                 forgot("ensemble"),
+                forgot("adapted_whitened"),
+                forgot("ensemble_whitened"),
                 f"{100 * statistics.mean(row['skip_rate'] for row in group):.0f} %",
                 f"{statistics.mean(row['backward_passes'] for row in group):.0f}",
                 f"{statistics.mean(row['images_learnt'] for row in group):,.0f}",
@@ -88,8 +95,20 @@ def gains_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def whitening_table(rows: Sequence[Row]) -> str:
+    """What whitened features beside the base model's own do, without any training; one line a data set."""
+    lines = [_line("data", "base", "whitened beside it", "source"), "|---|--:|--:|--:|"]
+    for row in {row["data"]: row for row in rows}.values():
+        base = row["base"]
+        source = f"{base['source_whitened'] - base['source']:+.1f}" if "source_whitened" in base else ""
+        lines.append(_line(row["data"], f"{base['knn']:.1f}", f"{base['whitened'] - base['knn']:+.1f}", source))
+    return "\n".join(lines)
+
+
 def mean_change(values: Sequence[float]) -> str:
-    """+1.2, or +1.2 ± 0.3 (one standard error) over several seeds."""
+    """+1.2, or +1.2 ± 0.3 (one standard error) over several seeds; nothing of no values."""
+    if not values:
+        return ""
     mean = f"{statistics.mean(values):+.1f}"
     if len(values) < 2:
         return mean

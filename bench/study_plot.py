@@ -15,6 +15,12 @@ Row = dict[str, Any]
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e")
 MEAN = "mean over the sets"
 # the study's targets: change on the source and gain, at least these
+KINDS = {
+    "adapted": "",
+    "ensemble": ", ens.",
+    "adapted_whitened": ", w.",
+    "ensemble_whitened": ", ens. w.",
+}  # by the name
 TARGETS = {"target: ensemble": (-0.5, 9.0), "gentle: adapted": (-0.5, 5.0)}
 WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 760, 480, 56, 14, 60, 34
 
@@ -26,7 +32,7 @@ class Dot:
     x: float  # change of k-NN on the source, points
     y: float  # gain of k-NN on the target, points
     group: str  # data set, or MEAN
-    kind: str  # adapted or ensemble
+    kind: str  # of KINDS
     name: str
 
 
@@ -44,8 +50,8 @@ def dots(rows: Sequence[Row]) -> list[Dot]:
     """One a data set, configuration, strength and kind; and the mean over the sets of what was measured on all."""
     found = []
     for (data, name, strength), group in grouped(rows).items():
-        for kind in ("adapted", "ensemble"):
-            with_source = [(row, row["at"][strength]) for row in group if "source" in row["at"][strength]]
+        for kind in KINDS:
+            with_source = [(row, row["at"][strength]) for row in group if kind in row["at"][strength].get("source", {})]
             if with_source:
                 x = statistics.mean(at["source"][kind] - row["base"]["source"] for row, at in with_source)
                 y = statistics.mean(at[kind]["knn"] - row["base"]["knn"] for row, at in with_source)
@@ -74,7 +80,8 @@ def frontier(found: Sequence[Dot]) -> list[Dot]:
 
 
 def plot(rows: Sequence[Row]) -> str:
-    """A standalone SVG: change on the source across, gain upward; filled adapted, hollow ensemble; a colour a set.
+    """A standalone SVG: change on the source across, gain upward; filled adapted, hollow ensemble; squares: whitened
+    features beside the others; a colour a set.
 
     Means over the sets are large and black; the frontier among them (of the one set, if there is one) bears names.
     """
@@ -110,18 +117,23 @@ def plot(rows: Sequence[Row]) -> str:
     colours = {g: "#222" if g == MEAN else COLOURS[i % len(COLOURS)] for i, g in enumerate(groups)}
     for dot in found:
         colour, (px, py) = colours[dot.group], at(dot.x, dot.y)
-        fill = colour if dot.kind == "adapted" else "white"
-        mark = f'<circle cx="{px}" cy="{py}" r="{5 if dot in means else 3}" fill="{fill}" stroke="{colour}"'
+        fill, r = colour if dot.kind.startswith("adapted") else "white", 5 if dot in means else 3
+        if dot.kind.endswith("whitened"):
+            mark = f'rect x="{px - r:.1f}" y="{py - r:.1f}" width="{2 * r}" height="{2 * r}"'
+        else:
+            mark = f'circle cx="{px}" cy="{py}" r="{r}"'
         tip = html.escape(f"{dot.name}, {dot.kind}, {dot.group}: {dot.x:+.1f}, {dot.y:+.1f}")
-        parts.append(f'{mark} stroke-width="1.5"><title>{tip}</title></circle>')
-    best = [dot for kind in ("adapted", "ensemble") for dot in frontier([d for d in means if d.kind == kind])]
-    parts += names([(*at(dot.x, dot.y), dot.name + ", ens." * (dot.kind == "ensemble")) for dot in best])
+        closing = mark.split()[0]
+        parts.append(f'<{mark} fill="{fill}" stroke="{colour}" stroke-width="1.5"><title>{tip}</title></{closing}>')
+    best = [dot for kind in KINDS for dot in frontier([d for d in means if d.kind == kind])]
+    parts += names([(*at(dot.x, dot.y), dot.name + KINDS[dot.kind]) for dot in best])
     for i, group in enumerate(groups):
         x = LEFT + 150 * i
         parts.append(f'<circle cx="{x + 6}" cy="16" r="5" fill="{colours[group]}"/>')
         parts.append(f'<text x="{x + 16}" y="20">{html.escape(group)}</text>')
     parts.append(
-        f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 14}" text-anchor="end">filled: adapted, hollow: ensemble</text>'
+        f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 14}" text-anchor="end">filled: adapted, hollow: ensemble, squares: '
+        "whitened</text>"
     )
     parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 14}" text-anchor="middle">{across}</text>')
     turn = f'transform="translate(14 {(HEIGHT - BOTTOM + TOP) / 2}) rotate(-90)"'

@@ -16,15 +16,16 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from upstep_fast import backbone as backbones
-from upstep_fast import lora
+from upstep_fast import lora, whitening
 from upstep_fast.backbone import Backbone
 from upstep_fast.config import AdaptConfig, EvalConfig, read_toml
 from upstep_fast.data.loader import Loader
 from upstep_fast.data.sources import open_source
 from upstep_fast.data.views import random_views, view_config
 from upstep_fast.device import Compute, resolve
-from upstep_fast.evaluation import Features, ensemble, extract, knn_right, linear_probe
+from upstep_fast.evaluation import Features, beside, ensemble, extract, knn_right, linear_probe
 from upstep_fast.judgement import judge
+from upstep_fast.whitening import Whitening
 from upstep_fast.whole_file import write_whole
 
 if TYPE_CHECKING:
@@ -92,9 +93,10 @@ def between(base: nn.Module, adapted: nn.Module, strength: Callable[[str], float
 def scores(job: Job, data: str, adapter: Path, work: Path, by_depth: bool = False) -> dict[str, Any]:
     """k-NN and linear probe in percent of base, adapted and ensemble, forgetting, label-free scores, dense check.
 
-    Returns {"base": {"knn", "linear", "source", "dense"}, "at": {variant: {"adapted", "ensemble", "source",
-    "judgement", "dense"}}, "n_bank", "n_queries"}; source and dense only where they are measured. "source" has the
-    paired standard error of each change too, "adapted_se" and "ensemble_se".
+    Returns {"base": {"knn", "whitened", "linear", "source", "source_whitened", "dense"}, "at": {variant: {"adapted",
+    "ensemble", "adapted_whitened", "ensemble_whitened", "source", "judgement", "dense"}}, "n_bank", "n_queries"};
+    source and dense only where they are measured. Whitened: k-NN with whitened features beside the others, fitted to
+    the bank. "source" has the paired standard error of each change too, "adapted_se" and so on.
     """
     config = EvalConfig(model=job.model, data=(data,), num_workers=1)
     compute = resolve(config.device, config.precision)
@@ -119,9 +121,12 @@ def scores(job: Job, data: str, adapter: Path, work: Path, by_depth: bool = Fals
     before = {name: of_base(path) for name, path in sets.items()}
     result: dict[str, Any] = {"n_bank": len(before["data"][0]), "n_queries": len(before["data"][1]), "at": {}}
     result["base"] = _accuracies(before["data"], labels["data"], job.k)
+    by = {"base": whitening.fit(before["data"][0])}
+    result["base"]["whitened"] = _knn(_beside(by, before["data"])["base"], labels["data"], job.k)
     if job.source:
         right_before = knn_right(*_sets(before["source"], labels["source"]), job.k)
         result["base"]["source"], result["n_source"] = _percent(right_before), len(right_before)
+        result["base"]["source_whitened"] = _knn(_beside(by, before["source"])["base"], labels["source"], job.k)
     if composites is not None:
         result["base"]["dense"] = dense.dense_score(base, *composites)
     for name, variant in variants(job, len(base.vit.blocks), by_depth).items():
@@ -132,15 +137,21 @@ def scores(job: Job, data: str, adapter: Path, work: Path, by_depth: bool = Fals
         after = of(adapted, data)
         at: dict[str, Any] = {"judgement": judge(base_views, view_features(adapted, views, compute))}
         result["at"][name] = at
+        by["adapted"] = whitening.fit(after[0])
         if variant.measured == "all":
             at["adapted"] = _accuracies(after, labels["data"], job.k)
             at["ensemble"] = _accuracies(_pairs(before["data"], after), labels["data"], job.k)
+            for kind, x in _beside(by, before["data"], after).items():
+                if kind != "base":
+                    at[f"{kind}_whitened"] = {"knn": _knn(x, labels["data"], job.k)}
         else:
             at["adapted"] = {"knn": _knn(after, labels["data"], job.k)}
         if job.source and variant.measured != "gain":
             forgot = of(adapted, job.source)
             at["source"] = {}
-            for kind, x in (("adapted", forgot), ("ensemble", _pairs(before["source"], forgot))):
+            kinds = {"adapted": forgot, "ensemble": _pairs(before["source"], forgot)}
+            whitened = _beside(by, before["source"], forgot)
+            for kind, x in (kinds | {f"{kind}_whitened": whitened[kind] for kind in kinds}).items():
                 right = knn_right(*_sets(x, labels["source"]), job.k)
                 at["source"] |= {kind: _percent(right), f"{kind}_se": paired_error(right_before, right)}
         if composites is not None and variant.measured == "all":
@@ -174,6 +185,17 @@ def _labels(path: str) -> list[Tensor]:
 
 def _pairs(before: list[Tensor], after: list[Tensor]) -> list[Tensor]:
     return [ensemble(b, a) for b, a in zip(before, after, strict=True)]
+
+
+def _beside(
+    by: dict[str, Whitening], before: list[Tensor], after: list[Tensor] | None = None
+) -> dict[str, list[Tensor]]:
+    """Bank and queries with whitened features beside the others, by "base", "adapted" and "ensemble"."""
+    parts = [{"base": b} for b in before]
+    if after is not None:
+        parts = [part | {"adapted": a} for part, a in zip(parts, after, strict=True)]
+    found = [beside(part, {name: by[name] for name in part}) for part in parts]
+    return {kind: [part[kind] for part in found] for kind in found[0]}
 
 
 def _sets(x: list[Tensor], y: list[Tensor]) -> list[Features]:

@@ -396,6 +396,11 @@ class EmbedConfig(ModelConfig):
     """Folder of an adapter (out/adapter)."""
     ensemble: bool = False
     """Concatenate the base model's and the adapted features, each of unit length."""
+    fit_whitening: str | None = None
+    """Put whitened features beside the others, which tells images of a new domain better apart; fitted to these images
+    and written to this file, for --whitening."""
+    whitening: str | None = None
+    """The same with the whitening in this file, as --fit-whitening wrote it: for images to be compared with those."""
     batch_size: int = 256
     """Images a forward pass."""
     overwrite: bool = False
@@ -408,6 +413,8 @@ class EmbedConfig(ModelConfig):
         _fraction(self, "max_bad_fraction")
         if self.ensemble and self.adapter is None:
             raise ConfigError("ensemble: needs --adapter; without one there is nothing to join the base features with")
+        if self.fit_whitening is not None and self.whitening is not None:
+            raise ConfigError("whitening and fit_whitening: give one of them, not both")
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import backbone as backbones
-from . import distributed, lora
+from . import distributed, lora, whitening
 from .backbone import Backbone
 from .config import EmbedConfig, EvalConfig
 from .data.labelled import held_out as held_out_of
@@ -26,6 +26,7 @@ from .data.sources import Source, open_source
 from .device import Compute, resolve
 from .engine import vit as engine
 from .errors import ConfigError, DataError
+from .whitening import Whitening
 from .whole_file import write_whole
 
 log = logging.getLogger("upstep_fast")
@@ -56,8 +57,9 @@ def evaluate(
     """k-NN and linear-probe accuracy in percent of base, adapted and ensemble features; keywords are EvalConfig's.
 
     data and source hold train/CLASS/... and test/CLASS/... . Returns
-    {"base": {"knn", "linear"}, "adapted": {...}, "ensemble": {...}, "source": {"base", "adapted", "ensemble"},
-    "n_train", "n_test", "k"}, without the parts that were not asked for.
+    {"base": {"knn", "whitened", "linear"}, "adapted": {...}, "ensemble": {...},
+    "source": {"base", "adapted", "ensemble"}, "source_whitened": {...}, "n_train", "n_test", "k"}, without the parts
+    that were not asked for. whitened: k-NN with whitened features beside the others (whitening.py), fitted on train.
     """
     paths = (data,) if isinstance(data, (str, Path)) else data
     return run(
@@ -83,15 +85,19 @@ def _run(config: EvalConfig, compute: Compute) -> dict[str, Any]:
     models = load_models(config)
     result: dict[str, Any] = {}
     train, test = _train_and_test(config.data, models, config, compute)
-    names = ("base",) if config.adapter is None else ("base", "adapted", "ensemble")
-    for name in names:
-        result[name] = {
-            "knn": knn(train[name], test[name], config.k),
-            "linear": linear_probe(train[name], test[name]),
-        }
+    fitted = {name: whitening.fit(train[name].x) for name in models}
+
+    def accuracy(bank: dict[str, Features], queries: dict[str, Features]) -> dict[str, float]:
+        return {name: knn(bank[name], queries[name], config.k) for name in bank}
+
+    plain, whitened = accuracy(train, test), accuracy(_whitened(train, fitted), _whitened(test, fitted))
+    for name in train:
+        linear = linear_probe(train[name], test[name])
+        result[name] = {"knn": plain[name], "whitened": whitened[name], "linear": linear}
     if config.source is not None:
         bank, queries = _train_and_test((config.source,), models, config, compute)
-        result["source"] = {name: knn(bank[name], queries[name], config.k) for name in names}
+        result["source"] = accuracy(bank, queries)
+        result["source_whitened"] = accuracy(_whitened(bank, fitted), _whitened(queries, fitted))
     result |= {"n_train": len(train["base"].y), "n_test": len(test["base"].y), "k": config.k}
     if config.json is not None and distributed.is_first():
         _write_text(Path(config.json), json.dumps(result, indent=2) + "\n", "json")
@@ -110,14 +116,21 @@ def run_embed(config: EmbedConfig) -> Path:
     writers = {".npy": _write_npy, ".safetensors": _write_safetensors, ".parquet": _write_parquet}
     if out.suffix not in writers:
         raise ConfigError(f"out: {out.name} must end in {', '.join(writers)}")
-    if out.exists() and not config.overwrite:
-        raise ConfigError(f"out: {out} exists; choose another name or add --overwrite")
-    if not out.parent.is_dir():
-        raise ConfigError(f"out: no folder {out.parent}")
+    for field, path in (("out", out), ("fit_whitening", Path(config.fit_whitening or out))):
+        if path.exists() and not config.overwrite:
+            raise ConfigError(f"{field}: {path} exists; choose another name or add --overwrite")
+        if not path.parent.is_dir():
+            raise ConfigError(f"{field}: no folder {path.parent}")
     compute = resolve(config.device, config.precision)
     with distributed.joined(compute.device):
-        source = open_source(config.data)
-        x, read = extract(source, load_models(config), config, compute)
+        source, models = open_source(config.data), load_models(config)
+        fitted = whitening.read(config.whitening, models) if config.whitening else {}
+        x, read = extract(source, models, config, compute)
+        if config.fit_whitening:
+            fitted = {name: whitening.fit(x[name]) for name in models}
+            if distributed.is_first():
+                whitening.write(config.fit_whitening, fitted, models)
+        x = beside(x, fitted) if fitted else x
         kind = "ensemble" if config.ensemble else "adapted" if config.adapter else "base"
         if distributed.is_first():
             writers[out.suffix](out, x[kind], [source.name(i) for i in read])
@@ -182,6 +195,17 @@ def _features_of(model: Backbone, config: EvalConfig | EmbedConfig, compute: Com
     if config.implementation == "reference":
         return plain
     return engine.choose(vit, compute.dtype or torch.float32, "fast", otherwise=plain, fp8=compute.fp8)
+
+
+def beside(x: Mapping[str, Tensor], fitted: Mapping[str, Whitening]) -> dict[str, Tensor]:
+    """What `extract` found, with whitened features beside each model's own, and the ensemble of these."""
+    found = {name: whitening.beside(x[name], by) for name, by in fitted.items()}
+    return found | ({"ensemble": ensemble(found["base"], found["adapted"])} if "adapted" in found else {})
+
+
+def _whitened(part: Mapping[str, Features], fitted: Mapping[str, Whitening]) -> dict[str, Features]:
+    x = beside({name: features.x for name, features in part.items()}, fitted)
+    return {name: replace(features, x=x[name]) for name, features in part.items()}
 
 
 def ensemble(base: Tensor, adapted: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ def text(value: Any) -> str:
 def _measured(record: Record) -> dict[str, str]:
     found = {}
     for kind in KINDS[1:] if record.scores else ():
-        for measure in ("knn", "linear"):
+        for measure in ("knn", "whitened", "linear"):
             if cell := _accuracy(record.scores or {}, kind, measure):
                 found[f"{measure}, {kind}"] = cell
     return found
@@ -129,26 +129,29 @@ def _scores(record: Record) -> str:
     scores = record.scores
     if scores is None:
         return ""
-    source = scores.get("source")
     rows = []
     for kind in KINDS:
-        cells = [_accuracy(scores, kind, measure) for measure in ("knn", "linear")]
-        kept = number(source.get(kind)) if isinstance(source, dict) else None
-        rows.append([kind, *cells, "" if kept is None else f"{kept:.1f}"])
+        cells = [_accuracy(scores, kind, measure) for measure in ("knn", "whitened", "linear")]
+        rows.append([kind, *cells, *(_kept(scores.get(where), kind) for where in ("source", "source_whitened"))])
     count, k = _value(scores.get("n_test")), _value(scores.get("k"))
     note = (
         f"Percent right of {count} test images, k = {k}; ± one binomial standard error. All rows use the same images, "
     )
     note += "so their differences are surer than these errors suggest."
-    header = ["features", "k-NN", "linear probe", "k-NN on the source domain"]
+    header = ["features", "k-NN", "k-NN, whitened", "linear probe", "k-NN on the source domain", "the same, whitened"]
     table = _table(header, [row for row in rows if any(row[1:])], "figures")
     return _figure("Percent right", "± one standard error", _bars(scores)) + table + f"<p>{text(note)}</p>"
+
+
+def _kept(source: Any, kind: str) -> str:
+    percent = number(source.get(kind)) if isinstance(source, dict) else None
+    return "" if percent is None else f"{percent:.1f}"
 
 
 def _bars(scores: dict[str, Any]) -> str:
     count = number(scores.get("n_test"))
     bars = []
-    for measure, group in (("knn", "k-NN"), ("linear", "linear probe")):
+    for measure, group in (("knn", "k-NN"), ("whitened", "k-NN, whitened"), ("linear", "linear probe")):
         for kind in KINDS:
             part = scores.get(kind)
             percent = number(part.get(measure)) if isinstance(part, dict) else None

@@ -189,18 +189,23 @@ class Progress:
 
 
 def print_scores(result: dict[str, Any]) -> None:
-    """The table of `evaluate`, in percent, with the change against the base model."""
+    """The table of `evaluate`, in percent, with the change against the base model's features as they are."""
     table = Table(title=f"{result['n_train']} train, {result['n_test']} test images, k = {result['k']}")
     table.add_column("features")
     kinds = [kind for kind in ("base", "adapted", "ensemble") if kind in result]
-    measures = ["knn", "linear"] + (["source knn"] if "source" in result else [])
-    for name in measures:
+    columns = {
+        title: {kind: result[kind][measure] for kind in kinds}
+        for title, measure in (("knn", "knn"), ("knn, whitened", "whitened"), ("linear", "linear"))
+    }
+    if "source" in result:
+        columns |= {"source knn": result["source"], "source knn, whitened": result["source_whitened"]}
+    for name in columns:
         table.add_column(name, justify="right")
     for kind in kinds:
         cells = []
-        for measure in measures:
-            row = result["source"] if measure == "source knn" else {k: result[k][measure] for k in kinds}
-            change = "" if kind == "base" else f" ({row[kind] - row['base']:+.1f})"
+        for title, row in columns.items():
+            base = columns[title.removesuffix(", whitened")]["base"]
+            change = "" if row[kind] == base and kind == "base" else f" ({row[kind] - base:+.1f})"
             cells.append(f"{row[kind]:.1f}{change}")
         table.add_row(kind, *cells)
     terminal.show(table)

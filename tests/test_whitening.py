@@ -1,0 +1,134 @@
+"""Whitened features beside the others against scikit-learn, their identities, and the file they are kept in."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from sklearn.covariance import OAS
+
+from upstep_fast import demo, embed, evaluate, whitening
+from upstep_fast.errors import ConfigError
+from upstep_fast.evaluation import beside, ensemble
+from upstep_fast.trainer import adapt
+
+
+def unit(n, width=24, seed=0):
+    """Unit vectors that spread tenfold as much in some directions as in others, around a mean that is not 0."""
+    g = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(n, width, generator=g) * torch.linspace(0.3, 1, width) + 0.3, dim=-1)
+
+
+@pytest.mark.parametrize("n", [2, 10, 400])
+def test_the_covariance_is_scikit_learns_oas(n):
+    x = unit(n)
+    oracle = OAS().fit(x.double().numpy())
+    found = whitening.fit(x)
+    assert found.mean.numpy() == pytest.approx(oracle.location_, abs=1e-6)
+    # the matrix is the inverse root: applied twice it is the inverse, scikit-learn's precision
+    squared = (found.matrix.double() @ found.matrix.double()).numpy()
+    assert np.abs(squared - oracle.precision_).max() < 1e-5 * np.abs(oracle.precision_).max()
+    eigenvalues = torch.linalg.eigvalsh(torch.cov(x.double().T, correction=0)).clamp_min(0)
+    assert whitening.shrinkage(eigenvalues, n) == pytest.approx(oracle.shrinkage_, rel=1e-6)
+
+
+def test_of_many_images_every_direction_spreads_alike():
+    x = unit(20_000)
+    found = whitening.fit(x)
+    covariance = torch.cov(((x - found.mean) @ found.matrix).double().T)
+    assert (covariance - torch.eye(24)).abs().max() < 0.02
+    before = torch.cov(x.double().T).diagonal()
+    assert before.max() > 8 * before.min()
+
+
+def test_similarity_is_the_mean_of_both():
+    x, queries = unit(300), unit(7, seed=1)
+    by = whitening.fit(x)
+    both = whitening.beside(queries, by)
+    assert both.shape == (7, 48) and both.norm(dim=-1) == pytest.approx(torch.ones(7))
+    whitened = F.normalize((queries.double() - by.mean.double()) @ by.matrix.double(), dim=-1)
+    expected = (queries.double() @ queries.double().T + whitened @ whitened.T) / 2
+    assert (both @ both.T - expected).abs().max() < 1e-5
+
+
+def test_a_turned_space_has_the_same_similarities():
+    x = unit(300)
+    turn = torch.linalg.qr(torch.randn(24, 24, generator=torch.Generator().manual_seed(3)))[0]
+    found, turned = (whitening.beside(y, whitening.fit(y)) for y in (x, x @ turn))
+    assert (found @ found.T - turned @ turned.T).abs().max() < 1e-4
+
+
+def test_images_that_are_all_alike_have_nothing_to_whiten():
+    x = F.normalize(torch.ones(5, 8), dim=-1)
+    for same in (x, x[:1]):
+        both = whitening.beside(same, whitening.fit(same))
+        assert torch.equal(both[:, :8], same / 2**0.5) and not both[:, 8:].any()
+
+
+def test_the_ensemble_has_all_four_side_by_side():
+    x = {"base": unit(50), "adapted": unit(50, seed=1)}
+    by = {name: whitening.fit(value) for name, value in x.items()}
+    found = beside(x, by)
+    assert torch.equal(found["ensemble"], ensemble(found["base"], found["adapted"]))
+    assert found["ensemble"].shape == (50, 96) and found.keys() == {"base", "adapted", "ensemble"}
+    assert beside({"base": x["base"]}, {"base": by["base"]}).keys() == {"base"}
+
+
+def test_real_signs_and_their_own_domain(shared):
+    model, data = demo.assets()
+    scores = evaluate(model, data, source=shared / "source_64.tar", device="cpu")
+    assert scores["base"]["whitened"] > scores["base"]["knn"] - 1
+    assert scores["source_whitened"].keys() == {"base"}
+    # with the whitening of the signs: that of the domain itself would gain there, the signs' must not cost much
+    assert -3 < scores["source_whitened"]["base"] - scores["source"]["base"] < 1.5
+
+
+@pytest.fixture
+def adapter(options):
+    adapt(**options | dict(steps=2, gate="none", report_images=False))
+    return options["out"] / "adapter"
+
+
+@pytest.fixture
+def common(adapter):
+    return dict(adapter=adapter, device="cpu", precision="fp32")
+
+
+def test_queries_are_whitened_as_the_bank_was(model, photos, common, tmp_path):
+    def features(name, **more):
+        return load_file(embed(model, photos, tmp_path / f"{name}.safetensors", **common | more))["features"]
+
+    plain, kept = features("plain"), str(tmp_path / "whitening.safetensors")
+    bank = features("bank", fit_whitening=kept)
+    assert (bank - whitening.beside(plain, whitening.fit(plain))).abs().max() < 1e-6
+    assert torch.equal(bank, features("again", whitening=kept))
+    assert features("ensemble", whitening=kept, ensemble=True).shape == (24, 4 * plain.shape[1])
+    # without the adapter the file still has the base model's part
+    assert features("base", whitening=kept, adapter=None).shape == bank.shape == (24, 2 * plain.shape[1])
+
+
+def test_a_whitening_of_another_model_or_a_broken_file_is_named(model, photos, adapter, tmp_path):
+    def refused(file, match, **more):
+        with pytest.raises(ConfigError, match=match):
+            embed(model, photos, tmp_path / "out.npy", whitening=str(file), device="cpu", **more)
+        assert not (tmp_path / "out.npy").exists()
+
+    kept = tmp_path / "whitening.safetensors"
+    embed(model, photos, tmp_path / "base.npy", fit_whitening=str(kept), device="cpu")
+    refused(kept, "was not fitted to this adapted model", adapter=adapter)
+    save_file({"base.mean": torch.zeros(48)}, kept)
+    refused(kept, "was not fitted to this base model")
+    kept.write_bytes(b"\x08")
+    refused(kept, "cannot be read")
+    refused(tmp_path / "nothing", "cannot be read")
+
+
+def test_the_file_is_asked_for_before_any_image_is_read(model, photos, tmp_path):
+    there = tmp_path / "there"
+    there.write_bytes(b"precious")
+    for path, match in ((there, "fit_whitening: .* exists"), (tmp_path / "no" / "w", "fit_whitening: no folder")):
+        with pytest.raises(ConfigError, match=match):
+            embed(model, photos, tmp_path / "out.npy", fit_whitening=str(path), device="cpu")
+    assert there.read_bytes() == b"precious"
+    with pytest.raises(ConfigError, match="not both"):
+        embed(model, photos, tmp_path / "out.npy", fit_whitening="a", whitening="b")

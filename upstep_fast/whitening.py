@@ -1,0 +1,92 @@
+"""Whitened features beside the features as they are: nearer neighbours on a new domain, without labels or training.
+
+    x = f / |f|                                     a unit feature, D numbers
+    m = mean x,  C = mean (x - m)(x - m)^T          of N unlabelled images of the domain
+    S = (1 - rho) C + rho tr(C)/D I                 rho by OAS: the fewer images, the nearer to 1
+    w = S^(-1/2) (x - m)                            every direction of the domain counts alike
+    phi(x) = [x, w / |w|] / sqrt(2)                 2 D numbers of unit length
+
+phi(x) . phi(y) is the mean of the two cosines. A pretrained model's few strong directions tell its own classes apart;
+on another domain the weak ones do as much. Whitened features alone lose on the model's own domain, side by side with
+the others they hardly do (docs/quality.md). Whitening for retrieval: Jegou and Chum 2012; OAS: Chen et al. 2010, eq. 23
+(as scikit-learn has it). That both stand side by side is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from .backbone import Backbone, fingerprint
+from .errors import ConfigError
+from .whole_file import write_whole
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """What `fit` found of one model's features."""
+
+    mean: Tensor  # [D] fp32
+    matrix: Tensor  # [D, D] fp32, S^(-1/2), symmetric
+
+
+def fit(x: Tensor) -> Whitening:
+    """Of unit features x [N, D]. Where all are alike the matrix is 0, and `beside` adds nothing."""
+    x = x.double()
+    mean = x.mean(0)
+    eigenvalues, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
+    eigenvalues = eigenvalues.clamp_min(0)
+    rho = shrinkage(eigenvalues, len(x))
+    spread = (1 - rho) * eigenvalues + rho * eigenvalues.mean()
+    scale = torch.where(spread > 0, spread.rsqrt(), 0.0)
+    return Whitening(mean.float(), ((vectors * scale) @ vectors.T).float())
+
+
+def shrinkage(eigenvalues: Tensor, num: int) -> float:
+    """rho of the oracle approximating shrinkage, 0 to 1, from the eigenvalues [D] of a covariance of `num` images."""
+    squares, square = eigenvalues.square().mean() / len(eigenvalues), eigenvalues.mean().square()
+    denominator = (num + 1) * (squares - square / len(eigenvalues))
+    return min(1.0, float((squares + square) / denominator)) if denominator > 0 else 1.0
+
+
+def beside(x: Tensor, by: Whitening) -> Tensor:
+    """phi: unit features [N, D] -> [N, 2 D], of unit length."""
+    whitened = F.normalize((x - by.mean) @ by.matrix, dim=-1)
+    return torch.cat([x, whitened], -1) / 2**0.5
+
+
+def write(path: str | Path, fitted: Mapping[str, Whitening], models: Mapping[str, Backbone]) -> None:
+    """Writes whitenings and their models' fingerprints, by name ("base", "adapted"), as safetensors; or ConfigError."""
+    tensors = {f"{name}.{part}": x.contiguous() for name, by in fitted.items() for part, x in vars(by).items()}
+    try:
+        write_whole(Path(path), save(tensors, metadata=_fingerprints(models)))
+    except OSError as error:
+        raise ConfigError(f"fit_whitening: cannot write {path}: {error.strerror}") from error
+
+
+def read(path: str | Path, models: Mapping[str, Backbone]) -> dict[str, Whitening]:
+    """What `write` wrote for these models. Raises ConfigError for a file that is none, or is of other models."""
+    try:
+        with safe_open(path, "pt") as file:
+            written = file.metadata() or {}
+            for name, fingerprint in _fingerprints(models).items():
+                if written.get(name) != fingerprint:
+                    raise ConfigError(
+                        f"whitening: {path} was not fitted to this {name} model; fit one with --fit-whitening"
+                    )
+            return {
+                name: Whitening(file.get_tensor(f"{name}.mean"), file.get_tensor(f"{name}.matrix")) for name in models
+            }
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"whitening: {path} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _fingerprints(models: Mapping[str, Backbone]) -> dict[str, str]:
+    return {name: fingerprint(model.vit) for name, model in models.items()}
