@@ -17,7 +17,7 @@ SHARED = Path(os.environ.get("UPSTEP_FAST_SHARED", ROOT.parent / "shared" / "dat
 SMALL = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=5)
 
 # tests are not on sys.path (import-mode=importlib), so what they share is put where `import` finds it
-for _name in ("engines", "kernel_checks", "vits"):
+for _name in ("engines", "kernel_checks", "view_checks", "vits"):
     _spec = importlib.util.spec_from_file_location(_name, Path(__file__).with_name(f"{_name}.py"))
     sys.modules[_name] = importlib.util.module_from_spec(_spec)
     _spec.loader.exec_module(sys.modules[_name])

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from kernel_checks import guarded_outputs, interpreting, surrounded
-from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
+from view_checks import needs, torchvision_view
 
-from upstep_fast.data.draws import ViewParams, draw_params
+from upstep_fast.data.draws import draw_params
 from upstep_fast.data.recipe import ViewConfig
 from upstep_fast.data.views import pack
 from upstep_fast.kernels import _native, patchify
@@ -58,16 +58,6 @@ def problem(size, interpolation, channels=3, sizes=SIZES):
     factors = ROWS.repeat(-(-len(boxes) // len(ROWS)), 1)[: len(boxes)].clone()
     mean, std = torch.rand(channels, generator=generator), 0.2 + torch.rand(channels, generator=generator)
     return images, params, (*pack(images, torch.device("cpu")), boxes, factors, mean, std)
-
-
-def torchvision_view(image: torch.Tensor, p: ViewParams, n: int, config: ViewConfig) -> torch.Tensor:
-    """What torchvision makes of the same geometry, uint8."""
-    box = [int(a[n]) for a in (p.top, p.left, p.height, p.width)]
-    mode = v2.InterpolationMode(config.interpolation)
-    view = tv.resized_crop(image, *box, [config.height, config.width], interpolation=mode, antialias=True)
-    view = tv.vertical_flip(view) if p.flip_y[n] else view
-    view = tv.horizontal_flip(view) if p.flip_x[n] else view
-    return view.transpose(1, 2) if p.transpose[n] else view
 
 
 def torchvision_colours(x: torch.Tensor, factors: list[float]) -> torch.Tensor:
@@ -143,11 +133,6 @@ CASES = [
     (1, (8, 8), "bilinear", TAPS, 4, torch.bfloat16),
     (5, (6, 9), "bicubic", TAPS, 3, torch.float32),
 ]
-
-
-def needs(implementation: str) -> None:
-    if implementation == "cpp" and (reason := native_reason("cpp", torch.device("cpu"), "views")):
-        pytest.skip(reason)
 
 
 def _check_kernel(case, device: str, sizes, implementation="triton") -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
+from view_checks import needs, torchvision_view
 
 from upstep_fast.cli import parse
 from upstep_fast.config import AdaptConfig
@@ -21,7 +22,6 @@ from upstep_fast.data.recipe import PRESETS, ViewConfig, local_config, view_conf
 from upstep_fast.data.views import multi_crop, random_views
 from upstep_fast.errors import ConfigError
 from upstep_fast.kernels._dispatch import forced
-from upstep_fast.kernels._native import native_reason
 from upstep_fast.kernels.patchify import patchify
 from upstep_fast.kernels.views_plain import resize_weights
 
@@ -29,11 +29,6 @@ both_ways = pytest.mark.usefixtures("implementation")
 SIZES = [(64, 64), (50, 80), (10, 7), (100, 33), (1, 1), (1, 300), (300, 1), (120, 200)]
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 STILL = ViewConfig(**{**dataclasses.asdict(PRESETS["none"]), **PLAIN})  # nothing but the crop
-
-
-def needs(implementation: str) -> None:
-    if implementation == "cpp" and (reason := native_reason("cpp", torch.device("cpu"), "views")):
-        pytest.skip(reason)
 
 
 @pytest.fixture(params=["cpp", "reference"])
@@ -56,16 +51,6 @@ def drawn(config: ViewConfig, images: list[torch.Tensor], **key) -> ViewParams:
     heights, widths = (np.array([i.shape[axis] for i in images]) for axis in (1, 2))
     key = {"seed": 0, "epoch": 0, "indices": np.arange(len(images)), "views": 2} | key
     return draw_params(config, heights, widths, **key)
-
-
-def torchvision_view(image: torch.Tensor, p: ViewParams, n: int, config: ViewConfig) -> torch.Tensor:
-    """What torchvision makes of the same geometry, uint8."""
-    box = [int(a[n]) for a in (p.top, p.left, p.height, p.width)]
-    mode = v2.InterpolationMode(config.interpolation)
-    view = tv.resized_crop(image, *box, [config.height, config.width], interpolation=mode, antialias=True)
-    view = tv.vertical_flip(view) if p.flip_y[n] else view
-    view = tv.horizontal_flip(view) if p.flip_x[n] else view
-    return view.transpose(1, 2) if p.transpose[n] else view
 
 
 @both_ways
