@@ -42,6 +42,18 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture(scope="module")
+def bench():
+    """Imports a module of bench/ by its name; they import each other from their own folder."""
+    folder = ROOT / "bench"
+    names = {path.stem for path in folder.glob("*.py")} - set(sys.modules)
+    sys.path.insert(0, str(folder))
+    yield importlib.import_module
+    sys.path.remove(str(folder))
+    for name in names:
+        sys.modules.pop(name, None)
+
+
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
     """A tiny ViT of random weights, as a local-dir."""

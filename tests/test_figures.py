@@ -1,13 +1,10 @@
 """bench/figures.py: what a report becomes, what is kept of earlier runs, and what the page says of it."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
 REPORT = """<testsuites><testsuite>
 <testcase name="a"><properties><property name="kills" value="8"/><property name="lost_steps_max" value="3"/>
 <property name="lost_steps_sum" value="10"/></properties></testcase>
@@ -18,11 +15,8 @@ REPORT = """<testsuites><testsuite>
 
 
 @pytest.fixture
-def figures(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("figures", ROOT / "bench" / "figures.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "figures", module)
-    spec.loader.exec_module(module)
+def figures(bench, tmp_path, monkeypatch):
+    module = bench("figures")
     monkeypatch.setattr(module, "RESULTS", tmp_path)
     monkeypatch.setattr(module, "PAGE", tmp_path / "page.md")
     (tmp_path / "page.md").write_text(f"before {module.BEGIN}\nformer\n{module.END} after")

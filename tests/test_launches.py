@@ -1,20 +1,12 @@
 """bench/launches.py counts what it says."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
-FILE = Path(__file__).resolve().parent.parent / "bench" / "launches.py"
-
 
 @pytest.fixture(scope="module")
-def launches():
-    spec = importlib.util.spec_from_file_location("launches", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def launches(bench):
+    return bench("launches")
 
 
 def test_operators_and_bytes_beside_products(launches):

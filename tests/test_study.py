@@ -1,6 +1,5 @@
 """The study: grids, resuming, the split that configurations are chosen on, figures, the dense check."""
 
-import importlib
 import json
 import re
 import sys
@@ -16,19 +15,6 @@ from scipy.stats import spearmanr
 from upstep_fast.data.sources import open_source
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
-
-
-@pytest.fixture(scope="module")
-def bench():
-    """The study's modules, by name; they import each other from their own folder."""
-    names = ("clusters", "dense", "study", "study_scores", "study_plot", "study_predictor", "study_page")
-    sys.path.insert(0, str(BENCH))
-    try:
-        yield {name: importlib.import_module(name) for name in names}
-    finally:
-        sys.path.remove(str(BENCH))
-        for name in names:
-            sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +62,7 @@ def grid(model, labelled, tmp_path):
 
 
 def test_a_list_is_a_sweep_and_every_job_has_its_own_key(bench, grid):
-    jobs = bench["study"].read_grid(grid)
+    jobs = bench("study").read_grid(grid)
     names = [job.name for job in jobs if job.seed == 0]
     assert names[0] == "plain" and len(names) == 5 and len(jobs) == 10
     assert names[1] == "cvr cvr_weight=1 lora_targets=['q', 'v']"
@@ -86,7 +72,7 @@ def test_a_list_is_a_sweep_and_every_job_has_its_own_key(bench, grid):
 
 
 def test_the_key_is_of_configuration_data_and_seed_not_of_the_name(bench, grid):
-    study = bench["study"]
+    study = bench("study")
     before = [job.key for job in study.read_grid(grid)]
     grid.write_text(grid.read_text().replace("[configs.plain]", "[configs.renamed]"))
     assert [job.key for job in study.read_grid(grid)] == before
@@ -98,25 +84,25 @@ def test_unknown_keys_are_refused(bench, grid):
     text = grid.read_text()
     grid.write_text(text.replace("seeds", "sedes"))
     with pytest.raises(ValueError, match="unknown sedes"):
-        bench["study"].read_grid(grid)
+        bench("study").read_grid(grid)
     grid.write_text(text.replace("prototypes = 4", "prototype = 4"))
     with pytest.raises(ValueError, match="prototype"):
-        bench["study"].read_grid(grid)
+        bench("study").read_grid(grid)
 
 
 def test_configurations_are_chosen_on_a_third_of_train_and_see_no_test_image(bench, labelled, tmp_path):
-    path = bench["study"].selection(str(labelled), tmp_path)
+    path = bench("study").selection(str(labelled), tmp_path)
     parts = {split: open_source(path, split=split) for split in ("train", "test")}
     contents = {s: {parts[s].read(i) for i in range(len(parts[s]))} for s in parts}
     train = {file.read_bytes() for file in (labelled / "train").rglob("*.png")}
     assert contents["train"] | contents["test"] == train and not contents["train"] & contents["test"]
     assert 5 <= len(contents["test"]) <= 27  # of 48: 16 expected, a standard deviation is 3.3
     assert sorted(set(parts["test"].labels)) == ["blue", "red"]
-    assert bench["study"].selection(str(labelled), tmp_path) == path
+    assert bench("study").selection(str(labelled), tmp_path) == path
 
 
 def test_rows_are_kept_and_what_has_one_is_not_run_again(bench, grid, tmp_path, capsys, monkeypatch):
-    study = bench["study"]
+    study = bench("study")
     grid.write_text(grid.read_text().replace("seeds = [0, 1]", "seeds = [0]").replace("[1, 5]", "5"))
     grid.write_text(grid.read_text().replace('[["q", "v"], ["qkv"]]', '["q"]'))
     out, work = tmp_path / "rows.jsonl", tmp_path / "work"
@@ -148,7 +134,7 @@ def test_rows_are_kept_and_what_has_one_is_not_run_again(bench, grid, tmp_path, 
 
 
 def test_a_failed_run_is_a_row_and_is_tried_again(bench, grid, tmp_path, monkeypatch):
-    study = bench["study"]
+    study = bench("study")
     monkeypatch.setattr(study, "ProcessPoolExecutor", InThisProcess)
     tried = []
 
@@ -197,19 +183,19 @@ class InThisProcess:
 
 def test_otsu_splits_two_groups(bench):
     values = np.concatenate([np.linspace(0, 0.2, 300), np.linspace(0.7, 1, 100)])
-    assert 0.2 <= bench["dense"].otsu(values) <= 0.7
+    assert 0.2 <= bench("dense").otsu(values) <= 0.7
 
 
 def test_a_hand_is_cut_out_and_pasted(bench):
     hand = torch.full((1, 3, 16, 16), 0.5)
     hand[:, 0, 4:12, 4:12], hand[:, 2, 4:12, 4:12] = 0.9, 0.2
     hand[:, 0, 0, 0] = 0.51  # not one grey everywhere
-    found = bench["dense"].composites(hand, torch.zeros(1, 3, 16, 16))
+    found = bench("dense").composites(hand, torch.zeros(1, 3, 16, 16))
     expected = torch.zeros(16, 16, dtype=torch.bool)
     expected[4:12, 4:12] = True
     assert torch.equal(found.masks[0], expected)
     assert torch.equal(found.images[0, 0], torch.where(expected, hand[0, 0], torch.zeros(())))
-    labels = bench["dense"].patch_labels(found.masks, 4)
+    labels = bench("dense").patch_labels(found.masks, 4)
     assert labels.view(4, 4).tolist() == [
         [False] * 4,
         [False, True, True, False],
@@ -220,16 +206,16 @@ def test_a_hand_is_cut_out_and_pasted(bench):
 
 def test_mean_iou_and_segment(bench):
     truth = torch.tensor([True, True, False, False])
-    assert bench["dense"].mean_iou(truth, truth) == 100
+    assert bench("dense").mean_iou(truth, truth) == 100
     # hand: 1 of 3; background: 1 of 3
-    assert bench["dense"].mean_iou(torch.tensor([True, False, True, False]), truth) == pytest.approx(100 / 3)
+    assert bench("dense").mean_iou(torch.tensor([True, False, True, False]), truth) == pytest.approx(100 / 3)
     bank = torch.nn.functional.normalize(torch.tensor([[1.0, 0.1], [1, 0.2], [0.1, 1], [0.2, 1]]), dim=1)
     labels = torch.tensor([True, True, False, False])
-    assert bench["dense"].segment(bank, labels, torch.eye(2), k=2).tolist() == [True, False]
+    assert bench("dense").segment(bank, labels, torch.eye(2), k=2).tolist() == [True, False]
 
 
 def test_what_has_no_row_is_named(bench, grid):
-    study = bench["study"]
+    study = bench("study")
     jobs = study.read_grid(grid)
     rows = [{"key": job.key, "split": "select"} for job in jobs if job.name != "plain"]
     rows += [{"key": jobs[0].key, "split": "select", "error": "no luck"}]
@@ -243,7 +229,7 @@ def test_the_grids_that_are_shipped_are_valid(bench, shared, name, monkeypatch):
     monkeypatch.chdir(BENCH.parent)
     if not Path("../shared/data/gtsrb_32.tar").is_file():
         pytest.skip("the grids name ../shared/data")
-    jobs = bench["study"].read_grid(BENCH / name)
+    jobs = bench("study").read_grid(BENCH / name)
     for job in jobs:
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in job.options.items()}
         AdaptConfig(model=job.model, data=(job.data,), out="", seed=job.seed, **options)
@@ -264,7 +250,7 @@ def a_row(data, gain, score, seed=0, **more):
 
 
 def test_rank_correlations_are_of_score_and_true_gain(bench):
-    predictor = bench["study_predictor"]
+    predictor = bench("study_predictor")
     rows = [a_row("a", gain, score) for gain, score in ((1, 0.1), (3, 0.5), (2, 0.3), (-4, -8.0), (9, 0.51))]
     found = predictor.correlations(predictor.points(rows))
     assert found["good"] == pytest.approx(1) and found["constant"] is None and abs(found["noise"]) < 1
@@ -287,7 +273,7 @@ def scored_rows(sets, num, wrong=()):
 
 
 def test_the_weight_ranks_best_and_the_floor_lies_below_what_lost_nothing(bench):
-    predictor = bench["study_predictor"]
+    predictor = bench("study_predictor")
     unlucky = a_row("a", 1.0, -0.04)  # gained a point, though predicted to lose: 100 x -.04 - weight x .1
     found = predictor.points([*scored_rows("ab", 20), unlucky])
     weight, floor = predictor.fit(found)
@@ -297,7 +283,7 @@ def test_the_weight_ranks_best_and_the_floor_lies_below_what_lost_nothing(bench)
 
 
 def test_a_set_is_judged_by_what_was_fitted_on_the_others(bench):
-    predictor = bench["study_predictor"]
+    predictor = bench("study_predictor")
     found = predictor.points(scored_rows("abc", 20))
     predicted = [value for value, _ in predictor.leave_one_out(found)]
     assert predictor.rank_correlation(predicted, [point.gain for point in found]) > 0.95
@@ -310,7 +296,7 @@ def test_a_set_is_judged_by_what_was_fitted_on_the_others(bench):
 
 
 def test_the_predictor_is_reported_by_set_together_and_with_its_refusals(bench):
-    predictor = bench["study_predictor"]
+    predictor = bench("study_predictor")
     rows = scored_rows("abc", 8)
     for row in rows:  # pushed further: not an independent run
         row["at"]["4.0"] = {"adapted": {"knn": 30}, "judgement": row["at"]["1.0"]["judgement"]}
@@ -331,7 +317,7 @@ def test_the_predictor_is_reported_by_set_together_and_with_its_refusals(bench):
 
 
 def test_the_plot_has_means_over_the_sets_names_on_the_frontier_and_the_targets(bench):
-    plot = bench["study_plot"]
+    plot = bench("study_plot")
     rows = [a_row(data, gain, 0.1, name=name) for name, gain in (("low", 1), ("high", 4)) for data in "ab"]
     rows.append(a_row("a", 9, 0.1, name="only <a>"))
     means = {(dot.name, dot.kind): (dot.x, dot.y) for dot in plot.dots(rows) if dot.group == plot.MEAN}
@@ -355,7 +341,7 @@ def test_the_plot_has_means_over_the_sets_names_on_the_frontier_and_the_targets(
 
 
 def test_the_page_has_means_with_standard_errors_and_is_filled_between_its_markers(bench, tmp_path):
-    study_page = bench["study_page"]
+    study_page = bench("study_page")
     page = tmp_path / "quality.md"
     page.write_text(f"before\n{study_page.BEGIN}\nold\n{study_page.END}\nafter\n")
     rows = [a_row("a", 1, 0.1, 0), a_row("a", 3, 0.2, 1), a_row("b", -2, 0.3), a_row("b", 5, 0.9, 1, name="gate")]
@@ -389,7 +375,7 @@ def test_the_page_has_means_with_standard_errors_and_is_filled_between_its_marke
 def test_purity_and_nmi_by_hand_and_by_scikit_learn(bench):
     from sklearn.metrics import normalized_mutual_info_score
 
-    clusters = bench["clusters"]
+    clusters = bench("clusters")
     labels = torch.tensor([0, 0, 0, 1, 1, 2])
     assert clusters.purity(labels, labels) == 1 and clusters.nmi(labels, labels) == pytest.approx(1)
     one = torch.zeros(6, dtype=torch.int64)
@@ -405,10 +391,10 @@ def test_a_runs_clusters_are_those_of_its_own_checkpoints(bench, model, labelled
     import upstep_fast
 
     options = dict(steps=8, batch_size=8, prototypes=4, head_hidden=16, head_dim=8, num_workers=0, device="cpu")
-    looks = bench["study"].looked_at(8)
+    looks = bench("study").looked_at(8)
     assert looks == {"checkpoint_every": 2, "keep_checkpoints": 4}
     upstep_fast.adapt(model=model, data=str(labelled), out=tmp_path / "run", lr=1e-2, **options, **looks)
-    found = bench["clusters"].history(tmp_path / "run", str(labelled))
+    found = bench("clusters").history(tmp_path / "run", str(labelled))
     assert [row["step"] for row in found] == [2, 4, 6, 8]
     assert found[0]["stability"] is None and all(0 <= row["stability"] <= 1 for row in found[1:])
     assert all(0.5 <= row["purity"] <= 1 and 0 <= row["nmi"] <= 1 + 1e-12 for row in found)
@@ -417,7 +403,7 @@ def test_a_runs_clusters_are_those_of_its_own_checkpoints(bench, model, labelled
 def test_an_adapter_is_weakened_by_thirds_of_its_blocks(bench, model):
     from upstep_fast import backbone
 
-    scores, study = bench["study_scores"], bench["study"]
+    scores, study = bench("study_scores"), bench("study")
     job = study.Job("a", {}, "m", "d", None, 0, 20, (0.5, 1.0), (4.0,))
     assert list(scores.variants(job, 9, by_depth=False)) == ["0.5", "1.0", "4.0"]
     found = scores.variants(job, 9, by_depth=True)
@@ -439,12 +425,12 @@ def test_the_standard_error_of_a_change_is_paired(bench):
     before, after = torch.tensor([1, 1, 0, 0, 1]).bool(), torch.tensor([1, 0, 0, 1, 1]).bool()
     differences = np.array([0, -1, 0, 1, 0])
     expected = 100 * differences.std(ddof=1) / 5**0.5
-    assert bench["study_scores"].paired_error(before, after) == pytest.approx(expected)
-    assert bench["study_scores"].paired_error(before, before) == 0
+    assert bench("study_scores").paired_error(before, after) == pytest.approx(expected)
+    assert bench("study_scores").paired_error(before, before) == 0
 
 
 def test_the_page_has_clusters_depth_and_the_sources_errors(bench, tmp_path):
-    study_page = bench["study_page"]
+    study_page = bench("study_page")
     page = tmp_path / "quality.md"
     page.write_text(f"{study_page.BEGIN}\n{study_page.END}\n")
     looks = [{"step": 30, "purity": 0.4, "nmi": 0.3, "stability": None}]

@@ -1,6 +1,5 @@
 """bench/sweep.py: its FLOPs, its table and its place on the page."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -8,15 +7,10 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-FILE = Path(__file__).resolve().parent.parent / "bench" / "sweep.py"
-
 
 @pytest.fixture(scope="module")
-def sweep():
-    spec = importlib.util.spec_from_file_location("sweep", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def sweep(bench):
+    return bench("sweep")
 
 
 def test_flops_are_those_torch_counts(sweep):
