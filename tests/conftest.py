@@ -12,6 +12,8 @@ import timm
 import torch
 from PIL import Image
 
+from upstep_fast.kernels import _dispatch
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("UPSTEP_FAST_SHARED", ROOT.parent / "shared" / "data"))
 SMALL = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=5)
@@ -40,6 +42,13 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"real data not found at {SHARED} (set UPSTEP_FAST_SHARED)")
     return SHARED
+
+
+@pytest.fixture
+def triton():
+    """Every op that has a Triton kernel runs it, or raises."""
+    with _dispatch.forced("triton"):
+        yield
 
 
 @pytest.fixture(scope="module")

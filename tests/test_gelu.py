@@ -217,12 +217,8 @@ def test_forced_triton_on_a_cpu_raises_with_the_reason():
 
 
 @pytest.mark.interp
+@pytest.mark.usefixtures("triton")
 class TestInterpreted:
-    @pytest.fixture(autouse=True)
-    def triton(self):
-        with _dispatch.forced("triton"):
-            yield
-
     @pytest.mark.parametrize(("dtype", "approximate"), VARIANTS)
     def test_matches_fp64(self, dtype, approximate):
         check(values(70, 45, dtype=dtype), approximate)
@@ -255,12 +251,8 @@ class TestInterpreted:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("triton")
 class TestGpu:
-    @pytest.fixture(autouse=True)
-    def triton(self):
-        with _dispatch.forced("triton"):
-            yield
-
     @pytest.mark.parametrize("shape", [(1,), (1023,), (33, 1024), (257, 5632), (3, 5, 7)])
     @pytest.mark.parametrize(("dtype", "approximate"), VARIANTS)
     def test_matches_fp64(self, dtype, approximate, shape):

@@ -284,12 +284,8 @@ def test_rows_too_long_for_triton_say_so():
 
 
 @pytest.mark.interp
+@pytest.mark.usefixtures("triton")
 class TestInterpreted:
-    @pytest.fixture(autouse=True)
-    def triton(self):
-        with _dispatch.forced("triton"):
-            yield
-
     @pytest.mark.parametrize("form", FORMS)
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_matches_fp64(self, dtype, form):
@@ -321,12 +317,8 @@ class TestInterpreted:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("triton")
 class TestGpu:
-    @pytest.fixture(autouse=True)
-    def triton(self):
-        with _dispatch.forced("triton"):
-            yield
-
     @pytest.mark.parametrize("shape", [(1, 64), (1003, 768), (517, 1024), (129, 1408), (65, 6144), (3, MAX_ROW)])
     @pytest.mark.parametrize("form", FORMS)
     @pytest.mark.parametrize("dtype", DTYPES)

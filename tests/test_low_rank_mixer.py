@@ -300,10 +300,9 @@ def row_of_report():
 @pytest.mark.interp
 class TestInterpreted:
     @pytest.fixture(autouse=True)
-    def triton(self):
-        with _dispatch.forced("triton"):
-            yield
-            assert row_of_report().implementation == "triton"
+    def chosen(self, triton):
+        yield
+        assert row_of_report().implementation == "triton"
 
     @pytest.mark.parametrize("form", FORMS)
     @pytest.mark.parametrize("axes", FUSED)
@@ -337,12 +336,8 @@ class TestInterpreted:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("triton")
 class TestGpu:
-    @pytest.fixture(autouse=True)
-    def triton(self):
-        with _dispatch.forced("triton"):
-            yield
-
     @pytest.mark.parametrize(("N", "D", "ranks"), [(197, 768, (16, 16)), (65, 192, (1, 32)), (257, 1001, (32, 8))])
     @pytest.mark.parametrize("form", FORMS)
     @pytest.mark.parametrize("axes", FUSED)

@@ -130,12 +130,8 @@ def test_a_patch_too_large_for_triton_says_so():
 
 
 @pytest.mark.interp
+@pytest.mark.usefixtures("triton")
 class TestInterpreted:
-    @pytest.fixture(autouse=True)
-    def triton(self):
-        with _dispatch.forced("triton"):
-            yield
-
     @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
     @pytest.mark.parametrize("dtype", (*FLOATS, torch.uint8))
     def test_matches_the_reference(self, dtype, memory_format):
@@ -149,12 +145,8 @@ class TestInterpreted:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("triton")
 class TestGpu:
-    @pytest.fixture(autouse=True)
-    def triton(self):
-        with _dispatch.forced("triton"):
-            yield
-
     @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
     @pytest.mark.parametrize("patch", [1, 7, 8, 14, 16, 28, 56])
     @pytest.mark.parametrize("dtype", (*FLOATS, torch.uint8))

@@ -143,12 +143,8 @@ def test_rows_too_long_for_triton_say_so():
 
 
 @pytest.mark.interp
+@pytest.mark.usefixtures("triton")
 class TestInterpreted:
-    @pytest.fixture(autouse=True)
-    def triton(self):
-        with _dispatch.forced("triton"):
-            yield
-
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_equals_the_reference(self, dtype, layout):
