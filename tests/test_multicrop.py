@@ -19,18 +19,8 @@ from upstep_fast.methods.upstep import UpStep
 
 
 @pytest.fixture
-def options(model, photos, tmp_path):
-    small = dict(
-        batch_size=8,
-        prototypes=8,
-        head_hidden=32,
-        head_dim=16,
-        lora_r=2,
-        num_workers=0,
-        local_views=3,
-        memory_check=False,
-    )
-    return dict(model=model, data=photos, out=tmp_path / "out", steps=4, precision="fp32", device="cpu", **small)
+def options(options):
+    return options | dict(steps=4, local_views=3, memory_check=False)
 
 
 def build(options, **changes):
