@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import timm
 import torch
-from engines import VARIANTS, gradients, kept_bytes, model, relative, run_state, same_as_timm, trajectory
+from engines import ROTARY, VARIANTS, gradients, kept_bytes, model, relative, run_state, same_as_timm, trajectory
 from timm.layers import DropPath
 
 from upstep_fast import lora
@@ -59,11 +59,8 @@ def test_drop_path_draws_as_timm_does(memory):
 @pytest.mark.parametrize("targets", TARGETS)
 def test_every_place_an_adapter_can_sit(targets):
     vit, images = model("registers, LayerScale", targets)
-    expected, expected_grads = gradients(vit, lambda x: features(vit, x), images)
-    got, grads = gradients(vit, engine.build(vit, torch.float32).features, images)
-    assert relative(got, expected) < 1e-5 and len(grads) == 2 * 2 * len(lora.find(vit)) / 2
-    for ours, theirs in zip(grads, expected_grads, strict=True):
-        assert relative(ours, theirs) < 1e-4
+    assert len([p for p in vit.parameters() if p.requires_grad]) == 2 * len(lora.find(vit))
+    same_as_timm(vit, images)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -127,7 +124,7 @@ def test_an_adapter_survives_beside_fp8_weights():
     assert relative(moved, expected) < 0.2
 
 
-@pytest.mark.parametrize("variant", ["class token", "registers, LayerScale", "QuickGELU, norm_pre"])
+@pytest.mark.parametrize("variant", ["class token", "registers, LayerScale", "QuickGELU, norm_pre", *ROTARY])
 def test_forward_only_equals_forward_with_gradients(variant):
     vit, images = model(variant)
     run = engine.build(vit, torch.float32).features
@@ -165,8 +162,9 @@ def test_adapters_are_merged_in_fp32_whatever_autocast_the_caller_is_in():
                 next(iter(lora.find(vit).values())).lora_b.add_(0)  # merged again
 
 
-def test_forward_only_is_one_graph(monkeypatch):
-    vit, images = model("registers, LayerScale")
+@pytest.mark.parametrize("variant", ["registers, LayerScale", "DINOv3", "EVA-02, q k v apart"])
+def test_forward_only_is_one_graph(variant, monkeypatch):
+    vit, images = model(variant)
     # fullgraph raises where the graph would break
     monkeypatch.setattr(torch, "compile", partial(torch.compile, fullgraph=True, backend="eager"))
     run = engine.build(vit, torch.float32, compiled=True).forward_only

@@ -1,7 +1,6 @@
 """Rotary positions in the engine: against complex numbers, and timm's models at any size, in training, in parts."""
 
 import json
-from functools import partial
 
 import peft
 import pytest
@@ -115,23 +114,6 @@ def test_several_sizes_in_one_pass(memory):
         assert relative(ours, theirs) < 1e-4
     with pytest.raises(ValueError, match="rotary positions, and none were given"):
         run.through_blocks([run.embed(x) for x in crops])
-
-
-@pytest.mark.parametrize("variant", ROTARY)
-def test_forward_only_equals_forward_with_gradients(variant):
-    vit, images = model(variant)
-    run = engine.build(vit, torch.float32).features
-    with torch.no_grad():
-        quiet = run(images)
-    assert torch.equal(quiet, run(images).detach())
-
-
-@pytest.mark.parametrize("variant", ["DINOv3", "EVA-02, q k v apart"])
-def test_forward_only_is_one_graph(variant, monkeypatch):
-    vit, images = model(variant)
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, fullgraph=True, backend="eager"))
-    run = engine.build(vit, torch.float32, compiled=True).forward_only
-    assert relative(run(images), features(vit, images).detach()) < 1e-5
 
 
 def test_what_the_engine_leaves_to_timm_is_named():
