@@ -23,7 +23,7 @@ from upstep_fast.data.loader import Loader
 from upstep_fast.data.sources import open_source
 from upstep_fast.data.views import random_views, view_config
 from upstep_fast.device import Compute, resolve
-from upstep_fast.evaluation import Features, beside, ensemble, extract, knn_right, linear_probe
+from upstep_fast.evaluation import Features, beside, extract, knn_right, linear_probe, plain
 from upstep_fast.judgement import judge
 from upstep_fast.whitening import Whitening
 from upstep_fast.whole_file import write_whole
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 JUDGED = 256  # unlabelled held-out images that the label-free scores see
 VIEW_SEED = 12345
 SPLITS = ("train", "test")
+WHITENED = ("adapted_whitened", "ensemble_whitened")
 THIRDS = ("first", "middle", "last")  # of the blocks
 PART_STRENGTHS = (0.0, 0.5)
 HANDS = "sign_digits"  # the set whose photographs the dense check cuts hands out of
@@ -112,7 +113,7 @@ def scores(job: Job, data: str, adapter: Path, work: Path, by_depth: bool = Fals
         return [extract(open_source(path, split=s), {"base": found}, config, compute)[0]["base"] for s in SPLITS]
 
     def of_base(path: str) -> list[Tensor]:
-        name = hashlib.sha256(f"{job.model} {open_source(path).fingerprint()}".encode()).hexdigest()[:16]
+        name = hashlib.sha256(f"parts {job.model} {open_source(path).fingerprint()}".encode()).hexdigest()[:16]
         file = work / f"base-{name}.safetensors"
         if not file.is_file():
             write_whole(file, save(dict(zip(SPLITS, of(base, path), strict=True))))
@@ -120,13 +121,15 @@ def scores(job: Job, data: str, adapter: Path, work: Path, by_depth: bool = Fals
 
     before = {name: of_base(path) for name, path in sets.items()}
     result: dict[str, Any] = {"n_bank": len(before["data"][0]), "n_queries": len(before["data"][1]), "at": {}}
-    result["base"] = _accuracies(before["data"], labels["data"], job.k)
     by = {"base": whitening.fit(before["data"][0])}
-    result["base"]["whitened"] = _knn(_beside(by, before["data"])["base"], labels["data"], job.k)
+    forms = _forms(by, before["data"])
+    result["base"] = _accuracies(forms["base"], labels["data"], job.k)
+    result["base"]["whitened"] = _knn(forms["base_whitened"], labels["data"], job.k)
     if job.source:
-        right_before = knn_right(*_sets(before["source"], labels["source"]), job.k)
+        forms = _forms(by, before["source"])
+        right_before = knn_right(*_sets(forms["base"], labels["source"]), job.k)
         result["base"]["source"], result["n_source"] = _percent(right_before), len(right_before)
-        result["base"]["source_whitened"] = _knn(_beside(by, before["source"])["base"], labels["source"], job.k)
+        result["base"]["source_whitened"] = _knn(forms["base_whitened"], labels["source"], job.k)
     if composites is not None:
         result["base"]["dense"] = dense.dense_score(base, *composites)
     for name, variant in variants(job, len(base.vit.blocks), by_depth).items():
@@ -138,21 +141,16 @@ def scores(job: Job, data: str, adapter: Path, work: Path, by_depth: bool = Fals
         at: dict[str, Any] = {"judgement": judge(base_views, view_features(adapted, views, compute))}
         result["at"][name] = at
         by["adapted"] = whitening.fit(after[0])
+        forms = _forms(by, before["data"], after)
         if variant.measured == "all":
-            at["adapted"] = _accuracies(after, labels["data"], job.k)
-            at["ensemble"] = _accuracies(_pairs(before["data"], after), labels["data"], job.k)
-            for kind, x in _beside(by, before["data"], after).items():
-                if kind != "base":
-                    at[f"{kind}_whitened"] = {"knn": _knn(x, labels["data"], job.k)}
+            at |= {kind: _accuracies(forms[kind], labels["data"], job.k) for kind in ("adapted", "ensemble")}
+            at |= {kind: {"knn": _knn(forms[kind], labels["data"], job.k)} for kind in WHITENED}
         else:
-            at["adapted"] = {"knn": _knn(after, labels["data"], job.k)}
+            at["adapted"] = {"knn": _knn(forms["adapted"], labels["data"], job.k)}
         if job.source and variant.measured != "gain":
-            forgot = of(adapted, job.source)
-            at["source"] = {}
-            kinds = {"adapted": forgot, "ensemble": _pairs(before["source"], forgot)}
-            whitened = _beside(by, before["source"], forgot)
-            for kind, x in (kinds | {f"{kind}_whitened": whitened[kind] for kind in kinds}).items():
-                right = knn_right(*_sets(x, labels["source"]), job.k)
+            forms, at["source"] = _forms(by, before["source"], of(adapted, job.source)), {}
+            for kind in ("adapted", "ensemble", *WHITENED):
+                right = knn_right(*_sets(forms[kind], labels["source"]), job.k)
                 at["source"] |= {kind: _percent(right), f"{kind}_se": paired_error(right_before, right)}
         if composites is not None and variant.measured == "all":
             at["dense"] = dense.dense_score(adapted, *composites)
@@ -183,19 +181,16 @@ def _labels(path: str) -> list[Tensor]:
     return [torch.tensor([index[name] for name in part]) for part in names]
 
 
-def _pairs(before: list[Tensor], after: list[Tensor]) -> list[Tensor]:
-    return [ensemble(b, a) for b, a in zip(before, after, strict=True)]
-
-
-def _beside(
+def _forms(
     by: dict[str, Whitening], before: list[Tensor], after: list[Tensor] | None = None
 ) -> dict[str, list[Tensor]]:
-    """Bank and queries with whitened features beside the others, by "base", "adapted" and "ensemble"."""
-    parts = [{"base": b} for b in before]
-    if after is not None:
-        parts = [part | {"adapted": a} for part, a in zip(parts, after, strict=True)]
-    found = [beside(part, {name: by[name] for name in part}) for part in parts]
-    return {kind: [part[kind] for part in found] for kind in found[0]}
+    """Bank and queries [N, P, D] of both models, as "base", "adapted", "ensemble" and each of these _whitened."""
+    splits = []
+    for index, of_base in enumerate(before):
+        x = {"base": of_base} | ({} if after is None else {"adapted": after[index]})
+        whitened = beside(x, {name: by[name] for name in x})
+        splits.append(plain(x) | {f"{kind}_whitened": features for kind, features in whitened.items()})
+    return {kind: [split[kind] for split in splits] for kind in splits[0]}
 
 
 def _sets(x: list[Tensor], y: list[Tensor]) -> list[Features]:

@@ -65,7 +65,25 @@ def features(vit: nn.Module, images: Tensor) -> Tensor:
 
     images: [B, C, H, W], normalised. Returns [B, D].
     """
-    return vit.forward_head(vit.forward_features(images), pre_logits=True)  # type: ignore[operator]
+    return pooled(vit, vit.forward_features(images))  # type: ignore[operator]
+
+
+def pooled(vit: nn.Module, tokens: Tensor) -> Tensor:
+    """The features of tokens after the final norm: [B, N, D] -> [B, D]."""
+    return vit.forward_head(tokens, pre_logits=True)  # type: ignore[operator]
+
+
+def parts(vit: nn.Module, tokens: Tensor) -> Tensor:
+    """The features, and the mean of the patch tokens where that is not what they are: [B, N, D] -> [B, 1 or 2, D]."""
+    found = [pooled(vit, tokens)]
+    if num_parts(vit) == 2:
+        found.append(tokens[:, vit.num_prefix_tokens :].mean(1))
+    return torch.stack(found, 1)
+
+
+def num_parts(vit: nn.Module) -> int:
+    """How many `parts` there are."""
+    return 1 if vit.global_pool == "avg" else 2
 
 
 def load(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -43,6 +43,22 @@ class Features:
     x: Tensor  # [N, D] fp32, unit length
     y: Tensor  # [N] int64, index into `classes`
     classes: tuple[str, ...]
+
+
+Form = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]  # what `extract` found -> [N, *] by base, adapted, ensemble
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """What `extract` found of a labelled set of images."""
+
+    x: dict[str, Tensor]
+    y: Tensor
+    classes: tuple[str, ...]
+
+    def features(self, form: Form) -> dict[str, Features]:
+        """In one form, by "base", "adapted" and "ensemble"."""
+        return {name: Features(x, self.y, self.classes) for name, x in form(self.x).items()}
 
 
 def evaluate(
@@ -85,20 +101,21 @@ def _run(config: EvalConfig, compute: Compute) -> dict[str, Any]:
     models = load_models(config)
     result: dict[str, Any] = {}
     train, test = _train_and_test(config.data, models, config, compute)
-    fitted = {name: whitening.fit(train[name].x) for name in models}
+    whitened = partial(beside, fitted={name: whitening.fit(x) for name, x in train.x.items()})
 
-    def accuracy(bank: dict[str, Features], queries: dict[str, Features]) -> dict[str, float]:
-        return {name: knn(bank[name], queries[name], config.k) for name in bank}
+    def accuracy(form: Form, bank: Extracted, queries: Extracted) -> dict[str, float]:
+        pairs = zip(bank.features(form).items(), queries.features(form).values(), strict=True)
+        return {name: knn(of_bank, of_queries, config.k) for (name, of_bank), of_queries in pairs}
 
-    plain, whitened = accuracy(train, test), accuracy(_whitened(train, fitted), _whitened(test, fitted))
-    for name in train:
-        linear = linear_probe(train[name], test[name])
-        result[name] = {"knn": plain[name], "whitened": whitened[name], "linear": linear}
+    of_plain, of_whitened = accuracy(plain, train, test), accuracy(whitened, train, test)
+    for name, features in train.features(plain).items():
+        linear = linear_probe(features, test.features(plain)[name])
+        result[name] = {"knn": of_plain[name], "whitened": of_whitened[name], "linear": linear}
     if config.source is not None:
         bank, queries = _train_and_test((config.source,), models, config, compute)
-        result["source"] = accuracy(bank, queries)
-        result["source_whitened"] = accuracy(_whitened(bank, fitted), _whitened(queries, fitted))
-    result |= {"n_train": len(train["base"].y), "n_test": len(test["base"].y), "k": config.k}
+        result["source"] = accuracy(plain, bank, queries)
+        result["source_whitened"] = accuracy(whitened, bank, queries)
+    result |= {"n_train": len(train.y), "n_test": len(test.y), "k": config.k}
     if config.json is not None and distributed.is_first():
         _write_text(Path(config.json), json.dumps(result, indent=2) + "\n", "json")
     return result
@@ -130,10 +147,10 @@ def run_embed(config: EmbedConfig) -> Path:
             fitted = {name: whitening.fit(x[name]) for name in models}
             if distributed.is_first():
                 whitening.write(config.fit_whitening, fitted, models)
-        x = beside(x, fitted) if fitted else x
+        features = beside(x, fitted) if fitted else plain(x)
         kind = "ensemble" if config.ensemble else "adapted" if config.adapter else "base"
         if distributed.is_first():
-            writers[out.suffix](out, x[kind], [source.name(i) for i in read])
+            writers[out.suffix](out, features[kind], [source.name(i) for i in read])
     return out
 
 
@@ -152,9 +169,11 @@ def load_models(config: EvalConfig | EmbedConfig) -> dict[str, Backbone]:
 def extract(
     source: Source, models: dict[str, Backbone], config: EvalConfig | EmbedConfig, compute: Compute
 ) -> tuple[dict[str, Tensor], list[int]]:
-    """Unit features [N, D] of every readable image by each model and their ensemble, and the images' indices."""
+    """Of every readable image by each model: features and mean patch token, [N, P, D] (`backbone.parts`), each of unit
+    length; and the images' indices.
+    """
     base = models["base"]
-    features = {name: _features_of(model, config, compute) for name, model in models.items()}
+    runs = {name: _parts_of(model, config, compute) for name, model in models.items()}
     rows: dict[str, list[Tensor]] = {name: [] for name in models}
     read: list[int] = []
     skipped: dict[str, str] = {}
@@ -170,7 +189,7 @@ def extract(
     for indices, images in batches:
         x = base.normalised(images.to(compute.device))
         read += indices.tolist()
-        for name, run in features.items():
+        for name, run in runs.items():
             with compute.autocast():
                 f = run(x)
             rows[name].append(F.normalize(f.float(), dim=-1).cpu())
@@ -181,31 +200,36 @@ def extract(
         raise DataError(
             f"data: none of the {len(source)} images could be read; the first: {next(iter(skipped.items()))}"
         )
-    widths = {name: models[name].width for name in models}
-    own = {name: torch.cat(parts) if parts else torch.empty(0, widths[name]) for name, parts in rows.items()}
-    found = {name: torch.cat(distributed.gather_parts(x)) for name, x in own.items()}
-    if "adapted" in found:
-        found["ensemble"] = ensemble(found["base"], found["adapted"])
-    return found, read
+    # a rank without images has none to tell the shape of
+    nothing = {name: torch.empty(0, backbones.num_parts(model.vit), model.width) for name, model in models.items()}
+    own = {name: torch.cat(parts) if parts else nothing[name] for name, parts in rows.items()}
+    return {name: torch.cat(distributed.gather_parts(x)) for name, x in own.items()}, read
 
 
-def _features_of(model: Backbone, config: EvalConfig | EmbedConfig, compute: Compute) -> Callable[[Tensor], Tensor]:
+def _parts_of(model: Backbone, config: EvalConfig | EmbedConfig, compute: Compute) -> Callable[[Tensor], Tensor]:
     vit = model.vit.to(compute.device).requires_grad_(False)
-    plain = partial(backbones.features, vit)
+
+    def by_the_model(images: Tensor) -> Tensor:
+        return backbones.parts(vit, vit.forward_features(images))
+
     if config.implementation == "reference":
-        return plain
-    return engine.choose(vit, compute.dtype or torch.float32, "fast", otherwise=plain, fp8=compute.fp8)
+        return by_the_model
+    dtype = compute.dtype or torch.float32
+    return engine.choose(vit, dtype, "fast", otherwise=by_the_model, fp8=compute.fp8, pool=backbones.parts)
+
+
+def plain(x: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of what `extract` found the features as they are, [N, D], and their ensemble [N, 2 D]."""
+    return _with_ensemble({name: parts[:, 0].contiguous() for name, parts in x.items()})
 
 
 def beside(x: Mapping[str, Tensor], fitted: Mapping[str, Whitening]) -> dict[str, Tensor]:
-    """What `extract` found, with whitened features beside each model's own, and the ensemble of these."""
-    found = {name: whitening.beside(x[name], by) for name, by in fitted.items()}
+    """Of what `extract` found the features with whitened ones beside them, and their ensemble."""
+    return _with_ensemble({name: whitening.beside(x[name], by) for name, by in fitted.items()})
+
+
+def _with_ensemble(found: dict[str, Tensor]) -> dict[str, Tensor]:
     return found | ({"ensemble": ensemble(found["base"], found["adapted"])} if "adapted" in found else {})
-
-
-def _whitened(part: Mapping[str, Features], fitted: Mapping[str, Whitening]) -> dict[str, Features]:
-    x = beside({name: features.x for name, features in part.items()}, fitted)
-    return {name: replace(features, x=x[name]) for name, features in part.items()}
 
 
 def ensemble(base: Tensor, adapted: Tensor) -> Tensor:
@@ -279,11 +303,11 @@ def _accuracy(model: nn.Linear, x: Tensor, y: Tensor) -> float:
 
 def _train_and_test(
     paths: Sequence[str], models: dict[str, Backbone], config: EvalConfig, compute: Compute
-) -> tuple[dict[str, Features], dict[str, Features]]:
+) -> tuple[Extracted, Extracted]:
     found = []
     for part in train_and_test(paths, "eval"):
         x, read = extract(part.source, models, config, compute)
-        found.append({name: Features(value, part.y[read], part.classes) for name, value in x.items()})
+        found.append(Extracted(x, part.y[read], part.classes))
     return found[0], found[1]
 
 

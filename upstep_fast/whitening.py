@@ -1,15 +1,18 @@
 """Whitened features beside the features as they are: nearer neighbours on a new domain, without labels or training.
 
-    x = f / |f|                                     a unit feature, D numbers
-    m = mean x,  C = mean (x - m)(x - m)^T          of N unlabelled images of the domain
+    x = f / |f|,  p = g / |g|                       unit: the features, D numbers, and the mean of the patch tokens
+    m = mean x,  C = mean (x - m)(x - m)^T          of N unlabelled images of the domain; of p likewise
     S = (1 - rho) C + rho tr(C)/D I                 rho by OAS: the fewer images, the nearer to 1
-    w = S^(-1/2) (x - m)                            every direction of the domain counts alike
-    phi(x) = [x, w / |w|] / sqrt(2)                 2 D numbers of unit length
+    w(x) = S^(-1/2) (x - m), made a unit vector     every direction of the domain counts alike
+    phi = [x / sqrt(2), w(x) / 2, w(p) / 2]         3 D numbers of unit length
 
-phi(x) . phi(y) is the mean of the two cosines. A pretrained model's few strong directions tell its own classes apart;
-on another domain the weak ones do as much. Whitened features alone lose on the model's own domain, side by side with
-the others they hardly do (docs/quality.md). Whitening for retrieval: Jegou and Chum 2012; OAS: Chen et al. 2010, eq. 23
-(as scikit-learn has it). That both stand side by side is ours.
+A product phi . phi is half the cosine of the features as they are, half the mean of the whitened ones. Where the
+features are the mean patch token already, phi = [x, w(x)] / sqrt(2).
+
+A pretrained model's few strong directions tell its own classes apart; on another domain the weak ones do as much.
+Whitened features alone lose on the model's own domain, beside the others they hardly do (docs/quality.md). Whitening
+for retrieval: Jegou and Chum 2012; OAS: Chen et al. 2010, eq. 23 (as scikit-learn has it). Their place side by side is
+ours.
 """
 
 from __future__ import annotations
@@ -31,22 +34,26 @@ from .whole_file import write_whole
 
 @dataclass(frozen=True)
 class Whitening:
-    """What `fit` found of one model's features."""
+    """What `fit` found of one model's features and, P = 2, its mean patch tokens."""
 
-    mean: Tensor  # [D] fp32
-    matrix: Tensor  # [D, D] fp32, S^(-1/2), symmetric
+    mean: Tensor  # [P, D] fp32
+    matrix: Tensor  # [P, D, D] fp32, S^(-1/2), symmetric
 
 
 def fit(x: Tensor) -> Whitening:
-    """Of unit features x [N, D]. Where all are alike the matrix is 0, and `beside` adds nothing."""
-    x = x.double()
+    """Of unit vectors x [N, P, D]. Where all are alike the matrix is 0, and `beside` adds nothing."""
+    found = [_fit(part) for part in x.double().unbind(1)]
+    return Whitening(*(torch.stack(tensors).float() for tensors in zip(*found, strict=True)))
+
+
+def _fit(x: Tensor) -> tuple[Tensor, Tensor]:
     mean = x.mean(0)
     eigenvalues, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
     eigenvalues = eigenvalues.clamp_min(0)
     rho = shrinkage(eigenvalues, len(x))
     spread = (1 - rho) * eigenvalues + rho * eigenvalues.mean()
     scale = torch.where(spread > 0, spread.rsqrt(), 0.0)
-    return Whitening(mean.float(), ((vectors * scale) @ vectors.T).float())
+    return mean, (vectors * scale) @ vectors.T
 
 
 def shrinkage(eigenvalues: Tensor, num: int) -> float:
@@ -57,9 +64,9 @@ def shrinkage(eigenvalues: Tensor, num: int) -> float:
 
 
 def beside(x: Tensor, by: Whitening) -> Tensor:
-    """phi: unit features [N, D] -> [N, 2 D], of unit length."""
-    whitened = F.normalize((x - by.mean) @ by.matrix, dim=-1)
-    return torch.cat([x, whitened], -1) / 2**0.5
+    """phi: unit vectors [N, P, D], the features first -> [N, (1 + P) D], of unit length."""
+    whitened = F.normalize(torch.einsum("npd,pde->npe", x - by.mean, by.matrix), dim=-1)
+    return torch.cat([x[:, 0], whitened.flatten(1) / x.shape[1] ** 0.5], -1) / 2**0.5
 
 
 def write(path: str | Path, fitted: Mapping[str, Whitening], models: Mapping[str, Backbone]) -> None:

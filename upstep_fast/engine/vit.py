@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
+from ..backbone import pooled
 from ..errors import ConfigError
 from ..kernels.patchify import patchify
 from .block import Memory, run_block, run_blocks
@@ -25,6 +26,8 @@ from .rotary import Ropes, make_ropes, without_rope
 from .unchanged import watch
 
 log = logging.getLogger("upstep_fast")
+
+Pool = Callable[[Vit, Tensor], Tensor]  # tokens after the final norm -> features
 
 
 @dataclass(frozen=True)
@@ -40,16 +43,19 @@ class EngineViT:
     embed: Callable[[Tensor], Tensor]  # images, or their patches -> tokens [B, N, D] in `dtype`
     ropes: Callable[[Tensor], Ropes]  # the same -> their rotary table; None: the model has none
     forward_only: Callable[[Tensor], Tensor]
+    head: Callable[[Tensor], Tensor]  # tokens after the last block -> features
 
     def features(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W], normalised, or their patches -> [B, D] fp32, differentiable in what is trained.
+
+        What `build` was given as `pool` makes them, by default as the model's own classifier sees them.
 
         Without gradients it takes the forward-only path (forward.py).
         """
         if not torch.is_grad_enabled():
             self.check_unchanged()
             return self.forward_only(images)
-        return head(self.vit, self.through_blocks([self.embed(images)], self.ropes(images))[0])
+        return self.head(self.through_blocks([self.embed(images)], self.ropes(images))[0])
 
     def through_blocks(self, groups: Sequence[Tensor], ropes: Ropes = None) -> list[Tensor]:
         """Tokens [B, N, D] of each group as they enter the first block -> as they leave the last, in `dtype`.
@@ -82,17 +88,18 @@ def build(
     fused: bool | None = None,
     compiled: bool | None = None,
     fp8: bool = False,
+    pool: Pool = pooled,
 ) -> EngineViT:
     """Folds `vit` for training or for features in `dtype`. Raises ValueError if the engine cannot run it.
 
-    fused, fp8: as for `fold`; compiled: the forward-only path, as for `make_forward_only`.
+    fused, fp8: as for `fold`; compiled: the forward-only path, as for `make_forward_only`; pool: makes the features.
     """
     blocks = fold(vit, dtype, fused, fp8)
     tokens, ropes = partial(embed, without_rope(vit), dtype=dtype), make_ropes(vit)
     device = next(vit.parameters()).device
-    ready = make_ready(blocks)
-    forward_only = make_forward_only(blocks, ready, tokens, ropes, partial(head, vit), device, compiled)
-    return EngineViT(vit, blocks, dtype, memory, watch(vit), ready, tokens, ropes, forward_only)
+    ready, last = make_ready(blocks), partial(head, vit, pool=pool)
+    forward_only = make_forward_only(blocks, ready, tokens, ropes, last, device, compiled)
+    return EngineViT(vit, blocks, dtype, memory, watch(vit), ready, tokens, ropes, forward_only, last)
 
 
 def embed(vit: Vit, images: Tensor, dtype: torch.dtype) -> Tensor:
@@ -103,10 +110,10 @@ def embed(vit: Vit, images: Tensor, dtype: torch.dtype) -> Tensor:
         return vit.norm_pre(x).to(dtype)
 
 
-def head(vit: Vit, x: Tensor) -> Tensor:
+def head(vit: Vit, x: Tensor, pool: Pool = pooled) -> Tensor:
     """Final norm and pooling, in fp32: tokens [B, N, D] -> features [B, D]."""
     with torch.autocast(x.device.type, enabled=False):
-        return vit.forward_head(vit.norm(x.float()), pre_logits=True)
+        return pool(vit, vit.norm(x.float()))
 
 
 def choose(
@@ -116,17 +123,19 @@ def choose(
     otherwise: Callable[[Tensor], Tensor],
     fp8: bool = False,
     graphs: bool = False,
+    pool: Pool = pooled,
 ) -> Callable[[Tensor], Tensor]:
     """The engine's `features` if it can run `vit`, else `otherwise`, compiled on a GPU; with a line that says why.
 
-    graphs: replayed as CUDA graphs (graphs.py). Raises ConfigError for a model the engine cannot run with them.
+    graphs: replayed as CUDA graphs (graphs.py). pool: as for `build`; `otherwise` does the same.
+    Raises ConfigError for a model the engine cannot run with them.
     """
     reason = why_not(vit)
     if reason is None:
         assert isinstance(vit, Vit)
         for index, why in left_alone(vit).items():
             log.info("engine: block %d runs as it is, since it %s", index, why)
-        built = build(vit, dtype, memory, fp8=fp8)
+        built = build(vit, dtype, memory, fp8=fp8, pool=pool)
         return graphed(vit, built.features, built.check_unchanged) if graphs else built.features
     if graphs:
         raise ConfigError(f"cuda_graphs: only the engine is captured, and it cannot run this model: {reason}")
