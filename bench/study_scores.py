@@ -107,7 +107,7 @@ def scores(job: Job, data: str, adapter: Path, work: Path, by_depth: bool = Fals
     base_views = view_features(base, views, compute)
     composites = dense.load(data, job.source, base.img_size) if job.source and HANDS in data else None
     sets = {"data": data} | ({"source": job.source} if job.source else {})
-    labels = {name: _labels(path) for name, path in sets.items()}
+    labels = {name: labels_of(path) for name, path in sets.items()}
 
     def of(found: Backbone, path: str) -> list[Tensor]:
         return [extract(open_source(path, split=s), {"base": found}, config, compute)[0]["base"] for s in SPLITS]
@@ -124,12 +124,12 @@ def scores(job: Job, data: str, adapter: Path, work: Path, by_depth: bool = Fals
     by = {"base": whitening.fit(before["data"][0])}
     forms = _forms(by, before["data"])
     result["base"] = _accuracies(forms["base"], labels["data"], job.k)
-    result["base"]["whitened"] = _knn(forms["base_whitened"], labels["data"], job.k)
+    result["base"]["whitened"] = knn_percent(forms["base_whitened"], labels["data"], job.k)
     if job.source:
         forms = _forms(by, before["source"])
         right_before = knn_right(*_sets(forms["base"], labels["source"]), job.k)
         result["base"]["source"], result["n_source"] = _percent(right_before), len(right_before)
-        result["base"]["source_whitened"] = _knn(forms["base_whitened"], labels["source"], job.k)
+        result["base"]["source_whitened"] = knn_percent(forms["base_whitened"], labels["source"], job.k)
     if composites is not None:
         result["base"]["dense"] = dense.dense_score(base, *composites)
     for name, variant in variants(job, len(base.vit.blocks), by_depth).items():
@@ -144,9 +144,9 @@ def scores(job: Job, data: str, adapter: Path, work: Path, by_depth: bool = Fals
         forms = _forms(by, before["data"], after)
         if variant.measured == "all":
             at |= {kind: _accuracies(forms[kind], labels["data"], job.k) for kind in ("adapted", "ensemble")}
-            at |= {kind: {"knn": _knn(forms[kind], labels["data"], job.k)} for kind in WHITENED}
+            at |= {kind: {"knn": knn_percent(forms[kind], labels["data"], job.k)} for kind in WHITENED}
         else:
-            at["adapted"] = {"knn": _knn(forms["adapted"], labels["data"], job.k)}
+            at["adapted"] = {"knn": knn_percent(forms["adapted"], labels["data"], job.k)}
         if job.source and variant.measured != "gain":
             forms, at["source"] = _forms(by, before["source"], of(adapted, job.source)), {}
             for kind in ("adapted", "ensemble", *WHITENED):
@@ -175,7 +175,7 @@ def view_features(model: Backbone, views: Tensor, compute: Compute) -> Tensor:
         return torch.stack([backbones.features(model.vit, view) for view in views]).float().cpu()
 
 
-def _labels(path: str) -> list[Tensor]:
+def labels_of(path: str) -> list[Tensor]:
     names = [open_source(path, split=s).labels or [] for s in SPLITS]
     index = {name: i for i, name in enumerate(sorted(set(names[0] + names[1])))}
     return [torch.tensor([index[name] for name in part]) for part in names]
@@ -198,7 +198,7 @@ def _sets(x: list[Tensor], y: list[Tensor]) -> list[Features]:
     return [Features(a, b, classes) for a, b in zip(x, y, strict=True)]
 
 
-def _knn(x: list[Tensor], y: list[Tensor], k: int) -> float:
+def knn_percent(x: list[Tensor], y: list[Tensor], k: int) -> float:
     return _percent(knn_right(*_sets(x, y), k))
 
 
@@ -212,4 +212,4 @@ def paired_error(before: Tensor, after: Tensor) -> float:
 
 
 def _accuracies(x: list[Tensor], y: list[Tensor], k: int) -> dict[str, float]:
-    return {"knn": _knn(x, y, k), "linear": linear_probe(*_sets(x, y))}
+    return {"knn": knn_percent(x, y, k), "linear": linear_probe(*_sets(x, y))}

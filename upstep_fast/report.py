@@ -204,8 +204,8 @@ def print_scores(result: dict[str, Any]) -> None:
     for kind in kinds:
         cells = []
         for title, row in columns.items():
-            base = columns[title.removesuffix(", whitened")]["base"]
-            change = "" if row[kind] == base and kind == "base" else f" ({row[kind] - base:+.1f})"
+            plain = columns[title.removesuffix(", whitened")]
+            change = "" if kind == "base" and row is plain else f" ({row[kind] - plain['base']:+.1f})"
             cells.append(f"{row[kind]:.1f}{change}")
         table.add_row(kind, *cells)
     terminal.show(table)

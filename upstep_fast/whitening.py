@@ -65,8 +65,12 @@ def shrinkage(eigenvalues: Tensor, num: int) -> float:
 
 def beside(x: Tensor, by: Whitening) -> Tensor:
     """phi: unit vectors [N, P, D], the features first -> [N, (1 + P) D], of unit length."""
-    whitened = F.normalize(torch.einsum("npd,pde->npe", x - by.mean, by.matrix), dim=-1)
-    return torch.cat([x[:, 0], whitened.flatten(1) / x.shape[1] ** 0.5], -1) / 2**0.5
+    return torch.cat([x[:, 0], whitened(x, by).flatten(1) / x.shape[1] ** 0.5], -1) / 2**0.5
+
+
+def whitened(x: Tensor, by: Whitening) -> Tensor:
+    """w: unit vectors [N, P, D] -> [N, P, D], each of unit length."""
+    return F.normalize(torch.einsum("npd,pde->npe", x - by.mean, by.matrix), dim=-1)
 
 
 def write(path: str | Path, fitted: Mapping[str, Whitening], models: Mapping[str, Backbone]) -> None:
