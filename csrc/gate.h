@@ -21,6 +21,7 @@ enum Rule { kNone, kPrev, kEma, kQuantile, kViews };
 
 constexpr int kMaxViews = 2;
 constexpr double kQuantileStep = 0.2;  // of the spread, a step
+constexpr double kCatchUp = 0.1;       // the same for each step that was open too often so far
 constexpr double kSpreadBeta = 0.9;
 
 struct Gate {
@@ -78,7 +79,9 @@ UPSTEP_HOST_DEVICE int64_t decide(const Gate& gate, const double* state, const M
       const double away = fabs(now.m - reference);
       const double spread = state[kSpread] == 0 ? away : kSpreadBeta * state[kSpread] + (1 - kSpreadBeta) * away;
       const double below = gate.open_when_low ? gate.rate : 1 - gate.rate;
-      next[kReference] = reference + kQuantileStep * spread * (below - (now.m < reference));
+      const double too_many = next[kOpened] - gate.rate * next[kStep];
+      next[kReference] = reference + kQuantileStep * spread * (below - (now.m < reference)) -
+                         kCatchUp * spread * (gate.open_when_low ? too_many : -too_many);
       next[kSpread] = spread;
     }
   }

@@ -7,7 +7,7 @@
     none    none: always open
     prev    m of the step before
     ema     beta * reference + (1 - beta) * m
-    quantile  a threshold moved online until a fraction `rate` of the steps is open
+    quantile  a threshold moved online so that a fraction `rate` of the steps is open
     views   m of the second view, compared with m of the first
     s_bar   center_beta * s_bar + (1 - center_beta) * s, the running centre
 
@@ -112,7 +112,9 @@ def finish_reference(
             away = (m - ref).abs()
             moved = torch.where(spread == 0, away, 0.9 * spread + 0.1 * away)
             below = rate if update_when == "low" else 1 - rate
-            next_ref = ref + 0.2 * moved * (below - (m < ref).double())
+            too_many = old["opened"] + is_open - rate * (old["step"] + 1)
+            too_many = too_many if update_when == "low" else -too_many
+            next_ref = ref + 0.2 * moved * (below - (m < ref).double()) - 0.1 * moved * too_many
             spread = torch.where(finite & ~first, moved, spread)
         next_ref = torch.where(finite, torch.where(first, m, next_ref), ref)
 

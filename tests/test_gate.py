@@ -63,6 +63,20 @@ def test_target_rate_is_realised(rule, rate, update_when):
         assert realised == pytest.approx(rate, abs=0.06)
 
 
+@pytest.mark.parametrize("update_when", ["low", "high"])
+@pytest.mark.parametrize("rate", [0.25, 0.5])
+def test_the_quantile_keeps_its_rate_while_the_centre_falls(rate, update_when):
+    """From .6 to .1 along an exponential, METHODS section 6; half of the steps in each hundred, not only in all."""
+    random = np.random.default_rng(0)
+    rule, state, opened = GateRule("quantile", update_when=update_when, rate=rate), GateState(), []
+    for t in range(300):
+        is_open, state = decide(rule, state, (0.1 + 0.5 * math.exp(-t / 60) + 0.01 * random.standard_normal(),))
+        opened.append(is_open)
+    assert sum(opened) / 300 == pytest.approx(rate, abs=0.02)
+    for start in (0, 100, 200):
+        assert sum(opened[start : start + 100]) / 100 == pytest.approx(rate, abs=0.08)
+
+
 def test_none_never_skips():
     assert all(simulate(GateRule("none"), steps=100))
 

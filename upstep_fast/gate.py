@@ -8,7 +8,7 @@ reference, with "high" where it does not fall below.
     prev        m of the step before
     ema         running mean of m, memory gate_beta
     median      median of the last 64 m
-    quantile    a threshold moved online until a fraction gate_rate of the steps lies on the open side
+    quantile    a threshold moved online so that a fraction gate_rate of the steps lies on the open side
     views       the other view's magnitude
     random      none: open with probability gate_rate (the control)
     alternate   none: open in a regular pattern, a fraction gate_rate of the steps
@@ -39,6 +39,9 @@ Rule = Literal["none", "prev", "ema", "median", "quantile", "views", "random", "
 
 _WINDOW = 64  # of the median rule: longer windows lag behind a falling m (METHODS 1.6)
 _RATE = 0.05  # step of the quantile rule, in units of m's own spread
+_CATCH_UP = (
+    0.1  # the same for each step that was open too often or too seldom so far: m falls or rises for long in training
+)
 
 
 @dataclass(frozen=True)
@@ -91,10 +94,11 @@ def decide(rule: GateRule, state: GateState, views: Sequence[float]) -> tuple[bo
     if not all(math.isfinite(value) for value in views):
         return False, replace(state, step=state.step + 1, skips=state.skips + 1)
     is_open = state.step == 0 or state.skips >= rule.max_skips or _is_open(rule, state, m, views)
+    opened = state.opened + is_open
     return is_open, replace(
-        _remember(rule, state, m),
+        _remember(rule, state, m, opened),
         step=state.step + 1,
-        opened=state.opened + is_open,
+        opened=opened,
         skips=0 if is_open else state.skips + 1,
     )
 
@@ -138,7 +142,7 @@ def _is_open(rule: GateRule, state: GateState, m: float, views: Sequence[float])
     return m <= reference if rule.update_when == "low" else m >= reference
 
 
-def _remember(rule: GateRule, state: GateState, m: float) -> GateState:
+def _remember(rule: GateRule, state: GateState, m: float, opened: int) -> GateState:
     if rule.rule == "median":
         window = (*state.window, m)[-_WINDOW:]
         return replace(state, window=window, reference=statistics.median(window))
@@ -152,5 +156,7 @@ def _remember(rule: GateRule, state: GateState, m: float) -> GateState:
         # quantile tracking: moves up by `below` and down by 1 - `below`, so a fraction `below` of m ends up under it
         below = rule.rate if rule.update_when == "low" else 1 - rule.rate
         moved = reference + _RATE * spread * 4 * (below - (m < reference))
+        too_many = opened - rule.rate * (state.step + 1)
+        moved -= _CATCH_UP * spread * (too_many if rule.update_when == "low" else -too_many)
         return replace(state, reference=moved, spread=spread)
     return state
