@@ -9,10 +9,13 @@ from pathlib import Path
 
 import study_plot
 import study_predictor
-from study_plot import Row, grouped
+from study_plot import KINDS, Row, grouped
 
 from upstep_fast.judgement import predicted_gain
 
+# k-NN, linear probe, k-NN on the source: adapted, ensemble, and both with whitened features beside the others
+FORMS = ("adapted", "ens.", "adapted w.", "ens. w.")
+GAINS = [f"{what} {form}".strip() for what in ("", "linear", "source") for form in FORMS]
 BEGIN, END = "<!-- study: written by bench/study.py -->", "<!-- end of study -->"
 SOURCE_IMAGES = 1000  # of source_64.tar's test part, for rows that do not say
 
@@ -33,12 +36,14 @@ def fill(page: Path, rows: Sequence[Row], source: Path, missing: Sequence[str] =
     for split, what in (("select", "the held-out third of each train part"), ("test", "the test part")):
         if chosen := [row for row in good if row["split"] == split]:
             parts += [f"### On {what}", gains_table(chosen)]
+            parts += ["Means over the sets:", means] if (means := means_table(chosen)) else []
     if selected := [row for row in good if row["split"] == "select"]:
         plot = f"images/{page.stem}_frontier.svg"
         parts += ["### Gain against forgetting", f"![gain against forgetting]({plot})"]
         parts += [source_error(selected)] * any("source" in row["base"] for row in selected)
-        if whitened := [row for row in selected if "whitened" in row["base"]]:
+        if whitened := [row for row in selected if "base_whitened" in row]:
             parts += ["### Whitening alone", whitening_table(whitened)]
+        parts += ["### The runs", runs_table(selected)]
         parts += ["### Label-free scores", study_predictor.report(selected)]
         (page.parent / plot).parent.mkdir(exist_ok=True)
         (page.parent / plot).write_text(study_plot.plot(selected))
@@ -55,53 +60,83 @@ def fill(page: Path, rows: Sequence[Row], source: Path, missing: Sequence[str] =
 
 def gains_table(rows: Sequence[Row]) -> str:
     """One line a configuration, data set and strength: changes against the base model in points, means over seeds."""
-    columns = ("base", "adapted", "ensemble", "adapted w.", "ensemble w.", "linear", "linear ens.")
-    columns += ("source", "source ens.", "source w.", "source ens. w.")
-    more = ("skipped", "backward", "learnt", "centre", "CPU s")
-    lines = [_line("configuration", "data", "seeds", *columns, *more), "|---|---|--:|" + "--:|" * 16]
+    lines = [_line("configuration", "data", "seeds", "base", *GAINS), "|---|---|--:|--:|" + "--:|" * len(GAINS)]
     for (data, name, strength), group in grouped(rows).items():
-        first, plus = group[0], [(row, row["at"][strength]) for row in group]
+        base = f"{statistics.mean(row['base']['knn'] for row in group):.1f}"
+        plus = [(row, row["at"][strength]) for row in group]
+        gains = [mean_change(gained(kind, measure, plus)) for measure in ("knn", "linear") for kind in KINDS]
+        kept = [source_change(kind, [(row, at) for row, at in plus if kind in at.get("source", {})]) for kind in KINDS]
+        lines.append(_line(_at(name, strength), data, len(group), base, *gains, *kept))
+    return "\n".join(lines)
 
-        def change(kind: str, measure: str, plus: list[tuple[Row, Row]] = plus) -> str:
-            return mean_change([at[kind][measure] - row["base"][measure] for row, at in plus if kind in at])
 
-        def forgot(kind: str, plus: list[tuple[Row, Row]] = plus) -> str:
-            return source_change(kind, [(row, at) for row, at in plus if kind in at.get("source", {})])
+def means_table(rows: Sequence[Row]) -> str:
+    """The same, means over the data sets, of what was measured on all of them; nothing for one set."""
+    sets = {row["data"] for row in rows}
+    by_name: dict[tuple[str, str], list[list[Row]]] = defaultdict(list)
+    for (_, name, strength), group in grouped(rows).items():
+        by_name[name, strength].append(group)
+    lines = [_line("configuration", *GAINS, "skipped"), "|---|" + "--:|" * (len(GAINS) + 1)]
+    for (name, strength), groups in by_name.items():
+        if len(groups) < max(2, len(sets)):
+            continue
+        every = [[(row, row["at"][strength]) for row in group] for group in groups]
+        gains = [[gained(kind, measure, plus) for plus in every] for measure in ("knn", "linear") for kind in KINDS]
+        kept = [
+            [
+                [at["source"][kind] - row["base"]["source"] for row, at in plus if kind in at.get("source", {})]
+                for plus in every
+            ]
+            for kind in KINDS
+        ]
+        cells = [
+            f"{statistics.mean(map(statistics.mean, of_sets)):+.1f}" if all(of_sets) else "" for of_sets in gains + kept
+        ]
+        skipped = [statistics.mean(row["skip_rate"] for row in group) for group in groups]
+        cells.append(f"{100 * min(skipped):.0f} to {100 * max(skipped):.0f} %")
+        lines.append(_line(_at(name, strength), *cells))
+    return "\n".join(lines) if len(lines) > 2 else ""
 
-        scale = "" if strength == "1.0" else f" x {float(strength):g}"
+
+def runs_table(rows: Sequence[Row]) -> str:
+    """What each configuration cost, means over seeds."""
+    columns = ("configuration", "data", "seeds", "skipped", "backward", "learnt", "centre", "CPU s")
+    lines = [_line(*columns), "|---|---|--:|" + "--:|" * 5]
+    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row["data"], row["name"]].append(row)
+    for (data, name), group in groups.items():
         lines.append(
             _line(
-                name + scale,
+                name,
                 data,
                 len(group),
-                f"{statistics.mean(row['base']['knn'] for row in group):.1f}",
-                change("adapted", "knn"),
-                change("ensemble", "knn"),
-                change("adapted_whitened", "knn"),
-                change("ensemble_whitened", "knn"),
-                change("adapted", "linear"),
-                change("ensemble", "linear"),
-                forgot("adapted"),
-                forgot("ensemble"),
-                forgot("adapted_whitened"),
-                forgot("ensemble_whitened"),
                 f"{100 * statistics.mean(row['skip_rate'] for row in group):.0f} %",
                 f"{statistics.mean(row['backward_passes'] for row in group):.0f}",
                 f"{statistics.mean(row['images_learnt'] for row in group):,.0f}",
-                f"{first['centre_first']:.2f} to {first['centre_last']:.2f}",
+                f"{group[0]['centre_first']:.2f} to {group[0]['centre_last']:.2f}",
                 f"{statistics.mean(row['cpu_seconds'] for row in group):.0f}",
             )
         )
     return "\n".join(lines)
 
 
+def _at(name: str, strength: str) -> str:
+    return name + ("" if strength == "1.0" else f" x {float(strength):g}")
+
+
+def gained(kind: str, measure: str, plus: Sequence[tuple[Row, Row]]) -> list[float]:
+    """Changes against the base model's features as they are, of rows that have them."""
+    return [at[kind][measure] - row["base"][measure] for row, at in plus if measure in at.get(kind, {})]
+
+
 def whitening_table(rows: Sequence[Row]) -> str:
     """What whitened features beside the base model's own do, without any training; one line a data set."""
-    lines = [_line("data", "base", "whitened beside it", "source"), "|---|--:|--:|--:|"]
+    lines = [_line("data", "base", "k-NN", "linear", "source"), "|---|--:|--:|--:|--:|"]
     for row in {row["data"]: row for row in rows}.values():
-        base = row["base"]
-        source = f"{base['source_whitened'] - base['source']:+.1f}" if "source_whitened" in base else ""
-        lines.append(_line(row["data"], f"{base['knn']:.1f}", f"{base['whitened'] - base['knn']:+.1f}", source))
+        base, whitened = row["base"], row["base_whitened"]
+        cells = [f"{whitened[m] - base[m]:+.1f}" if m in whitened else "" for m in ("knn", "linear", "source")]
+        lines.append(_line(row["data"], f"{base['knn']:.1f}", *cells))
     return "\n".join(lines)
 
 

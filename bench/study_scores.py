@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 JUDGED = 256  # unlabelled held-out images that the label-free scores see
 VIEW_SEED = 12345
 SPLITS = ("train", "test")
-WHITENED = ("adapted_whitened", "ensemble_whitened")
+KINDS = ("adapted", "ensemble", "adapted_whitened", "ensemble_whitened")
 THIRDS = ("first", "middle", "last")  # of the blocks
 PART_STRENGTHS = (0.0, 0.5)
 HANDS = "sign_digits"  # the set whose photographs the dense check cuts hands out of
@@ -94,10 +94,10 @@ def between(base: nn.Module, adapted: nn.Module, strength: Callable[[str], float
 def scores(job: Job, data: str, adapter: Path, work: Path, by_depth: bool = False) -> dict[str, Any]:
     """k-NN and linear probe in percent of base, adapted and ensemble, forgetting, label-free scores, dense check.
 
-    Returns {"base": {"knn", "whitened", "linear", "source", "source_whitened", "dense"}, "at": {variant: {"adapted",
-    "ensemble", "adapted_whitened", "ensemble_whitened", "source", "judgement", "dense"}}, "n_bank", "n_queries"};
-    source and dense only where they are measured. Whitened: k-NN with whitened features beside the others, fitted to
-    the bank. "source" has the paired standard error of each change too, "adapted_se" and so on.
+    Returns {"base": {"knn", "linear", "source", "dense"}, "base_whitened": {"knn", "linear", "source"}, "at": {variant:
+    {"adapted", "ensemble", "adapted_whitened", "ensemble_whitened", "source", "judgement", "dense"}}, "n_bank",
+    "n_queries"}; source and dense only where they are measured. Whitened: with whitened features beside the others,
+    fitted to the bank. "source" has the paired standard error of each change too, "adapted_se" and so on.
     """
     config = EvalConfig(model=job.model, data=(data,), num_workers=1)
     compute = resolve(config.device, config.precision)
@@ -123,13 +123,12 @@ def scores(job: Job, data: str, adapter: Path, work: Path, by_depth: bool = Fals
     result: dict[str, Any] = {"n_bank": len(before["data"][0]), "n_queries": len(before["data"][1]), "at": {}}
     by = {"base": whitening.fit(before["data"][0])}
     forms = _forms(by, before["data"])
-    result["base"] = _accuracies(forms["base"], labels["data"], job.k)
-    result["base"]["whitened"] = knn_percent(forms["base_whitened"], labels["data"], job.k)
+    result |= {kind: _accuracies(forms[kind], labels["data"], job.k) for kind in ("base", "base_whitened")}
     if job.source:
         forms = _forms(by, before["source"])
         right_before = knn_right(*_sets(forms["base"], labels["source"]), job.k)
         result["base"]["source"], result["n_source"] = _percent(right_before), len(right_before)
-        result["base"]["source_whitened"] = knn_percent(forms["base_whitened"], labels["source"], job.k)
+        result["base_whitened"]["source"] = knn_percent(forms["base_whitened"], labels["source"], job.k)
     if composites is not None:
         result["base"]["dense"] = dense.dense_score(base, *composites)
     for name, variant in variants(job, len(base.vit.blocks), by_depth).items():
@@ -143,13 +142,12 @@ def scores(job: Job, data: str, adapter: Path, work: Path, by_depth: bool = Fals
         by["adapted"] = whitening.fit(after[0])
         forms = _forms(by, before["data"], after)
         if variant.measured == "all":
-            at |= {kind: _accuracies(forms[kind], labels["data"], job.k) for kind in ("adapted", "ensemble")}
-            at |= {kind: {"knn": knn_percent(forms[kind], labels["data"], job.k)} for kind in WHITENED}
+            at |= {kind: _accuracies(forms[kind], labels["data"], job.k) for kind in KINDS}
         else:
             at["adapted"] = {"knn": knn_percent(forms["adapted"], labels["data"], job.k)}
         if job.source and variant.measured != "gain":
             forms, at["source"] = _forms(by, before["source"], of(adapted, job.source)), {}
-            for kind in ("adapted", "ensemble", *WHITENED):
+            for kind in KINDS:
                 right = knn_right(*_sets(forms[kind], labels["source"]), job.k)
                 at["source"] |= {kind: _percent(right), f"{kind}_se": paired_error(right_before, right)}
         if composites is not None and variant.measured == "all":

@@ -88,11 +88,11 @@ def test_adapt_eval_embed(capsys, model, photos, tmp_path):
     scores = json.loads((tmp_path / "s.json").read_text())
     assert code == 0 and scores["n_train"] == 24 and scores["n_test"] == 12 and scores["k"] == 3
     for kind in ("base", "adapted", "ensemble"):
-        assert scores[kind].keys() == {"knn", "whitened", "linear"} and scores[kind]["knn"] > 90
+        assert scores[kind].keys() == {"knn", "knn_whitened", "linear", "linear_whitened"} and scores[kind]["knn"] > 90
         # the same images serve as source here, so forgetting is measured by the very same figures
         assert scores["source"][kind] == scores[kind]["knn"]
-        assert scores["source_whitened"][kind] == scores[kind]["whitened"]
-        assert f"{scores[kind]['whitened']:.1f}" in out
+        assert scores["source_whitened"][kind] == scores[kind]["knn_whitened"]
+        assert f"{scores[kind]['knn_whitened']:.1f}" in out
     assert "knn, whitened" in out
     code, _, _ = call(capsys, "embed", *common, "--out", tmp_path / "f.npy", "--ensemble")
     features = np.load(tmp_path / "f.npy")

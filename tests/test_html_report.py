@@ -209,9 +209,9 @@ def test_broken_files_are_left_out(tmp_path):
 
 def test_accuracies_have_their_binomial_errors(tmp_path):
     scores = {
-        "base": {"knn": 50.0, "whitened": 50.0, "linear": 80.0},
-        "adapted": {"knn": 90.0, "whitened": 80.0, "linear": 100.0},
-        "ensemble": {"knn": 75.0, "whitened": 85.0, "linear": 85.0},
+        "base": {"knn": 50.0, "knn_whitened": 50.0, "linear": 80.0, "linear_whitened": 81.0},
+        "adapted": {"knn": 90.0, "knn_whitened": 80.0, "linear": 100.0, "linear_whitened": 90.0},
+        "ensemble": {"knn": 75.0, "knn_whitened": 85.0, "linear": 85.0, "linear_whitened": 75.0},
         "source": {"base": 47.1, "adapted": 46.0, "ensemble": 47.3},
         "source_whitened": {"base": 46.9, "adapted": 45.0, "ensemble": 47.0},
         "n_train": 900,
@@ -220,9 +220,9 @@ def test_accuracies_have_their_binomial_errors(tmp_path):
     }
     page = page_of(make_run(tmp_path / "run", [row(0)], scores=scores))
     # closed form: sqrt(.5 * .5 / 400) = 2.5 points; .8 * .2: 2; .9 * .1: 1.5; .75 * .25: 2.165; .85 * .15: 1.785
-    assert ["base", "50.0 ± 2.5", "50.0 ± 2.5", "80.0 ± 2.0", "47.1", "46.9"] in page.rows
-    assert ["adapted", "90.0 ± 1.5", "80.0 ± 2.0", "100.0 ± 0.0", "46.0", "45.0"] in page.rows
-    assert ["ensemble", "75.0 ± 2.2", "85.0 ± 1.8", "85.0 ± 1.8", "47.3", "47.0"] in page.rows
+    assert ["base", "50.0 ± 2.5", "50.0 ± 2.5", "80.0 ± 2.0", "81.0 ± 2.0", "47.1", "46.9"] in page.rows
+    assert ["adapted", "90.0 ± 1.5", "80.0 ± 2.0", "100.0 ± 0.0", "90.0 ± 1.5", "46.0", "45.0"] in page.rows
+    assert ["ensemble", "75.0 ± 2.2", "85.0 ± 1.8", "85.0 ± 1.8", "75.0 ± 2.2", "47.3", "47.0"] in page.rows
     assert html_report.standard_error(50, 400) == 2.5
 
 

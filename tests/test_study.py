@@ -117,7 +117,7 @@ def test_rows_are_kept_and_what_has_one_is_not_run_again(bench, grid, tmp_path, 
         assert row["n_bank"] + row["n_queries"] == 48
         at = row["at"]["1.0"]
         assert {"adapted", "ensemble", "source", "judgement"} <= at.keys() and at["adapted"].keys() == {"knn", "linear"}
-        assert row["base"]["whitened"] == at["ensemble_whitened"]["knn"] == 100
+        assert row["base_whitened"]["knn"] == at["ensemble_whitened"]["knn"] == 100
         assert {"ensemble_whitened", "ensemble_whitened_se", "adapted_whitened"} <= at["source"].keys()
         # two colours: any features tell them apart
         assert row["base"]["knn"] == at["ensemble"]["knn"] == 100
@@ -350,8 +350,12 @@ def test_the_page_has_means_with_standard_errors_and_is_filled_between_its_marke
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     # 1 and 3: mean 2, standard error sqrt(2) / sqrt(2)
-    gains = "| plain | a | 2 | 50.0 | +2.0 ± 1.0 | +3.0 ± 1.0 |  |  | +2.0 ± 1.0 | +1.0 ± 0.0 |"
+    gains = "| plain | a | 2 | 50.0 | +2.0 ± 1.0 | +3.0 ± 1.0 |  |  | +2.0 ± 1.0 | +1.0 ± 0.0 |  |  |"
     assert f"{gains} -6.0 ± 0.0 | -1.0 ± 0.0 |  |  |" in text and "Whitening alone" not in text
+    # the mean of a's +2 and b's -2: one configuration has both sets
+    means = text.split("Means over the sets:")[1].split("\n\n")[1].splitlines()[2:]
+    assert [line[:31] for line in means] == ["| plain | +0.0 | +1.0 |  |  | +"] and "| 50 to 50 % |" in means[0]
+    assert "| plain | a | 2 | 50 % | 60 | 3,840 | 0.60 to 0.20 | 100 |" in text
     assert "| gate | b | 1 | 50.0 | +5.0 | +6.0 |" in text and "50 %" in text
     plot = (tmp_path / "images" / "quality_frontier.svg").read_text()
     # three configurations and sets of each kind, and the mean over both sets of the one that both have
@@ -359,12 +363,12 @@ def test_the_page_has_means_with_standard_errors_and_is_filled_between_its_marke
     study_page.fill(page, rows, tmp_path / "rows.jsonl")
     assert page.read_text() == text
     whitened = a_row("c", 1, 0.1)
-    whitened["base"] |= {"whitened": 54, "source_whitened": 45.5}
-    whitened["at"]["1.0"] |= {"adapted_whitened": {"knn": 57}, "ensemble_whitened": {"knn": 58}}
+    whitened["base_whitened"] = {"knn": 54, "linear": 61, "source": 45.5}
+    whitened["at"]["1.0"] |= {"adapted_whitened": {"knn": 57}, "ensemble_whitened": {"knn": 58, "linear": 63}}
     whitened["at"]["1.0"]["source"] |= {"adapted_whitened": 43, "ensemble_whitened": 46}
     study_page.fill(page, [*rows, whitened], tmp_path / "rows.jsonl", ["gate on c"])
-    assert "| c | 50.0 | +4.0 | -0.5 |" in page.read_text()
-    assert "| +1.0 | +2.0 | +7.0 | +8.0 | +1.0 | +1.0 | -6.0 | -1.0 | -3.0 | +0.0 |" in page.read_text()
+    assert "| c | 50.0 | +4.0 | +1.0 | -0.5 |" in page.read_text()
+    assert "| +1.0 | +2.0 | +7.0 | +8.0 | +1.0 | +1.0 |  | +3.0 | -6.0 | -1.0 | -3.0 | +0.0 |" in page.read_text()
     plot = (tmp_path / "images" / "quality_frontier.svg").read_text()
     assert "plain, ensemble_whitened, c: +0.0, +8.0" in plot and plot.count("</rect>") == 2
     assert "Of the grid: gate on c." in page.read_text()

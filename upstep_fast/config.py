@@ -194,8 +194,8 @@ class AdaptConfig(ModelConfig):
     """Temperature of the relational form's similarities."""
 
     # gate
-    gate: Literal["none", "prev", "ema", "median", "quantile", "views", "random", "alternate"] = "ema"
-    """Rule that decides which steps do a backward pass."""
+    gate: Literal["none", "prev", "ema", "median", "quantile", "views", "random", "alternate"] = "quantile"
+    """Rule that decides which steps do a backward pass; quantile leaves --gate-rate of them open."""
     update_when: Literal["low", "high"] = "low"
     """Update when the centre's magnitude is below (low) or above (high) the rule's reference."""
     gate_statistic: Literal["center", "loss", "disagreement"] = "center"

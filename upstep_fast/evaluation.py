@@ -45,6 +45,7 @@ class Features:
     classes: tuple[str, ...]
 
 
+Measure = Callable[[Features, Features], float]  # train, test -> percent
 Form = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]  # what `extract` found -> [N, *] by base, adapted, ensemble
 
 
@@ -73,9 +74,9 @@ def evaluate(
     """k-NN and linear-probe accuracy in percent of base, adapted and ensemble features; keywords are EvalConfig's.
 
     data and source hold train/CLASS/... and test/CLASS/... . Returns
-    {"base": {"knn", "whitened", "linear"}, "adapted": {...}, "ensemble": {...},
+    {"base": {"knn", "knn_whitened", "linear", "linear_whitened"}, "adapted": {...}, "ensemble": {...},
     "source": {"base", "adapted", "ensemble"}, "source_whitened": {...}, "n_train", "n_test", "k"}, without the parts
-    that were not asked for. whitened: k-NN with whitened features beside the others (whitening.py), fitted on train.
+    that were not asked for. whitened: with whitened features beside the others (whitening.py), fitted to train.
     """
     paths = (data,) if isinstance(data, (str, Path)) else data
     return run(
@@ -103,18 +104,19 @@ def _run(config: EvalConfig, compute: Compute) -> dict[str, Any]:
     train, test = _train_and_test(config.data, models, config, compute)
     whitened = partial(beside, fitted={name: whitening.fit(x) for name, x in train.x.items()})
 
-    def accuracy(form: Form, bank: Extracted, queries: Extracted) -> dict[str, float]:
+    def accuracy(of: Measure, form: Form, bank: Extracted, queries: Extracted) -> dict[str, float]:
         pairs = zip(bank.features(form).items(), queries.features(form).values(), strict=True)
-        return {name: knn(of_bank, of_queries, config.k) for (name, of_bank), of_queries in pairs}
+        return {kind: of(of_bank, of_queries) for (kind, of_bank), of_queries in pairs}
 
-    of_plain, of_whitened = accuracy(plain, train, test), accuracy(whitened, train, test)
-    for name, features in train.features(plain).items():
-        linear = linear_probe(features, test.features(plain)[name])
-        result[name] = {"knn": of_plain[name], "whitened": of_whitened[name], "linear": linear}
+    measures: dict[str, Measure] = {"knn": partial(knn, k=config.k), "linear": linear_probe}
+    for measure, of in measures.items():
+        for form, name in ((plain, measure), (whitened, f"{measure}_whitened")):
+            for kind, percent in accuracy(of, form, train, test).items():
+                result.setdefault(kind, {})[name] = percent
     if config.source is not None:
         bank, queries = _train_and_test((config.source,), models, config, compute)
-        result["source"] = accuracy(plain, bank, queries)
-        result["source_whitened"] = accuracy(whitened, bank, queries)
+        result["source"] = accuracy(measures["knn"], plain, bank, queries)
+        result["source_whitened"] = accuracy(measures["knn"], whitened, bank, queries)
     result |= {"n_train": len(train.y), "n_test": len(test.y), "k": config.k}
     if config.json is not None and distributed.is_first():
         _write_text(Path(config.json), json.dumps(result, indent=2) + "\n", "json")

@@ -48,7 +48,7 @@ _CATCH_UP = (
 class GateRule:
     """What the user chose."""
 
-    rule: Rule = "ema"
+    rule: Rule = "quantile"
     update_when: Literal["low", "high"] = "low"
     rate: float = 0.5
     beta: float = 0.9

@@ -29,6 +29,12 @@ log = logging.getLogger("upstep_fast")
 NAME = "report.html"
 MAX_ROWS = 200  # of a table of skipped images
 KINDS = ("base", "adapted", "ensemble")
+MEASURES = {
+    "knn": "k-NN",
+    "knn_whitened": "k-NN, whitened",
+    "linear": "linear probe",
+    "linear_whitened": "linear probe, whitened",
+}
 STYLE = Path(__file__).parent / "assets" / "report.css"
 
 
@@ -110,7 +116,7 @@ def text(value: Any) -> str:
 def _measured(record: Record) -> dict[str, str]:
     found = {}
     for kind in KINDS[1:] if record.scores else ():
-        for measure in ("knn", "whitened", "linear"):
+        for measure in MEASURES:
             if cell := _accuracy(record.scores or {}, kind, measure):
                 found[f"{measure}, {kind}"] = cell
     return found
@@ -131,14 +137,14 @@ def _scores(record: Record) -> str:
         return ""
     rows = []
     for kind in KINDS:
-        cells = [_accuracy(scores, kind, measure) for measure in ("knn", "whitened", "linear")]
+        cells = [_accuracy(scores, kind, measure) for measure in MEASURES]
         rows.append([kind, *cells, *(_kept(scores.get(where), kind) for where in ("source", "source_whitened"))])
     count, k = _value(scores.get("n_test")), _value(scores.get("k"))
     note = (
         f"Percent right of {count} test images, k = {k}; ± one binomial standard error. All rows use the same images, "
     )
     note += "so their differences are surer than these errors suggest."
-    header = ["features", "k-NN", "k-NN, whitened", "linear probe", "k-NN on the source domain", "the same, whitened"]
+    header = ["features", *MEASURES.values(), "k-NN on the source domain", "the same, whitened"]
     table = _table(header, [row for row in rows if any(row[1:])], "figures")
     return _figure("Percent right", "± one standard error", _bars(scores)) + table + f"<p>{text(note)}</p>"
 
@@ -151,7 +157,7 @@ def _kept(source: Any, kind: str) -> str:
 def _bars(scores: dict[str, Any]) -> str:
     count = number(scores.get("n_test"))
     bars = []
-    for measure, group in (("knn", "k-NN"), ("whitened", "k-NN, whitened"), ("linear", "linear probe")):
+    for measure, group in MEASURES.items():
         for kind in KINDS:
             part = scores.get(kind)
             percent = number(part.get(measure)) if isinstance(part, dict) else None

@@ -194,8 +194,9 @@ def print_scores(result: dict[str, Any]) -> None:
     table.add_column("features")
     kinds = [kind for kind in ("base", "adapted", "ensemble") if kind in result]
     columns = {
-        title: {kind: result[kind][measure] for kind in kinds}
-        for title, measure in (("knn", "knn"), ("knn, whitened", "whitened"), ("linear", "linear"))
+        title: {kind: result[kind][key] for kind in kinds}
+        for measure in ("knn", "linear")
+        for title, key in ((measure, measure), (f"{measure}, whitened", f"{measure}_whitened"))
     }
     if "source" in result:
         columns |= {"source knn": result["source"], "source knn, whitened": result["source_whitened"]}
