@@ -174,3 +174,19 @@ def test_with_images_as_its_unit_every_step_is_open():
     for m in (0.5, 0.9, 0.1, 0.9):
         is_open, state = decide(rule, state, (m,))
         assert is_open
+
+
+def test_a_rule_is_replayed_on_a_recorded_run(bench, tmp_path, monkeypatch, capsys):
+    rates = bench("gate_rates")
+    rows = [{"step": t, "center": None if t == 3 else 1 / (1 + t)} for t in range(121)]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = rates.magnitudes(path)
+    assert len(values) == 120 and values[:4] == [1, 1 / 2, 1 / 3, 1 / 5]
+    # it only falls: always below the step before
+    assert rates.opened(GateRule("prev", update_when="low"), values) == 1
+    assert rates.opened(GateRule("prev", update_when="high", max_skips=10**6), values) == 1 / 120
+    monkeypatch.setattr("sys.argv", ["gate_rates.py", "--out", str(tmp_path / "r.json"), str(path)])
+    rates.main()
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["open"]["alternate low"] == {"min": 0.5, "median": 0.5, "max": 0.5} and found["runs"] == 1
