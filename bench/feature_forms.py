@@ -12,12 +12,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+import study
 import torch
+from study_scores import SOURCE_K, SPLITS, knn_percent, labels_of
 from torch import Tensor
+
+from upstep_fast import whitening
+from upstep_fast.config import EvalConfig
+from upstep_fast.data.sources import open_source
+from upstep_fast.device import resolve
+from upstep_fast.evaluation import extract, load_models
 
 FORMS = {
     "x": {"x": 1},
@@ -33,6 +40,7 @@ FORMS = {
 }
 OURS = "2x wx wp"
 FEW = (100, 200, 400)
+KINDS = {"base": ("base",), "adapted": ("adapted",), "ensemble": ("base", "adapted")}
 
 
 def main() -> None:
@@ -43,70 +51,62 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="the study's folder of adapters")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    import study
-
     jobs = [job for job in study.read_grid(args.grid) if job.name == args.name]
-    found = {study.label(job.data): measure(job, args.work) for job in jobs if (args.work / job.key).is_dir()}
+    lacking = [study.label(job.data) for job in jobs if not (args.work / job.key / "adapter").is_dir()]
+    if not jobs or lacking:
+        parser.error(
+            f"no adapter of {args.name} for {', '.join(lacking) or 'any set'} in {args.work}; run study.py first"
+        )
+    found = {f"{study.label(job.data)} seed {job.seed}": measure(job, args.work) for job in jobs}
     result = {"configuration": args.name, "commit": study.commit(), "device": study.device(), "sets": found}
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
 
 
 def measure(job: Any, work: Path) -> dict[str, Any]:
-    """{"base" | "adapted" | "ensemble": {form: {"knn", "source"}}}: changes against the base model's x, in points."""
-    import study
-    from study_scores import SPLITS, knn_percent, labels_of
-
-    from upstep_fast.config import EvalConfig
-    from upstep_fast.data.sources import open_source
-    from upstep_fast.device import resolve
-    from upstep_fast.evaluation import extract, load_models
-
+    """Changes against the base model's x in points, {"base" | "adapted" | "ensemble": {form: {"knn", "source"}}}, and
+    what they are changes of, "base_knn" and "base_source" in percent.
+    """
     data = str(study.selection(job.data, work))
     config = EvalConfig(model=job.model, data=(data,), adapter=str(work / job.key / "adapter"), num_workers=1)
     compute, models = resolve(config.device, config.precision), load_models(config)
-    sets = {"knn": (data, job.k), "source": (job.source, 20)}
+    sets = {"knn": (data, job.k), "source": (job.source, SOURCE_K)}
     x = {
-        name: [extract(open_source(path, split=split), models, config, compute)[0] for split in SPLITS]
-        for name, (path, _) in sets.items()
+        what: [extract(open_source(path, split=split), models, config, compute)[0] for split in SPLITS]
+        for what, (path, _) in sets.items()
     }
-    y = {name: labels_of(path) for name, (path, _) in sets.items()}
-    kinds = {"base": ("base",), "adapted": ("adapted",), "ensemble": ("base", "adapted")}
-    result: dict[str, Any] = {kind: {} for kind in kinds}
-    generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(len(x["knn"][0]["base"]), generator=generator)
-    asked = [(name, FORMS[name], order) for name in FORMS]
-    asked += [(f"{OURS}, fit on {few}", FORMS[OURS], order[:few]) for few in FEW]
-    for name, weights, chosen in asked:
+    y = {what: labels_of(path) for what, (path, _) in sets.items()}
+    bank = x["knn"][0]
+    order = torch.randperm(len(bank["base"]), generator=torch.Generator().manual_seed(0))
+    percent: dict[str, dict[str, dict[str, float]]] = {kind: {} for kind in KINDS}
+    for few in (None, *FEW):
+        fitted = {model: whitening.fit(bank[model][order[:few]]) for model in bank}
         parts = {
-            model: {
-                measure: [of_parts(split[model], x["knn"][0][model][chosen]) for split in splits]
-                for measure, splits in x.items()
-            }
-            for model in ("base", "adapted")
+            what: [{model: of_parts(split[model], fitted[model]) for model in split} for split in splits]
+            for what, splits in x.items()
         }
-        for kind, joined in kinds.items():
-            percent = {}
-            for measure, (_, k) in sets.items():
-                features = [weighted([parts[m][measure][i] for m in joined], weights) for i in range(len(SPLITS))]
-                percent[measure] = knn_percent(features, y[measure], k)
-            result[kind][name] = percent
-    plain = dict(result["base"]["x"])
-    return {
-        "base_knn": plain["knn"],
-        "base_source": plain["source"],
-        **{
-            kind: {form: {m: at[m] - plain[m] for m in plain} for form, at in forms.items()}
-            for kind, forms in result.items()
-        },
+        for form in FORMS if few is None else (OURS,):
+            name = form if few is None else f"{form}, fit on {few}"
+            for kind, joined in KINDS.items():
+                percent[kind][name] = {
+                    what: knn_percent(
+                        [weighted([split[model] for model in joined], FORMS[form]) for split in splits],
+                        y[what],
+                        sets[what][1],
+                    )
+                    for what, splits in parts.items()
+                }
+    plain = percent["base"]["x"]
+    changes = {
+        kind: {form: {what: at[what] - plain[what] for what in plain} for form, at in forms.items()}
+        for kind, forms in percent.items()
     }
+    return {"base_knn": plain["knn"], "base_source": plain["source"], **changes}
 
 
-def of_parts(x: Tensor, fitted_to: Tensor) -> dict[str, Tensor]:
+def of_parts(x: Tensor, by: whitening.Whitening) -> dict[str, Tensor]:
     """Unit x, p, wx and wp of [N, 2, D]."""
-    from upstep_fast import whitening
-
-    whitened = whitening.whitened(x, whitening.fit(fitted_to))
+    whitened = whitening.whitened(x, by)
     return {"x": x[:, 0], "p": x[:, 1], "wx": whitened[:, 0], "wp": whitened[:, 1]}
 
 
@@ -119,12 +119,11 @@ def weighted(models: list[dict[str, Tensor]], weights: dict[str, float]) -> Tens
 def table(result: dict[str, Any]) -> str:
     """Markdown: means over the sets, gain and change on the source."""
     sets = result["sets"].values()
-    kinds = ("base", "adapted", "ensemble")
-    lines = ["| form | " + " | ".join(f"{kind} | source" for kind in kinds) + " |", "|---" + "|--:" * 6 + "|"]
+    lines = ["| form | " + " | ".join(f"{kind} | source" for kind in KINDS) + " |", "|---" + "|--:" * 6 + "|"]
     for form in next(iter(sets))["base"]:
         cells = [
             f"{sum(s[kind][form][measure] for s in sets) / len(sets):+.1f}"
-            for kind in kinds
+            for kind in KINDS
             for measure in ("knn", "source")
         ]
         lines.append(f"| {form} | " + " | ".join(cells) + " |")
@@ -132,5 +131,4 @@ def table(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
     main()

@@ -11,6 +11,9 @@ import argparse
 import json
 import statistics
 from pathlib import Path
+from typing import Any
+
+import study
 
 from upstep_fast.gate import GateRule, GateState, decide
 
@@ -33,22 +36,24 @@ def opened(rule: GateRule, values: list[float]) -> float:
 
 
 def main() -> None:
-    """Writes the smallest, median and largest part over the runs for each rule and direction."""
+    """Writes the smallest, median and largest part over the runs for each rule and direction, and the magnitudes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="metrics.jsonl")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    series = [values for path in args.runs if len(values := magnitudes(path)) >= MIN_STEPS]
-    if not series:
+    runs = {path.parent.name: values for path in args.runs if len(values := magnitudes(path)) >= MIN_STEPS}
+    if not runs:
         parser.error(f"no run of at least {MIN_STEPS} steps among {len(args.runs)} files")
-    result = {"runs": len(series), "steps": sum(map(len, series)), "open": {}}
+    series = list(runs.values())
+    result: dict[str, Any] = {"commit": study.commit(), "open": {}}
     for name in RULES:
         for direction in ("low", "high"):
             parts = sorted(opened(GateRule(name, update_when=direction), values) for values in series)
             low, high = parts[0], parts[-1]
             result["open"][f"{name} {direction}"] = {"min": low, "median": statistics.median(parts), "max": high}
             print(f"{name:10}{direction:5} {low:.2f} {statistics.median(parts):.2f} {high:.2f}")
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    result["magnitudes"] = {name: [round(m, 4) for m in values] for name, values in runs.items()}
+    args.out.write_text(json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":

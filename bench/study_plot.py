@@ -14,15 +14,15 @@ from upstep_fast.charts import ticks
 Row = dict[str, Any]
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e")
 MEAN = "mean over the sets"
-# the study's targets: change on the source and gain, at least these
 KINDS = {
     "adapted": "",
     "ensemble": ", ens.",
     "adapted_whitened": ", w.",
     "ensemble_whitened": ", ens. w.",
 }  # by the name
+# the study's targets: change on the source and gain, at least these
 TARGETS = {"target: ensemble": (-0.5, 9.0), "gentle: adapted": (-0.5, 5.0)}
-WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 760, 480, 56, 14, 60, 34
+WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 760, 500, 56, 14, 80, 34
 
 
 @dataclass(frozen=True)
@@ -128,14 +128,14 @@ def plot(rows: Sequence[Row]) -> str:
     best = [dot for kind in KINDS for dot in frontier([d for d in means if d.kind == kind])]
     parts += names([(*at(dot.x, dot.y), dot.name + KINDS[dot.kind]) for dot in best])
     for i, group in enumerate(groups):
-        x = LEFT + 150 * i
+        x = LEFT + min(150, (WIDTH - LEFT - RIGHT) // len(groups)) * i
         parts.append(f'<circle cx="{x + 6}" cy="16" r="5" fill="{colours[group]}"/>')
         parts.append(f'<text x="{x + 16}" y="20">{html.escape(group)}</text>')
     parts.append(
         f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 14}" text-anchor="end">filled: adapted, hollow: ensemble, squares: '
         "whitened</text>"
     )
-    parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 14}" text-anchor="middle">{across}</text>')
+    parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 36}" text-anchor="middle">{across}</text>')
     turn = f'transform="translate(14 {(HEIGHT - BOTTOM + TOP) / 2}) rotate(-90)"'
     parts.append(f'<text {turn} text-anchor="middle">{upward}</text>')
     style = 'font-family="sans-serif" font-size="12" role="img"'

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 JUDGED = 256  # unlabelled held-out images that the label-free scores see
 VIEW_SEED = 12345
 SPLITS = ("train", "test")
+SOURCE_K = 20  # neighbours on the source, whatever the target has
 KINDS = ("adapted", "ensemble", "adapted_whitened", "ensemble_whitened")
 THIRDS = ("first", "middle", "last")  # of the blocks
 PART_STRENGTHS = (0.0, 0.5)
@@ -126,9 +127,9 @@ def scores(job: Job, data: str, adapter: Path, work: Path, by_depth: bool = Fals
     result |= {kind: _accuracies(forms[kind], labels["data"], job.k) for kind in ("base", "base_whitened")}
     if job.source:
         forms = _forms(by, before["source"])
-        right_before = knn_right(*_sets(forms["base"], labels["source"]), job.k)
+        right_before = knn_right(*_sets(forms["base"], labels["source"]), SOURCE_K)
         result["base"]["source"], result["n_source"] = _percent(right_before), len(right_before)
-        result["base_whitened"]["source"] = knn_percent(forms["base_whitened"], labels["source"], job.k)
+        result["base_whitened"]["source"] = knn_percent(forms["base_whitened"], labels["source"], SOURCE_K)
     if composites is not None:
         result["base"]["dense"] = dense.dense_score(base, *composites)
     for name, variant in variants(job, len(base.vit.blocks), by_depth).items():
@@ -148,7 +149,7 @@ def scores(job: Job, data: str, adapter: Path, work: Path, by_depth: bool = Fals
         if job.source and variant.measured != "gain":
             forms, at["source"] = _forms(by, before["source"], of(adapted, job.source)), {}
             for kind in KINDS:
-                right = knn_right(*_sets(forms[kind], labels["source"]), job.k)
+                right = knn_right(*_sets(forms[kind], labels["source"]), SOURCE_K)
                 at["source"] |= {kind: _percent(right), f"{kind}_se": paired_error(right_before, right)}
         if composites is not None and variant.measured == "all":
             at["dense"] = dense.dense_score(adapted, *composites)

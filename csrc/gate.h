@@ -14,14 +14,14 @@
 namespace upstep {
 
 // cells of the state, float64; the running centre [d] follows them
-enum Cell { kStep, kOpen, kFinite, kMagnitude, kUnbiasedSquare, kReference, kSpread, kOpened, kSkips, kView1, kView2,
+enum Cell { kStep, kOpen, kFinite, kMagnitude, kUnbiasedSquare, kReference, kSpread, kDebt, kOpened, kSkips, kView1, kView2,
             kTicket, kHead };
 
 enum Rule { kNone, kPrev, kEma, kQuantile, kViews };
 
 constexpr int kMaxViews = 2;
-constexpr double kQuantileStep = 0.2;  // of the spread, a step
-constexpr double kCatchUp = 0.1;       // the same for each step that was open too often so far
+constexpr double kQuantileStep = 0.5;  // of the spread, a step
+constexpr double kCatchUp = 0.05;      // the same for each step that was open too often so far
 constexpr double kSpreadBeta = 0.9;
 
 struct Gate {
@@ -58,7 +58,8 @@ UPSTEP_HOST_DEVICE int64_t decide(const Gate& gate, const double* state, const M
   for (int i = 0; i < kHead; ++i) next[i] = state[i];
   const bool is_finite = std::isfinite(now.m) && std::isfinite(now.view1) && std::isfinite(now.view2);
   const bool is_first = state[kStep] == 0, is_due = state[kSkips] >= static_cast<double>(gate.max_skips);
-  const bool is_open = is_finite && (is_first || is_due || passes(gate, state, now));
+  const bool is_forced = is_first || is_due;
+  const bool is_open = is_finite && (is_forced || passes(gate, state, now));
   next[kStep] = state[kStep] + 1;
   next[kOpen] = is_open;
   next[kFinite] = is_finite;
@@ -76,13 +77,17 @@ UPSTEP_HOST_DEVICE int64_t decide(const Gate& gate, const double* state, const M
     } else if (gate.rule == kEma) {
       next[kReference] = gate.beta * reference + (1 - gate.beta) * now.m;
     } else if (gate.rule == kQuantile) {
-      const double away = fabs(now.m - reference);
-      const double spread = state[kSpread] == 0 ? away : kSpreadBeta * state[kSpread] + (1 - kSpreadBeta) * away;
+      double spread = state[kSpread], debt = state[kDebt];
+      if (state[kFinite] != 0) {
+        const double moved = fabs(now.m - state[kMagnitude]);
+        spread = spread == 0 ? moved : kSpreadBeta * spread + (1 - kSpreadBeta) * moved;
+      }
+      if (!is_forced) debt = fmin(fmax(debt + is_open - gate.rate, -1 / kCatchUp), 1 / kCatchUp);
       const double below = gate.open_when_low ? gate.rate : 1 - gate.rate;
-      const double too_many = next[kOpened] - gate.rate * next[kStep];
-      next[kReference] = reference + kQuantileStep * spread * (below - (now.m < reference)) -
-                         kCatchUp * spread * (gate.open_when_low ? too_many : -too_many);
+      const double owed = kCatchUp * (gate.open_when_low ? debt : -debt);
+      next[kReference] = reference + spread * (kQuantileStep * (below - (now.m < reference)) - owed);
       next[kSpread] = spread;
+      next[kDebt] = debt;
     }
   }
   return flag_word(static_cast<int64_t>(next[kStep]), is_finite, is_open);

@@ -7,7 +7,9 @@
     none    none: always open
     prev    m of the step before
     ema     beta * reference + (1 - beta) * m
-    quantile  a threshold moved online so that a fraction `rate` of the steps is open
+    quantile  reference + spread (.5 (p - [m < reference]) - .05 debt), p = rate, direction low (high: 1 - rate, + debt)
+              spread: running mean, .9, of |m - m before|; debt: steps open more often than `rate` so far, at most 20,
+              of those that the rule decided itself
     views   m of the second view, compared with m of the first
     s_bar   center_beta * s_bar + (1 - center_beta) * s, the running centre
 
@@ -33,11 +35,12 @@ RULES = ("none", "prev", "ema", "quantile", "views")
 DIRECTIONS = ("low", "high")
 # fmt: off
 CELLS = (
-    "step", "open", "finite", "magnitude", "unbiased_square", "reference", "spread", "opened", "skips",
+    "step", "open", "finite", "magnitude", "unbiased_square", "reference", "spread", "debt", "opened", "skips",
     "view_1", "view_2", "ticket",
 )
 # fmt: on
 HEAD = len(CELLS)
+STEP, CATCH_UP = 0.5, 0.05  # of the quantile's threshold, in units of the spread
 _REFERENCE = CELLS.index("reference")
 
 
@@ -101,27 +104,27 @@ def finish_reference(
         left, right = (view_1, view_2) if rule == "views" else (m, ref)
         passes = left <= right if update_when == "low" else left >= right
         passes |= (right.isnan()) | (rule == "none")
-        is_open = finite & ((old["step"] == 0) | (old["skips"] >= max_skips) | passes)
+        forced = (old["step"] == 0) | (old["skips"] >= max_skips)
+        is_open = finite & (forced | passes)
 
-        spread, next_ref = old["spread"], ref
+        spread, debt, next_ref = old["spread"], old["debt"], ref
         if rule == "prev":
             next_ref = m
         elif rule == "ema":
             next_ref = beta * ref + (1 - beta) * m
         elif rule == "quantile":
-            away = (m - ref).abs()
-            moved = torch.where(spread == 0, away, 0.9 * spread + 0.1 * away)
-            below = rate if update_when == "low" else 1 - rate
-            too_many = old["opened"] + is_open - rate * (old["step"] + 1)
-            too_many = too_many if update_when == "low" else -too_many
-            next_ref = ref + 0.2 * moved * (below - (m < ref).double()) - 0.1 * moved * too_many
-            spread = torch.where(finite & ~first, moved, spread)
+            known, moved = finite & ~first, (m - old["magnitude"]).abs()
+            moved = torch.where(spread == 0, moved, 0.9 * spread + 0.1 * moved)
+            spread = torch.where(known & (old["finite"] != 0), moved, spread)
+            debt = torch.where(known & ~forced, (debt + is_open - rate).clamp(-1 / CATCH_UP, 1 / CATCH_UP), debt)
+            below, owed = (rate, debt) if update_when == "low" else (1 - rate, -debt)
+            next_ref = ref + spread * (STEP * (below - (m < ref).double()) - CATCH_UP * owed)
         next_ref = torch.where(finite, torch.where(first, m, next_ref), ref)
 
         running = state[HEAD:]
         moved_center = torch.where(first, s, center_beta * running + (1 - center_beta) * s)
         skips = torch.where(is_open, 0.0, old["skips"] + 1)
-        head = [old["step"] + 1, is_open, finite, m, unbiased, next_ref, spread, old["opened"] + is_open, skips]
+        head = [old["step"] + 1, is_open, finite, m, unbiased, next_ref, spread, debt, old["opened"] + is_open, skips]
         head = torch.stack([cell.double() for cell in (*head, view_1, view_2, torch.zeros_like(m))])
         return s, torch.cat([head, torch.where(finite, moved_center, running)])
 

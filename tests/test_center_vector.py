@@ -256,6 +256,7 @@ def test_gate_decides_as_the_rule_on_the_host(device, rule, update_when):
         if host.reference is not None:
             assert got["reference"] == pytest.approx(host.reference, rel=1e-12)
             assert got["spread"] == pytest.approx(host.spread, rel=1e-12)
+            assert got["debt"] == pytest.approx(host.debt, rel=1e-12)
     assert rule == "none" or 20 < sum(opened) < 100  # both answers were met
 
 
@@ -426,8 +427,8 @@ U, STATE = embeddings(6, 4), new_gate_state(4)
         (U[:0], {}, "u must have at least one row, got 0"),
         (U[:5], {"num_views": 2}, "u must hold 2 views of each image, a multiple of 2 rows, got 5"),
         (U, {"num_views": 3}, "num_views must be 1 to 2, got 3"),
-        (U, {"state": STATE.float()}, r"state must be float64 \[16\] on cpu .*, got torch.float32 \[16\]"),
-        (U, {"state": new_gate_state(5)}, r"state must be float64 \[16\] on cpu .*, got torch.float64 \[17\]"),
+        (U, {"state": STATE.float()}, r"state must be float64 \[17\] on cpu .*, got torch.float32 \[17\]"),
+        (U, {"state": new_gate_state(5)}, r"state must be float64 \[17\] on cpu .*, got torch.float64 \[18\]"),
         (U, {"state": STATE.to("meta")}, "state must be .* on cpu .* got .* on meta"),
         (U, {"rule": "median"}, "rule must be one of none, prev, .*, got 'median'"),
         (U, {"rule": "views"}, "rule must be .* with num_views=2.* got 'views' with num_views=1"),

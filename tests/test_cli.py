@@ -92,7 +92,6 @@ def test_adapt_eval_embed(capsys, model, photos, tmp_path):
         # the same images serve as source here, so forgetting is measured by the very same figures
         assert scores["source"][kind] == scores[kind]["knn"]
         assert scores["source_whitened"][kind] == scores[kind]["knn_whitened"]
-        assert f"{scores[kind]['knn_whitened']:.1f}" in out
     assert "knn, whitened" in out
     code, _, _ = call(capsys, "embed", *common, "--out", tmp_path / "f.npy", "--ensemble")
     features = np.load(tmp_path / "f.npy")

@@ -66,7 +66,7 @@ def test_target_rate_is_realised(rule, rate, update_when):
 @pytest.mark.parametrize("update_when", ["low", "high"])
 @pytest.mark.parametrize("rate", [0.25, 0.5])
 def test_the_quantile_keeps_its_rate_while_the_centre_falls(rate, update_when):
-    """From .6 to .1 along an exponential, METHODS section 6; half of the steps in each hundred, not only in all."""
+    """From .6 to .1 along an exponential, METHODS section 6; in each hundred steps, not only in all."""
     random = np.random.default_rng(0)
     rule, state, opened = GateRule("quantile", update_when=update_when, rate=rate), GateState(), []
     for t in range(300):
@@ -75,6 +75,38 @@ def test_the_quantile_keeps_its_rate_while_the_centre_falls(rate, update_when):
     assert sum(opened) / 300 == pytest.approx(rate, abs=0.02)
     for start in (0, 100, 200):
         assert sum(opened[start : start + 100]) / 100 == pytest.approx(rate, abs=0.08)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rate": 0.05, "max_skips": 16},  # forced open more often than the rate allows
+        {"rate": 0.5, "max_skips": 1},
+        {"rate": 0.33, "max_skips": 2, "update_when": "high"},
+        {"rate": 1.0},
+        {"rate": 0.0},
+    ],
+)
+def test_the_quantiles_threshold_stays_near_the_magnitudes(options):
+    random = np.random.default_rng(0)
+    rule, state, opened = GateRule("quantile", **options), GateState(), []
+    for t in range(6000):
+        m = math.nan if 1000 < t < 1300 else 0.3 + 0.01 * random.standard_normal()
+        is_open, state = decide(rule, state, (m,))
+        opened.append(is_open)
+        # 0 and 1 are no quantiles: there it moves away, but by no more than a spread a step
+        assert abs(state.reference - 0.3) < (0.1 if 0 < rule.rate < 1 else 0.025 * (t + 1)) and abs(state.debt) <= 20
+    assert not any(opened[1001:1300])
+    after, forced = sum(opened[1400:]) / len(opened[1400:]), 1 / (rule.max_skips + 1)
+    assert max(rule.rate, forced) - 0.03 < after < min(1, rule.rate + forced) + 0.03
+
+
+def test_where_the_gate_chooses_images_the_reference_stands_still():
+    rule, state = GateRule("quantile", unit="image"), GateState()
+    for m in np.random.default_rng(0).normal(0.3, 0.01, 1000):
+        is_open, state = decide(rule, state, (m,))
+        assert is_open
+    assert state == GateState(step=1000, opened=1000)
 
 
 def test_none_never_skips():
@@ -189,4 +221,5 @@ def test_a_rule_is_replayed_on_a_recorded_run(bench, tmp_path, monkeypatch, caps
     monkeypatch.setattr("sys.argv", ["gate_rates.py", "--out", str(tmp_path / "r.json"), str(path)])
     rates.main()
     found = json.loads((tmp_path / "r.json").read_text())
-    assert found["open"]["alternate low"] == {"min": 0.5, "median": 0.5, "max": 0.5} and found["runs"] == 1
+    assert found["open"]["alternate low"] == {"min": 0.5, "median": 0.5, "max": 0.5}
+    assert len(found["magnitudes"][tmp_path.name]) == 120

@@ -462,15 +462,16 @@ def test_a_form_is_the_weighted_mean_of_its_parts_cosines(bench):
     forms = bench("feature_forms")
     x, bank = torch.randn(2, 40, 2, 6, generator=torch.Generator().manual_seed(0))
     x, bank = (torch.nn.functional.normalize(part, dim=-1) for part in (x, bank))
-    parts = forms.of_parts(x, bank)
+    by = whitening.fit(bank)
+    parts = forms.of_parts(x, by)
     found = forms.weighted([parts], {"x": 2, "wp": 1})
     expected = (2 * parts["x"] @ parts["x"].T + parts["wp"] @ parts["wp"].T) / 3
     assert (found @ found.T - expected).abs().max() < 1e-6
     # the form that ships, and both models of an ensemble
-    ours = whitening.beside(x, whitening.fit(bank))
+    ours = whitening.beside(x, by)
     found = forms.weighted([parts], forms.FORMS[forms.OURS])
     assert (found @ found.T - ours @ ours.T).abs().max() < 1e-6
-    both = forms.weighted([parts, forms.of_parts(bank, bank)], {"x": 1})
+    both = forms.weighted([parts, forms.of_parts(bank, by)], {"x": 1})
     assert (both @ both.T - (x[:, 0] @ x[:, 0].T + bank[:, 0] @ bank[:, 0].T) / 2).abs().max() < 1e-6
     row = {form: {"knn": 2.0, "source": -1.0} for form in ("a", "b")}
     sets = {name: dict.fromkeys(("base", "adapted", "ensemble"), row) for name in "st"}

@@ -81,6 +81,11 @@ def parts(vit: nn.Module, tokens: Tensor) -> Tensor:
     return torch.stack(found, 1)
 
 
+def alone(vit: nn.Module, tokens: Tensor) -> Tensor:
+    """The features as the only part: [B, N, D] -> [B, 1, D]."""
+    return pooled(vit, tokens)[:, None]
+
+
 def num_parts(vit: nn.Module) -> int:
     """How many `parts` there are."""
     return 1 if vit.global_pool == "avg" else 2

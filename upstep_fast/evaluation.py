@@ -124,7 +124,11 @@ def _run(config: EvalConfig, compute: Compute) -> dict[str, Any]:
 
 
 def embed(model: str, data: str | Path | Sequence[str | Path], out: str | Path, **options: Any) -> Path:
-    """Writes features of every image with its path; keywords are EmbedConfig's. Returns the file."""
+    """Writes features of every image with its path; keywords are EmbedConfig's. Returns the file.
+
+    [N, D] for features of width D, [N, 2 D] with ensemble; with a whitening three times as wide, or twice where the
+    model's features are the mean patch token.
+    """
     paths = (data,) if isinstance(data, (str, Path)) else data
     return run_embed(EmbedConfig(model=model, data=tuple(str(p) for p in paths), out=str(out), **options))
 
@@ -135,7 +139,10 @@ def run_embed(config: EmbedConfig) -> Path:
     writers = {".npy": _write_npy, ".safetensors": _write_safetensors, ".parquet": _write_parquet}
     if out.suffix not in writers:
         raise ConfigError(f"out: {out.name} must end in {', '.join(writers)}")
-    for field, path in (("out", out), ("fit_whitening", Path(config.fit_whitening or out))):
+    files = {"out": out} | ({"fit_whitening": Path(config.fit_whitening)} if config.fit_whitening else {})
+    if len({path.with_suffix("") for path in files.values()}) < len(files):
+        raise ConfigError(f"fit_whitening: {config.fit_whitening} and --out {out} need names that differ")
+    for field, path in files.items():
         if path.exists() and not config.overwrite:
             raise ConfigError(f"{field}: {path} exists; choose another name or add --overwrite")
         if not path.parent.is_dir():
@@ -143,17 +150,25 @@ def run_embed(config: EmbedConfig) -> Path:
     compute = resolve(config.device, config.precision)
     with distributed.joined(compute.device):
         source, models = open_source(config.data), load_models(config)
-        fitted = whitening.read(config.whitening, models) if config.whitening else {}
-        x, read = extract(source, models, config, compute)
+        whitens = bool(config.whitening or config.fit_whitening)
+        fingerprints = _fingerprints(models, config) if whitens else {}
+        fitted = whitening.read(config.whitening, fingerprints) if config.whitening else {}
+        x, read = extract(source, models, config, compute, patches=whitens)
         if config.fit_whitening:
             fitted = {name: whitening.fit(x[name]) for name in models}
             if distributed.is_first():
-                whitening.write(config.fit_whitening, fitted, models)
+                whitening.write(config.fit_whitening, fitted, fingerprints)
         features = beside(x, fitted) if fitted else plain(x)
         kind = "ensemble" if config.ensemble else "adapted" if config.adapter else "base"
         if distributed.is_first():
             writers[out.suffix](out, features[kind], [source.name(i) for i in read])
     return out
+
+
+def _fingerprints(models: Mapping[str, Backbone], config: EmbedConfig) -> dict[str, str]:
+    """What tells the base model and the adapted one from others, whatever machine merges them."""
+    found = {"base": backbones.fingerprint(models["base"].vit)}
+    return found | ({"adapted": f"{found['base']} {lora.fingerprint(config.adapter)}"} if config.adapter else {})
 
 
 def load_models(config: EvalConfig | EmbedConfig) -> dict[str, Backbone]:
@@ -169,13 +184,18 @@ def load_models(config: EvalConfig | EmbedConfig) -> dict[str, Backbone]:
 
 @torch.no_grad()
 def extract(
-    source: Source, models: dict[str, Backbone], config: EvalConfig | EmbedConfig, compute: Compute
+    source: Source,
+    models: dict[str, Backbone],
+    config: EvalConfig | EmbedConfig,
+    compute: Compute,
+    patches: bool = True,
 ) -> tuple[dict[str, Tensor], list[int]]:
     """Of every readable image by each model: features and mean patch token, [N, P, D] (`backbone.parts`), each of unit
-    length; and the images' indices.
+    length; and the images' indices. patches: False: the features alone, P = 1.
     """
     base = models["base"]
-    runs = {name: _parts_of(model, config, compute) for name, model in models.items()}
+    pool = backbones.parts if patches else backbones.alone
+    runs = {name: _parts_of(model, config, compute, pool) for name, model in models.items()}
     rows: dict[str, list[Tensor]] = {name: [] for name in models}
     read: list[int] = []
     skipped: dict[str, str] = {}
@@ -203,21 +223,24 @@ def extract(
             f"data: none of the {len(source)} images could be read; the first: {next(iter(skipped.items()))}"
         )
     # a rank without images has none to tell the shape of
-    nothing = {name: torch.empty(0, backbones.num_parts(model.vit), model.width) for name, model in models.items()}
+    num = {name: backbones.num_parts(model.vit) if patches else 1 for name, model in models.items()}
+    nothing = {name: torch.empty(0, num[name], model.width) for name, model in models.items()}
     own = {name: torch.cat(parts) if parts else nothing[name] for name, parts in rows.items()}
     return {name: torch.cat(distributed.gather_parts(x)) for name, x in own.items()}, read
 
 
-def _parts_of(model: Backbone, config: EvalConfig | EmbedConfig, compute: Compute) -> Callable[[Tensor], Tensor]:
+def _parts_of(
+    model: Backbone, config: EvalConfig | EmbedConfig, compute: Compute, pool: Callable[[Any, Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
     vit = model.vit.to(compute.device).requires_grad_(False)
 
     def by_the_model(images: Tensor) -> Tensor:
-        return backbones.parts(vit, vit.forward_features(images))
+        return pool(vit, vit.forward_features(images))
 
     if config.implementation == "reference":
         return by_the_model
     dtype = compute.dtype or torch.float32
-    return engine.choose(vit, dtype, "fast", otherwise=by_the_model, fp8=compute.fp8, pool=backbones.parts)
+    return engine.choose(vit, dtype, "fast", otherwise=by_the_model, fp8=compute.fp8, pool=pool)
 
 
 def plain(x: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ reference, with "high" where it does not fall below.
     prev        m of the step before
     ema         running mean of m, memory gate_beta
     median      median of the last 64 m
-    quantile    a threshold moved online so that a fraction gate_rate of the steps lies on the open side
+    quantile    a threshold moved online so that a fraction gate_rate of the steps lies on the open side, see below
     views       the other view's magnitude
     random      none: open with probability gate_rate (the control)
     alternate   none: open in a regular pattern, a fraction gate_rate of the steps
@@ -16,6 +16,15 @@ reference, with "high" where it does not fall below.
 
 With another statistic than "center", m is the clustering loss of the batch or how far apart its images' two views lie,
 for the rules prev, ema, median and quantile (ours, not the paper's).
+
+The quantile's threshold r, with rate p, direction low (high: 1 - p for p, the other sign for the debt):
+
+    spread <- .9 spread + .1 |m - m before|                            how much m moves from step to step
+    debt   <- debt + [open] - p, within 1 / .05                        open too often so far; of steps it decided itself
+    r      <- r + spread (.5 (p - [m < r]) - .05 debt)
+
+The first part alone is quantile tracking, which lags behind where m falls for long, as it does in training: without the
+debt up to all steps were open (docs/methods.md has the rates).
 
 The reference is updated on every step, skipped ones too. The first step is open, and so is the one after max_skips
 skipped in a row. A magnitude that is not finite closes the gate and leaves the reference alone.
@@ -38,10 +47,7 @@ from .data.random import uniform, uniform_array
 Rule = Literal["none", "prev", "ema", "median", "quantile", "views", "random", "alternate"]
 
 _WINDOW = 64  # of the median rule: longer windows lag behind a falling m (METHODS 1.6)
-_RATE = 0.05  # step of the quantile rule, in units of m's own spread
-_CATCH_UP = (
-    0.1  # the same for each step that was open too often or too seldom so far: m falls or rises for long in training
-)
+_STEP, _CATCH_UP = 0.5, 0.05  # of the quantile's threshold, in units of m's own spread
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,9 @@ class GateState:
     opened: int = 0
     skips: int = 0  # in a row
     reference: float | None = None
-    spread: float = 0.0  # running mean of |m - reference|, for the quantile rule
-    window: tuple[float, ...] = ()  # for the median rule
+    spread: float = 0.0  # of the quantile rule
+    debt: float = 0.0  # of the quantile rule
+    window: tuple[float, ...] = ()  # of the median rule; of the quantile rule m of the step before, if that was finite
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
@@ -92,13 +99,14 @@ def decide(rule: GateRule, state: GateState, views: Sequence[float]) -> tuple[bo
     """
     m = views[0] if rule.statistic == "center" else views[-1]
     if not all(math.isfinite(value) for value in views):
-        return False, replace(state, step=state.step + 1, skips=state.skips + 1)
-    is_open = state.step == 0 or state.skips >= rule.max_skips or _is_open(rule, state, m, views)
-    opened = state.opened + is_open
+        window = () if rule.rule == "quantile" else state.window
+        return False, replace(state, step=state.step + 1, skips=state.skips + 1, window=window)
+    is_forced = state.step == 0 or state.skips >= rule.max_skips
+    is_open = is_forced or _is_open(rule, state, m, views)
     return is_open, replace(
-        _remember(rule, state, m, opened),
+        _remember(rule, state, m, None if is_forced else is_open),
         step=state.step + 1,
-        opened=opened,
+        opened=state.opened + is_open,
         skips=0 if is_open else state.skips + 1,
     )
 
@@ -142,21 +150,32 @@ def _is_open(rule: GateRule, state: GateState, m: float, views: Sequence[float])
     return m <= reference if rule.update_when == "low" else m >= reference
 
 
-def _remember(rule: GateRule, state: GateState, m: float, opened: int) -> GateState:
+def _remember(rule: GateRule, state: GateState, m: float, decided: bool | None) -> GateState:
+    """decided: what the rule said; None where it was not asked."""
+    if rule.unit == "image":
+        return state
     if rule.rule == "median":
         window = (*state.window, m)[-_WINDOW:]
         return replace(state, window=window, reference=statistics.median(window))
     reference = state.reference
+    if rule.rule == "quantile":
+        return replace(_tracked(rule, state, m, decided), window=(m,))
     if reference is None or rule.rule == "prev":
         return replace(state, reference=m)
     if rule.rule == "ema":
         return replace(state, reference=rule.beta * reference + (1 - rule.beta) * m)
-    if rule.rule == "quantile":
-        spread = abs(m - reference) if state.spread == 0 else 0.9 * state.spread + 0.1 * abs(m - reference)
-        # quantile tracking: moves up by `below` and down by 1 - `below`, so a fraction `below` of m ends up under it
-        below = rule.rate if rule.update_when == "low" else 1 - rule.rate
-        moved = reference + _RATE * spread * 4 * (below - (m < reference))
-        too_many = opened - rule.rate * (state.step + 1)
-        moved -= _CATCH_UP * spread * (too_many if rule.update_when == "low" else -too_many)
-        return replace(state, reference=moved, spread=spread)
     return state
+
+
+def _tracked(rule: GateRule, state: GateState, m: float, decided: bool | None) -> GateState:
+    reference, spread, debt = state.reference, state.spread, state.debt
+    if reference is None:
+        return replace(state, reference=m)
+    if state.window:
+        moved = abs(m - state.window[0])
+        spread = moved if spread == 0 else 0.9 * spread + 0.1 * moved
+    if decided is not None:
+        debt = min(max(debt + decided - rule.rate, -1 / _CATCH_UP), 1 / _CATCH_UP)
+    below, sign = (rule.rate, 1) if rule.update_when == "low" else (1 - rule.rate, -1)
+    reference += spread * (_STEP * (below - (m < reference)) - sign * _CATCH_UP * debt)
+    return replace(state, reference=reference, spread=spread, debt=debt)

@@ -14,6 +14,7 @@ place, in a file of their own beside them.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import re
@@ -301,6 +302,13 @@ def load_adapted(
     attach(vit, adapter)
     vit.requires_grad_(False)
     return merge(vit) if merged else vit
+
+
+def fingerprint(folder: str | Path) -> str:
+    """SHA-256 over the files of an adapter; the merged weights would differ with the machine that adds them."""
+    _read(Path(folder))  # an error of ours where a file is missing
+    files = [Path(folder) / name for name in (WEIGHTS, CONFIG, BARE)]
+    return hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files if f.is_file())).hexdigest()
 
 
 def trained_whole(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

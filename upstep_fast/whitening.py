@@ -10,13 +10,14 @@ A product phi . phi is half the cosine of the features as they are, half the mea
 features are the mean patch token already, phi = [x, w(x)] / sqrt(2).
 
 A pretrained model's few strong directions tell its own classes apart; on another domain the weak ones do as much.
-Whitened features alone lose on the model's own domain, beside the others they hardly do (docs/quality.md). Whitening
-for retrieval: Jegou and Chum 2012; OAS: Chen et al. 2010, eq. 23 (as scikit-learn has it). Their place side by side is
-ours.
+Whitened features alone lose on the model's own domain, beside the others they hardly do: docs/quality_five_sets.md.
+Whitening for retrieval: Jegou and Chum 2012; OAS: Chen et al. 2010, eq. 23 (as scikit-learn has it). Their place side
+by side is ours.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .backbone import Backbone, fingerprint
 from .errors import ConfigError
 from .whole_file import write_whole
+
+log = logging.getLogger("upstep_fast")
+
+ALIKE = 1e-10  # spread of unit vectors, tr(C), below which only rounding tells them apart
 
 
 @dataclass(frozen=True)
@@ -41,19 +45,21 @@ class Whitening:
 
 
 def fit(x: Tensor) -> Whitening:
-    """Of unit vectors x [N, P, D]. Where all are alike the matrix is 0, and `beside` adds nothing."""
-    found = [_fit(part) for part in x.double().unbind(1)]
+    """Of unit vectors x [N, P, D]. Where all are alike, a warning says so, and the matrix is 0."""
+    found = [_fit(part) for part in x.unbind(1)]
     return Whitening(*(torch.stack(tensors).float() for tensors in zip(*found, strict=True)))
 
 
 def _fit(x: Tensor) -> tuple[Tensor, Tensor]:
-    mean = x.mean(0)
-    eigenvalues, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
+    mean = x.double().mean(0)
+    x = x.double() - mean
+    eigenvalues, vectors = torch.linalg.eigh(x.T @ x / len(x))
     eigenvalues = eigenvalues.clamp_min(0)
+    if eigenvalues.sum() < ALIKE:
+        log.warning("whitening: the features of all %d images are alike; nothing is whitened", len(x))
+        return mean, torch.zeros_like(vectors)
     rho = shrinkage(eigenvalues, len(x))
-    spread = (1 - rho) * eigenvalues + rho * eigenvalues.mean()
-    scale = torch.where(spread > 0, spread.rsqrt(), 0.0)
-    return mean, (vectors * scale) @ vectors.T
+    return mean, (vectors * ((1 - rho) * eigenvalues + rho * eigenvalues.mean()).rsqrt()) @ vectors.T
 
 
 def shrinkage(eigenvalues: Tensor, num: int) -> float:
@@ -64,40 +70,39 @@ def shrinkage(eigenvalues: Tensor, num: int) -> float:
 
 
 def beside(x: Tensor, by: Whitening) -> Tensor:
-    """phi: unit vectors [N, P, D], the features first -> [N, (1 + P) D], of unit length."""
+    """phi: unit vectors [N, P, D], the features first -> [N, (1 + P) D], of unit length unless nothing is whitened."""
     return torch.cat([x[:, 0], whitened(x, by).flatten(1) / x.shape[1] ** 0.5], -1) / 2**0.5
 
 
 def whitened(x: Tensor, by: Whitening) -> Tensor:
-    """w: unit vectors [N, P, D] -> [N, P, D], each of unit length."""
+    """w: unit vectors [N, P, D] -> [N, P, D], each of unit length, or 0 where nothing is whitened."""
     return F.normalize(torch.einsum("npd,pde->npe", x - by.mean, by.matrix), dim=-1)
 
 
-def write(path: str | Path, fitted: Mapping[str, Whitening], models: Mapping[str, Backbone]) -> None:
+def write(path: str | Path, fitted: Mapping[str, Whitening], fingerprints: Mapping[str, str]) -> None:
     """Writes whitenings and their models' fingerprints, by name ("base", "adapted"), as safetensors; or ConfigError."""
     tensors = {f"{name}.{part}": x.contiguous() for name, by in fitted.items() for part, x in vars(by).items()}
     try:
-        write_whole(Path(path), save(tensors, metadata=_fingerprints(models)))
+        write_whole(Path(path), save(tensors, metadata=dict(fingerprints)))
     except OSError as error:
         raise ConfigError(f"fit_whitening: cannot write {path}: {error.strerror}") from error
 
 
-def read(path: str | Path, models: Mapping[str, Backbone]) -> dict[str, Whitening]:
+def read(path: str | Path, fingerprints: Mapping[str, str]) -> dict[str, Whitening]:
     """What `write` wrote for these models. Raises ConfigError for a file that is none, or is of other models."""
     try:
         with safe_open(path, "pt") as file:
             written = file.metadata() or {}
-            for name, fingerprint in _fingerprints(models).items():
+            for name, fingerprint in fingerprints.items():
                 if written.get(name) != fingerprint:
                     raise ConfigError(
                         f"whitening: {path} was not fitted to this {name} model; fit one with --fit-whitening"
                     )
             return {
-                name: Whitening(file.get_tensor(f"{name}.mean"), file.get_tensor(f"{name}.matrix")) for name in models
+                name: Whitening(file.get_tensor(f"{name}.mean"), file.get_tensor(f"{name}.matrix"))
+                for name in fingerprints
             }
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"whitening: {path} cannot be read: {str(error).splitlines()[0]}") from error
-
-
-def _fingerprints(models: Mapping[str, Backbone]) -> dict[str, str]:
-    return {name: fingerprint(model.vit) for name, model in models.items()}
+        raise ConfigError(
+            f"whitening: {path} cannot be read ({str(error).splitlines()[0]}); give a file of --fit-whitening"
+        ) from error

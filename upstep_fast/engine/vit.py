@@ -111,7 +111,7 @@ def embed(vit: Vit, images: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def head(vit: Vit, x: Tensor, pool: Pool = pooled) -> Tensor:
-    """Final norm and pooling, in fp32: tokens [B, N, D] -> features [B, D]."""
+    """Final norm and pooling, in fp32: tokens [B, N, D] -> features [B, D], or as `pool` makes them."""
     with torch.autocast(x.device.type, enabled=False):
         return pool(vit, vit.norm(x.float()))
 
