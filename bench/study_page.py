@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
@@ -131,13 +132,19 @@ def gained(kind: str, measure: str, plus: Sequence[tuple[Row, Row]]) -> list[flo
 
 
 def whitening_table(rows: Sequence[Row]) -> str:
-    """What whitened features beside the base model's own do, without any training; one line a data set."""
+    """What whitened features beside the base model's own do, without any training: a line a data set, and the mean."""
+    measures = ("knn", "linear", "source")
     lines = [_line("data", "base", "k-NN", "linear", "source"), "|---|--:|--:|--:|--:|"]
+    every = []
     for row in {row["data"]: row for row in rows}.values():
         base, whitened = row["base"], row["base_whitened"]
-        cells = [f"{whitened[m] - base[m]:+.1f}" if m in whitened else "" for m in ("knn", "linear", "source")]
-        lines.append(_line(row["data"], f"{base['knn']:.1f}", *cells))
-    return "\n".join(lines)
+        every.append([whitened[m] - base[m] if m in whitened else math.nan for m in measures])
+        lines.append(_line(row["data"], f"{base['knn']:.1f}", *map(_change, every[-1])))
+    return "\n".join([*lines, _line("mean", "", *(_change(statistics.mean(of)) for of in zip(*every, strict=True)))])
+
+
+def _change(points: float) -> str:
+    return "" if math.isnan(points) else f"{points:+.1f}"
 
 
 def mean_change(values: Sequence[float]) -> str:

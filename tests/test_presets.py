@@ -26,16 +26,16 @@ def test_a_preset_sets_its_values_and_nothing_else(name):
 
 
 def test_single_flags_override_the_preset_wherever_they_stand():
-    for args in (["--preset", "gentle", "--distil-weight", "2"], ["--distil-weight", "2", "--preset=gentle"]):
+    for args in (["--preset", "gentle", "--strength", "2"], ["--strength", "2", "--preset=gentle"]):
         config = parsed(*args)
-        assert (config.distil, config.distil_weight, config.gate) == ("relational", 2.0, "none")
+        assert (config.crop_min, config.strength, config.cvr) == (0.5, 2.0, "off")
 
 
 def test_a_file_overrides_its_own_preset_and_the_command_line_the_file(tmp_path):
     file = tmp_path / "a.toml"
-    file.write_text('preset = "gentle"\ndistil_weight = 2.0\nlr = 0.5\n')
+    file.write_text('preset = "gentle"\nstrength = 2.0\nlr = 0.5\n')
     config = parsed("--config", str(file))
-    assert (config.distil, config.distil_weight, config.lr) == ("relational", 2.0, 0.5)
+    assert (config.crop_min, config.strength, config.lr) == (0.5, 2.0, 0.5)
     config = parsed("--config", str(file), "--preset", "strong")
     assert (config.preset, config.lr, config.gate) == ("strong", PRESETS["strong"]["lr"], "none")
 
@@ -53,7 +53,7 @@ def test_python_has_the_same_presets(tmp_path, photos, model):
         adapt(model=model, data=photos, out=tmp_path / "out", preset="bold")
     small = dict(steps=2, batch_size=8, prototypes=8, head_hidden=16, head_dim=8, device="cpu", num_workers=0)
     adapt(model=model, data=photos, out=tmp_path / "out", preset="gentle", **small)
-    assert 'distil = "relational"' in (tmp_path / "out" / "config.toml").read_text()
+    assert "strength = 0.5" in (tmp_path / "out" / "config.toml").read_text()
 
 
 def test_explora_has_none(tmp_path):

@@ -367,7 +367,7 @@ def test_the_page_has_means_with_standard_errors_and_is_filled_between_its_marke
     whitened["at"]["1.0"] |= {"adapted_whitened": {"knn": 57}, "ensemble_whitened": {"knn": 58, "linear": 63}}
     whitened["at"]["1.0"]["source"] |= {"adapted_whitened": 43, "ensemble_whitened": 46}
     study_page.fill(page, [*rows, whitened], tmp_path / "rows.jsonl", ["gate on c"])
-    assert "| c | 50.0 | +4.0 | +1.0 | -0.5 |" in page.read_text()
+    assert "| c | 50.0 | +4.0 | +1.0 | -0.5 |\n| mean |  | +4.0 | +1.0 | -0.5 |" in page.read_text()
     assert "| +1.0 | +2.0 | +7.0 | +8.0 | +1.0 | +1.0 |  | +3.0 | -6.0 | -1.0 | -3.0 | +0.0 |" in page.read_text()
     plot = (tmp_path / "images" / "quality_frontier.svg").read_text()
     assert "plain, ensemble_whitened, c: +0.0, +8.0" in plot and plot.count("</rect>") == 2
