@@ -38,12 +38,12 @@ def fill(page: Path, rows: Sequence[Row], source: Path, missing: Sequence[str] =
         if chosen := [row for row in good if row["split"] == split]:
             parts += [f"### On {what}", gains_table(chosen)]
             parts += ["Means over the sets:", means] if (means := means_table(chosen)) else []
+            whitened = [row for row in chosen if "base_whitened" in row]
+            parts += ["Whitening alone, without an adapter:", whitening_table(whitened)] if whitened else []
     if selected := [row for row in good if row["split"] == "select"]:
         plot = f"images/{page.stem}_frontier.svg"
         parts += ["### Gain against forgetting", f"![gain against forgetting]({plot})"]
         parts += [source_error(selected)] * any("source" in row["base"] for row in selected)
-        if whitened := [row for row in selected if "base_whitened" in row]:
-            parts += ["### Whitening alone", whitening_table(whitened)]
         parts += ["### The runs", runs_table(selected)]
         parts += ["### Label-free scores", study_predictor.report(selected)]
         (page.parent / plot).parent.mkdir(exist_ok=True)

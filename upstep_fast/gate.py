@@ -23,8 +23,7 @@ The quantile's threshold r, with rate p, direction low (high: 1 - p for p, the o
     debt   <- debt + [open] - p, within 1 / .05                        open too often so far; of steps it decided itself
     r      <- r + spread (.5 (p - [m < r]) - .05 debt)
 
-The first part alone is quantile tracking, which lags behind where m falls for long, as it does in training: without the
-debt up to all steps were open (docs/methods.md has the rates).
+The first part alone is quantile tracking, which lags behind where m falls for long, as it does in training.
 
 The reference is updated on every step, skipped ones too. The first step is open, and so is the one after max_skips
 skipped in a row. A magnitude that is not finite closes the gate and leaves the reference alone.
