@@ -229,7 +229,7 @@ def test_without_a_checkpoint_a_resume_starts_afresh_and_says_so(options, tmp_pa
     ("change", "named"),
     [
         ({"lr": 0.5}, "lr was 0.001, is 0.5"),
-        ({"steps": 13, "gate": "none"}, "steps was 12, is 13; gate was ema, is none"),
+        ({"steps": 13, "gate": "none"}, "steps was 12, is 13; gate was quantile, is none"),
         ({"seed": 1}, "seed was 0, is 1"),
         ({"lora_r": 4}, "lora_r was 2, is 4"),
         ({"lora_targets": ("q",)}, r"lora_targets was \['q', 'k', 'v'\], is \['q'\]"),
