@@ -176,6 +176,7 @@ def measure(job: Job, split: str, work: Path) -> dict[str, Any]:
         looks = {} if "steps" not in job.options else looked_at(job.options["steps"])
         adapt(model=job.model, data=str(chosen_on), out=folder, seed=job.seed, log_every=1000, **looks | job.options)
         taken = {"seconds": round(time.monotonic() - began, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
+        taken["trained"] = commit()
         taken |= {"clusters": clusters.history(folder, str(chosen_on))} if looks else {}
         finished.write_text(json.dumps(taken | study_scores.steps_taken(folder)))
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -278,7 +279,7 @@ def fingerprint(data: str) -> str:
 
 
 def commit() -> str:
-    """Of the code that ran; + where it had changes."""
+    """Of the code that runs; + where it had changes. In a row: what measured; "trained": what adapted."""
     git = ["git", "-C", str(HERE)]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "../upstep_fast", "../bench"]).returncode

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections import defaultdict
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import study_plot
 import study_predictor
-from study_plot import KINDS, Row, grouped
+from study_plot import KINDS, Row, at_strength, changes, grouped
 
 from upstep_fast.judgement import predicted_gain
 
@@ -33,7 +34,9 @@ def fill(page: Path, rows: Sequence[Row], source: Path, missing: Sequence[str] =
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     devices = sorted({row["device"] for row in good})
     commits = ", ".join(sorted({row["commit"] for row in good}))
-    parts = [f"{len(good)} rows of `{source.name}`, commits {commits}; {'; '.join(devices)}."]
+    trained = ", ".join(sorted({row["trained"] for row in good if "trained" in row}))
+    trained = f"; adapters of commits {trained}" if trained else ""
+    parts = [f"{len(good)} rows of `{source.name}`, commits {commits}{trained}; {'; '.join(devices)}."]
     for split, what in (("select", "the held-out third of each train part"), ("test", "the test part")):
         if chosen := [row for row in good if row["split"] == split]:
             parts += [f"### On {what}", gains_table(chosen)]
@@ -64,10 +67,9 @@ def gains_table(rows: Sequence[Row]) -> str:
     lines = [_line("configuration", "data", "seeds", "base", *GAINS), "|---|---|--:|--:|" + "--:|" * len(GAINS)]
     for (data, name, strength), group in grouped(rows).items():
         base = f"{statistics.mean(row['base']['knn'] for row in group):.1f}"
-        plus = [(row, row["at"][strength]) for row in group]
-        gains = [mean_change(gained(kind, measure, plus)) for measure in ("knn", "linear") for kind in KINDS]
-        kept = [source_change(kind, [(row, at) for row, at in plus if kind in at.get("source", {})]) for kind in KINDS]
-        lines.append(_line(_at(name, strength), data, len(group), base, *gains, *kept))
+        gains = [mean_change(changes(group, strength, kind, m)) for m in ("knn", "linear") for kind in KINDS]
+        kept = [source_change(group, strength, kind) for kind in KINDS]
+        lines.append(_line(at_strength(name, strength), data, len(group), base, *gains, *kept))
     return "\n".join(lines)
 
 
@@ -81,21 +83,13 @@ def means_table(rows: Sequence[Row]) -> str:
     for (name, strength), groups in by_name.items():
         if len(groups) < max(2, len(sets)):
             continue
-        every = [[(row, row["at"][strength]) for row in group] for group in groups]
-        gains = [[gained(kind, measure, plus) for plus in every] for measure in ("knn", "linear") for kind in KINDS]
-        kept = [
-            [
-                [at["source"][kind] - row["base"]["source"] for row, at in plus if kind in at.get("source", {})]
-                for plus in every
-            ]
-            for kind in KINDS
-        ]
-        cells = [
-            f"{statistics.mean(map(statistics.mean, of_sets)):+.1f}" if all(of_sets) else "" for of_sets in gains + kept
-        ]
+        cells = []
+        for measure, kind in itertools.product(("knn", "linear", "source"), KINDS):
+            of_sets = [changes(group, strength, kind, measure) for group in groups]
+            cells.append(f"{statistics.mean(map(statistics.mean, of_sets)):+.1f}" if all(of_sets) else "")
         skipped = [statistics.mean(row["skip_rate"] for row in group) for group in groups]
         cells.append(f"{100 * min(skipped):.0f} to {100 * max(skipped):.0f} %")
-        lines.append(_line(_at(name, strength), *cells))
+        lines.append(_line(at_strength(name, strength), *cells))
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
@@ -120,15 +114,6 @@ def runs_table(rows: Sequence[Row]) -> str:
             )
         )
     return "\n".join(lines)
-
-
-def _at(name: str, strength: str) -> str:
-    return name + ("" if strength == "1.0" else f" x {float(strength):g}")
-
-
-def gained(kind: str, measure: str, plus: Sequence[tuple[Row, Row]]) -> list[float]:
-    """Changes against the base model's features as they are, of rows that have them."""
-    return [at[kind][measure] - row["base"][measure] for row, at in plus if measure in at.get(kind, {})]
 
 
 def whitening_table(rows: Sequence[Row]) -> str:
@@ -157,15 +142,13 @@ def mean_change(values: Sequence[float]) -> str:
     return f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.1f}"
 
 
-def source_change(kind: str, found: Sequence[tuple[Row, Row]]) -> str:
+def source_change(rows: Sequence[Row], strength: str, kind: str) -> str:
     """-1.5 ± 1.1: the paired standard error over the source's images, which seeds share, so they do not lessen it."""
-    if not found:
-        return ""
-    changes = [at["source"][kind] - row["base"]["source"] for row, at in found]
-    if any(f"{kind}_se" not in at["source"] for _, at in found):  # rows of before it was measured
-        return mean_change(changes)
-    error = statistics.mean(at["source"][f"{kind}_se"] for _, at in found)
-    return f"{statistics.mean(changes):+.1f} ± {error:.1f}"
+    found = changes(rows, strength, kind, "source")
+    errors = [row["at"][strength].get("source", {}).get(f"{kind}_se") for row in rows]
+    if not found or None in errors:  # rows of before the error was measured
+        return mean_change(found)
+    return f"{statistics.mean(found):+.1f} ± {statistics.mean(errors):.1f}"
 
 
 def source_error(rows: Sequence[Row]) -> str:
@@ -220,7 +203,7 @@ def depth_table(rows: Sequence[Row]) -> str:
                     row["seed"],
                     "all x 1" if name == "1.0" else name,
                     f"{at['adapted']['knn'] - row['base']['knn']:+.1f}",
-                    source_change("adapted", [(row, at)] if "source" in at else []),
+                    source_change([row], name, "adapted"),
                     f"{predicted[name]:+.1f}",
                     ", ".join(["chosen"] * (name == chosen) + ["best"] * (name == best)),
                 )

@@ -14,12 +14,12 @@ from upstep_fast.charts import ticks
 Row = dict[str, Any]
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e")
 MEAN = "mean over the sets"
-KINDS = {
+KINDS = {  # of features that a row measures, and how the plot's names say so
     "adapted": "",
     "ensemble": ", ens.",
     "adapted_whitened": ", w.",
     "ensemble_whitened": ", ens. w.",
-}  # by the name
+}
 # the study's targets: change on the source and gain, at least these
 TARGETS = {"target: ensemble": (-0.5, 9.0), "gentle: adapted": (-0.5, 5.0)}
 WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 760, 500, 56, 14, 80, 34
@@ -46,16 +46,33 @@ def grouped(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
     return dict(sorted(groups.items(), key=lambda item: item[0][0]))
 
 
+def at_strength(name: str, strength: str) -> str:
+    """How a configuration at a strength is called."""
+    return name if strength == "1.0" else f"{name} x {float(strength):g}"
+
+
+def changes(rows: Iterable[Row], strength: str, kind: str, measure: str) -> list[float]:
+    """Of the rows that have them, in points, against the base model's features as they are.
+
+    kind: of KINDS; measure: knn, linear, or source, k-NN on the source.
+    """
+    ats = [(row, row["at"][strength]) for row in rows]
+    of_kind = [
+        (row, at.get("source", {}).get(kind) if measure == "source" else at.get(kind, {}).get(measure))
+        for row, at in ats
+    ]
+    return [value - row["base"][measure] for row, value in of_kind if value is not None]
+
+
 def dots(rows: Sequence[Row]) -> list[Dot]:
     """One a data set, configuration, strength and kind; and the mean over the sets of what was measured on all."""
     found = []
     for (data, name, strength), group in grouped(rows).items():
         for kind in KINDS:
-            with_source = [(row, row["at"][strength]) for row in group if kind in row["at"][strength].get("source", {})]
+            with_source = [row for row in group if kind in row["at"][strength].get("source", {})]
             if with_source:
-                x = statistics.mean(at["source"][kind] - row["base"]["source"] for row, at in with_source)
-                y = statistics.mean(at[kind]["knn"] - row["base"]["knn"] for row, at in with_source)
-                found.append(Dot(x, y, data, kind, name if strength == "1.0" else f"{name} x {float(strength):g}"))
+                x, y = (statistics.mean(changes(with_source, strength, kind, m)) for m in ("source", "knn"))
+                found.append(Dot(x, y, data, kind, at_strength(name, strength)))
     sets = {dot.group for dot in found}
     if len(sets) < 2:
         return found

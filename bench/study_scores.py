@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import dense
 import torch
 from safetensors.torch import load_file, save
+from study_plot import KINDS
 from torch import Tensor, nn
 
 from upstep_fast import backbone as backbones
@@ -35,7 +36,6 @@ JUDGED = 256  # unlabelled held-out images that the label-free scores see
 VIEW_SEED = 12345
 SPLITS = ("train", "test")
 SOURCE_K = 20  # neighbours on the source, whatever the target has
-KINDS = ("adapted", "ensemble", "adapted_whitened", "ensemble_whitened")
 THIRDS = ("first", "middle", "last")  # of the blocks
 PART_STRENGTHS = (0.0, 0.5)
 HANDS = "sign_digits"  # the set whose photographs the dense check cuts hands out of
@@ -175,6 +175,7 @@ def view_features(model: Backbone, views: Tensor, compute: Compute) -> Tensor:
 
 
 def labels_of(path: str) -> list[Tensor]:
+    """Of both splits, as indices into the sorted names of both."""
     names = [open_source(path, split=s).labels or [] for s in SPLITS]
     index = {name: i for i, name in enumerate(sorted(set(names[0] + names[1])))}
     return [torch.tensor([index[name] for name in part]) for part in names]
@@ -198,6 +199,7 @@ def _sets(x: list[Tensor], y: list[Tensor]) -> list[Features]:
 
 
 def knn_percent(x: list[Tensor], y: list[Tensor], k: int) -> float:
+    """Accuracy of k-NN with the first of x and y as the bank, the second as the queries."""
     return _percent(knn_right(*_sets(x, y), k))
 
 

@@ -14,8 +14,8 @@
 namespace upstep {
 
 // cells of the state, float64; the running centre [d] follows them
-enum Cell { kStep, kOpen, kFinite, kMagnitude, kUnbiasedSquare, kReference, kSpread, kDebt, kOpened, kSkips, kView1, kView2,
-            kTicket, kHead };
+enum Cell { kStep, kOpen, kFinite, kMagnitude, kUnbiasedSquare, kReference, kSpread, kDebt, kOpened, kSkips,
+            kView1, kView2, kTicket, kHead };
 
 enum Rule { kNone, kPrev, kEma, kQuantile, kViews };
 

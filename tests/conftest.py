@@ -85,13 +85,10 @@ def photos(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def options(model, photos, tmp_path):
-    """A short run of UpStep on them, as adapt's keywords; files that want another build on it."""
+@pytest.fixture(scope="session")
+def short_run():
+    """A short run of UpStep, as adapt's keywords, but for what it adapts and where it writes."""
     return dict(
-        model=model,
-        data=photos,
-        out=tmp_path / "out",
         steps=6,
         batch_size=8,
         prototypes=8,
@@ -102,3 +99,9 @@ def options(model, photos, tmp_path):
         device="cpu",
         num_workers=0,
     )
+
+
+@pytest.fixture
+def options(short_run, model, photos, tmp_path):
+    """A short run on them; files that want another build on it."""
+    return short_run | dict(model=model, data=photos, out=tmp_path / "out")

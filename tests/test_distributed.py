@@ -70,24 +70,9 @@ def close(one, two, tolerance=1e-5):
 
 
 @pytest.fixture(scope="module")
-def base(model, photos):
-    return dict(
-        model=model,
-        data=str(photos),
-        steps=6,
-        batch_size=8,
-        prototypes=8,
-        head_hidden=32,
-        head_dim=16,
-        lora_r=2,
-        precision="fp32",
-        device="cpu",
-        num_workers=0,
-        checkpoint_every=100,
-        memory_check=False,
-        report_images=False,
-        debug=True,
-    )
+def base(short_run, model, photos):
+    more = dict(checkpoint_every=100, memory_check=False, report_images=False, debug=True)
+    return short_run | dict(model=model, data=str(photos)) | more
 
 
 FORMS = {

@@ -21,7 +21,7 @@ def resident() -> int:
     "steps",
     [300, pytest.param(20_000, marks=[pytest.mark.long, pytest.mark.timeout(3600)])],
 )
-def test_memory_does_not_grow_with_the_steps(model, photos, tmp_path, monkeypatch, record_property, steps):
+def test_memory_does_not_grow_with_the_steps(options, monkeypatch, record_property, steps):
     used, real, count = {}, UpStep.remember, iter(range(1, 10**6))
 
     def remember(self, embedded):
@@ -31,20 +31,7 @@ def test_memory_does_not_grow_with_the_steps(model, photos, tmp_path, monkeypatc
 
     monkeypatch.setattr(UpStep, "remember", remember)
     result = upstep_fast.adapt(
-        model=model,
-        data=str(photos),
-        out=str(tmp_path / "out"),
-        steps=steps,
-        batch_size=4,
-        prototypes=8,
-        head_hidden=32,
-        head_dim=16,
-        lora_r=2,
-        precision="fp32",
-        device="cpu",
-        num_workers=1,
-        checkpoint_every=steps // 20,
-        report_images=False,
+        **options | dict(steps=steps, batch_size=4, num_workers=1, checkpoint_every=steps // 20, report_images=False),
     )
     assert result.steps == steps and list(used) == [steps // 10, steps]
     drift = 100 * (used[steps] / used[steps // 10] - 1)
