@@ -69,13 +69,13 @@ bench: install   ## the benchmarks, small shapes on a CPU
 
 bench-gpu: gpu-install  ## the benchmarks on the GPU of this machine, with the python that is active
 	pytest bench --benchmark-only --benchmark-json=bench/results/gpu.json
-	$(PYTHON) bench/sweep.py --json bench/results/sweep_gpu.json
+	$(PYTHON) bench/engine/sweep.py --json bench/results/sweep_gpu.json
 
 bench-compare: install  ## the last `make bench` against the stored run
 	$(BIN)/pytest-benchmark compare bench/results/pytest_cpu2.json bench/results/local.json --group-by=fullname --columns=min,median
 
 figures: install ## run the fault tests and fill docs/reliability.md (LONG=--long: the long forms too)
-	$(BIN)/python bench/figures.py $(LONG)
+	$(BIN)/python bench/reliability/figures.py $(LONG)
 
 docs: install    ## build site/ from docs/; a broken link, anchor or reference ends it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

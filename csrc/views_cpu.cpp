@@ -1,4 +1,4 @@
-// Random views on the CPU: one view at a time, in fp32, in memory that stays in the cache. The formula: kernels/views.py.
+// Random views on the CPU: one view at a time, in fp32, in memory that stays in the cache. The formula: kernels/views.
 // Every sum has a fixed order, so a view does not depend on the number of threads nor on its neighbours.
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>

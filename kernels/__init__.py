@@ -6,19 +6,19 @@
 Every op runs on a CPU too; `report()` says which implementation ran and why, `forced` chooses one.
 """
 
+from ._autotune import pin, pins
 from ._dispatch import Choice, force, forced, report
-from ._measure import pin, pins
 from .attention import attention
 from .center_vector import center_vector_finish, center_vector_partial, center_vector_update
 from .gelu import gelu
 from .layer_norm import add_layer_norm, layer_norm
 from .lora_linear import lora_linear
-from .lora_linear_fp8 import lora_linear_fp8
+from .lora_linear.fp8 import lora_linear_fp8
 from .low_rank_mixer import low_rank_mixer
 from .patchify import patchify
 from .quantize import dequantize, quantize
-from .scored_sinkhorn import scored_sinkhorn
 from .sinkhorn import sinkhorn
+from .sinkhorn.scored import scored_sinkhorn
 from .swapped_loss import swapped_cross_entropy
 
 __all__ = [

@@ -6,7 +6,6 @@ Each op is called once on a small problem, so that what it says is what it did. 
 from __future__ import annotations
 
 import argparse
-import importlib
 import platform
 
 import torch
@@ -14,7 +13,7 @@ import torch
 from . import _triton
 from ._dispatch import report, wanted
 from ._native import LIBRARY, extension, has_cuda, library_folder, load_failure
-from ._problems import PROBLEMS
+from ._sample_inputs import PROBLEMS, sample_inputs
 
 
 def _machine() -> list[tuple[str, str]]:
@@ -49,9 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to try the ops")
     device = torch.device(parser.parse_args(arguments).device)
     failed: list[tuple[str, ...]] = []
-    for name, make in PROBLEMS.items():
+    for name in PROBLEMS:
         try:
-            problem = make(importlib.import_module(f".{name}", __package__))
+            problem = sample_inputs(name)
             problem.call(*problem.on(device, torch.bfloat16 if device.type == "cuda" else torch.float32))
         except Exception as error:  # a report must say what is broken, whatever it is
             failed.append((name, device.type, "FAILED", str(error).split("\n")[0]))

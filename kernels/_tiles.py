@@ -2,7 +2,7 @@
 
 A row is `op: {compute capability or None: {constexpr: value}}`; None is the default, used on any GPU without a row
 of its own, so an unknown GPU never raises. Rows for a capability carry the measurement that chose them.
-`tests/test_aot.py` compiles every row for sm_80, sm_90 and sm_100 and checks it against their limits.
+`tests/kernels/test_aot.py` compiles every row for sm_80, sm_90 and sm_100 and checks it against their limits.
 """
 
 from __future__ import annotations

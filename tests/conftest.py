@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -17,12 +17,6 @@ from upstep_fast.kernels import _dispatch
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("UPSTEP_FAST_SHARED", ROOT.parent / "shared" / "data"))
 SMALL = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=5)
-
-# tests are not on sys.path (import-mode=importlib), so what they share is put where `import` finds it
-for _name in ("engines", "kernel_checks", "view_checks", "vits"):
-    _spec = importlib.util.spec_from_file_location(_name, Path(__file__).with_name(f"{_name}.py"))
-    sys.modules[_name] = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(sys.modules[_name])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -54,11 +48,11 @@ def triton():
 @pytest.fixture(scope="module")
 def bench():
     """Imports a module of bench/ by its name; they import each other from their own folder."""
-    folder = ROOT / "bench"
-    names = {path.stem for path in folder.glob("*.py")} - set(sys.modules)
-    sys.path.insert(0, str(folder))
+    folders = [str(path) for path in (ROOT / "bench").iterdir() if path.is_dir()]
+    names = {path.stem for path in (ROOT / "bench").glob("*/*.py")} - set(sys.modules)
+    sys.path[:0] = folders
     yield importlib.import_module
-    sys.path.remove(str(folder))
+    sys.path[:] = [path for path in sys.path if path not in folders]
     for name in names:
         sys.modules.pop(name, None)
 

@@ -12,22 +12,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .evaluation import embed, evaluate
-    from .finetuned import load_finetuned
-    from .finetuning import finetune
-    from .lora import load_adapted
-    from .trainer import adapt
+    from upstep_fast.evaluation.labelled import embed, evaluate
+    from upstep_fast.model.lora import load_adapted
+    from upstep_fast.train.finetune.classifier import load_finetuned
+    from upstep_fast.train.finetune.run import finetune
+    from upstep_fast.train.loop import adapt
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "adapt", "embed", "evaluate", "finetune", "kernels", "load_adapted", "load_finetuned"]
 
 _HOME = {
-    "adapt": "trainer",
-    "evaluate": "evaluation",
-    "embed": "evaluation",
-    "finetune": "finetuning",
-    "load_adapted": "lora",
-    "load_finetuned": "finetuned",
+    "adapt": "train.loop",
+    "evaluate": "evaluation.labelled",
+    "embed": "evaluation.labelled",
+    "finetune": "train.finetune.run",
+    "load_adapted": "model.lora",
+    "load_finetuned": "train.finetune.classifier",
 }
 
 

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import ConfigError
+from upstep_fast.errors import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -38,3 +38,11 @@ class Interrupted(UpstepError):  # noqa: N818  (not an error: the run was asked 
     """Stopped by a signal; what was learnt so far is saved."""
 
     exit_code = 75
+
+
+class BadImage(Exception):  # noqa: N818  (the interface's name: a verdict on the image)
+    """This image cannot be used; `reason` says why, in one line."""
+
+    def __init__(self, reason: str, name: str = "") -> None:
+        super().__init__(f"{name}: {reason}" if name else reason)
+        self.reason = reason

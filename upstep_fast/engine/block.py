@@ -38,15 +38,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fold import FoldedBlock, FoldedLinear
-from .heads import meet, meet_backward
-from .hidden import hidden, hidden_backward, hidden_forward, linear_hidden
-from .merge import ReadyBlock, factors_of
-from .packed import Sizes, attend, attend_backward
-from .pieces import norm, norm_backward
-from .plain import run_plain, take
-from .precision import Quantized, wide
-from .rotary import Ropes, turn
+from upstep_fast.engine.fold import FoldedBlock, FoldedLinear
+from upstep_fast.engine.merge import ReadyBlock, factors_of
+from upstep_fast.engine.mlp import hidden, hidden_backward, hidden_forward, linear_hidden
+from upstep_fast.engine.norm_gelu import norm, norm_backward
+from upstep_fast.engine.packing import Sizes, attend, attend_backward
+from upstep_fast.engine.plain_block import run_plain, take
+from upstep_fast.engine.projections import Quantized, wide
+from upstep_fast.engine.qk_norm import meet, meet_backward
+from upstep_fast.engine.rotary import Ropes, turn
 
 Memory = Literal["fast", "balanced", "lean"]
 Run = Callable[[Tensor, Tensor | None, int], tuple[Tensor, Tensor]]

@@ -26,12 +26,12 @@ import torch.nn.functional as F
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
-from ..lora import LoraLinear
-from .heads import HeadNorm
-from .packed import Sizes, draw_path
-from .parts import Vit, norm_kind, parts_of, why_not_block
-from .precision import Fp8Weight, to_fp8
-from .rotary import Rotary
+from upstep_fast.engine.packing import Sizes, draw_path
+from upstep_fast.engine.projections import Fp8Weight, to_fp8
+from upstep_fast.engine.qk_norm import HeadNorm
+from upstep_fast.engine.rotary import Rotary
+from upstep_fast.engine.timm_blocks import Vit, norm_kind, parts_of, why_not_block
+from upstep_fast.model.lora import LoraLinear
 
 
 @dataclass(frozen=True)

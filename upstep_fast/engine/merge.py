@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .fold import FoldedBlock, FoldedLinear
-from .precision import Apart, Fp8Weight, Merged, Projection
+from upstep_fast.engine.fold import FoldedBlock, FoldedLinear
+from upstep_fast.engine.projections import Apart, Fp8Weight, Merged, Projection
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .packed import Sizes, unpack
-from .parts import grid_of
+from upstep_fast.engine.packing import Sizes, unpack
+from upstep_fast.engine.timm_blocks import grid_of
 
 Ropes = Sequence[Tensor] | None  # a table for every group of sequences; None: the model has no rotary positions
 

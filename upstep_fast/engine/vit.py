@@ -12,18 +12,18 @@ import torch.nn.functional as F
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
-from ..backbone import pooled
-from ..errors import ConfigError
-from ..kernels.patchify import patchify
-from .block import Memory, run_block, run_blocks
-from .fold import FoldedBlock, fold, left_alone, why_not
-from .forward import make_forward_only
-from .graphs import graphed
-from .merge import ReadyBlock, make_ready
-from .packed import pack, sizes_of, unpack
-from .parts import Vit, grid_of
-from .rotary import Ropes, make_ropes, without_rope
-from .unchanged import watch
+from upstep_fast.engine.block import Memory, run_block, run_blocks
+from upstep_fast.engine.cuda_graphs import graphed
+from upstep_fast.engine.fold import FoldedBlock, fold, left_alone, why_not
+from upstep_fast.engine.inference import make_forward_only
+from upstep_fast.engine.merge import ReadyBlock, make_ready
+from upstep_fast.engine.packing import pack, sizes_of, unpack
+from upstep_fast.engine.rotary import Ropes, make_ropes, without_rope
+from upstep_fast.engine.stale_check import watch
+from upstep_fast.engine.timm_blocks import Vit, grid_of
+from upstep_fast.errors import ConfigError
+from upstep_fast.kernels.patchify import patchify
+from upstep_fast.model.backbone import pooled
 
 log = logging.getLogger("upstep_fast")
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.lora_linear import lora_linear
+from upstep_fast.kernels.lora_linear import lora_linear
 
 _log = logging.getLogger(__name__)
 

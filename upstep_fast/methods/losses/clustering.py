@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...kernels.swapped_loss import swapped_cross_entropy
+from upstep_fast.kernels.swapped_loss import swapped_cross_entropy
 
 Cvr = Literal["off", "sq", "norm", "anchor", "hinge", "ema"]
 CVR_EMA_BETA = 0.9  # share of the running centre in the "ema" penalty

@@ -1,0 +1,248 @@
+"""Softmax attention over short sequences, from packed qkv, with the gradient written packed.
+
+    S = scale * q k^T        lse_t = log sum_s exp(S_ts)        P = exp(S - lse)        o = P v
+Backward (G = do):
+    delta_t = sum_d o G      dS = P * (G v^T - delta)
+    dq = scale * dS k        dk = scale * dS^T q        dv = P^T G
+
+B images, T tokens, H heads, d head width (64 to 128 in Vision Transformers). No mask, no dropout.
+
+Ways: `triton` (attention_triton.py), `flash` and `cudnn` (PyTorch's own, on a GPU in 16 bit), `sdpa` (PyTorch's on
+a CPU), `reference`. On a GPU the fastest by measurement runs, for forward and backward apart: they share o and lse.
+
+Kept for backward: qkv, o and lse (4 bytes a token and head).
+Bytes moved by `triton`: qkv in, o out; backward qkv and G twice, o in, dqkv out. The library's ways of backward write
+dq, dk and dv apart, and stacking them moves dqkv twice more.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .._autocast import autocast_dtype
+from .._autotune import fastest, power_class
+from .._dispatch import NAMESPACE, record, triton_reason, wanted
+from .triton import MAX_WIDTH, outputs
+from .triton import backward as _backward_triton
+from .triton import forward as _forward_triton
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_STORED = 512  # tokens up to which a CPU's bf16 backward holds whole P; at 1370 it is no faster
+
+
+def attention_reference(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The specification, in fp32 or wider: (out [B, T, H, d], lse [B, H, T]); differentiable by autograd."""
+    q, k, v = qkv.to(torch.promote_types(qkv.dtype, torch.float32)).permute(2, 0, 3, 1, 4)
+    scores = scale * (q @ k.mT)
+    return (scores.softmax(-1) @ v).transpose(1, 2).to(qkv.dtype), scores.logsumexp(-1)
+
+
+def attention_backward_reference(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
+    """dqkv by the formula above, from the o and lse of the forward."""
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    q, k, v = qkv.to(wide).permute(2, 0, 3, 1, 4)
+    g, o = (t.to(wide).transpose(1, 2) for t in (grad, out))
+    p = (scale * (q @ k.mT) - lse[..., None].to(wide)).exp()
+    ds = p * (g @ v.mT - (o * g).sum(-1, keepdim=True))
+    return torch.stack([scale * (ds @ k), scale * (ds.mT @ q), p.mT @ g]).permute(1, 3, 0, 2, 4).to(qkv.dtype)
+
+
+def _forward_sdpa(qkv, scale):
+    # PyTorch's own gives 0 to a row of NaN; a sum finds one in a tenth of the time that isfinite takes. In bf16 it adds
+    # in fp32 by itself, and a cast first takes five times as long; in fp16 it would overflow
+    if not qkv.sum(dtype=torch.float32 if qkv.dtype == torch.float16 else None).isfinite():
+        return attention_reference(qkv, scale)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+    return out.transpose(1, 2), lse
+
+
+def _backward_products(grad, qkv, lse, scale):
+    # S in fp32, for the exponential; P and dS rounded to bf16, as fused kernels round them. 28 ms where the library's
+    # backward in fp32 takes 39 and in bf16 45, at [8, 197, 12, 64] (one thread of an Intel Xeon with AMX, torch 2.15)
+    B, T, _, H, D = qkv.shape
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous().flatten(1, 2)
+    g = grad.transpose(1, 2).contiguous().flatten(0, 1)
+    p = torch.baddbmm(lse.view(B * H, T, 1), q.float(), k.float().mT, beta=-1, alpha=scale).exp_().to(qkv.dtype)
+    ds = torch.ops.aten._softmax_backward_data(g @ v.mT, p, -1, qkv.dtype)
+    packed = torch.empty_like(qkv)
+    for i, (a, b) in enumerate(((ds, k), (ds.mT, q), (p.mT, g))):
+        product = torch.baddbmm(a.new_zeros(()), a, b, beta=0, alpha=scale if i < 2 else 1)
+        packed[:, :, i] = product.view(B, H, T, D).transpose(1, 2)
+    return packed
+
+
+def _backward_sdpa(grad, qkv, out, lse, scale):
+    if qkv.dtype == torch.bfloat16 and qkv.shape[1] <= MAX_STORED:
+        return _backward_products(grad, qkv, lse, scale)
+    # the library's backward in fp32: in bf16 it takes 44 ms instead of 14 at [128, 3, 65, 64] (2 cores of an AMD EPYC
+    # with AVX512-BF16, torch 2.15)
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    q, k, v = qkv.to(wide).permute(2, 0, 3, 1, 4)
+    grad, out = grad.to(wide).transpose(1, 2), out.to(wide).transpose(1, 2)
+    gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, q, k, v, out, lse, 0.0, False, scale=scale
+    )
+    packed = torch.empty_like(qkv)
+    for i, gradient in enumerate(gradients):  # each to its place and type at once: stacked first, a fifth slower
+        packed[:, :, i] = gradient.transpose(1, 2)
+    return packed
+
+
+def _forward_flash(qkv, scale):
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
+    return out.transpose(1, 2), lse
+
+
+def _backward_flash(grad, qkv, out, lse, scale):
+    (q, k, v), T = qkv.permute(2, 0, 3, 1, 4), qkv.shape[1]
+    grad, out = grad.transpose(1, 2), out.transpose(1, 2)
+    # without dropout its random state is not read
+    state = torch.empty(2, dtype=torch.int64, device=qkv.device)
+    gradients = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        grad, q, k, v, out, lse, None, None, T, T, 0.0, False, state, state, scale=scale
+    )
+    return _packed(gradients)
+
+
+def _forward_cudnn(qkv, scale):
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, scale=scale)
+    return out.transpose(1, 2), lse.view(lse.shape[:3])
+
+
+def _backward_cudnn(grad, qkv, out, lse, scale):
+    (q, k, v), T = qkv.permute(2, 0, 3, 1, 4), qkv.shape[1]
+    grad, out = grad.transpose(1, 2), out.transpose(1, 2)
+    state = torch.empty((), dtype=torch.int64, device=qkv.device)
+    gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        grad, q, k, v, out, lse[..., None], state, state, None, None, None, T, T, 0.0, False, scale=scale
+    )
+    return _packed(gradients)
+
+
+def _packed(gradients: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """dq, dk, dv [B, H, T, d] as [B, T, 3, H, d]."""
+    return torch.stack([g.transpose(1, 2) for g in gradients], 2)
+
+
+_FORWARD = {
+    "flash": _forward_flash,
+    "cudnn": _forward_cudnn,
+    "triton": _forward_triton,
+    "sdpa": _forward_sdpa,
+    "reference": attention_reference,
+}
+_BACKWARD = {
+    "flash": _backward_flash,
+    "cudnn": _backward_cudnn,
+    "triton": _backward_triton,
+    "sdpa": _backward_sdpa,
+    "reference": attention_backward_reference,
+}
+
+
+def _run(op, ways, qkv, args):
+    """Runs `op` the way asked for, the CPU's own, or the one measured as fastest; notes which."""
+    (B, T, _, H, D), half = qkv.shape, qkv.dtype in _DTYPES[:2]
+    no_triton = triton_reason(qkv) or ("no float64 form" if qkv.dtype == torch.float64 else None)
+    if D > MAX_WIDTH:
+        no_triton = f"head width {D} exceeds {MAX_WIDTH}"
+    if wanted() == "triton" and no_triton:
+        raise RuntimeError(f"{op}: implementation 'triton' was asked for but cannot run: {no_triton}")
+    if wanted() in ways:
+        return ways[record(op, qkv.device, wanted(), "asked for")](*args)
+    if qkv.device.type != "cuda":
+        return ways[record(op, qkv.device, "sdpa", "the library's: nothing is measured off a GPU")](*args)
+    names = ["flash", "cudnn"] if half and D % 8 == 0 and D <= MAX_WIDTH else []
+    names += ["reference"] if no_triton and not names else []
+    names += [] if no_triton else ["triton"]
+    problem = f"{op} {str(qkv.dtype).removeprefix('torch.')} BH{power_class(B * H)} T{T} D{D}"
+    name, why = fastest(problem, qkv.device, {n: lambda way=ways[n]: way(*args) for n in names})
+    return ways[record(problem, qkv.device, name, why)](*args)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=())
+def _op(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(out [B, T, H, d], lse [B, H, T])"""
+    if not qkv.numel():
+        return tuple(t.zero_() for t in outputs(qkv))
+    qkv = qkv.contiguous()
+    with torch.autocast(qkv.device.type, enabled=False):
+        out, lse = _run("attention", _FORWARD, qkv, (qkv, scale))
+    return out.contiguous(), lse.contiguous()
+
+
+@_op.register_fake
+def _fake(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return outputs(qkv)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::attention_backward", mutates_args=())
+def _backward_op(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
+    if not qkv.numel():
+        return torch.zeros_like(qkv, memory_format=torch.contiguous_format)
+    grad, qkv, out, lse = (t.contiguous() for t in (grad, qkv, out, lse))
+    with torch.autocast(qkv.device.type, enabled=False):
+        return _run("attention_backward", _BACKWARD, qkv, (grad, qkv, out, lse, scale)).contiguous()
+
+
+@_backward_op.register_fake
+def _(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx, inputs, output):
+    qkv, ctx.scale = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(qkv, *output)
+
+
+def _backward(ctx, grad, _lse):
+    return None if grad is None else _backward_op(grad, *ctx.saved_tensors, ctx.scale), None
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def attention(qkv: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(scale q k^T) v of every head: packed qkv [B, T, 3, H, d] -> [B, T, H, d].
+
+    qkv: fp16, bf16, fp32 or fp64, any strides (a copy is made unless contiguous). scale: None: 1 / sqrt d.
+    The gradient comes packed like qkv. Under autocast qkv is cast as for torch's own attention.
+    Raises ValueError for arguments that do not fit, RuntimeError for an implementation that cannot run here.
+    """
+    if qkv.is_floating_point() and qkv.dtype != torch.float64 and (dtype := autocast_dtype(qkv.device)):
+        qkv = qkv.to(dtype)
+    return _op(qkv, _checked("attention", qkv, scale))[0]
+
+
+def attention_forward(qkv: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """(out, lse [B, H, T] in fp32 or wider), for a backward written by hand; outside autograd and autocast."""
+    return _op(qkv.detach(), _checked("attention_forward", qkv, scale))
+
+
+def attention_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float | None = None) -> Tensor:
+    """dqkv [B, T, 3, H, d] from the gradient of out and what `attention_forward` took and gave."""
+    scale = _checked("attention_backward", qkv, scale)
+    B, T, _, H, D = qkv.shape
+    for name, t, shape in (("grad", grad, (B, T, H, D)), ("out", out, (B, T, H, D)), ("lse", lse, (B, H, T))):
+        if t.shape != shape or t.device != qkv.device:
+            want, got = f"{list(shape)} on {qkv.device}", f"{list(t.shape)} on {t.device}"
+            raise ValueError(f"attention_backward: {name} must be {want} to fit qkv, got {got}")
+    return _backward_op(grad.detach(), qkv.detach(), out.detach(), lse.detach(), scale)
+
+
+def _checked(op: str, qkv: Tensor, scale: float | None) -> float:
+    if qkv.dim() != 5 or qkv.shape[2] != 3 or qkv.dtype not in _DTYPES:
+        got = f"{list(qkv.shape)} in {qkv.dtype}"
+        raise ValueError(f"{op}: qkv must be [B, T, 3, H, d] in fp16, bf16, fp32 or fp64, got {got}")
+    if scale is None:
+        return float(max(qkv.shape[4], 1) ** -0.5)
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"{op}: scale must be finite, got {scale}")
+    return float(scale)

@@ -1,0 +1,168 @@
+"""The Triton form of `layer_norm`: one kernel forward, one backward, a block of whole rows a program."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._tiles import row_tile
+from .._triton import INTERPRET, tl, triton
+from ..quantize import e4m3_codes, row_scales
+
+# beyond these s is a product of its own: 16 rows, or A's rows, would not fit a program
+MAX_FUSED_WIDTH, MAX_FUSED_RANK = 1024, 64
+
+
+@triton.jit
+def _load_h(x, residual, at, mask, HAS_RESIDUAL: tl.constexpr):
+    b_h = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        b_h = (b_h + tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)).to(x.dtype.element_ty).to(tl.float32)
+    return b_h
+
+
+@triton.jit
+def _layer_norm_fwd_kernel(
+    x, residual, weight, bias, a, y, h, mean, rstd, s, q, scale,
+    M, K, R, eps,
+    HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, LORA: tl.constexpr,
+    KEEP: tl.constexpr, FP8: tl.constexpr, NATIVE_FP8: tl.constexpr, UPCAST_DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    m, k = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+    start = m.to(tl.int64)[:, None] * K
+    mask = (m < M)[:, None] & (k < K)[None, :]
+    b_h = _load_h(x, residual, start + k[None, :], mask, HAS_RESIDUAL)
+    if HAS_RESIDUAL:
+        tl.store(h + start + k[None, :], b_h.to(h.dtype.element_ty), mask=mask)
+    b_mean = tl.sum(b_h, 1) / K
+    b_y = tl.where(mask, b_h - b_mean[:, None], 0.0)
+    b_rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(b_y * b_y, 1) / K + eps))
+    tl.store(mean + m, b_mean, mask=m < M)
+    tl.store(rstd + m, b_rstd, mask=m < M)
+    b_y *= b_rstd[:, None]
+    if HAS_WEIGHT:
+        b_y *= tl.load(weight + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
+    if HAS_BIAS:
+        b_y += tl.load(bias + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
+    if KEEP:
+        tl.store(y + start + k[None, :], b_y.to(y.dtype.element_ty), mask=mask)
+    if FP8:
+        b_scale, b_inverse = row_scales(b_y)
+        tl.store(q + start + k[None, :], e4m3_codes(b_y * b_inverse[:, None], NATIVE_FP8), mask=mask)
+        tl.store(scale + m, b_scale, mask=m < M)
+    if LORA:
+        # the rows once more, from the cache: a product takes its operands in slices
+        r = tl.arange(0, BLOCK_R)
+        acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        for k0 in tl.range(0, K, CHUNK):
+            c = k0 + tl.arange(0, CHUNK)
+            inside = (m < M)[:, None] & (c < K)[None, :]
+            b_c = _load_h(x, residual, start + c[None, :], inside, HAS_RESIDUAL)
+            b_c = tl.where(inside, (b_c - b_mean[:, None]) * b_rstd[:, None], 0.0).to(x.dtype.element_ty)
+            b_a = tl.load(a + r[None, :] * K + c[:, None], mask=(r < R)[None, :] & (c < K)[:, None], other=0.0)
+            if UPCAST_DOT:
+                b_c, b_a = b_c.to(tl.float32), b_a.to(tl.float32)
+            acc = tl.dot(b_c, b_a, acc, input_precision="ieee")
+        at = s + m.to(tl.int64)[:, None] * R + r[None, :]
+        tl.store(at, acc.to(s.dtype.element_ty), mask=(m < M)[:, None] & (r < R)[None, :])
+
+
+@triton.jit
+def _layer_norm_bwd_kernel(
+    grad, kept, mean, rstd, weight, grad_h, dx, dweight, dbias, q, scale,
+    M, K,
+    BARE: tl.constexpr, HAS_GRAD_H: tl.constexpr, SUMS: tl.constexpr,
+    FP8: tl.constexpr, NATIVE_FP8: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dx, and with SUMS each program's share of dweight and dbias [programs, K]. BARE: `kept` is x_hat, else h."""
+    k = tl.arange(0, BLOCK_K)
+    if not BARE:
+        b_w = tl.load(weight + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
+    sum_w, sum_b = tl.zeros((BLOCK_K,), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
+    for block in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
+        m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        at = m.to(tl.int64)[:, None] * K + k[None, :]
+        mask = (m < M)[:, None] & (k < K)[None, :]
+        b_g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+        b_x = tl.load(kept + at, mask=mask, other=0.0).to(tl.float32)
+        b_rstd = tl.load(rstd + m, mask=m < M, other=0.0)[:, None]
+        if not BARE:
+            b_x = tl.where(mask, (b_x - tl.load(mean + m, mask=m < M, other=0.0)[:, None]) * b_rstd, 0.0)
+            if SUMS:
+                sum_w += tl.sum(b_g * b_x, 0)
+                sum_b += tl.sum(b_g, 0)
+            b_g *= b_w
+        b_dx = b_rstd * (b_g - (tl.sum(b_g, 1) / K)[:, None] - b_x * (tl.sum(b_g * b_x, 1) / K)[:, None])
+        if HAS_GRAD_H:
+            b_dx += tl.load(grad_h + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx + at, b_dx.to(dx.dtype.element_ty), mask=mask)
+        if FP8:
+            b_scale, b_inverse = row_scales(tl.where(mask, b_dx, 0.0))
+            tl.store(q + at, e4m3_codes(b_dx * b_inverse[:, None], NATIVE_FP8), mask=mask)
+            tl.store(scale + m, b_scale, mask=m < M)
+    if SUMS:
+        at = tl.program_id(0).to(tl.int64) * K + k
+        tl.store(dweight + at, sum_w, mask=k < K)
+        tl.store(dbias + at, sum_b, mask=k < K)
+
+
+def forward(x, residual, weight, bias, lora_a, eps, keep, fp8, native):
+    """What the op `layer_norm` returns; native: the GPU itself rounds to e4m3."""
+    (M, K), R = x.shape, 0 if lora_a is None else lora_a.shape[0]
+    fused = 0 < R <= MAX_FUSED_RANK and K <= MAX_FUSED_WIDTH
+    x, residual, weight, bias, a = (None if t is None else t.contiguous() for t in (x, residual, weight, bias, lora_a))
+    y, h, mean, rstd, s, q, scale = outputs(x, residual, a, keep or (R > 0 and not fused), fp8)
+    tiles = row_tile("layer_norm", x.device, K, fewest=16 if fused else 1)
+    with torch.cuda.device_of(x):
+        _layer_norm_fwd_kernel[(triton.cdiv(M, tiles["BLOCK_M"]),)](
+            x, x if residual is None else residual, x if weight is None else weight, x if bias is None else bias,
+            a if fused else x, y, h, mean, rstd, s, q, scale,
+            M, K, R, eps,
+            HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, LORA=fused,
+            KEEP=y.numel() > 0, FP8=fp8, NATIVE_FP8=native, UPCAST_DOT=INTERPRET,
+            BLOCK_R=max(16, 1 << max(R - 1, 0).bit_length()) if fused else 16, CHUNK=64, **tiles,
+        )  # fmt: skip
+    if R and not fused:
+        torch.mm(y, a.T, out=s)
+    return y if keep else x.new_empty(0), h, mean, rstd, s, q, scale
+
+
+def backward(grad, kept, mean, rstd, weight, grad_h, sums, fp8, native, processors):
+    """What the op `layer_norm_backward` returns."""
+    (M, K), tiles = grad.shape, row_tile("layer_norm", grad.device, grad.shape[1])
+    grad, kept, weight, grad_h = (None if t is None else t.contiguous() for t in (grad, kept, weight, grad_h))
+    blocks = triton.cdiv(M, tiles["BLOCK_M"])
+    programs = min(blocks, 4 * processors) if sums else blocks
+    dx, q = torch.empty_like(grad), grad.new_empty(grad.shape if fp8 else 0, dtype=torch.uint8)
+    scale = grad.new_empty((M, 1) if fp8 else 0, dtype=torch.float32)
+    shares = grad.new_empty(2, programs if sums else 0, K, dtype=torch.float32)
+    with torch.cuda.device_of(grad):
+        _layer_norm_bwd_kernel[(programs,)](
+            grad, kept, mean, rstd, grad if weight is None else weight, grad if grad_h is None else grad_h,
+            dx, shares[0], shares[1], q, scale,
+            M, K,
+            BARE=weight is None, HAS_GRAD_H=grad_h is not None, SUMS=sums, FP8=fp8, NATIVE_FP8=native, **tiles,
+        )  # fmt: skip
+    dweight, dbias = (share.sum(0) if sums else share.new_empty(0) for share in shares)
+    return dx, dweight, dbias, q, scale
+
+
+def outputs(x, residual, lora_a, keep, fp8):
+    """y, h, mean, rstd, s, q (its bytes: autograd cannot add fp8), scale: empty where not asked for."""
+    M, K = x.shape
+    return (
+        x.new_empty((M, K) if keep else 0),
+        x.new_empty(0 if residual is None else (M, K)),
+        x.new_empty(M, dtype=wide_dtype(x)),
+        x.new_empty(M, dtype=wide_dtype(x)),
+        x.new_empty(0 if lora_a is None else (M, lora_a.shape[0])),
+        x.new_empty((M, K) if fp8 else 0, dtype=torch.uint8),
+        x.new_empty((M, 1) if fp8 else 0, dtype=torch.float32),
+    )
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """fp32, or the type of x if that is wider."""
+    return torch.promote_types(x.dtype, torch.float32)

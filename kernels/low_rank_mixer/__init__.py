@@ -1,0 +1,5 @@
+"""LoSA's low-rank mixers."""
+
+from .op import low_rank_mixer, low_rank_mixer_reference
+
+__all__ = ["low_rank_mixer", "low_rank_mixer_reference"]

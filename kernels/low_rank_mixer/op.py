@@ -1,0 +1,244 @@
+"""The mixers of one adaptor of LoSA's side network (arXiv 2402.02887, our reading), with a backward that keeps little.
+
+    u = b + a                           gated: s b + (1 - s) a, s = sigmoid(gate)
+    x_0 = u;  x_{i+1} = x_i + c_i       c_i = W2 gelu(low_i) + c2, low_i = W1 norm(x_i) + c1, along the i-th axis
+    out = a + scale sum c_i             replace: b + scale sum c_i
+
+b: a frozen block's output, a: what refines it so far, both [P, N, D]: P images (or frames), N tokens, D channels. An
+axis is channel (n = D, W1 [r, D]) or token (n = N, W1 [s, N], one for all channels); of clips space (that is token) and
+time (n = T frames). norm: layer norm over D without scale and shift.
+
+Backward, with g the gradient of out and d_i that of c_i, from the last mixer to the first:
+    d_i = scale g + du_{i+1}        du_i = du_{i+1} + norm'(W1^T d_low_i), d_low_i = gelu'(low_i) W2^T d_i; du_k = 0
+    da  = g + du_0                      replace: du_0; gated: g + (1 - s) du_0
+    d scale = sum g sum c_i             d gate = s (1 - s) sum du_0 (b - a)
+    norm'(d) = rstd (d - mean d - x_hat mean(d x_hat)); along channels mean(d x_hat) = d_low (low - c1) / D
+
+Kept for backward: u, 2 D bytes a token in 16 bit (gated: b - a too), and low_i: r values a token along channels,
+s D / N along tokens. b gets no gradient.
+
+Bytes moved, in passes over [P, N, D] (thin reads of low and of the factors left out; channel, then token; combine sum):
+
+              the library      Triton (channel; or channel, token)
+    forward   20, 12 launches   6,  2 launches: rows: b, a in, u out; columns: u, a in, out
+    backward  26, 25 launches   6, 15 launches: a product: g in; rows: g, u in, da out; columns: g, u in; thin sums
+
+A change c_i is a product of two thin matrices, so the kernels make it again where they need it and never store it: a
+rows kernel owns some tokens with all D (norms, the sums over channels), a columns kernel some channels with all tokens.
+Arithmetic at ranks r, s: forward 8 r + 4 s, backward 18 r + 12 s operations a value: backward 40 a byte at r = s = 16
+in 16 bit, far below what a GPU's tensor cores sustain (some 300 on an H100); 80 at 32, so the gain shrinks as the rank
+grows. fp32 has no tensor cores (20 operations a byte are its limit there), so the library's products are preferred.
+These are counts: no GPU has timed it yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .._dispatch import NAMESPACE, choose, triton_reason
+from . import eager as plain
+from . import triton as fused
+from . import triton_backward as fused_backward
+
+EPS = 1e-6  # of the bare norms, as timm's ViTs have it
+AXES = ("channel", "token", "space", "time")
+COMBINE = ("sum", "replace", "gated")
+_FUSED = (("channel",), ("channel", "token"))  # what the kernels mix
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def low_rank_mixer_reference(
+    b: Tensor,
+    a: Tensor,
+    axes: Sequence[str],
+    factors: Sequence[Tensor],
+    combine: str = "sum",
+    frames: int = 1,
+    gate: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """The specification, in fp32 or wider; differentiable by autograd in everything. As `low_rank_mixer`."""
+    wide, P, N, D = torch.promote_types(b.dtype, torch.float32), *b.shape
+    b_, a_ = b.to(wide), a.to(wide)
+    u = b_ + a_ if gate is None else a_ + gate.to(wide).sigmoid() * (b_ - a_)
+    x = u
+    for axis, four in zip(axes, plain.fours(factors), strict=True):
+        down, down_bias, up, up_bias = (t.to(wide) for t in four)
+        x_hat = F.layer_norm(x, (D,), eps=EPS)
+        # the axis goes last
+        at = {"channel": (P, N, D), "time": (P // frames, frames, N * D)}.get(axis, (P, N, D))
+        x_hat = x_hat.reshape(at) if axis == "channel" else x_hat.reshape(at).mT
+        change = F.linear(F.gelu(F.linear(x_hat, down, down_bias)), up, up_bias)
+        x = x + (change if axis == "channel" else change.mT).reshape(P, N, D)
+    delta = x - u if scale is None else scale.to(wide) * (x - u)
+    return ((b_ if combine == "replace" else a_) + delta).to(b.dtype)
+
+
+def _reason(x: Tensor, axes: Sequence[str], ranks: Sequence[int]) -> str | None:
+    """Why the kernels cannot take this problem, or None."""
+    if x.dtype == torch.float64:
+        return "no float64 form"
+    if tuple(axes) not in _FUSED:
+        return f"forms for channel and for channel, token; got {', '.join(axes)}"
+    if max(ranks) > fused.MAX_RANK or min(ranks) == 0:
+        return f"ranks from 1 to {fused.MAX_RANK}, got {', '.join(map(str, ranks))}"
+    return None
+
+
+def _takes_triton(op: str, x: Tensor, axes: Sequence[str], ranks: Sequence[int]) -> bool:
+    why_not = _reason(x, axes, ranks) or triton_reason(x)
+    # without tensor cores the products decide, and the library's are the better ones
+    order = ("reference", "triton") if x.dtype == torch.float32 else ("triton", "reference")
+    reasons = {"triton": why_not, "reference": None}
+    return x.numel() > 0 and choose(op, x.device, {name: reasons[name] for name in order}) == "triton"
+
+
+def _forward(
+    b: Tensor, a: Tensor, axes: str, combine: str, frames: int, gate: Tensor | None, scale: Tensor | None,
+    factors: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    """(out, u, b - a or empty, each mixer's low); axes: names between spaces."""
+    names = axes.split()
+    takes = _takes_triton("low_rank_mixer", b, names, [len(down) for down in factors[::4]])
+    run = fused.forward if takes else plain.forward
+    with torch.autocast(b.device.type, enabled=False):
+        return run(b, a, names, combine, frames, gate, scale, factors, EPS)
+
+
+_op = torch.library.custom_op(f"{NAMESPACE}::low_rank_mixer", _forward, mutates_args=())
+
+
+@_op.register_fake
+def _(b, a, axes, combine, frames, gate, scale, factors):
+    P, N, D = b.shape
+    shapes = {"channel": lambda r: (P, N, r), "time": lambda r: (P // frames, r, N * D)}
+    lows = [
+        b.new_empty(shapes.get(axis, lambda r: (P, r, D))(down.shape[0]))
+        for axis, down in zip(axes.split(), factors[::4], strict=True)
+    ]
+    return b.new_empty(P, N, D), b.new_empty(P, N, D), b.new_empty(0 if gate is None else (P, N, D)), lows
+
+
+def _gradients(
+    grad: Tensor, u: Tensor, difference: Tensor, lows: list[Tensor], axes: str, combine: str, frames: int,
+    gate: Tensor | None, scale: Tensor | None, factors: list[Tensor], needs_da: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    """Gradients of a, gate and scale (empty where not wanted) and of the factors."""
+    names = axes.split()
+    takes = _takes_triton("low_rank_mixer_backward", u, names, [len(down) for down in factors[::4]])
+    run = fused_backward.backward if takes else plain.backward
+    with torch.autocast(u.device.type, enabled=False):
+        *narrow, d_factors = run(grad, u, difference, lows, names, combine, frames, gate, scale, factors, EPS, needs_da)
+    da, d_gate, d_scale = (u.new_empty(0) if d is None else d for d in narrow)
+    return da, d_gate, d_scale, d_factors
+
+
+_backward_op = torch.library.custom_op(f"{NAMESPACE}::low_rank_mixer_backward", _gradients, mutates_args=())
+
+
+@_backward_op.register_fake
+def _(grad, u, difference, lows, axes, combine, frames, gate, scale, factors, needs_da):
+    d_gate, d_scale = (u.new_empty(0) if t is None else torch.empty_like(t) for t in (gate, scale))
+    return u.new_empty(u.shape if needs_da else 0), d_gate, d_scale, [torch.empty_like(t) for t in factors]
+
+
+def _setup_context(ctx, inputs, output):
+    _, _, ctx.axes, ctx.combine, ctx.frames, gate, scale, factors = inputs
+    _, u, difference, lows = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(u, difference, gate, scale, *lows, *factors)
+
+
+def _backward(ctx, grad, *_, gradients=_backward_op):
+    u, difference, gate, scale, *rest = ctx.saved_tensors
+    lows, factors = rest[: len(rest) // 5], rest[len(rest) // 5 :]
+    if grad is None:
+        return None, None, None, None, None, None, None, [None] * len(factors)
+    da, d_gate, d_scale, d_factors = gradients(
+        grad, u, difference, lows, ctx.axes, ctx.combine, ctx.frames, gate, scale, factors, ctx.needs_input_grad[1]
+    )
+    d_gate, d_scale = (None if t is None else d for t, d in ((gate, d_gate), (scale, d_scale)))
+    return None, da if ctx.needs_input_grad[1] else None, None, None, None, d_gate, d_scale, d_factors
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _OnCpu(torch.autograd.Function):
+    """The same without the wrapping of a library's op, a tenth of a small adaptor's time on a CPU."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        inputs = (*inputs[:7], list(inputs[7:]))
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        *others, of_factors = _backward(ctx, grad, gradients=_gradients)
+        return *others, *of_factors
+
+
+def low_rank_mixer(
+    b: Tensor,
+    a: Tensor,
+    axes: Sequence[str],
+    factors: Sequence[Tensor],
+    combine: str = "sum",
+    frames: int = 1,
+    gate: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """One adaptor: the refinement after it, [P, N, D] in the dtype of b, differentiable in all but b.
+
+    b, a: [P, N, D] in fp16, bf16, fp32 or fp64, any strides; b must need no gradient. axes: some of channel, token,
+    space, time, in the order in which they are mixed. factors: for each axis of length n four of them, (W1 [r, n],
+    c1 [r], W2 [n, r], c2 [n]), in the dtype of b or in fp32 (so are their gradients). combine: sum, replace or gated;
+    gated wants `gate`, a scalar. scale: a scalar, or None for 1. frames: T; P is a multiple of it.
+    Products in the dtype of b, with or without autocast; sums in fp32. Raises ValueError for what does not fit.
+    """
+    if message := _complaint(b, a, axes, factors, combine, frames, gate, scale):
+        raise ValueError(f"low_rank_mixer: {message}")
+    inputs = b, a, " ".join(axes), combine, frames, gate, scale
+    if b.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _OnCpu.apply(*inputs, *factors)
+    return _op(*inputs, list(factors))[0]
+
+
+def _complaint(b, a, axes, factors, combine, frames, gate, scale) -> str | None:
+    if b.dim() != 3 or b.dtype not in _DTYPES:
+        return f"b must be [P, N, D] in fp16, bf16, fp32 or fp64, got {list(b.shape)} in {b.dtype}"
+    if b.requires_grad:
+        return "b must need no gradient (it is a frozen block's output), got one that does: detach it"
+    if not axes or not set(axes) <= set(AXES):
+        return f"axes must be one or more of {', '.join(AXES)}, got {', '.join(map(repr, axes)) or 'none'}"
+    if combine not in COMBINE:
+        return f"combine must be one of {', '.join(COMBINE)}, got {combine!r}"
+    if (combine == "gated") != (gate is not None):
+        got = "no gate" if gate is None else "a gate"
+        return f"gate must be given for combine 'gated' and for no other, got {got} for {combine!r}"
+    if frames < 1 or b.shape[0] % frames:
+        return f"frames must divide the {b.shape[0]} of b's first dimension, got {frames}"
+    if len(factors) != 4 * len(axes):
+        return f"factors must be 4 for each of {len(axes)} axes, got {len(factors)}"
+    wanted: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
+        ("a", a, tuple(b.shape)), ("gate", gate, ()), ("scale", scale, ())
+    ]  # fmt: skip
+    lengths = {"channel": b.shape[2], "time": frames}
+    for axis, four in zip(axes, plain.fours(factors), strict=True):
+        n, r = lengths.get(axis, b.shape[1]), four[0].shape[0] if four[0].dim() else 1
+        shapes = (("W1", (r, n)), ("c1", (r,)), ("W2", (n, r)), ("c2", (n,)))
+        wanted += [(f"{name} of {axis}", t, shape) for t, (name, shape) in zip(four, shapes, strict=True)]
+    for name, t, shape in wanted:
+        dtypes = (b.dtype,) if name == "a" else (b.dtype, torch.float32)
+        if t is not None and (t.shape != shape or t.dtype not in dtypes or t.device != b.device):
+            want = f"{list(shape)} in {' or '.join(map(str, dict.fromkeys(dtypes)))} on {b.device}"
+            return f"{name} must be {want} to fit b, got {list(t.shape)} in {t.dtype} on {t.device}"
+    return None

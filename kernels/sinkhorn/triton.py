@@ -1,0 +1,200 @@
+"""The Triton form of `sinkhorn`: one resident grid runs all passes, or each pass is a launch."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._tiles import tile
+from .._triton import INTERPRET, tl, triton
+from .kernels import barrier, columns_pass, rows_pass, sum_pass
+
+
+@triton.jit
+def after_first_pass(
+    scores, q, part_peak, part_sum, rows, peak, share, arrived,
+    inverse, iterations, num_first, num_parts, B, K, stride_b, stride_k,
+    FITS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """All that follows the columns' `num_first` parts, in the same launch."""
+    barrier(arrived, 1)
+    sum_pass(
+        part_peak, part_sum, peak, share, share, inverse, num_first, K, True, False, BLOCK_P, BLOCK_C
+    )  # fmt: skip
+    barrier(arrived, 2)
+    for i in tl.range(1, iterations):
+        rows_pass(
+            scores, q, part_sum, rows, peak, share, inverse, B, K, stride_b, stride_k,
+            False, BLOCK_B, BLOCK_K, FITS,
+        )  # fmt: skip
+        barrier(arrived, 2 * i + 1)
+        sum_pass(
+            part_peak, part_sum, peak, share, share, inverse, num_parts, K, False, False, BLOCK_P, BLOCK_C
+        )  # fmt: skip
+        barrier(arrived, 2 * i + 2)
+    rows_pass(
+        scores, q, part_sum, rows, peak, share, inverse, B, K, stride_b, stride_k,
+        True, BLOCK_B, BLOCK_K, FITS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _sinkhorn_kernel(
+    scores, q, part_peak, part_sum, rows, peak, share, total, arrived,
+    inverse,  # log2(e) / epsilon
+    iterations, num_parts, B, K, stride_v, stride_b, stride_k,
+    PASS: tl.constexpr,  # "all" in one launch with barriers, or one of "columns", "rows", "sum", "assign"
+    FIRST: tl.constexpr, SPLIT: tl.constexpr, FITS: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    # problems have nothing in common, not even barriers
+    v = tl.program_id(1).to(tl.int64)
+    scores, q, rows, arrived = scores + v * stride_v, q + v * B * K, rows + v * 2 * B, arrived + v
+    part_peak, part_sum = part_peak + v * num_parts * K, part_sum + v * num_parts * K
+    peak, share, total = peak + v * K, share + v * K, total + v * K
+    if PASS == "all" or PASS == "columns":
+        columns_pass(scores, part_peak, part_sum, inverse, B, K, stride_b, stride_k, BLOCK_B, BLOCK_K)
+    if PASS == "all":
+        after_first_pass(
+            scores, q, part_peak, part_sum, rows, peak, share, arrived,
+            inverse, iterations, num_parts, num_parts, B, K, stride_b, stride_k,
+            FITS, BLOCK_B, BLOCK_K, BLOCK_P, BLOCK_C,
+        )  # fmt: skip
+    if PASS == "sum":
+        sum_pass(
+            part_peak, part_sum, peak, share, total, inverse, num_parts, K, FIRST, SPLIT, BLOCK_P, BLOCK_C
+        )  # fmt: skip
+    if PASS == "rows" or PASS == "assign":
+        rows_pass(
+            scores, q, part_sum, rows, peak, share, inverse, B, K, stride_b, stride_k,
+            PASS == "assign", BLOCK_B, BLOCK_K, FITS,
+        )  # fmt: skip
+
+
+class Cut(NamedTuple):
+    """Of scores [..., B, K] into the programs of a resident grid."""
+
+    block_b: int
+    block_k: int
+    num_warps: int
+    num_parts: int  # programs of a problem
+    resident: bool  # whether the programs of all problems fit the device together
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """The constants and options of a launch."""
+        return {
+            "BLOCK_B": self.block_b, "BLOCK_K": self.block_k, "BLOCK_P": 32, "BLOCK_C": 32,
+            "num_warps": self.num_warps, "maxnreg": 128, "enable_fp_fusion": True,
+        }  # fmt: skip
+
+
+def cut(scores: Tensor, *, tiles: int = 1, fewest_warps: int = 1) -> Cut:
+    """How problems are cut; tiles: for how many programs there is work in the first pass of one."""
+    (V, B, K), cells = _sizes(scores), tile("sinkhorn", scores.device)
+    block_k = min(triton.next_power_of_2(K), cells["BLOCK"])
+    resident = _resident_warps(scores.device) // V
+    # a small problem is cut finer, so that more processors have a share of it; 16 scores a thread
+    size = min(max(B * block_k // max(resident, 1) * 16, cells["SMALL_BLOCK"]), cells["BLOCK"])
+    block_b = min(max(1, triton.next_power_of_2(size // block_k + 1) // 2), triton.next_power_of_2(B))
+    num_warps = min(max(block_b * block_k // 512, fewest_warps), 16)
+    most = resident // num_warps
+    return Cut(block_b, block_k, num_warps, min(max(triton.cdiv(B, block_b), tiles), max(most, 1)), most > 0)
+
+
+def launch(
+    passes: Sequence[str], scores: Tensor, epsilon: float, peak: Tensor, share: Tensor, *,
+    iterations: int = 1, q: Tensor | None = None, total: Tensor | None = None,
+    by: Cut | None = None, parts: tuple[Tensor, Tensor] | None = None,
+) -> None:  # fmt: skip
+    """Launches `passes` one after another. A "sum" ends the pass before it, in `total` if given, else in `share`.
+
+    parts: those of the first pass, of a launch before this one, by the same cut: then the first pass here is a "sum".
+    """
+    (V, B, K), by = _sizes(scores), by or cut(scores)
+    fits = by.block_k >= K
+    part_peak, part_sum = parts or (scores.new_empty(V, by.num_parts, K, dtype=torch.float32) for _ in range(2))
+    rows = room_for_rows(scores, by, peak)
+    arrived = scores.new_zeros(V, dtype=torch.int32) if "all" in passes else peak
+    with torch.cuda.device_of(scores):
+        for i, name in enumerate(passes):
+            first = i == 0 or passes[i - 1] == "columns"
+            grid = min(by.num_parts, triton.cdiv(K, 32)) if name == "sum" else by.num_parts
+            _sinkhorn_kernel[(grid, V)](
+                scores, peak if q is None else q, part_peak, part_sum, rows, peak, share,
+                peak if total is None else total, arrived,
+                math.log2(math.e) / epsilon, iterations, part_peak.shape[-2] if first else by.num_parts,
+                B, K, *(0, *scores.stride())[-3:],
+                PASS=name, FIRST=first, SPLIT=total is not None, FITS=fits,
+                launch_cooperative_grid=name == "all", **by.options,
+            )  # fmt: skip
+
+
+def room_for_rows(scores: Tensor, by: Cut, unused: Tensor) -> Tensor:
+    """[V, 2, B] where a row does not fit a program, else `unused`."""
+    V, B, K = _sizes(scores)
+    return unused if by.block_k >= K else scores.new_empty(V, 2, B, dtype=torch.float32)
+
+
+def _sizes(scores: Tensor) -> tuple[int, int, int]:
+    """V problems, B samples, K centres."""
+    return scores.shape[0] if scores.dim() == 3 else 1, scores.shape[-2], scores.shape[-1]
+
+
+@functools.lru_cache
+def _resident_warps(device: torch.device) -> int:
+    """Warps of 128 registers a thread that the device holds at once; in the interpreter, those of three programs."""
+    if device.type != "cuda":
+        return 48
+    return 16 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def like_scores(scores: Tensor, *_: object) -> Tensor:
+    """Empty, of that shape, in fp32."""
+    return scores.new_empty(scores.shape, dtype=torch.float32)
+
+
+def two_columns(scores: Tensor, *_: object) -> tuple[Tensor, ...]:
+    """Two empty [..., K] in fp32."""
+    return tuple(scores.new_empty(*scores.shape[:-2], scores.shape[-1], dtype=torch.float32) for _ in range(2))
+
+
+def assignments(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
+    """Q [..., B, K]; in one launch, unless there are more problems than the device holds."""
+    peak, share = two_columns(scores)
+    q, by = like_scores(scores), cut(scores)
+    # programs run in turn in the interpreter, where none may wait for the next
+    passes = ["all"] if by.resident and not INTERPRET else by_turns(iterations)
+    launch(passes, scores, epsilon, peak, share, iterations=iterations, q=q, by=by)
+    return q
+
+
+def by_turns(iterations: int) -> list[str]:
+    """The passes, a launch each."""
+    return ["columns", "sum", *["rows", "sum"] * (iterations - 1), "assign"]
+
+
+def columns(scores: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """(peak, sum) of every column, [..., K] each."""
+    peak, total = two_columns(scores)
+    launch(["columns", "sum"], scores, epsilon, peak, peak, total=total)
+    return peak, total
+
+
+def rows(scores: Tensor, epsilon: float, peak: Tensor, share: Tensor) -> Tensor:
+    """The columns' sums [..., K] after the rows were brought to 1."""
+    total = torch.empty_like(peak)
+    launch(["rows", "sum"], scores, epsilon, peak, share, total=total)
+    return total
+
+
+def assign(scores: Tensor, epsilon: float, peak: Tensor, share: Tensor) -> Tensor:
+    """Q [..., B, K] from the columns' peaks and shares."""
+    q = like_scores(scores)
+    launch(["assign"], scores, epsilon, peak, share, q=q)
+    return q

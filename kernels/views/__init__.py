@@ -1,0 +1,6 @@
+"""Two random views of an image."""
+
+from .eager import views_reference
+from .op import INTERPOLATIONS, make_views
+
+__all__ = ["INTERPOLATIONS", "make_views", "views_reference"]

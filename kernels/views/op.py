@@ -1,0 +1,147 @@
+"""Random views of uint8 images of any sizes: crop, resize, turn, colours, blur, normalise, cast, patches, in one pass.
+
+    x = T(W_y x_0 W_x^T) / 255      x_0: the crop of image i(n), a channel
+        W[j, k] = f((k + 1/2 - m_j) / max(s, 1)) / sum,   m_j = s (j + 1/2),   s = length / size
+    x <- clamp(b x);  x <- clamp(c x + (1 - c) mean(g(x)));  x <- clamp(s x + (1 - s) g(x));  x <- hue(x, h)
+    x <- g(x) if grey;  x <- G_sigma * x if sigma > 0;  x <- 1 - x where x >= 128 / 255 if solarize
+    out = (x - mean) / std
+
+f is a triangle (bilinear) or Keys' cubic with a = -1/2 (bicubic; values are clamped between the passes, as on uint8),
+taken over the pixels inside the crop: torch.nn.functional.interpolate(antialias=True), and Pillow. T mirrors and
+transposes. g(x) = .2989 r + .587 g + .114 b, its mean is of the whole view; hue turns the hue by h of a circle, through
+HSV; G is a Gaussian with reflected edges: torchvision's. Saturation, hue and grey are for three channels.
+
+Shapes: N views of B images, C channels, H x W pixels. The images lie one behind the other in `pixels`, each in its own
+memory order, so a batch goes to the device in one copy. out is [N, C, H, W], or with patch = P what `patchify` gives:
+[N, (H / P) (W / P), C P P], a row in the order of the flattened kernel of a convolution.
+
+One launch. The contrast needs the mean of the finished crop, so a view is made in two passes, by one program: the
+resized crop waits in the result's own memory. Bytes a value of a result in 16 bit, beside the crop's own: 6 (out, in,
+out), and 8 more where it is blurred (its colours out; in and out along rows; in along columns). To make the pixels
+around a tile again instead would move none of these 8, but resize 2.8 times as many (32 x 32 tiles, 11 pixels around).
+A launch for each of crop, mean, colours and blur would move 16, and 72 with blur. No gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .._dispatch import NAMESPACE, choose, triton_reason
+from .._native import native_reason
+from .eager import FACTORS, halves, views_reference
+from .triton import views_triton
+
+INTERPOLATIONS = ("bilinear", "bicubic")
+PLACE, BOX = 4, 6  # numbers that describe an image, a view
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::views", mutates_args=())
+def _op(
+    pixels: Tensor, places: Tensor, boxes: Tensor, factors: Tensor, mean: Tensor, std: Tensor,
+    height: int, width: int, interpolation: str, taps: Sequence[int], patch: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    out = _views(pixels, places, boxes, factors, mean, std, height, width, interpolation, taps, patch, dtype)
+    if not len(out):
+        return out
+    given, options = (pixels, places, boxes, factors, mean, std), (height, width, interpolation, tuple(taps), patch)
+    chosen = made_by(pixels.device)
+    if chosen == "triton":
+        views_triton(*(x.contiguous() for x in given), out, len(mean), *options)
+    elif chosen == "cpp":
+        views_cpp(*(x.contiguous() for x in given), out, *options)
+    else:
+        out.copy_(views_reference(*given, *options, dtype))
+    return out
+
+
+def made_by(device: torch.device) -> str:
+    """What makes views on `device`: "triton", "cpp" (the compiled op on a CPU) or "reference" (torch)."""
+    why_not = {
+        "triton": triton_reason(torch.empty(0, device=device)),
+        "cpp": native_reason("cpp", device, "views"),
+        "reference": None,
+    }
+    return choose("views", device, why_not)
+
+
+def views_cpp(
+    pixels: Tensor, places: Tensor, boxes: Tensor, factors: Tensor, mean: Tensor, std: Tensor, out: Tensor,
+    height: int, width: int, interpolation: str, taps: tuple[int, int], patch: int,
+) -> None:  # fmt: skip
+    """Fills `out` by the compiled op; arguments as `make_views`, on a CPU, contiguous.
+
+    Places may point to images in other memory than that of `pixels`: offsets count from its first byte, so that images
+    need not be copied together.
+    """
+    torch.ops.upstep_ops.views(
+        pixels, places, boxes, factors, mean, std, height, width, interpolation == "bicubic",
+        *halves(taps, height, width), patch, out,
+    )  # fmt: skip
+
+
+@_op.register_fake
+def _views(pixels, places, boxes, factors, mean, std, height, width, interpolation, taps, patch, dtype):
+    N, C = len(boxes), len(mean)
+    shape = (N, (height // patch) * (width // patch), C * patch * patch) if patch else (N, C, height, width)
+    return pixels.new_empty(shape, dtype=dtype)
+
+
+def make_views(
+    pixels: Tensor,
+    places: Tensor,
+    boxes: Tensor,
+    factors: Tensor,
+    mean: Tensor | Sequence[float],
+    std: Tensor | Sequence[float],
+    height: int,
+    width: int,
+    *,
+    interpolation: str = "bilinear",
+    taps: tuple[int, int] = (1, 1),
+    patch: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Views of packed images: [N, C, height, width], or patches [N, (height / P)(width / P), C P P], of `dtype`.
+
+    pixels: uint8, one dimension, all images behind one another. places: [B, 4] int64, of each image the offset of its
+    first pixel and its strides over channels, rows and columns. boxes: [N, 6] int32, of each view the image, top, left,
+    height and width of the crop in pixels, and its turn: the sum of FLIP_Y and FLIP_X (mirrored up-down, left-right)
+    and TRANSPOSE (then transposed; square views only). factors: [N, 7] fp32, of each view the factors of brightness,
+    contrast and saturation, the turn of the hue as a part of the circle, whether it is made grey (0 or 1), sigma of
+    the blur in pixels (0: none) and whether it is solarized. mean, std: of each of C channels. taps: of the blur, rows
+    and columns, odd; (1, 1): no view is blurred. patch: P, the side of a patch; 0: as pictures. dtype: fp32, fp16 or
+    bf16.
+
+    Boxes must lie inside their images: this is not checked, it would wait for the device. Raises ValueError for
+    shapes and types that do not fit.
+    """
+    if pixels.dtype != torch.uint8 or pixels.dim() != 1 or not pixels.is_contiguous():
+        raise ValueError(f"make_views: pixels must be uint8 [bytes], got {pixels.dtype} {list(pixels.shape)}")
+    for name, x, dtype_wanted, columns in (
+        ("places", places, torch.int64, PLACE),
+        ("boxes", boxes, torch.int32, BOX),
+        ("factors", factors, torch.float32, FACTORS),
+    ):
+        if x.dtype != dtype_wanted or x.dim() != 2 or x.shape[1] != columns or x.device != pixels.device:
+            got = f"{x.dtype} {list(x.shape)} on {x.device}"
+            raise ValueError(f"make_views: {name} must be {dtype_wanted} [., {columns}] on {pixels.device}, got {got}")
+    if len(factors) != len(boxes):
+        raise ValueError(f"make_views: factors must have a row a box, got {len(factors)} for {len(boxes)}")
+    mean, std = (torch.as_tensor(v, dtype=torch.float32, device=pixels.device) for v in (mean, std))
+    if mean.dim() != 1 or mean.shape != std.shape or not len(mean):
+        raise ValueError(f"make_views: mean and std must be [C], got {list(mean.shape)} and {list(std.shape)}")
+    if min(height, width) < 1:
+        raise ValueError(f"make_views: the size must be at least 1 x 1, got {height} x {width}")
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"make_views: interpolation must be {' or '.join(INTERPOLATIONS)}, got {interpolation!r}")
+    if min(taps) < 1 or not all(t % 2 for t in taps):
+        raise ValueError(f"make_views: taps must be odd and at least 1, got {taps}")
+    if patch < 0 or (patch and (height % patch or width % patch)):
+        raise ValueError(f"make_views: patch must divide {height} x {width}, got {patch}")
+    if dtype not in DTYPES:
+        raise ValueError(f"make_views: dtype must be fp32, fp16 or bf16, got {dtype}")
+    return _op(pixels, places, boxes, factors, mean, std, height, width, interpolation, taps, patch, dtype)

@@ -1,0 +1,61 @@
+"""Presets: what they set, and what overrides them."""
+
+import pytest
+
+from upstep_fast.cli import commands as cli
+from upstep_fast.config.adapt import AdaptConfig, to_toml
+from upstep_fast.config.presets import PRESETS, with_preset
+from upstep_fast.errors import ConfigError
+from upstep_fast.train.loop import adapt
+
+GIVEN = ["--model", "m", "--data", "d", "--out", "o"]
+
+
+def parsed(*args):
+    return cli.parse(AdaptConfig, [*GIVEN, *args], prog="adapt")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_sets_its_values_and_nothing_else(name):
+    config, plain = parsed("--preset", name), parsed()
+    for field, value in PRESETS[name].items():
+        assert getattr(config, field) == value
+    changed = {f for f in vars(plain) if getattr(plain, f) != getattr(config, f)} - {"preset"}
+    assert changed <= PRESETS[name].keys()
+    assert config.preset == name and len({str(sorted(p.items())) for p in PRESETS.values()}) == len(PRESETS)
+
+
+def test_single_flags_override_the_preset_wherever_they_stand():
+    for args in (["--preset", "gentle", "--strength", "2"], ["--strength", "2", "--preset=gentle"]):
+        config = parsed(*args)
+        assert (config.crop_min, config.strength, config.cvr) == (0.5, 2.0, "off")
+
+
+def test_a_file_overrides_its_own_preset_and_the_command_line_the_file(tmp_path):
+    file = tmp_path / "a.toml"
+    file.write_text('preset = "gentle"\nstrength = 2.0\nlr = 0.5\n')
+    config = parsed("--config", str(file))
+    assert (config.crop_min, config.strength, config.lr) == (0.5, 2.0, 0.5)
+    config = parsed("--config", str(file), "--preset", "strong")
+    assert (config.preset, config.lr, config.gate) == ("strong", PRESETS["strong"]["lr"], "none")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_configuration_that_a_run_writes_is_read_back_the_same(name, tmp_path):
+    config = parsed("--preset", name, "--steps", "7")
+    (tmp_path / "config.toml").write_text(to_toml(config))
+    assert parsed("--config", str(tmp_path / "config.toml")) == config
+
+
+def test_python_has_the_same_presets(tmp_path, photos, model):
+    assert with_preset({"preset": "strong", "lr": 1.0}) == PRESETS["strong"] | {"preset": "strong", "lr": 1.0}
+    with pytest.raises(ConfigError, match="preset: got 'bold', choose from gentle, balanced, strong"):
+        adapt(model=model, data=photos, out=tmp_path / "out", preset="bold")
+    small = dict(steps=2, batch_size=8, prototypes=8, head_hidden=16, head_dim=8, device="cpu", num_workers=0)
+    adapt(model=model, data=photos, out=tmp_path / "out", preset="gentle", **small)
+    assert "strength = 0.5" in (tmp_path / "out" / "config.toml").read_text()
+
+
+def test_explora_has_none(tmp_path):
+    with pytest.raises(ConfigError, match="preset: belongs to --method upstep"):
+        adapt(model="m", data="d", out=tmp_path, method="explora", preset="strong")

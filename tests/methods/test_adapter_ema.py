@@ -1,0 +1,126 @@
+"""The mean of the adapters that is written in place of the last one: --adapter-ema."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import upstep_fast
+from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.explora import Dinov2Config
+from upstep_fast.data.sources.source import open_source
+from upstep_fast.errors import ConfigError
+from upstep_fast.methods.upstep.adapter_ema import Average
+from upstep_fast.methods.upstep.upstep import UpStep
+from upstep_fast.model import backbone, lora
+from upstep_fast.runtime.device import resolve
+from upstep_fast.train import loop as trainer
+from upstep_fast.train import validator as referee
+
+
+@pytest.fixture
+def options(options):
+    return options | dict(report_images=False)
+
+
+def states(monkeypatch):
+    """The factors after each update, and a look at the method."""
+    found, real = [], UpStep.after_update
+
+    def after_update(self, applied):
+        real(self, applied)
+        found.append((self, [p.detach().double().clone() for p in self.adapter_parameters()]))
+
+    monkeypatch.setattr(UpStep, "after_update", after_update)
+    return found
+
+
+@pytest.mark.parametrize("beta", [0.5, 0.99, 0.9999])
+def test_the_mean_is_the_weighted_sum_of_all_updates(beta):
+    p = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))]
+    average = Average(p, beta)
+    seen = torch.randn(50, 10, generator=torch.Generator().manual_seed(0))
+    for n, values in enumerate(seen, 1):
+        p[0].data.copy_(values[:6].view(2, 3))
+        p[1].data.copy_(values[6:])
+        average.update(p, torch.tensor(True))
+        before = average.values.clone()
+        average.update([torch.nn.Parameter(torch.full_like(x, 9.0)) for x in p], torch.tensor(False))
+        assert torch.equal(average.values, before)
+        weights = beta ** torch.arange(n - 1, -1, -1, dtype=torch.float64)
+        expected = (weights @ seen[:n].double()) / weights.sum()
+        torch.testing.assert_close(average.values.double(), expected, rtol=1e-5, atol=1e-6)
+    with average.in_place_of(p):
+        assert torch.equal(torch.cat([p[0].flatten(), p[1]]), average.values)
+    assert torch.equal(torch.cat([p[0].flatten(), p[1]]), seen[-1])
+
+
+def test_the_adapter_folder_holds_the_mean_over_the_open_steps(options, monkeypatch):
+    found = states(monkeypatch)
+    adapter = upstep_fast.adapt(**options, adapter_ema=0.8, gate="alternate").adapter
+    assert len(found) == 3  # of six steps
+    weights = torch.tensor([0.64, 0.8, 1.0], dtype=torch.float64) / 2.44
+    of_one = zip(*(factors for _, factors in found), strict=True)  # a matrix after each of the updates
+    means = [sum(w * p for w, p in zip(weights, matrix, strict=True)) for matrix in of_one]
+    pairs = {name: a.as_one() for name, a in lora.attach(backbone.load(options["model"]).vit, adapter).items()}
+    for (name, trained), a, b in zip(found[-1][0].adapters.items(), means[::2], means[1::2], strict=True):
+        trained.lora_a.data.copy_(a)
+        trained.lora_b.data.copy_(b)
+        for got, want in zip(pairs[name], trained.as_one(), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+def test_the_run_itself_does_not_change(options, tmp_path):
+    tensors = []
+    for name, beta in (("with", 0.9), ("without", 0.0)):
+        upstep_fast.adapt(**options | {"out": tmp_path / name, "adapter_ema": beta})
+        tensors.append(load_file(tmp_path / name / "checkpoints/step-00000006/state.safetensors"))
+    assert tensors[0].keys() - tensors[1].keys() == {"method.average.values", "method.average.updates"}
+    assert all(torch.equal(tensors[0][name], value) for name, value in tensors[1].items())
+
+
+def test_a_step_that_is_not_applied_does_not_count(options, monkeypatch, tmp_path):
+    real, calls = UpStep.loss, iter(range(100))
+    monkeypatch.setattr(UpStep, "loss", lambda *a: real(*a) * (float("nan") if next(calls) == 2 else 1))
+    upstep_fast.adapt(**options, adapter_ema=0.9, gate="none")
+    state = load_file(tmp_path / "out/checkpoints/step-00000006/state.safetensors")
+    assert state["method.average.updates"].item() == 5
+
+
+def test_the_referee_judges_what_is_written(options, tmp_path, monkeypatch, photos):
+    held_out = open_source(photos)
+    config = AdaptConfig(**{**options, "data": ("",), "out": "", "adapter_ema": 0.9})
+    compute = resolve("cpu", "fp32")
+    judge = referee.Referee(config, held_out, compute, tmp_path)
+    looked = []
+    monkeypatch.setattr(referee, "judge", lambda base, adapted: looked.append(adapted) or {})
+    monkeypatch.setattr(referee, "predicted_gain", lambda scores: 1.0)
+    state = trainer.fresh_state(
+        AdaptConfig(**{**options, "data": ("",), "out": "", "adapter_ema": 0.9, "memory": "fast"}),
+        compute,
+        backbone.load(options["model"]),
+    )
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for p in state.method.adapter_parameters():
+            p.data.normal_(generator=generator)
+        state.method.after_update(torch.tensor(True))
+    judge.look(state)
+    vit = upstep_fast.load_adapted(options["model"], tmp_path / referee.BEST, merged=False)
+    torch.testing.assert_close(looked[0], judge._features(vit), rtol=1e-4, atol=1e-5)
+    last = judge._features(state.method.vit)
+    assert not torch.allclose(looked[0], last, rtol=1e-2)
+
+
+def test_explora_is_judged_by_the_teacher_that_it_writes(options):
+    config = Dinov2Config(**{**options, "data": ("",), "out": "", "prototypes": 16, "memory": "fast"})
+    method = trainer.fresh_state(config, resolve("cpu", "fp32"), backbone.load(options["model"])).method
+    with method.as_written() as vit:
+        assert vit is method.teacher
+
+
+def test_wrong_values_are_one_line(options):
+    for value in (-0.1, 1.0):
+        with pytest.raises(ConfigError, match=f"adapter_ema: got {value}, must be at least 0 and below 1"):
+            upstep_fast.adapt(**options | {"adapter_ema": value})
+    with pytest.raises(ConfigError, match="adapter_ema: belongs to --method upstep"):
+        upstep_fast.adapt(**options | {"adapter_ema": 0.9, "method": "explora"})

@@ -1,0 +1,235 @@
+"""Times variants of one computation side by side, on this machine: the runner behind `upstep-fast bench` and bench/.
+
+Variants alternate within one process, so that a clock that drifts or a neighbour that wakes up meets all of them;
+each gets a median and its spread, and ratios are formed within the run. A variant whose results are wrong is not timed.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from upstep_fast.benchmark_plot import check_plot, write_plot
+from upstep_fast.config.adapt import BenchConfig
+from upstep_fast.engine import vit as engine
+from upstep_fast.engine.cuda_graphs import graphed
+from upstep_fast.errors import CheckFailedError
+from upstep_fast.model import backbone as backbones
+from upstep_fast.model import lora
+from upstep_fast.runtime.device import Compute, resolve
+
+# relative, of features and of adapter gradients, against fp32
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 2e-2, "fp8": 1e-1}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One variant: milliseconds of its runs, and the largest memory it held beyond what was there before (GPU only)."""
+
+    name: str
+    median_ms: float
+    low_ms: float  # first quartile
+    high_ms: float  # third quartile
+    runs: int
+    peak_bytes: int | None
+    error: float  # of its results, relative to fp32
+
+
+def device_card(device: torch.device) -> dict[str, Any]:
+    """What a figure must be quoted with."""
+    card: dict[str, Any] = {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "upstep_fast": _version("upstep_fast"),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        card |= {"gpu": properties.name, "gpu_bytes": properties.total_memory, "cuda": torch.version.cuda}
+    return card
+
+
+def alternate(
+    variants: Mapping[str, Callable[[], object]], device: torch.device, *, runs: int, warmup: int = 2
+) -> dict[str, list[float]]:
+    """Milliseconds of each run of each variant, taken in turns."""
+    for _ in range(warmup):
+        for run in variants.values():
+            run()
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(runs):
+        for name, run in variants.items():
+            times[name].append(_milliseconds(run, device))
+    return times
+
+
+def run(config: BenchConfig) -> dict[str, Any]:
+    """Forward and backward of one model by the eager reference, PEFT, both compiled on request, and the engine.
+
+    Returns {"device", "config", "backward": [...], "forward": [...]} with one Timing a variant, eager PEFT first.
+    Raises CheckFailedError if the engine's results are wrong.
+    """
+    check_plot(config.plot)
+    compute = resolve(config.device, config.precision)
+    backbone = backbones.load(config.model, img_size=config.img_size, pretrained=config.pretrained)
+    images = torch.randn(config.batch_size, 3, *backbone.img_size, device=compute.device)
+    variants, truth = make_variants(backbone, images, config, compute)
+    result: dict[str, Any] = {"device": device_card(compute.device), "config": asdict(config)}
+    for kind in ("backward", "forward"):
+        tasks = {name: partial(task_of(kind, variant), images) for name, variant in variants.items()}
+        errors = {name: error_of(kind, variant, truth, images) for name, variant in variants.items()}
+        if errors["engine"] > TOLERANCE[compute.precision]:
+            raise CheckFailedError(f"engine: {kind} differs from fp32 by {errors['engine']:.1e}; not timed")
+        times = alternate(tasks, compute.device, runs=config.runs)
+        result[kind] = [
+            asdict(_timing(name, times[name], peak_bytes(task, compute.device), errors[name]))
+            for name, task in tasks.items()
+        ]
+    if config.json is not None:
+        Path(config.json).write_text(json.dumps(result, indent=1) + "\n")
+    if config.plot is not None:
+        write_plot(result, config.plot)
+    return result
+
+
+Variant = tuple[Callable[[Tensor], Tensor], list[nn.Parameter]]
+
+
+def make_variants(
+    backbone: backbones.Backbone, images: Tensor, config: BenchConfig, compute: Compute
+) -> tuple[dict[str, Variant], Variant]:
+    """{"peft", "reference", "engine", ...}: features and the parameters they carry gradient to; and fp32 truth."""
+    vit: Any = backbone.vit.to(compute.device)
+    plain = copy.deepcopy(vit)
+    lora.call_qkv(plain)  # where timm would pass by PEFT's layer
+    targets = ("q", "k", "v") if vit.blocks[0].attn.qkv is None else ("qkv",)
+    adapters = lora.inject(vit, lora.LoraSpec(r=config.lora_r, alpha=config.lora_r, targets=targets))
+    for index, adapter in enumerate(adapters.values()):  # B = 0 would leave A without gradient
+        generator = torch.Generator().manual_seed(index)
+        adapter.lora_b.data.copy_(0.02 * torch.randn(adapter.lora_b.shape, generator=generator))
+    parameters = [p for a in adapters.values() for p in (a.lora_a, a.lora_b)]
+
+    def truth(x: Tensor) -> Tensor:
+        return backbones.features(vit, x)
+
+    def reference(x: Tensor) -> Tensor:
+        with compute.autocast():
+            return backbones.features(vit, x)
+
+    variants: dict[str, Variant] = {}
+    if _version("peft"):
+        peft_vit, peft_parameters = peft_of(plain, adapters)
+
+        def eager_peft(x: Tensor) -> Tensor:
+            with compute.autocast():
+                return backbones.features(peft_vit, x)
+
+        variants["peft"] = eager_peft, peft_parameters
+        if config.compile:
+            variants["peft compiled"] = torch.compile(eager_peft), peft_parameters
+    variants["reference"] = reference, parameters
+    built = engine.build(vit, compute.dtype or torch.float32, fp8=compute.fp8)
+    variants["engine"] = built.features, parameters
+    if compute.device.type == "cuda":
+        variants["engine graphed"] = graphed(vit, built.features, built.check_unchanged), parameters
+    return variants, (truth, parameters)
+
+
+def peft_of(vit: nn.Module, adapters: Mapping[str, lora.LoraLinear]) -> tuple[nn.Module, list[nn.Parameter]]:
+    """The same adapters on the same weights, by PEFT."""
+    import peft
+
+    first = next(iter(adapters.values()))
+    spec = peft.LoraConfig(r=first.r, lora_alpha=round(first.scale * first.r), target_modules=list(adapters))
+    model: Any = peft.get_peft_model(vit, spec).base_model.model
+    parameters: list[nn.Parameter] = []
+    for name, adapter in adapters.items():
+        layer = model.get_submodule(name)
+        pair = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        for ours, theirs in zip(adapter.as_one(), pair, strict=True):
+            theirs.data.copy_(ours)
+        parameters += pair
+    return model, parameters
+
+
+def task_of(kind: str, variant: Variant) -> Callable[[Tensor], object]:
+    """What is timed: images -> adapter gradients ("backward", with its forward) or features ("forward")."""
+    features, parameters = variant
+
+    def backward(x: Tensor) -> tuple[Tensor, ...]:
+        f = features(x).float()
+        # not a plain sum: the final norm makes that nearly constant
+        weights = torch.linspace(-1, 1, f.numel(), device=f.device).view_as(f)
+        return torch.autograd.grad((f * weights).sum(), parameters)
+
+    return backward if kind == "backward" else torch.no_grad()(features)
+
+
+def error_of(kind: str, variant: Variant, truth: Variant, images: Tensor) -> float:
+    """Distance of a variant's gradients or features from the truth's, relative, on the first 8 images."""
+    ours, theirs = (task_of(kind, v)(images[:8]) for v in (variant, truth))
+    if kind == "backward":
+        ours, theirs = (torch.cat([g.float().flatten() for g in grads]) for grads in (ours, theirs))  # type: ignore[attr-defined]
+    assert isinstance(ours, Tensor) and isinstance(theirs, Tensor)
+    return ((ours.float() - theirs).norm() / theirs.norm()).item()
+
+
+def _timing(name: str, times: list[float], peak: int | None, error: float) -> Timing:
+    low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+    return Timing(name, median, low, high, len(times), peak, error)
+
+
+def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+    # with one thread the process's own time is the run's, and a neighbour's work does not count
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    began = clock()
+    run()
+    return 1e3 * (clock() - began)
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
+    """The allocator's peak beyond what was there before; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

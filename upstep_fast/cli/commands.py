@@ -1,0 +1,311 @@
+"""The commands, generated from the config dataclasses.
+
+    upstep-fast COMMAND [--config FILE.toml] [--quiet] [--plain] [--flag value ...]
+
+A file given with --config is read first and flags override it. Exit codes: 0 done, 1 failed, 2 usage or
+configuration, 3 data unusable, 4 adapter or quality check failed, 75 interrupted (docs/cli.md).
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from upstep_fast.errors import ConfigError, Interrupted, UpstepError
+
+USAGE = """\
+usage: upstep-fast COMMAND [--config FILE.toml] [options]
+
+  demo    adapt a small model to hand-sign photographs, offline, in minutes
+  plan    how much memory and time a run would take, before it; what fits in a given memory
+  adapt   adapt a pretrained ViT to a folder of unlabelled images
+  finetune   train a classifier on labelled images or clips, the backbone frozen or not
+  eval    k-NN and linear probe of a model, with and without an adapter
+  embed   write features of images to a file
+  export  write the adapted model for timm, transformers, PEFT, DINOv2, ONNX or torch.export
+  models  list the models that can be adapted, and what runs them
+  report  write a run's HTML report again, or compare several runs
+  doctor  what runs on this machine and why; checks every kernel
+  bench   time the engine against eager PyTorch and PEFT on this machine
+  completion   print the script that completes commands and flags in your shell
+
+upstep-fast COMMAND --help lists a command's options and shows examples.
+example: upstep-fast adapt --model vit_base_patch16_224 --data photos/ --out adapted/"""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: its configuration and what runs it."""
+
+    config: Callable[[], type]
+    run: Callable[[Any], None]
+    positional: str | None = None  # the field that may be given without its flag
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs one command and exits with its code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    try:
+        _dispatch(args, debug)
+    except UpstepError as error:
+        if debug:
+            raise
+        if isinstance(error, Interrupted) and "TORCHELASTIC_RUN_ID" in os.environ:
+            # torchrun sends it to all once the first has ended; the exit code is to stay this one
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if not error.is_said:
+            _complain(str(error))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        sys.exit(Interrupted.exit_code)
+    except BrokenPipeError:  # the reader, `head` say, has what it wanted; the interpreter must not flush into the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        if debug:
+            raise
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        _complain(f"{type(error).__name__}: {text} (run again with --debug for the traceback)")
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _complain(text: str) -> None:
+    # not by distributed.py: a usage error need not wait for torch
+    rank = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
+    print(f"upstep-fast{'' if rank == '0' else f' (rank {rank})'}: {text}", file=sys.stderr)
+
+
+def _dispatch(args: list[str], debug: bool) -> None:
+    from upstep_fast.cli import help as cli_help
+    from upstep_fast.runtime import terminal
+
+    terminal.set_style(plain=_take(args, "--plain"), quiet=_take(args, "--quiet"))
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE)
+        return
+    if args[0] == "--version":
+        from upstep_fast import __version__
+
+        print(__version__)
+        return
+    name, rest = args[0], args[1:]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
+        raise ConfigError(f"unknown command {name!r}; {hint}")
+    command = COMMANDS[name]
+    if command.positional and rest and not rest[0].startswith("-"):
+        rest = [f"--{_flag(command.positional)}", *rest]
+    try:
+        config = parse(command.config(), rest, prog=f"upstep-fast {name}")
+    except SystemExit as stop:
+        if not stop.code and {"-h", "--help"} & set(rest):
+            print(cli_help.epilog(name))
+        raise
+    from upstep_fast.report.metrics import setup_logging
+
+    setup_logging(debug)
+    command.run(config)
+
+
+def parse(config_class: type, args: Sequence[str], prog: str) -> Any:
+    """The configuration from flags, over the file of --config if there is one. Exits with 2 on a usage error."""
+    import tyro
+
+    from upstep_fast.cli import help as cli_help
+    from upstep_fast.config.adapt import of_method, read_toml
+    from upstep_fast.config.presets import with_preset
+
+    cli_help.plain_help()
+    args = list(args)
+    values: dict[str, Any] = {}
+    if "--config" in args:
+        at = args.index("--config")
+        if at + 1 == len(args):
+            raise ConfigError("config: --config needs a file")
+        values = read_toml(args[at + 1], config_class)
+        del args[at : at + 2]
+    # a method has defaults and flags of its own
+    method, objective = (_value_of(flag, args) or values.get(flag) for flag in ("method", "objective"))
+    config_class = of_method(config_class, method, objective)
+    cli_help.check_flags(args, config_class)
+    # a file's values become flags placed before the user's own, which win: one parser checks both
+    values = with_preset(values)
+    if preset := _value_of("preset", args):  # the user's own goes before the file
+        values |= with_preset({"preset": preset})
+    from_file = [part for key, value in values.items() for part in _as_flags(key, value)]
+    return tyro.cli(config_class, args=[*from_file, *args], prog=prog)
+
+
+def _value_of(flag: str, args: Sequence[str]) -> str | None:
+    found = [value for name, value in itertools.pairwise(args) if name == f"--{flag}"]
+    found += [arg.partition("=")[2] for arg in args if arg.startswith(f"--{flag}=")]
+    return found[-1] if found else None
+
+
+def _take(args: list[str], flag: str) -> bool:
+    # flags of every command, wherever they stand
+    found = flag in args
+    args[:] = [arg for arg in args if arg != flag]
+    return found
+
+
+def _flag(field: str) -> str:
+    return field.replace("_", "-")
+
+
+def _as_flags(field: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{_flag(field)}" if value else f"--no-{_flag(field)}"]
+    if isinstance(value, list):
+        return [f"--{_flag(field)}", *(str(item) for item in value)]
+    return [f"--{_flag(field)}", str(value)]
+
+
+def _config(name: str) -> Callable[[], type]:
+    def load() -> type:
+        from upstep_fast.config import adapt as config
+
+        return getattr(config, name)
+
+    return load
+
+
+def _adapt(config: Any) -> None:
+    from upstep_fast.report.next_steps import embed_command
+    from upstep_fast.runtime.distributed import is_first
+    from upstep_fast.train.loop import run
+
+    result, out = run(config), Path(config.out)
+    if not is_first():
+        return
+    print(
+        f"adapter: {result.adapter}  ({result.steps} steps, {result.opened} with an update, {result.seconds:,.0f} s)\n"
+        f"report: {out / 'report.html'}\n"
+        f"next: {embed_command(asdict(config), out)}"
+    )
+
+
+def _eval(config: Any) -> None:
+    from upstep_fast.evaluation.labelled import run
+    from upstep_fast.report.metrics import print_scores
+    from upstep_fast.runtime.distributed import is_first
+
+    result = run(config)
+    if is_first():
+        print_scores(result)
+
+
+def _finetune(config: Any) -> None:
+    from upstep_fast.train.finetune.run import run
+
+    done = run(config)
+    print(
+        f"model: {done.model}  ({done.epochs} epochs, {done.figures['seconds']:,.0f} s, "
+        f"{done.figures['trainable_parameters']:,} trainable parameters)\n"
+        f"test: top-1 {done.figures['top1']:.1f}, balanced {done.figures['balanced']:.1f}\n"
+        f"next: upstep_fast.load_finetuned({str(done.model)!r})"
+    )
+
+
+def _finetune_config() -> type:
+    from upstep_fast.config.finetune import FinetuneConfig
+
+    return FinetuneConfig
+
+
+def _embed(config: Any) -> None:
+    from upstep_fast.evaluation.labelled import run_embed
+    from upstep_fast.runtime.distributed import is_first
+
+    out = run_embed(config)
+    if is_first():
+        print(f"features: {out}")
+
+
+def _export(config: Any) -> None:
+    from upstep_fast.model.export.export import run
+
+    done = run(config)
+    print(f"export: {done.folder}  (features differ by at most {done.difference:.1e} on {done.images})")
+
+
+def _plan(config: Any) -> None:
+    from upstep_fast.cli.plan import run
+
+    run(config)
+
+
+def _plan_config() -> type:
+    from upstep_fast.config.plan import PlanConfig
+
+    return PlanConfig
+
+
+def _models(config: Any) -> None:
+    from upstep_fast.engine.fold import why_not
+    from upstep_fast.model.registry import blueprint, names, near
+
+    found = names(config.pattern)
+    if not found:
+        raise ConfigError(f"pattern: no model that can be adapted matches {config.pattern!r}; {near(config.pattern)}")
+    for name, kind in found:
+        reason = why_not(blueprint(name))
+        print(f"{name:<50} {kind:<7} {'engine' if reason is None else f'compiled ({reason})'}")
+
+
+def _bench(config: Any) -> None:
+    from upstep_fast.cli.benchmark import run
+    from upstep_fast.report.metrics import print_timings
+
+    print_timings(run(config))
+
+
+def _report(config: Any) -> None:
+    from upstep_fast.report.page import run
+
+    print(f"report: {run(config)}")
+
+
+def _doctor(config: Any) -> None:
+    from upstep_fast.cli.doctor import run
+
+    run(config)
+
+
+def _completion(config: Any) -> None:
+    from upstep_fast.cli.help import completion
+
+    completion(config.shell, {name: command.config() for name, command in COMMANDS.items()})
+
+
+def _demo(config: Any) -> None:
+    from upstep_fast.cli.demo import run
+
+    run(config)
+
+
+COMMANDS = {
+    "bench": Command(_config("BenchConfig"), _bench),
+    "demo": Command(_config("DemoConfig"), _demo),
+    "plan": Command(_plan_config, _plan),
+    "adapt": Command(_config("AdaptConfig"), _adapt),
+    "finetune": Command(_finetune_config, _finetune),
+    "eval": Command(_config("EvalConfig"), _eval),
+    "embed": Command(_config("EmbedConfig"), _embed),
+    "export": Command(_config("ExportConfig"), _export),
+    "models": Command(_config("ModelsConfig"), _models, positional="pattern"),
+    "report": Command(_config("ReportConfig"), _report, positional="dirs"),
+    "doctor": Command(_config("DoctorConfig"), _doctor),
+    "completion": Command(_config("CompletionConfig"), _completion, positional="shell"),
+}

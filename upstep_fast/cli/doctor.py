@@ -1,0 +1,196 @@
+"""What runs on this machine and why, whether it computes what it should, and how fast images can be read."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import logging
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.table import Table
+
+from upstep_fast.config.adapt import DoctorConfig
+from upstep_fast.data.loading.ordered_map import ordered_map
+from upstep_fast.data.loading.skipped import read_image
+from upstep_fast.data.sources.source import open_source
+from upstep_fast.data.views.views import ViewConfig, random_views
+from upstep_fast.errors import RunFailedError
+from upstep_fast.kernels import _dispatch as dispatch
+from upstep_fast.kernels import _native as native
+from upstep_fast.kernels._self_check import check_all
+from upstep_fast.runtime import terminal
+from upstep_fast.runtime.device import resolve
+
+PACKAGES = ("upstep_fast", "torch", "triton", "timm", "peft", "torchvision", "numpy", "safetensors", "pillow")
+SECONDS = 1.0  # for each of the two speeds
+IMAGES = 32  # generated, of a common photo's shape
+SIZE = (480, 360)
+
+
+def run(config: DoctorConfig) -> dict[str, Any]:
+    """Prints the findings and returns them. Raises RunFailedError (exit code 1) if a self-check failed."""
+    found = examine(config.device)
+    if config.json:
+        print(json.dumps(found, indent=2))
+    else:
+        show(found)
+    if failed := [check for check in found["checks"] if check["passed"] is False]:
+        names = ", ".join(f"{c['op']} {c['implementation']} {c['dtype']}" for c in failed[:5])
+        raise RunFailedError(
+            f"doctor: {len(failed)} of {len(found['checks'])} self-checks failed ({names}); run with "
+            "--implementation reference until the cause is found"
+        )
+    return found
+
+
+def examine(device: str = "auto") -> dict[str, Any]:
+    """The findings, as JSON can hold them. Raises ConfigError for a device that is not there."""
+    compute = resolve(device, "auto")
+    with _quiet_kernels():
+        outcomes, choices = check_all(compute.device)
+    checks = [{k: _finite(v) for k, v in dataclasses.asdict(outcome).items()} for outcome in outcomes]
+    return {
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "machine": _machine(compute.device) | {"precision": compute.precision},
+        "native": _native(),
+        "asked_for": dispatch.wanted(),
+        "kernels": [dataclasses.asdict(choice) for choice in choices],
+        "checks": checks,
+        "data": loading_speed(compute.device),
+        "free_disk_bytes": shutil.disk_usage(Path.cwd()).free,
+        "ok": all(check["passed"] is not False for check in checks),
+    }
+
+
+def loading_speed(device: torch.device, seconds: float = SECONDS) -> dict[str, float]:
+    """Images/s that are read and decoded from this machine's temporary folder, and of which two views are made."""
+    workers = min(16, os.cpu_count() or 1)
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(IMAGES):
+            (Path(folder) / f"{i}.jpg").write_bytes(_photo(i))
+        source = open_source(folder)
+        images = [image for i in range(IMAGES) if isinstance(image := read_image(source, i), torch.Tensor)]
+        start, count = time.monotonic(), 0
+        done = ordered_map(lambda i: read_image(source, i % IMAGES), range(10**9), workers, 4 * workers)
+        with contextlib.closing(done):
+            for _ in done:
+                count += 1
+                if (taken := time.monotonic() - start) > seconds:
+                    break
+    decoded = count / taken
+    start, count = time.monotonic(), 0
+    while (taken := time.monotonic() - start) < seconds:
+        views = random_views(images, ViewConfig(), seed=0, epoch=count, indices=range(IMAGES), device=device)
+        views[0, 0, 0, 0, 0].item()  # waits for the device
+        count += IMAGES
+    return {"threads": workers, "decoded_per_s": decoded, "made_into_two_views_per_s": count / taken}
+
+
+def show(found: dict[str, Any]) -> None:
+    """Tables for people, on stdout."""
+    facts = Table(title="machine", show_header=False, title_justify="left")
+    for name, value in (found["versions"] | found["machine"] | found["native"]).items():
+        facts.add_row(name, "not found" if value is None else str(value))
+    facts.add_row("free disk here", f"{found['free_disk_bytes'] / 2**30:,.1f} GiB")
+    for name, value in found["data"].items():
+        facts.add_row(name.replace("_per_s", "/s").replace("_", " "), f"{value:,.0f}")
+    terminal.show(facts)
+    runs = Table("op", "device", "runs", "why", title="what runs", title_justify="left")
+    for choice in found["kernels"]:
+        runs.add_row(choice["op"], choice["device"], choice["implementation"], choice["reason"])
+    terminal.show(runs)
+    title = "self-checks: error relative to float64"
+    checks = Table("op", "type", "implementation", "forward", "backward", "allowed", "", title=title)
+    absent: dict[str, list[str]] = {}
+    for check in found["checks"]:
+        if check["passed"] is None:
+            why = f"{check['implementation']}: {check['note'].rpartition('cannot run: ')[2]}"
+            absent.setdefault(why, []).append(check["op"])
+            continue
+        errors = [_exponent(check[key]) for key in ("forward", "backward", "limit")]
+        verdict = "ok" if check["passed"] else f"FAILED {check['note']}"
+        checks.add_row(check["op"], check["dtype"], check["implementation"], *errors, verdict)
+    terminal.show(checks)
+    for why, ops in absent.items():
+        print(f"not here: {why} ({', '.join(dict.fromkeys(ops))})")
+
+
+def _exponent(value: Any) -> str:
+    return f"{value:.1e}" if isinstance(value, float) else str(value or "")
+
+
+@contextlib.contextmanager
+def _quiet_kernels() -> Iterator[None]:
+    # forcing every implementation in turn would log each change of mind
+    logger = logging.getLogger(dispatch.__name__)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "system": platform.platform(),
+        "CPU cores": os.cpu_count(),
+        "CPU capability": torch.backends.cpu.get_cpu_capability(),
+        "device": str(device),
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(device if device.type == "cuda" else 0)
+        facts["GPU"] = f"{properties.name}, sm_{properties.major}{properties.minor}"
+        facts["GPU memory"] = f"{properties.total_memory / 2**30:.1f} GiB"
+        facts["CUDA of torch"] = torch.version.cuda
+    else:
+        facts["GPU"] = "none that torch can use" + ("" if torch.version.cuda else " (torch was built without CUDA)")
+    return facts | {"C++ compiler": shutil.which(os.environ.get("CXX", "c++")), "nvcc": shutil.which("nvcc")}
+
+
+def _native() -> dict[str, Any]:
+    failure = native.load_failure()
+    held = "CPU and CUDA ops" if failure is None and native.has_cuda() else "CPU ops"
+    facts = {"compiled ops": failure or f"{native.library_folder()}/{native.LIBRARY}: {held}"}
+    try:
+        built = native.extension().BUILD_INFO
+        return facts | {"built with": ", ".join(f"{name} {value or 'none'}" for name, value in built.items())}
+    except RuntimeError as error:
+        return facts | {"built with": str(error)}
+
+
+def _photo(seed: int) -> bytes:
+    # smooth shapes with some noise, about as large a file as a photo of this size
+    random = np.random.default_rng(seed)
+    coarse = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(
+        SIZE, Image.Resampling.BICUBIC
+    )
+    pixels = np.asarray(coarse, dtype=np.int16) + random.integers(-12, 13, (SIZE[1], SIZE[0], 3), dtype=np.int16)
+    file = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=85)
+    return file.getvalue()
+
+
+def _finite(value: Any) -> Any:
+    # JSON has no NaN; an error that is not a number is named
+    return str(value) if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,113 @@
+"""What the command line says of itself: examples below every --help, suggestions for misspelt flags, completion."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Union
+
+from upstep_fast.errors import ConfigError
+from upstep_fast.runtime import terminal
+
+# each of them is parsed by tests/docs/test_docs.py
+EXAMPLES: dict[str, tuple[str, ...]] = {
+    "demo": ("upstep-fast demo", "upstep-fast demo --steps 20 --out quick-look/"),
+    "adapt": (
+        "upstep-fast adapt --model vit_base_patch16_224 --data photos/ --out adapted/",
+        "upstep-fast adapt --config adapted/config.toml --resume",
+        "upstep-fast adapt --model weights.pth --arch vit_large_patch14_dinov2 --data 'shards/*.tar' --out adapted/",
+    ),
+    "finetune": (
+        "upstep-fast finetune --model vit_base_patch16_224 --data labelled/ --out classifier/ --json scores.json",
+        "upstep-fast finetune --model vit_base_patch16_224 --data labelled/ --out classifier/ --method lora "
+        "--adapter adapted/adapter --mixup 0.2",
+        "upstep-fast finetune --model vit_base_patch16_224 --data clips/ --out classifier/ --frames 8 "
+        "--preset-views none --cache disk",
+    ),
+    "plan": (
+        "upstep-fast plan --model vit_large_patch14_clip_224.openai --device cuda --fit 24GB",
+        "upstep-fast plan --model vit_small_patch16_224 --batch-size 64 --calibrate",
+    ),
+    "eval": (
+        "upstep-fast eval --model vit_base_patch16_224 --data labelled/ --adapter adapted/adapter --json scores.json",
+    ),
+    "embed": (
+        "upstep-fast embed --model vit_base_patch16_224 --data photos/ --adapter adapted/adapter --out features.npy",
+    ),
+    "export": (
+        "upstep-fast export --model vit_base_patch16_224 --adapter adapted/adapter --format hf --out exported/",
+    ),
+    "models": ("upstep-fast models", "upstep-fast models '*dinov2*'"),
+    "report": ("upstep-fast report adapted/", "upstep-fast report first/ second/ --out comparison.html"),
+    "doctor": ("upstep-fast doctor", "upstep-fast doctor --json"),
+    "bench": ("upstep-fast bench --model vit_small_patch16_224 --batch-size 8 --json times.json",),
+    "completion": ("upstep-fast completion bash > ~/.local/share/bash-completion/completions/upstep-fast",),
+}
+
+EVERYWHERE = """\
+every command also takes:
+  --config FILE.toml   read options from a file; flags override it
+  --quiet              warnings, errors and results only
+  --plain              no colours, no moving bar, tables as Markdown: what a pipe gets anyway
+
+exit codes: 0 done, 1 failed, 2 usage or configuration, 3 data unusable, 4 adapter or quality check failed,
+75 interrupted, go on with --resume"""
+
+# what other trainers call a field of ours
+SYNONYMS = {
+    "learning_rate": "lr",
+    "output_dir": "out",
+    "data_dir": "data",
+    "checkpoint": "model",
+    "rank": "lora_r",
+    "lora_rank": "lora_r",
+    "alpha": "lora_alpha",
+    "target_modules": "lora_targets",
+    "batch_size_per_gpu": "batch_size",
+    "grad_checkpointing": "memory",
+    "workers": "num_workers",
+    "resume_interrupted": "resume",
+    "num_prototypes": "prototypes",
+}
+
+
+def epilog(command: str) -> str:
+    """The text below a command's options."""
+    lines = [f"  {example}" for example in EXAMPLES.get(command, ())]
+    return "\n".join([f"example{'s' * (len(lines) > 1)}:", *lines, "", EVERYWHERE] if lines else [EVERYWHERE])
+
+
+def check_flags(args: Sequence[str], config_class: type) -> None:
+    """Raises ConfigError with the nearest name at the first flag that `config_class` does not have."""
+    fields = [field.name for field in dataclasses.fields(config_class)]
+    for arg in args:
+        flag = arg.partition("=")[0]
+        name = flag[2:].replace("-", "_")
+        if not flag.startswith("--") or name in fields or name.removeprefix("no_") in fields:
+            continue
+        if name == "help" or name.startswith("tyro_"):
+            continue
+        known = {**{other: ours for other, ours in SYNONYMS.items() if ours in fields}, **{f: f for f in fields}}
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean --{known[near[0]].replace('_', '-')}?" if near else "--help lists the options"
+        raise ConfigError(f"unknown option {flag}; {hint}")
+
+
+def plain_help() -> None:
+    """Makes tyro's help and errors follow the style of this process, which it would not by itself."""
+    import tyro
+
+    # one setting for both streams: errors go to stderr although tyro looks at stdout alone
+    colour = terminal.has_colour() and terminal.has_colour(stderr=True)
+    boxes = not (terminal.is_plain() or terminal.is_plain(stderr=True))
+    tyro._experimental_options["ansi_codes"] = colour
+    tyro._experimental_options["utf8_boxes"] = boxes
+
+
+def completion(shell: str, configs: Mapping[str, type]) -> None:
+    """Prints the script that completes commands and flags in `shell` (bash, zsh, tcsh or fish)."""
+    import tyro
+
+    kinds: Any = tuple(Annotated[config, tyro.conf.subcommand(name)] for name, config in configs.items())
+    tyro.cli(Union[kinds], args=["--tyro-print-completion", shell], prog="upstep-fast")  # noqa: UP007

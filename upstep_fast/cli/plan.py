@@ -1,0 +1,184 @@
+"""`upstep-fast plan`: before a run, how much memory it takes, part by part, whether that fits, and how long it takes.
+
+step_memory.py counts a step without its bytes, calibrate.py takes one for real, memory_fit.py chooses. Time is measured
+(--calibrate), or estimated from how fast this device multiplies matrices:
+
+    seconds of a step = FLOPs / (rate of a large product x EFFICIENCY)
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.plan import PlanConfig, to_bytes
+from upstep_fast.data.loading.loader import CACHE_BYTES
+from upstep_fast.data.sources.source import open_source
+from upstep_fast.errors import ConfigError
+from upstep_fast.runtime import terminal
+from upstep_fast.runtime.device import Compute, resolve
+from upstep_fast.train.memory import count as step_memory
+from upstep_fast.train.memory import measure as calibrate
+from upstep_fast.train.memory.fit import LEVELS, MARGIN, chooser, fit, gigabytes
+
+CONTEXT_BYTES = 600 << 20  # of a whole GPU, what CUDA and its kernels hold before the first tensor
+# of a large product's rate, what a whole step reaches: 392 of 790 TFLOP/s for ViT-L/14 on an H200 (docs/plan.md)
+EFFICIENCY = 0.5
+
+
+def run(config: PlanConfig) -> dict[str, Any]:
+    """Prints the plan and returns it. Raises ConfigError where nothing fits, or for what `adapt` would refuse."""
+    result = make(config)
+    if config.json:
+        print(json.dumps(result, indent=2))
+    else:
+        show(result)
+    return result
+
+
+def make(config: PlanConfig) -> dict[str, Any]:
+    """The plan, as JSON can hold it; bytes and seconds are of one device. Raises as `run` does."""
+    asked, (compute, on) = config.to_adapt(), _where(config)
+    is_here = compute.device.type == on
+    if config.calibrate and not is_here:
+        raise ConfigError(f"calibrate: there is no {on} device here; leave it out, or plan for the CPU")
+    limit = _limit(config, compute, is_here)
+    choose = chooser(asked, compute, on)
+    if config.fit is not None or asked.memory == "auto":
+        choice = fit(choose, asked.batch_size, limit)
+        # the same batch in equal parts
+        choice = choose(choice.memory, -(-asked.batch_size // -(-asked.batch_size // choice.batch_size)))
+    else:
+        choice = choose(asked.memory, asked.batch_size)
+    planned = replace(asked, memory=choice.memory, batch_size=choice.batch_size)
+    step = step_memory.count(planned, compute, on=on, flops=True)
+    parts = _on_one_device(step, config)
+    accumulate = asked.accumulate * -(-asked.batch_size // choice.batch_size)
+    result: dict[str, Any] = {
+        "model": config.model,
+        "device": on,
+        "precision": compute.precision,
+        "world_size": config.world_size,
+        "memory": choice.memory,
+        "batch_size": choice.batch_size * config.world_size,
+        "accumulate": accumulate,
+        "parts": parts,
+        "peak_bytes": sum(parts.values()),
+        "needed_bytes": round(MARGIN * sum(parts.values())),
+        "free_bytes": limit,
+        "kept_bytes": step.kept,
+        "levels": {level: choose(level, choice.batch_size).step.peak for level in LEVELS},
+        "host_cache_bytes": CACHE_BYTES,
+        "flops": {"forward": step.forward_flops, "backward": step.backward_flops},
+        "measured": _measured(planned, compute) if config.calibrate else None,
+    }
+    result["seconds"] = _seconds(result, choice.batch_size, compute) if is_here else None
+    return result | _length(config, result)
+
+
+def _where(config: PlanConfig) -> tuple[Compute, str]:
+    """The device planned for, which need not be here."""
+    if config.device.partition(":")[0] == "cuda" and not torch.cuda.is_available():
+        return Compute(torch.device("cpu"), "bf16" if config.precision == "auto" else config.precision), "cuda"
+    compute = resolve(config.device, config.precision)
+    return compute, compute.device.type
+
+
+def _limit(config: PlanConfig, compute: Compute, is_here: bool) -> int | None:
+    if config.fit is not None:
+        is_host = is_here and compute.device.type == "cpu"
+        return to_bytes(config.fit) - (CACHE_BYTES if is_host else CONTEXT_BYTES)
+    return calibrate.free_bytes(compute.device) if is_here else None
+
+
+def _on_one_device(step: step_memory.StepMemory, config: PlanConfig) -> dict[str, int]:
+    """The parts, with what several devices add or take away: our reading of DDP and FSDP2, not measured."""
+    parts = dict(step.parts)
+    parts["views"] += step.waiting
+    if config.world_size > 1:
+        parts["workspace"] += 4 * step.trained  # the gradients in one buffer that is summed over the devices
+        if config.shard_weights:
+            parts |= {name: parts[name] // config.world_size for name in ("weights", "folded")}
+    return parts
+
+
+def _measured(config: AdaptConfig, compute: Compute) -> dict[str, Any]:
+    real = calibrate.measure(config, compute)
+    counted = step_memory.count(replace(config, batch_size=real.batch), compute)
+    return asdict(real) | {"planned_bytes": counted.peak}
+
+
+def _seconds(result: dict[str, Any], batch: int, compute: Compute) -> dict[str, Any]:
+    """Of a step with an update and of one that is skipped."""
+    if measured := result["measured"]:
+        skipped, rest = (batch / measured["batch"] * measured[f"{half}_seconds"] for half in ("forward", "backward"))
+    else:
+        rate = EFFICIENCY * calibrate.product_rate(compute)
+        skipped, rest = (result["flops"][half] / rate for half in ("forward", "backward"))
+    return {"open": skipped + rest, "skipped": skipped, "from": "measured" if measured else "estimated"}
+
+
+def _length(config: PlanConfig, result: dict[str, Any]) -> dict[str, Any]:
+    """How many steps, as far as that is known, and how long they take with none and with half of them skipped."""
+    steps, seconds = config.steps, result["seconds"]
+    if steps is None and config.data:
+        from upstep_fast.train.loop import fit_to_data
+
+        steps = fit_to_data(config, len(open_source(config.data, split="train"))).steps
+    if steps is None or seconds is None:
+        return {"steps": steps, "total_seconds": None}
+    half = steps * (seconds["open"] + seconds["skipped"]) / 2
+    return {"steps": steps, "total_seconds": {"no_skips": steps * seconds["open"], "half_skipped": half}}
+
+
+def show(result: dict[str, Any]) -> None:
+    """The plan as a table and a few lines."""
+    where = f"{result['device']} in {result['precision']}, memory {result['memory']}"
+    table = Table(title=f"{result['model']}, {result['batch_size']} images a step on {where}")
+    for column in ("part", "memory", "share"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    for part, size in result["parts"].items():
+        table.add_row(part, gigabytes(size), f"{100 * size / result['peak_bytes']:.0f} %")
+    table.add_row("peak", gigabytes(result["peak_bytes"]), "100 %")
+    terminal.show(table)
+    print("\n".join(_lines(result)))
+
+
+def _lines(result: dict[str, Any]) -> list[str]:
+    levels = ", ".join(f"{level} {gigabytes(size)}" for level, size in result["levels"].items())
+    lines = [f"peak by memory level: {levels}"]
+    needed, free = result["needed_bytes"], result["free_bytes"]
+    if free is not None:
+        verdict = "fits" if needed <= free else "does not fit"
+        lines.append(f"{verdict}: {gigabytes(needed)} with a tenth to spare, {gigabytes(free)} there")
+    lines.append(f"beside it, in host memory: up to {gigabytes(result['host_cache_bytes'])} of decoded images")
+    if measured := result["measured"]:
+        real, planned = measured["peak_bytes"], measured["planned_bytes"]
+        ratio = f"{gigabytes(planned)} were planned, {100 * (planned / real - 1):+.1f} %"
+        lines.append(f"measured with {measured['batch']} images: {gigabytes(real)}; {ratio}")
+    if seconds := result["seconds"]:
+        rate = f"{result['batch_size'] / seconds['open']:,.3g} images/s"
+        lines.append(
+            f"a step ({seconds['from']}): {seconds['open']:.3g} s with an update, {seconds['skipped']:.3g} s "
+            f"skipped; {rate} without skips"
+        )
+    else:
+        lines.append(f"time: not known, there is no {result['device']} device here")
+    if total := result["total_seconds"]:
+        half, whole = _time(total["half_skipped"]), _time(total["no_skips"])
+        lines.append(f"{result['steps']:,} steps: {half} if half of them are skipped, {whole} if none")
+    flags = f"--memory {result['memory']} --batch-size {result['batch_size']}"
+    if result["accumulate"] > 1:
+        flags += f" --accumulate {result['accumulate']}"
+    return [*lines, f"for adapt: {flags}"]
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

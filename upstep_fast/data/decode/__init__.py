@@ -1,0 +1,5 @@
+"""Bytes to pixels."""
+
+from upstep_fast.data.decode.image import decode
+
+__all__ = ["decode"]

@@ -1,0 +1,223 @@
+"""From bytes to pixels: the only place where a bad image is met.
+
+What comes out, whatever went in: uint8 [C, H, W], upright, sRGB values as stored.
+    grey, palette, 1 bit        expanded to RGB
+    alpha, transparent colour   composited on white
+    CMYK, YCbCr, LAB            converted by Pillow; ICC profiles are not applied
+    16 bits a channel           the high byte
+    animated                    the first frame
+    EXIF orientation            applied; a broken EXIF block counts as none
+    .npy, TIFF of other bands   uint8 or uint16; [H, W], [H, W, C] or [C, H, W] (arrays.py)
+Refused, with a reason: pixels above `max_pixels` (from the header, before anything is decoded), truncated files, PNGs
+whose checksums are wrong, JPEGs that end early, floating point, and everything no reader understands.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import zlib
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from upstep_fast.data.decode import jpeg
+from upstep_fast.data.decode.arrays import NPY, TIFF, decode_npy, decode_tiff_bands, tiff_bands
+from upstep_fast.errors import BadImage as BadImage
+
+# files that are looked at; other names are no images
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".avif", ".npy")
+# Pillow's own limit for an error; a 27 kB PNG can claim more
+MAX_PIXELS = 178_956_970
+# only readers that parse pixels: no PostScript, no fonts, nothing that starts a program
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_EXIF_ORIENTATION = 0x0112
+
+
+def decode(
+    data: bytes | memoryview,
+    *,
+    channels: int = 3,
+    max_pixels: int = MAX_PIXELS,
+    min_side: int | None = None,
+    name: str = "",
+) -> Tensor:
+    """Pixels of an encoded image, uint8 [channels, H, W].
+
+    channels: 3 = RGB, 1 = grey, 4 = RGBA as stored; any number for .npy and TIFF. min_side: a JPEG may be decoded at
+    1/2, 1/4 or 1/8 of its size as long as both sides keep this many pixels. Raises BadImage, and nothing else.
+    """
+    try:
+        if len(data) == 0:
+            raise BadImage("the file is empty", name)
+        start = bytes(data[:8])
+        if start.startswith(NPY):
+            return decode_npy(data, channels, max_pixels)
+        if start[:4] in TIFF and channels not in (1, 3) and (channels != 4 or not tiff_bands(data)[1]):
+            return decode_tiff_bands(data, channels, max_pixels)
+        if start == _PNG:
+            _check_png(data)
+        elif start.startswith(b"\xff\xd8"):
+            return _decode_jpeg(data, channels, max_pixels, min_side)
+        return _decode_pillow(data, channels, max_pixels, min_side)
+    except BadImage as error:
+        raise BadImage(error.reason, name) from None
+    except UnidentifiedImageError:
+        if (bands := tiff_bands(data)[0]) > 1 and start[:4] in TIFF:
+            reason = f"a TIFF of {bands} bands, {channels} were asked for, or of a kind that Pillow does not read"
+            raise BadImage(reason, name) from None
+        raise BadImage(f"not an image in a known format ({_looks_like(bytes(data[:64]))})", name) from None
+    except (
+        Exception
+    ) as error:  # readers raise OSError, SyntaxError, struct.error, MemoryError, whatever the bytes provoke
+        raise BadImage(
+            f"cannot be decoded: {type(error).__name__}: {str(error)[:120]}".replace("\n", " "), name
+        ) from error
+
+
+@functools.lru_cache
+def decoder_fingerprint() -> str:
+    """Who reads JPEGs here, and SHA-256 over the pixels of twenty pictures: written by this machine's libraries, read
+    by `decode`.
+
+    Another value means that images may be other pixels than before: another libjpeg, libwebp or Pillow (RELIABILITY
+    I7). A format that is not built in counts as that.
+    """
+    y, x = np.mgrid[:48, :72]
+    smooth = Image.fromarray(np.stack([x * 3, y * 5, x * y // 16], -1).astype(np.uint8))
+    grey, high = smooth.convert("L"), Image.fromarray((x * y * 19).astype(np.uint16))
+    alpha = smooth.copy()
+    alpha.putalpha(grey)
+    turned = Image.Exif()
+    turned[_EXIF_ORIENTATION] = 6
+    pictures: list[tuple[Image.Image, str, dict[str, Any], int | None]] = [
+        *((smooth, "JPEG", {"quality": q, "subsampling": s}, None) for q, s in ((50, 2), (75, 2), (92, 1), (98, 0))),
+        *((image, "JPEG", {"quality": 90}, None) for image in (grey, smooth.convert("CMYK"))),
+        (smooth, "JPEG", {"quality": 85, "progressive": True}, None),
+        (smooth, "JPEG", {"quality": 85, "exif": turned}, None),
+        *((smooth.resize((640, 480)), "JPEG", {"quality": 85}, side) for side in (60, 240)),
+        *((image, "PNG", {}, None) for image in (smooth, alpha, smooth.quantize(16), high)),
+        *((image, "WEBP", {"quality": 80}, None) for image in (smooth, alpha)),
+        (smooth, "TIFF", {"compression": "tiff_lzw"}, None),
+        (smooth.convert("YCbCr"), "TIFF", {"compression": "jpeg"}, None),
+        (smooth.quantize(32), "GIF", {}, None),
+        (smooth, "AVIF", {"quality": 80}, None),
+    ]
+    digest = hashlib.sha256()
+    for image, kind, options, side in pictures:
+        file = io.BytesIO()
+        try:
+            image.save(file, kind, **options)
+            found = decode(file.getvalue(), min_side=side)
+            digest.update(f"{kind} {tuple(found.shape)}".encode() + found.numpy().tobytes())
+        except (KeyError, OSError, BadImage) as error:
+            digest.update(f"{kind} {type(error).__name__}".encode())
+    return f"{'torchvision' if jpeg.reader() else 'Pillow'} {digest.hexdigest()}"
+
+
+def _decode_jpeg(data: bytes | memoryview, channels: int, max_pixels: int, min_side: int | None) -> Tensor:
+    """As Pillow decodes it, if the coded data reaches to the last pixel.
+
+    Where it does not, because a piece is missing or an end marker was put behind a cut, libjpeg fills the rest with
+    mid-grey and only warns. So an image that ends in mid-grey is decoded again with other bits behind its data: they
+    show where the data was too short, and are never looked at where it was not.
+    """
+    end = bytes(data).rfind(b"\xff\xd9")
+    if end < 0:
+        raise BadImage("truncated JPEG: no end marker")
+    x = _decode_pillow(data, channels, max_pixels, min_side)
+    # of the upright image: any of its corners may be the last of the file
+    corners = x[:, :: max(1, x.shape[1] - 1), :: max(1, x.shape[2] - 1)].flatten(1).T.tolist()
+    if any(all(127 <= value <= 129 for value in corner) for corner in corners):
+        padded = bytes(data[:end]) + b"\x2a\x95" * 256 + b"\xff\xd9"
+        # by Pillow alone: of bits it does not need, torchvision's reader complains on the console
+        x_alone, again = (_decode_pillow(d, channels, max_pixels, min_side, alone=True) for d in (data, padded))
+        if not torch.equal(x_alone, again):
+            raise BadImage("truncated JPEG: its data ends before its last pixel")
+    return x
+
+
+def _decode_pillow(
+    data: bytes | memoryview, channels: int, max_pixels: int, min_side: int | None, *, alone: bool = False
+) -> Tensor:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        _check_pixels(*image.size, max_pixels)
+        size = image.size
+        if min_side:
+            image.draft(image.mode, (min_side, min_side))
+        x = jpeg.pixels(data, image) if channels == 3 and image.size == size and not alone else None
+        if x is None:
+            image.load()
+            array = torch.from_numpy(_to_array(image, channels))
+            x = array.permute(2, 0, 1) if array.ndim == 3 else array[None]
+        orientation = orientation_of(image)
+    return upright(x if len(x) == channels else x.expand(channels, -1, -1), orientation)
+
+
+def _to_array(image: Image.Image, channels: int) -> np.ndarray:
+    """[H, W, channels] uint8, or [H, W] where all channels are the same."""
+    mode = image.mode
+    if mode == "F":
+        raise BadImage("floating-point pixels have no defined range; convert to 8 or 16 bits")
+    if mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise BadImage("32-bit pixels above 65535 have no defined range; convert to 8 or 16 bits")
+        return (values >> 8).astype(np.uint8)
+    if channels == 4:
+        return np.array(image.convert("RGBA"))
+    if channels not in (1, 3):
+        raise BadImage(f"has {len(image.getbands())} bands, {channels} were asked for; use TIFF or .npy")
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    if channels == 1 or (mode in ("1", "L") and image.mode == mode):
+        return np.array(image.convert("L"))
+    return np.array(image.convert("RGB") if image.mode != "RGB" else image)
+
+
+def _check_pixels(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise BadImage(f"{width} x {height} pixels, above the limit of {max_pixels}")
+
+
+def _check_png(data: bytes | memoryview) -> None:
+    """Every chunk whole, its checksum right, IEND there: Pillow does not verify the checksums of pixel data."""
+    view, at, kind = memoryview(data), len(_PNG), b""
+    while kind != b"IEND":
+        length = int.from_bytes(view[at : at + 4], "big")
+        kind = bytes(view[at + 4 : at + 8])
+        stored = view[at + 8 + length : at + 12 + length]
+        if len(stored) != 4:
+            raise BadImage("truncated PNG")
+        if zlib.crc32(view[at + 4 : at + 8 + length]) != int.from_bytes(stored, "big"):
+            raise BadImage(f"PNG chunk {kind.decode('latin-1')!r} has a wrong checksum")
+        at += 12 + length
+
+
+def orientation_of(image: Image.Image) -> int:
+    """EXIF's, 1 where there is none."""
+    try:
+        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:  # an EXIF block can be broken in any way; the pixels are good all the same
+        return 1
+
+
+def upright(x: Tensor, orientation: int) -> Tensor:
+    """Undoes EXIF orientation 1 to 8 on [C, H, W]; other values count as 1."""
+    if orientation in (5, 6, 7, 8):
+        x = x.transpose(1, 2)
+    flips = {2: [2], 3: [1, 2], 4: [1], 6: [2], 7: [1, 2], 8: [1]}.get(orientation)
+    return x.flip(flips) if flips else x
+
+
+def _looks_like(start: bytes) -> str:
+    text = start.lstrip().lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<svg")):
+        return "it holds HTML or XML"
+    return "it holds text" if all(9 <= b < 127 for b in start) else f"it starts with {start[:8].hex(' ')}"

@@ -1,0 +1,5 @@
+"""Random views of images, a pure function of (seed, epoch, index, view)."""
+
+from upstep_fast.data.views.views import ViewConfig, multi_crop, random_views
+
+__all__ = ["ViewConfig", "multi_crop", "random_views"]

@@ -1,0 +1,74 @@
+"""Colour changes of a batch, with one factor a sample; the definitions are torchvision's v2 on floats in 0..1.
+
+x: [N, C, H, W] fp32 in 0..1, changed in place and returned. factor: [N]. Saturation, hue and grey mean something for
+three channels only and leave other numbers of channels alone.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from upstep_fast.kernels.views.eager import blur as blur
+
+GREY = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, as torchvision and Pillow
+
+
+def brightness(x: Tensor, factor: Tensor) -> Tensor:
+    """clamp(factor x)."""
+    return x.mul_(_wide(factor)).clamp_(0, 1)
+
+
+def contrast(x: Tensor, factor: Tensor) -> Tensor:
+    """clamp(factor x + (1 - factor) m), m the mean of the grey image, one number a sample."""
+    means = x.mean((2, 3))
+    mean = means @ means.new_tensor(GREY) if x.shape[1] == 3 else means.mean(1)
+    return x.mul_(_wide(factor)).add_(_wide((1 - factor) * mean)).clamp_(0, 1)
+
+
+def saturation(x: Tensor, factor: Tensor) -> Tensor:
+    """clamp(factor x + (1 - factor) grey(x))."""
+    if x.shape[1] != 3:
+        return x
+    other = grey(x).mul_(_wide(1 - factor))
+    return x.mul_(_wide(factor)).add_(other).clamp_(0, 1)
+
+
+def hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Turns the hue by `shift` of a full circle, through HSV."""
+    if x.shape[1] != 3:
+        return x
+    r, g, b = x.unbind(1)
+    value = torch.maximum(torch.maximum(r, g), b)
+    chroma = value - torch.minimum(torch.minimum(r, g), b)
+    scale = 1 / chroma.clamp_min(1e-12)  # grey pixels: every difference below is 0
+    h = torch.where(r == value, (g - b) * scale, torch.where(g == value, (b - r) * scale + 2, (r - g) * scale + 4))
+    h += 6 * shift.view(-1, 1, 1)
+    # each channel is value - chroma * clamp(min(k, 4 - k), 0, 1) with k = (n + h) mod 6, n = 5, 3, 1
+    for channel, n in enumerate((5, 3, 1)):
+        k = h + n
+        k.sub_((k / 6).floor_(), alpha=6).sub_(2).abs_().neg_().add_(2).clamp_(0, 1)
+        torch.addcmul(value, chroma, k, value=-1, out=x[:, channel])
+    return x
+
+
+def grey(x: Tensor) -> Tensor:
+    """[N, 3, H, W] -> [N, 1, H, W], a new tensor."""
+    y = x[:, 0] * GREY[0]
+    return y.add_(x[:, 1], alpha=GREY[1]).add_(x[:, 2], alpha=GREY[2])[:, None]
+
+
+def solarize(x: Tensor, threshold: float = 128 / 255) -> Tensor:
+    """1 - x where x is at least `threshold`."""
+    return torch.where(x >= threshold, 1 - x, x)
+
+
+def blur_kernel_size(size: int) -> int:
+    """A tenth of the side, odd, at least 3: SimCLR's rule."""
+    return max(3, math.floor(size / 20) * 2 + 1)
+
+
+def _wide(factor: Tensor) -> Tensor:
+    return factor.view(-1, 1, 1, 1)

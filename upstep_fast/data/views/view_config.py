@@ -1,0 +1,133 @@
+"""What may happen to a view: the configuration, and presets for kinds of images."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from upstep_fast.errors import ConfigError
+from upstep_fast.kernels.views import INTERPOLATIONS
+
+if TYPE_CHECKING:
+    from upstep_fast.config.adapt import AdaptConfig
+    from upstep_fast.config.finetune import FinetuneConfig
+    from upstep_fast.model.backbone import Backbone
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    """What may happen to a view. Probabilities in 0..1; a factor f is drawn from [max(0, 1 - value), 1 + value]."""
+
+    size: tuple[int, int] | int = 224  # (H, W) of a view, pixels
+    crop_scale: tuple[float, float] = (0.25, 1.0)  # area of the crop, as a part of the image
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width over height
+    interpolation: str = "bilinear"
+    flip: float = 0.5
+    vertical_flip: float = 0.0
+    rotate90: float = 0.0  # probability of a turn by 90, 180 or 270 degrees; .75 makes all four equally likely
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.0  # largest shift, as a part of the circle, up to .5
+    grey: float = 0.2
+    blur: float = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels of the view
+    solarize: float = 0.0
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError naming the field, its value and what is allowed."""
+        for name in ("flip", "vertical_flip", "rotate90", "grey", "blur", "solarize"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, must lie in 0 to 1")
+        for name in ("brightness", "contrast", "saturation"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, must be at least 0")
+        if not 0 <= self.hue <= 0.5:
+            raise ConfigError(f"hue: got {self.hue}, must lie in 0 to 0.5")
+        for name in ("crop_scale", "crop_ratio", "blur_sigma"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high or (name == "crop_scale" and high > 1):
+                raise ConfigError(
+                    f"{name}: got {low} to {high}, must be above 0, in order{', at most 1' * (name[5] == 's')}"
+                )
+        if self.interpolation not in INTERPOLATIONS:
+            raise ConfigError(f"interpolation: got {self.interpolation!r}, must be {' or '.join(INTERPOLATIONS)}")
+        if self.rotate90 and self.height != self.width:
+            raise ConfigError(f"rotate90: needs square views, got {self.height} x {self.width}; set it to 0")
+
+    @property
+    def height(self) -> int:
+        """Rows of a view."""
+        return self.size if isinstance(self.size, int) else self.size[0]
+
+    @property
+    def min_side(self) -> int:
+        """Pixels that both sides of an image must keep for no crop to be smaller than the view.
+
+        A JPEG of twice that size may be decoded at half of it (`decode(min_side=)`), and no view is blown up.
+        """
+        narrow = min(self.crop_ratio[0], 1 / self.crop_ratio[1])
+        return math.ceil(max(self.height, self.width) / math.sqrt(self.crop_scale[0] * narrow))
+
+    @property
+    def width(self) -> int:
+        """Columns of a view."""
+        return self.size if isinstance(self.size, int) else self.size[1]
+
+
+# fields that a run's configuration may set one by one
+_SWITCHES = (
+    *("crop_ratio", "interpolation", "flip", "vertical_flip", "rotate90", "brightness", "contrast", "saturation"),
+    *("hue", "grey", "blur", "solarize"),
+)
+_ANY_DIRECTION = {"vertical_flip": 0.5, "rotate90": 0.75}
+PRESETS: dict[str, ViewConfig] = {
+    "natural": ViewConfig(),
+    # from above there is no up
+    "overhead": ViewConfig(**_ANY_DIRECTION),  # type: ignore[arg-type]
+    # stains carry meaning: little change of colour, never grey
+    "microscopy": ViewConfig(**_ANY_DIRECTION, brightness=0.2, contrast=0.2, saturation=0.1, hue=0.02, grey=0.0),  # type: ignore[arg-type]
+    # text has a direction and a shape
+    "document": ViewConfig(
+        crop_scale=(0.5, 1.0), crop_ratio=(0.9, 1.1), flip=0.0, brightness=0.2, contrast=0.2, blur=0.2
+    ),
+    "none": ViewConfig(
+        crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0, brightness=0.0, contrast=0.0, saturation=0.0, grey=0.0
+    ),
+}
+
+
+def local_config(
+    config: ViewConfig, size: tuple[int, int] | int, scale: tuple[float, float] = (0.05, 0.25)
+) -> ViewConfig:
+    """The recipe of small local views beside `config`'s: another size in pixels and another range of crops.
+
+    scale: area of the crop as a part of the image; the default is DINOv2's, and meets the global crops' .25.
+    """
+    return dataclasses.replace(config, size=size, crop_scale=scale)
+
+
+def preset_config(preset: str, backbone: Backbone) -> ViewConfig:
+    """The preset as it is, at the size and with the statistics of the model."""
+    return dataclasses.replace(PRESETS[preset], size=backbone.img_size, mean=backbone.mean, std=backbone.std)
+
+
+def view_config(config: AdaptConfig | FinetuneConfig, backbone: Backbone) -> ViewConfig:
+    """The preset of a run with its single settings, at the size and with the statistics of the model."""
+    preset = preset_config(config.preset_views, backbone)
+    low, high = preset.crop_scale
+    given = {name: getattr(config, name, None) for name in _SWITCHES}  # not every command has them all
+    return dataclasses.replace(
+        preset,
+        crop_scale=(
+            low if config.crop_min is None else config.crop_min,
+            high if config.crop_max is None else config.crop_max,
+        ),
+        **{name: value for name, value in given.items() if value is not None},
+    )

@@ -1,0 +1,54 @@
+"""Forward only: base features, evaluation, steps known to be skipped, teachers. Nothing is kept.
+
+On a GPU the whole model is one compiled graph, replayed as a CUDA graph (torch.compile, reduce-overhead: max-autotune
+would take minutes before the first image); on a CPU it runs as it is unless compilation is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from upstep_fast.engine.block import run_block, run_blocks
+from upstep_fast.engine.fold import FoldedBlock
+from upstep_fast.engine.merge import ReadyBlock
+from upstep_fast.engine.rotary import Ropes
+
+Map = Callable[[Tensor], Tensor]
+
+
+def make_forward_only(
+    blocks: Sequence[FoldedBlock | nn.Module],
+    ready: Callable[[], dict[int, ReadyBlock]],
+    embed: Map,
+    ropes: Callable[[Tensor], Ropes],
+    head: Map,
+    device: torch.device,
+    compiled: bool | None = None,
+) -> Map:
+    """images [B, C, H, W] -> features [B, D] in fp32, without gradients.
+
+    ready: the folded blocks with their adapters merged (merge.py). embed: images -> tokens [B, N, D] in the compute
+    type. ropes: images -> rotary tables (rotary.py). head: tokens after the last block -> features. compiled: None: on
+    a GPU.
+    """
+
+    def forward(images: Tensor, now: dict[int, ReadyBlock], tables: Ropes) -> Tensor:
+        def run(x: Tensor, delta: Tensor | None, index: int) -> tuple[Tensor, Tensor]:
+            return run_block(x, delta, now[index], ropes=tables)
+
+        return head(run_blocks(embed(images), blocks, run, ropes=tables))
+
+    compiled = device.type == "cuda" if compiled is None else compiled
+    mode = "reduce-overhead" if device.type == "cuda" else None
+    call = torch.compile(forward, mode=mode) if compiled else forward
+
+    @torch.no_grad()
+    def features(images: Tensor) -> Tensor:
+        # a CUDA graph writes every result to the same place
+        found = call(images, ready(), ropes(images))
+        return found.clone() if compiled else found
+
+    return features

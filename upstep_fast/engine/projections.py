@@ -1,0 +1,112 @@
+"""A frozen projection with its adapter, ready to multiply: in the compute type, or in row-wise fp8.
+
+    compute type   y = x W^T + c, the adapter merged into W              dx = dy W
+    fp8            y = Q(x) Q(W)^T + c + (x A^T + A beta) (s B)^T        dx = Q(dy) Q(W^T)^T + (dy s B) A
+                   the adapter apart in bf16: merged into fp8 it would be rounded away
+
+Q: e4m3 with one scale a row (kernels/quantize.py). Hopper's row-wise product wants W and W^T apart, each with its own
+scales, so fp8 weights take as many bytes as bf16 ones: it buys time, not memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from upstep_fast.kernels.lora_linear.fp8 import scaled_mm
+from upstep_fast.kernels.quantize import quantize
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Rows [..., K] in e4m3 with scales [..., 1], as the pass that made them gave them; and in the compute type."""
+
+    q: Tensor
+    scale: Tensor
+    wide: Tensor | None  # None where nobody wants it
+
+
+@dataclass(frozen=True)
+class Fp8Weight:
+    """A frozen weight [N, K] for the product forward, and its transpose [K, N] for the one backward."""
+
+    q: Tensor
+    scale: Tensor  # [N, 1]
+    q_t: Tensor
+    scale_t: Tensor  # [K, 1]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The frozen weight with the adapter added, rounded once to the compute type."""
+
+    weight: Tensor  # [N, K]
+    bias: Tensor  # [N]
+
+    def product(self, x: Tensor | Quantized) -> Tensor:
+        """[..., K] -> [..., N]."""
+        assert isinstance(x, Tensor)
+        return F.linear(x, self.weight, self.bias)
+
+    def input_gradient(self, dy: Tensor | Quantized) -> Tensor:
+        """[..., N] -> [..., K]."""
+        assert isinstance(dy, Tensor)
+        return dy @ self.weight
+
+
+@dataclass(frozen=True)
+class Apart:
+    """The frozen weight in fp8, and the adapter beside it."""
+
+    weight: Fp8Weight
+    bias: Tensor  # [N], compute type
+    factors: Sequence[Tensor] | None  # (A [T, r, K], A beta [T, r], s B [T, n, r]), compute type
+    parts: Sequence[int]  # which rows of the output, in blocks of n, each of the T parts adds to
+
+    def product(self, x: Tensor | Quantized) -> Tensor:
+        """[..., K] -> [..., N]."""
+        y = _scaled(x, self.weight.q, self.weight.scale, self.bias)
+        if self.factors is not None:
+            a, shift, b = self.factors
+            low = F.linear(wide(x), a.flatten(0, 1), shift.flatten()).unflatten(-1, shift.shape)
+            for t, rows in enumerate(self._rows(b)):
+                y[..., rows] += low[..., t, :] @ b[t].T
+        return y
+
+    def input_gradient(self, dy: Tensor | Quantized) -> Tensor:
+        """[..., N] -> [..., K]."""
+        dx = _scaled(dy, self.weight.q_t, self.weight.scale_t, None)
+        if self.factors is not None:
+            a, _, b = self.factors
+            for t, rows in enumerate(self._rows(b)):
+                dx += (wide(dy)[..., rows] @ b[t]) @ a[t]
+        return dx
+
+    def _rows(self, b: Tensor) -> list[slice]:
+        return [slice(part * b.shape[1], (part + 1) * b.shape[1]) for part in self.parts]
+
+
+Projection = Merged | Apart
+
+
+def to_fp8(weight: Tensor) -> Fp8Weight:
+    """weight: [N, K], fp32."""
+    return Fp8Weight(*quantize(weight), *quantize(weight.T.contiguous()))
+
+
+def wide(x: Tensor | Quantized) -> Tensor:
+    """The rows in the compute type."""
+    if isinstance(x, Tensor):
+        return x
+    assert x.wide is not None, "engine: rows that an adapter wants were given in fp8 alone"
+    return x.wide
+
+
+def _scaled(x: Tensor | Quantized, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    q, scale = quantize(x) if isinstance(x, Tensor) else (x.q, x.scale)
+    y = scaled_mm(q.flatten(0, -2), scale.flatten(0, -2), weight, weight_scale, bias, torch.bfloat16)
+    return y.view(*q.shape[:-1], -1)

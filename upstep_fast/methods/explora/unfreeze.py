@@ -1,0 +1,128 @@
+"""ExPLoRA (arXiv 2406.10973): a model goes on with its own pretraining objective on the images of a new domain.
+
+    trained: U blocks whole; LoRA on q and v of the others; every norm; the class token; the objective's own heads
+    frozen:  patch embedding and positions (unless asked for), k, the projections and MLPs of the other blocks
+
+What is here serves both objectives (explora_dinov2.py, explora_mae.py): what trains, and what is saved of it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from upstep_fast.config.explora import ExploraConfig
+from upstep_fast.engine.block import Memory
+from upstep_fast.errors import ConfigError
+from upstep_fast.methods.explora.tokens import Encoder
+from upstep_fast.model import lora
+from upstep_fast.model.backbone import Backbone
+from upstep_fast.model.lora import LoraLinear, LoraSpec
+
+log = logging.getLogger("upstep_fast")
+
+
+def unfrozen_blocks(unfreeze: str, depth: int) -> tuple[int, ...]:
+    """The blocks that `unfreeze` names ("last", "first,last", "0,11") in a model of `depth` blocks, sorted."""
+    found = set()
+    for part in unfreeze.split(","):
+        index = {"first": 0, "last": depth - 1}.get(part.strip())
+        index = int(part) if index is None else index
+        if index >= depth:
+            raise ConfigError(f"unfreeze: there is no block {index}; this model has blocks 0 to {depth - 1}")
+        found.add(index)
+    if len(found) == depth:
+        raise ConfigError(f"unfreeze: {unfreeze} leaves no block for LoRA; name fewer of the {depth}")
+    return tuple(sorted(found))
+
+
+def lora_spec(config: ExploraConfig) -> LoraSpec:
+    """The adapter that this configuration asks for: alpha 1, as the authors' code has it, or r."""
+    preset = {"faithful": 1.0, "customary": float(config.lora_r)}[config.alpha]
+    alpha = preset if config.lora_alpha is None else config.lora_alpha
+    return LoraSpec(r=config.lora_r, alpha=alpha, targets=config.lora_targets)
+
+
+def extend(
+    vit: nn.Module,
+    blocks: Sequence[int],
+    spec: LoraSpec | None,
+    *,
+    class_token: bool = True,
+    patch_embed: bool = False,
+    positions: bool = False,
+) -> dict[str, LoraLinear]:
+    """Freezes `vit`, in place, but for what ExPLoRA trains. Returns the adapters by module name.
+
+    blocks: trained whole. spec: the adapters on the others; None: none (the published ablation "U = [L], no LoRA").
+    """
+    vit.requires_grad_(False)
+    adapters = {} if spec is None else lora.inject(vit, spec, leave_out=blocks)
+    whole: list[Any] = [vit.blocks[index] for index in blocks]  # type: ignore[index]
+    whole += [module for name, module in vit.named_modules() if "norm" in name.rpartition(".")[2]]
+    if patch_embed:
+        whole.append(vit.patch_embed)
+    for module in whole:
+        module.requires_grad_(True)
+    bare = {"cls_token": class_token, "pos_embed": positions}
+    for name, asked in bare.items():
+        if asked and isinstance(parameter := getattr(vit, name, None), nn.Parameter):
+            parameter.requires_grad_(True)
+    return adapters
+
+
+def prepare(backbone: Backbone, config: ExploraConfig) -> dict[str, LoraLinear]:
+    """`extend` as the configuration asks. Raises ConfigError for a model that ExPLoRA's forward pass cannot run."""
+    vit: Any = backbone.vit
+    if not isinstance(vit, VisionTransformer):
+        raise ConfigError(f"method: explora runs timm's VisionTransformer; {config.model} is a {type(vit).__name__}")
+    if config.objective == "mae" and vit.num_prefix_tokens == 0 and vit.attn_pool is not None:
+        raise ConfigError(f"objective: mae does not train the attention pooling of {config.model}; take dinov2")
+    return extend(
+        vit,
+        unfrozen_blocks(config.unfreeze, len(vit.blocks)),
+        lora_spec(config),
+        class_token=config.train_class_token,
+        patch_embed=config.train_patch_embed,
+        positions=config.train_positions,
+    )
+
+
+def accelerate(encoder: Encoder, dtype: torch.dtype, memory: Memory, fp8: bool) -> bool:
+    """Runs the encoder's frozen blocks on the engine from now on; where it cannot, says why and returns False."""
+    if reason := encoder.accelerate(dtype, memory, fp8):
+        log.warning("engine: running the plain model instead, since %s", reason)
+        return False
+    return True
+
+
+def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, by name."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay applies: matrices alone, as DINOv2 and MAE have it."""
+    return parameter.dim() >= 2 and not name.endswith(("bias", "cls_token", "pos_embed", "mask_token"))
+
+
+def watched(vit: nn.Module, adapters: dict[str, LoraLinear]) -> dict[str, nn.Parameter]:
+    """What must receive a gradient: each adapter's B, and all that trains beside the adapters."""
+    others = {name: p for name, p in trained(vit).items() if not name.endswith(("lora_a", "lora_b"))}
+    return {name: adapter.lora_b for name, adapter in adapters.items()} | others
+
+
+def result_files(
+    vit: nn.Module, adapters: Mapping[str, LoraLinear], base_model: str, names: Iterable[str]
+) -> dict[str, bytes]:
+    """The adapter folder: LoRA, the modules that were trained whole, and bare parameters in a file of their own.
+
+    names: of the trained parameters, those of the adapters too.
+    """
+    whole = sorted(name for name in names if not name.endswith(("lora_a", "lora_b")))
+    return lora.to_files(adapters, base_model, whole={name: vit.get_parameter(name) for name in whole})

@@ -1,0 +1,365 @@
+"""UpStep (arXiv 2502.21313): LoRA, online clustering against fixed prototypes, a penalty on the centre vector.
+
+One step, on V = 2 views of B images:
+
+    u = head(vit(views)); z = u / |u|; s = mean z; m = |s|            embed
+    the gate compares m with its reference (gate.py); closed: nothing more happens
+    P = z C^T; q = sinkhorn(P); L = swapped(P, q) + lambda cvr(s)     loss
+
+The paper's formulas for the gate and the penalty are not published; what is ours is marked in gate.py and
+losses/clustering.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.data.loading.loader import Batch
+from upstep_fast.data.views.views import multi_crop
+from upstep_fast.engine import vit as engine
+from upstep_fast.engine.block import Memory
+from upstep_fast.errors import ConfigError
+from upstep_fast.kernels.patchify import unpatchify_reference
+from upstep_fast.kernels.sinkhorn import sinkhorn
+from upstep_fast.methods.embeddings import Embedded, embedded
+from upstep_fast.methods.explora import crops as explora_crops
+from upstep_fast.methods.explora import unfreeze as explora
+from upstep_fast.methods.gate import choose_images
+from upstep_fast.methods.losses import clustering
+from upstep_fast.methods.losses.distillation import distillation_loss, sharpen
+from upstep_fast.methods.microbatch import in_passes
+from upstep_fast.methods.schedules import warmup_cosine
+from upstep_fast.methods.upstep.adapter_ema import Average
+from upstep_fast.methods.upstep.head import make_head, make_prototypes
+from upstep_fast.methods.upstep.multicrop import Crops, take_any_size
+from upstep_fast.model import lora
+from upstep_fast.model.backbone import Backbone, features
+from upstep_fast.runtime import distributed
+
+ONE_DIRECTION = 0.999  # a centre of unit embeddings this long means collapse (METHODS 1.2)
+
+
+class UpStep(nn.Module):
+    """The adapted ViT, the head and the prototypes; what training changes and a checkpoint holds."""
+
+    prototypes: Tensor
+    running_centre: Tensor
+    base_centre: Tensor
+    running_magnitude: Tensor
+    seen: Tensor  # whether the running values hold anything yet
+    queue: Tensor | None  # [V, N, d] embeddings that made targets in earlier steps, the newest first
+
+    def __init__(self, backbone: Backbone, config: AdaptConfig, num_prototypes: int):
+        super().__init__()
+        self.config, self.recipes, self.passes, self._learnt = config, explora_crops.recipes(config, backbone), 1, 0
+        self.base_share = float(config.base_targets > 0)  # in the targets; `schedule` moves it
+        self._fresh: Tensor | None = None  # [V, B, d], what made the targets of this step
+        self._patch, self._view_dtype = 0, torch.float32  # of `views`; 0: pictures
+        if config.local_views:
+            take_any_size(backbone.vit, backbone.name)
+        # parts of torch.nn draw from the global generator: set it for this block only
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.adapters = _prepare(backbone.vit, config)
+            self.head = make_head(config, backbone.width)
+        self.vit = backbone.vit
+        self.average = Average(self.adapter_parameters(), config.adapter_ema) if config.adapter_ema else None
+        self.features: Callable[[Tensor], Tensor] = partial(features, self.vit)
+        width = backbone.width if config.head == "none" else config.head_dim
+        prototypes = make_prototypes(config, num_prototypes, width)
+        if config.prototype_init == "learned":
+            self.prototypes = nn.Parameter(prototypes)
+        else:
+            self.register_buffer("prototypes", prototypes)
+        self.register_buffer("running_centre", torch.zeros(width))
+        self.register_buffer("base_centre", torch.zeros(width))
+        self.register_buffer("running_magnitude", torch.zeros(()))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.bool))
+        num_views = 2 if config.layout == "symmetric" else 1
+        self.register_buffer("queue", torch.zeros(num_views, config.queue, width) if config.queue else None)
+
+    def accelerate(self, dtype: torch.dtype, memory: Memory = "fast", fp8: bool = False) -> None:
+        """Runs the backbone on the engine from now on, in `dtype`; the plain model where the engine cannot.
+
+        To be called once the module is on its device, since the frozen weights are folded into copies.
+        """
+        self.features = engine.choose(
+            self.vit, dtype, memory, otherwise=self.features, fp8=fp8, graphs=self.config.cuda_graphs
+        )
+        # the base model is the plain one, and patches do not say how large their image is
+        if self.config.distil == "off" and not self.config.base_targets and not self.config.local_views:
+            self._patch, self._view_dtype = engine.patch_side(self.vit), dtype
+
+    @property
+    def needs_start(self) -> bool:
+        """Whether `start` must see embeddings of the data before the first step."""
+        return self.config.prototype_init == "kmeans" or self.config.cvr == "anchor" or self.config.queue > 0
+
+    @torch.no_grad()
+    def start(self, views: Iterable[Tensor]) -> None:
+        """Sets what is computed once from the base model's embeddings; views: [V, B, C, H, W] batches."""
+        of_batches = [distributed.gather_rows(self.embed(batch).z, 1) for batch in views]
+        if self.queue is not None:
+            self._push(z := torch.cat(of_batches, 1), z.isfinite().all())
+        z = torch.cat([part.flatten(0, 1) for part in of_batches])
+        self.base_centre.copy_(z.mean(0))
+        if self.config.prototype_init == "kmeans":
+            if len(z) < len(self.prototypes):
+                raise ValueError(f"prototypes: k-means needs at least {len(self.prototypes)} embeddings, got {len(z)}")
+            generator = torch.Generator().manual_seed(self.config.seed)
+            self.prototypes.copy_(clustering.kmeans_prototypes(z, len(self.prototypes), generator))
+
+    def schedule(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Sets the learning rate of this step, and the base model's share in its targets."""
+        c = self.config
+        assert c.steps is not None
+        for group in optimizer.param_groups:
+            group["lr"] = c.lr * warmup_cosine(step, c.steps, c.warmup)
+        self.base_share = max(0.0, 1 - step / (c.base_targets * c.steps)) if c.base_targets else 0.0
+        self._fresh = None
+
+    def views(self, batch: Batch, device: torch.device) -> Tensor | Crops:
+        """Two random views: [2, B, C, H, W], or patches [2, B, N, C P P] as the engine's first product wants them.
+
+        With --local-views these and the local ones.
+        """
+        found = multi_crop(
+            batch.images,
+            self.recipes,
+            seed=self.config.seed,
+            epoch=batch.epoch,
+            indices=batch.indices,
+            device=device,
+            patch=self._patch,
+            dtype=self._view_dtype if self._patch else torch.float32,
+        )
+        return Crops(*found) if self.config.local_views else found[0]
+
+    @property
+    def min_side(self) -> int:
+        """Pixels that the views need of an image's sides."""
+        return max(recipe.min_side for recipe, _ in self.recipes)
+
+    def images(self, views: Tensor | Crops) -> Tensor:
+        """The first view of each image, as a picture."""
+        whole = views.whole if isinstance(views, Crops) else views
+        if whole.dim() == 5:
+            return whole[0]
+        recipe, _ = self.recipes[0]
+        return unpatchify_reference(whole[0], self._patch, recipe.height, recipe.width, torch.float32)
+
+    def embed(self, views: Tensor | Crops) -> Embedded:
+        """views: normalised, as `views` makes them, or [V, B, C, H, W]. The backbone sees all V B in one batch."""
+        if isinstance(views, Crops):
+            return replace(self.embed(views.whole), local=views.local)
+        f = in_passes(self.features, views.flatten(0, 1), self.passes)
+        result = embedded(self.head(f).unflatten(0, views.shape[:2]))
+        if self.config.gate_statistic != "center":
+            result = replace(result, statistic=self._statistic)
+        if self.base_share or self.config.distil != "off":
+            result = replace(result, views=views)
+        is_looked_at = self.config.distil != "off" or self.config.cvr_on == "features"
+        return replace(result, features=f) if is_looked_at else result
+
+    def _unit(self, f: Tensor) -> Tensor:
+        return F.normalize(self.head(f).float(), dim=-1)
+
+    def num_sums(self, views: int) -> int:
+        """How many numbers `Embedded.sums` of so many views are."""
+        return views * self.prototypes.shape[1] + 1
+
+    def figures(self) -> dict[str, Any]:
+        """How many images learnt, where the gate chooses images."""
+        return {"learnt": self._learnt} if self.config.gate_unit == "image" else {}
+
+    def after_update(self, applied: Tensor) -> None:
+        """Takes the adapters into their running mean."""
+        if self.average:
+            self.average.update(self.adapter_parameters(), applied)
+
+    @torch.no_grad()
+    def remember(self, embedded: Embedded) -> None:
+        """Moves the running centre and magnitude and the queue, unless the step is not finite."""
+        centre, magnitude = embedded.centre.detach(), embedded.magnitudes[0]
+        weight, finite = torch.where(self.seen, 1 - clustering.CVR_EMA_BETA, 1.0), magnitude.isfinite()
+        for running, value in ((self.running_centre, centre), (self.running_magnitude, magnitude)):
+            running.copy_(torch.where(finite, running.lerp(value, weight), running))
+        self.seen |= finite
+        if self.queue is not None and self._fresh is not None:
+            self._push(distributed.gather_rows(self._fresh, 1), finite)
+
+    def _push(self, z: Tensor, finite: Tensor) -> None:
+        """Puts embeddings of all ranks, [V, B, d], before those of the queue; the oldest fall out."""
+        assert self.queue is not None
+        moved = torch.cat([z[: len(self.queue)], self.queue], 1)[:, : self.queue.shape[1]]
+        self.queue.copy_(torch.where(finite, moved, self.queue))
+
+    def loss(self, learning: Embedded, target: Embedded | None = None) -> Tensor:
+        """The objective of an open step, a scalar in fp32.
+
+        learning: views that carry gradient. target: views that make the targets without gradient (layout
+        asymmetric); None: every view makes the targets of the others.
+        """
+        c = self.config
+        prototypes = F.normalize(self.prototypes, dim=-1)
+        scores = learning.z @ prototypes.T  # [V, B, K]
+        base = self._base_features(learning) if c.distil != "off" or (self.base_share and target is None) else None
+        if target is None:
+            targets = self._targets(learning, scores, prototypes, base)
+            clustering_loss = clustering.swapped_loss(scores, targets, c.temperature)
+        else:
+            base_of_target = self._base_features(target) if self.base_share else None
+            targets = self._targets(target, target.z @ prototypes.T, prototypes, base_of_target)[0]
+            targets = targets if target.chosen is None else targets[target.chosen]
+            clustering_loss = clustering.one_sided_loss(scores[0], targets, c.temperature)
+        if learning.local is not None:
+            clustering_loss = self._with_local(clustering_loss, learning.local, targets, prototypes)
+        distance: Tensor | float = 0.0
+        if c.distil != "off":
+            assert learning.features is not None and base is not None
+            distance = distillation_loss(c.distil, learning.features, base, c.distil_temperature)
+        penalty = clustering.cvr_penalty(
+            c.cvr,
+            learning.centre if c.cvr_on == "head" else _feature_centre(learning),
+            running_centre=self.running_centre,
+            base_centre=self.base_centre,
+            running_magnitude=self.running_magnitude,
+        )
+        return clustering_loss + c.cvr_weight * penalty + c.distil_weight * distance
+
+    def _with_local(self, loss: Tensor, local: Tensor, targets: Tensor, prototypes: Tensor) -> Tensor:
+        """The mean over all pairs of a target and another view; loss: over the pairs of global views.
+
+        local: [n, B, C, h, w], each of which predicts every target of its image; targets: [V, B, K] or [B, K].
+        """
+        z = self._unit(in_passes(self.features, local.flatten(0, 1), self.passes))
+        q = targets.view(-1, *targets.shape[-2:]).mean(0).repeat(len(local), 1)
+        of_local = clustering.one_sided_loss(z @ prototypes.T, q, self.config.temperature)
+        return (loss + len(local) * of_local) / (1 + len(local))
+
+    @torch.no_grad()
+    def _targets(self, made_by: Embedded, scores: Tensor, prototypes: Tensor, base: Tensor | None) -> Tensor:
+        """q [V, B, K]: (1 - w) q_adapted + w q_base; base: the base model's features [V B, D], wanted while w > 0."""
+        self._fresh = made_by.z.detach()
+        q = self._assign(scores, prototypes)
+        if not self.base_share or base is None:
+            return q
+        z = self._unit(base).view_as(made_by.z)
+        return q.lerp(self._assign(z @ prototypes.T, prototypes), self.base_share)
+
+    def _assign(self, scores: Tensor, prototypes: Tensor) -> Tensor:
+        """Each view's Sinkhorn targets, [V, B, K], balanced over these rows and the queue's."""
+        c, own, all_reduce = self.config, scores.shape[1], distributed.reducer()
+        if self.queue is not None:
+            part = distributed.own_part(self.queue.shape[1])
+            scores = torch.cat([scores, self.queue[:, part.start : part.stop] @ prototypes.T], 1)
+        q = sinkhorn(scores.detach(), c.epsilon, c.sinkhorn_iterations, all_reduce=all_reduce)
+        return sharpen(q[:, :own], c.sharpen)
+
+    @torch.no_grad()
+    def _statistic(self, z: Tensor) -> Tensor:
+        """What --gate-statistic names, of the own images; z: [2, B, d]."""
+        if self.config.gate_statistic == "disagreement":
+            return clustering.disagreement(z)
+        prototypes = F.normalize(self.prototypes, dim=-1)
+        scores = z @ prototypes.T
+        return clustering.swapped_loss(scores, self._assign(scores, prototypes), self.config.temperature)
+
+    @torch.no_grad()
+    def _base_features(self, of: Embedded) -> Tensor:
+        """The base model's features of the same views, [V B, D]."""
+        assert of.views is not None
+        # on the plain model: the engine's merged weights are those that the backward pass will want
+        with lora.disabled(self.adapters.values()):
+            return torch.cat([features(self.vit, part) for part in of.views.flatten(0, 1).chunk(self.passes)])
+
+    @torch.no_grad()
+    def choose(self, target: Embedded, step: int) -> Embedded:
+        """For --gate-unit image: which images' other view learns, by what each adds to the centre."""
+        c = self.config
+        added = target.z[0] @ target.centre
+        chosen = choose_images(c.gate, added, c.gate_rate, c.update_when, c.seed, step)
+        self._learnt = len(chosen)
+        return replace(target, chosen=chosen)
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """The LoRA matrices; with --tune full the model itself."""
+        return list(explora.trained(self.vit).values())
+
+    def collapsed(self, row: dict[str, Any]) -> str | None:
+        """A word on why the embeddings tell images no longer apart, if they do not."""
+        return "the embeddings of all images point one way" if row["center"] > ONE_DIRECTION else None
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Weight decay on the head alone."""
+        groups: list[dict[str, Any]] = [{"params": self.adapter_parameters(), "weight_decay": 0.0}]
+        if others := self.other_parameters():
+            groups.append({"params": others, "weight_decay": self.config.weight_decay})
+        return groups
+
+    def gradient_parts(self) -> list[tuple[list[nn.Parameter], float]]:
+        """The adapters are clipped, the head is not."""
+        return [(self.adapter_parameters(), self.config.clip), (self.other_parameters(), 0.0)]
+
+    def watched(self) -> dict[str, nn.Parameter]:
+        """Each adapter's B; with --tune full every weight."""
+        return explora.watched(self.vit, self.adapters)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What learns, the prototypes and the running values."""
+        learned = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        average = self.average.state_dict(prefix="average.") if self.average else {}
+        return learned | dict(self.named_buffers(recurse=False)) | average
+
+    @contextlib.contextmanager
+    def as_written(self) -> Iterator[nn.Module]:
+        """Within this context the adapters are those that `result_files` writes."""
+        with self.average.in_place_of(self.adapter_parameters()) if self.average else contextlib.nullcontext():
+            yield self.vit
+
+    def result_files(self) -> dict[str, bytes]:
+        """The adapter as PEFT reads it."""
+        with self.as_written():
+            return explora.result_files(self.vit, self.adapters, self.config.model, explora.trained(self.vit))
+
+    def other_parameters(self) -> list[nn.Parameter]:
+        """What is trained beside them and thrown away afterwards."""
+        learned = [self.prototypes] if isinstance(self.prototypes, nn.Parameter) else []
+        return [*self.head.parameters(), *learned]
+
+
+def _feature_centre(learning: Embedded) -> Tensor:
+    """The mean unit feature of all ranks' images, [D], with the gradient of the own ones' mean."""
+    assert learning.features is not None
+    own = F.normalize(learning.features.float(), dim=-1).mean(0)
+    whole = distributed.reduce(own.detach().clone()) / distributed.size()
+    return own + (whole - own.detach())
+
+
+def _prepare(vit: nn.Module, config: AdaptConfig) -> dict[str, lora.LoraLinear]:
+    """What of the model learns: adapters, put on it in place, on all blocks or the last; or all of it."""
+    if config.tune == "full":
+        vit.requires_grad_(True)
+        for name in ("head", "head_dist"):  # a classifier behind the features, which learns nothing here
+            getattr(vit, name, nn.Identity()).requires_grad_(False)
+        return {}
+    depth = len(vit.blocks)  # type: ignore[arg-type]
+    num = depth if config.lora_blocks is None else config.lora_blocks
+    if num > depth:
+        raise ConfigError(f"lora_blocks: got {num}, but {config.model} has {depth} blocks")
+    return lora.inject(vit, lora_spec(config), leave_out=range(depth - num))
+
+
+def lora_spec(config: AdaptConfig) -> lora.LoraSpec:
+    """The adapter that this configuration asks for."""
+    alpha = config.lora_r if config.lora_alpha is None else config.lora_alpha
+    return lora.LoraSpec(r=config.lora_r, alpha=alpha, targets=config.lora_targets)

@@ -1,0 +1,1 @@
+"""A pretrained ViT, its adapter and its file formats."""

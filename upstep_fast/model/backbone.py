@@ -1,0 +1,244 @@
+"""A pretrained ViT from timm, a hub, a local folder or a checkpoint file, as one typed object."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+import torch
+from timm.data.config import resolve_data_config
+from timm.layers.patch_embed import PatchEmbed
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from upstep_fast.config.adapt import BackboneConfig
+from upstep_fast.data.views.resize import normalised
+from upstep_fast.errors import ConfigError
+from upstep_fast.model import registry as catalogue
+from upstep_fast.model.formats import checkpoint_files as weights
+
+log = logging.getLogger("upstep_fast")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen ViT and what the rest needs to know of it."""
+
+    vit: VisionTransformer | Eva
+    name: str  # as the user gave it; goes into the adapter as base_model_name_or_path
+    width: int  # D, of the features
+    img_size: tuple[int, int]  # height, width in pixels
+    mean: tuple[float, ...]  # per channel, on a 0..1 scale
+    std: tuple[float, ...]
+    interpolation: str  # of the evaluation transform
+    crop_pct: float
+    arch: str = ""  # timm.create_model(arch, **model_args) builds the same model
+    model_args: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How images are read for evaluation, as keywords of `data.loader.load_images`; see `normalised` then."""
+        return {
+            "size": self.img_size,
+            "interpolation": self.interpolation,
+            "crop_pct": self.crop_pct,
+            "channels": len(self.mean),
+        }
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """images: [B, C, H, W] on a 0..1 scale -> what the model takes."""
+        return normalised(images, self.mean, self.std)
+
+    @property
+    def blocks(self) -> nn.Sequential | nn.ModuleList:
+        """The transformer blocks."""
+        return self.vit.blocks
+
+
+def features(vit: nn.Module, images: Tensor) -> Tensor:
+    """What the model gives its classifier: the class token or the mean, after the final norm.
+
+    images: [B, C, H, W], normalised. Returns [B, D].
+    """
+    return pooled(vit, vit.forward_features(images))  # type: ignore[operator]
+
+
+def pooled(vit: nn.Module, tokens: Tensor) -> Tensor:
+    """The features of tokens after the final norm: [B, N, D] -> [B, D]."""
+    return vit.forward_head(tokens, pre_logits=True)  # type: ignore[operator]
+
+
+def parts(vit: nn.Module, tokens: Tensor) -> Tensor:
+    """The features, and the mean of the patch tokens where that is not what they are: [B, N, D] -> [B, 1 or 2, D]."""
+    found = [pooled(vit, tokens)]
+    if num_parts(vit) == 2:
+        found.append(tokens[:, vit.num_prefix_tokens :].mean(1))
+    return torch.stack(found, 1)
+
+
+def alone(vit: nn.Module, tokens: Tensor) -> Tensor:
+    """The features as the only part: [B, N, D] -> [B, 1, D]."""
+    return pooled(vit, tokens)[:, None]
+
+
+def num_parts(vit: nn.Module) -> int:
+    """How many `parts` there are."""
+    return 1 if vit.global_pool == "avg" else 2
+
+
+def load(
+    name: str,
+    *,
+    img_size: int | Sequence[int] | None = None,
+    pretrained: bool = True,
+    arch: str | None = None,
+    in_chans: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    min_matched: float = 0.99,
+) -> Backbone:
+    """The model called `name`, frozen and in eval mode, on the CPU in fp32.
+
+    name: a timm name, local-dir:PATH, hf-hub:NAME (of timm or transformers), or a checkpoint file, whose timm
+    architecture is `arch`. img_size: pixels, one number or height and width; None keeps the model's own, another value
+    interpolates the position embeddings as timm does. in_chans: channels of the images; the patch embedding is adapted
+    as timm does. mean, std: on a 0..1 scale, one for each channel or one for all. min_matched: smallest share of the
+    model's tensors that a checkpoint must fill. Raises ConfigError for a name that is unknown, not a plain ViT, or
+    whose weights cannot be had or do not fit.
+    """
+    options: dict[str, Any] = {}
+    if img_size is not None:
+        options["img_size"] = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if in_chans is not None:
+        options["in_chans"] = in_chans
+    source = catalogue.find(name, arch, pretrained=pretrained)
+    catalogue.check_arch(source.arch, name)
+    if source.checkpoint is None:
+        vit = _create(name, pretrained, options, name)
+    else:
+        vit = _create(source.arch, False, source.model_args | options, name)
+        if source.eps is not None:
+            _set_eps(vit, source.eps)
+    reason = why_unsupported(vit)
+    if reason:
+        raise ConfigError(f"model: {name} is not supported: {reason}; {catalogue.near(source.arch)}")
+    if source.checkpoint is not None and pretrained:
+        weights.fill(vit, weights.read(source.checkpoint), where=str(source.checkpoint), min_matched=min_matched)
+    for key, value in vit.state_dict().items():
+        if not value.is_meta and not value.isfinite().all():
+            raise ConfigError(f"model: {name} has values in {key} that are not finite; fetch or save it again")
+    size = tuple(vit.patch_embed.img_size)
+    _check_size(size, vit)
+    vit.eval().requires_grad_(False)
+    data = resolve_data_config({}, model=vit) | source.pixels
+    channels = vit.patch_embed.proj.in_channels
+    return Backbone(
+        vit=vit,
+        name=name,
+        width=vit.num_features,
+        img_size=size,
+        mean=_per_channel(data["mean"] if mean is None else mean, channels, "mean", given=mean is not None),
+        std=_per_channel(data["std"] if std is None else std, channels, "std", given=std is not None),
+        interpolation=data["interpolation"],
+        crop_pct=data["crop_pct"],
+        arch=source.arch,
+        model_args=source.model_args | {"img_size": list(size), "in_chans": channels, "num_classes": vit.num_classes},
+    )
+
+
+def load_from(config: BackboneConfig, *, pretrained: bool = True) -> Backbone:
+    """The model that a command's configuration names. Raises as `load` does."""
+    return load(
+        config.model,
+        img_size=config.img_size,
+        pretrained=pretrained,
+        arch=config.arch,
+        in_chans=config.in_chans,
+        mean=config.mean,
+        std=config.std,
+        min_matched=config.min_matched,
+    )
+
+
+def why_unsupported(model: nn.Module) -> str | None:
+    """Why this model cannot be adapted here, or None if it can."""
+    if not isinstance(model, (VisionTransformer, Eva)):
+        return f"it is a {type(model).__name__}, not a plain VisionTransformer of timm"
+    if not isinstance(model.patch_embed, PatchEmbed):
+        return f"its patches come from a {type(model.patch_embed).__name__}, not from one matrix"
+    for index, block in enumerate(model.blocks):
+        attention = getattr(block, "attn", None)
+        if not isinstance(getattr(attention, "qkv", None), nn.Linear) and not all(
+            isinstance(getattr(attention, f"{part}_proj", None), nn.Linear) for part in "qkv"
+        ):
+            return f"block {index} has no attention with a qkv matrix, or one each for q, k and v"
+    if not isinstance(model.patch_embed.img_size, tuple):
+        return "its input has no fixed size"
+    return None
+
+
+def fingerprint(vit: nn.Module) -> str:
+    """SHA-256 over the names, types, shapes and every byte of the weights; tells one base model from another.
+
+    The tensors are hashed on all cores at once (hashlib lets other threads run), then their hashes together.
+    """
+    state = sorted(vit.state_dict().items())
+    with ThreadPoolExecutor() as pool:
+        parts = pool.map(_sha256, (value for _, value in state))
+        whole = [
+            f"{key} {value.dtype} {list(value.shape)} {part}" for (key, value), part in zip(state, parts, strict=True)
+        ]
+    return hashlib.sha256("\n".join(whole).encode()).hexdigest()
+
+
+def _sha256(value: Tensor) -> str:
+    raw = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.sha256(raw.numpy().data).hexdigest()
+
+
+def _create(arch: str, pretrained: bool, options: dict[str, Any], name: str) -> Any:
+    try:
+        with torch.random.fork_rng(devices=[]):  # timm draws weights before it loads them
+            return timm.create_model(arch, pretrained=pretrained, **options)
+    except TypeError as error:
+        raise ConfigError(
+            f"model: {name} is not a plain Vision Transformer ({catalogue.first_line(error)}); {catalogue.near(name)}"
+        ) from error
+    except Exception as error:  # timm, the hub and safetensors each raise their own kinds
+        raise ConfigError(
+            f"model: cannot load {name}: {catalogue.first_line(error)}; {catalogue.cure(name)}"
+        ) from error
+
+
+def _check_size(size: tuple[int, ...], vit: Any) -> None:
+    rest = [s % p for s, p in zip(size, vit.patch_embed.patch_size, strict=True)]
+    if not any(rest):
+        return
+    text = f"img_size: {size[0]} x {size[1]} is not a multiple of the patch size {vit.patch_embed.patch_size[0]}"
+    if vit.dynamic_img_size and not vit.patch_embed.dynamic_img_pad:
+        raise ConfigError(f"{text}; take {size[0] - rest[0]} x {size[1] - rest[1]}")
+    log.warning("%s: the last %d rows and %d columns of pixels are not seen", text, *rest)
+
+
+def _per_channel(values: Sequence[float], channels: int, name: str, *, given: bool) -> tuple[float, ...]:
+    """One value a channel. The model's own for other channels than these are unknown: their average stands in."""
+    values = tuple(float(v) for v in values)
+    if len(values) == channels:
+        return values
+    if len(values) == 1:
+        return values * channels
+    if given:
+        raise ConfigError(f"{name}: got {len(values)} values, the images have {channels} channels")
+    return (sum(values) / len(values),) * channels
+
+
+def _set_eps(vit: nn.Module, eps: float) -> None:
+    for module in vit.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = eps

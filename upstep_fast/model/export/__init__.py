@@ -1,0 +1,1 @@
+"""Writes adapted models for other libraries."""

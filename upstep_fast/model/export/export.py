@@ -1,0 +1,159 @@
+"""A model with its adapter in other people's formats, each read back by the tool it is for and compared.
+
+    difference = max |f' - f| / max(1, max |f|)
+
+f are the features of the model with the adapter apart, f' those of the exported files in the tool that reads them,
+both in fp32. Above 1e-4 nothing is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upstep_fast.config.adapt import ExportConfig
+from upstep_fast.data.loading.loader import load_images
+from upstep_fast.data.sources.source import open_source
+from upstep_fast.errors import CheckFailedError, ConfigError, RunFailedError
+from upstep_fast.model import backbone as backbones
+from upstep_fast.model import lora
+from upstep_fast.model.backbone import Backbone, features
+from upstep_fast.model.export.writers import WRITERS, Job, Written
+
+BOUND = 1e-4
+IMAGES = 16  # of the user's that the comparison sees
+PHOTOS, FEW = "sign_digits_64.tar", 4  # of the package's own, where the user gives none
+MARK = "exported by upstep-fast"  # in the model card; only a folder with it is replaced
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and how far it is from the model it came from."""
+
+    folder: Path
+    difference: float
+    images: str  # what the comparison saw
+
+
+def export(model: str, out: str | Path, *, adapter: str | Path | None = None, **options: Any) -> Exported:
+    """Writes `model` with the adapter in folder `adapter` to the new folder `out`; keywords are ExportConfig's."""
+    return run(ExportConfig(model=model, out=str(out), adapter=None if adapter is None else str(adapter), **options))
+
+
+@torch.no_grad()
+def run(config: ExportConfig) -> Exported:
+    """As `export`. Raises ConfigError for what cannot be exported and CheckFailedError for what came out different."""
+    _check(config)
+    base = backbones.load_from(config)
+    images, seen = _images(config, base)
+    adapters = {} if config.adapter is None else lora.attach(base.vit, config.adapter)
+    expected = features(base.vit, images)
+    if config.format != "peft":
+        lora.merge(base.vit)
+    with _replacing(Path(config.out)) as folder:
+        written = WRITERS[config.format](Job(config, base, adapters, folder))
+        difference = ((written.measure(images) - expected).abs().max() / expected.abs().max().clamp_min(1)).item()
+        if not difference <= BOUND:
+            raise CheckFailedError(
+                f"format: features in {written.tool} differ by {difference:.1e} on {seen}, more than {BOUND:.0e}; "
+                "nothing was written: this format does not hold this model, try another"
+            )
+        (folder / "README.md").write_text(_card(config, base, written, difference, seen))
+    return Exported(Path(config.out), difference, seen)
+
+
+def _check(config: ExportConfig) -> None:
+    out = Path(config.out)
+    if config.format == "peft" and config.adapter is None:
+        raise ConfigError("adapter: --format peft writes an adapter; give one with --adapter")
+    if not out.parent.is_dir():
+        raise ConfigError(f"out: no folder {out.parent}")
+    if out.is_file():
+        raise ConfigError(f"out: {out} is a file; give a folder")
+    if out.is_dir() and any(out.iterdir()):
+        if not config.overwrite:
+            raise ConfigError(f"out: {out} is not empty; choose another folder or add --overwrite")
+        card = out / "README.md"
+        if not card.is_file() or MARK not in card.read_text(errors="replace"):
+            raise ConfigError(f"out: {out} holds no export of upstep-fast, so --overwrite leaves it alone")
+
+
+@contextlib.contextmanager
+def _replacing(out: Path) -> Iterator[Path]:
+    """A folder to write to, beside `out`, which takes its place at the end or goes without a trace."""
+    temporary = out.parent / f".tmp-{os.getpid()}-{out.name}"
+    try:
+        temporary.mkdir()
+        yield temporary
+        if out.is_dir():
+            shutil.rmtree(out)
+        temporary.rename(out)
+    except OSError as error:
+        raise RunFailedError(f"out: cannot write {error.filename or out}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _images(config: ExportConfig, base: Backbone) -> tuple[Tensor, str]:
+    """Normalised images for the comparison, and what they are."""
+    channels = base.vit.patch_embed.proj.in_channels
+    data, count, stored = config.data, IMAGES, channels
+    if not data:
+        data, count, stored = (str(files("upstep_fast") / "assets" / PHOTOS),), FEW, 3
+    source = open_source(data)
+    batches = load_images(
+        source,
+        range(min(count, len(source))),
+        **base.reading | {"channels": stored},
+        max_bad_fraction=1.0,
+    )
+    pixels = torch.cat([images for _, images in batches] or [torch.empty(0)])
+    if not len(pixels):
+        raise ConfigError(f"data: none of the first {count} images in {', '.join(data)} can be read")
+    seen = f"{len(pixels)} images of {', '.join(data)}"
+    if not config.data:  # red, green and blue again and again, as timm repeats the weights
+        pixels, seen = (
+            pixels[:, torch.arange(channels) % 3],
+            f"{len(pixels)} of upstep-fast's own photographs ({PHOTOS})",
+        )
+    return base.normalised(pixels), seen
+
+
+def _card(config: ExportConfig, base: Backbone, written: Written, difference: float, seen: str) -> str:
+    def numbers(values: tuple[float, ...]) -> str:
+        return ", ".join(f"{value:g}" for value in values)
+
+    measured = f"{difference:.1e}, measured in {written.tool} on {seen}, fp32, as a share of the largest (at least 1)"
+
+    vit: Any = base.vit
+    license_name = vit.pretrained_cfg.get("license")
+    channels = vit.patch_embed.proj.in_channels
+    return f"""\
+# {Path(config.out).name}
+
+{base.arch} with width {base.width}, {MARK} in the format of {config.format}.
+
+| | |
+| --- | --- |
+| base model | `{config.model}` |
+| adapter | {f"`{config.adapter}`" if config.adapter else "none"} |
+| input | {channels} x {base.img_size[0]} x {base.img_size[1]}, {base.interpolation}, crop {base.crop_pct:g} |
+| mean | {numbers(base.mean)} |
+| standard deviation | {numbers(base.std)} |
+| largest difference of a feature | {measured} |
+
+```python
+{written.usage.replace("FOLDER", config.out)}
+```
+
+The terms of the base model{f" ({license_name})" if license_name else ""} apply to these weights.
+"""

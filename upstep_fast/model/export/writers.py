@@ -1,0 +1,221 @@
+"""The formats of `upstep-fast export`: what is written, and how the tool it is for reads it back."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.layers.mlp import GluMlp
+from torch import Tensor, nn
+
+from upstep_fast.config.adapt import ExportConfig
+from upstep_fast.errors import ConfigError
+from upstep_fast.model import backbone as backbones
+from upstep_fast.model import lora
+from upstep_fast.model.backbone import Backbone, features
+from upstep_fast.model.formats import checkpoint_files as weights
+from upstep_fast.model.formats import hf_config, key_names
+from upstep_fast.model.formats.key_names import State
+from upstep_fast.model.registry import HUB
+
+ANY_BATCH = {"images": {0: torch.export.Dim("batch", min=1)}}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to write, and where."""
+
+    config: ExportConfig
+    base: Backbone  # with the adapter merged into it, but for PEFT
+    adapters: Mapping[str, lora.LoraLinear]
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Written:
+    """How the files are read."""
+
+    tool: str
+    measure: Callable[[Tensor], Tensor]  # the tool's features [B, D] of normalised images [B, C, H, W]
+    usage: str  # in Python, with FOLDER for the folder
+
+
+def _timm(job: Job) -> Written:
+    base = job.base
+    vit: Any = base.vit
+    size = (vit.patch_embed.proj.in_channels, *base.img_size)
+    vit.pretrained_cfg = {**vit.pretrained_cfg, "mean": base.mean, "std": base.std, "input_size": size}
+    timm.models.save_for_hf(vit, str(job.folder), model_args=base.model_args, safe_serialization=True)
+
+    def measure(images: Tensor) -> Tensor:
+        return features(timm.create_model(f"local-dir:{job.folder}", pretrained=True).eval(), images)
+
+    return Written("timm", measure, 'model = timm.create_model("local-dir:FOLDER", pretrained=True)')
+
+
+def _hf(job: Job) -> Written:
+    vit: Any = job.base.vit
+    config = hf_config.describe(vit)
+    _need("transformers", "hf", "pip install transformers")
+    state = _without_head(vit)
+    kind = config["model_type"]
+    if kind == "vit":
+        state = key_names.HF_VIT.from_timm(state)
+    elif kind == "dinov3_vit":
+        style = key_names.HF_DINOV3_GATED if config["use_gated_mlp"] else key_names.HF_DINOV3
+        state = style.from_timm(state | {"mask_token": torch.zeros_like(vit.cls_token)})
+    else:
+        state = key_names.HF_DINOV2.from_timm(key_names.dinov2_names(state, packed=config["use_swiglu_ffn"]))
+    _save(state, job.folder / "model.safetensors")
+    _write_json(job.folder / "config.json", config)
+    _write_json(job.folder / "preprocessor_config.json", hf_config.preprocessor(job.base))
+    options = {"add_pooling_layer": False} if kind == "vit" else {}
+    prefix = vit.num_prefix_tokens
+    pool = "[:, 0]" if vit.global_pool == "token" else f"[:, {prefix}:].mean(1)"
+
+    def measure(images: Tensor) -> Tensor:
+        import transformers
+
+        theirs = transformers.AutoModel.from_pretrained(job.folder, **options).eval()
+        tokens = theirs(images).last_hidden_state
+        return tokens[:, 0] if vit.global_pool == "token" else tokens[:, prefix:].mean(1)
+
+    arguments = "".join(f", {key}={value}" for key, value in options.items())
+    usage = f'model = transformers.AutoModel.from_pretrained("FOLDER"{arguments})\n'
+    return Written("transformers", measure, f"{usage}features = model(images).last_hidden_state{pool}")
+
+
+def _peft(job: Job) -> Written:
+    _need("peft", "peft", "pip install 'upstep_fast[peft]'")
+    vit: Any = job.base.vit
+    hub = vit.pretrained_cfg.get("hf_hub_id")
+    name = f"{HUB}{hub}" if hub and timm.is_model(job.config.model.partition(".")[0]) else job.config.model
+    assert job.config.adapter is not None
+    whole, bare = lora.trained_whole(job.config.adapter)
+    lora.write(job.folder, lora.to_files(job.adapters, name, whole=whole | bare))
+    biased = getattr(vit.blocks[0].attn, "q_bias", None) is not None
+
+    def measure(images: Tensor) -> Tensor:
+        import peft
+
+        theirs = backbones.load_from(job.config).vit
+        lora.call_qkv(theirs)
+        for parameter, value in bare.items():
+            theirs.get_parameter(parameter).copy_(value)
+        served: Any = peft.PeftModel.from_pretrained(theirs, str(job.folder)).eval()
+        return features(served.base_model.model, images)
+
+    usage = f'model = timm.create_model("{name}", pretrained=True)\n'
+    if biased:  # else timm reads qkv.weight itself, past PEFT's adapter
+        usage += "for block in model.blocks:\n    block.attn.qkv_bias_separate = True\n"
+    if bare:  # PEFT has no place for parameters of the model itself
+        usage += f'for name, value in safetensors.torch.load_file("FOLDER/{lora.BARE}").items():\n'
+        usage += "    model.get_parameter(name).data.copy_(value)\n"
+    return Written("PEFT", measure, usage + 'model = peft.PeftModel.from_pretrained(model, "FOLDER")')
+
+
+def _dinov2(job: Job) -> Written:
+    vit: Any = job.base.vit
+    reason = hf_config.why_not_dinov2(vit)
+    if reason:
+        raise ConfigError(f"format: dinov2 cannot express this model: {reason}; use --format timm or onnx")
+    path = job.folder / "model.pth"  # what DINOv2's own loader reads; tensors only, so weights_only=True reads it too
+    packed = isinstance(vit.blocks[0].mlp, GluMlp)
+    torch.save(key_names.dinov2_names(_without_head(vit), packed=packed), path)
+
+    def measure(images: Tensor) -> Tensor:
+        fresh = timm.create_model(job.base.arch, **job.base.model_args | {"num_classes": 0}).eval()
+        weights.fill(fresh, weights.read(path), where=str(path), min_matched=1.0)
+        return features(fresh, images)
+
+    return Written(
+        "timm's reader of DINOv2 names", measure, 'state = torch.load("FOLDER/model.pth", weights_only=True)'
+    )
+
+
+def _onnx(job: Job) -> Written:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        _need(package, "onnx", "pip install 'upstep_fast[onnx]'")
+    path = job.folder / "model.onnx"
+    example = torch.zeros(2, job.base.vit.patch_embed.proj.in_channels, *job.base.img_size)
+    with contextlib.redirect_stdout(None):  # the exporter reports its progress there
+        torch.onnx.export(
+            _Features(job.base.vit).eval(),
+            (example,),
+            str(path),
+            input_names=["images"],
+            output_names=["features"],
+            dynamic_shapes=ANY_BATCH,
+            dynamo=True,
+            external_data=False,
+        )
+
+    def measure(images: Tensor) -> Tensor:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        return _one_then_many(lambda part: torch.from_numpy(session.run(None, {"images": part.numpy()})[0]), images)
+
+    usage = 'session = onnxruntime.InferenceSession("FOLDER/model.onnx")\n'
+    return Written("onnxruntime", measure, usage + 'features = session.run(None, {"images": images})[0]')
+
+
+def _torch(job: Job) -> Written:
+    path = job.folder / "model.pt2"
+    example = torch.zeros(2, job.base.vit.patch_embed.proj.in_channels, *job.base.img_size)
+    torch.export.save(torch.export.export(_Features(job.base.vit).eval(), (example,), dynamic_shapes=ANY_BATCH), path)
+
+    def measure(images: Tensor) -> Tensor:
+        return _one_then_many(torch.export.load(path).module(), images)
+
+    usage = 'model = torch.export.load("FOLDER/model.pt2").module()  # needs torch alone\n'
+    return Written("torch.export", measure, f"{usage}features = model(images)")
+
+
+WRITERS: dict[str, Callable[[Job], Written]] = {
+    "timm": _timm,
+    "hf": _hf,
+    "peft": _peft,
+    "dinov2": _dinov2,
+    "onnx": _onnx,
+    "torch": _torch,
+}
+
+
+class _Features(nn.Module):
+    def __init__(self, vit: nn.Module):
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, images: Tensor) -> Tensor:
+        return features(self.vit, images)
+
+
+def _one_then_many(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """The features, of the first image alone and of the others together: two sizes of batch."""
+    return torch.cat([model(part) for part in (images[:1], images[1:]) if len(part)])
+
+
+def _without_head(vit: nn.Module) -> State:
+    return {key: value for key, value in vit.state_dict().items() if not key.startswith("head")}
+
+
+def _save(state: State, path: Path) -> None:
+    save_file({key: value.contiguous() for key, value in state.items()}, path, metadata={"format": "pt"})
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _need(package: str, kind: str, cure: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(f"format: {kind} is checked in {package}, which is not installed; {cure}")

@@ -1,0 +1,1 @@
+"""Checkpoint files and configurations of other libraries."""

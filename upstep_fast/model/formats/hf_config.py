@@ -1,0 +1,221 @@
+"""config.json of transformers, in both directions: a ViT, Dinov2 or DINOv3 as timm's arguments and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from timm.layers.mlp import GluMlp, SwiGLU
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from upstep_fast.errors import ConfigError
+
+# transformers' names of activations, timm's names and classes
+_ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+KINDS = ("vit", "vit_mae", "dinov2", "dinov2_with_registers", "dinov3_vit")  # that can be read
+_CLASSES = {"GELU": "gelu", "QuickGELU": "quick_gelu", "GELUTanh": "gelu_pytorch_tanh"}
+
+
+def timm_args(config: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
+    """timm's architecture and model_args for a transformers configuration. Raises ConfigError if there is none."""
+    kind, gated = config.get("model_type"), config.get("use_gated_mlp", False)
+    try:
+        width, heads = config["hidden_size"], config["num_attention_heads"]
+        args: dict[str, Any] = {
+            "img_size": config["image_size"],
+            "patch_size": config["patch_size"],
+            "in_chans": config.get("num_channels", 3),
+            "embed_dim": width,
+            "depth": config["num_hidden_layers"],
+            "num_heads": heads,
+            "num_classes": 0,
+        }
+        if kind in ("vit", "vit_mae"):
+            args |= {
+                "mlp_ratio": _ratio(config["intermediate_size"], width),
+                "qkv_bias": config.get("qkv_bias", True),
+                "act_layer": _ACTIVATIONS[config.get("hidden_act", "gelu")],
+            }
+            return "vit_base_patch16_224", args
+        if kind in ("dinov2", "dinov2_with_registers"):
+            args |= {"init_values": config.get("layerscale_value", 1.0), "qkv_bias": config.get("qkv_bias", True)}
+            registers = config.get("num_register_tokens", 4) if kind == "dinov2_with_registers" else 0
+            args |= {"reg_tokens": registers, "no_embed_class": bool(registers)}
+            hidden = int(width * config.get("mlp_ratio", 4))
+            if config.get("use_swiglu_ffn"):
+                hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
+                return "vit_giant_patch14_dinov2", args | {"mlp_ratio": _ratio(2 * hidden, width)}
+            args["act_layer"] = _ACTIVATIONS[config.get("hidden_act", "gelu")]
+            return "vit_base_patch14_dinov2", args | {"mlp_ratio": _ratio(hidden, width)}
+        act = config.get("hidden_act", "gelu")
+        if kind == "dinov3_vit" and not config.get("key_bias") and act == ("silu" if gated else "gelu"):
+            args |= {
+                "mlp_ratio": _ratio(config["intermediate_size"], width),
+                "num_reg_tokens": config.get("num_register_tokens", 0),
+                "init_values": config.get("layerscale_value", 1.0),
+                "rope_temperature": config.get("rope_theta", 100.0),
+                "qkv_bias": config.get("query_bias", True),
+            }
+            if gated:
+                args |= {"swiglu_mlp": True, "swiglu_align_to": 1}
+            return "vit_base_patch16_dinov3", args
+    except KeyError as error:
+        raise ConfigError(f"model: {where}/config.json lacks or has an unknown {error}; use --arch NAME") from error
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ConfigError(f"model: {where}/config.json has a value that cannot be: {error}; save it again") from error
+    if kind in KINDS:
+        raise ConfigError(
+            f"model: {where}/config.json is a {kind} that timm has not quite, with biases or an activation of its own; "
+            "name timm's nearest architecture with --arch NAME"
+        )
+    raise ConfigError(
+        f"model: {where} is a {kind} of transformers, not one of {', '.join(KINDS)}; for another plain Vision "
+        "Transformer (CLIP's, SigLIP's) name timm's architecture with --arch NAME"
+    )
+
+
+def describe(vit: Any) -> dict[str, Any]:
+    """The transformers configuration of a timm ViT. Raises ConfigError naming what transformers cannot express."""
+    reason = _why_not(vit)
+    if reason:
+        raise ConfigError(f"format: hf cannot express this model: {reason}; use --format timm or onnx")
+    if isinstance(vit, Eva):
+        return _dinov3(vit)
+    assert isinstance(vit, VisionTransformer)
+    block: Any = vit.blocks[0]
+    registers, scaled = vit.num_reg_tokens, isinstance(block.ls1, nn.Module) and hasattr(block.ls1, "gamma")
+    common = _common(vit) | {"qkv_bias": block.attn.qkv.bias is not None, "layer_norm_eps": block.norm1.eps}
+    if not scaled:
+        return common | {
+            "architectures": ["ViTModel"],
+            "model_type": "vit",
+            "intermediate_size": block.mlp.fc1.out_features,
+            "hidden_act": _CLASSES[type(block.mlp.act).__name__],
+        }
+    packed = isinstance(block.mlp, GluMlp)
+    common |= {
+        "architectures": ["Dinov2WithRegistersModel" if registers else "Dinov2Model"],
+        "model_type": "dinov2_with_registers" if registers else "dinov2",
+        "hidden_act": "gelu" if packed else _CLASSES[type(block.mlp.act).__name__],
+        "use_swiglu_ffn": packed,
+        # of a SwiGLU transformers takes two thirds of the ratio, rounded up to a multiple of 8
+        "mlp_ratio": _whole(1.5 * block.mlp.fc2.in_features / vit.embed_dim)
+        if packed
+        else _whole(block.mlp.fc1.out_features / vit.embed_dim),
+        "layerscale_value": 1.0,
+    }
+    return common | ({"num_register_tokens": registers} if registers else {})
+
+
+def preprocessor(base: Any) -> dict[str, Any]:
+    """preprocessor_config.json of transformers that prepares images as timm's evaluation transform does.
+
+    base: a Backbone.
+    """
+    height, width = base.img_size
+    return {
+        "image_processor_type": "BitImageProcessor",
+        "do_convert_rgb": len(base.mean) == 3,
+        "do_resize": True,
+        "size": {"shortest_edge": int(min(height, width) / base.crop_pct)},
+        "resample": {"nearest": 0, "lanczos": 1, "bilinear": 2}.get(base.interpolation, 3),  # as pillow counts
+        "do_center_crop": True,
+        "crop_size": {"height": height, "width": width},
+        "do_rescale": True,
+        "do_normalize": True,
+        "image_mean": list(base.mean),
+        "image_std": list(base.std),
+    }
+
+
+def _dinov3(vit: Eva) -> dict[str, Any]:
+    block: Any = vit.blocks[0]
+    gated = isinstance(block.mlp, SwiGLU)
+    bias = block.attn.q_bias is not None
+    return _common(vit) | {
+        "architectures": ["DINOv3ViTModel"],
+        "model_type": "dinov3_vit",
+        "intermediate_size": block.mlp.fc2.in_features,
+        "hidden_act": "silu" if gated else _CLASSES[type(block.mlp.act).__name__],
+        "layer_norm_eps": block.norm1.eps,
+        "num_register_tokens": 0 if vit.reg_token is None else vit.reg_token.shape[1],
+        "use_gated_mlp": gated,
+        "query_bias": bias,
+        "key_bias": False,
+        "value_bias": bias,
+        "proj_bias": True,
+        "mlp_bias": True,
+        "layerscale_value": 1.0,
+        "rope_theta": float(vit.rope.temperature),  # type: ignore[arg-type]
+    }
+
+
+def _common(vit: Any) -> dict[str, Any]:
+    height, width = vit.patch_embed.img_size
+    patch = vit.patch_embed.patch_size
+    return {
+        "image_size": height if height == width else [height, width],
+        "patch_size": patch[0] if patch[0] == patch[1] else list(patch),
+        "num_channels": vit.patch_embed.proj.in_channels,
+        "hidden_size": vit.embed_dim,
+        "num_hidden_layers": len(vit.blocks),
+        "num_attention_heads": vit.blocks[0].attn.num_heads,
+        "dtype": "float32",
+    }
+
+
+def _why_not(vit: Any) -> str | None:
+    block: Any = vit.blocks[0]
+    if not isinstance(vit, Eva):
+        scaled = hasattr(getattr(block, "ls1", None), "gamma")
+        if not scaled and (vit.num_reg_tokens or isinstance(block.mlp, GluMlp)):
+            return "it has registers or SwiGLU without LayerScale"
+        if isinstance(block.mlp, GluMlp) and block.mlp.fc2.in_features % 8:  # type: ignore[operator]
+            return "the width of its SwiGLU is not a multiple of 8"
+        return _why_not_plain(vit, tuple(_CLASSES))
+    if type(vit.rope).__name__ != "RotaryEmbeddingDinoV3":
+        return "of rotary models transformers has DINOv3 only"
+    if vit.pos_embed is not None or block.attn.qkv is None or block.gamma_1 is None or vit.cls_token is None:
+        return "it differs from DINOv3 in its positions, qkv, LayerScale or class token"
+    if not isinstance(block.mlp, SwiGLU) and type(block.mlp.act).__name__ not in _CLASSES:
+        return f"its activation is {type(block.mlp.act).__name__}"
+    return _why_not_pooled(vit)
+
+
+def why_not_dinov2(vit: Any) -> str | None:
+    """Why Meta's DINOv2 code has no such model, or None if it has."""
+    return "it has rotary positions" if isinstance(vit, Eva) else _why_not_plain(vit, ("GELU",))
+
+
+def _why_not_plain(vit: Any, activations: tuple[str, ...]) -> str | None:
+    block: Any = vit.blocks[0]
+    if not vit.has_class_token or vit.pos_embed is None or hasattr(vit, "dist_token"):
+        return "it has no class token, no position embeddings or a token for distillation"
+    if bool(vit.num_reg_tokens) != bool(vit.no_embed_class):
+        return "only with registers may the class token go without a position"
+    norms = (block.attn.q_norm, block.attn.norm, block.mlp.norm, vit.norm_pre)
+    if type(block).__name__ != "Block" or not all(isinstance(norm, nn.Identity) for norm in norms):
+        return "it has norms elsewhere than before attention, before the MLP and at the end"
+    act = type(block.mlp.act).__name__
+    if act not in activations and not isinstance(block.mlp, GluMlp):
+        return f"its activation is {act}"
+    if isinstance(block.mlp, SwiGLU):
+        return "its SwiGLU is not packed"
+    return _why_not_pooled(vit)
+
+
+def _why_not_pooled(vit: Any) -> str | None:
+    if vit.global_pool not in ("token", "avg") or not isinstance(vit.fc_norm, nn.Identity):
+        return f"its pooling, {vit.global_pool}, has a layer of its own"
+    return None
+
+
+def _ratio(hidden: int, width: int) -> float:
+    # timm takes int(width * ratio), which must not fall below `hidden` by rounding
+    return hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
+
+
+def _whole(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else value

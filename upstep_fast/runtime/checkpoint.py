@@ -1,0 +1,242 @@
+"""Checkpoints that are whole or not there: written aside, forced to disk, renamed, and verified when read.
+
+    folder/step-00001200/   manifest.json and the files it names, each with its size and SHA-256
+    folder/latest           the newest one's name: a hint for people, nothing here trusts it
+
+A save writes into .tmp-<step>-<pid>, the manifest last, with an fsync of every file, of the directory, and after the
+rename of its parent; older checkpoints go only then. So a kill at any moment leaves the one before as it was. The
+manifest carries its own hash too. Only JSON is parsed here and nothing is unpickled. The hashes find accidents; they
+are no signature against someone who can write to the folder (SECURITY.md).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import stat
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from upstep_fast.errors import ConfigError, RunFailedError
+
+log = logging.getLogger("upstep_fast")
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 64 << 20
+_NAME = re.compile(r"step-(\d{8,12})", re.ASCII)
+_FILE = re.compile(r"[a-z0-9_][a-z0-9_.]*")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint: the manifest without its hash, and the files' bytes that were hashed."""
+
+    path: Path
+    step: int
+    manifest: dict[str, Any]
+    files: dict[str, bytes]
+
+
+class DamagedError(Exception):
+    """Why a checkpoint is not whole."""
+
+
+class Writer:
+    """Saves in a thread, one checkpoint at a time, while the run goes on; the newest `keep` stay."""
+
+    def __init__(self, keep: int = 2) -> None:
+        self._keep = keep
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="upstep-checkpoint")
+        self._pending: Future[Path] | None = None
+
+    def save(
+        self, folder: Path, step: int, make_files: Callable[[], Mapping[str, bytes]], manifest: Mapping[str, Any]
+    ) -> None:
+        """As the function `save`, once the save before is done; raises what that one raised.
+
+        make_files: is called in the thread, so it must work on a copy.
+        """
+        self.wait()
+        self._pending = self._pool.submit(lambda: save(folder, step, make_files(), manifest, self._keep))
+
+    def wait(self) -> None:
+        """Until what was begun is on disk. Raises OSError if the disk refused it."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True)
+
+
+def save(folder: Path, step: int, files: Mapping[str, bytes], manifest: Mapping[str, Any], keep: int = 2) -> Path:
+    """Writes step-XXXXXXXX with `files` and `manifest` into an existing folder, and removes old checkpoints.
+
+    The newest `keep` up to `step` stay. Those of later steps go as well: they are damaged ones that the run went back
+    behind. Raises OSError if the disk refuses; what was there before is then still there, and what was begun is gone.
+    """
+    body = {
+        **manifest,
+        "format": FORMAT,
+        "step": step,
+        "files": {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in files.items()},
+    }
+    text = json.dumps({**body, "sha256": _sha256(_canonical(body))}, indent=1)
+    final, temporary = folder / f"step-{step:08d}", folder / f".tmp-{step}-{os.getpid()}"
+    try:
+        temporary.mkdir()
+        for name, data in files.items():
+            _write(temporary / name, data)
+        _write(temporary / MANIFEST, text.encode())
+        _sync(temporary)
+        if final.exists():
+            _remove(final)
+        os.replace(temporary, final)
+        _sync(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _hint(folder, final.name)
+    for at, (found, path) in enumerate(sorted(_listed(folder), key=lambda item: (item[0] > step, -item[0]))):
+        if at >= keep or found > step:
+            _remove(path)
+    return final
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """The newest whole checkpoint in `folder`; None if there are none at all.
+
+    Each damaged one passed over is a warning. Raises RunFailedError if none is whole, ConfigError if the newest was
+    written by a later version of this package.
+    """
+    damaged = []
+    for _, path in sorted(_listed(folder), reverse=True):
+        try:
+            return load(path)
+        except DamagedError as error:
+            log.warning("resume: %s is not whole (%s); trying the one before", path, error)
+            damaged.append(f"{path.name}: {error}")
+    if damaged:
+        raise RunFailedError(
+            f"resume: no checkpoint in {folder} is whole ({'; '.join(damaged[:3])}); start again with --overwrite"
+        )
+    return None
+
+
+def load(path: Path) -> Checkpoint:
+    """The checkpoint in folder `path`. Raises DamagedError, or ConfigError if its format is newer than FORMAT."""
+    try:
+        body = json.loads(_read(path / MANIFEST, MAX_MANIFEST_BYTES))
+        digest = body.pop("sha256")
+        canonical = _canonical(body)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{MANIFEST} cannot be read: {type(error).__name__}: {error}") from error
+    # this check comes before the format's number, so it stays the same in every later format
+    if digest != _sha256(canonical):
+        raise DamagedError(f"{MANIFEST} does not match its SHA-256")
+    version, step, named = body.get("format"), body.get("step"), body.get("files")
+    if not isinstance(version, int) or version < 1 or not isinstance(named, dict):
+        raise DamagedError(f"{MANIFEST} is not one of upstep_fast")
+    if version > FORMAT:
+        raise ConfigError(
+            f"resume: {path} has format {version}, this version of upstep_fast reads up to {FORMAT}; use a newer one"
+        )
+    if _step(path) != step:
+        raise DamagedError(f"{MANIFEST} is that of step {step}")
+    return Checkpoint(path, step, body, {name: _verified(path, name, facts) for name, facts in named.items()})
+
+
+def clean(folder: Path) -> None:
+    """Removes what killed runs left half-written in `folder`. Raises OSError."""
+    for path in folder.glob("*.tmp-*"):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _verified(folder: Path, name: str, facts: Any) -> bytes:
+    # a manifest may come from anywhere: a name must not lead out of its folder
+    if not _FILE.fullmatch(name) or name == MANIFEST or not isinstance(facts, dict):
+        raise DamagedError(f"{MANIFEST} names {name!r}")
+    size = facts.get("bytes")
+    if not isinstance(size, int):
+        raise DamagedError(f"{MANIFEST} gives no size for {name}")
+    data = _read(folder / name, size)
+    if len(data) != size:
+        raise DamagedError(f"{name} has {len(data)} bytes, {size} were written")
+    if _sha256(data) != facts.get("sha256"):
+        raise DamagedError(f"{name} does not match its SHA-256")
+    return data
+
+
+def _read(path: Path, limit: int) -> bytes:
+    try:
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode):
+            raise DamagedError(f"{path.name} is not a regular file")
+        if status.st_size > limit:
+            raise DamagedError(f"{path.name} has {status.st_size} bytes, more than {limit}")
+        return path.read_bytes()
+    except OSError as error:
+        raise DamagedError(f"{path.name}: {error.strerror or error}") from error
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    if os.name == "nt":  # Windows cannot open a directory
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _hint(folder: Path, name: str) -> None:
+    temporary = folder / f".tmp-latest-{os.getpid()}"
+    try:
+        temporary.write_text(name + "\n")
+        os.replace(temporary, folder / "latest")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _remove(path: Path) -> None:
+    # first out of the way by one rename, so that a kill in between leaves no half of a checkpoint under its name
+    aside = path.with_name(f".tmp-old-{path.name}-{os.getpid()}")
+    os.replace(path, aside)
+    shutil.rmtree(aside)
+
+
+def _listed(folder: Path) -> list[tuple[int, Path]]:
+    if not folder.is_dir():
+        return []
+    return [(step, path) for path in folder.iterdir() if (step := _step(path)) is not None and path.is_dir()]
+
+
+def _step(path: Path) -> int | None:
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+def _canonical(body: Any) -> bytes:
+    return json.dumps(body, sort_keys=True).encode()
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,292 @@
+"""Several processes as one run: the only user of torch.distributed.
+
+    torchrun --nproc-per-node N -m upstep_fast adapt ...       one process a GPU (NCCL), or on CPUs (gloo)
+
+Each rank sees its slice of one global batch. What a decision depends on is summed over the ranks first, so all take
+the same one; gradients are averaged, so all make the same update. Alone, every function returns its input at once.
+What travels is tensors and JSON; nothing is unpickled.
+
+A rank that dies or hangs leaves the others waiting. Whoever waited in vain finds out who was the first cause
+(pulse.py), says so and ends, and torchrun ends the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from upstep_fast.errors import ConfigError, Interrupted, RunFailedError, UpstepError
+from upstep_fast.runtime.heartbeat import Pulse
+
+START_SECONDS = 600.0  # the wait for others while models are loaded, images listed and kernels compiled
+
+
+class RankError(RunFailedError):
+    """Another rank is the cause."""
+
+
+class _Traffic:
+    """What went through collectives since it was last asked; and how many this rank entered in all."""
+
+    def __init__(self) -> None:
+        self.entered, self.bytes, self.seconds = 0, 0, 0.0
+        self.events: list[tuple[Any, Any]] = []
+
+
+_traffic = _Traffic()
+_pulse: Pulse | None = None
+
+
+def launched() -> bool:
+    """Whether torchrun started this process."""
+    return dist.is_available() and dist.is_torchelastic_launched()
+
+
+def rank() -> int:
+    """This process's number."""
+    return dist.get_rank() if _together() else int(os.environ["RANK"]) if launched() else 0
+
+
+def size() -> int:
+    """How many processes share the run; 1 until they have joined."""
+    return dist.get_world_size() if _together() else 1
+
+
+def local_rank() -> int:
+    """This process's number on this machine, which is that of its GPU."""
+    return int(os.environ["LOCAL_RANK"]) if launched() else 0
+
+
+def local_size() -> int:
+    """How many processes share this machine."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if launched() else 1
+
+
+def is_first() -> bool:
+    """Whether this process writes the files and speaks."""
+    return rank() == 0
+
+
+def _together() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+@contextlib.contextmanager
+def joined(device: torch.device) -> Iterator[None]:
+    """Within this context the processes that torchrun started are one run, each on its `device`.
+
+    An error that leaves it is noted for the other ranks, and marked as said where another was the first to note it.
+    """
+    global _pulse
+    if not launched() or _together():
+        yield
+        return
+    timeout = datetime.timedelta(seconds=START_SECONDS)
+    found, number, count = next(rendezvous("env://", timeout=timeout))
+    # torchrun keeps one store over restarts: without a name of its own an attempt meets the addresses of dead ranks
+    store = PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", found)
+    backend = "cpu:gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
+    # a connection of its own: another's wait must not hold it up
+    own = PrefixStore("upstep_fast", store.clone() if hasattr(store, "clone") else store)
+    with Pulse(own, number, count, lambda: _traffic.entered) as _pulse:
+        try:
+            yield
+        except BaseException as error:
+            text = str(error) if isinstance(error, UpstepError) else f"{type(error).__name__}: {error}".splitlines()[0]
+            is_new = _pulse.note(text, "stopped" if isinstance(error, Interrupted) else "cause")
+            if isinstance(error, UpstepError):
+                error.is_said = not is_new
+            if isinstance(error, Interrupted):
+                _pulse.wait_for_first()
+            raise
+        finally:
+            _pulse = None
+    # not after an error: that would wait for ranks that may be gone
+    dist.destroy_process_group()
+
+
+def limit_wait(seconds: float) -> None:
+    """From now on a rank that waits this long for the others gives up."""
+    if size() > 1:
+        timeout = datetime.timedelta(seconds=seconds)
+        if hasattr(dist, "set_timeout"):
+            dist.set_timeout(timeout)
+        else:  # torch before 2.14
+            dist.distributed_c10d._set_pg_timeout(timeout)
+
+
+def reduce(x: Tensor, op: str = "sum") -> Tensor:
+    """`x` reduced over the ranks in place by "sum", "max" or "min": bit for bit the same on each. Raises RankError."""
+    if size() > 1:
+        kind = getattr(dist.ReduceOp, op.upper())
+        _enter(x, x.numel() * x.element_size(), lambda: dist.all_reduce(x, kind))
+    return x
+
+
+def reducer() -> Callable[[Tensor, str], Tensor] | None:
+    """`reduce`; alone None, so that an op can take its shorter form."""
+    return reduce if size() > 1 else None
+
+
+def gather_rows(x: Tensor, dim: int = 0) -> Tensor:
+    """The ranks' tensors, all of one shape, joined along `dim` in the order of the ranks. Raises RankError."""
+    if size() == 1:
+        return x
+    own, parts = x.contiguous(), [torch.empty_like(x) for _ in range(size())]
+    _enter(x, x.numel() * x.element_size() * size(), lambda: dist.all_gather(parts, own))
+    return torch.cat(parts, dim)
+
+
+def gather_parts(x: Tensor) -> list[Tensor]:
+    """Every rank's tensor; they may differ in their first dimension. Raises RankError."""
+    if size() == 1:
+        return [x]
+    lengths = gather_rows(torch.tensor([len(x)])).tolist()
+    padded = x.new_zeros(max(lengths), *x.shape[1:])
+    padded[: len(x)] = x
+    return [part[:length] for part, length in zip(gather_rows(padded[None]), lengths, strict=True)]
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's `value`, which JSON can hold, in the order of the ranks. Raises RankError."""
+    if size() == 1:
+        return [value]
+    raw = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    return [json.loads(part.numpy().tobytes()) for part in gather_parts(raw)]
+
+
+def own_part(count: int) -> range:
+    """Which of `count` things in a row are this rank's."""
+    return range(count * rank() // size(), count * (rank() + 1) // size())
+
+
+def average_gradients(parameters: Sequence[nn.Parameter], numbers: Tensor) -> Tensor:
+    """Averages the gradients over the ranks, in place, and returns the averages of `numbers` [n]. Raises RankError.
+
+    All in one reduction, so that what is not finite on one rank is not finite on all. A parameter without a gradient
+    travels as zeros and stays without one.
+
+    Not DistributedDataParallel: adapters and head are a few MB, which leaves nothing worth hiding behind the backward
+    pass; a rank whose backward pass failed can still take part and say so, and nobody waits for it; and a step without
+    a backward pass is no special case.
+    """
+    if size() == 1:
+        return numbers
+    grads = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in parameters]
+    flat = torch.cat([*grads, numbers.float()])
+    reduce(flat).div_(size())
+    parts = flat.split([*(p.numel() for p in parameters), len(numbers)])
+    for p, average in zip(parameters, parts[:-1], strict=True):
+        if p.grad is not None:
+            p.grad.copy_(average.view_as(p))
+    return parts[-1]
+
+
+def agree_on(facts: dict[str, Any]) -> None:
+    """Raises ConfigError naming the first of `facts` (nested dicts, as JSON can hold) that differs from rank 0's."""
+    first, *others = gather(facts)
+    for number, other in enumerate(others, 1):
+        if found := _difference(first, other):
+            name, here, there = found
+            raise ConfigError(
+                f"ranks: rank {number} differs from rank 0: {name} is {_short(there)}, rank 0 has {_short(here)}; "
+                "start all ranks with the same command, files and versions"
+            )
+
+
+def check_same(what: str, values: Sequence[float]) -> None:
+    """Raises RunFailedError with the smallest and largest value where the ranks' `values` are not the same."""
+    if size() == 1:
+        return
+    own = torch.tensor(list(values), dtype=torch.float64)
+    low, high = reduce(own.clone(), "min").tolist(), reduce(own.clone(), "max").tolist()
+    if repr(low) != repr(high):  # NaN equals itself here
+        raise RunFailedError(f"ranks: {what} differ: {low} on one rank, {high} on another")
+
+
+def shard(vit: nn.Module, device: torch.device) -> None:
+    """Spreads the frozen weights of `vit` over the ranks' devices, block by block (FSDP2), from the CPU.
+
+    Each is gathered while it is used. What is trained stays whole on every rank. Alone: nothing happens.
+    """
+    if size() == 1:
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(device.type, (size(),))
+    trained = {p for p in vit.parameters() if p.requires_grad}
+    for block in vit.blocks:  # type: ignore[union-attr]
+        fully_shard(block, mesh=mesh, ignored_params=trained)
+    fully_shard(vit, mesh=mesh, ignored_params=trained)
+    for method in ("forward_features", "forward_head"):
+        register_fsdp_forward_method(vit, method)
+    # the class token is a view of the last block's output, and nobody writes into it
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+
+def traffic(seconds: float) -> dict[str, float]:
+    """Bytes that this rank gave to collectives since the last call, and their share of `seconds`; {} alone.
+
+    The share holds the wait for slower ranks. What FSDP2 gathers is not counted.
+    """
+    if size() == 1:
+        return {}
+    for start, end in _traffic.events:
+        end.synchronize()
+        _traffic.seconds += start.elapsed_time(end) / 1e3
+    found = {"comm_bytes": _traffic.bytes, "comm_share": _traffic.seconds / seconds}
+    _traffic.bytes, _traffic.seconds = 0, 0.0
+    _traffic.events.clear()
+    return found
+
+
+def _enter(x: Tensor, num_bytes: int, call: Callable[[], object]) -> None:
+    _traffic.entered += 1
+    _traffic.bytes += num_bytes
+    events = None
+    if x.device.type == "cuda":
+        events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        events[0].record()
+    began = time.perf_counter()
+    try:
+        call()
+    except RuntimeError as error:
+        waited = time.perf_counter() - began
+        cause = _pulse.cause() if _pulse else "another rank failed"
+        raise RankError(f"{cause} (noticed by rank {rank()} after {waited:.0f} s)") from error
+    if events:
+        events[1].record()
+        _traffic.events.append(events)
+    else:
+        _traffic.seconds += time.perf_counter() - began
+
+
+def _difference(a: Any, b: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in a | b:
+            if found := _difference(a.get(key), b.get(key), f"{name}.{key}".lstrip(".")):
+                return found
+        return None
+    return None if a == b else (name, a, b)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,42 @@
+"""Whether a trained adapter is one: it received gradients, moved, is finite and changes the features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from upstep_fast.errors import CheckFailedError
+from upstep_fast.model import backbone as backbones
+from upstep_fast.model import lora
+from upstep_fast.runtime.device import Compute
+from upstep_fast.train.resume import RunState
+
+
+@torch.no_grad()
+def check_adapter(state: RunState, images: Tensor, compute: Compute, out: Path) -> None:
+    """Raises CheckFailedError unless every adapter got a gradient, moved, and changes the features.
+
+    images: [B, C, H, W].
+    """
+    method = state.method
+    for name, got in zip(method.watched(), state.received.tolist(), strict=True):
+        if not got:
+            raise CheckFailedError(
+                f"adapter: {name} never received a gradient; the adapter in {out} is kept for a look"
+            )
+    for name, adapter in method.adapters.items():
+        for part, b in zip(adapter.parts, adapter.lora_b, strict=True):
+            if not b.any():
+                raise CheckFailedError(f"adapter: lora_B of {name}, part {part}, is all zero after training; see {out}")
+            if not b.isfinite().all():
+                raise CheckFailedError(f"adapter: lora_B of {name}, part {part}, is not finite; see {out}")
+    if not method.adapters:  # every weight was trained: there is no base model left to compare with
+        return
+    with compute.autocast():
+        adapted = backbones.features(method.vit, images[:32])
+        with lora.disabled(method.adapters.values()):
+            base = backbones.features(method.vit, images[:32])
+    if torch.equal(adapted, base):
+        raise CheckFailedError(f"adapter: features with and without it are the same; the adapter in {out} does nothing")

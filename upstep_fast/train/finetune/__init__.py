@@ -1,0 +1,1 @@
+"""Supervised fine-tuning: the loop, its state and the classifier it writes."""

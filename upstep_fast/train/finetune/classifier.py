@@ -1,0 +1,160 @@
+"""A fine-tuned classifier on disk: what was trained, and all that is needed to build the rest again.
+
+folder/config.json            the base model, the method's settings, class names, SHA-256 of the tensors
+folder/trained.safetensors    the side network, LoRA or the backbone, and the head
+folder/adapter/               the adapter that was merged first, if there was one
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from upstep_fast.config.finetune import FinetuneConfig
+from upstep_fast.errors import ConfigError
+from upstep_fast.methods.supervised.baselines import Baseline
+from upstep_fast.methods.supervised.losa import Losa, LosaSpec
+from upstep_fast.model import backbone as backbones
+from upstep_fast.model import lora
+from upstep_fast.model.backbone import Backbone
+from upstep_fast.runtime.atomic_file import write_whole
+
+log = logging.getLogger("upstep_fast")
+
+CONFIG, WEIGHTS, ADAPTER = "config.json", "trained.safetensors", "adapter"
+FORMAT = 1
+# what `build` and the backbone are made from
+_SETTINGS = (
+    *("method", "frames", "losa_rank", "losa_token_rank", "losa_combine", "losa_order", "losa_every"),
+    *("losa_learn_scale", "lora_r", "lora_alpha", "lora_targets"),
+)
+_MODEL = ("model", "arch", "img_size", "in_chans", "mean", "std", "min_matched")
+
+
+def build(backbone: Backbone, config: FinetuneConfig, classes: int) -> Losa | Baseline:
+    """The classifier that the configuration names, on the CPU, drawn from its seed."""
+    frames = config.frames or 1
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        if config.method == "losa":
+            return Losa(backbone, losa_spec(config), classes, frames)
+        alpha = config.lora_r if config.lora_alpha is None else config.lora_alpha
+        spec = lora.LoraSpec(config.lora_r, alpha, config.lora_targets)
+        return Baseline(backbone, config.method, classes, spec=spec, drop_path=config.drop_path, frames=frames)
+
+
+def losa_spec(config: FinetuneConfig) -> LosaSpec:
+    """The side network that the configuration asks for."""
+    return LosaSpec(
+        rank=config.losa_rank,
+        token_rank=config.losa_rank if config.losa_token_rank is None else config.losa_token_rank,
+        combine=config.losa_combine,
+        order=config.losa_order,
+        every=config.losa_every,
+        learn_scale=config.losa_learn_scale,
+    )
+
+
+def load_backbone(config: FinetuneConfig) -> Backbone:
+    """The base model, with the adapter merged if there is one."""
+    backbone = backbones.load_from(config)
+    if config.adapter is not None:
+        lora.attach(backbone.vit, config.adapter)
+        lora.merge(backbone.vit)
+        backbone.vit.requires_grad_(False)
+    return backbone
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is learnt, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save(folder: Path, tensors: Mapping[str, Tensor], config: FinetuneConfig, classes: tuple[str, ...]) -> None:
+    """Writes the folder; config.json, last, names the tensors' hash. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+    if config.adapter is not None:
+        (folder / ADAPTER).mkdir(exist_ok=True)
+        for file in Path(config.adapter).iterdir():
+            if file.is_file():
+                write_whole(folder / ADAPTER / file.name, file.read_bytes())
+    write_whole(folder / WEIGHTS, data)
+    values = {
+        "format": FORMAT,
+        "classes": list(classes),
+        "settings": {name: getattr(config, name) for name in _SETTINGS},
+        "backbone": {name: getattr(config, name) for name in _MODEL},
+        "has_adapter": config.adapter is not None,
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+    write_whole(folder / CONFIG, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def load_finetuned(
+    folder: str | Path, *, model: str | None = None, img_size: int | tuple[int, int] | None = None
+) -> nn.Module:
+    """The classifier in `folder` (OUT/model of finetune): normalised images [B, C, H, W] to logits [B, classes].
+
+    Clips are [B, T, C, H, W]. In eval mode, fp32, on the CPU; `.classes` holds the names of the classes, in order.
+    model: where the base model lies now, if it was moved. img_size: another input size; where LoSA mixes tokens, that
+    is interpolated, and said. Raises ConfigError if the folder or the model cannot be used.
+    """
+    folder = Path(folder)
+    values, tensors = _read(folder)
+    try:
+        settings, base = dict(values["settings"]), dict(values["backbone"])
+        settings["lora_targets"] = tuple(settings["lora_targets"])
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in base.items()} | settings
+        adapter = str(folder / ADAPTER) if values["has_adapter"] else None
+        if model is not None:
+            fields["model"] = model
+        config = FinetuneConfig(**fields, adapter=adapter, data=(), out="")
+        classes = tuple(str(name) for name in values["classes"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{folder / CONFIG} is not that of a fine-tuned model: {error}") from error
+    backbone = load_backbone(config)
+    grid = backbone.vit.patch_embed.grid_size
+    net = build(backbone, config, len(classes))
+    wanted = trained(net)
+    wrong = sorted(wanted.keys() ^ tensors.keys()) + [
+        name for name in wanted.keys() & tensors.keys() if wanted[name].shape != tensors[name].shape
+    ]
+    if wrong:
+        raise ConfigError(f"{folder} does not fit the model {config.model}: {', '.join(wrong[:5])}")
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(tensors[name])
+    if img_size is not None:
+        size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
+        backbone.vit.set_input_size(img_size=size)
+        if isinstance(net, Losa):
+            net.side.resample(grid, backbone.vit.patch_embed.grid_size, backbone.vit.num_prefix_tokens)
+    net.classes = classes  # type: ignore[assignment]
+    return net.requires_grad_(False).eval()
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        values = json.loads((folder / CONFIG).read_text())
+        data = (folder / WEIGHTS).read_bytes()
+        if not isinstance(values, dict) or values.get("sha256") != hashlib.sha256(data).hexdigest():
+            raise ConfigError(f"{folder}: {WEIGHTS} is not what {CONFIG} was written for; fine-tune again or copy both")
+        if values.get("format") != FORMAT:
+            raise ConfigError(f"{folder}: format {values.get('format')}, this version reads {FORMAT}")
+        return values, safetensors.torch.load(data)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{folder} holds no {Path(error.filename).name}; give the folder OUT/model") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{folder} cannot be read: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,109 @@
+"""Frozen activations, computed once: with images that do not change an epoch then costs what is trained alone."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upstep_fast.data.labelled.batches import Reader
+from upstep_fast.data.labelled.splits import Labelled
+from upstep_fast.data.loading.loader import permutation
+from upstep_fast.errors import ConfigError
+from upstep_fast.runtime.device import Compute
+
+log = logging.getLogger("upstep_fast")
+
+FILE = "features.bin"
+
+
+@dataclass(frozen=True)
+class Cached:
+    """What the frozen part gives for some images, and their classes."""
+
+    frozen: Tensor  # [n, T, ...], in memory or in a file
+    y: Tensor  # [n] int64
+
+    def training(self, batch_size: int, seed: int, step: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches from `step` on, without end, in the order in which the images would have come."""
+        per_epoch = len(self.y) // batch_size
+        while True:
+            epoch, at = divmod(step, per_epoch)
+            chosen = torch.from_numpy(permutation(len(self.y), seed, epoch)[at * batch_size :][:batch_size])
+            yield self.frozen[chosen].to(device), self.y[chosen].to(device)
+            step += 1
+
+    def in_order(self, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """Everything once."""
+        for frozen, y in zip(self.frozen.split(batch_size), self.y.split(batch_size), strict=True):
+            yield frozen.to(device), y
+
+
+def fill(model: Any, parts: list[Labelled], reader: Reader, compute: Compute, where: str, folder: Path) -> list[Cached]:
+    """The frozen activations of every readable image of each part.
+
+    model: Losa, or Baseline with `linear`. where: memory or disk, a file in `folder`. The size is said first; raises
+    ConfigError if it does not fit.
+    """
+    shape = (1,) if reader.frames is None else (1, reader.frames)
+    with compute.autocast():
+        one = model.frozen(torch.zeros(*shape, len(reader.mean), *reader.size, device=compute.device))
+    counts = [len(part.y) for part in parts]
+    size = sum(counts) * one.numel() * one.element_size()
+    free = available_memory() if where == "memory" else shutil.disk_usage(folder).free
+    log.info("cache: %s of frozen activations in %s, %s are free", _gigabytes(size), where, _gigabytes(free))
+    if size > free:
+        other = "--cache disk, --losa-every 2 or --cache off" if where == "memory" else "--losa-every 2 or --cache off"
+        raise ConfigError(
+            f"cache: {_gigabytes(size)} do not fit into {where} with {_gigabytes(free)} free; use {other}"
+        )
+    store = _allocate(sum(counts) * one.numel(), one.dtype, where, folder).view(-1, *one.shape[1:])
+    found = []
+    for part, room in zip(parts, store.split(counts), strict=True):
+        read: list[Tensor] = []
+        count = 0
+        for indices, x in reader.in_order(part):
+            with compute.autocast():
+                room[count : count + len(x)] = model.frozen(x).to(store.device)
+            read.append(indices)
+            count += len(x)
+        found.append(Cached(room[:count], part.y[torch.cat(read)] if read else part.y[:0]))
+    return found
+
+
+def available_memory() -> int:
+    """Bytes that can be had without swapping."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def _allocate(count: int, dtype: torch.dtype, where: str, folder: Path) -> Tensor:
+    if where == "memory":
+        return torch.empty(count, dtype=dtype)
+    path = folder / FILE
+    try:
+        with open(path, "wb") as file:  # taken now: a disk that fills up later would kill the process
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
+            else:  # macOS and Windows
+                file.truncate(count * dtype.itemsize)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise ConfigError(f"cache: cannot write {path}: {error.strerror}; use --cache memory or off") from error
+    store = torch.from_file(str(path), shared=True, size=count, dtype=dtype)
+    path.unlink()  # the mapping keeps it; however the run ends, nothing is left behind
+    return store
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"

@@ -1,0 +1,121 @@
+"""One step of fine-tuning, and how its results are measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.data.mixup import Mixup
+from torch import Tensor
+
+from upstep_fast.config.finetune import FinetuneConfig
+from upstep_fast.errors import DataError
+from upstep_fast.methods.schedules import warmup_cosine
+from upstep_fast.runtime.device import Compute
+from upstep_fast.train.finetune.classifier import trained
+from upstep_fast.train.finetune.state import State
+
+
+def train_step(
+    state: State,
+    x: Tensor,
+    y: Tensor,
+    logits: Callable[[Tensor], Tensor],
+    mix: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None,
+    config: FinetuneConfig,
+    compute: Compute,
+    steps: int,
+) -> dict[str, Any]:
+    """One step, in place; what metrics.jsonl says of it. A loss or gradient that is not finite changes no weight.
+
+    Random numbers (drop path, mixup) are drawn from (seed, step), so that a resumed run draws the same.
+    """
+    assert config.lr is not None
+    factor = warmup_cosine(state.step, steps, config.warmup)
+    for group in state.optimizer.param_groups:
+        group["lr"] = config.lr * factor * group["scale"]
+    state.model.train()
+    state.optimizer.zero_grad(set_to_none=True)
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        torch.manual_seed((config.seed << 32) + state.step)
+        target = y
+        if mix is not None:
+            x, target = mix(x, y, state.step)
+        with compute.autocast():
+            out = logits(x)
+        smoothing = config.label_smoothing if mix is None else 0.0  # timm's mixup smooths by itself
+        loss = F.cross_entropy(out.float(), target, label_smoothing=smoothing)
+    bad = None if math.isfinite(loss.item()) else f"the loss is {loss.item()}"
+    if bad is None:
+        state.scaler.scale(loss).backward()
+        state.scaler.unscale_(state.optimizer)
+        parameters = [p for p in trained(state.model).values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if math.isfinite(norm.item()):
+            if config.clip:
+                torch.nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
+            state.scaler.step(state.optimizer)
+        elif not state.scaler.is_enabled() or state.scaler.get_scale() < 1:
+            bad = "a gradient is not finite"
+        if state.scaler.is_enabled():
+            state.scaler.update()
+    state.bad = state.bad + 1 if bad else 0
+    row = {"step": state.step, "epoch": state.epoch, "loss": loss.item(), "lr": config.lr * factor, "bad": bad}
+    state.step += 1
+    return row
+
+
+def make_logits(model: Any, config: FinetuneConfig) -> Callable[[Tensor], Tensor]:
+    """The model on what the batches hold: images, or frozen activations."""
+    return model if config.cache == "off" else model.logits_of
+
+
+def make_mixup(config: FinetuneConfig, classes: int) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None:
+    """(x, y, step) -> x and soft targets [B, K] by timm's Mixup, which draws from (seed, step); None if it is off."""
+    if not config.mixup and not config.cutmix:
+        return None
+    timms = Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=classes)
+
+    def mix(x: Tensor, y: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        before = np.random.get_state()
+        np.random.seed((config.seed * 1_000_003 + step) % 2**32)  # timm draws from numpy's global generator
+        try:
+            flat, target = timms(x.flatten(1, -3), y)  # a clip is mixed like an image of T C channels
+            return flat.view_as(x), target
+        finally:
+            np.random.set_state(before)
+
+    return mix
+
+
+@torch.no_grad()
+def predict(
+    model: Any,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    compute: Compute,
+    logits: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Predicted and true classes of everything in `batches`, [n] int64 each, on the CPU."""
+    model.eval()
+    predicted, truth = [], []
+    for x, y in batches:
+        with compute.autocast():
+            predicted.append((logits or model)(x).argmax(-1).cpu())
+        truth.append(y.cpu())
+    if not truth:
+        raise DataError("data: none of the images to measure on could be read")
+    return torch.cat(predicted), torch.cat(truth)
+
+
+def top1(predicted: Tensor, truth: Tensor) -> float:
+    """Accuracy in percent."""
+    return 100.0 * float((predicted == truth).float().mean())
+
+
+def balanced(predicted: Tensor, truth: Tensor) -> float:
+    """Mean of the classes' accuracies in percent, over the classes that occur."""
+    return sum(top1(predicted[truth == c], truth[truth == c]) for c in truth.unique()) / len(truth.unique())

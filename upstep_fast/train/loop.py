@@ -1,0 +1,366 @@
+"""The loop: batches, views, steps (step.py), checkpoints, and what is written when it ends, however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upstep_fast import __version__, methods
+from upstep_fast.config.adapt import AdaptConfig, every, from_options, of_method
+from upstep_fast.config.presets import with_preset
+from upstep_fast.data.curation.curate import survey
+from upstep_fast.data.loading.loader import Batch, Loader
+from upstep_fast.data.sources.source import Source, open_source
+from upstep_fast.errors import ConfigError, Interrupted, RunFailedError
+from upstep_fast.kernels import _dispatch as dispatch
+from upstep_fast.methods import Method
+from upstep_fast.methods import gate as gates
+from upstep_fast.model import backbone as backbones
+from upstep_fast.model import lora
+from upstep_fast.report import image_panels as pictures
+from upstep_fast.report import page as html_report
+from upstep_fast.report.metrics import train_log
+from upstep_fast.runtime import distributed
+from upstep_fast.runtime import run_folder as output
+from upstep_fast.runtime.atomic_file import write_whole
+from upstep_fast.runtime.checkpoint import Checkpoint
+from upstep_fast.runtime.device import Compute, resolve
+from upstep_fast.runtime.signals import signals
+from upstep_fast.train import resume
+from upstep_fast.train.adapter_check import check_adapter
+from upstep_fast.train.memory.fit import settle
+from upstep_fast.train.replay_check import ResumeCheck
+from upstep_fast.train.resume import RunState
+from upstep_fast.train.run_writer import Journal
+from upstep_fast.train.step import catch_up, step
+from upstep_fast.train.validator import Referee, hold_out
+
+log = logging.getLogger("upstep_fast")
+
+MAX_BAD_STEPS = 3  # non-finite steps in a row that end the run
+MAX_COLLAPSED_STEPS = 50  # steps in a row whose features tell images no longer apart
+START_IMAGES = 4096  # seen once, for k-means prototypes, the base model's centre and the queue, if that is no longer
+
+
+@dataclass(frozen=True)
+class AdaptResult:
+    """Where a finished run's files are and how it went."""
+
+    adapter: Path
+    steps: int
+    opened: int
+    loss: float
+    seconds: float
+
+
+def adapt(**options: Any) -> AdaptResult:
+    """Adapts `model` to the images in `data` and writes the adapter to `out`.
+
+    Keywords are the fields of AdaptConfig, with method="explora" those of Dinov2Config, or MaeConfig (objective="mae").
+    """
+    options = with_preset(options)
+    config_class = of_method(AdaptConfig, options.get("method"), options.get("objective"))
+    return run(from_options(config_class, options, "adapt"))
+
+
+def run(config: AdaptConfig) -> AdaptResult:
+    """One adaptation, from configuration to adapter. Raises UpstepError with the exit code of what went wrong."""
+    compute = resolve(config.device, config.precision)
+    with distributed.joined(compute.device):
+        return _run(config, compute)
+
+
+def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
+    source = open_source(config.data, split="train")
+    source, held_out = hold_out(source, config)
+    backbone = backbones.load_from(config)
+    if config.triage and distributed.is_first():
+        output.check(config)
+    config, source, backbone, files = survey(config, source, backbone, num_workers(config))
+    asked, config = config, settle(fit_to_data(config, len(source)), compute)
+    implementation = None if config.implementation == "auto" else config.implementation
+    with dispatch.forced(implementation), contextlib.ExitStack() as stack:
+        out = Path(config.out)
+        if distributed.is_first():
+            stack.enter_context(output.opened(config))
+            with output.writing(out):
+                for name, text in files.items():
+                    write_whole(out / name, text)
+            stack.enter_context(html_report.written_after(out))
+            stack.enter_context(train_log(out / "train.log"))
+        versions = f"upstep-fast {__version__}, torch {torch.__version__}"
+        ranks = f", {distributed.size()} ranks" if distributed.size() > 1 else ""
+        log.info("%s, %s in %s%s", versions, compute.device, compute.precision, ranks)
+        for name in ("batch_size", "prototypes", "queue"):
+            if (before := getattr(asked, name)) != (now := getattr(config, name)):
+                log.warning("%s: reduced from %d to the %d images there are", name, before, now)
+        result = _train(config, compute, source, held_out, backbone, out)
+        if config.report_images and distributed.is_first():
+            with torch.random.fork_rng(devices=[]):  # the caller's generator stays as it is
+                pictures.collect(config, compute, source, out)
+        return result
+
+
+def fit_to_data(config: AdaptConfig, num_images: int) -> AdaptConfig:
+    """The configuration with length resolved and batch and prototypes reduced to what the data can fill."""
+    ranks = distributed.size()
+    if config.batch_size % ranks:
+        raise ConfigError(f"batch_size: {config.batch_size} images do not divide over {ranks} ranks; take a multiple")
+    batch = min(config.batch_size, num_images) // ranks * ranks
+    if batch < 2:
+        raise ConfigError(f"data: {num_images} image found, adaptation needs at least {max(2, ranks)}")
+    prototypes, queue, steps = min(config.prototypes, num_images), min(config.queue, num_images), config.steps
+    if steps is None:
+        per_epoch = num_images // batch
+        steps = max(400, 10 * per_epoch) if config.epochs is None else max(1, round(config.epochs * num_images / batch))
+    return replace(config, batch_size=batch, prototypes=prototypes, queue=queue, steps=steps, epochs=None)
+
+
+def _train(
+    config: AdaptConfig,
+    compute: Compute,
+    source: Source,
+    held_out: Source | None,
+    backbone: backbones.Backbone,
+    out: Path,
+) -> AdaptResult:
+    assert config.steps is not None
+    identity = resume.identify(config, compute, source, backbones.fingerprint(backbone.vit))
+    resume.agree(identity)
+    rule, channels, state = gate_rule(config), len(backbone.mean), fresh_state(config, compute, backbone)
+    if config.resume:
+        resume.go_on(state, out / output.CHECKPOINTS, identity)
+    began, first_step = time.monotonic(), state.step
+    every_steps, every_seconds = every(config.checkpoint_every)
+
+    def repeat(found: Checkpoint, steps: int) -> tuple[list[dict[str, Any]], RunState]:
+        again = fresh_state(config, compute, backbones.load_from(config))
+        resume.restore(again, found, identity)
+        with make_loader(config, source, again, channels, compute) as batches:
+            rows = [step(again, next(batches).views, rule, config, compute) for _ in range(steps)]
+        catch_up(again)
+        return rows, again
+
+    referee = Referee(config, held_out, compute, out) if held_out else None
+    check = ResumeCheck(config.verify_resume, repeat)
+    taken: deque[tuple[dict[str, Any], Tensor]] = deque()  # rows that are not written yet, whose images they had
+    with (
+        make_loader(config, source, state, channels, compute) as loader,
+        Journal(config, state, out, identity) as journal,
+        signals(every_seconds) as asked,
+    ):
+        with _kept(state, loader, journal, taken, out):
+            if state.step == 0 and state.method.needs_start:
+                with compute.autocast():
+                    state.method.start(_start_views(config, source, state, channels, compute))
+            while state.step < config.steps and not (referee and referee.gives_up(state.step)):
+                began_step = time.monotonic()
+                batch = next(loader)
+                row = step(state, batch.views, rule, config, compute, asked)
+                # looked at once: a signal during the save waits for the next step
+                if referee and referee.due(state.step):
+                    with output.writing(out):
+                        referee.look(state)
+                gives_up = referee is not None and referee.gives_up(state.step)
+                (stop, save), is_last = asked.settle(), state.step == config.steps or gives_up
+                save = save or stop or is_last or bool(every_steps and state.step % every_steps == 0)
+                if save or check.is_on:
+                    catch_up(state)
+                check.after(row, state, is_last)
+                seconds = max(1e-9, time.monotonic() - began_step)
+                row |= {
+                    "images_per_s": config.batch_size / seconds,
+                    "data_wait": loader.data_wait,
+                    "other_s": seconds - loader.data_wait,  # the halves of the step are taken off once they are known
+                    "epoch": batch.epoch,
+                    "replaced": batch.replaced,
+                    **distributed.traffic(seconds),
+                }
+                taken.append((row, batch.indices))
+                with output.writing(out):
+                    # what the last one tells may still be on the device
+                    while len(taken) > (state.late is not None):
+                        row, indices = taken.popleft()
+                        journal.write(row, state.gate)
+                        stop_if_bad(state, row, source, indices, out)
+                        stop_if_collapsed(state, row, out)
+                    if save:
+                        journal.save(state)
+                        if check.wants_checkpoint and not is_last:
+                            check.begin(journal.read_back(state.step))
+                    if stop or is_last:
+                        journal.wait()
+                if state.step == first_step + 1:
+                    # all is loaded and compiled: from now on a long wait means that a rank is gone
+                    distributed.limit_wait(config.rank_timeout)
+                    resume.share_pins()
+                if stop and not is_last:
+                    raise Interrupted(
+                        f"stopped after {state.step} of {config.steps} steps, all saved; "
+                        "go on with the same command and --resume"
+                    )
+        distributed.limit_wait(distributed.START_SECONDS)
+        with state.method.as_written():
+            check_adapter(state, state.method.images(next(loader).views), compute, out)
+        with output.writing(out):
+            if referee:
+                referee.settle()
+            ends = config.strength if config.strength_first is None else config.strength_first, config.strength
+            if "auto" not in ends and ends != (1.0, 1.0) and distributed.is_first():
+                lora.strengthen(out / "adapter", lora.by_depth(*ends, len(state.method.vit.blocks)))  # type: ignore[arg-type]
+    return AdaptResult(out / "adapter", state.step, state.gate.opened, state.loss, time.monotonic() - began)
+
+
+def stop_if_bad(state: RunState, row: dict[str, Any], source: Source, own: Tensor, out: Path) -> None:
+    """Counts steps that were not applied; at the third in a row writes out/bad_batches.json and ends the run.
+
+    own: indices of this rank's images. Raises RunFailedError, or OSError if the file cannot be written.
+    """
+    if row["bad"] is None:
+        if row["open"]:
+            state.bad.clear()
+        return
+    log.warning("step %d: %s; not applied", row["step"], row["bad"])
+    names = [source.name(index) for indices in distributed.gather(own.tolist()) for index in indices]
+    state.bad.append({"step": row["step"], "reason": row["bad"], "images": names})
+    if len(state.bad) >= MAX_BAD_STEPS:
+        path = out / "bad_batches.json"
+        if distributed.is_first():
+            path.write_text(json.dumps(state.bad, indent=1) + "\n")
+        raise RunFailedError(
+            f"step {row['step']}: {row['bad']}, {len(state.bad)} steps in a row; the images are listed in {path}, the "
+            f"adapter before them is in {out / 'adapter'}; lower --lr or use --precision fp32"
+        )
+
+
+def stop_if_collapsed(state: RunState, row: dict[str, Any], out: Path) -> None:
+    """Raises RunFailedError at the last of many steps whose features tell images no longer apart.
+
+    Only steps in a row count: training can pass through such a state and leave it. row: maybe the one before the last
+    that was counted.
+    """
+    if "collapsed" in row and state.collapsed >= MAX_COLLAPSED_STEPS:
+        raise RunFailedError(
+            f"step {row['step']}: collapse: {row['collapsed']}, {state.collapsed} steps in a row; "
+            f"lower --lr, or go back to an earlier checkpoint in {out / output.CHECKPOINTS}"
+        )
+
+
+def fresh_state(config: AdaptConfig, compute: Compute, backbone: backbones.Backbone) -> RunState:
+    """The state before the first step."""
+    if config.cuda_graphs and compute.device.type != "cuda":
+        raise ConfigError(f"cuda_graphs: needs a GPU, the device is {compute.device}; leave it out")
+    method = methods.build(backbone, config)
+    if config.shard_weights:
+        distributed.shard(method.vit, compute.device)
+    method = method.to(compute.device)
+    if config.implementation != "reference" and not config.shard_weights:
+        assert config.memory != "auto"  # settled before the run began
+        method.accelerate(compute.dtype or torch.float32, config.memory, compute.fp8)
+    return RunState(
+        method=method,
+        optimizer=make_optimizer(method, config),
+        scaler=torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16"),
+        received=torch.zeros(len(method.watched()), dtype=torch.bool, device=compute.device),
+    )
+
+
+def make_optimizer(method: Method, config: AdaptConfig) -> torch.optim.Optimizer:
+    """AdamW over the method's groups."""
+    return torch.optim.AdamW(method.parameter_groups(), lr=config.lr, betas=(0.9, 0.999), fused=True)
+
+
+def gate_rule(config: AdaptConfig) -> gates.GateRule:
+    """The gate that this configuration asks for."""
+    return gates.GateRule(
+        rule=config.gate,
+        update_when=config.update_when,
+        rate=config.gate_rate,
+        beta=config.gate_beta,
+        max_skips=config.max_skips,
+        unit=config.gate_unit,
+        statistic=config.gate_statistic,
+        seed=config.seed,
+    )
+
+
+def make_loader(config: AdaptConfig, source: Source, state: RunState, channels: int, compute: Compute) -> Loader:
+    """The batches from `state.step` on, with their views; bad images are noted in `state.skipped`."""
+    loader = Loader(
+        source,
+        batch_size=config.batch_size,
+        rank=distributed.rank(),
+        world_size=distributed.size(),
+        seed=config.seed,
+        num_workers=num_workers(config),
+        max_bad_fraction=config.max_bad_fraction,
+        start_step=state.step,
+        channels=channels,
+        min_side=state.method.min_side,
+        make_views=lambda batch: make_views(state.method, batch, compute),
+        device=compute.device,
+        decode=config.decode,
+    )
+    loader.skipped = state.skipped
+    return loader
+
+
+def make_views(method: Method, batch: Batch, compute: Compute) -> Any:
+    """The views of a batch that the method wants, on the device."""
+    return method.views(batch, compute.device)
+
+
+@contextlib.contextmanager
+def _kept(state: RunState, loader: Loader, journal: Journal, taken: Iterable[Any], out: Path) -> Iterator[None]:
+    # whatever ends the run, what was learnt is kept
+
+    def keep() -> None:
+        if not distributed.is_first():
+            return
+        with contextlib.suppress(RuntimeError):  # of a device that has failed
+            catch_up(state)
+            for row, _ in taken:
+                journal.write(row, state.gate)
+        if state.gate.opened:
+            lora.write(out / "adapter", state.method.result_files())
+        loader.write_skipped(out / "skipped.csv")
+
+    try:
+        yield
+    except BaseException:
+        # the first cause is what the user must see, not a full disk met afterwards
+        with contextlib.suppress(OSError):
+            keep()
+        raise
+    with output.writing(out):
+        keep()
+
+
+def num_workers(config: AdaptConfig) -> int:
+    """Threads that decode."""
+    return default_workers() if config.num_workers is None else config.num_workers
+
+
+def default_workers() -> int:
+    """One thread a core, at most 16; processes on one machine share its cores."""
+    return max(1, min(16, (os.cpu_count() or 1) // distributed.local_size()))
+
+
+def _start_views(
+    config: AdaptConfig, source: Source, state: RunState, channels: int, compute: Compute
+) -> Iterator[Any]:
+    with make_loader(config, source, state, channels, compute) as loader:
+        batches = -(-min(len(source), max(START_IMAGES, config.queue)) // config.batch_size)
+        for _, batch in zip(range(batches), loader, strict=False):
+            yield batch.views

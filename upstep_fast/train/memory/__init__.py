@@ -1,0 +1,1 @@
+"""How much memory a step needs, and which level and batch fit."""

@@ -1,0 +1,269 @@
+"""What one training step holds in memory, part by part, counted on tensors that have shapes but no bytes.
+
+The step itself runs, on PyTorch's fake tensors: the same code as in training decides what is kept, so whatever a memory
+level, a layout or another model changes is counted without a formula of its own. Every storage that an operator
+returns counts from its creation to its release:
+
+    live(t) = sum of the bytes of all storages alive at t            peak = max over t of live(t)
+
+What an operator takes for itself while it runs is not seen from outside; for attention, the one where it matters, it
+is added by hand (`hidden_bytes`), and for cuBLAS as a constant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from upstep_fast import methods
+from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.data.loading.loader import Batch
+from upstep_fast.data.loading.prefetch import DEPTH
+from upstep_fast.engine.fold import FoldedBlock
+from upstep_fast.engine.vit import EngineViT
+from upstep_fast.kernels._dispatch import NAMESPACE
+from upstep_fast.kernels.attention.op import MAX_STORED
+from upstep_fast.model import backbone as backbones
+from upstep_fast.runtime.device import Compute
+
+PARTS = ("weights", "folded", "adapters", "optimizer", "gradients", "views", "activations", "workspace")
+CUBLAS_BYTES = {
+    "hopper": 2 * (32 << 20),
+    "older": 2 * (8 << 20),
+}  # one for the forward's thread, one for the backward's
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes at the moment of an open step when most are held; FLOPs of its two halves."""
+
+    parts: dict[str, int]  # by PARTS; their sum is the peak
+    kept: int  # activations kept for backward when the forward ends
+    waiting: int  # views of the next batches, made ahead on a GPU (data/prefetch.py); beside the peak
+    trained: int  # values that learn
+    forward_flops: int
+    backward_flops: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes."""
+        return sum(self.parts.values())
+
+
+def count(config: AdaptConfig, compute: Compute, *, on: str | None = None, flops: bool = False) -> StepMemory:
+    """Counts an open step of `config.batch_size` images; no weight is loaded or allocated, nothing is computed.
+
+    on: "cuda" or "cpu", what the step is to run on; None: compute.device. flops: count them too, which takes longer.
+    Raises ConfigError for an unknown model.
+    """
+    on, config = on or compute.device.type, replace(config, cuda_graphs=False)  # which hold what a step holds
+    # autograd cannot run backward for a device that is not there: a CPU stands in
+    stands_in = on == "cuda" and not torch.cuda.is_available()
+    device = torch.device("cpu" if stands_in else on)
+    with torch.device("meta"):
+        backbone = backbones.load_from(config, pretrained=False)
+    seen = _Storages(on, _library_bytes(compute) if on == "cuda" else 0)
+    # one mode for both parts: another would take the first one's tensors for real ones and copy them
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    # what the engine leaves to torch.compile is counted as it runs without: an upper bound
+    with fake, seen, device, torch.compiler.set_stance("force_eager"):
+        seen.part = "weights"
+        without_bytes(backbone.vit)
+        seen.part = "adapters"
+        method = methods.build(backbone, config)
+        seen.part = "folded"
+        if config.implementation != "reference":
+            method.accelerate(compute.dtype or torch.float32, config.memory, compute.fp8)  # type: ignore[arg-type]
+        if stands_in and compute.dtype is not None:
+            _fuse(method)
+        learned = [p for group in method.parameter_groups() for p in group["params"]]
+        # the first step has neither gradients nor moments: the counted one is a later one
+        seen.part = "gradients"
+        for parameter in learned:
+            parameter.grad = torch.empty_like(parameter)
+            parameter.register_post_accumulate_grad_hook(lambda p: seen.rename(p.grad, "gradients"))
+        seen.part = "optimizer"
+        optimizer = torch.optim.AdamW(method.parameter_groups(), fused=True)
+        optimizer.step()
+    likes = _view_shapes(method, len(backbone.mean), config.batch_size)
+    with fake, seen, device, torch.compiler.set_stance("force_eager"):
+        seen.part = "views"
+        views = tree_map(lambda like: torch.empty(like.shape, dtype=like.dtype), likes)
+        context = torch.autocast("cpu", dtype=compute.dtype) if stands_in and compute.dtype else compute.autocast()
+        seen.part = "activations"
+        with _counter(flops) as forward, context:
+            loss = open_loss(method, views, config)
+        kept = seen.live["activations"]
+        optimizer.zero_grad(set_to_none=True)
+        seen.part = "workspace"
+        with _counter(flops) as backward, torch.autograd.set_multithreading_enabled(False):
+            loss.backward()
+        optimizer.step()
+    parts = {part: seen.at_peak[part] for part in PARTS}
+    # what the forward makes and drops again is workspace, not kept
+    parts["workspace"] += max(0, parts["activations"] - kept)
+    parts["activations"] = min(parts["activations"], kept)
+    trained = sum(p.numel() for p in learned)
+    waiting = (1 + DEPTH) * parts["views"] if on == "cuda" else 0
+    return StepMemory(parts, kept, waiting, trained, forward.get_total_flops(), backward.get_total_flops())
+
+
+def open_loss(method: Any, views: Any, config: AdaptConfig) -> Tensor:
+    """The loss of an open step, as step.py's `forward` makes it; of one rank's sums, those of all are as large."""
+    if config.layout == "symmetric":
+        learning, target = method.embed(views), None
+    else:
+        with torch.no_grad():
+            target = method.embed(views[:1])
+        if config.gate_unit == "image":
+            target = method.choose(target.of_all(target.sums), 0)
+            learning = method.embed(views[1:, target.chosen])
+        else:
+            learning = method.embed(views[1:])
+    return method.loss(learning.of_all(learning.sums), target)
+
+
+def hidden_bytes(shape: torch.Size, itemsize: int, on: str) -> int:
+    """What attention's backward holds for itself beside its result; shape: of packed qkv, [B, T, 3, H, d].
+
+    CPU: dq, dk and dv apart in fp32; in 16 bit also fp32 copies of qkv, o and their gradients (kernels/attention),
+    or of short sequences copies of qkv and the gradient in bf16, with scores in fp32, P and dS.
+    GPU: dq, dk and dv apart, and the library's fp32 sum of dq over tiles of 128 tokens.
+    """
+    images, tokens, _, heads, width = shape
+    values = images * tokens * heads * width
+    if on == "cpu" and itemsize == 2 and tokens <= MAX_STORED:
+        scores = images * heads * tokens**2
+        return 8 * values + max(8 * values + 4 * scores, 6 * scores)
+    if on == "cpu":
+        return (12 if itemsize >= 4 else 12 + 4 + 4 + 12 + 12) * values
+    return 3 * itemsize * values + 4 * images * heads * width * 128 * -(-tokens // 128)
+
+
+class _Storages(TorchDispatchMode):
+    """Follows every storage that appears while this is active, under the part that was current then."""
+
+    def __init__(self, on: str, library: int):
+        super().__init__()
+        self.part = "workspace"
+        self.live: Counter[str] = Counter()
+        self.at_peak: Counter[str] = Counter()
+        self._peak, self._on = 0, on
+        self._known: dict[int, tuple[str, int]] = {}
+        self.live["workspace"] = library
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Runs the operator and takes note of what it returned."""
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._add(tensor)
+        if func._schema.name == f"{NAMESPACE}::attention_backward":
+            self._note(hidden_bytes(args[1].shape, args[1].element_size(), self._on))
+        return out
+
+    def rename(self, tensor: Tensor | None, part: str) -> None:
+        """What `tensor` holds belongs to another part."""
+        key = tensor.untyped_storage()._cdata if tensor is not None else 0
+        if key in self._known:
+            before, size = self._known[key]
+            self.live[before] -= size
+            self.live[part] += size
+            self._known[key] = part, size
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._known:
+            self._known[storage._cdata] = self.part, storage.nbytes()
+            self.live[self.part] += storage.nbytes()
+            weakref.finalize(storage, self._drop, storage._cdata)
+            self._note()
+
+    def _drop(self, key: int) -> None:
+        part, size = self._known.pop(key)
+        self.live[part] -= size
+
+    def _note(self, hidden: int = 0) -> None:
+        total = sum(self.live.values()) + hidden
+        if total > self._peak:
+            self._peak, self.at_peak = total, self.live.copy()
+            self.at_peak["workspace"] += hidden
+
+
+def without_bytes(vit: nn.Module) -> None:
+    """Puts tensors of the current device and mode in the place of those on "meta", frozen."""
+    # to_empty would swap tensors, which fake ones refuse
+    for module in vit.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                module._parameters[name] = nn.Parameter(empty, requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _view_shapes(method: Any, channels: int, batch: int) -> Any:
+    """The views of `batch` images without bytes: each side is a line in the batch, drawn through 2 and 3 images."""
+
+    def views_of(count: int) -> Any:
+        images = [torch.zeros(channels, 64, 64, dtype=torch.uint8)] * count
+        return method.views(Batch(images, torch.arange(count), 0, 0), torch.device("cpu"))
+
+    def line(two: Tensor, three: Tensor) -> Tensor:
+        shape = [a + (b - a) * (batch - 2) for a, b in zip(two.shape, three.shape, strict=True)]
+        return torch.empty(shape, dtype=two.dtype, device="meta")
+
+    return tree_map(line, views_of(2), views_of(3))
+
+
+def _fuse(method: Any) -> None:
+    # on a GPU the engine takes the fused form by itself
+    engine = getattr(getattr(method, "features", None), "__self__", None)
+    if isinstance(engine, EngineViT):
+        fused = [replace(block, fused=True) if isinstance(block, FoldedBlock) else block for block in engine.blocks]
+        engine.blocks[:] = fused
+
+
+def _counter(wanted: bool) -> FlopCounterMode | _NoCounter:
+    return FlopCounterMode(display=False, custom_mapping=_ATTENTION_FLOPS) if wanted else _NoCounter()
+
+
+class _NoCounter(contextlib.nullcontext):
+    def __enter__(self) -> _NoCounter:
+        return self
+
+    def get_total_flops(self) -> int:
+        return 0
+
+
+def _attention_flops(qkv_shape: Any, *args: Any, **kwargs: Any) -> int:
+    """Two products forward: q k^T and P v. qkv_shape: [B, T, 3, H, d]."""
+    images, tokens, _, heads, width = qkv_shape
+    return 4 * images * tokens**2 * heads * width
+
+
+def _attention_backward_flops(grad_shape: Any, qkv_shape: Any, *args: Any, **kwargs: Any) -> int:
+    """Five products: S again, dP, dq, dk, dv."""
+    return 5 * _attention_flops(qkv_shape) // 2
+
+
+_ATTENTION_FLOPS: dict[Any, Any] = {
+    getattr(torch.ops, NAMESPACE).attention: _attention_flops,
+    getattr(torch.ops, NAMESPACE).attention_backward: _attention_backward_flops,
+}
+
+
+def _library_bytes(compute: Compute) -> int:
+    is_older = torch.cuda.is_available() and torch.cuda.get_device_capability(compute.device)[0] < 9
+    return CUBLAS_BYTES["older" if is_older else "hopper"]

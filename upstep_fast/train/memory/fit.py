@@ -1,0 +1,154 @@
+"""Which memory level and batch fit, and what is refused before it starts.
+
+    needed = 1.1 x counted peak           the count is held to 10% of the real peak (tests/train/test_memory.py)
+
+The first of fast, balanced and lean that fits keeps the batch; where lean does not, the batch becomes smaller.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.data.loading.loader import CACHE_BYTES
+from upstep_fast.engine.block import Memory
+from upstep_fast.errors import ConfigError, UpstepError
+from upstep_fast.runtime import distributed
+from upstep_fast.runtime.device import Compute
+from upstep_fast.runtime.run_folder import CONFIG
+from upstep_fast.train.memory import count as step_memory
+from upstep_fast.train.memory import measure as calibrate
+from upstep_fast.train.memory.count import StepMemory
+
+log = logging.getLogger("upstep_fast")
+
+LEVELS: tuple[Memory, ...] = get_args(Memory)  # from the fastest to the smallest
+MARGIN = 1.1
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A way to run: its memory level and how many images a device takes at once."""
+
+    memory: Memory
+    batch_size: int
+    step: StepMemory
+
+    @property
+    def needed(self) -> int:
+        """Bytes to have at hand."""
+        return round(MARGIN * self.step.peak) + self.step.waiting
+
+
+Chooser = Callable[[Memory, int], Choice]  # counts a level and a batch
+
+
+def chooser(config: AdaptConfig, compute: Compute, on: str | None = None) -> Chooser:
+    """Counts this run at other levels and batches; each is counted once."""
+    counted: dict[tuple[Memory, int], Choice] = {}
+
+    def choose(memory: Memory, batch: int) -> Choice:
+        if (memory, batch) not in counted:
+            step = step_memory.count(replace(config, memory=memory, batch_size=batch), compute, on=on)
+            counted[memory, batch] = Choice(memory, batch, step)
+        return counted[memory, batch]
+
+    return choose
+
+
+def fit(choose: Chooser, batch: int, limit: int | None) -> Choice:
+    """The fastest level at which `batch` fits in `limit` bytes, or the largest batch that fits at the last level.
+
+    limit: None: not known, so the first level. The batch found is within an eighth of the largest. Raises ConfigError
+    if not even two images fit.
+    """
+    if limit is None:
+        return choose(LEVELS[0], batch)
+    for level in LEVELS:
+        if (choice := choose(level, batch)).needed <= limit:
+            return choice
+    fits, too_large = choose(LEVELS[-1], 2), batch
+    if fits.needed > limit:
+        raise ConfigError(
+            f"memory: two images at level {LEVELS[-1]} need {gigabytes(fits.needed)}, there are {gigabytes(limit)}; "
+            "take a smaller model or --img-size"
+        )
+    while too_large - fits.batch_size > max(1, fits.batch_size // 8):
+        middle = (fits.batch_size + too_large) // 2
+        # whole eights, as kernels like them
+        middle = middle - middle % 8 if middle - middle % 8 > fits.batch_size else middle
+        choice = choose(LEVELS[-1], middle)
+        fits, too_large = (choice, too_large) if choice.needed <= limit else (fits, middle)
+    return fits
+
+
+def settle(config: AdaptConfig, compute: Compute) -> AdaptConfig:
+    """Before a run starts: `memory` "auto" becomes a level, and what cannot fit is refused.
+
+    Raises ConfigError naming the level and the batch that would fit.
+    """
+    is_checked = config.memory_check and not config.auto_batch
+    if not is_checked and config.memory != "auto":
+        return config
+    if config.resume and config.memory == "auto" and (level := _level_of(Path(config.out))):
+        config = replace(config, memory=level)
+    first = LEVELS[0] if config.memory == "auto" else config.memory
+    # the ranks take the same decision
+    world_size, found = distributed.size(), distributed.gather(calibrate.free_bytes(compute.device))
+    free = min(found, key=lambda value: math.inf if value is None else value)
+    if free is None:
+        log.warning("memory: how much is free is not known here, so it is not checked")
+        return replace(config, memory=first)
+    # on a CPU the loader's cache is in the same memory
+    limit = free - (CACHE_BYTES if compute.device.type == "cpu" else 0)
+    batch = max(2, config.batch_size // world_size)
+    choose = chooser(config, compute)
+    try:
+        choice = choose(first, batch)
+        if choice.needed > limit:
+            choice = _instead(config, choose, choice, limit, world_size)
+    except UpstepError:
+        raise
+    except Exception as error:  # a model that cannot be counted may still run
+        log.warning("memory: not checked (%s: %s)", type(error).__name__, str(error).split("\n")[0])
+        return replace(config, memory=first)
+    log.info("memory: level %s, %s at most, %s free", choice.memory, gigabytes(choice.step.peak), gigabytes(free))
+    return replace(config, memory=choice.memory)
+
+
+def _instead(config: AdaptConfig, choose: Chooser, choice: Choice, limit: int, world_size: int) -> Choice:
+    """What takes the place of a choice that does not fit; raises ConfigError if that is for the user to decide."""
+    try:
+        best: Choice | None = fit(choose, choice.batch_size, limit)
+    except ConfigError:
+        best = None
+    if config.memory == "auto" and best is not None and best.batch_size == choice.batch_size:
+        return best
+    if not config.memory_check or config.auto_batch:
+        return choose(LEVELS[-1], choice.batch_size)
+    cure = "not even two images would: take a smaller model or --img-size"
+    if best is not None:
+        cure = f"--memory {best.memory} --batch-size {best.batch_size * world_size} would"
+    raise ConfigError(
+        f"memory: {config.batch_size} images a step at level {choice.memory} do not fit: they need "
+        f"{gigabytes(choice.needed)}, {gigabytes(max(0, limit))} are free; {cure}; --no-memory-check starts anyway"
+    )
+
+
+def gigabytes(size: float) -> str:
+    """Bytes as people read them."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def _level_of(out: Path) -> Any:
+    try:
+        level = tomllib.loads((out / CONFIG).read_text()).get("memory")
+    except (OSError, ValueError):
+        return None
+    return level if level in LEVELS else None

@@ -1,0 +1,145 @@
+"""What a step really takes on this machine: the allocator's own peak, seconds forward and backward, what is free."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.data.loading.loader import Batch
+from upstep_fast.model import backbone as backbones
+from upstep_fast.runtime.device import Compute
+from upstep_fast.train import loop as trainer
+from upstep_fast.train.memory.count import open_loss
+
+CPU_IMAGES = 8  # of a calibrated step on a CPU, where a full batch may take minutes
+_COUNTED = "upstep_fast: the counted step"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One real open step with random weights and images."""
+
+    batch: int
+    peak_bytes: int  # model, optimizer and views included
+    forward_seconds: float
+    backward_seconds: float  # the update included
+
+
+def measure(config: AdaptConfig, compute: Compute, *, cpu_images: int = CPU_IMAGES) -> Measured:
+    """Takes two open steps, the second counted, and a third that is timed. At most `cpu_images` at once on a CPU."""
+    on_cpu = compute.device.type == "cpu"
+    if on_cpu:
+        config = replace(config, batch_size=min(config.batch_size, cpu_images))
+    with _peak_of_cpu() if on_cpu else contextlib.nullcontext([0]) as peak:
+        take_step, seconds = one_step(config, compute)
+        take_step()
+        if not on_cpu:
+            torch.cuda.synchronize(compute.device)
+            torch.cuda.reset_peak_memory_stats(compute.device)
+        with record_function(_COUNTED):
+            take_step()
+    if not on_cpu:
+        peak = [torch.cuda.max_memory_allocated(compute.device)]
+    seconds.clear()
+    take_step()
+    return Measured(config.batch_size, peak[0], seconds[0], seconds[1])
+
+
+def one_step(config: AdaptConfig, compute: Compute) -> tuple[Callable[[], None], list[float]]:
+    """A function that takes an open step, views included, and the list to which it adds seconds forward and backward.
+
+    Weights and images are random: they take the same time and memory as any.
+    """
+    backbone = backbones.load_from(config, pretrained=False)
+    state = trainer.fresh_state(config, compute, backbone)
+    image = torch.randint(256, (len(backbone.mean), *backbone.img_size), dtype=torch.uint8)
+    batch = Batch([image] * config.batch_size, torch.arange(config.batch_size), 0, 0)
+    seconds: list[float] = []
+
+    def take_step() -> None:
+        views = state.method.views(batch, compute.device)
+        began = _now(compute)
+        with compute.autocast():
+            loss = open_loss(state.method, views, config)
+        middle = _now(compute)
+        state.optimizer.zero_grad(set_to_none=True)
+        state.scaler.scale(loss).backward()
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        seconds.extend((middle - began, _now(compute) - middle))
+
+    return take_step, seconds
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What may still be allocated: on a GPU, or in host memory (cgroup limits included); None where it is not known."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    found = [_available(Path("/proc/meminfo"))]
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            root = Path("/sys/fs/cgroup")
+            found.append(int((root / limit).read_text()) - int((root / used).read_text()))
+    return min((value for value in found if value is not None), default=None)
+
+
+def _available(meminfo: Path) -> int | None:
+    try:
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        pages = "SC_AVPHYS_PAGES"
+        return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") if pages in getattr(os, "sysconf_names", {}) else None
+
+
+@contextlib.contextmanager
+def _peak_of_cpu() -> Iterator[list[int]]:
+    """Yields a list that holds, after the context, the most bytes that were allocated at once in the counted step.
+
+    The allocator reports its total since the profiler began, so everything must be allocated within the context.
+    """
+    found: list[int] = []
+    with tempfile.TemporaryDirectory() as folder:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            yield found
+        profiler.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+    span = next(e for e in events if e.get("name") == _COUNTED and e.get("ph") == "X")
+    memory = [(e["ts"], e["args"]) for e in events if e.get("name") == "[memory]"]
+    # the allocator's total goes on from an earlier profile of this process
+    before = memory[0][1]["Total Allocated"] - memory[0][1]["Bytes"]
+    totals = [args["Total Allocated"] for at, args in memory if span["ts"] <= at <= span["ts"] + span["dur"]]
+    found.append(max(totals) - before)
+
+
+def _now(compute: Compute) -> float:
+    if compute.device.type == "cuda":
+        torch.cuda.synchronize(compute.device)
+    return time.perf_counter()
+
+
+def product_rate(compute: Compute, width: int = 1024) -> float:
+    """FLOP/s of a large matrix product in the run's precision, the median of five."""
+    rows = 16384 if compute.device.type == "cuda" else 512
+    dtype = compute.dtype or torch.float32
+    a, b = (torch.randn(*shape, device=compute.device).to(dtype) for shape in ((rows, width), (width, 4 * width)))
+    seconds = []
+    for _ in range(6):
+        began = _now(compute)
+        a @ b
+        seconds.append(_now(compute) - began)
+    return 2 * rows * width * 4 * width / sorted(seconds[1:])[2]
