@@ -55,10 +55,11 @@ long: install    ## the long forms of the tests (hours)
 	$(PYTEST) -m "long and not gpu and not interp"
 	TRITON_INTERPRET=1 $(PYTEST) -m "interp and long"
 
-check: install   ## format, lint, types
+check: install   ## format, lint, types, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 format: install  ## apply the formatter and the safe fixes
 	$(BIN)/ruff format .

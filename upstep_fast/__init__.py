@@ -11,22 +11,24 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from upstep_fast.version import __version__
+
 if TYPE_CHECKING:
-    from upstep_fast.evaluation.labelled import embed, evaluate
-    from upstep_fast.model.lora import load_adapted
+    from upstep_fast.evaluation.embeddings import embed
+    from upstep_fast.evaluation.labelled import evaluate
+    from upstep_fast.model.peft_format import load_adapted
+    from upstep_fast.train.adapt import adapt
     from upstep_fast.train.finetune.classifier import load_finetuned
     from upstep_fast.train.finetune.run import finetune
-    from upstep_fast.train.loop import adapt
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "adapt", "embed", "evaluate", "finetune", "kernels", "load_adapted", "load_finetuned"]
 
 _HOME = {
-    "adapt": "train.loop",
+    "adapt": "train.adapt",
     "evaluate": "evaluation.labelled",
-    "embed": "evaluation.labelled",
+    "embed": "evaluation.embeddings",
     "finetune": "train.finetune.run",
-    "load_adapted": "model.lora",
+    "load_adapted": "model.peft_format",
     "load_finetuned": "train.finetune.classifier",
 }
 
@@ -38,9 +40,8 @@ def __getattr__(name: str) -> Any:
         try:
             return import_module(".kernels", __name__)
         except ModuleNotFoundError as error:
-            # a wheel used from the repository root finds the checkout's upstep_fast/, which holds no kernels/
             raise ImportError(
-                f"upstep_fast.kernels not found beside {Path(__file__).parent}: run from another folder, "
-                "or install the checkout with `pip install --no-build-isolation -e .`"
+                f"upstep_fast.kernels: {Path(__file__).with_name('kernels')} must link to ../kernels; "
+                "git needs core.symlinks=true to make it, or install a wheel and run from another folder"
             ) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

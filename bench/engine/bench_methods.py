@@ -25,12 +25,13 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from upstep_fast.cli.benchmark import alternate, device_card, peak_bytes
 from upstep_fast.methods.supervised.baselines import Baseline
 from upstep_fast.methods.supervised.losa import Losa, LosaSpec
 from upstep_fast.model import backbone as backbones
 from upstep_fast.model.lora import LoraSpec
 from upstep_fast.runtime.device import Compute, resolve
+from upstep_fast.runtime.machine import device_card, peak_bytes
+from upstep_fast.runtime.timing import alternate
 
 CLASSES = 100
 METHODS = ("full eager", "lora eager", "losa eager", "lora", "losa")

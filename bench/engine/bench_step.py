@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from upstep_fast.cli.benchmark import error_of, make_variants, task_of
-from upstep_fast.config.adapt import BenchConfig
+from upstep_fast.config.tools import BenchConfig
 from upstep_fast.model import backbone
 from upstep_fast.runtime.device import resolve
 

@@ -22,13 +22,14 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from upstep_fast.cli.benchmark import alternate, device_card
 from upstep_fast.config.explora import Dinov2Config
 from upstep_fast.data.loading.loader import Batch
 from upstep_fast.methods.gate import GateRule
 from upstep_fast.model import backbone as backbones
 from upstep_fast.runtime.device import resolve
-from upstep_fast.train.loop import fresh_state
+from upstep_fast.runtime.machine import device_card
+from upstep_fast.runtime.timing import alternate
+from upstep_fast.train.state import fresh_state
 from upstep_fast.train.step import catch_up, step
 
 # what an operator's name says of it, the first that fits

@@ -24,11 +24,14 @@ import torch
 from torch import nn
 
 from upstep_fast.cli import benchmark
-from upstep_fast.config.adapt import AdaptConfig, BenchConfig
+from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.tools import BenchConfig
 from upstep_fast.model import backbone
+from upstep_fast.runtime import machine, timing
 from upstep_fast.runtime.device import Compute, resolve
 from upstep_fast.train import loop as trainer
 from upstep_fast.train.memory.measure import product_rate
+from upstep_fast.train.state import fresh_state
 from upstep_fast.train.step import catch_up, step
 
 Row = dict[str, Any]
@@ -98,14 +101,14 @@ def step_rows(options: dict[str, Any], skipped: float, compute: Compute, runs: i
             implementation=implementation,
         )
         loaded = backbone.load(options["model"], img_size=options["img_size"], pretrained=False)
-        state = trainer.fresh_state(config, compute, loaded)
+        state = fresh_state(config, compute, loaded)
         views = torch.randn(2, config.batch_size, 3, *loaded.img_size, device=compute.device)
         tasks[name] = partial(_steps, state, views, trainer.gate_rule(config), config, compute)
-    times = benchmark.alternate(tasks, compute.device, runs=runs)
+    times = timing.alternate(tasks, compute.device, runs=runs)
     rows = []
     for name, found in times.items():
         low, median, high = quantiles([t / STEPS for t in found], n=4)
-        peak = benchmark.peak_bytes(tasks[name], compute.device)
+        peak = machine.peak_bytes(tasks[name], compute.device)
         rows.append(
             {"name": name, "kind": "step", "median_ms": median, "low_ms": low, "high_ms": high, "peak_bytes": peak}
         )
@@ -210,7 +213,7 @@ def main() -> None:
                 what, value, {r["name"]: round(r["median_ms"], 1) for r in found if r["kind"] != "forward"}, flush=True
             )
         result = {
-            "device": benchmark.device_card(compute.device),
+            "device": machine.device_card(compute.device),
             "command": " ".join(sys.argv),
             "precision": compute.precision,
             "ceiling": ceiling,

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upstep_fast import methods
-from upstep_fast.config.adapt import AdaptConfig, from_options, read_toml
+from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.files import from_options, read_toml
 from upstep_fast.data.loading.loader import load_images
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.model import backbone as backbones

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 import upstep_fast
-from upstep_fast.report.metrics import setup_logging
+from upstep_fast.report.logs import setup_logging
 
 RECIPES: dict[str, dict[str, Any]] = {
     "dinov2": dict(

@@ -20,10 +20,10 @@ import torch
 from study_scores import SOURCE_K, SPLITS, knn_percent, labels_of
 from torch import Tensor
 
-from upstep_fast.config.adapt import EvalConfig
+from upstep_fast.config.evaluate import EvalConfig
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.evaluation import whitening
-from upstep_fast.evaluation.labelled import extract, load_models
+from upstep_fast.evaluation.features import extract, load_models
 from upstep_fast.runtime.device import resolve
 
 FORMS = {

@@ -23,8 +23,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from upstep_fast.cli.benchmark import device_card
 from upstep_fast.runtime.device import resolve
+from upstep_fast.runtime.machine import device_card
 
 SHARED = Path(os.environ.get("UPSTEP_FAST_SHARED", Path(__file__).resolve().parents[3] / "shared" / "data"))
 SETS = ("sign_digits_64", "pacs_cartoon_64", "pacs_sketch_64", "gtsrb_32", "omniglot_64")

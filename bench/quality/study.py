@@ -18,8 +18,6 @@ third of the blocks at a time weakened (to 0 and 0.5). --page fills the page.
 from __future__ import annotations
 
 import argparse
-import functools
-import hashlib
 import io
 import itertools
 import json
@@ -34,35 +32,15 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from bench.quality.job import Job, fingerprint, label
 
 HERE = Path(__file__).resolve().parent
 LOOKS = 4  # at the clusters of a run
 HELD_OUT = 1 / 3  # of the train part, for choosing configurations
 TUPLES = ("lora_targets", "mean", "std", "in_chans", "img_size")  # options whose values may be lists themselves
-
-
-@dataclass(frozen=True)
-class Job:
-    """One adaptation and how it is measured."""
-
-    name: str
-    options: dict[str, Any]  # adapt's, without model, data, out and seed
-    model: str
-    data: str
-    source: str | None
-    seed: int
-    k: int
-    strengths: tuple[float, ...]
-    probes: tuple[float, ...]
-
-    @property
-    def key(self) -> str:
-        """Hash of configuration x data x seed; a name may change without a new run."""
-        identity = [self.options, self.model.rpartition("/")[2], fingerprint(self.data), self.seed]
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def main() -> int:
@@ -121,7 +99,8 @@ def read_grid(path: Path) -> list[Job]:
 
 
 def _configs(grid: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    from upstep_fast.config.adapt import AdaptConfig, known_field
+    from upstep_fast.config.adapt import AdaptConfig
+    from upstep_fast.config.files import known_field
 
     for name, own in grid["configs"].items():
         options = {
@@ -165,7 +144,7 @@ def measure(job: Job, split: str, work: Path) -> dict[str, Any]:
     import clusters
     import study_scores
 
-    from upstep_fast.train.loop import adapt
+    from upstep_fast.train.adapt import adapt
 
     folder = work / job.key
     chosen_on = selection(job.data, work)
@@ -263,19 +242,6 @@ def brief(row: dict[str, Any]) -> str:
     gains = [f"{kind} {at[kind]['knn'] - row['base']['knn']:+.1f}" for kind in kinds]
     source = f", source {at['source']['adapted'] - row['base']['source']:+.1f}" if "source" in at else ""
     return f"k-NN {', '.join(gains)}{source}, {row['seconds']:.0f} s"
-
-
-def label(data: str) -> str:
-    """The short name of a data set."""
-    return Path(data).name.removesuffix(".tar")
-
-
-@functools.cache
-def fingerprint(data: str) -> str:
-    """Of the images, wherever they lie."""
-    from upstep_fast.data.sources.source import open_source
-
-    return open_source(data, split="train").fingerprint()
 
 
 def commit() -> str:

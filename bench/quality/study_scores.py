@@ -16,16 +16,19 @@ from safetensors.torch import load_file, save
 from study_plot import KINDS
 from torch import Tensor, nn
 
-from upstep_fast.config.adapt import AdaptConfig, EvalConfig, read_toml
+from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.evaluate import EvalConfig
+from upstep_fast.config.files import read_toml
 from upstep_fast.data.loading.loader import Loader
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.data.views.views import random_views, view_config
 from upstep_fast.evaluation import whitening
+from upstep_fast.evaluation.classifiers import knn_right, linear_probe
+from upstep_fast.evaluation.features import Features, beside, extract, plain
 from upstep_fast.evaluation.label_free import judge
-from upstep_fast.evaluation.labelled import Features, beside, extract, knn_right, linear_probe, plain
 from upstep_fast.evaluation.whitening import Whitening
 from upstep_fast.model import backbone as backbones
-from upstep_fast.model import lora
+from upstep_fast.model import lora, peft_format
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.runtime.atomic_file import write_whole
 from upstep_fast.runtime.device import Compute, resolve
@@ -135,7 +138,7 @@ def scores(job: Job, data: str, adapter: Path, work: Path, by_depth: bool = Fals
         result["base"]["dense"] = dense.dense_score(base, *composites)
     for name, variant in variants(job, len(base.vit.blocks), by_depth).items():
         adapted = backbones.load_from(config)
-        lora.attach(adapted.vit, adapter)
+        peft_format.attach(adapted.vit, adapter)
         between(base.vit, lora.merge(adapted.vit), variant.strength)
         adapted.vit.to(compute.device)
         after = of(adapted, data)

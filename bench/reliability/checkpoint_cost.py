@@ -21,15 +21,14 @@ from typing import Any
 import torch
 
 from upstep_fast.cli import demo
-from upstep_fast.cli.benchmark import device_card
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.model import backbone
 from upstep_fast.runtime import checkpoint
 from upstep_fast.runtime.device import Compute, resolve
-from upstep_fast.train import loop as trainer
-from upstep_fast.train import resume
+from upstep_fast.runtime.machine import device_card
+from upstep_fast.train import adapt, resume
 from upstep_fast.train import run_writer as journal
-from upstep_fast.train.resume import RunState
+from upstep_fast.train.state import RunState, fresh_state
 
 
 def timed(owner: Any, name: str, into: list[float]) -> None:
@@ -58,7 +57,7 @@ def whole_run(steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "out")
         config = AdaptConfig(model=model, data=(data,), out=out, steps=steps, batch_size=8, report_images=False)
-        result = trainer.run(config)
+        result = adapt.run(config)
         newest = max((Path(out) / "checkpoints").glob("step-*"))
         size = sum(path.stat().st_size for path in newest.iterdir())
     return {
@@ -105,7 +104,7 @@ def one_save(name: str, saves: int = 7) -> dict[str, Any]:
 
 def fresh(config: AdaptConfig, compute: Compute, name: str) -> RunState:
     """A state with random weights, after one update."""
-    state = trainer.fresh_state(config, compute, backbone.load(name, pretrained=False))
+    state = fresh_state(config, compute, backbone.load(name, pretrained=False))
     for group in state.optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.ones_like(parameter)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from upstep_fast.cli import demo
-from upstep_fast.cli.benchmark import device_card
+from upstep_fast.runtime.machine import device_card
 
 BATCH = 64
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from upstep_fast import benchmark_plot
+from upstep_fast.cli import benchmark_plot
 from upstep_fast.cli import benchmark
-from upstep_fast.config.adapt import BenchConfig
+from upstep_fast.config.tools import BenchConfig
 from upstep_fast.errors import CheckFailedError, ConfigError
+from upstep_fast.runtime import timing
 
 SMALL = dict(model="vit_tiny_patch16_224", img_size=32, batch_size=2, runs=2, device="cpu", precision="fp32")
 
@@ -21,7 +22,7 @@ SMALL = dict(model="vit_tiny_patch16_224", img_size=32, batch_size=2, runs=2, de
 def test_variants_take_turns():
     seen = []
     variants = {name: (lambda name=name: seen.append(name)) for name in "abc"}
-    times = benchmark.alternate(variants, torch.device("cpu"), runs=3, warmup=1)
+    times = timing.alternate(variants, torch.device("cpu"), runs=3, warmup=1)
     assert "".join(seen) == "abc" * 4 and {len(t) for t in times.values()} == {3}
 
 
@@ -32,7 +33,7 @@ def test_a_slower_variant_is_measured_as_slower():
             pass
 
     variants = {"slow": slow, "fast": lambda: None}
-    times = benchmark.alternate(variants, torch.device("cpu"), runs=3)
+    times = timing.alternate(variants, torch.device("cpu"), runs=3)
     assert min(times["slow"]) >= 20 > min(times["fast"])  # a busy machine can make any one run slow
 
 

@@ -6,8 +6,10 @@ import tomllib
 
 import pytest
 
-from upstep_fast.cli.commands import parse
-from upstep_fast.config.adapt import AdaptConfig, EmbedConfig, EvalConfig, read_toml, to_toml
+from upstep_fast.cli.parse import parse
+from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.evaluate import EmbedConfig, EvalConfig
+from upstep_fast.config.files import read_toml, to_toml
 from upstep_fast.errors import ConfigError
 
 BASE = dict(model="m", data=("d",), out="o")

@@ -7,7 +7,7 @@ import pytest
 from upstep_fast import evaluate
 from upstep_fast.cli import demo
 from upstep_fast.cli.commands import main
-from upstep_fast.train.loop import adapt
+from upstep_fast.train.adapt import adapt
 
 MODEL, DATA = demo.assets()
 

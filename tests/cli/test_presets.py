@@ -2,17 +2,18 @@
 
 import pytest
 
-from upstep_fast.cli import commands as cli
-from upstep_fast.config.adapt import AdaptConfig, to_toml
+from upstep_fast.cli import parse
+from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.files import to_toml
 from upstep_fast.config.presets import PRESETS, with_preset
 from upstep_fast.errors import ConfigError
-from upstep_fast.train.loop import adapt
+from upstep_fast.train.adapt import adapt
 
 GIVEN = ["--model", "m", "--data", "d", "--out", "o"]
 
 
 def parsed(*args):
-    return cli.parse(AdaptConfig, [*GIVEN, *args], prog="adapt")
+    return parse.parse(AdaptConfig, [*GIVEN, *args], prog="adapt")
 
 
 @pytest.mark.parametrize("name", PRESETS)

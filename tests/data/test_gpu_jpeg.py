@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from upstep_fast.cli.commands import parse
+from upstep_fast.cli.parse import parse
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.data.decode import gpu_jpeg, jpeg
 from upstep_fast.data.decode.gpu_jpeg import GpuReader

@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 from view_checks import needs, torchvision_view
 
-from upstep_fast.cli.commands import parse
+from upstep_fast.cli.parse import parse
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.data.keyed_random import uniform, uniform_array
 from upstep_fast.data.views import colour, views

@@ -25,6 +25,7 @@ from PIL import Image
 from upstep_fast.cli import commands as cli
 from upstep_fast.cli import help as cli_help
 from upstep_fast.cli.demo import assets
+from upstep_fast.cli.parse import parse as parse_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -88,7 +89,7 @@ def parse(command: str) -> None:
     kind = cli.COMMANDS[name]
     if kind.positional and args and not args[0].startswith("-"):
         args = [f"--{kind.positional}", *args]
-    cli.parse(kind.config(), args, f"upstep-fast {name}")
+    parse_flags(kind.config(), args, f"upstep-fast {name}")
 
 
 def run(command: str) -> None:

@@ -7,7 +7,7 @@ from engine_models import ROTARY, SWIGLU, gradients, kept_bytes, model, relative
 
 from upstep_fast.engine import fold
 from upstep_fast.engine import vit as engine
-from upstep_fast.model import lora
+from upstep_fast.model import lora, peft_format
 from upstep_fast.model.backbone import features
 
 BEYOND = [*SWIGLU, *ROTARY, "norms before proj and fc2", "qk-norm", "qk-norm by RMSNorm"]
@@ -96,7 +96,7 @@ def test_peft_serves_what_was_trained_through_the_engine(variant, tmp_path):
     run(images).square().mean().backward()
     optimizer.step()
     ours = run(images).detach()
-    lora.save(tmp_path, lora.find(vit), "any")
+    peft_format.save(tmp_path, lora.find(vit), "any")
     plain = model(variant, ("q",))[0]  # the same frozen weights
     for name, adapter in lora.find(plain).items():
         plain.set_submodule(name, adapter.base)

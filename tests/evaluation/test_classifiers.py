@@ -8,15 +8,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from upstep_fast.data.labelled.splits import held_out
-from upstep_fast.evaluation.labelled import (
-    PROBE_HELD_OUT,
-    PROBE_WEIGHTS,
-    Features,
-    ensemble,
-    fit_logistic,
-    knn,
-    linear_probe,
-)
+from upstep_fast.evaluation.classifiers import PROBE_HELD_OUT, PROBE_WEIGHTS, fit_logistic, knn, linear_probe
+from upstep_fast.evaluation.features import Features, ensemble
 
 
 def clusters(n, classes=5, width=12, noise=0.9, seed=0):

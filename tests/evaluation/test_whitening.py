@@ -13,9 +13,9 @@ from upstep_fast.cli import demo
 from upstep_fast.engine import vit as engine
 from upstep_fast.errors import ConfigError
 from upstep_fast.evaluation import whitening
-from upstep_fast.evaluation.labelled import beside, ensemble, plain
+from upstep_fast.evaluation.features import beside, ensemble, plain
 from upstep_fast.model import backbone
-from upstep_fast.train.loop import adapt
+from upstep_fast.train.adapt import adapt
 
 
 def unit(n, width=24, seed=0):

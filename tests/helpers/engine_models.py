@@ -11,6 +11,7 @@ from upstep_fast.engine import vit as engine
 from upstep_fast.model import backbone, lora
 from upstep_fast.model.backbone import features
 from upstep_fast.train import loop as trainer
+from upstep_fast.train.state import fresh_state
 from upstep_fast.train.step import catch_up
 
 SMALL = dict(img_size=48, patch_size=8, embed_dim=96, num_heads=3)
@@ -120,7 +121,7 @@ def run_state(steps, implementation, precision="fp32", device="cpu", **options):
         **options,
     )
     compute = trainer.resolve(device, precision)
-    return config, compute, trainer.fresh_state(config, compute, backbone.load(config.model))
+    return config, compute, fresh_state(config, compute, backbone.load(config.model))
 
 
 def trajectory(implementation, steps, precision="fp32", **options):

@@ -11,10 +11,10 @@ from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import ConfigError
 from upstep_fast.methods.upstep.adapter_ema import Average
 from upstep_fast.methods.upstep.upstep import UpStep
-from upstep_fast.model import backbone, lora
+from upstep_fast.model import backbone, peft_format
 from upstep_fast.runtime.device import resolve
-from upstep_fast.train import loop as trainer
 from upstep_fast.train import validator as referee
+from upstep_fast.train.state import fresh_state
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_the_adapter_folder_holds_the_mean_over_the_open_steps(options, monkeypa
     weights = torch.tensor([0.64, 0.8, 1.0], dtype=torch.float64) / 2.44
     of_one = zip(*(factors for _, factors in found), strict=True)  # a matrix after each of the updates
     means = [sum(w * p for w, p in zip(weights, matrix, strict=True)) for matrix in of_one]
-    pairs = {name: a.as_one() for name, a in lora.attach(backbone.load(options["model"]).vit, adapter).items()}
+    pairs = {name: a.as_one() for name, a in peft_format.attach(backbone.load(options["model"]).vit, adapter).items()}
     for (name, trained), a, b in zip(found[-1][0].adapters.items(), means[::2], means[1::2], strict=True):
         trained.lora_a.data.copy_(a)
         trained.lora_b.data.copy_(b)
@@ -94,7 +94,7 @@ def test_the_referee_judges_what_is_written(options, tmp_path, monkeypatch, phot
     looked = []
     monkeypatch.setattr(referee, "judge", lambda base, adapted: looked.append(adapted) or {})
     monkeypatch.setattr(referee, "predicted_gain", lambda scores: 1.0)
-    state = trainer.fresh_state(
+    state = fresh_state(
         AdaptConfig(**{**options, "data": ("",), "out": "", "adapter_ema": 0.9, "memory": "fast"}),
         compute,
         backbone.load(options["model"]),
@@ -113,7 +113,7 @@ def test_the_referee_judges_what_is_written(options, tmp_path, monkeypatch, phot
 
 def test_explora_is_judged_by_the_teacher_that_it_writes(options):
     config = Dinov2Config(**{**options, "data": ("",), "out": "", "prototypes": 16, "memory": "fast"})
-    method = trainer.fresh_state(config, resolve("cpu", "fp32"), backbone.load(options["model"])).method
+    method = fresh_state(config, resolve("cpu", "fp32"), backbone.load(options["model"])).method
     with method.as_written() as vit:
         assert vit is method.teacher
 

@@ -14,22 +14,25 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import upstep_fast
-from upstep_fast.cli.commands import parse
-from upstep_fast.config.adapt import AdaptConfig, read_toml, to_toml
+from upstep_fast.cli.parse import parse
+from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.explora import Dinov2Config, MaeConfig
+from upstep_fast.config.files import read_toml, to_toml
 from upstep_fast.data.loading.loader import Batch
 from upstep_fast.errors import CheckFailedError, ConfigError, Interrupted, RunFailedError
+from upstep_fast.methods import trainable
 from upstep_fast.methods.explora import crops as explora_crops
 from upstep_fast.methods.explora import tokens as explora_tokens
 from upstep_fast.methods.explora import unfreeze as explora
 from upstep_fast.methods.explora.dinov2 import ExploraDinov2
 from upstep_fast.methods.explora.mae import Decoder, ExploraMae
-from upstep_fast.model import backbone, lora
+from upstep_fast.model import backbone, lora, peft_format
 from upstep_fast.model.export import export
 from upstep_fast.model.lora import LoraSpec
 from upstep_fast.runtime.device import resolve
 from upstep_fast.train import loop as trainer
 from upstep_fast.train.adapter_check import check_adapter
+from upstep_fast.train.state import fresh_state
 
 CPU = resolve("cpu", "fp32")
 DINO = dict(prototypes=16, head_hidden=32, head_dim=16, local_views=2)
@@ -55,7 +58,7 @@ def config_of(options, objective="dinov2", **extra):
 
 def state_of(options, objective="dinov2", **extra):
     config = config_of(options, objective, **extra)
-    return config, trainer.fresh_state(config, CPU, backbone.load(config.model))
+    return config, fresh_state(config, CPU, backbone.load(config.model))
 
 
 def a_batch(num=8, size=40):
@@ -110,7 +113,7 @@ def test_the_published_number_of_the_fine_tuning_after_it():
 def test_what_trains_in_the_backbone(options, extra, also):
     config = config_of(options, unfreeze="first", **extra)
     method = ExploraDinov2(backbone.load(config.model), config)
-    found = set(explora.trained(method.vit))
+    found = set(trainable.trained(method.vit))
     expected = {name for name, _ in method.vit.named_parameters() if name.startswith("blocks.0.")}
     expected |= {f"blocks.1.norm{n}.{part}" for n in (1, 2) for part in ("weight", "bias")}
     expected |= {"norm.weight", "norm.bias", "blocks.1.attn.qkv.lora_a", "blocks.1.attn.qkv.lora_b"} | also
@@ -343,7 +346,7 @@ def test_what_weight_decay_leaves_alone(options):
     assert [names[id(p)] for p in last] == ["head.prototypes"]
     assert all(p.dim() >= 2 for p in decayed)
     assert {"vit.cls_token", "mask_token", "vit.norm.weight"} <= {names[id(p)] for p in plain}
-    assert len(decayed) + len(plain) + len(last) == len(explora.trained(state.method))
+    assert len(decayed) + len(plain) + len(last) == len(trainable.trained(state.method))
 
 
 # runs
@@ -379,8 +382,8 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(options, monkeypatch, 
         with pytest.raises(Interrupted, match=r"after 4 of 6 steps"):
             upstep_fast.adapt(**options)
     upstep_fast.adapt(**options, resume=True)
-    files = [f"checkpoints/step-00000006/{name}" for name in ("state.safetensors", lora.WEIGHTS)]
-    for name in [*files, f"adapter/{lora.WEIGHTS}", f"adapter/{lora.BARE}"]:
+    files = [f"checkpoints/step-00000006/{name}" for name in ("state.safetensors", peft_format.WEIGHTS)]
+    for name in [*files, f"adapter/{peft_format.WEIGHTS}", f"adapter/{peft_format.BARE}"]:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     exact = [
         [{k: row[k] for k in ("loss", "center", "lr", "open")} for row in rows(tmp_path / n)] for n in ("out", "whole")
@@ -484,7 +487,7 @@ def test_the_adapter_folder_is_read_by_peft(finished):
     model, out = finished
     vit = timm.create_model(model, pretrained=True).eval()
     theirs = peft.PeftModel.from_pretrained(vit, str(out / "adapter")).eval()
-    sidecar = load_file(out / "adapter" / lora.BARE)
+    sidecar = load_file(out / "adapter" / peft_format.BARE)
     assert set(sidecar) == {"cls_token", "pos_embed"}
     inner = theirs.base_model.model
     for name, value in sidecar.items():
@@ -504,7 +507,7 @@ def test_the_adapter_folder_is_read_by_peft(finished):
 
 def test_the_folder_names_what_it_holds(finished):
     _, out = finished
-    config = json.loads((out / "adapter" / lora.CONFIG).read_text())
+    config = json.loads((out / "adapter" / peft_format.CONFIG).read_text())
     assert config["target_modules"] == ["blocks.1.attn.qkv"]
     saved = set(config["modules_to_save"])
     assert {"blocks.0.attn.qkv", "blocks.0.mlp.fc2", "blocks.1.norm1", "model.norm", "patch_embed.proj"} <= saved
@@ -537,7 +540,7 @@ def test_an_adapter_of_another_model_is_refused_before_anything_is_changed(finis
     vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=96, depth=2, num_heads=3)
     before = copy.deepcopy(vit.state_dict())
     with pytest.raises(ConfigError, match=r"does not fit this model"):
-        lora.attach(vit, out / "adapter")
+        peft_format.attach(vit, out / "adapter")
     assert all(torch.equal(before[name], value) for name, value in vit.state_dict().items())
 
 
@@ -549,7 +552,7 @@ def test_a_pretrained_decoder_gets_lora_and_norms_alone(options, tmp_path):
     save_file({name: value.contiguous() for name, value in saved.items()}, tmp_path / "mae.safetensors")
     config = config_of(options, "mae", decoder=str(tmp_path / "mae.safetensors"), decoder_lora_r=2, decoder_width=64)
     method = ExploraMae(backbone.load(config.model), config)
-    names = set(explora.trained(method.decoder))
+    names = set(trainable.trained(method.decoder))
     assert {name.rpartition(".")[0] for name in names} == {
         "blocks.0.attn.qkv",
         "blocks.0.norm1",

@@ -19,6 +19,7 @@ from upstep_fast.model import backbone
 from upstep_fast.runtime.device import resolve
 from upstep_fast.train import loop as trainer
 from upstep_fast.train import step as steps
+from upstep_fast.train.state import fresh_state
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_targets_are_balanced_over_the_queue_and_the_loss_is_the_batchs(options)
 @pytest.mark.parametrize("layout", ["symmetric", "asymmetric"])
 def test_the_queue_starts_full_and_takes_in_what_made_targets_on_open_steps(options, layout):
     config = AdaptConfig(**{**options, "data": ("",), "out": "", "layout": layout, "queue": 10, "gate": "alternate"})
-    state = trainer.fresh_state(config, compute := resolve("cpu", "fp32"), backbone.load(options["model"]))
+    state = fresh_state(config, compute := resolve("cpu", "fp32"), backbone.load(options["model"]))
     method, views = state.method, 2 if layout == "symmetric" else 1
     assert method.needs_start
     first = [draw(2, 8, 3, 32, 32, seed=seed) for seed in (0, 1)]

@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 import upstep_fast
-from upstep_fast.config.adapt import AdaptConfig, from_options, read_toml, to_toml
+from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.files import from_options, read_toml, to_toml
 from upstep_fast.errors import ConfigError
-from upstep_fast.model import backbone, lora
+from upstep_fast.model import backbone, peft_format
 
 
 @pytest.fixture
@@ -24,9 +25,9 @@ def test_full_tuning_trains_every_weight_and_the_folder_holds_them(options, mode
     base, adapted = backbone.load(model).vit, upstep_fast.load_adapted(model, tmp_path / "out" / "adapter")
     same = [name for name, p in adapted.named_parameters() if torch.equal(p, base.get_parameter(name))]
     assert set(same) == {"head.weight", "head.bias"}  # the classifier, behind the features
-    config = json.loads((tmp_path / "out" / "adapter" / lora.CONFIG).read_text())
+    config = json.loads((tmp_path / "out" / "adapter" / peft_format.CONFIG).read_text())
     assert config["target_modules"] == "dummy-target-modules"
-    assert set(load_file(tmp_path / "out" / "adapter" / lora.BARE)) == {"cls_token", "pos_embed"}
+    assert set(load_file(tmp_path / "out" / "adapter" / peft_format.BARE)) == {"cls_token", "pos_embed"}
 
 
 def test_peft_reads_what_full_tuning_wrote(options, model, tmp_path):
@@ -36,7 +37,7 @@ def test_peft_reads_what_full_tuning_wrote(options, model, tmp_path):
     inner = peft.PeftModel.from_pretrained(
         timm.create_model(model, pretrained=True).eval(), str(folder)
     ).base_model.model
-    for name, value in load_file(folder / lora.BARE).items():
+    for name, value in load_file(folder / peft_format.BARE).items():
         inner.get_parameter(name).data.copy_(value)
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -60,7 +61,7 @@ def test_the_penalty_acts_on_full_tuning_as_on_lora(options, tmp_path):
 
 def test_adapters_on_the_last_blocks_alone(options, model, tmp_path):
     upstep_fast.adapt(**options, lora_blocks=1)
-    config = json.loads((tmp_path / "out" / "adapter" / lora.CONFIG).read_text())
+    config = json.loads((tmp_path / "out" / "adapter" / peft_format.CONFIG).read_text())
     depth = len(backbone.load(model).vit.blocks)
     assert depth > 1 and config["target_modules"] == [f"blocks.{depth - 1}.attn.qkv"]
     with pytest.raises(ConfigError, match=f"lora_blocks: got {depth + 1}, but .* has {depth} blocks"):

@@ -14,7 +14,7 @@ from vit_models import BASE_TINY, SMALL, assert_same, images, randomised, saved,
 import upstep_fast
 from upstep_fast.cli.commands import main
 from upstep_fast.errors import ConfigError
-from upstep_fast.model import backbone, lora
+from upstep_fast.model import backbone, lora, peft_format
 from upstep_fast.model import registry as catalogue
 from upstep_fast.model.backbone import features
 from upstep_fast.model.formats import checkpoint_files as weights
@@ -72,7 +72,7 @@ def test_every_kind_of_vit_adapts_and_is_served_by_peft(tmp_path, kind):
     for adapter in adapters.values():
         assert adapter.lora_a.grad.flatten(1).any(1).all() and adapter.lora_b.grad.flatten(1).any(1).all()
     optimizer.step()
-    lora.save(tmp_path / "adapter", adapters, name)
+    peft_format.save(tmp_path / "adapter", adapters, name)
 
     with torch.no_grad():
         expected = features(base.vit, x)

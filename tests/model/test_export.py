@@ -20,7 +20,7 @@ from torch import nn
 import upstep_fast
 from upstep_fast.cli.commands import main
 from upstep_fast.errors import CheckFailedError, ConfigError
-from upstep_fast.model import backbone, lora
+from upstep_fast.model import backbone, lora, peft_format
 from upstep_fast.model.backbone import features
 from upstep_fast.model.export import export as exporting
 from upstep_fast.model.export import writers as export_formats
@@ -66,7 +66,7 @@ def make_adapter(folder, name, targets=("q", "k", "v")):
     torch.manual_seed(1)
     for adapter in adapters.values():
         nn.init.normal_(adapter.lora_b, std=0.5)
-    lora.save(folder, adapters, name)
+    peft_format.save(folder, adapters, name)
     return folder
 
 

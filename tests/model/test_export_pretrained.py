@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from upstep_fast.model import backbone, lora
+from upstep_fast.model import backbone, lora, peft_format
 from upstep_fast.model.export.export import BOUND, export
 
 NEEDS = {"peft": "peft", "hf": "transformers", "onnx": "onnxruntime"}
@@ -21,7 +21,7 @@ def test_base_mid_on_sketches(shared, tmp_path, kind):
     torch.manual_seed(1)
     for adapter in adapters.values():
         nn.init.normal_(adapter.lora_b, std=0.1)
-    lora.save(tmp_path / "adapter", adapters, name)
+    peft_format.save(tmp_path / "adapter", adapters, name)
     data = (str(shared / "pacs_sketch_64.tar"),)
     done = export(name, tmp_path / "out", adapter=tmp_path / "adapter", format=kind, data=data)
     assert done.difference < BOUND / 10 and done.images == f"16 images of {data[0]}"

@@ -95,7 +95,9 @@ def test_pure_wheel_holds_the_package_and_nothing_else(source, pure_wheel):
     assert not [name for name in held if name.endswith(".so")]
 
 
-CHECK = "import upstep_fast; from upstep_fast.kernels.lora_linear import lora_linear; print(upstep_fast.kernels.__file__)"
+CHECK = (
+    "import upstep_fast; from upstep_fast.kernels.lora_linear import lora_linear; print(upstep_fast.kernels.__file__)"
+)
 SITE = sysconfig.get_path("purelib")  # torch and the build's tools; as a plain path, so that its .pth files do nothing
 
 

@@ -164,7 +164,8 @@ def test_the_page_is_made_again_without_model_and_images(finished, tmp_path):
 
 
 def test_a_second_look_finds_the_same(finished, monkeypatch):
-    from upstep_fast.config.adapt import AdaptConfig, read_toml
+    from upstep_fast.config.adapt import AdaptConfig
+    from upstep_fast.config.files import read_toml
     from upstep_fast.data.sources.source import open_source
     from upstep_fast.runtime.device import resolve
 

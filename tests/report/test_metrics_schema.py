@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 
 from upstep_fast.errors import RunFailedError
-from upstep_fast.train.loop import adapt
+from upstep_fast.train.adapt import adapt
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = json.loads((ROOT / "docs/metrics.schema.json").read_text())

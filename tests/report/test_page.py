@@ -15,11 +15,15 @@ from PIL import Image
 
 import upstep_fast
 from upstep_fast.cli import commands as cli
+from upstep_fast.cli import parse
 from upstep_fast.cli.commands import main
-from upstep_fast.config.adapt import AdaptConfig, EmbedConfig, EvalConfig, ExportConfig, ReportConfig, to_toml
+from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.evaluate import EmbedConfig, EvalConfig
+from upstep_fast.config.files import to_toml
+from upstep_fast.config.tools import ExportConfig, ReportConfig
 from upstep_fast.data.loading.skipped import write_skipped
 from upstep_fast.errors import ConfigError, Interrupted
-from upstep_fast.report import charts
+from upstep_fast.report import charts, logs
 from upstep_fast.report import metrics as report
 from upstep_fast.report import page as html_report
 from upstep_fast.report.charts import Line
@@ -241,7 +245,7 @@ def test_commands_shown_are_commands(tmp_path, monkeypatch, capsys):
             assert program == "upstep-fast" and name in cli.COMMANDS
             seen.add(name)
             if name in classes:
-                config = cli.parse(classes[name], rest, prog=name)
+                config = parse.parse(classes[name], rest, prog=name)
                 assert name == "adapt" or (config.arch, config.img_size) == ("vit_tiny_patch16_224", 64)
     assert seen == {"eval", "embed", "export", "adapt", "report"}
 
@@ -311,12 +315,12 @@ def test_written_after_a_run_however_it_ends(tmp_path, caplog):
 
 def test_train_log_has_messages_and_the_error_that_ended_the_run(tmp_path):
     path, log = tmp_path / "train.log", logging.getLogger("upstep_fast")
-    with pytest.raises(ValueError), report.train_log(path):
+    with pytest.raises(ValueError), logs.train_log(path):
         log.warning("ab\udcff %s", "name")
         logging.getLogger("upstep_fast.kernels._dispatch").error("from a module below")
         raise ValueError("this")
     log.warning("not this")
-    with pytest.raises(Interrupted), report.train_log(path):
+    with pytest.raises(Interrupted), logs.train_log(path):
         raise Interrupted("stopped after 3 of 9 steps")
     lines = path.read_text().splitlines()
     assert "WARNING ab\\udcff name" in lines[0] and "ERROR from a module below" in lines[1]
@@ -326,7 +330,7 @@ def test_train_log_has_messages_and_the_error_that_ended_the_run(tmp_path):
 
 
 def test_a_full_disk_does_not_speak_through_the_log(capsys):
-    with report.train_log("/dev/full"):
+    with logs.train_log("/dev/full"):
         logging.getLogger("upstep_fast").error("x" * 100_000)
     assert "Logging error" not in capsys.readouterr().err
 
@@ -430,7 +434,7 @@ def test_a_run_has_its_report_and_its_log(options, monkeypatch):
     log = (out / "train.log").read_text()
     assert "INFO upstep-fast" in log and "INFO step 2/4" in log and "INFO step 4/4" in log and "ERROR" not in log
     line = embed_command(AdaptConfig(**options | {"data": ("a b",)}).__dict__, out)
-    command = cli.parse(EmbedConfig, shlex.split(line)[2:], prog="embed")
+    command = parse.parse(EmbedConfig, shlex.split(line)[2:], prog="embed")
     assert command.data == ("a b",)
     assert command.model == options["model"] and command.adapter == str(out / "adapter")
 

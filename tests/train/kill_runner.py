@@ -21,7 +21,7 @@ import torch
 
 import upstep_fast
 from upstep_fast.runtime import checkpoint
-from upstep_fast.train.loop import run  # noqa: F401  (imported before the forks)
+from upstep_fast.train.adapt import run  # noqa: F401  (imported before the forks)
 
 CLOCK = ("images_per_s", "data_wait", "forward_s", "backward_s", "other_s")  # no two runs agree on these
 

@@ -22,10 +22,10 @@ import torch
 
 import upstep_fast
 from upstep_fast.cli import commands as cli
-from upstep_fast.config.adapt import EmbedConfig
+from upstep_fast.config.evaluate import EmbedConfig
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import UpstepError
-from upstep_fast.evaluation import labelled as evaluation
+from upstep_fast.evaluation import features
 from upstep_fast.methods import gate
 from upstep_fast.methods.upstep.upstep import UpStep
 from upstep_fast.runtime import distributed
@@ -115,9 +115,7 @@ def collectives():
 def extract(options, out):
     """Features of a source, in order, saved by each rank."""
     config = EmbedConfig(**options)
-    x, read = evaluation.extract(
-        open_source(config.data), evaluation.load_models(config), config, resolve("cpu", "fp32")
-    )
+    x, read = features.extract(open_source(config.data), features.load_models(config), config, resolve("cpu", "fp32"))
     torch.save({"x": x["base"], "read": read}, out)
     return read
 

@@ -24,7 +24,7 @@ from upstep_fast.data.labelled.splits import held_out, train_and_test
 from upstep_fast.errors import ConfigError, DataError, Interrupted, RunFailedError
 from upstep_fast.methods.supervised.baselines import Baseline, layer_of, parameter_groups, set_drop_path
 from upstep_fast.model import backbone as backbones
-from upstep_fast.model import lora
+from upstep_fast.model import lora, peft_format
 from upstep_fast.runtime.device import resolve
 from upstep_fast.train.finetune import classifier as finetuned
 from upstep_fast.train.finetune import feature_cache
@@ -248,9 +248,9 @@ def test_from_an_adapted_model(options, tmp_path, whole):
     ]:
         torch.nn.init.normal_(parameter, std=0.3)
     values = {name: one.vit.get_parameter(name).detach() for name in whole}
-    lora.write(tmp_path / "adapter", lora.to_files(adapters, options["model"], whole=values))
+    peft_format.write(tmp_path / "adapter", peft_format.to_files(adapters, options["model"], whole=values))
     result = upstep_fast.finetune(**options, adapter=tmp_path / "adapter", method="losa")
-    (tmp_path / "adapter" / lora.WEIGHTS).unlink()  # the folder must not need it any more
+    (tmp_path / "adapter" / peft_format.WEIGHTS).unlink()  # the folder must not need it any more
     net = upstep_fast.load_finetuned(result.model)
     merged = lora.merge(one.vit)
     for (name, ours), theirs in zip(net.vit.state_dict().items(), merged.state_dict().values(), strict=True):

@@ -10,12 +10,14 @@ import torch
 import upstep_fast
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.errors import CheckFailedError, ConfigError, Interrupted, RunFailedError
-from upstep_fast.methods import gate
+from upstep_fast.methods import gate, registry
 from upstep_fast.methods.schedules import warmup_cosine
 from upstep_fast.methods.upstep.upstep import UpStep
-from upstep_fast.model import backbone, lora
+from upstep_fast.model import backbone, lora, peft_format
+from upstep_fast.train import adapt
 from upstep_fast.train import loop as trainer
 from upstep_fast.train import step as steps
+from upstep_fast.train.state import fresh_state
 
 
 @pytest.fixture
@@ -63,7 +65,7 @@ def test_schedule_is_linear_then_cosine():
 def test_the_same_seed_gives_the_same_adapter(options, tmp_path, extra):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         upstep_fast.adapt(**{**options, **extra, "out": tmp_path / name, "seed": seed})
-    a, b, c = ((tmp_path / name / "adapter" / lora.WEIGHTS).read_bytes() for name in "abc")
+    a, b, c = ((tmp_path / name / "adapter" / peft_format.WEIGHTS).read_bytes() for name in "abc")
     assert a == b != c
 
 
@@ -76,7 +78,7 @@ def test_every_penalty_runs_in_both_layouts(options, cvr, layout):
 def test_a_lean_run_is_a_fast_run(options, tmp_path):
     for memory in ("fast", "lean"):
         upstep_fast.adapt(**{**options, "out": tmp_path / memory}, memory=memory, gate="none")
-    fast, lean = ((tmp_path / name / "adapter" / lora.WEIGHTS).read_bytes() for name in ("fast", "lean"))
+    fast, lean = ((tmp_path / name / "adapter" / peft_format.WEIGHTS).read_bytes() for name in ("fast", "lean"))
     assert fast == lean
 
 
@@ -132,7 +134,7 @@ def test_a_skipped_step_does_no_backward_and_leaves_the_optimizer_alone(options,
 def test_a_closed_step_keeps_no_graph(options, layout):
     config, _ = build(options, layout=layout)
     compute = trainer.resolve("cpu", "fp32")
-    state = trainer.fresh_state(config, compute, backbone.load(config.model))
+    state = fresh_state(config, compute, backbone.load(config.model))
     state.gate = gate.GateState(step=1, reference=-1.0)
     images = torch.randn(2, 4, 3, 32, 32)
     is_open, learning, _, _ = steps.forward(state, images, gate.GateRule("ema"), config, compute)
@@ -145,7 +147,7 @@ def test_a_closed_step_keeps_no_graph(options, layout):
 def test_a_gate_known_ahead_runs_its_skipped_steps_without_gradients(options):
     config, _ = build(options)
     compute, recorded = trainer.resolve("cpu", "fp32"), []
-    state = trainer.fresh_state(config, compute, backbone.load(config.model))
+    state = fresh_state(config, compute, backbone.load(config.model))
     method, real = state.method, state.method.embed
     method.embed = lambda views: (recorded.append(torch.is_grad_enabled()), real(views))[1]
     images = torch.randn(2, 4, 3, 32, 32)
@@ -209,7 +211,7 @@ def test_a_stop_signal_leaves_a_loadable_adapter(options, tmp_path, monkeypatch)
 
 
 def test_the_adapter_check_notices_an_adapter_that_never_learnt(options, monkeypatch, tmp_path):
-    real = trainer.make_optimizer
+    real = registry.make_optimizer
 
     def without_block_1(method, config):
         for name, adapter in method.adapters.items():
@@ -268,10 +270,10 @@ def test_overwrite_replaces_an_earlier_run(options, tmp_path):
 
 def test_length_by_epochs_and_by_default(options):
     config = AdaptConfig(**{**options, "data": ("d",), "out": "o", "steps": None})
-    assert trainer.fit_to_data(config, 24).steps == 400
-    assert trainer.fit_to_data(config, 8000).steps == 10_000
+    assert adapt.fit_to_data(config, 24).steps == 400
+    assert adapt.fit_to_data(config, 8000).steps == 10_000
     by_epochs = AdaptConfig(**{**options, "data": ("d",), "out": "o", "steps": None, "epochs": 2.5})
-    assert trainer.fit_to_data(by_epochs, 80).steps == 25
+    assert adapt.fit_to_data(by_epochs, 80).steps == 25
 
 
 def test_the_global_random_state_is_the_callers(options):

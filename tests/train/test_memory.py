@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from upstep_fast.cli import plan
-from upstep_fast.cli.commands import main, parse
+from upstep_fast.cli.commands import main
+from upstep_fast.cli.parse import parse
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.plan import PlanConfig, to_bytes
 from upstep_fast.errors import ConfigError
+from upstep_fast.runtime import machine
 from upstep_fast.runtime.device import Compute, resolve
 from upstep_fast.train.memory import count as step_memory
 from upstep_fast.train.memory import fit as memory_fit
@@ -264,7 +266,7 @@ def test_what_cannot_be_counted_or_is_not_known_is_said_and_runs(free, model, mo
 def test_free_memory_is_less_than_there_is():
     import os
 
-    free = calibrate.free_bytes(torch.device("cpu"))
+    free = machine.free_bytes(torch.device("cpu"))
     assert free is not None and 0 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -331,7 +333,7 @@ def test_what_is_no_size(text):
 
 
 def test_a_runs_configuration_can_be_planned(tmp_path, model, capsys):
-    from upstep_fast.config.adapt import to_toml
+    from upstep_fast.config.files import to_toml
 
     path = tmp_path / "config.toml"
     path.write_text(to_toml(config_of(dict(model=model, batch_size=8))[0]))

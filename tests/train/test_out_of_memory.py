@@ -16,6 +16,7 @@ from upstep_fast.model import backbone
 from upstep_fast.runtime import checkpoint
 from upstep_fast.train import loop as trainer
 from upstep_fast.train import step
+from upstep_fast.train.state import fresh_state
 
 
 @pytest.fixture
@@ -138,7 +139,7 @@ def test_when_one_view_is_too_much_the_run_ends(options, monkeypatch):
 @pytest.mark.parametrize("where", ["backward", "optimizer"])
 def test_no_step_is_applied_in_part(options, monkeypatch, tmp_path, where):
     states = []
-    real = trainer.fresh_state
+    real = fresh_state
     monkeypatch.setattr(trainer, "fresh_state", lambda *a: states.append(real(*a)) or states[-1])
     before = {}
 
@@ -166,7 +167,7 @@ def test_the_hosts_memory_counts_too():
 def build(options, **changes):
     config = AdaptConfig(**options | changes | {"data": (options["data"],)})
     compute = trainer.resolve("cpu", "fp32")
-    return config, compute, trainer.fresh_state(config, compute, backbone.load(config.model))
+    return config, compute, fresh_state(config, compute, backbone.load(config.model))
 
 
 def test_an_update_is_that_of_the_mean_gradient_of_its_open_steps(options, monkeypatch):

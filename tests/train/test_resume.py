@@ -18,10 +18,11 @@ from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.data.loading.loader import permutation
 from upstep_fast.errors import ConfigError, Interrupted, RunFailedError
 from upstep_fast.methods.upstep.upstep import UpStep
-from upstep_fast.model import lora
+from upstep_fast.model import peft_format
 from upstep_fast.runtime import checkpoint
 from upstep_fast.train import loop as trainer
 from upstep_fast.train import resume
+from upstep_fast.train.state import fresh_state
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=5)
 
@@ -93,7 +94,7 @@ def evidence(out):
     for row in exact:
         for name in ("images_per_s", "data_wait", "forward_s", "backward_s", "other_s"):
             del row[name]
-    adapter = hashlib.sha256((out / "adapter" / lora.WEIGHTS).read_bytes()).hexdigest()
+    adapter = hashlib.sha256((out / "adapter" / peft_format.WEIGHTS).read_bytes()).hexdigest()
     skipped = (out / "skipped.csv").read_text()
     return path.name, tensors, manifest["state"], manifest["loader"], exact, adapter, skipped
 
@@ -389,7 +390,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_changed(
 ):
     tamper(tmp_path, change)
     states = []
-    real = trainer.fresh_state
+    real = fresh_state
     monkeypatch.setattr(trainer, "fresh_state", lambda *a: states.append(real(*a)) or states[-1])
     with pytest.raises((ConfigError, RunFailedError), match="resume: ") as error:
         upstep_fast.adapt(**finished, resume=True)

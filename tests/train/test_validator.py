@@ -10,9 +10,9 @@ from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import CheckFailedError, ConfigError, DataError, Interrupted
 from upstep_fast.evaluation import label_free as judgement
-from upstep_fast.model import backbone, lora
+from upstep_fast.model import backbone, peft_format
 from upstep_fast.train import validator as referee
-from upstep_fast.train.resume import RunState
+from upstep_fast.train.state import RunState
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_strength_scales_what_is_written(options, tmp_path, targets):
     weights = []
     for adapter in (full, half):
         vit = backbone.load(options["model"]).vit
-        weights.append({name: a.delta() for name, a in lora.attach(vit, adapter).items()})
+        weights.append({name: a.delta() for name, a in peft_format.attach(vit, adapter).items()})
     assert all(torch.allclose(weights[1][name], 0.5 * delta) for name, delta in weights[0].items())
     peft = pytest.importorskip("peft")
     assert peft.PeftConfig.from_pretrained(half).lora_alpha == peft.PeftConfig.from_pretrained(full).lora_alpha / 2
@@ -170,7 +170,9 @@ def test_auto_takes_the_first_blocks_strength_after_the_last_ones(options, monke
     # four looks, the strengths .25, .5, .75 and 1 of all blocks, then 0, .25, .5, .75 and 1 of the first
     predictions(monkeypatch, [1.0, 2.0, 3.0, 4.0, 1.0, 7.0, 6.0, 5.0, 6.0, 9.0, 7.0, 1.0, 1.0])
     adapter = upstep_fast.adapt(**options | {"strength": "auto", "strength_first": "auto"}).adapter
-    found, best = (lora.attach(backbone.load(options["model"]).vit, x) for x in (adapter, tmp_path / "out" / "best"))
+    found, best = (
+        peft_format.attach(backbone.load(options["model"]).vit, x) for x in (adapter, tmp_path / "out" / "best")
+    )
     strengths = [found[name].scale / best[name].scale for name in sorted(found)]
     assert strengths[0] == 0.25 and strengths[-1] == 0.5 and strengths == sorted(strengths)
 

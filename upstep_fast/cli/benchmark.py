@@ -8,73 +8,28 @@ from __future__ import annotations
 
 import copy
 import json
-import platform
-import statistics
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from upstep_fast.benchmark_plot import check_plot, write_plot
-from upstep_fast.config.adapt import BenchConfig
+from upstep_fast.cli.benchmark_plot import check_plot, write_plot
+from upstep_fast.config.tools import BenchConfig
 from upstep_fast.engine import vit as engine
 from upstep_fast.engine.cuda_graphs import graphed
 from upstep_fast.errors import CheckFailedError
 from upstep_fast.model import backbone as backbones
 from upstep_fast.model import lora
 from upstep_fast.runtime.device import Compute, resolve
+from upstep_fast.runtime.machine import _version, device_card, peak_bytes
+from upstep_fast.runtime.timing import _timing, alternate
 
 # relative, of features and of adapter gradients, against fp32
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 2e-2, "fp8": 1e-1}
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One variant: milliseconds of its runs, and the largest memory it held beyond what was there before (GPU only)."""
-
-    name: str
-    median_ms: float
-    low_ms: float  # first quartile
-    high_ms: float  # third quartile
-    runs: int
-    peak_bytes: int | None
-    error: float  # of its results, relative to fp32
-
-
-def device_card(device: torch.device) -> dict[str, Any]:
-    """What a figure must be quoted with."""
-    card: dict[str, Any] = {
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "upstep_fast": _version("upstep_fast"),
-    }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        card |= {"gpu": properties.name, "gpu_bytes": properties.total_memory, "cuda": torch.version.cuda}
-    return card
-
-
-def alternate(
-    variants: Mapping[str, Callable[[], object]], device: torch.device, *, runs: int, warmup: int = 2
-) -> dict[str, list[float]]:
-    """Milliseconds of each run of each variant, taken in turns."""
-    for _ in range(warmup):
-        for run in variants.values():
-            run()
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(runs):
-        for name, run in variants.items():
-            times[name].append(_milliseconds(run, device))
-    return times
 
 
 def run(config: BenchConfig) -> dict[str, Any]:
@@ -186,50 +141,3 @@ def error_of(kind: str, variant: Variant, truth: Variant, images: Tensor) -> flo
         ours, theirs = (torch.cat([g.float().flatten() for g in grads]) for grads in (ours, theirs))  # type: ignore[attr-defined]
     assert isinstance(ours, Tensor) and isinstance(theirs, Tensor)
     return ((ours.float() - theirs).norm() / theirs.norm()).item()
-
-
-def _timing(name: str, times: list[float], peak: int | None, error: float) -> Timing:
-    low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
-    return Timing(name, median, low, high, len(times), peak, error)
-
-
-def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-    # with one thread the process's own time is the run's, and a neighbour's work does not count
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    began = clock()
-    run()
-    return 1e3 * (clock() - began)
-
-
-def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
-    """The allocator's peak beyond what was there before; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    run()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -9,7 +9,6 @@ configuration, 3 data unusable, 4 adapter or quality check failed, 75 interrupte
 from __future__ import annotations
 
 import difflib
-import itertools
 import os
 import signal
 import sys
@@ -18,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from upstep_fast.cli.parse import _flag, _take, parse
 from upstep_fast.errors import ConfigError, Interrupted, UpstepError
 
 USAGE = """\
@@ -94,7 +94,7 @@ def _dispatch(args: list[str], debug: bool) -> None:
         print(USAGE)
         return
     if args[0] == "--version":
-        from upstep_fast import __version__
+        from upstep_fast.version import __version__
 
         print(__version__)
         return
@@ -112,64 +112,10 @@ def _dispatch(args: list[str], debug: bool) -> None:
         if not stop.code and {"-h", "--help"} & set(rest):
             print(cli_help.epilog(name))
         raise
-    from upstep_fast.report.metrics import setup_logging
+    from upstep_fast.report.logs import setup_logging
 
     setup_logging(debug)
     command.run(config)
-
-
-def parse(config_class: type, args: Sequence[str], prog: str) -> Any:
-    """The configuration from flags, over the file of --config if there is one. Exits with 2 on a usage error."""
-    import tyro
-
-    from upstep_fast.cli import help as cli_help
-    from upstep_fast.config.adapt import of_method, read_toml
-    from upstep_fast.config.presets import with_preset
-
-    cli_help.plain_help()
-    args = list(args)
-    values: dict[str, Any] = {}
-    if "--config" in args:
-        at = args.index("--config")
-        if at + 1 == len(args):
-            raise ConfigError("config: --config needs a file")
-        values = read_toml(args[at + 1], config_class)
-        del args[at : at + 2]
-    # a method has defaults and flags of its own
-    method, objective = (_value_of(flag, args) or values.get(flag) for flag in ("method", "objective"))
-    config_class = of_method(config_class, method, objective)
-    cli_help.check_flags(args, config_class)
-    # a file's values become flags placed before the user's own, which win: one parser checks both
-    values = with_preset(values)
-    if preset := _value_of("preset", args):  # the user's own goes before the file
-        values |= with_preset({"preset": preset})
-    from_file = [part for key, value in values.items() for part in _as_flags(key, value)]
-    return tyro.cli(config_class, args=[*from_file, *args], prog=prog)
-
-
-def _value_of(flag: str, args: Sequence[str]) -> str | None:
-    found = [value for name, value in itertools.pairwise(args) if name == f"--{flag}"]
-    found += [arg.partition("=")[2] for arg in args if arg.startswith(f"--{flag}=")]
-    return found[-1] if found else None
-
-
-def _take(args: list[str], flag: str) -> bool:
-    # flags of every command, wherever they stand
-    found = flag in args
-    args[:] = [arg for arg in args if arg != flag]
-    return found
-
-
-def _flag(field: str) -> str:
-    return field.replace("_", "-")
-
-
-def _as_flags(field: str, value: Any) -> list[str]:
-    if isinstance(value, bool):
-        return [f"--{_flag(field)}" if value else f"--no-{_flag(field)}"]
-    if isinstance(value, list):
-        return [f"--{_flag(field)}", *(str(item) for item in value)]
-    return [f"--{_flag(field)}", str(value)]
 
 
 def _config(name: str) -> Callable[[], type]:
@@ -184,7 +130,7 @@ def _config(name: str) -> Callable[[], type]:
 def _adapt(config: Any) -> None:
     from upstep_fast.report.next_steps import embed_command
     from upstep_fast.runtime.distributed import is_first
-    from upstep_fast.train.loop import run
+    from upstep_fast.train.adapt import run
 
     result, out = run(config), Path(config.out)
     if not is_first():
@@ -198,7 +144,7 @@ def _adapt(config: Any) -> None:
 
 def _eval(config: Any) -> None:
     from upstep_fast.evaluation.labelled import run
-    from upstep_fast.report.metrics import print_scores
+    from upstep_fast.report.tables import print_scores
     from upstep_fast.runtime.distributed import is_first
 
     result = run(config)
@@ -225,7 +171,7 @@ def _finetune_config() -> type:
 
 
 def _embed(config: Any) -> None:
-    from upstep_fast.evaluation.labelled import run_embed
+    from upstep_fast.evaluation.embeddings import run_embed
     from upstep_fast.runtime.distributed import is_first
 
     out = run_embed(config)
@@ -266,7 +212,7 @@ def _models(config: Any) -> None:
 
 def _bench(config: Any) -> None:
     from upstep_fast.cli.benchmark import run
-    from upstep_fast.report.metrics import print_timings
+    from upstep_fast.report.tables import print_timings
 
     print_timings(run(config))
 

@@ -7,11 +7,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from upstep_fast.config.adapt import AdaptConfig, DemoConfig
+from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.tools import DemoConfig
 from upstep_fast.evaluation.labelled import evaluate
 from upstep_fast.report import page as html_report
-from upstep_fast.report.metrics import print_scores
-from upstep_fast.train import loop as trainer
+from upstep_fast.report.tables import print_scores
+from upstep_fast.train import adapt
 
 # chosen for this set on 2 CPU cores: docs/results.md has the runs it was chosen from
 RECIPE: dict[str, Any] = {
@@ -37,7 +38,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
     print("A small ViT, trained on 100 kinds of everyday objects, meets 1,465 photographs of hands showing digits.")
     print("It adapts to them without seeing a single label:\n")
     start = time.monotonic()
-    adapted = trainer.run(
+    adapted = adapt.run(
         AdaptConfig(
             model=model,
             data=(data,),

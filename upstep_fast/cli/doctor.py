@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from rich.table import Table
 
-from upstep_fast.config.adapt import DoctorConfig
+from upstep_fast.config.tools import DoctorConfig
 from upstep_fast.data.loading.ordered_map import ordered_map
 from upstep_fast.data.loading.skipped import read_image
 from upstep_fast.data.sources.source import open_source

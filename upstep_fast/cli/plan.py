@@ -20,7 +20,7 @@ from upstep_fast.config.plan import PlanConfig, to_bytes
 from upstep_fast.data.loading.loader import CACHE_BYTES
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import ConfigError
-from upstep_fast.runtime import terminal
+from upstep_fast.runtime import machine, terminal
 from upstep_fast.runtime.device import Compute, resolve
 from upstep_fast.train.memory import count as step_memory
 from upstep_fast.train.memory import measure as calibrate
@@ -93,7 +93,7 @@ def _limit(config: PlanConfig, compute: Compute, is_here: bool) -> int | None:
     if config.fit is not None:
         is_host = is_here and compute.device.type == "cpu"
         return to_bytes(config.fit) - (CACHE_BYTES if is_host else CONTEXT_BYTES)
-    return calibrate.free_bytes(compute.device) if is_here else None
+    return machine.free_bytes(compute.device) if is_here else None
 
 
 def _on_one_device(step: step_memory.StepMemory, config: PlanConfig) -> dict[str, int]:
@@ -127,7 +127,7 @@ def _length(config: PlanConfig, result: dict[str, Any]) -> dict[str, Any]:
     """How many steps, as far as that is known, and how long they take with none and with half of them skipped."""
     steps, seconds = config.steps, result["seconds"]
     if steps is None and config.data:
-        from upstep_fast.train.loop import fit_to_data
+        from upstep_fast.train.adapt import fit_to_data
 
         steps = fit_to_data(config, len(open_source(config.data, split="train"))).steps
     if steps is None or seconds is None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from upstep_fast.config.adapt import AdaptConfig, _at_least, _fraction, _positive
+from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.base import _at_least, _fraction, _positive
 from upstep_fast.errors import ConfigError
 
 # these say how UpStep clusters; given to ExPLoRA they would do nothing

@@ -6,7 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from upstep_fast.config.adapt import LORA_TARGETS, ModelConfig, _at_least, _fraction, _positive
+from upstep_fast.config.adapt import LORA_TARGETS
+from upstep_fast.config.base import ModelConfig, _at_least, _fraction, _positive
 from upstep_fast.errors import ConfigError
 
 

@@ -7,7 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from upstep_fast.config.adapt import AdaptConfig, of_method
+from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.files import of_method
 from upstep_fast.errors import ConfigError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}

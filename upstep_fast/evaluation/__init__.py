@@ -1,5 +1,6 @@
 """How good features are: k-NN, linear probe, whitening, label-free scores."""
 
-from upstep_fast.evaluation.labelled import embed, evaluate
+from upstep_fast.evaluation.embeddings import embed
+from upstep_fast.evaluation.labelled import evaluate
 
 __all__ = ["embed", "evaluate"]

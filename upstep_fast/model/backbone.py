@@ -17,7 +17,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from upstep_fast.config.adapt import BackboneConfig
+from upstep_fast.config.base import BackboneConfig
 from upstep_fast.data.views.resize import normalised
 from upstep_fast.errors import ConfigError
 from upstep_fast.model import registry as catalogue

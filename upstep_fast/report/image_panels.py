@@ -26,11 +26,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from upstep_fast.config.adapt import AdaptConfig, EvalConfig
+from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.evaluate import EvalConfig
 from upstep_fast.data.loading.loader import load_images
 from upstep_fast.data.loading.skipped import read_image
 from upstep_fast.data.sources.source import Source, open_source
-from upstep_fast.evaluation.labelled import load_models
+from upstep_fast.evaluation.features import load_models
 from upstep_fast.model import backbone as backbones
 from upstep_fast.report.neighbours import nearest
 from upstep_fast.report.pca_plot import principal

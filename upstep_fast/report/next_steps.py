@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from upstep_fast.config.adapt import BackboneConfig
+from upstep_fast.config.base import BackboneConfig
 from upstep_fast.report.run_record import Record, number, summary
 
 

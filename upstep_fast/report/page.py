@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from upstep_fast.config.adapt import ReportConfig
+from upstep_fast.config.tools import ReportConfig
 from upstep_fast.errors import ConfigError
 from upstep_fast.report.charts import COLOURS, Bar, Line, bar_chart, line_chart, share_bar
 from upstep_fast.report.neighbours import sheet

@@ -11,7 +11,8 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from upstep_fast.config.adapt import AdaptConfig, to_toml
+from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.files import to_toml
 from upstep_fast.config.finetune import FinetuneConfig
 from upstep_fast.errors import ConfigError, RunFailedError
 from upstep_fast.runtime import checkpoint

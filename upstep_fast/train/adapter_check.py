@@ -11,7 +11,7 @@ from upstep_fast.errors import CheckFailedError
 from upstep_fast.model import backbone as backbones
 from upstep_fast.model import lora
 from upstep_fast.runtime.device import Compute
-from upstep_fast.train.resume import RunState
+from upstep_fast.train.state import RunState
 
 
 @torch.no_grad()

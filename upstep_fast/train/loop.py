@@ -5,126 +5,41 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from upstep_fast import __version__, methods
-from upstep_fast.config.adapt import AdaptConfig, every, from_options, of_method
-from upstep_fast.config.presets import with_preset
-from upstep_fast.data.curation.curate import survey
+from upstep_fast.config.adapt import AdaptConfig, every
 from upstep_fast.data.loading.loader import Batch, Loader
-from upstep_fast.data.sources.source import Source, open_source
-from upstep_fast.errors import ConfigError, Interrupted, RunFailedError
-from upstep_fast.kernels import _dispatch as dispatch
+from upstep_fast.data.sources.source import Source
+from upstep_fast.errors import Interrupted, RunFailedError
 from upstep_fast.methods import Method
 from upstep_fast.methods import gate as gates
 from upstep_fast.model import backbone as backbones
-from upstep_fast.model import lora
-from upstep_fast.report import image_panels as pictures
-from upstep_fast.report import page as html_report
-from upstep_fast.report.metrics import train_log
+from upstep_fast.model import peft_format
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime import run_folder as output
-from upstep_fast.runtime.atomic_file import write_whole
 from upstep_fast.runtime.checkpoint import Checkpoint
-from upstep_fast.runtime.device import Compute, resolve
+from upstep_fast.runtime.device import Compute
+from upstep_fast.runtime.machine import default_workers
 from upstep_fast.runtime.signals import signals
 from upstep_fast.train import resume
 from upstep_fast.train.adapter_check import check_adapter
-from upstep_fast.train.memory.fit import settle
 from upstep_fast.train.replay_check import ResumeCheck
-from upstep_fast.train.resume import RunState
 from upstep_fast.train.run_writer import Journal
+from upstep_fast.train.state import AdaptResult, RunState, fresh_state
 from upstep_fast.train.step import catch_up, step
-from upstep_fast.train.validator import Referee, hold_out
+from upstep_fast.train.validator import Referee
 
 log = logging.getLogger("upstep_fast")
 
 MAX_BAD_STEPS = 3  # non-finite steps in a row that end the run
 MAX_COLLAPSED_STEPS = 50  # steps in a row whose features tell images no longer apart
 START_IMAGES = 4096  # seen once, for k-means prototypes, the base model's centre and the queue, if that is no longer
-
-
-@dataclass(frozen=True)
-class AdaptResult:
-    """Where a finished run's files are and how it went."""
-
-    adapter: Path
-    steps: int
-    opened: int
-    loss: float
-    seconds: float
-
-
-def adapt(**options: Any) -> AdaptResult:
-    """Adapts `model` to the images in `data` and writes the adapter to `out`.
-
-    Keywords are the fields of AdaptConfig, with method="explora" those of Dinov2Config, or MaeConfig (objective="mae").
-    """
-    options = with_preset(options)
-    config_class = of_method(AdaptConfig, options.get("method"), options.get("objective"))
-    return run(from_options(config_class, options, "adapt"))
-
-
-def run(config: AdaptConfig) -> AdaptResult:
-    """One adaptation, from configuration to adapter. Raises UpstepError with the exit code of what went wrong."""
-    compute = resolve(config.device, config.precision)
-    with distributed.joined(compute.device):
-        return _run(config, compute)
-
-
-def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
-    source = open_source(config.data, split="train")
-    source, held_out = hold_out(source, config)
-    backbone = backbones.load_from(config)
-    if config.triage and distributed.is_first():
-        output.check(config)
-    config, source, backbone, files = survey(config, source, backbone, num_workers(config))
-    asked, config = config, settle(fit_to_data(config, len(source)), compute)
-    implementation = None if config.implementation == "auto" else config.implementation
-    with dispatch.forced(implementation), contextlib.ExitStack() as stack:
-        out = Path(config.out)
-        if distributed.is_first():
-            stack.enter_context(output.opened(config))
-            with output.writing(out):
-                for name, text in files.items():
-                    write_whole(out / name, text)
-            stack.enter_context(html_report.written_after(out))
-            stack.enter_context(train_log(out / "train.log"))
-        versions = f"upstep-fast {__version__}, torch {torch.__version__}"
-        ranks = f", {distributed.size()} ranks" if distributed.size() > 1 else ""
-        log.info("%s, %s in %s%s", versions, compute.device, compute.precision, ranks)
-        for name in ("batch_size", "prototypes", "queue"):
-            if (before := getattr(asked, name)) != (now := getattr(config, name)):
-                log.warning("%s: reduced from %d to the %d images there are", name, before, now)
-        result = _train(config, compute, source, held_out, backbone, out)
-        if config.report_images and distributed.is_first():
-            with torch.random.fork_rng(devices=[]):  # the caller's generator stays as it is
-                pictures.collect(config, compute, source, out)
-        return result
-
-
-def fit_to_data(config: AdaptConfig, num_images: int) -> AdaptConfig:
-    """The configuration with length resolved and batch and prototypes reduced to what the data can fill."""
-    ranks = distributed.size()
-    if config.batch_size % ranks:
-        raise ConfigError(f"batch_size: {config.batch_size} images do not divide over {ranks} ranks; take a multiple")
-    batch = min(config.batch_size, num_images) // ranks * ranks
-    if batch < 2:
-        raise ConfigError(f"data: {num_images} image found, adaptation needs at least {max(2, ranks)}")
-    prototypes, queue, steps = min(config.prototypes, num_images), min(config.queue, num_images), config.steps
-    if steps is None:
-        per_epoch = num_images // batch
-        steps = max(400, 10 * per_epoch) if config.epochs is None else max(1, round(config.epochs * num_images / batch))
-    return replace(config, batch_size=batch, prototypes=prototypes, queue=queue, steps=steps, epochs=None)
 
 
 def _train(
@@ -218,7 +133,7 @@ def _train(
                 referee.settle()
             ends = config.strength if config.strength_first is None else config.strength_first, config.strength
             if "auto" not in ends and ends != (1.0, 1.0) and distributed.is_first():
-                lora.strengthen(out / "adapter", lora.by_depth(*ends, len(state.method.vit.blocks)))  # type: ignore[arg-type]
+                peft_format.strengthen(out / "adapter", peft_format.by_depth(*ends, len(state.method.vit.blocks)))  # type: ignore[arg-type]
     return AdaptResult(out / "adapter", state.step, state.gate.opened, state.loss, time.monotonic() - began)
 
 
@@ -255,30 +170,6 @@ def stop_if_collapsed(state: RunState, row: dict[str, Any], out: Path) -> None:
             f"step {row['step']}: collapse: {row['collapsed']}, {state.collapsed} steps in a row; "
             f"lower --lr, or go back to an earlier checkpoint in {out / output.CHECKPOINTS}"
         )
-
-
-def fresh_state(config: AdaptConfig, compute: Compute, backbone: backbones.Backbone) -> RunState:
-    """The state before the first step."""
-    if config.cuda_graphs and compute.device.type != "cuda":
-        raise ConfigError(f"cuda_graphs: needs a GPU, the device is {compute.device}; leave it out")
-    method = methods.build(backbone, config)
-    if config.shard_weights:
-        distributed.shard(method.vit, compute.device)
-    method = method.to(compute.device)
-    if config.implementation != "reference" and not config.shard_weights:
-        assert config.memory != "auto"  # settled before the run began
-        method.accelerate(compute.dtype or torch.float32, config.memory, compute.fp8)
-    return RunState(
-        method=method,
-        optimizer=make_optimizer(method, config),
-        scaler=torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16"),
-        received=torch.zeros(len(method.watched()), dtype=torch.bool, device=compute.device),
-    )
-
-
-def make_optimizer(method: Method, config: AdaptConfig) -> torch.optim.Optimizer:
-    """AdamW over the method's groups."""
-    return torch.optim.AdamW(method.parameter_groups(), lr=config.lr, betas=(0.9, 0.999), fused=True)
 
 
 def gate_rule(config: AdaptConfig) -> gates.GateRule:
@@ -333,7 +224,7 @@ def _kept(state: RunState, loader: Loader, journal: Journal, taken: Iterable[Any
             for row, _ in taken:
                 journal.write(row, state.gate)
         if state.gate.opened:
-            lora.write(out / "adapter", state.method.result_files())
+            peft_format.write(out / "adapter", state.method.result_files())
         loader.write_skipped(out / "skipped.csv")
 
     try:
@@ -350,11 +241,6 @@ def _kept(state: RunState, loader: Loader, journal: Journal, taken: Iterable[Any
 def num_workers(config: AdaptConfig) -> int:
     """Threads that decode."""
     return default_workers() if config.num_workers is None else config.num_workers
-
-
-def default_workers() -> int:
-    """One thread a core, at most 16; processes on one machine share its cores."""
-    return max(1, min(16, (os.cpu_count() or 1) // distributed.local_size()))
 
 
 def _start_views(

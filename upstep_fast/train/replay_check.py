@@ -9,7 +9,7 @@ from typing import Any
 from upstep_fast.errors import RunFailedError
 from upstep_fast.runtime.checkpoint import Checkpoint
 from upstep_fast.train import resume
-from upstep_fast.train.resume import RunState
+from upstep_fast.train.state import RunState
 
 CLOCK = ("forward_s", "backward_s")  # no two runs agree on these
 

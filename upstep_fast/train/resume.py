@@ -25,7 +25,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from upstep_fast import __version__
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.finetune import FinetuneConfig
 from upstep_fast.data.decode import gpu_jpeg
@@ -35,12 +34,13 @@ from upstep_fast.errors import ConfigError, RunFailedError
 from upstep_fast.kernels import _autotune as measure
 from upstep_fast.kernels import _dispatch as dispatch
 from upstep_fast.kernels.views.op import made_by
-from upstep_fast.methods import Method
 from upstep_fast.methods.gate import GateState
 from upstep_fast.runtime import checkpoint as checkpoints
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime.checkpoint import Checkpoint
 from upstep_fast.runtime.device import Compute
+from upstep_fast.train.state import RunState
+from upstep_fast.version import __version__
 
 log = logging.getLogger("upstep_fast")
 
@@ -52,35 +52,6 @@ _FREE = {
     *("max_bad_fraction", "device", "debug", "tensorboard", "verify_resume", "auto_batch", "rank_timeout"),
     *("memory_check", "report_images", "strength", "strength_first", "keep_checkpoints", "cuda_graphs"),
 }
-
-
-@dataclass(frozen=True)
-class Late:
-    """What a step tells once the device has done it."""
-
-    row: dict[str, Any]  # of metrics.jsonl, to be filled in
-    numbers: Tensor  # fp32: the centre's magnitude; of open steps also loss, whether all was finite, and figures
-    figures: list[str]  # their names
-    marks: list[Any]  # of the device's clock: begin, gate, end
-
-
-@dataclass
-class RunState:
-    """What changes from step to step. Nothing else may carry over from one step to the next."""
-
-    method: Method
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    received: Tensor  # [watched] bool, whether what must learn ever got a gradient other than 0
-    gate: GateState = field(default_factory=GateState)
-    step: int = 0  # the next one
-    loss: float = math.nan  # of the last open step
-    bad: list[dict[str, Any]] = field(default_factory=list)  # steps not applied since the last that was
-    skipped: dict[str, str] = field(default_factory=dict)  # bad images met so far; shared with the loader
-    gradients: dict[str, Tensor] = field(default_factory=dict)  # of open steps that wait for more, by parameter
-    accumulated: int = 0  # of how many
-    collapsed: int = 0  # steps in a row whose features told images no longer apart
-    late: Late | None = None  # of the last step; none where a checkpoint is made
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,13 @@ from typing import Any, Self
 
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.methods.gate import GateState
-from upstep_fast.report.metrics import Metrics, Progress
+from upstep_fast.report.metrics import Metrics
+from upstep_fast.report.progress import Progress
 from upstep_fast.runtime import checkpoint, distributed
 from upstep_fast.runtime import run_folder as output
 from upstep_fast.train import resume
-from upstep_fast.train.resume import Identity, RunState
+from upstep_fast.train.resume import Identity
+from upstep_fast.train.state import RunState
 
 
 class Journal:

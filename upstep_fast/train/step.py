@@ -27,7 +27,7 @@ from upstep_fast.methods import gate as gates
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime.device import Compute
 from upstep_fast.runtime.signals import WISHES, Asked
-from upstep_fast.train.resume import Late, RunState
+from upstep_fast.train.state import Late, RunState
 
 log = logging.getLogger("upstep_fast")
 

@@ -24,10 +24,12 @@ from upstep_fast.config.explora import Dinov2Config
 from upstep_fast.data.loading.loader import Batch
 from upstep_fast.engine.block import Memory
 from upstep_fast.kernels.sinkhorn import sinkhorn
+from upstep_fast.methods import crops, trainable
+from upstep_fast.methods.crops import GLOBAL_VIEWS
 from upstep_fast.methods.embeddings import Embedded, embedded
 from upstep_fast.methods.explora import crops as explora_crops
 from upstep_fast.methods.explora import unfreeze as explora
-from upstep_fast.methods.explora.crops import GLOBAL_VIEWS, Crops
+from upstep_fast.methods.explora.crops import Crops
 from upstep_fast.methods.explora.dino_head import Head, scores
 from upstep_fast.methods.explora.teacher import averaged, copied, own_weights, teacher_of
 from upstep_fast.methods.explora.tokens import Encoder, embed, grid_of, seen
@@ -61,7 +63,7 @@ class ExploraDinov2(nn.Module):
     def __init__(self, backbone: Backbone, config: Dinov2Config):
         super().__init__()
         self.config, self.passes = config, 1
-        self.recipes = explora_crops.recipes(config, backbone)
+        self.recipes = crops.recipes(config, backbone)
         vit: Any = backbone.vit
         self.grid = grid_of(vit, *backbone.img_size)
         size = (backbone.width, config.head_hidden, config.head_dim, config.prototypes)
@@ -226,31 +228,31 @@ class ExploraDinov2(nn.Module):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Matrices, then what has no weight decay, then the prototypes, which stand still at first."""
-        named = explora.trained(self)
+        named = trainable.trained(self)
         last = {name for name in named if name.endswith("prototypes")}
         of_decay = {True: [], False: []}  # type: dict[bool, list[nn.Parameter]]
         for name, p in named.items():
             if name not in last:
-                of_decay[explora.decays(name, p)].append(p)
+                of_decay[trainable.decays(name, p)].append(p)
         groups: list[dict[str, Any]] = [{"params": of_decay[d], "decays": d, "last": False} for d in (True, False)]
         return [*groups, {"params": [named[name] for name in sorted(last)], "decays": True, "last": True}]
 
     def gradient_parts(self) -> list[tuple[list[nn.Parameter], float]]:
         """The backbone and each head, clipped apart as in DINOv2."""
         heads = [head for head in (self.head, self.patch_head) if head is not None]
-        backbone = [*explora.trained(self.vit).values(), self.mask_token]
+        backbone = [*trainable.trained(self.vit).values(), self.mask_token]
         return [(part, self.config.clip) for part in (backbone, *(list(head.parameters()) for head in heads))]
 
     def watched(self) -> dict[str, nn.Parameter]:
         """What must receive a gradient."""
-        return explora.watched(self.vit, self.adapters)
+        return trainable.watched(self.vit, self.adapters)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The student, the heads, the teacher and the centres."""
         own = {id(average) for average, _ in self._averaged}
         own |= {id(p) for p in own_weights(self.teacher, self.adapters)} if self.config.ema == "products" else set()
         averages = {name: p for name, p in self.named_parameters() if id(p) in own}
-        return explora.trained(self) | averages | dict(self.named_buffers(recurse=False))
+        return trainable.trained(self) | averages | dict(self.named_buffers(recurse=False))
 
     def as_written(self) -> AbstractContextManager[nn.Module]:
         """The teacher, as the authors' code saves it, or the student."""
@@ -259,4 +261,4 @@ class ExploraDinov2(nn.Module):
     def result_files(self) -> dict[str, bytes]:
         """That model's adapters and what else is trained, as PEFT reads them, and bare parameters."""
         with self.as_written() as model:
-            return explora.result_files(model, lora.find(model), self.config.model, explora.trained(self.vit))
+            return trainable.result_files(model, lora.find(model), self.config.model, trainable.trained(self.vit))

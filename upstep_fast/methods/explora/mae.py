@@ -29,6 +29,7 @@ from upstep_fast.data.views.view_config import view_config
 from upstep_fast.data.views.views import random_views
 from upstep_fast.engine.block import Memory
 from upstep_fast.errors import ConfigError
+from upstep_fast.methods import trainable
 from upstep_fast.methods.embeddings import Embedded, embedded
 from upstep_fast.methods.explora import unfreeze as explora
 from upstep_fast.methods.explora.tokens import Encoder, embed, grid_of, pooled
@@ -218,23 +219,23 @@ class ExploraMae(nn.Module):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Matrices, then what has no weight decay."""
         of_decay: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-        for name, p in explora.trained(self).items():
-            of_decay[explora.decays(name, p)].append(p)
+        for name, p in trainable.trained(self).items():
+            of_decay[trainable.decays(name, p)].append(p)
         decay = {True: self.config.weight_decay, False: 0.0}
         return [{"params": of_decay[d], "weight_decay": decay[d], "betas": BETAS} for d in (True, False)]
 
     def gradient_parts(self) -> list[tuple[list[nn.Parameter], float]]:
         """The backbone and the decoder."""
-        return [(list(explora.trained(part).values()), self.config.clip) for part in (self.vit, self.decoder)]
+        return [(list(trainable.trained(part).values()), self.config.clip) for part in (self.vit, self.decoder)]
 
     def watched(self) -> dict[str, nn.Parameter]:
         """What must receive a gradient."""
         decoder = {f"decoder.{name}": adapter.lora_b for name, adapter in self.decoder_adapters.items()}
-        return explora.watched(self.vit, self.adapters) | decoder
+        return trainable.watched(self.vit, self.adapters) | decoder
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What trains."""
-        return dict(explora.trained(self))
+        return dict(trainable.trained(self))
 
     def as_written(self) -> AbstractContextManager[nn.Module]:
         """The encoder as it is."""
@@ -242,7 +243,7 @@ class ExploraMae(nn.Module):
 
     def result_files(self) -> dict[str, bytes]:
         """The encoder, as PEFT reads it, and bare parameters."""
-        return explora.result_files(self.vit, self.adapters, self.config.model, explora.trained(self.vit))
+        return trainable.result_files(self.vit, self.adapters, self.config.model, trainable.trained(self.vit))
 
 
 def sincos_positions(grid: tuple[int, int], width: int, prefix: int) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from upstep_fast.methods.explora import unfreeze as explora
+from upstep_fast.methods import trainable
 from upstep_fast.model.lora import LoraLinear
 
 
@@ -35,7 +35,7 @@ def averaged(mine: nn.Module | None, theirs: nn.Module | None) -> Iterator[tuple
     """(the teacher's, the student's) of all that is averaged one by one in a module and its copy, if there is one."""
     if mine is not None and theirs is not None:
         own = dict(mine.named_parameters())
-        yield from ((own[name], p) for name, p in explora.trained(theirs).items() if name in own)
+        yield from ((own[name], p) for name, p in trainable.trained(theirs).items() if name in own)
 
 
 def _give_own_weights(teacher: nn.Module) -> None:

@@ -9,12 +9,12 @@ What is here serves both objectives (explora_dinov2.py, explora_mae.py): what tr
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
 from upstep_fast.config.explora import ExploraConfig
 from upstep_fast.engine.block import Memory
@@ -99,30 +99,3 @@ def accelerate(encoder: Encoder, dtype: torch.dtype, memory: Memory, fp8: bool) 
         log.warning("engine: running the plain model instead, since %s", reason)
         return False
     return True
-
-
-def trained(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that train, by name."""
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
-
-
-def decays(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: matrices alone, as DINOv2 and MAE have it."""
-    return parameter.dim() >= 2 and not name.endswith(("bias", "cls_token", "pos_embed", "mask_token"))
-
-
-def watched(vit: nn.Module, adapters: dict[str, LoraLinear]) -> dict[str, nn.Parameter]:
-    """What must receive a gradient: each adapter's B, and all that trains beside the adapters."""
-    others = {name: p for name, p in trained(vit).items() if not name.endswith(("lora_a", "lora_b"))}
-    return {name: adapter.lora_b for name, adapter in adapters.items()} | others
-
-
-def result_files(
-    vit: nn.Module, adapters: Mapping[str, LoraLinear], base_model: str, names: Iterable[str]
-) -> dict[str, bytes]:
-    """The adapter folder: LoRA, the modules that were trained whole, and bare parameters in a file of their own.
-
-    names: of the trained parameters, those of the adapters too.
-    """
-    whole = sorted(name for name in names if not name.endswith(("lora_a", "lora_b")))
-    return lora.to_files(adapters, base_model, whole={name: vit.get_parameter(name) for name in whole})

@@ -30,9 +30,8 @@ from upstep_fast.engine.block import Memory
 from upstep_fast.errors import ConfigError
 from upstep_fast.kernels.patchify import unpatchify_reference
 from upstep_fast.kernels.sinkhorn import sinkhorn
+from upstep_fast.methods import crops, trainable
 from upstep_fast.methods.embeddings import Embedded, embedded
-from upstep_fast.methods.explora import crops as explora_crops
-from upstep_fast.methods.explora import unfreeze as explora
 from upstep_fast.methods.gate import choose_images
 from upstep_fast.methods.losses import clustering
 from upstep_fast.methods.losses.distillation import distillation_loss, sharpen
@@ -60,7 +59,7 @@ class UpStep(nn.Module):
 
     def __init__(self, backbone: Backbone, config: AdaptConfig, num_prototypes: int):
         super().__init__()
-        self.config, self.recipes, self.passes, self._learnt = config, explora_crops.recipes(config, backbone), 1, 0
+        self.config, self.recipes, self.passes, self._learnt = config, crops.recipes(config, backbone), 1, 0
         self.base_share = float(config.base_targets > 0)  # in the targets; `schedule` moves it
         self._fresh: Tensor | None = None  # [V, B, d], what made the targets of this step
         self._patch, self._view_dtype = 0, torch.float32  # of `views`; 0: pictures
@@ -293,7 +292,7 @@ class UpStep(nn.Module):
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         """The LoRA matrices; with --tune full the model itself."""
-        return list(explora.trained(self.vit).values())
+        return list(trainable.trained(self.vit).values())
 
     def collapsed(self, row: dict[str, Any]) -> str | None:
         """A word on why the embeddings tell images no longer apart, if they do not."""
@@ -312,7 +311,7 @@ class UpStep(nn.Module):
 
     def watched(self) -> dict[str, nn.Parameter]:
         """Each adapter's B; with --tune full every weight."""
-        return explora.watched(self.vit, self.adapters)
+        return trainable.watched(self.vit, self.adapters)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What learns, the prototypes and the running values."""
@@ -329,7 +328,7 @@ class UpStep(nn.Module):
     def result_files(self) -> dict[str, bytes]:
         """The adapter as PEFT reads it."""
         with self.as_written():
-            return explora.result_files(self.vit, self.adapters, self.config.model, explora.trained(self.vit))
+            return trainable.result_files(self.vit, self.adapters, self.config.model, trainable.trained(self.vit))
 
     def other_parameters(self) -> list[nn.Parameter]:
         """What is trained beside them and thrown away afterwards."""

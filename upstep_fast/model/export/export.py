@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upstep_fast.config.adapt import ExportConfig
+from upstep_fast.config.tools import ExportConfig
 from upstep_fast.data.loading.loader import load_images
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import CheckFailedError, ConfigError, RunFailedError
 from upstep_fast.model import backbone as backbones
-from upstep_fast.model import lora
+from upstep_fast.model import lora, peft_format
 from upstep_fast.model.backbone import Backbone, features
 from upstep_fast.model.export.writers import WRITERS, Job, Written
 
@@ -55,7 +55,7 @@ def run(config: ExportConfig) -> Exported:
     _check(config)
     base = backbones.load_from(config)
     images, seen = _images(config, base)
-    adapters = {} if config.adapter is None else lora.attach(base.vit, config.adapter)
+    adapters = {} if config.adapter is None else peft_format.attach(base.vit, config.adapter)
     expected = features(base.vit, images)
     if config.format != "peft":
         lora.merge(base.vit)

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from timm.layers.mlp import GluMlp
 from torch import Tensor, nn
 
-from upstep_fast.config.adapt import ExportConfig
+from upstep_fast.config.tools import ExportConfig
 from upstep_fast.errors import ConfigError
 from upstep_fast.model import backbone as backbones
-from upstep_fast.model import lora
+from upstep_fast.model import lora, peft_format
 from upstep_fast.model.backbone import Backbone, features
 from upstep_fast.model.formats import checkpoint_files as weights
 from upstep_fast.model.formats import hf_config, key_names
@@ -99,8 +99,8 @@ def _peft(job: Job) -> Written:
     hub = vit.pretrained_cfg.get("hf_hub_id")
     name = f"{HUB}{hub}" if hub and timm.is_model(job.config.model.partition(".")[0]) else job.config.model
     assert job.config.adapter is not None
-    whole, bare = lora.trained_whole(job.config.adapter)
-    lora.write(job.folder, lora.to_files(job.adapters, name, whole=whole | bare))
+    whole, bare = peft_format.trained_whole(job.config.adapter)
+    peft_format.write(job.folder, peft_format.to_files(job.adapters, name, whole=whole | bare))
     biased = getattr(vit.blocks[0].attn, "q_bias", None) is not None
 
     def measure(images: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def _peft(job: Job) -> Written:
     if biased:  # else timm reads qkv.weight itself, past PEFT's adapter
         usage += "for block in model.blocks:\n    block.attn.qkv_bias_separate = True\n"
     if bare:  # PEFT has no place for parameters of the model itself
-        usage += f'for name, value in safetensors.torch.load_file("FOLDER/{lora.BARE}").items():\n'
+        usage += f'for name, value in safetensors.torch.load_file("FOLDER/{peft_format.BARE}").items():\n'
         usage += "    model.get_parameter(name).data.copy_(value)\n"
     return Written("PEFT", measure, usage + 'model = peft.PeftModel.from_pretrained(model, "FOLDER")')
 

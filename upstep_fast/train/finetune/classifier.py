@@ -24,7 +24,7 @@ from upstep_fast.errors import ConfigError
 from upstep_fast.methods.supervised.baselines import Baseline
 from upstep_fast.methods.supervised.losa import Losa, LosaSpec
 from upstep_fast.model import backbone as backbones
-from upstep_fast.model import lora
+from upstep_fast.model import lora, peft_format
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.runtime.atomic_file import write_whole
 
@@ -68,7 +68,7 @@ def load_backbone(config: FinetuneConfig) -> Backbone:
     """The base model, with the adapter merged if there is one."""
     backbone = backbones.load_from(config)
     if config.adapter is not None:
-        lora.attach(backbone.vit, config.adapter)
+        peft_format.attach(backbone.vit, config.adapter)
         lora.merge(backbone.vit)
         backbone.vit.requires_grad_(False)
     return backbone

@@ -18,6 +18,7 @@ from upstep_fast.data.labelled.splits import Labelled
 from upstep_fast.data.loading.loader import permutation
 from upstep_fast.errors import ConfigError
 from upstep_fast.runtime.device import Compute
+from upstep_fast.runtime.machine import available_memory
 
 log = logging.getLogger("upstep_fast")
 
@@ -76,15 +77,6 @@ def fill(model: Any, parts: list[Labelled], reader: Reader, compute: Compute, wh
             count += len(x)
         found.append(Cached(room[:count], part.y[torch.cat(read)] if read else part.y[:0]))
     return found
-
-
-def available_memory() -> int:
-    """Bytes that can be had without swapping."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def _allocate(count: int, dtype: torch.dtype, where: str, folder: Path) -> Tensor:

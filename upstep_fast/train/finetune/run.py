@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upstep_fast import __version__
-from upstep_fast.config.adapt import from_options
+from upstep_fast.config.files import from_options
 from upstep_fast.config.finetune import FinetuneConfig
 from upstep_fast.data.labelled.batches import Reader
 from upstep_fast.data.labelled.clips import train_and_test_clips
@@ -32,11 +31,13 @@ from upstep_fast.methods.supervised.baselines import parameter_groups
 from upstep_fast.methods.supervised.losa import Losa
 from upstep_fast.model import backbone as backbones
 from upstep_fast.model.backbone import Backbone
-from upstep_fast.report.metrics import Metrics, train_log
+from upstep_fast.report.logs import train_log
+from upstep_fast.report.metrics import Metrics
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime import run_folder as output
 from upstep_fast.runtime.atomic_file import write_whole
 from upstep_fast.runtime.device import Compute, resolve
+from upstep_fast.runtime.machine import default_workers
 from upstep_fast.runtime.signals import signals
 from upstep_fast.train import resume
 from upstep_fast.train.finetune import classifier as finetuned
@@ -45,7 +46,8 @@ from upstep_fast.train.finetune import state as finetune_state
 from upstep_fast.train.finetune.feature_cache import Cached
 from upstep_fast.train.finetune.state import State
 from upstep_fast.train.finetune.step import balanced, make_logits, make_mixup, predict, top1, train_step
-from upstep_fast.train.loop import MAX_BAD_STEPS, default_workers
+from upstep_fast.train.loop import MAX_BAD_STEPS
+from upstep_fast.version import __version__
 
 log = logging.getLogger("upstep_fast")
 

@@ -19,11 +19,10 @@ from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.data.loading.loader import CACHE_BYTES
 from upstep_fast.engine.block import Memory
 from upstep_fast.errors import ConfigError, UpstepError
-from upstep_fast.runtime import distributed
+from upstep_fast.runtime import distributed, machine
 from upstep_fast.runtime.device import Compute
 from upstep_fast.runtime.run_folder import CONFIG
 from upstep_fast.train.memory import count as step_memory
-from upstep_fast.train.memory import measure as calibrate
 from upstep_fast.train.memory.count import StepMemory
 
 log = logging.getLogger("upstep_fast")
@@ -100,7 +99,7 @@ def settle(config: AdaptConfig, compute: Compute) -> AdaptConfig:
         config = replace(config, memory=level)
     first = LEVELS[0] if config.memory == "auto" else config.memory
     # the ranks take the same decision
-    world_size, found = distributed.size(), distributed.gather(calibrate.free_bytes(compute.device))
+    world_size, found = distributed.size(), distributed.gather(machine.free_bytes(compute.device))
     free = min(found, key=lambda value: math.inf if value is None else value)
     if free is None:
         log.warning("memory: how much is free is not known here, so it is not checked")

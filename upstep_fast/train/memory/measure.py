@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -18,8 +17,8 @@ from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.data.loading.loader import Batch
 from upstep_fast.model import backbone as backbones
 from upstep_fast.runtime.device import Compute
-from upstep_fast.train import loop as trainer
 from upstep_fast.train.memory.count import open_loss
+from upstep_fast.train.state import fresh_state
 
 CPU_IMAGES = 8  # of a calibrated step on a CPU, where a full batch may take minutes
 _COUNTED = "upstep_fast: the counted step"
@@ -61,7 +60,7 @@ def one_step(config: AdaptConfig, compute: Compute) -> tuple[Callable[[], None],
     Weights and images are random: they take the same time and memory as any.
     """
     backbone = backbones.load_from(config, pretrained=False)
-    state = trainer.fresh_state(config, compute, backbone)
+    state = fresh_state(config, compute, backbone)
     image = torch.randint(256, (len(backbone.mean), *backbone.img_size), dtype=torch.uint8)
     batch = Batch([image] * config.batch_size, torch.arange(config.batch_size), 0, 0)
     seconds: list[float] = []
@@ -79,31 +78,6 @@ def one_step(config: AdaptConfig, compute: Compute) -> tuple[Callable[[], None],
         seconds.extend((middle - began, _now(compute) - middle))
 
     return take_step, seconds
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """What may still be allocated: on a GPU, or in host memory (cgroup limits included); None where it is not known."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    found = [_available(Path("/proc/meminfo"))]
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        with contextlib.suppress(OSError, ValueError):
-            root = Path("/sys/fs/cgroup")
-            found.append(int((root / limit).read_text()) - int((root / used).read_text()))
-    return min((value for value in found if value is not None), default=None)
-
-
-def _available(meminfo: Path) -> int | None:
-    try:
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-        return 1024 * int(lines["MemAvailable"].split()[0])
-    except (OSError, KeyError, ValueError):
-        pages = "SC_AVPHYS_PAGES"
-        return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") if pages in getattr(os, "sysconf_names", {}) else None
 
 
 @contextlib.contextmanager

@@ -1,0 +1,111 @@
+"""Writes features of images to a file: upstep-fast embed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from torch import Tensor
+
+from upstep_fast.config.evaluate import EmbedConfig
+from upstep_fast.data.sources.source import open_source
+from upstep_fast.errors import ConfigError
+from upstep_fast.evaluation import whitening
+from upstep_fast.evaluation.features import beside, extract, load_models, plain
+from upstep_fast.model import backbone as backbones
+from upstep_fast.model import peft_format
+from upstep_fast.model.backbone import Backbone
+from upstep_fast.runtime import distributed
+from upstep_fast.runtime.atomic_file import write_whole
+from upstep_fast.runtime.device import resolve
+
+
+def embed(model: str, data: str | Path | Sequence[str | Path], out: str | Path, **options: Any) -> Path:
+    """Writes features of every image with its path; keywords are EmbedConfig's. Returns the file.
+
+    [N, D] for features of width D, [N, 2 D] with ensemble; with a whitening three times as wide, or twice where the
+    model's features are the mean patch token.
+    """
+    paths = (data,) if isinstance(data, (str, Path)) else data
+    return run_embed(EmbedConfig(model=model, data=tuple(str(p) for p in paths), out=str(out), **options))
+
+
+def run_embed(config: EmbedConfig) -> Path:
+    """As `embed`. Raises UpstepError."""
+    out = Path(config.out)
+    writers = {".npy": _write_npy, ".safetensors": _write_safetensors, ".parquet": _write_parquet}
+    if out.suffix not in writers:
+        raise ConfigError(f"out: {out.name} must end in {', '.join(writers)}")
+    files = {"out": out} | ({"fit_whitening": Path(config.fit_whitening)} if config.fit_whitening else {})
+    if len({path.with_suffix("") for path in files.values()}) < len(files):
+        raise ConfigError(f"fit_whitening: {config.fit_whitening} and --out {out} need names that differ")
+    for field, path in files.items():
+        if path.exists() and not config.overwrite:
+            raise ConfigError(f"{field}: {path} exists; choose another name or add --overwrite")
+        if not path.parent.is_dir():
+            raise ConfigError(f"{field}: no folder {path.parent}")
+    compute = resolve(config.device, config.precision)
+    with distributed.joined(compute.device):
+        source, models = open_source(config.data), load_models(config)
+        whitens = bool(config.whitening or config.fit_whitening)
+        fingerprints = _fingerprints(models, config) if whitens else {}
+        fitted = whitening.read(config.whitening, fingerprints) if config.whitening else {}
+        x, read = extract(source, models, config, compute, patches=whitens)
+        if config.fit_whitening:
+            fitted = {name: whitening.fit(x[name]) for name in models}
+            if distributed.is_first():
+                whitening.write(config.fit_whitening, fitted, fingerprints)
+        features = beside(x, fitted) if fitted else plain(x)
+        kind = "ensemble" if config.ensemble else "adapted" if config.adapter else "base"
+        if distributed.is_first():
+            writers[out.suffix](out, features[kind], [source.name(i) for i in read])
+    return out
+
+
+def _fingerprints(models: Mapping[str, Backbone], config: EmbedConfig) -> dict[str, str]:
+    """What tells the base model and the adapted one from others, whatever machine merges them."""
+    found = {"base": backbones.fingerprint(models["base"].vit)}
+    return found | ({"adapted": f"{found['base']} {peft_format.fingerprint(config.adapter)}"} if config.adapter else {})
+
+
+def _write_text(path: Path, text: str, field: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise ConfigError(f"{field}: cannot write {path}: {error.strerror}") from error
+
+
+def _write_npy(out: Path, x: Tensor, names: list[str]) -> None:
+    _write(out, lambda file: np.save(file, x.numpy()))
+    _write(out.with_suffix(".txt"), lambda file: file.write("".join(f"{n}\n" for n in names).encode()))
+
+
+def _write_safetensors(out: Path, x: Tensor, names: list[str]) -> None:
+    from safetensors.torch import save
+
+    _write(out, lambda file: file.write(save({"features": x}, {"paths": json.dumps(names)})))
+
+
+def _write_parquet(out: Path, x: Tensor, names: list[str]) -> None:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ConfigError(
+            "out: .parquet needs pyarrow; `pip install pyarrow`, or write .npy or .safetensors"
+        ) from error
+    column = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(x.numpy().ravel()), x.shape[1])
+    _write(
+        out,
+        lambda file: pyarrow.parquet.write_table(pyarrow.table({"path": names, "features": column}), file),
+    )
+
+
+def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    try:
+        write_whole(path, write)
+    except OSError as error:
+        raise ConfigError(f"out: cannot write {path}: {error.strerror}") from error

@@ -1,0 +1,143 @@
+"""Features of images by the base model, the adapted model and both (ensemble), plain or whitened."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from upstep_fast.config.evaluate import EmbedConfig, EvalConfig
+from upstep_fast.data.loading.loader import load_images
+from upstep_fast.data.sources.source import Source
+from upstep_fast.engine import vit as engine
+from upstep_fast.errors import DataError
+from upstep_fast.evaluation import whitening
+from upstep_fast.evaluation.whitening import Whitening
+from upstep_fast.model import backbone as backbones
+from upstep_fast.model import lora, peft_format
+from upstep_fast.model.backbone import Backbone
+from upstep_fast.runtime import distributed
+from upstep_fast.runtime.device import Compute
+
+log = logging.getLogger("upstep_fast")
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of a labelled set of images."""
+
+    x: Tensor  # [N, D] fp32, unit length
+    y: Tensor  # [N] int64, index into `classes`
+    classes: tuple[str, ...]
+
+
+Form = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]  # what `extract` found -> [N, *] by base, adapted, ensemble
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """What `extract` found of a labelled set of images."""
+
+    x: dict[str, Tensor]
+    y: Tensor
+    classes: tuple[str, ...]
+
+    def features(self, form: Form) -> dict[str, Features]:
+        """In one form, by "base", "adapted" and "ensemble"."""
+        return {name: Features(x, self.y, self.classes) for name, x in form(self.x).items()}
+
+
+def load_models(config: EvalConfig | EmbedConfig) -> dict[str, Backbone]:
+    """{"base": ..., "adapted": ...}, the second only with an adapter."""
+    models = {"base": backbones.load_from(config)}
+    if config.adapter is not None:
+        adapted = backbones.load_from(config)
+        peft_format.attach(adapted.vit, config.adapter)
+        lora.merge(adapted.vit)
+        models["adapted"] = adapted
+    return models
+
+
+@torch.no_grad()
+def extract(
+    source: Source,
+    models: dict[str, Backbone],
+    config: EvalConfig | EmbedConfig,
+    compute: Compute,
+    patches: bool = True,
+) -> tuple[dict[str, Tensor], list[int]]:
+    """Of every readable image by each model: features and mean patch token, [N, P, D] (`backbone.parts`), each of unit
+    length; and the images' indices. patches: False: the features alone, P = 1.
+    """
+    base = models["base"]
+    pool = backbones.parts if patches else backbones.alone
+    runs = {name: _parts_of(model, config, compute, pool) for name, model in models.items()}
+    rows: dict[str, list[Tensor]] = {name: [] for name in models}
+    read: list[int] = []
+    skipped: dict[str, str] = {}
+    batches = load_images(
+        source,
+        distributed.own_part(len(source)),
+        **base.reading,
+        batch_size=config.batch_size,
+        num_workers=config.num_workers,
+        max_bad_fraction=config.max_bad_fraction,
+        skipped=skipped,
+    )
+    for indices, images in batches:
+        x = base.normalised(images.to(compute.device))
+        read += indices.tolist()
+        for name, run in runs.items():
+            with compute.autocast():
+                f = run(x)
+            rows[name].append(F.normalize(f.float(), dim=-1).cpu())
+    for name, reason in skipped.items():
+        log.warning("skipped %s: %s", name, reason)
+    read = [index for part in distributed.gather(read) for index in part]
+    if not read:
+        raise DataError(
+            f"data: none of the {len(source)} images could be read; the first: {next(iter(skipped.items()))}"
+        )
+    # a rank without images has none to tell the shape of
+    num = {name: backbones.num_parts(model.vit) if patches else 1 for name, model in models.items()}
+    nothing = {name: torch.empty(0, num[name], model.width) for name, model in models.items()}
+    own = {name: torch.cat(parts) if parts else nothing[name] for name, parts in rows.items()}
+    return {name: torch.cat(distributed.gather_parts(x)) for name, x in own.items()}, read
+
+
+def _parts_of(
+    model: Backbone, config: EvalConfig | EmbedConfig, compute: Compute, pool: Callable[[Any, Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    vit = model.vit.to(compute.device).requires_grad_(False)
+
+    def by_the_model(images: Tensor) -> Tensor:
+        return pool(vit, vit.forward_features(images))
+
+    if config.implementation == "reference":
+        return by_the_model
+    dtype = compute.dtype or torch.float32
+    return engine.choose(vit, dtype, "fast", otherwise=by_the_model, fp8=compute.fp8, pool=pool)
+
+
+def plain(x: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of what `extract` found the features as they are, [N, D], and their ensemble [N, 2 D]."""
+    return _with_ensemble({name: parts[:, 0].contiguous() for name, parts in x.items()})
+
+
+def beside(x: Mapping[str, Tensor], fitted: Mapping[str, Whitening]) -> dict[str, Tensor]:
+    """Of what `extract` found the features with whitened ones beside them, and their ensemble."""
+    return _with_ensemble({name: whitening.beside(x[name], by) for name, by in fitted.items()})
+
+
+def _with_ensemble(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    return found | ({"ensemble": ensemble(found["base"], found["adapted"])} if "adapted" in found else {})
+
+
+def ensemble(base: Tensor, adapted: Tensor) -> Tensor:
+    """Unit features side by side, of unit length again: their cosine is the mean of the two. [N, D] -> [N, 2 D]."""
+    return torch.cat([base, adapted], -1) / 2**0.5

@@ -1,0 +1,69 @@
+"""The progress line of a run."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.methods.gate import GateState
+from upstep_fast.report.logs import steps_log
+from upstep_fast.runtime import terminal
+
+
+class Progress:
+    """The progress line: step, time left, images/s, loss, centre magnitude, skipped and data-wait percentages.
+
+    A moving bar on a terminal; one line every `log_every` steps elsewhere; in train.log alone if quiet.
+    """
+
+    def __init__(self, config: AdaptConfig, state: GateState):
+        assert config.steps is not None
+        self._steps, self._every, self._batch = config.steps, config.log_every, config.batch_size
+        self._start, self._waited, self._loss = time.monotonic(), 0.0, math.nan
+        self._first = self._done = state.step
+        self._task: TaskID | None = None
+        columns = (
+            TextColumn("adapt"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        self._plain, self._quiet = terminal.is_plain(stderr=True), terminal.is_quiet()
+        self._bar = Bar(*columns, console=terminal.console(stderr=True), disable=self._plain or self._quiet)
+
+    def update(self, row: dict[str, Any], state: GateState) -> None:
+        """Takes one row of metrics."""
+        self._done += 1
+        self._waited += row["data_wait"]
+        self._loss = row["loss"] if row["loss"] is not None else self._loss
+        seconds = max(1e-9, time.monotonic() - self._start)
+        rate = (self._done - self._first) * self._batch / seconds
+        text = (
+            f"{rate:,.0f} images/s  loss {self._loss:.3f}  centre {row['center']:.3f}  "
+            f"skipped {100 * (1 - state.opened / state.step):.0f}%  data wait {100 * self._waited / seconds:.0f}%"
+        )
+        assert self._task is not None
+        self._bar.update(self._task, advance=1, description=text)
+        if self._done % self._every == 0 or self._done == self._steps:
+            left = seconds / (self._done - self._first) * (self._steps - self._done)
+            line = f"step {self._done}/{self._steps}  {text}  left {left:,.0f} s"
+            steps_log.info("%s", line)
+            if self._plain and not self._quiet:
+                print(line, file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        self._task = self._bar.add_task("", total=self._steps, completed=self._first)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()

@@ -1,0 +1,57 @@
+"""Times variants side by side, in turns."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One variant: milliseconds of its runs, and the largest memory it held beyond what was there before (GPU only)."""
+
+    name: str
+    median_ms: float
+    low_ms: float  # first quartile
+    high_ms: float  # third quartile
+    runs: int
+    peak_bytes: int | None
+    error: float  # of its results, relative to fp32
+
+
+def alternate(
+    variants: Mapping[str, Callable[[], object]], device: torch.device, *, runs: int, warmup: int = 2
+) -> dict[str, list[float]]:
+    """Milliseconds of each run of each variant, taken in turns."""
+    for _ in range(warmup):
+        for run in variants.values():
+            run()
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(runs):
+        for name, run in variants.items():
+            times[name].append(_milliseconds(run, device))
+    return times
+
+
+def _timing(name: str, times: list[float], peak: int | None, error: float) -> Timing:
+    low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+    return Timing(name, median, low, high, len(times), peak, error)
+
+
+def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+    # with one thread the process's own time is the run's, and a neighbour's work does not count
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    began = clock()
+    run()
+    return 1e3 * (clock() - began)

@@ -1,0 +1,97 @@
+"""Adapts a pretrained ViT to unlabelled images: from configuration to adapter."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.files import from_options, of_method
+from upstep_fast.config.presets import with_preset
+from upstep_fast.data.curation.curate import survey
+from upstep_fast.data.sources.source import open_source
+from upstep_fast.errors import ConfigError
+from upstep_fast.kernels import _dispatch as dispatch
+from upstep_fast.model import backbone as backbones
+from upstep_fast.report import image_panels as pictures
+from upstep_fast.report import page as html_report
+from upstep_fast.report.logs import train_log
+from upstep_fast.runtime import distributed
+from upstep_fast.runtime import run_folder as output
+from upstep_fast.runtime.atomic_file import write_whole
+from upstep_fast.runtime.device import Compute, resolve
+from upstep_fast.train.loop import _train, num_workers
+from upstep_fast.train.memory.fit import settle
+from upstep_fast.train.state import AdaptResult
+from upstep_fast.train.validator import hold_out
+from upstep_fast.version import __version__
+
+log = logging.getLogger("upstep_fast")
+
+
+def adapt(**options: Any) -> AdaptResult:
+    """Adapts `model` to the images in `data` and writes the adapter to `out`.
+
+    Keywords are the fields of AdaptConfig, with method="explora" those of Dinov2Config, or MaeConfig (objective="mae").
+    """
+    options = with_preset(options)
+    config_class = of_method(AdaptConfig, options.get("method"), options.get("objective"))
+    return run(from_options(config_class, options, "adapt"))
+
+
+def run(config: AdaptConfig) -> AdaptResult:
+    """One adaptation, from configuration to adapter. Raises UpstepError with the exit code of what went wrong."""
+    compute = resolve(config.device, config.precision)
+    with distributed.joined(compute.device):
+        return _run(config, compute)
+
+
+def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
+    source = open_source(config.data, split="train")
+    source, held_out = hold_out(source, config)
+    backbone = backbones.load_from(config)
+    if config.triage and distributed.is_first():
+        output.check(config)
+    config, source, backbone, files = survey(config, source, backbone, num_workers(config))
+    asked, config = config, settle(fit_to_data(config, len(source)), compute)
+    implementation = None if config.implementation == "auto" else config.implementation
+    with dispatch.forced(implementation), contextlib.ExitStack() as stack:
+        out = Path(config.out)
+        if distributed.is_first():
+            stack.enter_context(output.opened(config))
+            with output.writing(out):
+                for name, text in files.items():
+                    write_whole(out / name, text)
+            stack.enter_context(html_report.written_after(out))
+            stack.enter_context(train_log(out / "train.log"))
+        versions = f"upstep-fast {__version__}, torch {torch.__version__}"
+        ranks = f", {distributed.size()} ranks" if distributed.size() > 1 else ""
+        log.info("%s, %s in %s%s", versions, compute.device, compute.precision, ranks)
+        for name in ("batch_size", "prototypes", "queue"):
+            if (before := getattr(asked, name)) != (now := getattr(config, name)):
+                log.warning("%s: reduced from %d to the %d images there are", name, before, now)
+        result = _train(config, compute, source, held_out, backbone, out)
+        if config.report_images and distributed.is_first():
+            with torch.random.fork_rng(devices=[]):  # the caller's generator stays as it is
+                pictures.collect(config, compute, source, out)
+        return result
+
+
+def fit_to_data(config: AdaptConfig, num_images: int) -> AdaptConfig:
+    """The configuration with length resolved and batch and prototypes reduced to what the data can fill."""
+    ranks = distributed.size()
+    if config.batch_size % ranks:
+        raise ConfigError(f"batch_size: {config.batch_size} images do not divide over {ranks} ranks; take a multiple")
+    batch = min(config.batch_size, num_images) // ranks * ranks
+    if batch < 2:
+        raise ConfigError(f"data: {num_images} image found, adaptation needs at least {max(2, ranks)}")
+    prototypes, queue, steps = min(config.prototypes, num_images), min(config.queue, num_images), config.steps
+    if steps is None:
+        per_epoch = num_images // batch
+        steps = max(400, 10 * per_epoch) if config.epochs is None else max(1, round(config.epochs * num_images / batch))
+    return replace(config, batch_size=batch, prototypes=prototypes, queue=queue, steps=steps, epochs=None)
