@@ -43,7 +43,7 @@ def _print(rows: list[tuple[str, ...]]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the report; returns the exit code."""
+    """Print the report; returns the exit code."""
     parser = argparse.ArgumentParser(prog=f"python -m {__package__}", description="What runs on this machine, and why.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to try the ops")
     device = torch.device(parser.parse_args(arguments).device)

@@ -32,7 +32,7 @@ _known: dict[str, dict[str, str]] = {}  # machine -> problem -> choice
 
 
 def pin(choices: Mapping[str, str]) -> None:
-    """Fixes the choice of each problem named (as `pins` gives them); an empty mapping lets all go."""
+    """Fix the choice of each problem named (as `pins` gives them); an empty mapping lets all go."""
     _pinned.clear()
     _pinned.update(choices)
 
@@ -133,7 +133,7 @@ def _read() -> dict[str, dict[str, str]]:
 
 
 def _write(machine: str, problem: str, choice: str) -> None:
-    """Adds one choice to the file; another process's rows stay, and a reader never sees half a file."""
+    """Add one choice to the file; another process's rows stay, and a reader never sees half a file."""
     path = _path()
     content = _read()
     content.setdefault(machine, {})[problem] = choice

@@ -68,7 +68,7 @@ def wanted() -> str | None:
 
 
 def choose(op: str, device: torch.device, candidates: Mapping[str, str | None]) -> str:
-    """Returns the implementation of `op` to run on `device`.
+    """Return the implementation of `op` to run on `device`.
 
     candidates: implementation -> reason it cannot run (None: it can), in order of preference.
     Raises RuntimeError when the one asked for cannot run.
@@ -103,12 +103,12 @@ def report() -> list[Choice]:
 
 
 def forget() -> None:
-    """Empties the report, so that the next one says what ran after this."""
+    """Empty the report, so that the next one says what ran after this."""
     _report.clear()
 
 
 def record(op: str, device: torch.device, implementation: str, reason: str, *, fallback: bool = False) -> str:
-    """Notes what runs for `op` on `device` (row of `report()`, once in the log) and returns it."""
+    """Note what runs for `op` on `device` (row of `report()`, once in the log) and returns it."""
     choice = Choice(op, device.type, implementation, reason)
     if _report.get((op, device.type)) != choice:
         _report[op, device.type] = choice

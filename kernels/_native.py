@@ -29,7 +29,7 @@ def library_folder() -> Path | None:
 
 @functools.cache
 def load_failure() -> str | None:
-    """Loads the compiled ops, once. Returns why they cannot be used, or None."""
+    """Load the compiled ops, once. Returns why they cannot be used, or None."""
     if hasattr(torch.ops.upstep_ops, "center_vector"):
         return None  # another copy of this folder was here first
     folder = library_folder()

@@ -179,5 +179,5 @@ PROBLEMS: dict[str, Callable[[ModuleType], Problem]] = {
 
 
 def sample_inputs(name: str) -> Problem:
-    """Returns the sample inputs of op `name`, one of `PROBLEMS`."""
+    """Return the sample inputs of op `name`, one of `PROBLEMS`."""
     return PROBLEMS[name](importlib.import_module(f".{_MODULES.get(name, name)}", __package__))

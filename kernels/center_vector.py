@@ -86,7 +86,7 @@ def _op(
     u: Tensor, state: Tensor, num_views: int, rule: str, update_when: str, beta: float, rate: float, max_skips: int,
     center_beta: float, flag: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns (z, center, next state, inv_norm)."""
+    """Return (z, center, next state, inv_norm)."""
     if _is_compiled("center_vector", u.device, u.dtype):
         (z, sums, inv_norm), next_state = _outputs(u, num_views), torch.empty_like(state)
         center = torch.empty(u.shape[1], device=u.device)
@@ -112,7 +112,7 @@ def _(u, state, num_views, rule, update_when, beta, rate, max_skips, center_beta
 
 @torch.library.custom_op(f"{NAMESPACE}::center_vector_partial", mutates_args=())
 def _partial_op(u: Tensor, num_views: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (z, sums, inv_norm)."""
+    """Return (z, sums, inv_norm)."""
     if _is_compiled("center_vector_partial", u.device, u.dtype):
         z, sums, inv_norm = _outputs(u, num_views)
         torch.ops.upstep_ops.center_vector_partial(u.contiguous(), num_views, z, inv_norm, sums)
@@ -130,7 +130,7 @@ def _finish_op(
     sums: Tensor, state: Tensor, num_views: int, rule: str, update_when: str, beta: float, rate: float,
     max_skips: int, center_beta: float, flag: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Returns (center, next state)."""
+    """Return (center, next state)."""
     if _is_compiled("center_vector_finish", sums.device, torch.float32):
         center = torch.empty(len(state) - HEAD, device=sums.device)
         next_state = torch.empty_like(state)

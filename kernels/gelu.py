@@ -60,7 +60,7 @@ def derivative_reference(x: Tensor, approximate: str = "none") -> Tensor:
 
 
 def gelu_backward_reference(grad: Tensor, derivative: Tensor) -> Tensor:
-    """dy (q - 26) / 200, in fp32 or wider, rounded to the dtype of `grad`."""
+    """Dy (q - 26) / 200, in fp32 or wider, rounded to the dtype of `grad`."""
     wide = torch.promote_types(grad.dtype, torch.float32)
     return (grad.to(wide) * ((derivative.to(wide) - 26) / 200)).to(grad.dtype)
 

@@ -65,7 +65,7 @@ def _patchify_kernel(
 
 
 def _patchify_triton(images: Tensor, patches: Tensor, patch: int, inverse: bool) -> None:
-    """Fills `patches` [B, N, C * P * P], contiguous, from `images` [B, C, H, W], or back."""
+    """Fill `patches` [B, N, C * P * P], contiguous, from `images` [B, C, H, W], or back."""
     (B, C, H, W), block = images.shape, 1 << (patch * patch - 1).bit_length()
     GH, GW, cells = H // patch, W // patch, tile("patchify", images.device)
     wide = min(max(cells["CELLS"] // block, 1), 1 << (GW - 1).bit_length())

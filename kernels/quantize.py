@@ -120,7 +120,7 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [..., K] in fp16, bf16 or fp32 -> (q [..., K] in fp8 e4m3, scale [..., 1] in fp32), x ~ q * scale.
+    """X [..., K] in fp16, bf16 or fp32 -> (q [..., K] in fp8 e4m3, scale [..., 1] in fp32), x ~ q * scale.
 
     No gradient flows to x. Autocast leaves it alone. Raises ValueError for another dtype or a scalar.
     """

@@ -50,7 +50,7 @@ class Count(TorchDispatchMode):
         self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """Runs the operator and counts it."""
+        """Run the operator and counts it."""
         out = func(*args, **(kwargs or {}))
         space, name = func._schema.name.split("::")
         if space != "prim" and not func.is_view and name not in NO_LAUNCH:
@@ -96,7 +96,7 @@ def count(model: str, views: int, rank: int, variant: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Counts, prints a table, writes JSON if asked."""
+    """Count, prints a table, writes JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_large_patch14_dinov2")
     parser.add_argument("--views", type=int, default=128)

@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def measure(job: Any, work: Path) -> dict[str, Any]:
-    """Changes against the base model's x in points, {"base" | "adapted" | "ensemble": {form: {"knn", "source"}}}, and
+    """Change against the base model's x in points, {"base" | "adapted" | "ensemble": {form: {"knn", "source"}}}, and
     what they are changes of, "base_knn" and "base_source" in percent.
     """
     data = str(study.selection(job.data, work))

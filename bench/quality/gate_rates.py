@@ -36,7 +36,7 @@ def opened(rule: GateRule, values: list[float]) -> float:
 
 
 def main() -> None:
-    """Writes the smallest, median and largest part over the runs for each rule and direction, and the magnitudes."""
+    """Write the smallest, median and largest part over the runs for each rule and direction, and the magnitudes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="metrics.jsonl")
     parser.add_argument("--out", type=Path, required=True)

@@ -96,7 +96,7 @@ def upstep(command: list[str]) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path | None) -> Iterator[None]:
-    """Waits until no other heavy job holds the file's lock."""
+    """Wait until no other heavy job holds the file's lock."""
     with contextlib.ExitStack() as stack:
         if path is not None:
             fcntl.flock(stack.enter_context(path.open("a")), fcntl.LOCK_EX)

@@ -44,7 +44,7 @@ TUPLES = ("lora_targets", "mean", "std", "in_chans", "img_size")  # options whos
 
 
 def main() -> int:
-    """Runs what has no row yet; returns 1 if a run failed."""
+    """Run what has no row yet; returns 1 if a run failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("grid", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="JSON lines")
@@ -117,7 +117,7 @@ def _configs(grid: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def run(asked: list[tuple[Job, str]], out: Path, work: Path, jobs: int) -> int:
-    """Runs what has no good row in `out` and appends a row each as it ends; returns how many failed."""
+    """Run what has no good row in `out` and appends a row each as it ends; returns how many failed."""
     done = {(row["key"], row["split"]) for row in read_rows(out) if "error" not in row}
     todo = [(job, split) for job, split in asked if (job.key, split) not in done]
     print(f"{len(asked)} rows asked for, {len(todo)} to run", flush=True)

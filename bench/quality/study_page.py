@@ -23,7 +23,7 @@ SOURCE_IMAGES = 1000  # of source_64.tar's test part, for rows that do not say
 
 
 def fill(page: Path, rows: Sequence[Row], source: Path, missing: Sequence[str] = ()) -> None:
-    """Writes tables between the page's markers and the plot beside it; says what is missing.
+    """Write tables between the page's markers and the plot beside it; says what is missing.
 
     Raises ValueError without markers.
     """

@@ -91,7 +91,7 @@ def variants(job: Job, depth: int, by_depth: bool) -> dict[str, Variant]:
 
 @torch.no_grad()
 def between(base: nn.Module, adapted: nn.Module, strength: Callable[[str], float]) -> None:
-    """Moves the merged model `adapted`, in place, to W_base + strength (W - W_base), strength by parameter name."""
+    """Move the merged model `adapted`, in place, to W_base + strength (W - W_base), strength by parameter name."""
     for name, p in adapted.named_parameters():
         p.copy_(base.get_parameter(name).to(p).lerp(p, strength(name)))
 

@@ -76,7 +76,7 @@ def whole_run(steps: int) -> dict[str, Any]:
 
 
 def one_save(name: str, saves: int = 7) -> dict[str, Any]:
-    """Saves of a larger model's state, its moments included."""
+    """Save of a larger model's state, its moments included."""
     config = AdaptConfig(model=name, data=("-",), out="-", steps=1)
     compute = resolve("cpu", "fp32")
     state = fresh(config, compute, name)

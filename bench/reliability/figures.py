@@ -56,7 +56,7 @@ FIGURES = [Figure(**row) for row in _SETTINGS["figures"]]
 
 
 def main() -> int:
-    """Runs the parts, stores their results, writes the table; returns the worst of pytest's exit codes."""
+    """Run the parts, stores their results, writes the table; returns the worst of pytest's exit codes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all if none is named")
     parser.add_argument("--long", action="store_true", help="with the long forms of the tests")
@@ -76,7 +76,7 @@ def main() -> int:
 
 
 def measure(part: str, long: bool, junit: Path | None) -> int:
-    """Runs a part (or reads its report) and stores what it found; returns pytest's exit code."""
+    """Run a part (or reads its report) and stores what it found; returns pytest's exit code."""
     long = long and part != "coverage"  # which is of the short forms
     command = ["pytest", "-m", "not gpu and not interp" + ("" if long else " and not long"), *PARTS[part]]
     with tempfile.TemporaryDirectory() as folder:
@@ -162,7 +162,7 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
 
 
 def write_table() -> None:
-    """Puts the tables of what is stored into the page."""
+    """Put the tables of what is stored into the page."""
     before, rest = PAGE.read_text().split(BEGIN)
     _, after = rest.split(END)
     PAGE.write_text(f"{before}{BEGIN}\n{table(stored_runs())}\n{END}{after}")

@@ -41,7 +41,7 @@ def attention_reference(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def attention_backward_reference(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
-    """dqkv by the formula above, from the o and lse of the forward."""
+    """Dqkv by the formula above, from the o and lse of the forward."""
     wide = torch.promote_types(qkv.dtype, torch.float32)
     q, k, v = qkv.to(wide).permute(2, 0, 3, 1, 4)
     g, o = (t.to(wide).transpose(1, 2) for t in (grad, out))
@@ -147,7 +147,7 @@ _BACKWARD = {
 
 
 def _run(op, ways, qkv, args):
-    """Runs `op` the way asked for, the CPU's own, or the one measured as fastest; notes which."""
+    """Run `op` the way asked for, the CPU's own, or the one measured as fastest; notes which."""
     (B, T, _, H, D), half = qkv.shape, qkv.dtype in _DTYPES[:2]
     no_triton = triton_reason(qkv) or ("no float64 form" if qkv.dtype == torch.float64 else None)
     if D > MAX_WIDTH:
@@ -227,7 +227,7 @@ def attention_forward(qkv: Tensor, scale: float | None = None) -> tuple[Tensor, 
 
 
 def attention_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float | None = None) -> Tensor:
-    """dqkv [B, T, 3, H, d] from the gradient of out and what `attention_forward` took and gave."""
+    """Dqkv [B, T, 3, H, d] from the gradient of out and what `attention_forward` took and gave."""
     scale = _checked("attention_backward", qkv, scale)
     B, T, _, H, D = qkv.shape
     for name, t, shape in (("grad", grad, (B, T, H, D)), ("out", out, (B, T, H, D)), ("lse", lse, (B, H, T))):

@@ -57,7 +57,7 @@ def _dot(left, right, acc, UPCAST_DOT: tl.constexpr):
 def _scores(
     q, k, to_log2, limit, ROWS: tl.constexpr, KEYS: tl.constexpr, SMALL: tl.constexpr, UPCAST_DOT: tl.constexpr
 ):
-    """scale * q k^T in units of log 2; -inf at the keys that a SMALL block has not."""
+    """Scale * q k^T in units of log 2; -inf at the keys that a SMALL block has not."""
     s = _dot(q, k.T, tl.zeros((ROWS, KEYS), tl.float32), UPCAST_DOT) * to_log2
     if SMALL:
         s = tl.where((tl.arange(0, KEYS) < limit)[None, :], s, float("-inf"))
@@ -121,7 +121,7 @@ def _dq_rows(
     ROWS: tl.constexpr, SMALL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST_DOT: tl.constexpr,
 ):  # fmt: skip
-    """dq of one block of rows, and their delta."""
+    """Dq of one block of rows, and their delta."""
     b_q = _load(q, first, stride_t, rest, ROWS, SMALL, D, BLOCK_D)
     b_g = _load(grad, first, stride_o, rest, ROWS, SMALL, D, BLOCK_D)
     b_o = _load(out, first, stride_o, rest, ROWS, SMALL, D, BLOCK_D)

@@ -63,7 +63,7 @@ def layer_norm_reference(
 def layer_norm_backward_reference(
     grad: Tensor, x_hat: Tensor, rstd: Tensor, weight: Tensor | None = None, grad_h: Tensor | None = None
 ) -> Tensor:
-    """dx of the formula above, in fp32 or wider, rounded to the dtype of `grad`."""
+    """Dx of the formula above, in fp32 or wider, rounded to the dtype of `grad`."""
     wide = wide_dtype(grad)
     g, x_hat = grad.to(wide) if weight is None else grad.to(wide) * weight.to(wide), x_hat.to(wide)
     dx = g - g.mean(-1, keepdim=True) - x_hat * (g * x_hat).mean(-1, keepdim=True)

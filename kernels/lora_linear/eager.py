@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def drop(x: Tensor, probability: float, seed: int | Tensor) -> Tensor:
-    """x / (1 - p) where a hash of (seed, row, column) keeps it, else 0. x: [..., K], its rows in order."""
+    """X / (1 - p) where a hash of (seed, row, column) keeps it, else 0. x: [..., K], its rows in order."""
     if probability == 0:
         return x
     count, width = math.prod(x.shape[:-1]), x.shape[-1]

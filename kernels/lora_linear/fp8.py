@@ -128,7 +128,7 @@ def _op(
     bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float, dropout: float, seed: Tensor | None,
     rows: Sequence[int], keep: bool, strategy: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Returns (y [M, N], S [M, R]); S is empty unless `keep`."""
+    """Return (y [M, N], S [M, R]); S is empty unless `keep`."""
     if x.shape[0] == 0:
         return x.new_empty(0, weight.shape[0]), x.new_empty(0, lora_a.shape[0])
     with torch.autocast(x.device.type, enabled=False):
@@ -151,7 +151,7 @@ def _backward_op(
     lora_b: Tensor, s: Tensor, scale: float, dropout: float, seed: Tensor | None, rows: Sequence[int],
     strategy: str, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns (dX, dA, dB); those not in `needs` (x, lora_a, lora_b) are empty."""
+    """Return (dX, dA, dB); those not in `needs` (x, lora_a, lora_b) are empty."""
     N, K = reversed(weight.shape) if is_transposed else weight.shape
     shape = shape_class(grad.shape[0], N, K, lora_b.shape[1], rows, grad.dtype, dropout)
 

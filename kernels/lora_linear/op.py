@@ -49,7 +49,7 @@ def lora_linear(
     rows: Sequence[tuple[int, int]] | None = None,
     strategy: str | None = None,
 ) -> Tensor:
-    """x W^T + bias + scale * (drop(x) A^T) B^T for a frozen `weight`; gradients reach x, lora_a and lora_b.
+    """X W^T + bias + scale * (drop(x) A^T) B^T for a frozen `weight`; gradients reach x, lora_a and lora_b.
 
     x: [..., K]; weight: [N, K]; bias: [N] or None; all of one dtype (fp16, bf16, fp32, fp64).
     lora_a: [R, K] and lora_b: [N, R], in the dtype of x or in fp32 (then their gradients are fp32 too).
@@ -145,7 +145,7 @@ INPUT = {
 
 
 def run(op, ways, strategy, shape, device, dropout, args):
-    """Runs `op` by the strategy named, asked for in the environment, or measured; notes which."""
+    """Run `op` by the strategy named, asked for in the environment, or measured; notes which."""
     if not strategy or strategy == "fastest":
         named = wanted() if wanted() in ways else None
     else:
@@ -210,7 +210,7 @@ def _op(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float,
     dropout: float, seed: Tensor | None, rows: Sequence[int], keep: bool, strategy: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Returns (y [M, N], S [M, R]); S is empty unless `keep`."""
+    """Return (y [M, N], S [M, R]); S is empty unless `keep`."""
     (M, K), N = x.shape, weight.shape[0]
     if M == 0:
         return x.new_empty(0, N), x.new_empty(0, lora_a.shape[0])
@@ -232,7 +232,7 @@ def _backward_op(
     grad: Tensor, x: Tensor | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor, s: Tensor, scale: float,
     dropout: float, seed: Tensor | None, rows: Sequence[int], strategy: str, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns (dX, dA, dB); those not in `needs` (x, lora_a, lora_b) are empty."""
+    """Return (dX, dA, dB); those not in `needs` (x, lora_a, lora_b) are empty."""
     shape = shape_class(*grad.shape, weight.shape[1], lora_b.shape[1], rows, grad.dtype, dropout)
 
     def input_gradient(ds: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def forward(x, weight, bias, a, b, scale, dropout, seed, rows, keep):
 
 
 def forward_scaled(x, weight, scales, bias, b, s, dtype, rows):
-    """y = (x weight^T) times the row scales of both + bias + S b^T, in dtype; x and weight in fp8."""
+    """Y = (x weight^T) times the row scales of both + bias + S b^T, in dtype; x and weight in fp8."""
     y = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
     _launch_runs(x, weight, y, bias, b, s, rows, scales=scales)
     return y
@@ -82,7 +82,7 @@ def adapter(grad, x, a, b, s, scale, dropout, seed, rows, needs):
 
 
 def input_gradient(grad, weight, ds, a, b, scale, dropout, seed, rows):
-    """dX = dY W + drop'(dS A)."""
+    """DX = dY W + drop'(dS A)."""
     dx = grad.new_empty(grad.shape[0], weight.shape[1])
     _launch(grad, weight.T, dx, b=a.T, s=ds, dropout=dropout, seed=seed)
     return dx
@@ -112,7 +112,7 @@ def _launch_runs(x, weight, y, bias, b, s, rows, a=None, scales=None, **options)
 
 
 def _launch(x, w, y, *, bias=None, a=None, b=None, s=None, scale=1.0, dropout=0.0, seed=None, scales=None, tma=None):
-    """y [M, N] <- x w^T + bias + the low-rank part; x: [M, K], w: [N, K].
+    """Y [M, N] <- x w^T + bias + the low-rank part; x: [M, K], w: [N, K].
 
     With `a` that part is scale * drop(x) a^T b^T, and s, if it has rows, receives drop(x) a^T.
     Without, it is drop'(s b^T). scales: of the rows of x and of w, by which their product is multiplied.
@@ -146,7 +146,7 @@ def _launch(x, w, y, *, bias=None, a=None, b=None, s=None, scale=1.0, dropout=0.
 
 
 def _sweep(g, b, s, p, scale, dropout=0.0, seed=None):
-    """Fills p = scale * g b if b is given; returns g^T s [N, R] in fp32 if s is given."""
+    """Fill p = scale * g b if b is given; returns g^T s [N, R] in fp32 if s is given."""
     M, N = g.shape
     R = (b if b is not None else s).shape[1]
     tiles = dict(tile("lora_linear_sweep" if g.element_size() == 2 else "lora_linear_sweep_fp32", g.device))

@@ -127,7 +127,7 @@ def _spread(g: Tensor, up: Tensor, bias: Tensor, axis: str, shape: torch.Size) -
 
 
 def _left(weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """weight [m, n] times each of x [P, n, Q], plus a bias a row."""
+    """Weight [m, n] times each of x [P, n, Q], plus a bias a row."""
     weights = weight.to(x.dtype).expand(len(x), -1, -1)
     return torch.bmm(weights, x) if bias is None else torch.baddbmm(bias.to(x.dtype)[:, None], weights, x)
 

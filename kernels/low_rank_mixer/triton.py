@@ -31,7 +31,7 @@ def normal_share(x):
 
 @triton.jit
 def dot(left, right, acc, UPCAST_DOT: tl.constexpr):
-    """acc + left right, in fp32."""
+    """Acc + left right, in fp32."""
     if UPCAST_DOT:
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, acc, input_precision="ieee")
@@ -39,7 +39,7 @@ def dot(left, right, acc, UPCAST_DOT: tl.constexpr):
 
 @triton.jit
 def product(left, right, UPCAST_DOT: tl.constexpr):
-    """left right, in fp32."""
+    """Left right, in fp32."""
     return dot(left, right, tl.zeros((left.shape[0], right.shape[1]), tl.float32), UPCAST_DOT)
 
 
@@ -78,7 +78,7 @@ def rstd_of(square, D, eps):
 
 @triton.jit
 def _tile_of_u(b, a, like, at, mask, share, GATED: tl.constexpr):
-    """u as it is kept, and b - a."""
+    """U as it is kept, and b - a."""
     b_b = tl.load(b + at, mask=mask, other=0.0).to(tl.float32)
     b_a = tl.load(a + at, mask=mask, other=0.0).to(tl.float32)
     difference = b_b - b_a

@@ -20,7 +20,7 @@ def _load_scores(scores, row, k, B, K, stride_b, stride_k, BLOCK_B: tl.constexpr
 
 @triton.jit
 def _exponent(x, peak, share, inverse):
-    """t in powers of two."""
+    """T in powers of two."""
     return (x - peak[None, :]) * inverse + share[None, :]
 
 
@@ -151,7 +151,7 @@ def sum_pass(
 
 @triton.jit
 def barrier(arrived, count):
-    """Waits until all programs of the grid, which must be resident together, have come here `count` times."""
+    """Wait until all programs of the grid, which must be resident together, have come here `count` times."""
     tl.debug_barrier()
     tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu")
     while tl.atomic_add(arrived, 0, sem="acquire", scope="gpu") < count * tl.num_programs(0):
@@ -173,7 +173,7 @@ def scores_pass(
     z, c, scores, part_peak, part_sum, inverse, B, K, D, stride_zb, stride_zd, stride_ck, stride_cd,
     UPCAST_DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """scores [B, K] = z c^T, a tile at a time; of every BLOCK_M rows what `columns_pass` gives of a program's."""
+    """Scores [B, K] = z c^T, a tile at a time; of every BLOCK_M rows what `columns_pass` gives of a program's."""
     num_n = tl.cdiv(K, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tl.cdiv(B, BLOCK_M) * num_n, tl.num_programs(0)):
         part, first = tile // num_n, tile % num_n * BLOCK_N

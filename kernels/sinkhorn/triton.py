@@ -112,7 +112,7 @@ def launch(
     iterations: int = 1, q: Tensor | None = None, total: Tensor | None = None,
     by: Cut | None = None, parts: tuple[Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """Launches `passes` one after another. A "sum" ends the pass before it, in `total` if given, else in `share`.
+    """Launch `passes` one after another. A "sum" ends the pass before it, in `total` if given, else in `share`.
 
     parts: those of the first pass, of a launch before this one, by the same cut: then the first pass here is a "sum".
     """

@@ -72,7 +72,7 @@ def views_cpp(
     pixels: Tensor, places: Tensor, boxes: Tensor, factors: Tensor, mean: Tensor, std: Tensor, out: Tensor,
     height: int, width: int, interpolation: str, taps: tuple[int, int], patch: int,
 ) -> None:  # fmt: skip
-    """Fills `out` by the compiled op; arguments as `make_views`, on a CPU, contiguous.
+    """Fill `out` by the compiled op; arguments as `make_views`, on a CPU, contiguous.
 
     Places may point to images in other memory than that of `pixels`: offsets count from its first byte, so that images
     need not be copied together.
@@ -105,7 +105,7 @@ def make_views(
     patch: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Views of packed images: [N, C, height, width], or patches [N, (height / P)(width / P), C P P], of `dtype`.
+    """View of packed images: [N, C, height, width], or patches [N, (height / P)(width / P), C P P], of `dtype`.
 
     pixels: uint8, one dimension, all images behind one another. places: [B, 4] int64, of each image the offset of its
     first pixel and its strides over channels, rows and columns. boxes: [N, 6] int32, of each view the image, top, left,

@@ -26,7 +26,7 @@ def _clamp(x):
 
 @triton.jit
 def _keep(at, x, mask, FIXED: tl.constexpr):
-    """Stores x in 0..1 for later."""
+    """Store x in 0..1 for later."""
     x = (x * 65535 + 0.5).to(tl.int32) - 32768 if FIXED else x
     tl.store(at, x.to(at.dtype.element_ty), mask=mask)
 
@@ -250,7 +250,7 @@ def views_triton(
     pixels: Tensor, places: Tensor, boxes: Tensor, factors: Tensor, mean: Tensor, std: Tensor, out: Tensor,
     channels: int, height: int, width: int, interpolation: str, taps: tuple[int, int], patch: int,
 ) -> None:  # fmt: skip
-    """Fills `out`, contiguous; the other arguments as `views.make_views`, contiguous."""
+    """Fill `out`, contiguous; the other arguments as `views.make_views`, contiguous."""
     N, cells, is_fixed = len(out), tile("views", out.device), out.element_size() == 2
     block_c, has_blur = 1 << (channels - 1).bit_length(), max(taps) > 1
     room = out.view(torch.int16) if is_fixed else out

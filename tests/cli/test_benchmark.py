@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from upstep_fast.cli import benchmark_plot
-from upstep_fast.cli import benchmark
+from upstep_fast.cli import benchmark, benchmark_plot
 from upstep_fast.config.tools import BenchConfig
 from upstep_fast.errors import CheckFailedError, ConfigError
 from upstep_fast.runtime import timing

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def check_plot(path: str | None) -> None:
-    """Raises ConfigError if `path` cannot become a picture: before minutes are spent on its figures."""
+    """Raise ConfigError if `path` cannot become a picture: before minutes are spent on its figures."""
     if path is None:
         return
     if Path(path).suffix not in (".svg", ".png", ".pdf"):

@@ -50,7 +50,7 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Runs one command and exits with its code."""
+    """Run one command and exits with its code."""
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     try:

@@ -41,7 +41,7 @@ SIZE = (480, 360)
 
 
 def run(config: DoctorConfig) -> dict[str, Any]:
-    """Prints the findings and returns them. Raises RunFailedError (exit code 1) if a self-check failed."""
+    """Print the findings and returns them. Raises RunFailedError (exit code 1) if a self-check failed."""
     found = examine(config.device)
     if config.json:
         print(json.dumps(found, indent=2))

@@ -79,7 +79,7 @@ def epilog(command: str) -> str:
 
 
 def check_flags(args: Sequence[str], config_class: type) -> None:
-    """Raises ConfigError with the nearest name at the first flag that `config_class` does not have."""
+    """Raise ConfigError with the nearest name at the first flag that `config_class` does not have."""
     fields = [field.name for field in dataclasses.fields(config_class)]
     for arg in args:
         flag = arg.partition("=")[0]
@@ -95,7 +95,7 @@ def check_flags(args: Sequence[str], config_class: type) -> None:
 
 
 def plain_help() -> None:
-    """Makes tyro's help and errors follow the style of this process, which it would not by itself."""
+    """Make tyro's help and errors follow the style of this process, which it would not by itself."""
     import tyro
 
     # one setting for both streams: errors go to stderr although tyro looks at stdout alone
@@ -106,7 +106,7 @@ def plain_help() -> None:
 
 
 def completion(shell: str, configs: Mapping[str, type]) -> None:
-    """Prints the script that completes commands and flags in `shell` (bash, zsh, tcsh or fish)."""
+    """Print the script that completes commands and flags in `shell` (bash, zsh, tcsh or fish)."""
     import tyro
 
     kinds: Any = tuple(Annotated[config, tyro.conf.subcommand(name)] for name, config in configs.items())

@@ -32,7 +32,7 @@ EFFICIENCY = 0.5
 
 
 def run(config: PlanConfig) -> dict[str, Any]:
-    """Prints the plan and returns it. Raises ConfigError where nothing fits, or for what `adapt` would refuse."""
+    """Print the plan and returns it. Raises ConfigError where nothing fits, or for what `adapt` would refuse."""
     result = make(config)
     if config.json:
         print(json.dumps(result, indent=2))

@@ -215,7 +215,7 @@ class AdaptConfig(ModelConfig):
     """Look at 512 images with the base and the adapted model at the end, for the pictures in report.html."""
 
     def __post_init__(self) -> None:
-        """Checks every field. Raises ConfigError naming the field, its value and what is allowed."""
+        """Check every field. Raises ConfigError naming the field, its value and what is allowed."""
         super().__post_init__()
         for name in ("batch_size", "lora_r", "lora_blocks", "head_hidden", "head_dim", "log_every", "max_skips"):
             _at_least(self, name, 1)

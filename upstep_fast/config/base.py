@@ -30,7 +30,7 @@ class BackboneConfig:
     """Smallest share of the model's tensors that a checkpoint file must fill."""
 
     def __post_init__(self) -> None:
-        """Checks every field; raises ConfigError."""
+        """Check every field; raises ConfigError."""
         for side in (self.img_size,) if isinstance(self.img_size, int) else self.img_size or ():
             if side < 1:
                 raise ConfigError(f"img_size: got {side}, must be at least 1")

@@ -25,7 +25,7 @@ class EvalConfig(ModelConfig):
     """Images a forward pass."""
 
     def __post_init__(self) -> None:
-        """Checks every field; raises ConfigError."""
+        """Check every field; raises ConfigError."""
         super().__post_init__()
         _at_least(self, "k", 1)
         _at_least(self, "batch_size", 1)
@@ -53,7 +53,7 @@ class EmbedConfig(ModelConfig):
     """Replace --out if it exists."""
 
     def __post_init__(self) -> None:
-        """Checks every field; raises ConfigError."""
+        """Check every field; raises ConfigError."""
         super().__post_init__()
         _at_least(self, "batch_size", 1)
         _fraction(self, "max_bad_fraction")

@@ -43,7 +43,7 @@ class ExploraConfig(AdaptConfig):
     """Rule that decides which steps do a backward pass; ExPLoRA itself has no gate."""
 
     def __post_init__(self) -> None:
-        """Checks every field; raises ConfigError."""
+        """Check every field; raises ConfigError."""
         super().__post_init__()
         defaults = {field.name: field.default for field in fields(AdaptConfig)}
         for name in _UPSTEPS_OWN:
@@ -113,7 +113,7 @@ class Dinov2Config(ExploraConfig):
     """Whose weights the adapter folder holds; an average of products has no factors, so it wants student."""
 
     def __post_init__(self) -> None:
-        """Checks every field; raises ConfigError."""
+        """Check every field; raises ConfigError."""
         super().__post_init__()
         for name in ("mask_probability", "momentum"):
             _fraction(self, name)
@@ -168,7 +168,7 @@ class MaeConfig(ExploraConfig):
     """Attention heads of the decoder."""
 
     def __post_init__(self) -> None:
-        """Checks every field; raises ConfigError."""
+        """Check every field; raises ConfigError."""
         super().__post_init__()
         for name in ("decoder_lora_r", "decoder_width", "decoder_depth", "decoder_heads"):
             _at_least(self, name, 1)

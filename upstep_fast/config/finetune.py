@@ -99,7 +99,7 @@ class FinetuneConfig(ModelConfig):
     """Which matrices get an adapter: q k v (each its own), qkv (one for all three), proj fc1 fc2."""
 
     def __post_init__(self) -> None:
-        """Checks every field. Raises ConfigError naming the field, its value and what is allowed."""
+        """Check every field. Raises ConfigError naming the field, its value and what is allowed."""
         super().__post_init__()
         for name in ("epochs", "losa_rank", "losa_every", "lora_r"):
             _at_least(self, name, 1)

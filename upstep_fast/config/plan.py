@@ -32,7 +32,7 @@ class PlanConfig(AdaptConfig):
     """Print one JSON object instead of tables."""
 
     def __post_init__(self) -> None:
-        """Checks every field; raises ConfigError."""
+        """Check every field; raises ConfigError."""
         super().__post_init__()
         if self.world_size < 1 or self.batch_size % self.world_size:
             raise ConfigError(f"world_size: got {self.world_size}, must divide the batch of {self.batch_size}")

@@ -68,7 +68,7 @@ class BenchConfig:
     """Show tracebacks instead of one-line errors."""
 
     def __post_init__(self) -> None:
-        """Checks every field; raises ConfigError."""
+        """Check every field; raises ConfigError."""
         for name in ("batch_size", "lora_r", "runs"):
             _at_least(self, name, 1)
 
@@ -85,7 +85,7 @@ class ReportConfig:
     """Show tracebacks instead of one-line errors."""
 
     def __post_init__(self) -> None:
-        """Checks every field; raises ConfigError."""
+        """Check every field; raises ConfigError."""
         if not self.dirs:
             raise ConfigError("dirs: name at least one folder of a run")
         if not self.out.endswith((".html", ".htm")):

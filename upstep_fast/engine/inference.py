@@ -28,7 +28,7 @@ def make_forward_only(
     device: torch.device,
     compiled: bool | None = None,
 ) -> Map:
-    """images [B, C, H, W] -> features [B, D] in fp32, without gradients.
+    """Images [B, C, H, W] -> features [B, D] in fp32, without gradients.
 
     ready: the folded blocks with their adapters merged (merge.py). embed: images -> tokens [B, N, D] in the compute
     type. ropes: images -> rotary tables (rotary.py). head: tokens after the last block -> features. compiled: None: on

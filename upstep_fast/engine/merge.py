@@ -24,7 +24,7 @@ class ReadyBlock:
     trained: list[Tensor]
 
     def update(self, new: ReadyBlock) -> None:
-        """Writes `new` into the same memory, which a CUDA graph reads."""
+        """Write `new` into the same memory, which a CUDA graph reads."""
         for before, now in zip(self.merged, new.merged, strict=True):
             if isinstance(before, Merged) and isinstance(now, Merged):
                 _copy((before.weight, before.bias), (now.weight, now.bias))

@@ -19,13 +19,13 @@ from upstep_fast.engine.projections import Projection, Quantized
 
 
 def hidden(u: Tensor, block: FoldedBlock) -> Tensor:
-    """m from u: [..., H], or [..., 2 H] where it is gated -> [..., H]."""
+    """M from u: [..., H], or [..., 2 H] where it is gated -> [..., H]."""
     a = swiglu(u) if block.activation == "swiglu" else gelu(u, block.activation)
     return a if block.inner_eps[1] is None else norm(a, None, block.inner_eps[1], block.fused, rms=block.rms)[0]
 
 
 def linear_hidden(rows: Tensor | Quantized, fc1: Projection, block: FoldedBlock) -> Tensor:
-    """m from what fc1 takes, where nothing is kept."""
+    """M from what fc1 takes, where nothing is kept."""
     if block.activation != "swiglu" and block.inner_eps[1] is None:
         return linear_gelu(rows, fc1, block.activation)
     return hidden(fc1.product(rows), block)
@@ -57,7 +57,7 @@ def swiglu(u: Tensor) -> Tensor:
 
 
 def swiglu_backward(da: Tensor, u: Tensor) -> Tensor:
-    """du [..., 2 H] from da [..., H] and u."""
+    """Du [..., 2 H] from da [..., H] and u."""
     gate, value = u.chunk(2, -1)
     du = torch.empty_like(u)
     d_gate, d_value = du.chunk(2, -1)

@@ -91,7 +91,7 @@ def gelu(u: Tensor, activation: str) -> Tensor:
 
 
 def linear_gelu(x: Tensor | Quantized, projection: Projection, activation: str) -> Tensor:
-    """gelu of the product, where nothing is kept; x: [..., K]."""
+    """Gelu of the product, where nothing is kept; x: [..., K]."""
     if activation == "tanh" and isinstance(x, Tensor) and x.is_cuda and isinstance(projection, Merged):
         # the form that cuBLAS has in the product's epilogue
         y = torch._addmm_activation(projection.bias, x.flatten(0, -2), projection.weight.T, use_gelu=True)
@@ -109,7 +109,7 @@ def gelu_forward(u: Tensor, activation: str, as_byte: bool, fp8: bool = False) -
 
 
 def gelu_backward(dg: Tensor, kept: Tensor, activation: str, fp8: bool = False) -> Tensor | Quantized:
-    """dg gelu'(u), from what `gelu_forward` kept. fp8: as an fp8 product alone wants it."""
+    """Dg gelu'(u), from what `gelu_forward` kept. fp8: as an fp8 product alone wants it."""
     if kept.dtype == torch.uint8:
         du, scale = backward_from_byte(dg, kept, fp8=fp8)
         return du if scale is None else Quantized(du, scale, None)

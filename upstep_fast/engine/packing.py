@@ -24,7 +24,7 @@ def sizes_of(groups: Sequence[Tensor]) -> Sizes:
 
 
 def pack(groups: Sequence[Tensor]) -> Tensor:
-    """Groups [B, N, *] -> rows [T, *]; a group alone as it is."""
+    """Group [B, N, *] -> rows [T, *]; a group alone as it is."""
     return groups[0] if len(groups) == 1 else torch.cat([group.flatten(0, 1) for group in groups])
 
 

@@ -26,7 +26,7 @@ class HeadNorm:
 
 
 def meet(y: Tensor, heads: int, norm: HeadNorm | None) -> Tensor:
-    """z from y, packed qkv [..., 3 D]; y itself where nothing is done."""
+    """Z from y, packed qkv [..., 3 D]; y itself where nothing is done."""
     if norm is None:
         return y
     z = torch.empty_like(y)
@@ -38,7 +38,7 @@ def meet(y: Tensor, heads: int, norm: HeadNorm | None) -> Tensor:
 
 
 def meet_backward(dz: Tensor, y: Tensor, heads: int, norm: HeadNorm | None) -> Tensor:
-    """dy from dz, written over it, and from y."""
+    """Dy from dz, written over it, and from y."""
     if norm is not None:
         q_k, d_q_k = _split(y, heads)[0], _split(dz, heads)[0]
         x_hat, rstd = standardise(q_k, norm.eps, norm.rms)
@@ -47,6 +47,6 @@ def meet_backward(dz: Tensor, y: Tensor, heads: int, norm: HeadNorm | None) -> T
 
 
 def _split(y: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """q and k [..., 2, H, d], and v [..., H, d], as views."""
+    """Q and k [..., 2, H, d], and v [..., H, d], as views."""
     parts = y.unflatten(-1, (3, heads, -1))
     return parts[..., :2, :, :], parts[..., 2, :, :]

@@ -32,7 +32,7 @@ class Rotary:
 
 
 def turn(y: Tensor, heads: int, rotary: Rotary | None, ropes: Ropes, sizes: Sizes, back: bool = False) -> Tensor:
-    """Turns q and k in y, packed qkv [..., 3 D], in place; gives y. back: by the opposite angles."""
+    """Turn q and k in y, packed qkv [..., 3 D], in place; gives y. back: by the opposite angles."""
     if rotary is None:
         return y
     if ropes is None:

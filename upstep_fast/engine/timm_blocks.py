@@ -70,7 +70,7 @@ def grid_of(vit: Any, images: Tensor) -> tuple[int, int]:
 
 
 def norm_kind(norm: nn.Module) -> str | None:
-    """layer or rms, where it has all that the engine wants of it; else None."""
+    """Layer or rms, where it has all that the engine wants of it; else None."""
     if isinstance(norm, nn.LayerNorm) and norm.bias is not None:
         return "layer"
     is_rms = isinstance(norm, RmsNorm | RmsNormFp32 | nn.RMSNorm)
@@ -139,7 +139,7 @@ def _qkv(attention: Any) -> tuple[nn.Module, ...]:
 
 
 def _qkv_bias(attention: Any) -> Tensor | None:
-    """timm's EvaAttention has parameters for q and v beside a fused qkv, and zeros for k."""
+    """Timm's EvaAttention has parameters for q and v beside a fused qkv, and zeros for k."""
     if getattr(attention, "q_bias", None) is None:
         return None
     return torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])

@@ -24,7 +24,7 @@ from upstep_fast.runtime.device import resolve
 
 
 def embed(model: str, data: str | Path | Sequence[str | Path], out: str | Path, **options: Any) -> Path:
-    """Writes features of every image with its path; keywords are EmbedConfig's. Returns the file.
+    """Write features of every image with its path; keywords are EmbedConfig's. Returns the file.
 
     [N, D] for features of width D, [N, 2 D] with ensemble; with a whitening three times as wide, or twice where the
     model's features are the mean patch token.

@@ -144,7 +144,7 @@ def predicted_gain(judged: dict[str, float], drift: float = DRIFT) -> float:
 
 
 def _perplexity(weights: Tensor) -> float:
-    """exp of the entropy of non-negative weights, taken as shares; 1 if all are 0."""
+    """Exp of the entropy of non-negative weights, taken as shares; 1 if all are 0."""
     total = weights.sum()
     if total == 0:
         return 1.0

@@ -63,7 +63,7 @@ def _fit(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def shrinkage(eigenvalues: Tensor, num: int) -> float:
-    """rho of the oracle approximating shrinkage, 0 to 1, from the eigenvalues [D] of a covariance of `num` images."""
+    """Rho of the oracle approximating shrinkage, 0 to 1, from the eigenvalues [D] of a covariance of `num` images."""
     squares, square = eigenvalues.square().mean() / len(eigenvalues), eigenvalues.mean().square()
     denominator = (num + 1) * (squares - square / len(eigenvalues))
     return min(1.0, float((squares + square) / denominator)) if denominator > 0 else 1.0
@@ -80,7 +80,7 @@ def whitened(x: Tensor, by: Whitening) -> Tensor:
 
 
 def write(path: str | Path, fitted: Mapping[str, Whitening], fingerprints: Mapping[str, str]) -> None:
-    """Writes whitenings and their models' fingerprints, by name ("base", "adapted"), as safetensors; or ConfigError."""
+    """Write whitenings and their models' fingerprints, by name ("base", "adapted"), as safetensors; or ConfigError."""
     tensors = {f"{name}.{part}": x.contiguous() for name, by in fitted.items() for part, x in vars(by).items()}
     try:
         write_whole(Path(path), save(tensors, metadata=dict(fingerprints)))

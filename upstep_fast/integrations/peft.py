@@ -33,7 +33,7 @@ class Patched:
     _methods: tuple[types.MethodType, ...]
 
     def revert(self) -> None:
-        """Puts PEFT's own forward back; a second call does nothing."""
+        """Put PEFT's own forward back; a second call does nothing."""
         for method in self._methods:
             layer: Any = method.__self__
             # a forward that someone else put in its place since is theirs to remove
@@ -48,7 +48,7 @@ class Patched:
 
 
 def patch(model: nn.Module, *, strategy: str | None = None) -> Patched:
-    """Replaces the forward of every PEFT LoRA Linear in `model` that `lora_linear` covers.
+    """Replace the forward of every PEFT LoRA Linear in `model` that `lora_linear` covers.
 
     Covered: a plain nn.Linear base, frozen, with one active adapter, not merged, no variant (DoRA, aLoRA, ...), no
     bias of its own, no hooks inside; dropout is kept, with the mask of `lora_linear` instead of torch's.

@@ -45,20 +45,20 @@ class Method(Protocol):
     passes: int  # of the model over a batch; more take less memory and give the same result (passes.py)
 
     def to(self, device: torch.device) -> Self:
-        """Moves everything to the device."""
+        """Move everything to the device."""
 
     def accelerate(self, dtype: torch.dtype, memory: Memory = "fast", fp8: bool = False) -> None:
-        """Runs what it can on the engine from now on; called once, on the device."""
+        """Run what it can on the engine from now on; called once, on the device."""
 
     @property
     def needs_start(self) -> bool:
         """Whether `start` must see views of the data before the first step."""
 
     def start(self, views: Iterable[Any]) -> None:
-        """Sets what is computed once."""
+        """Set what is computed once."""
 
     def schedule(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Sets the learning rates and whatever else depends on the step; group 0 has the rate that is reported."""
+        """Set the learning rates and whatever else depends on the step; group 0 has the rate that is reported."""
 
     def views(self, batch: Batch, device: torch.device) -> Any:
         """The views of a batch that `embed` wants, drawn from (seed, epoch, index) alone."""

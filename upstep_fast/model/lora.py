@@ -81,7 +81,7 @@ class LoraSpec:
 
 
 def inject(vit: nn.Module, spec: LoraSpec, *, leave_out: Sequence[int] = ()) -> dict[str, LoraLinear]:
-    """Puts fresh adapters on every block of `vit`, in place. Returns them by module name ("blocks.0.attn.qkv").
+    """Put fresh adapters on every block of `vit`, in place. Returns them by module name ("blocks.0.attn.qkv").
 
     leave_out: indices of blocks that get none.
     Raises ConfigError, before anything is changed, for a target that the blocks do not have.
@@ -121,7 +121,7 @@ def _places(block: nn.Module, targets: Sequence[str]) -> list[tuple[str, tuple[i
 
 
 def call_qkv(vit: nn.Module) -> None:
-    """timm's Eva with biases for q and v reads qkv.weight itself, past any adapter; this makes it call the module."""
+    """Timm's Eva with biases for q and v reads qkv.weight itself, past any adapter; this makes it call the module."""
     for module in vit.modules():
         if getattr(module, "q_bias", None) is not None:
             module.qkv_bias_separate = True  # type: ignore[assignment]
@@ -134,7 +134,7 @@ def find(vit: nn.Module) -> dict[str, LoraLinear]:
 
 @torch.no_grad()
 def merge(vit: nn.Module, *, strength: float = 1.0) -> nn.Module:
-    """Adds every adapter to its weight and puts the plain Linear back, in place. Returns `vit`.
+    """Add every adapter to its weight and puts the plain Linear back, in place. Returns `vit`.
 
     strength: multiplies the adapter; below 1 it lies between the base model and the adapted one.
     """

@@ -36,12 +36,12 @@ _PREFIX = "base_model.model."
 
 
 def save(folder: str | Path, adapters: Mapping[str, LoraLinear], base_model: str) -> None:
-    """Writes adapter_config.json and adapter_model.safetensors, each replaced whole or not at all."""
+    """Write adapter_config.json and adapter_model.safetensors, each replaced whole or not at all."""
     write(folder, to_files(adapters, base_model))
 
 
 def write(folder: str | Path, files: Mapping[str, bytes]) -> None:
-    """Writes the files of an adapter, each replaced whole or not at all."""
+    """Write the files of an adapter, each replaced whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
@@ -116,7 +116,7 @@ def _module_to_save(parameter: str) -> str:
 
 
 def attach(vit: nn.Module, folder: str | Path) -> dict[str, LoraLinear]:
-    """Puts the adapter in `folder` on `vit`, in place, as one LoRA a Linear. Returns the adapters by module name.
+    """Put the adapter in `folder` on `vit`, in place, as one LoRA a Linear. Returns the adapters by module name.
 
     Parameters that were trained as they are replace those of `vit`. Reads what `save` wrote and any LoRA that PEFT
     wrote for a timm ViT. Raises ConfigError, before anything is changed, if the folder is not an adapter or belongs to

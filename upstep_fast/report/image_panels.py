@@ -62,7 +62,7 @@ class Pictures:
 
 
 def collect(config: AdaptConfig, compute: Compute, source: Source, out: Path) -> None:
-    """Looks at the images and writes out/pictures.json; what goes wrong is a warning, the run is done."""
+    """Look at the images and writes out/pictures.json; what goes wrong is a warning, the run is done."""
     try:
         found = look(config, compute, source, out)
         write_whole(out / NAME, json.dumps(asdict(found)).encode())

@@ -35,7 +35,7 @@ class Metrics:
             self._board = SummaryWriter(str(path.parent), purge_step=step)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Appends one line and hands it to the system at once. Raises OSError if the disk refuses."""
+        """Append one line and hands it to the system at once. Raises OSError if the disk refuses."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         left = memoryview((json.dumps(clean) + "\n").encode())
         while left:
@@ -45,7 +45,7 @@ class Metrics:
                 self._board.add_scalar(name, value, row["step"])
 
     def sync(self) -> None:
-        """Forces what was written to disk. Raises OSError."""
+        """Force what was written to disk. Raises OSError."""
         os.fsync(self._file.fileno())
 
     def __enter__(self) -> Metrics:

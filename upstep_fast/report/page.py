@@ -40,7 +40,7 @@ STYLE = Path(__file__).parent.parent / "assets" / "report.css"
 
 @contextlib.contextmanager
 def written_after(out: Path) -> Iterator[None]:
-    """Writes out/report.html when the run within ends, however it ends; a page that fails is a warning, no error."""
+    """Write out/report.html when the run within ends, however it ends; a page that fails is a warning, no error."""
     try:
         yield
     finally:
@@ -62,7 +62,7 @@ def run(config: ReportConfig) -> Path:
 
 
 def write(folder: Path) -> Path:
-    """Writes folder/report.html from what the run left there. Raises ConfigError if that is no run, or OSError."""
+    """Write folder/report.html from what the run left there. Raises ConfigError if that is no run, or OSError."""
     return write_whole(folder / NAME, run_page(read_record(folder)).encode())
 
 

@@ -41,7 +41,7 @@ class Progress:
         self._bar = Bar(*columns, console=terminal.console(stderr=True), disable=self._plain or self._quiet)
 
     def update(self, row: dict[str, Any], state: GateState) -> None:
-        """Takes one row of metrics."""
+        """Take one row of metrics."""
         self._done += 1
         self._waited += row["data_wait"]
         self._loss = row["loss"] if row["loss"] is not None else self._loss

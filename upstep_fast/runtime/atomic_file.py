@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 
 def write_whole(path: Path, content: bytes | Callable[[BinaryIO], object]) -> Path:
-    """Puts `content`, bytes or what a function writes, in the place of `path`; returns `path`. Raises OSError.
+    """Put `content`, bytes or what a function writes, in the place of `path`; returns `path`. Raises OSError.
 
     Whoever reads `path` finds the old content or the new; a reader of a killed process finds the old.
     """

@@ -81,7 +81,7 @@ class Writer:
 
 
 def save(folder: Path, step: int, files: Mapping[str, bytes], manifest: Mapping[str, Any], keep: int = 2) -> Path:
-    """Writes step-XXXXXXXX with `files` and `manifest` into an existing folder, and removes old checkpoints.
+    """Write step-XXXXXXXX with `files` and `manifest` into an existing folder, and removes old checkpoints.
 
     The newest `keep` up to `step` stay. Those of later steps go as well: they are damaged ones that the run went back
     behind. Raises OSError if the disk refuses; what was there before is then still there, and what was begun is gone.
@@ -158,7 +158,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def clean(folder: Path) -> None:
-    """Removes what killed runs left half-written in `folder`. Raises OSError."""
+    """Remove what killed runs left half-written in `folder`. Raises OSError."""
     for path in folder.glob("*.tmp-*"):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 

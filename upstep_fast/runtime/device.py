@@ -32,7 +32,7 @@ class Compute:
         return self.precision == "fp8"
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """Runs matrix products in `precision`. To be entered after no_grad, which chooses the CPU's attention."""
+        """Run matrix products in `precision`. To be entered after no_grad, which chooses the CPU's attention."""
         stack = contextlib.ExitStack()
         if self.dtype is not None:
             stack.enter_context(torch.autocast(self.device.type, dtype=self.dtype))
@@ -48,7 +48,7 @@ class Compute:
 
 
 def resolve(device: str, precision: str) -> Compute:
-    """Turns "auto" into facts; under torchrun each process has a GPU of its own.
+    """Turn "auto" into facts; under torchrun each process has a GPU of its own.
 
     Raises ConfigError when the machine lacks what was asked for.
     """

@@ -199,7 +199,7 @@ def average_gradients(parameters: Sequence[nn.Parameter], numbers: Tensor) -> Te
 
 
 def agree_on(facts: dict[str, Any]) -> None:
-    """Raises ConfigError naming the first of `facts` (nested dicts, as JSON can hold) that differs from rank 0's."""
+    """Raise ConfigError naming the first of `facts` (nested dicts, as JSON can hold) that differs from rank 0's."""
     first, *others = gather(facts)
     for number, other in enumerate(others, 1):
         if found := _difference(first, other):
@@ -211,7 +211,7 @@ def agree_on(facts: dict[str, Any]) -> None:
 
 
 def check_same(what: str, values: Sequence[float]) -> None:
-    """Raises RunFailedError with the smallest and largest value where the ranks' `values` are not the same."""
+    """Raise RunFailedError with the smallest and largest value where the ranks' `values` are not the same."""
     if size() == 1:
         return
     own = torch.tensor(list(values), dtype=torch.float64)

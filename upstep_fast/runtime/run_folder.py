@@ -51,14 +51,14 @@ def opened(config: AdaptConfig | FinetuneConfig) -> Iterator[Path]:
 
 
 def check(config: AdaptConfig | FinetuneConfig) -> None:
-    """Raises ConfigError if `opened` would refuse what the folder holds: before work that takes its time."""
+    """Raise ConfigError if `opened` would refuse what the folder holds: before work that takes its time."""
     _refuse_another(Path(config.out), config)
     _refuse_run(Path(config.out), config)
 
 
 @contextlib.contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """Turns an OSError into a RunFailedError of one line: the file, the reason, the cure."""
+    """Turn an OSError into a RunFailedError of one line: the file, the reason, the cure."""
     try:
         yield
     except OSError as error:
@@ -88,7 +88,7 @@ def _held(out: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """Holds out/run.lock, which names this process; the system lets go of it when the process ends, however it ends.
+    """Hold out/run.lock, which names this process; the system lets go of it when the process ends, however it ends.
 
     Raises ConfigError naming the process that holds it.
     """

@@ -31,7 +31,7 @@ class Asked:
         return [float(self.stop), float(self.save or is_due)]
 
     def agree(self, sums: Sequence[float]) -> None:
-        """Takes the sums of all ranks' wishes."""
+        """Take the sums of all ranks' wishes."""
         self._agreed = (sums[0] > 0, sums[1] > 0)
 
     def settle(self) -> tuple[bool, bool]:
@@ -50,7 +50,7 @@ class Asked:
 
 @contextlib.contextmanager
 def signals(save_seconds: float = 0.0) -> Iterator[Asked]:
-    """Turns SIGINT and SIGTERM into a wish to stop, SIGUSR1 into one to save; handlers are put back afterwards.
+    """Turn SIGINT and SIGTERM into a wish to stop, SIGUSR1 into one to save; handlers are put back afterwards.
 
     A second SIGINT or SIGTERM acts as usual. Not under torchrun, which passes on to every rank a Ctrl-C that all have
     had from the terminal, and kills after half a minute who has not ended.

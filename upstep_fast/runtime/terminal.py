@@ -29,7 +29,7 @@ _style = Style()
 
 
 def set_style(*, plain: bool = False, quiet: bool = False) -> None:
-    """Sets the style of this process, from the flags of the command line."""
+    """Set the style of this process, from the flags of the command line."""
     global _style
     _style = Style(plain, quiet)
 
@@ -59,7 +59,7 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def show(table: Table) -> None:
-    """Prints a table to stdout."""
+    """Print a table to stdout."""
     if is_plain():
         table.box = box.MARKDOWN
         table.title_justify = "left"

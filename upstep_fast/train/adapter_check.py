@@ -16,7 +16,7 @@ from upstep_fast.train.state import RunState
 
 @torch.no_grad()
 def check_adapter(state: RunState, images: Tensor, compute: Compute, out: Path) -> None:
-    """Raises CheckFailedError unless every adapter got a gradient, moved, and changes the features.
+    """Raise CheckFailedError unless every adapter got a gradient, moved, and changes the features.
 
     images: [B, C, H, W].
     """

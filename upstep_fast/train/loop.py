@@ -138,7 +138,7 @@ def _train(
 
 
 def stop_if_bad(state: RunState, row: dict[str, Any], source: Source, own: Tensor, out: Path) -> None:
-    """Counts steps that were not applied; at the third in a row writes out/bad_batches.json and ends the run.
+    """Count steps that were not applied; at the third in a row writes out/bad_batches.json and ends the run.
 
     own: indices of this rank's images. Raises RunFailedError, or OSError if the file cannot be written.
     """
@@ -160,7 +160,7 @@ def stop_if_bad(state: RunState, row: dict[str, Any], source: Source, own: Tenso
 
 
 def stop_if_collapsed(state: RunState, row: dict[str, Any], out: Path) -> None:
-    """Raises RunFailedError at the last of many steps whose features tell images no longer apart.
+    """Raise RunFailedError at the last of many steps whose features tell images no longer apart.
 
     Only steps in a row count: training can pass through such a state and leave it. row: maybe the one before the last
     that was counted.

@@ -44,7 +44,7 @@ class ResumeCheck:
         self._found = found
 
     def after(self, row: dict[str, Any], state: RunState, is_last: bool) -> None:
-        """Takes note of a step; after the last one to compare, repeats them all. Raises RunFailedError."""
+        """Take note of a step; after the last one to compare, repeats them all. Raises RunFailedError."""
         if not self.is_on:
             return
         assert self._found is not None

@@ -95,7 +95,7 @@ def identify(config: AdaptConfig | FinetuneConfig, compute: Compute, source: Sou
 
 
 def agree(identity: Identity) -> None:
-    """Raises ConfigError naming the first thing in which a rank is not as rank 0: configuration, files, code."""
+    """Raise ConfigError naming the first thing in which a rank is not as rank 0: configuration, files, code."""
     found = facts(identity)
     # the number of the GPU, and what does not touch the result
     found["config"] = {name: value for name, value in identity.config.items() if name != "device"}
@@ -110,7 +110,7 @@ def share_pins() -> None:
 
 
 def go_on(state: RunState, folder: Path, identity: Identity) -> None:
-    """Puts the newest whole checkpoint in `folder` into a fresh state, in place; says where the run goes on from.
+    """Put the newest whole checkpoint in `folder` into a fresh state, in place; says where the run goes on from.
 
     Raises as `checkpoint.newest` and `restore` do.
     """
@@ -124,12 +124,12 @@ def go_on(state: RunState, folder: Path, identity: Identity) -> None:
 
 
 def save(state: RunState, folder: Path, identity: Identity, writer: checkpoints.Writer) -> None:
-    """Copies `state` and has it written while the run goes on. Raises OSError if the save before failed."""
+    """Copy `state` and has it written while the run goes on. Raises OSError if the save before failed."""
     writer.save(folder, state.step, copied(state), manifest(state, identity))
 
 
 def copied(state: RunState) -> Callable[[], dict[str, bytes]]:
-    """Copies the state to the host. The function returned makes the checkpoint's files of the copy, at any time later:
+    """Copy the state to the host. The function returned makes the checkpoint's files of the copy, at any time later:
     the adapter as PEFT reads it, and every tensor of the state."""
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in _tensors(state).items()}
     adapter = state.method.result_files()
@@ -161,7 +161,7 @@ def _numbers(state: RunState) -> dict[str, Any]:
 
 
 def restore(state: RunState, checkpoint: Checkpoint, identity: Identity) -> None:
-    """Puts the state of `checkpoint` into a fresh one of the same configuration, in place.
+    """Put the state of `checkpoint` into a fresh one of the same configuration, in place.
 
     Raises ConfigError if it belongs to another model, data or configuration, RunFailedError if it cannot be read;
     nothing is changed then.
@@ -242,7 +242,7 @@ def _moments(parameter: Tensor) -> dict[str, Tensor]:
 
 
 def check_same(checkpoint: Checkpoint, identity: Identity) -> None:
-    """Raises ConfigError if `checkpoint` belongs to another run; warns where it was made in another environment."""
+    """Raise ConfigError if `checkpoint` belongs to another run; warns where it was made in another environment."""
     _refuse_another(checkpoint, identity)
     _name_differences(checkpoint, identity)
 

@@ -32,7 +32,7 @@ class Journal:
             self._writer = self._stack.enter_context(checkpoint.Writer(config.keep_checkpoints))
 
     def write(self, row: dict[str, Any], gate: GateState) -> None:
-        """Appends a row to metrics.jsonl and moves the progress line. `other_s` loses what the step's halves took."""
+        """Append a row to metrics.jsonl and moves the progress line. `other_s` loses what the step's halves took."""
         row["other_s"] = max(0.0, row["other_s"] - row["forward_s"] - row["backward_s"])
         if self._metrics:
             self._progress.update(row, gate)

@@ -96,7 +96,7 @@ def step(
 
 
 def catch_up(state: RunState) -> None:
-    """Waits for what the last step tells and fills in its row."""
+    """Wait for what the last step tells and fills in its row."""
     if state.late is not None:
         _fill_in(state, state.late.numbers.tolist())
 
@@ -269,7 +269,7 @@ def update(loss: Tensor, state: RunState, config: AdaptConfig) -> tuple[list[Ten
 
 
 def _all_there(state: RunState, accumulate: int) -> bool:
-    """Adds the gradients to those that wait; once there are `accumulate`, their mean takes the gradients' place."""
+    """Add the gradients to those that wait; once there are `accumulate`, their mean takes the gradients' place."""
     for name, p in state.method.named_parameters():
         if p.grad is not None:
             part = p.grad / accumulate

@@ -104,7 +104,7 @@ class Referee:
         return sum(s > best["step"] for s in seen) >= self._config.judge_patience
 
     def settle(self) -> None:
-        """Puts the best adapter in its place. Raises CheckFailedError if all are clearly worse than the base model."""
+        """Put the best adapter in its place. Raises CheckFailedError if all are clearly worse than the base model."""
         best, adapter = self.best(), self._out / "adapter"
         if best is None:
             return

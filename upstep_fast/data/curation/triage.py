@@ -57,7 +57,7 @@ class Verdict:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Verdict:
-        """Raises KeyError, TypeError, ValueError or AttributeError for what is no verdict."""
+        """Raise KeyError, TypeError, ValueError or AttributeError for what is no verdict."""
         parts = [{int(i): str(reason) for i, reason in values[name].items()} for name in ("left_out", "listed")]
         return cls(parts[0], parts[1], {str(k): int(v) for k, v in values["counts"].items()})
 
@@ -91,7 +91,7 @@ class _Seen:
 
 
 def triage(source: Source, *, channels: int = 3, num_workers: int = 0, max_bad_fraction: float = 0.01) -> Verdict:
-    """Looks at every image. Raises DataError when more than `max_bad_fraction` cannot be read."""
+    """Look at every image. Raises DataError when more than `max_bad_fraction` cannot be read."""
     seen = _Seen()
     left_out: dict[int, str] = {}
     listed: dict[int, list[str]] = {}

@@ -24,7 +24,7 @@ _AS_STORED = 0  # ImageReadMode.UNCHANGED
 
 @functools.cache
 def reader() -> Callable[[Tensor], Tensor] | None:
-    """torchvision's `decode_jpeg`, encoded uint8 [bytes] -> uint8 [C, H, W]; None where it has none.
+    """Torchvision's `decode_jpeg`, encoded uint8 [bytes] -> uint8 [C, H, W]; None where it has none.
 
     torchvision 0.29 calls its readers deprecated in favour of TorchCodec's, which is no dependency of this package. So
     the op is called itself, without a warning an image; where a later torchvision has none, Pillow reads.

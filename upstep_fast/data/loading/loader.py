@@ -154,7 +154,7 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        """Ends the threads; what they are decoding is finished first."""
+        """End the threads; what they are decoding is finished first."""
         self._stop()
         self._closed = True
         if (gpu := self._fetcher.gpu) and gpu.refused:
@@ -162,7 +162,7 @@ class Loader:
             gpu.refused = 0
 
     def write_skipped(self, path: str | Path) -> None:
-        """Writes name,reason of every image left out so far, those that could not even be listed included."""
+        """Write name,reason of every image left out so far, those that could not even be listed included."""
         write_skipped(path, [*self.source.problems, *self.skipped.items()])
 
     def _run(self, step: int) -> Generator[Ready[list[Chunk]]]:
@@ -189,7 +189,7 @@ class Loader:
         return self._make_views(_join(chunks))
 
     def _count(self, chunks: list[Chunk]) -> None:
-        """Notes the bad images of a batch when it is handed over, not when it is decoded: so resumes count alike."""
+        """Note the bad images of a batch when it is handed over, not when it is decoded: so resumes count alike."""
         for chunk in chunks:
             for index, reason in chunk.bad:
                 self.skipped[self.source.name(index)] = reason

@@ -31,7 +31,7 @@ def too_many(bad: int, total: int, max_bad_fraction: float) -> bool:
 
 
 def check_bad(skipped: dict[str, str], total: int, max_bad_fraction: float) -> None:
-    """Raises DataError with the counts, the first file and the cure."""
+    """Raise DataError with the counts, the first file and the cure."""
     if too_many(len(skipped), total, max_bad_fraction):
         name, reason = next(iter(skipped.items()))
         raise DataError(

@@ -20,7 +20,7 @@ LABEL_COLUMNS = ("label", "class")
 
 
 def read_list(path: Path) -> Files:
-    """Raises DataError if the list cannot be read, is empty, or none of its first paths exist."""
+    """Raise DataError if the list cannot be read, is empty, or none of its first paths exist."""
     try:
         text = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:

@@ -117,7 +117,7 @@ def choose(source: Source, indices: np.ndarray, problems: Sequence[Problem]) -> 
 
 
 def open_source(paths: str | Path | Sequence[str | Path], split: str | None = None) -> Source:
-    """Lists the images of one or more PATHs.
+    """List the images of one or more PATHs.
 
     split: "train" or "test" takes that part of every tree that has both; of a tree without them "train" takes all and
     "test" nothing; None takes all. Raises DataError, naming the path and the cure, when there is nothing to use.

@@ -44,7 +44,7 @@ class TarIndex:
 
 
 def read_index(path: Path) -> TarIndex:
-    """Raises DataError if `path` cannot be read, is compressed, or does not start as a tar file does."""
+    """Raise DataError if `path` cannot be read, is compressed, or does not start as a tar file does."""
     index = TarIndex()
     try:
         with open(path, "rb") as file:
@@ -145,7 +145,7 @@ def _name(header: bytes) -> bytes:
 
 
 def _pax(payload: bytes) -> dict[bytes, bytes]:
-    """Records "LENGTH key=value\\n"; what does not parse is left out."""
+    """Record "LENGTH key=value\\n"; what does not parse is left out."""
     records, at = {}, 0
     while at < len(payload):
         blank = payload.find(b" ", at, at + 12)

@@ -81,7 +81,7 @@ def open_tars(paths: list[str], split: str | None, problems: list[Problem]) -> l
 def _cls_members(
     path: str, names: list[bytes], offsets: array, sizes: array, chosen: list[int]
 ) -> tuple[str, ...] | None:
-    """webdataset's labels: KEY.cls beside KEY.jpg, KEY being the name up to its first dot. None unless all have one."""
+    """Webdataset's labels: KEY.cls beside KEY.jpg, KEY being the name up to its first dot. None unless all have one."""
     keys = {_key(name): i for i, name in enumerate(names) if name.endswith(b".cls") and sizes[i] <= 256}
     if not keys or any(_key(names[i]) not in keys for i in chosen):
         return None

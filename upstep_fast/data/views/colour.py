@@ -37,7 +37,7 @@ def saturation(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turns the hue by `shift` of a full circle, through HSV."""
+    """Turn the hue by `shift` of a full circle, through HSV."""
     if x.shape[1] != 3:
         return x
     r, g, b = x.unbind(1)

@@ -53,6 +53,6 @@ def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
 
 
 def check_interpolation(name: str) -> None:
-    """Raises ValueError for an interpolation that is not offered."""
+    """Raise ValueError for an interpolation that is not offered."""
     if name not in INTERPOLATIONS:
         raise ValueError(f"interpolation: got {name!r}, must be {' or '.join(INTERPOLATIONS)}")

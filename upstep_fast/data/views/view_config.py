@@ -41,7 +41,7 @@ class ViewConfig:
     std: tuple[float, ...] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        """Raises ConfigError naming the field, its value and what is allowed."""
+        """Raise ConfigError naming the field, its value and what is allowed."""
         for name in ("flip", "vertical_flip", "rotate90", "grey", "blur", "solarize"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, must lie in 0 to 1")

@@ -107,7 +107,7 @@ def draw_params(
 
 
 def _crops(config: ViewConfig, heights: np.ndarray, widths: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, ...]:
-    """torchvision's RandomResizedCrop.get_params for N images: top, left, height, width, each [N] int64."""
+    """Torchvision's RandomResizedCrop.get_params for N images: top, left, height, width, each [N] int64."""
     (low, high), ratio = config.crop_scale, config.crop_ratio
     area = (heights * widths)[:, None] * (low + u[:, :TRIES] * (high - low))
     log_low, log_high = math.log(ratio[0]), math.log(ratio[1])

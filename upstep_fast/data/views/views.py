@@ -88,7 +88,7 @@ def multi_crop(
     patch: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
-    """Views of several kinds of each image, as SwAV's and DINO's n global and m local ones.
+    """View of several kinds of each image, as SwAV's and DINO's n global and m local ones.
 
         globals, locals = multi_crop(images, [(config, 2), (local_config(config, 96), 8)], seed=..., ...)
 

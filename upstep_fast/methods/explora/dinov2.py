@@ -91,7 +91,7 @@ class ExploraDinov2(nn.Module):
         self._sums: list[Tensor] = []  # of the teacher's scores and how many they are, for softmax centring
 
     def accelerate(self, dtype: torch.dtype, memory: Memory = "fast", fp8: bool = False) -> None:
-        """Runs the frozen blocks on the engine from now on."""
+        """Run the frozen blocks on the engine from now on."""
         if not explora.accelerate(self.encoder, dtype, memory, fp8):
             return
         # what the teacher averages changes too: the engine must refer to it as to what trains, not fold it away
@@ -199,7 +199,7 @@ class ExploraDinov2(nn.Module):
 
     @torch.no_grad()
     def after_update(self, applied: Tensor) -> None:
-        """Moves the teacher toward the student, and its centres."""
+        """Move the teacher toward the student, and its centres."""
         share = (1 - self.momentum) * applied
         for average, value in self._averaged:
             average.lerp_(value, share)

@@ -128,7 +128,7 @@ class ExploraMae(nn.Module):
         self.vit, self.encoder = vit, Encoder(vit)
 
     def _load_decoder(self) -> dict[str, lora.LoraLinear]:
-        """Fills the decoder from a checkpoint of MAE, freezes it but for norms, and puts LoRA on its attention."""
+        """Fill the decoder from a checkpoint of MAE, freezes it but for norms, and puts LoRA on its attention."""
         path = str(self.config.decoder)
         found = _decoder_state(path)
         wanted = self.decoder.state_dict()
@@ -143,7 +143,7 @@ class ExploraMae(nn.Module):
         return explora.extend(self.decoder, (), lora.LoraSpec(r=r, alpha=alpha, targets=("q", "v")), class_token=False)
 
     def accelerate(self, dtype: torch.dtype, memory: Memory = "fast", fp8: bool = False) -> None:
-        """Runs the encoder's frozen blocks on the engine from now on."""
+        """Run the encoder's frozen blocks on the engine from now on."""
         if explora.accelerate(self.encoder, dtype, memory, fp8):
             log.info("engine: the blocks trained whole (%s) and the decoder run as plain modules", self.config.unfreeze)
 
@@ -156,7 +156,7 @@ class ExploraMae(nn.Module):
         """Nothing."""
 
     def schedule(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Sets the learning rate of this step."""
+        """Set the learning rate of this step."""
         assert self.config.steps is not None
         for group in optimizer.param_groups:
             group["lr"] = self.config.lr * warmup_cosine(step, self.config.steps, self.config.warmup)

@@ -94,7 +94,7 @@ def prepare(backbone: Backbone, config: ExploraConfig) -> dict[str, LoraLinear]:
 
 
 def accelerate(encoder: Encoder, dtype: torch.dtype, memory: Memory, fp8: bool) -> bool:
-    """Runs the encoder's frozen blocks on the engine from now on; where it cannot, says why and returns False."""
+    """Run the encoder's frozen blocks on the engine from now on; where it cannot, says why and returns False."""
     if reason := encoder.accelerate(dtype, memory, fp8):
         log.warning("engine: running the plain model instead, since %s", reason)
         return False

@@ -53,7 +53,7 @@ class Baseline(nn.Module):
         self.features: Callable[[Tensor], Tensor] = partial(features, self.vit)
 
     def accelerate(self, dtype: torch.dtype, fp8: bool = False) -> None:
-        """Runs a backbone whose weights are frozen on the engine in `dtype`; to be called on the final device."""
+        """Run a backbone whose weights are frozen on the engine in `dtype`; to be called on the final device."""
         if self.method != "full":
             self.features = engine.choose(self.vit, dtype, "fast", otherwise=self.features, fp8=fp8)
 

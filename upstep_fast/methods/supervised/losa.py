@@ -117,7 +117,7 @@ class SideNetwork(nn.Module):
         return self.positions.to(b.dtype).repeat(len(b) // self.frames, 1, 1).expand_as(b)
 
     def step(self, level: int, b: Tensor, a: Tensor | None) -> Tensor:
-        """a after the adaptor of tap `level`; a: None at the first."""
+        """A after the adaptor of tap `level`; a: None at the first."""
         if b.shape[1] != self.tokens and self.spec.token_rank:
             raise ValueError(f"losa: {b.shape[1]} tokens, but tokens are mixed for {self.tokens}; see `resample`")
         return self.adaptors[level](b, self.start(b) if a is None else a, self.frames)
@@ -127,7 +127,7 @@ class SideNetwork(nn.Module):
         return a if self.spec.combine == "replace" else last + a
 
     def forward(self, taps: Tensor) -> Tensor:
-        """z from stored activations [K, B T, N, D]."""
+        """Z from stored activations [K, B T, N, D]."""
         a: Tensor | None = None
         for level, b in enumerate(taps):
             a = self.step(level, b, a)
@@ -136,7 +136,7 @@ class SideNetwork(nn.Module):
 
     @torch.no_grad()
     def resample(self, old: tuple[int, int], new: tuple[int, int], prefix: int) -> None:
-        """Makes the token mixers fit another grid of patches, in place; says so.
+        """Make the token mixers fit another grid of patches, in place; says so.
 
         They then see the new tokens resampled to the old grid (W1 M) and give back their answer resampled to the new
         one (U W2), M and U being antialiased bilinear interpolation; class and register tokens stay as they are.
@@ -179,7 +179,7 @@ class Losa(nn.Module):
         self.stream: Stream = partial(stream_plain, vit, None)
 
     def accelerate(self, dtype: torch.dtype, fp8: bool = False) -> None:
-        """Runs the frozen blocks on the engine in `dtype` from now on; to be called on the final device."""
+        """Run the frozen blocks on the engine in `dtype` from now on; to be called on the final device."""
         self.stream = make_stream(self.vit, dtype, fp8)
 
     def train(self, mode: bool = True) -> Losa:
@@ -225,7 +225,7 @@ class Losa(nn.Module):
 
 
 def make_stream(vit: nn.Module, dtype: torch.dtype, fp8: bool = False) -> Stream:
-    """Runs a frozen ViT without gradient and hands every block's output, [B, N, D] in `dtype`, to a function."""
+    """Run a frozen ViT without gradient and hands every block's output, [B, N, D] in `dtype`, to a function."""
     reason = why_not(vit)
     if reason is None:
         return partial(_stream_engine, engine.build(vit, dtype, fp8=fp8))  # type: ignore[arg-type]

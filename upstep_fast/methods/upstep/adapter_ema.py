@@ -31,7 +31,7 @@ class Average(nn.Module):
 
     @torch.no_grad()
     def update(self, parameters: Sequence[nn.Parameter], applied: Tensor) -> None:
-        """Takes the parameters in; called after each update. applied: bool scalar, False where it moved nothing."""
+        """Take the parameters in; called after each update. applied: bool scalar, False where it moved nothing."""
         self.updates += applied
         weight = (1 - self.beta) / (1 - self.beta**self.updates)  # 1 at the first: no share of the start's B = 0
         weight = torch.where(applied, weight, 0.0)

@@ -87,7 +87,7 @@ class UpStep(nn.Module):
         self.register_buffer("queue", torch.zeros(num_views, config.queue, width) if config.queue else None)
 
     def accelerate(self, dtype: torch.dtype, memory: Memory = "fast", fp8: bool = False) -> None:
-        """Runs the backbone on the engine from now on, in `dtype`; the plain model where the engine cannot.
+        """Run the backbone on the engine from now on, in `dtype`; the plain model where the engine cannot.
 
         To be called once the module is on its device, since the frozen weights are folded into copies.
         """
@@ -105,7 +105,7 @@ class UpStep(nn.Module):
 
     @torch.no_grad()
     def start(self, views: Iterable[Tensor]) -> None:
-        """Sets what is computed once from the base model's embeddings; views: [V, B, C, H, W] batches."""
+        """Set what is computed once from the base model's embeddings; views: [V, B, C, H, W] batches."""
         of_batches = [distributed.gather_rows(self.embed(batch).z, 1) for batch in views]
         if self.queue is not None:
             self._push(z := torch.cat(of_batches, 1), z.isfinite().all())
@@ -118,7 +118,7 @@ class UpStep(nn.Module):
             self.prototypes.copy_(clustering.kmeans_prototypes(z, len(self.prototypes), generator))
 
     def schedule(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Sets the learning rate of this step, and the base model's share in its targets."""
+        """Set the learning rate of this step, and the base model's share in its targets."""
         c = self.config
         assert c.steps is not None
         for group in optimizer.param_groups:
@@ -181,13 +181,13 @@ class UpStep(nn.Module):
         return {"learnt": self._learnt} if self.config.gate_unit == "image" else {}
 
     def after_update(self, applied: Tensor) -> None:
-        """Takes the adapters into their running mean."""
+        """Take the adapters into their running mean."""
         if self.average:
             self.average.update(self.adapter_parameters(), applied)
 
     @torch.no_grad()
     def remember(self, embedded: Embedded) -> None:
-        """Moves the running centre and magnitude and the queue, unless the step is not finite."""
+        """Move the running centre and magnitude and the queue, unless the step is not finite."""
         centre, magnitude = embedded.centre.detach(), embedded.magnitudes[0]
         weight, finite = torch.where(self.seen, 1 - clustering.CVR_EMA_BETA, 1.0), magnitude.isfinite()
         for running, value in ((self.running_centre, centre), (self.running_magnitude, magnitude)):
@@ -197,7 +197,7 @@ class UpStep(nn.Module):
             self._push(distributed.gather_rows(self._fresh, 1), finite)
 
     def _push(self, z: Tensor, finite: Tensor) -> None:
-        """Puts embeddings of all ranks, [V, B, d], before those of the queue; the oldest fall out."""
+        """Put embeddings of all ranks, [V, B, d], before those of the queue; the oldest fall out."""
         assert self.queue is not None
         moved = torch.cat([z[: len(self.queue)], self.queue], 1)[:, : self.queue.shape[1]]
         self.queue.copy_(torch.where(finite, moved, self.queue))
@@ -247,7 +247,7 @@ class UpStep(nn.Module):
 
     @torch.no_grad()
     def _targets(self, made_by: Embedded, scores: Tensor, prototypes: Tensor, base: Tensor | None) -> Tensor:
-        """q [V, B, K]: (1 - w) q_adapted + w q_base; base: the base model's features [V B, D], wanted while w > 0."""
+        """Q [V, B, K]: (1 - w) q_adapted + w q_base; base: the base model's features [V B, D], wanted while w > 0."""
         self._fresh = made_by.z.detach()
         q = self._assign(scores, prototypes)
         if not self.base_share or base is None:

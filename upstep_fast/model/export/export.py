@@ -45,7 +45,7 @@ class Exported:
 
 
 def export(model: str, out: str | Path, *, adapter: str | Path | None = None, **options: Any) -> Exported:
-    """Writes `model` with the adapter in folder `adapter` to the new folder `out`; keywords are ExportConfig's."""
+    """Write `model` with the adapter in folder `adapter` to the new folder `out`; keywords are ExportConfig's."""
     return run(ExportConfig(model=model, out=str(out), adapter=None if adapter is None else str(adapter), **options))
 
 

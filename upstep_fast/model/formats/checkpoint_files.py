@@ -100,7 +100,7 @@ def shards(index: Path) -> list[str]:
 
 
 def fill(vit: nn.Module, state: Mapping[str, Tensor], *, where: str, min_matched: float = 0.99) -> Match:
-    """Copies a checkpoint of any known format into `vit`, in place, resized to its grid and channels as timm does it.
+    """Copy a checkpoint of any known format into `vit`, in place, resized to its grid and channels as timm does it.
 
     min_matched: smallest share of the model's tensors that must be filled. Raises ConfigError, before anything is
     changed, below it and when the checkpoint has blocks that the model lacks: how many matched and the first misses.
@@ -160,7 +160,7 @@ def _to_timm(
 
 
 def _filter(vit: Any, state: State) -> State:
-    """timm's own conversion: patch and position embeddings resized, CLIP's and DINOv2's names."""
+    """Timm's own conversion: patch and position embeddings resized, CLIP's and DINOv2's names."""
     if isinstance(vit, timm_eva.Eva):
         state.pop("mask_token", None)  # with it timm takes the final norm for that of BEiT's pretraining
         return timm_eva.checkpoint_filter_fn(state, vit)
@@ -180,7 +180,7 @@ def _adapt_channels(state: State, vit: nn.Module) -> State:
 
 
 def _add_classifier(vit: nn.Module, converted: State, good: State) -> None:
-    """Keeps the checkpoint's classifier if it fits the model; else the model is left with none, not a random one."""
+    """Keep the checkpoint's classifier if it fits the model; else the model is left with none, not a random one."""
     head = getattr(vit, "head", None)
     if not isinstance(head, nn.Linear):
         return
@@ -210,7 +210,7 @@ def _split_bias(state: State, vit: nn.Module, where: str) -> None:
 
 
 def _shape_clip(state: State) -> None:
-    """transformers keeps CLIP's class token as [D], its positions as [N, D], and SigLIP's pooling q, k, v in one."""
+    """Transformers keeps CLIP's class token as [D], its positions as [N, D], and SigLIP's pooling q, k, v in one."""
     for key in ("cls_token", "pos_embed"):
         if key in state:
             state[key] = state[key].reshape(1, -1, state[key].shape[-1])

@@ -19,7 +19,7 @@ _CLASSES = {"GELU": "gelu", "QuickGELU": "quick_gelu", "GELUTanh": "gelu_pytorch
 
 
 def timm_args(config: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
-    """timm's architecture and model_args for a transformers configuration. Raises ConfigError if there is none."""
+    """Timm's architecture and model_args for a transformers configuration. Raises ConfigError if there is none."""
     kind, gated = config.get("model_type"), config.get("use_gated_mlp", False)
     try:
         width, heads = config["hidden_size"], config["num_attention_heads"]

@@ -27,7 +27,7 @@ class Format:
     fused: str = "blocks.N.attn.qkv."
 
     def to_timm(self, theirs: Mapping[str, Tensor]) -> State:
-        """Renames and concatenates; tensors that are in no pair keep their name."""
+        """Rename and concatenates; tensors that are in no pair keep their name."""
         found: State = {}
         parts: dict[str, dict[int, Tensor]] = {}
         for key, value in theirs.items():

@@ -80,7 +80,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def save(folder: Path, tensors: Mapping[str, Tensor], config: FinetuneConfig, classes: tuple[str, ...]) -> None:
-    """Writes the folder; config.json, last, names the tensors' hash. Raises OSError."""
+    """Write the folder; config.json, last, names the tensors' hash. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     data = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
     if config.adapter is not None:

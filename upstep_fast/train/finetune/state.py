@@ -36,7 +36,7 @@ class State:
     seconds: float = 0.0  # spent training so far
 
     def remember(self, accuracy: float) -> None:
-        """Takes the held-out accuracy of the epoch that has ended; the first of equals is the best."""
+        """Take the held-out accuracy of the epoch that has ended; the first of equals is the best."""
         if accuracy > self.best:
             self.best, self.best_epoch = accuracy, self.epoch
             self.best_tensors = {name: p.detach().clone() for name, p in trained(self.model).items()}
@@ -47,7 +47,7 @@ _VALUES = ("best", "best_epoch", "epoch", "bad", "seconds")
 
 
 def save(state: State, folder: Path, identity: Identity, skipped: Mapping[str, str]) -> None:
-    """Writes a checkpoint. Raises OSError."""
+    """Write a checkpoint. Raises OSError."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(state).items()}
     manifest = {
         **facts(identity),
@@ -58,7 +58,7 @@ def save(state: State, folder: Path, identity: Identity, skipped: Mapping[str, s
 
 
 def go_on(state: State, folder: Path, identity: Identity, skipped: dict[str, str]) -> None:
-    """Puts the newest whole checkpoint into a fresh state, in place; says where the run goes on from.
+    """Put the newest whole checkpoint into a fresh state, in place; says where the run goes on from.
 
     Raises ConfigError if it belongs to another run, RunFailedError if it cannot be read.
     """

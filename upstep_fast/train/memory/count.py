@@ -61,7 +61,7 @@ class StepMemory:
 
 
 def count(config: AdaptConfig, compute: Compute, *, on: str | None = None, flops: bool = False) -> StepMemory:
-    """Counts an open step of `config.batch_size` images; no weight is loaded or allocated, nothing is computed.
+    """Count an open step of `config.batch_size` images; no weight is loaded or allocated, nothing is computed.
 
     on: "cuda" or "cpu", what the step is to run on; None: compute.device. flops: count them too, which takes longer.
     Raises ConfigError for an unknown model.
@@ -163,7 +163,7 @@ class _Storages(TorchDispatchMode):
         self.live["workspace"] = library
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """Runs the operator and takes note of what it returned."""
+        """Run the operator and takes note of what it returned."""
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
@@ -201,7 +201,7 @@ class _Storages(TorchDispatchMode):
 
 
 def without_bytes(vit: nn.Module) -> None:
-    """Puts tensors of the current device and mode in the place of those on "meta", frozen."""
+    """Put tensors of the current device and mode in the place of those on "meta", frozen."""
     # to_empty would swap tensors, which fake ones refuse
     for module in vit.modules():
         for name, parameter in module._parameters.items():

@@ -49,7 +49,7 @@ Chooser = Callable[[Memory, int], Choice]  # counts a level and a batch
 
 
 def chooser(config: AdaptConfig, compute: Compute, on: str | None = None) -> Chooser:
-    """Counts this run at other levels and batches; each is counted once."""
+    """Count this run at other levels and batches; each is counted once."""
     counted: dict[tuple[Memory, int], Choice] = {}
 
     def choose(memory: Memory, batch: int) -> Choice:

@@ -35,7 +35,7 @@ class Measured:
 
 
 def measure(config: AdaptConfig, compute: Compute, *, cpu_images: int = CPU_IMAGES) -> Measured:
-    """Takes two open steps, the second counted, and a third that is timed. At most `cpu_images` at once on a CPU."""
+    """Take two open steps, the second counted, and a third that is timed. At most `cpu_images` at once on a CPU."""
     on_cpu = compute.device.type == "cpu"
     if on_cpu:
         config = replace(config, batch_size=min(config.batch_size, cpu_images))
@@ -82,7 +82,7 @@ def one_step(config: AdaptConfig, compute: Compute) -> tuple[Callable[[], None],
 
 @contextlib.contextmanager
 def _peak_of_cpu() -> Iterator[list[int]]:
-    """Yields a list that holds, after the context, the most bytes that were allocated at once in the counted step.
+    """Yield a list that holds, after the context, the most bytes that were allocated at once in the counted step.
 
     The allocator reports its total since the profiler began, so everything must be allocated within the context.
     """
