@@ -6,7 +6,7 @@
 Every op runs on a CPU too; `report()` says which implementation ran and why, `forced` chooses one.
 """
 
-from ._autotune import pin, pins
+from ._autotune import set_tuned, tuned
 from ._dispatch import Choice, force, forced, report
 from .attention import attention
 from .center_vector import center_vector_finish, center_vector_partial, center_vector_update
@@ -37,11 +37,11 @@ __all__ = [
     "lora_linear_fp8",
     "low_rank_mixer",
     "patchify",
-    "pin",
-    "pins",
     "quantize",
     "report",
     "scored_sinkhorn",
+    "set_tuned",
     "sinkhorn",
     "swapped_cross_entropy",
+    "tuned",
 ]

@@ -11,9 +11,9 @@ import platform
 import torch
 
 from . import _triton
-from ._dispatch import report, wanted
+from ._dispatch import report, requested
 from ._native import LIBRARY, extension, has_cuda, library_folder, load_failure
-from ._sample_inputs import PROBLEMS, sample_inputs
+from ._sample_inputs import SAMPLE_INPUTS, sample_inputs
 
 
 def _machine() -> list[tuple[str, str]]:
@@ -33,7 +33,7 @@ def _machine() -> list[tuple[str, str]]:
         rows.append(("build", ", ".join(f"{k} {v or 'none'}" for k, v in extension().BUILD_INFO.items())))
     except RuntimeError as error:
         rows.append(("build", str(error)))
-    return [*rows, ("asked for", wanted() or "nothing: each op chooses (UPSTEP_FAST_KERNELS names one)")]
+    return [*rows, ("requested", requested() or "nothing: each op chooses (UPSTEP_FAST_KERNELS names one)")]
 
 
 def _print(rows: list[tuple[str, ...]]) -> None:
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to try the ops")
     device = torch.device(parser.parse_args(arguments).device)
     failed: list[tuple[str, ...]] = []
-    for name in PROBLEMS:
+    for name in SAMPLE_INPUTS:
         try:
             problem = sample_inputs(name)
             problem.call(*problem.on(device, torch.bfloat16 if device.type == "cuda" else torch.float32))

@@ -1,8 +1,8 @@
 """The fastest of several ways to compute one thing: measured once, remembered, and pinned from outside.
 
 A choice is named by a problem (op, dtype, shape class: "lora_linear bfloat16 M32768 K1024 ...") and holds for
-one machine (GPU, torch, triton). In order: what `pin` says; what this process or an earlier one measured (JSON
-under XDG_CACHE_HOME); a measurement now. Ranks agree by one of them measuring and broadcasting `pins()`.
+one machine (GPU, torch, triton). In order: what `set_tuned` says; what this process or an earlier one measured (JSON
+under XDG_CACHE_HOME); a measurement now. Ranks agree by one of them measuring and broadcasting `tuned()`.
 Nothing is measured on a CPU or while a CUDA graph is captured: the first candidate runs there.
 """
 
@@ -31,20 +31,20 @@ _pinned: dict[str, str] = {}
 _known: dict[str, dict[str, str]] = {}  # machine -> problem -> choice
 
 
-def pin(choices: Mapping[str, str]) -> None:
-    """Fix the choice of each problem named (as `pins` gives them); an empty mapping lets all go."""
+def set_tuned(choices: Mapping[str, str]) -> None:
+    """Fix the choice of each problem named (as `tuned` gives them); an empty mapping lets all go."""
     _pinned.clear()
     _pinned.update(choices)
 
 
-def pins() -> dict[str, str]:
+def tuned() -> dict[str, str]:
     """Problem -> choice: all that is pinned or was measured for the current GPU. JSON-friendly."""
     if not torch.cuda.is_available():
         return dict(_pinned)
     return {**_known.get(_machine(torch.device("cuda", torch.cuda.current_device())), {}), **_pinned}
 
 
-def fastest(problem: str, device: torch.device, candidates: Mapping[str, Callable[[], object]]) -> tuple[str, str]:
+def autotune(problem: str, device: torch.device, candidates: Mapping[str, Callable[[], object]]) -> tuple[str, str]:
     """The name of the candidate to run for `problem`, and why it is that one.
 
     candidates: name -> a call that does the whole work on the caller's tensors; the first is the default.

@@ -62,7 +62,7 @@ def force(implementation: str | None) -> None:
     _forced.set(_checked(implementation, "implementation"))
 
 
-def wanted() -> str | None:
+def requested() -> str | None:
     """The implementation asked for by `forced`, `force` or UPSTEP_FAST_KERNELS; None: free choice."""
     return _forced.get() or _checked(os.environ.get("UPSTEP_FAST_KERNELS"), "UPSTEP_FAST_KERNELS")
 
@@ -73,12 +73,12 @@ def choose(op: str, device: torch.device, candidates: Mapping[str, str | None]) 
     candidates: implementation -> reason it cannot run (None: it can), in order of preference.
     Raises RuntimeError when the one asked for cannot run.
     """
-    want = wanted()
+    want = requested()
     # an op without the wanted kind keeps its own order: forcing "cuda" must not break an op that has no CUDA form
     if want is not None and want in candidates:
         if candidates[want] is not None:
-            raise RuntimeError(f"{op}: implementation {want!r} was asked for but cannot run: {candidates[want]}")
-        return record(op, device, want, "asked for", fallback=False)
+            raise RuntimeError(f"{op}: implementation {want!r} was requested but cannot run: {candidates[want]}")
+        return record(op, device, want, "requested", fallback=False)
     passed = []
     for name, why_not in candidates.items():
         if why_not is None:
@@ -87,7 +87,7 @@ def choose(op: str, device: torch.device, candidates: Mapping[str, str | None]) 
     raise RuntimeError(f"{op}: no implementation can run on {device}: {'; '.join(passed)}")
 
 
-def triton_reason(*tensors: torch.Tensor | None) -> str | None:
+def triton_unsupported_reason(*tensors: torch.Tensor | None) -> str | None:
     """Why Triton cannot take these tensors, or None if it can."""
     if _triton.MISSING:
         return _triton.MISSING

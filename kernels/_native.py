@@ -49,7 +49,7 @@ def has_cuda() -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key("upstep_ops::center_vector", "CUDA")
 
 
-def native_reason(kind: str, device: torch.device, op: str = "center_vector") -> str | None:
+def native_unsupported_reason(kind: str, device: torch.device, op: str = "center_vector") -> str | None:
     """Why the compiled op of this kind ("cpp" or "cuda") cannot take tensors on `device`, or None if it can."""
     wanted = "cpu" if kind == "cpp" else "cuda"
     if device.type != wanted:

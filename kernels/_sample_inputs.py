@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Problem:
+class SampleInputs:
     """A small call of an op: `call` and `reference` take the same tensors, floating ones in the dtype checked."""
 
     call: Callable[..., Tensor]
@@ -31,13 +31,13 @@ def _normals(*shapes: tuple[int, ...]) -> Iterator[Tensor]:
     return (torch.randn(shape, generator=generator) for shape in shapes)
 
 
-def _attention(ops: ModuleType) -> Problem:
-    return Problem(
+def _attention(ops: ModuleType) -> SampleInputs:
+    return SampleInputs(
         ops.attention, lambda x: ops.attention_reference(x, 64**-0.5)[0], (*_normals((2, 17, 3, 2, 64)),), (0,)
     )
 
 
-def _center_vector(ops: ModuleType) -> Problem:
+def _center_vector(ops: ModuleType) -> SampleInputs:
     def of(update: Callable[..., tuple[Tensor, ...]]) -> Callable[[Tensor], Tensor]:
         new_state = importlib.import_module(".gate", __package__).new_gate_state
 
@@ -47,16 +47,16 @@ def _center_vector(ops: ModuleType) -> Problem:
 
         return call
 
-    return Problem(of(ops.center_vector_update), of(ops.center_vector_reference), (*_normals((32, 48)),), (0,))
+    return SampleInputs(of(ops.center_vector_update), of(ops.center_vector_reference), (*_normals((32, 48)),), (0,))
 
 
-def _gelu(ops: ModuleType) -> Problem:
+def _gelu(ops: ModuleType) -> SampleInputs:
     # backward keeps a byte an entry, whose derivative has an RMS error of 1.5e-3
-    return Problem(ops.gelu, ops.gelu_reference, (*_normals((64, 96)),), (0,), limit=5e-3)
+    return SampleInputs(ops.gelu, ops.gelu_reference, (*_normals((64, 96)),), (0,), limit=5e-3)
 
 
-def _layer_norm(ops: ModuleType) -> Problem:
-    return Problem(
+def _layer_norm(ops: ModuleType) -> SampleInputs:
+    return SampleInputs(
         ops.layer_norm,
         lambda *args: ops.layer_norm_reference(*args)[0],
         (*_normals((64, 96), (96,), (96,)),),
@@ -64,15 +64,15 @@ def _layer_norm(ops: ModuleType) -> Problem:
     )
 
 
-def _lora_linear(ops: ModuleType) -> Problem:
+def _lora_linear(ops: ModuleType) -> SampleInputs:
     def of(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda *tensors: op(*tensors, 0.5)
 
     inputs = (*_normals((64, 96), (48, 96), (48,), (4, 96), (48, 4)),)
-    return Problem(of(ops.lora_linear), of(ops.lora_linear_reference), inputs, (0, 3, 4))
+    return SampleInputs(of(ops.lora_linear), of(ops.lora_linear_reference), inputs, (0, 3, 4))
 
 
-def _lora_linear_fp8(ops: ModuleType) -> Problem:
+def _lora_linear_fp8(ops: ModuleType) -> SampleInputs:
     def of(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda x, w, scale, *rest: op(x, w.to(torch.float8_e4m3fn), scale.float(), *rest, 0.5)
 
@@ -80,20 +80,20 @@ def _lora_linear_fp8(ops: ModuleType) -> Problem:
     weight, scale = importlib.import_module(".quantize", __package__).quantize_reference(weight)
     inputs = (x, weight.float(), scale.bfloat16(), *rest)
     # Hopper's fp8 products keep about 14 bits of a sum
-    return Problem(of(ops.lora_linear_fp8), of(ops.lora_linear_fp8_reference), inputs, (0, 4, 5), limit=2e-3)
+    return SampleInputs(of(ops.lora_linear_fp8), of(ops.lora_linear_fp8_reference), inputs, (0, 4, 5), limit=2e-3)
 
 
-def _low_rank_mixer(ops: ModuleType) -> Problem:
+def _low_rank_mixer(ops: ModuleType) -> SampleInputs:
     def of(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda b, a, *factors: op(b, a, ("channel", "token"), factors)
 
     small = (0.1 * t for t in _normals((4, 96), (4,), (96, 4), (96,), (3, 33), (3,), (33, 3), (33,)))
     inputs = (*_normals((2, 33, 96), (2, 33, 96)), *small)
-    return Problem(of(ops.low_rank_mixer), of(ops.low_rank_mixer_reference), inputs, tuple(range(1, 10)))
+    return SampleInputs(of(ops.low_rank_mixer), of(ops.low_rank_mixer_reference), inputs, tuple(range(1, 10)))
 
 
-def _patchify(ops: ModuleType) -> Problem:
-    return Problem(
+def _patchify(ops: ModuleType) -> SampleInputs:
+    return SampleInputs(
         lambda x: ops.patchify(x, 4),
         lambda x: ops.patchify_reference(x, 4, x.dtype),
         (*_normals((2, 3, 16, 24)),),
@@ -101,38 +101,38 @@ def _patchify(ops: ModuleType) -> Problem:
     )
 
 
-def _quantize(ops: ModuleType) -> Problem:
+def _quantize(ops: ModuleType) -> SampleInputs:
     def of(op: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[Tensor], Tensor]:
         return lambda x: ops.dequantize(*op(x))
 
-    return Problem(of(ops.quantize), of(ops.quantize_reference), (*_normals((64, 96)),))
+    return SampleInputs(of(ops.quantize), of(ops.quantize_reference), (*_normals((64, 96)),))
 
 
-def _scored_sinkhorn(ops: ModuleType) -> Problem:
+def _scored_sinkhorn(ops: ModuleType) -> SampleInputs:
     def of(op: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
         return lambda z, centres: torch.cat(op(z, centres, 0.05, 3))
 
     z, centres = (torch.nn.functional.normalize(t, dim=1) for t in _normals((40, 16), (24, 16)))
-    return Problem(of(ops.scored_sinkhorn), of(ops.scored_sinkhorn_reference), (z, centres), (0, 1))
+    return SampleInputs(of(ops.scored_sinkhorn), of(ops.scored_sinkhorn_reference), (z, centres), (0, 1))
 
 
-def _sinkhorn(ops: ModuleType) -> Problem:
+def _sinkhorn(ops: ModuleType) -> SampleInputs:
     def of(op: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda scores: op(scores, 0.05, 3)
 
-    return Problem(of(ops.sinkhorn), of(ops.sinkhorn_reference), (next(_normals((64, 24))).tanh(),))
+    return SampleInputs(of(ops.sinkhorn), of(ops.sinkhorn_reference), (next(_normals((64, 24))).tanh(),))
 
 
-def _swapped_loss(ops: ModuleType) -> Problem:
+def _swapped_loss(ops: ModuleType) -> SampleInputs:
     def of(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda scores, targets: op(scores, targets, 0.1)
 
     scores, targets = _normals((32, 24), (32, 24))
     inputs = (scores.tanh(), targets.softmax(1))
-    return Problem(of(ops.swapped_cross_entropy), of(ops.swapped_cross_entropy_reference), inputs, (0,))
+    return SampleInputs(of(ops.swapped_cross_entropy), of(ops.swapped_cross_entropy_reference), inputs, (0,))
 
 
-def _views(ops: ModuleType) -> Problem:
+def _views(ops: ModuleType) -> SampleInputs:
     def call(*tensors: Tensor) -> Tensor:
         given = [x.float() if x.is_floating_point() else x for x in tensors]  # factors are fp32 whatever comes out
         options = {"interpolation": "bicubic", "taps": (5, 5), "patch": 8, "dtype": tensors[-1].dtype}
@@ -151,17 +151,17 @@ def _views(ops: ModuleType) -> Problem:
     still, one = [1.0, 1.0, 1.0, 0.0, 0.0], [1.25, 0.75, 1.375, 0.125, 0.0]
     factors = torch.tensor([[*one, 0.0, 1.0], [0.75, 1.25, 0.625, 0.0, 1.0, 0.0, 0.0], [*still, 2.0, 0.0]])
     mean, std = torch.tensor([0.5, 0.375, 0.25]), torch.tensor([0.25, 0.3125, 0.25])
-    return Problem(call, reference, (pixels, torch.tensor([[0, 1200, 30, 1]]), boxes, factors, mean, std))
+    return SampleInputs(call, reference, (pixels, torch.tensor([[0, 1200, 30, 1]]), boxes, factors, mean, std))
 
 
 # where an op's module has another name
-_MODULES = {
+MODULES = {
     "lora_linear_fp8": "lora_linear.fp8",
     "scored_sinkhorn": "sinkhorn.scored",
 }
 
 # op -> its sample inputs
-PROBLEMS: dict[str, Callable[[ModuleType], Problem]] = {
+SAMPLE_INPUTS: dict[str, Callable[[ModuleType], SampleInputs]] = {
     "attention": _attention,
     "center_vector": _center_vector,
     "gelu": _gelu,
@@ -178,6 +178,6 @@ PROBLEMS: dict[str, Callable[[ModuleType], Problem]] = {
 }
 
 
-def sample_inputs(name: str) -> Problem:
-    """Return the sample inputs of op `name`, one of `PROBLEMS`."""
-    return PROBLEMS[name](importlib.import_module(f".{_MODULES.get(name, name)}", __package__))
+def sample_inputs(name: str) -> SampleInputs:
+    """Return the sample inputs of op `name`, one of `SAMPLE_INPUTS`."""
+    return SAMPLE_INPUTS[name](importlib.import_module(f".{MODULES.get(name, name)}", __package__))

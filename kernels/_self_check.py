@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _dispatch as dispatch
-from ._sample_inputs import PROBLEMS, Problem, sample_inputs
+from ._sample_inputs import SAMPLE_INPUTS, SampleInputs, sample_inputs
 
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # of ||difference|| / ||reference||
 
@@ -33,7 +33,7 @@ def check_all(device: torch.device) -> tuple[list[Outcome], list[dispatch.Choice
     outcomes: list[Outcome] = []
     choices: list[dispatch.Choice] = []
     dtypes = (torch.float32,) if device.type == "cpu" else (torch.float32, torch.bfloat16)
-    for name in PROBLEMS:
+    for name in SAMPLE_INPUTS:
         for dtype in dtypes:
             outcome, ran = check(name, device, dtype)
             kinds = " and ".join(sorted({choice.implementation for choice in ran}))
@@ -62,7 +62,7 @@ def check(
         passed = forward <= limit and (backward is None or backward <= limit)  # a NaN fails
     except Exception as error:  # whatever is broken, the other checks still have something to say
         note = str(error).split("\n")[0]
-        passed = None if "was asked for but cannot run" in note else False
+        passed = None if "was requested but cannot run" in note else False
     kind = str(dtype).removeprefix("torch.")
     outcome = Outcome(name, device.type, kind, implementation or "", forward, backward, limit, passed, note)
     return outcome, dispatch.report()
@@ -74,7 +74,7 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
     return float((got - wanted).norm() / wanted.norm().clamp_min(torch.finfo(torch.float64).tiny))
 
 
-def _errors(problem: Problem, device: torch.device, dtype: torch.dtype) -> tuple[float, float | None]:
+def _errors(problem: SampleInputs, device: torch.device, dtype: torch.dtype) -> tuple[float, float | None]:
     # both see the same numbers, those that `dtype` can hold
     inputs = problem.on(device, dtype)
     exact = [t.detach().cpu().double() if t.is_floating_point() else t.cpu() for t in inputs]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ._dispatch import NAMESPACE, choose
-from ._native import native_reason
+from ._native import native_unsupported_reason
 from .gate import HEAD, finish_reference, gate_complaint, gate_numbers, write_flag
 
 MAX_WIDTH, MAX_VIEWS = 4096, 2
@@ -77,7 +77,7 @@ def _is_compiled(op: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the compiled op runs; both kinds of it are one call, which torch sends to the tensors' device."""
     own, other = ("cuda", "cpp") if device.type == "cuda" else ("cpp", "cuda")
     no_form = "no float64 form" if dtype == torch.float64 else None
-    reasons = {kind: native_reason(kind, device) or no_form for kind in (own, other)}
+    reasons = {kind: native_unsupported_reason(kind, device) or no_form for kind in (own, other)}
     return choose(op, device, {own: reasons[own], "reference": None, other: reasons[other]}) != "reference"
 
 

@@ -28,10 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import NAMESPACE, choose, triton_reason
+from ._dispatch import NAMESPACE, choose, triton_unsupported_reason
 from ._tiles import row_tile
 from ._triton import tl, triton
-from .quantize import E4M3, e4m3_codes, native_fp8, quantize_reference, row_reason, row_scales
+from .quantize import E4M3, e4m3_codes, native_fp8, quantize_reference, row_scales, row_unsupported_reason
 
 APPROXIMATIONS = ("none", "tanh", "quick")
 FLAT = 1024  # cells of a "row" where rows do not matter
@@ -179,7 +179,7 @@ def _outputs(x: Tensor, keep: bool, fp8: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _takes_triton(op: str, x: Tensor, fp8: bool) -> bool:
-    why_not = row_reason(x.shape[-1], x) if fp8 else triton_reason(x)
+    why_not = row_unsupported_reason(x.shape[-1], x) if fp8 else triton_unsupported_reason(x)
     why_not = "no float64 form" if x.dtype == torch.float64 else why_not
     return x.numel() > 0 and choose(op, x.device, {"triton": why_not, "reference": None}) == "triton"
 

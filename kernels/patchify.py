@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ._autocast import autocast_dtype
-from ._dispatch import NAMESPACE, choose, triton_reason
+from ._dispatch import NAMESPACE, choose, triton_unsupported_reason
 from ._tiles import tile
 from ._triton import tl, triton
 
@@ -77,7 +77,11 @@ def _patchify_triton(images: Tensor, patches: Tensor, patch: int, inverse: bool)
 
 
 def _takes_triton(op: str, x: Tensor, patch: int) -> bool:
-    why_not = f"a patch of {patch} x {patch} exceeds the 64 x 64 of one program" if patch > 64 else triton_reason(x)
+    why_not = (
+        f"a patch of {patch} x {patch} exceeds the 64 x 64 of one program"
+        if patch > 64
+        else triton_unsupported_reason(x)
+    )
     return x.numel() > 0 and choose(op, x.device, {"triton": why_not, "reference": None}) == "triton"
 
 

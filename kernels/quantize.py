@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._dispatch import NAMESPACE, choose, triton_reason
+from ._dispatch import NAMESPACE, choose, triton_unsupported_reason
 from ._tiles import MAX_ROW, row_tile
 from ._triton import INTERPRET, tl, triton
 
@@ -88,11 +88,11 @@ def native_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and not INTERPRET and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def row_reason(K: int, *tensors: Tensor | None) -> str | None:
+def row_unsupported_reason(K: int, *tensors: Tensor | None) -> str | None:
     """Why a Triton kernel that holds whole rows of K cells cannot take these tensors, or None if it can."""
     if K > MAX_ROW:
         return f"rows of {K} cells exceed the {MAX_ROW} that a program holds"
-    return triton_reason(*tensors)
+    return triton_unsupported_reason(*tensors)
 
 
 def _quantize_triton(x: Tensor, native: bool) -> tuple[Tensor, Tensor]:
@@ -108,7 +108,7 @@ def _quantize_triton(x: Tensor, native: bool) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op(f"{NAMESPACE}::quantize", mutates_args=())
 def _quantize_op(x: Tensor) -> tuple[Tensor, Tensor]:
-    why_not = row_reason(x.shape[1], x)
+    why_not = row_unsupported_reason(x.shape[1], x)
     if x.numel() and choose("quantize", x.device, {"triton": why_not, "reference": None}) == "triton":
         return _quantize_triton(x, native_fp8(x.device))
     return quantize_reference(x.contiguous())

@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._dispatch import NAMESPACE, choose, triton_reason
+from ._dispatch import NAMESPACE, choose, triton_unsupported_reason
 from ._tiles import tile
 from ._triton import tl, triton
 
@@ -142,7 +142,7 @@ def _backward_triton(
 
 
 def _use_triton(scores: Tensor) -> bool:
-    candidates = {"triton": triton_reason(scores), "reference": None}
+    candidates = {"triton": triton_unsupported_reason(scores), "reference": None}
     return choose("swapped_cross_entropy", scores.device, candidates) == "triton"
 
 

@@ -81,7 +81,7 @@ def check(name: str, got, u: Tensor) -> None:
 
 
 def needs(name: str) -> None:
-    if name in (COMPILED, "graph") and (reason := _native.native_reason(COMPILED, torch.device(DEVICE))):
+    if name in (COMPILED, "graph") and (reason := _native.native_unsupported_reason(COMPILED, torch.device(DEVICE))):
         pytest.skip(reason)
 
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from .._autocast import autocast_dtype
-from .._autotune import fastest, power_class
-from .._dispatch import NAMESPACE, record, triton_reason, wanted
+from .._autotune import autotune, power_class
+from .._dispatch import NAMESPACE, record, requested, triton_unsupported_reason
 from .triton import MAX_WIDTH, outputs
 from .triton import backward as _backward_triton
 from .triton import forward as _forward_triton
@@ -149,20 +149,20 @@ _BACKWARD = {
 def _run(op, ways, qkv, args):
     """Run `op` the way asked for, the CPU's own, or the one measured as fastest; notes which."""
     (B, T, _, H, D), half = qkv.shape, qkv.dtype in _DTYPES[:2]
-    no_triton = triton_reason(qkv) or ("no float64 form" if qkv.dtype == torch.float64 else None)
+    no_triton = triton_unsupported_reason(qkv) or ("no float64 form" if qkv.dtype == torch.float64 else None)
     if D > MAX_WIDTH:
         no_triton = f"head width {D} exceeds {MAX_WIDTH}"
-    if wanted() == "triton" and no_triton:
-        raise RuntimeError(f"{op}: implementation 'triton' was asked for but cannot run: {no_triton}")
-    if wanted() in ways:
-        return ways[record(op, qkv.device, wanted(), "asked for")](*args)
+    if requested() == "triton" and no_triton:
+        raise RuntimeError(f"{op}: implementation 'triton' was requested but cannot run: {no_triton}")
+    if requested() in ways:
+        return ways[record(op, qkv.device, requested(), "requested")](*args)
     if qkv.device.type != "cuda":
         return ways[record(op, qkv.device, "sdpa", "the library's: nothing is measured off a GPU")](*args)
     names = ["flash", "cudnn"] if half and D % 8 == 0 and D <= MAX_WIDTH else []
     names += ["reference"] if no_triton and not names else []
     names += [] if no_triton else ["triton"]
     problem = f"{op} {str(qkv.dtype).removeprefix('torch.')} BH{power_class(B * H)} T{T} D{D}"
-    name, why = fastest(problem, qkv.device, {n: lambda way=ways[n]: way(*args) for n in names})
+    name, why = autotune(problem, qkv.device, {n: lambda way=ways[n]: way(*args) for n in names})
     return ways[record(problem, qkv.device, name, why)](*args)
 
 

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._dispatch import NAMESPACE, choose
-from ..quantize import E4M3, native_fp8, quantize_reference, row_reason
+from ..quantize import E4M3, native_fp8, quantize_reference, row_unsupported_reason
 from .triton import backward as _backward_triton
 from .triton import forward as _forward_triton
 from .triton import outputs, wide_dtype
@@ -72,7 +72,7 @@ def layer_norm_backward_reference(
 
 
 def _takes_triton(op: str, x: Tensor) -> bool:
-    why_not = "no float64 form" if x.dtype == torch.float64 else row_reason(x.shape[1], x)
+    why_not = "no float64 form" if x.dtype == torch.float64 else row_unsupported_reason(x.shape[1], x)
     return x.numel() > 0 and choose(op, x.device, {"triton": why_not, "reference": None}) == "triton"
 
 

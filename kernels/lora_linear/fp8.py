@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .._autocast import autocast_dtype
-from .._dispatch import NAMESPACE, wanted
+from .._dispatch import NAMESPACE, requested
 from ..quantize import E4M3, dequantize, quantize, quantize_reference
 from . import triton as fused
 from .args import STRATEGIES, complaint, flat, seed_tensor
@@ -188,7 +188,7 @@ def _setup_context(ctx, inputs, output):
         weight, weight_scale = weight_t, weight_t_scale
     x = x if ctx.needs_input_grad[6] else None
     ctx.save_for_backward(x, weight, weight_scale, a, b, output[1], seed)
-    ctx.strategy = strategy or (wanted() if wanted() in STRATEGIES else "")
+    ctx.strategy = strategy or (requested() if requested() in STRATEGIES else "")
 
 
 def _backward(ctx, grad, _):

@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._autocast import autocast_dtype
-from .._autotune import fastest, power_class
-from .._dispatch import NAMESPACE, record, triton_reason, wanted
+from .._autotune import autotune, power_class
+from .._dispatch import NAMESPACE, record, requested, triton_unsupported_reason
 from . import eager as plain
 from . import triton as fused
 from .args import STRATEGIES, complaint, flat, seed_tensor
@@ -147,22 +147,22 @@ INPUT = {
 def run(op, ways, strategy, shape, device, dropout, args):
     """Run `op` by the strategy named, asked for in the environment, or measured; notes which."""
     if not strategy or strategy == "fastest":
-        named = wanted() if wanted() in ways else None
+        named = requested() if requested() in ways else None
     else:
         # wide_k and merged name forms of the forward; where a part has no such form, split is its plain one
         named = strategy if strategy in ways else "split"
     no_triton = _no_triton([t for t in args if _is_real(t)])
     if named == "triton" and no_triton:
-        raise RuntimeError(f"{op}: strategy 'triton' was asked for but cannot run: {no_triton}")
+        raise RuntimeError(f"{op}: strategy 'triton' was requested but cannot run: {no_triton}")
     if named or device.type != "cuda":
-        why = "asked for" if named else "preferred: nothing is measured off a GPU"
+        why = "requested" if named else "preferred: nothing is measured off a GPU"
         return ways[record(op, device, named or "split", why)](*args)
     barred = {"reference"} | ({"triton"} if no_triton else set())
     barred |= set() if strategy == "fastest" else {"merged"}
     barred |= {"merged", "wide_k"} if dropout else set()
     problem = f"{op} {shape} {'fastest' if strategy else ''}".rstrip()
     candidates = {name: lambda way=way: way(*args) for name, way in ways.items() if name not in barred}
-    name, why = fastest(problem, device, candidates)
+    name, why = autotune(problem, device, candidates)
     return ways[record(problem, device, name, why)](*args)
 
 
@@ -174,11 +174,11 @@ def _no_triton(tensors: list[Tensor]) -> str | None:
         capability = torch.cuda.get_device_capability(tensors[0].device)
         if capability < (8, 9):
             return f"fp8 needs compute capability 8.9, this GPU has {capability[0]}.{capability[1]}"
-    return triton_reason(*tensors)
+    return triton_unsupported_reason(*tensors)
 
 
 def shape_class(M: int, N: int, K: int, r: int, rows: Sequence[int], dtype: torch.dtype, dropout: float) -> str:
-    """The name of a problem to `fastest`: sizes of M within a power of two share a choice."""
+    """The name of a problem to `autotune`: sizes of M within a power of two share a choice."""
     kind = str(dtype).removeprefix("torch.") + (" dropout" if dropout else "")
     return f"{kind} M{power_class(M)} K{K} N{N} r{r}" + (f" rows{'-'.join(map(str, rows))}" if rows else "")
 
@@ -259,7 +259,7 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x if needs[3] else None, weight, lora_a, lora_b, output[1], seed)
     # read here: `forced` does not reach the threads that run backward on a GPU
-    ctx.strategy = strategy if strategy in STRATEGIES else (wanted() if wanted() in STRATEGIES else strategy)
+    ctx.strategy = strategy if strategy in STRATEGIES else (requested() if requested() in STRATEGIES else strategy)
 
 
 def _backward(ctx, grad, _):

@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._dispatch import NAMESPACE, choose, triton_reason
+from .._dispatch import NAMESPACE, choose, triton_unsupported_reason
 from . import eager as plain
 from . import triton as fused
 from . import triton_backward as fused_backward
@@ -91,7 +91,7 @@ def _reason(x: Tensor, axes: Sequence[str], ranks: Sequence[int]) -> str | None:
 
 
 def _takes_triton(op: str, x: Tensor, axes: Sequence[str], ranks: Sequence[int]) -> bool:
-    why_not = _reason(x, axes, ranks) or triton_reason(x)
+    why_not = _reason(x, axes, ranks) or triton_unsupported_reason(x)
     # without tensor cores the products decide, and the library's are the better ones
     order = ("reference", "triton") if x.dtype == torch.float32 else ("triton", "reference")
     reasons = {"triton": why_not, "reference": None}

@@ -28,7 +28,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .._dispatch import NAMESPACE, choose, triton_reason
+from .._dispatch import NAMESPACE, choose, triton_unsupported_reason
 from . import triton as fused
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -66,7 +66,7 @@ def _register(schema: str, fake: Callable, in_triton: Callable, in_torch: Callab
     def run(scores: Tensor, *rest):
         if not scores.numel():  # a rank without rows
             return in_torch(scores, *rest)
-        kind = choose("sinkhorn", scores.device, {"triton": triton_reason(scores), "reference": None})
+        kind = choose("sinkhorn", scores.device, {"triton": triton_unsupported_reason(scores), "reference": None})
         return (in_triton if kind == "triton" else in_torch)(scores, *rest)
 
     # not custom_op: the wrappers that make it differentiable take 13 us a call on the host

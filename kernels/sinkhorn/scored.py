@@ -22,8 +22,8 @@ import math
 import torch
 from torch import Tensor
 
-from .._autotune import fastest, power_class
-from .._dispatch import NAMESPACE, choose, record, triton_reason, wanted
+from .._autotune import autotune, power_class
+from .._dispatch import NAMESPACE, choose, record, requested, triton_unsupported_reason
 from .._tiles import tile
 from .._triton import INTERPRET, tl, triton
 from .kernels import scores_pass
@@ -98,15 +98,15 @@ def _op(z: Tensor, centres: Tensor, epsilon: float, iterations: int) -> tuple[Te
     """(scores, targets); the gradient reaches z and the centres from the first."""
     args = (z, centres, epsilon, iterations)
     with torch.autocast(z.device.type, enabled=False):
-        candidates = {"triton": triton_reason(z, centres), "reference": None}
+        candidates = {"triton": triton_unsupported_reason(z, centres), "reference": None}
         if not len(z) or choose("scored_sinkhorn", z.device, candidates) == "reference":
             return scored_sinkhorn_reference(*args)
-        if wanted() == "triton":
+        if requested() == "triton":
             return _fused(*args)
         kind = str(z.dtype).removeprefix("torch.")
         problem = f"scored_sinkhorn {kind} B{power_class(len(z))} K{len(centres)} D{z.shape[1]}"
         ways = {"fused": _fused, "apart": _apart}
-        name, why = fastest(problem, z.device, {n: lambda way=way: way(*args) for n, way in ways.items()})
+        name, why = autotune(problem, z.device, {n: lambda way=way: way(*args) for n, way in ways.items()})
         return ways[record(problem, z.device, name, why)](*args)
 
 

@@ -29,8 +29,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._dispatch import NAMESPACE, choose, triton_reason
-from .._native import native_reason
+from .._dispatch import NAMESPACE, choose, triton_unsupported_reason
+from .._native import native_unsupported_reason
 from .eager import FACTORS, halves, views_reference
 from .triton import views_triton
 
@@ -61,8 +61,8 @@ def _op(
 def made_by(device: torch.device) -> str:
     """What makes views on `device`: "triton", "cpp" (the compiled op on a CPU) or "reference" (torch)."""
     why_not = {
-        "triton": triton_reason(torch.empty(0, device=device)),
-        "cpp": native_reason("cpp", device, "views"),
+        "triton": triton_unsupported_reason(torch.empty(0, device=device)),
+        "cpp": native_unsupported_reason("cpp", device, "views"),
         "reference": None,
     }
     return choose("views", device, why_not)

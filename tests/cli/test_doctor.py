@@ -14,7 +14,8 @@ from upstep_fast.cli import doctor
 from upstep_fast.cli.commands import main
 from upstep_fast.kernels import _dispatch as dispatch
 from upstep_fast.kernels import _self_check as self_check
-from upstep_fast.kernels._self_check import PROBLEMS, check, check_all, relative_error, sample_inputs
+from upstep_fast.kernels._sample_inputs import MODULES
+from upstep_fast.kernels._self_check import SAMPLE_INPUTS, check, check_all, relative_error, sample_inputs
 
 CPU = torch.device("cpu")
 KERNELS = Path(dispatch.__file__).parent
@@ -31,22 +32,23 @@ def of(outcomes, op):
 
 def test_every_file_with_an_op_has_a_check():
     # an op's name is registered under the namespace of its copy of the folder
-    with_ops = {path.stem for path in KERNELS.glob("[a-z]*.py") if '(f"{NAMESPACE}::' in path.read_text()}
-    assert with_ops == PROBLEMS.keys()
+    files = [path for path in KERNELS.rglob("[a-z]*.py") if '(f"{NAMESPACE}::' in path.read_text()]
+    modules = {".".join(path.relative_to(KERNELS).with_suffix("").parts).removesuffix(".op") for path in files}
+    assert modules == {MODULES.get(name, name) for name in SAMPLE_INPUTS}
 
 
 def test_all_is_well_here(on_cpu):
     outcomes, choices = on_cpu
-    assert {outcome.op for outcome in outcomes} == PROBLEMS.keys()
+    assert {outcome.op for outcome in outcomes} == SAMPLE_INPUTS.keys()
     for outcome in outcomes:
         assert outcome.passed is not False, outcome
         assert (outcome.forward is None) == (outcome.passed is None)
-    for op in PROBLEMS:
+    for op in SAMPLE_INPUTS:
         # the way that is chosen, and the reference, were both tried
         assert sum("(chosen)" in name for name in of(outcomes, op)) == 1
         assert any("reference" in name for name in of(outcomes, op)), op
     assert all(choice.device == "cpu" and choice.reason for choice in choices)
-    assert not any(choice.reason == "asked for" for choice in choices)
+    assert not any(choice.reason == "requested" for choice in choices)
     assert {"center_vector", "sinkhorn", "gelu_backward", "lora_linear"} <= {choice.op for choice in choices}
 
 
@@ -55,16 +57,16 @@ def test_what_cannot_run_is_said_and_fails_nothing(on_cpu):
     assert cuda.passed is None and "needs CUDA tensors" in cuda.note
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", SAMPLE_INPUTS)
 def test_a_kernel_that_is_wrong_is_found(name, monkeypatch):
-    make = PROBLEMS[name]
+    make = SAMPLE_INPUTS[name]
 
     def wrong(result):
         def changed(ops):
             problem = make(ops)
             return replace(problem, call=lambda *inputs: result(problem.call(*inputs), inputs, problem.wrt))
 
-        monkeypatch.setitem(PROBLEMS, name, changed)
+        monkeypatch.setitem(SAMPLE_INPUTS, name, changed)
         return check(name, CPU, torch.float32)[0]
 
     assert wrong(lambda y, *_: y).passed is True
@@ -81,8 +83,8 @@ def test_a_kernel_that_raises_fails_alone(monkeypatch):
     def raises(ops):
         raise RuntimeError("no such symbol\nand more")
 
-    monkeypatch.setitem(PROBLEMS, "gelu", raises)
-    monkeypatch.setitem(PROBLEMS, "no_such_module", PROBLEMS["sinkhorn"])
+    monkeypatch.setitem(SAMPLE_INPUTS, "gelu", raises)
+    monkeypatch.setitem(SAMPLE_INPUTS, "no_such_module", SAMPLE_INPUTS["sinkhorn"])
     outcome, _ = check("gelu", CPU, torch.float32)
     assert outcome.passed is False and outcome.note == "no such symbol"
     assert "no_such_module" in check("no_such_module", CPU, torch.float32)[0].note
@@ -106,8 +108,8 @@ def call(capsys, *args):
 @pytest.fixture
 def quick(monkeypatch):
     """Two ops instead of all, and little time for the speeds."""
-    for name in PROBLEMS.keys() - {"sinkhorn", "center_vector"}:
-        monkeypatch.delitem(PROBLEMS, name)
+    for name in SAMPLE_INPUTS.keys() - {"sinkhorn", "center_vector"}:
+        monkeypatch.delitem(SAMPLE_INPUTS, name)
     speed = doctor.loading_speed
     monkeypatch.setattr(doctor, "loading_speed", lambda device: speed(device, 0.02))
     logger = logging.getLogger("upstep_fast")
@@ -139,9 +141,9 @@ def test_tables(capsys, quick):
 
 
 def test_a_failed_check_is_exit_code_1(capsys, quick, monkeypatch):
-    make = PROBLEMS["sinkhorn"]
+    make = SAMPLE_INPUTS["sinkhorn"]
     monkeypatch.setitem(
-        PROBLEMS, "sinkhorn", lambda ops: replace(make(ops), call=lambda x: torch.full_like(x, math.nan))
+        SAMPLE_INPUTS, "sinkhorn", lambda ops: replace(make(ops), call=lambda x: torch.full_like(x, math.nan))
     )
     for flags in ((), ("--json",)):
         code, out, err = call(capsys, *flags)
@@ -171,7 +173,7 @@ def test_log_level_is_put_back(quick):
     logger = logging.getLogger(dispatch.__name__)
     before = logger.level
     doctor.examine("cpu")
-    assert logger.level == before and dispatch.wanted() is None
+    assert logger.level == before and dispatch.requested() is None
 
 
 def test_what_is_asked_for_in_the_environment_is_what_is_reported(quick, monkeypatch):
@@ -186,7 +188,7 @@ def test_every_kernel_on_this_gpu():
     outcomes, choices = check_all(torch.device("cuda"))
     for outcome in outcomes:
         assert outcome.passed is not False, outcome
-    for op in PROBLEMS:
+    for op in SAMPLE_INPUTS:
         run = {(o.implementation.removesuffix(" (chosen)"), o.dtype) for o in outcomes if o.op == op and o.passed}
         kind = "cuda" if op == "center_vector" else "triton"
         assert {(kind, "float32"), (kind, "bfloat16")} <= run, (op, run)

@@ -7,7 +7,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from upstep_fast.data.views.view_config import ViewConfig
 from upstep_fast.data.views.view_params import ViewParams
-from upstep_fast.kernels._native import native_reason
+from upstep_fast.kernels._native import native_unsupported_reason
 
 
 def torchvision_view(image: torch.Tensor, p: ViewParams, n: int, config: ViewConfig) -> torch.Tensor:
@@ -21,5 +21,5 @@ def torchvision_view(image: torch.Tensor, p: ViewParams, n: int, config: ViewCon
 
 
 def needs(implementation: str) -> None:
-    if implementation == "cpp" and (reason := native_reason("cpp", torch.device("cpu"), "views")):
+    if implementation == "cpp" and (reason := native_unsupported_reason("cpp", torch.device("cpu"), "views")):
         pytest.skip(reason)

@@ -215,7 +215,7 @@ def test_triton_that_cannot_run_raises_with_the_reason():
     with _dispatch.forced("triton"):
         with pytest.raises(RuntimeError, match=r"attention: .* head width 136 exceeds 128"):
             attention(torch.zeros(1, 2, 3, 1, 136))
-        if _dispatch.triton_reason(QKV):
+        if _dispatch.triton_unsupported_reason(QKV):
             with pytest.raises(RuntimeError, match=r"attention: .* needs CUDA tensors, got cpu"):
                 attention(QKV)
 

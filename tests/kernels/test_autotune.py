@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 
-from upstep_fast.kernels import _autotune as _measure
+from upstep_fast.kernels import _autotune
 from upstep_fast.kernels._dispatch import NAMESPACE
 
 GPU = torch.device("cuda", 0)
@@ -26,29 +26,29 @@ def gpu(monkeypatch, tmp_path):
         return {name: 1.0 / (1 + i) for i, name in enumerate(candidates)}
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(_measure, "_machine", lambda device: "a GPU")
-    monkeypatch.setattr(_measure, "_measure", measure)
+    monkeypatch.setattr(_autotune, "_machine", lambda device: "a GPU")
+    monkeypatch.setattr(_autotune, "_measure", measure)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(_measure, "_known", {})
-    monkeypatch.setattr(_measure, "_pinned", {})
+    monkeypatch.setattr(_autotune, "_known", {})
+    monkeypatch.setattr(_autotune, "_pinned", {})
     return measured, tmp_path / NAMESPACE / "measured.json"
 
 
 def new_process(monkeypatch) -> None:
-    monkeypatch.setattr(_measure, "_known", {})
+    monkeypatch.setattr(_autotune, "_known", {})
 
 
 def test_measured_once_and_kept(gpu, monkeypatch):
     measured, path = gpu
-    assert _measure.fastest("p", GPU, WAYS) == ("second", "measured")
-    assert _measure.fastest("p", GPU, WAYS) == ("second", "measured")
+    assert _autotune.autotune("p", GPU, WAYS) == ("second", "measured")
+    assert _autotune.autotune("p", GPU, WAYS) == ("second", "measured")
     assert json.loads(path.read_text()) == {"a GPU": {"p": "second"}}
     new_process(monkeypatch)
-    assert _measure.fastest("p", GPU, WAYS) == ("second", "measured")
+    assert _autotune.autotune("p", GPU, WAYS) == ("second", "measured")
     assert len(measured) == 1
-    _measure.fastest("q", GPU, WAYS)
+    _autotune.autotune("q", GPU, WAYS)
     assert json.loads(path.read_text()) == {"a GPU": {"p": "second", "q": "second"}}
     assert os.listdir(path.parent) == ["measured.json"]
 
@@ -59,7 +59,7 @@ def test_a_corrupted_file_is_ignored_with_a_log_line(gpu, content, caplog):
     path.parent.mkdir()
     path.write_text(content)
     with caplog.at_level(logging.WARNING):
-        assert _measure.fastest("p", GPU, WAYS)[0] == "second"
+        assert _autotune.autotune("p", GPU, WAYS)[0] == "second"
     assert str(path) in caplog.text
     assert json.loads(path.read_text()) == {"a GPU": {"p": "second"}}
 
@@ -68,47 +68,47 @@ def test_a_name_that_is_no_longer_a_candidate_is_measured_anew(gpu):
     measured, path = gpu
     path.parent.mkdir()
     path.write_text(json.dumps({"a GPU": {"p": "gone"}}))
-    assert _measure.fastest("p", GPU, WAYS)[0] == "second"
+    assert _autotune.autotune("p", GPU, WAYS)[0] == "second"
     assert len(measured) == 1
 
 
 def test_an_unwritable_cache_costs_only_a_log_line(gpu, monkeypatch, caplog):
-    monkeypatch.setattr(_measure.os, "replace", lambda *_: (_ for _ in ()).throw(PermissionError("read-only")))
+    monkeypatch.setattr(_autotune.os, "replace", lambda *_: (_ for _ in ()).throw(PermissionError("read-only")))
     with caplog.at_level(logging.WARNING):
-        assert _measure.fastest("p", GPU, WAYS)[0] == "second"
+        assert _autotune.autotune("p", GPU, WAYS)[0] == "second"
     assert "read-only" in caplog.text
     assert os.listdir(gpu[1].parent) == []
 
 
 def test_pins_make_another_process_agree(gpu, monkeypatch):
     measured, path = gpu
-    _measure.fastest("p", GPU, WAYS)
-    told = json.loads(json.dumps(_measure.pins()))
+    _autotune.autotune("p", GPU, WAYS)
+    told = json.loads(json.dumps(_autotune.tuned()))
     assert told == {"p": "second"}
     new_process(monkeypatch)
     path.unlink()
-    _measure.pin({"p": "first"})
-    assert _measure.fastest("p", GPU, WAYS) == ("first", "pinned")
-    assert _measure.pins() == {"p": "first"}
-    _measure.pin({"p": "missing"})
+    _autotune.set_tuned({"p": "first"})
+    assert _autotune.autotune("p", GPU, WAYS) == ("first", "pinned")
+    assert _autotune.tuned() == {"p": "first"}
+    _autotune.set_tuned({"p": "missing"})
     with pytest.raises(RuntimeError, match=r"p: pinned to 'missing'.*can: first, second"):
-        _measure.fastest("p", GPU, WAYS)
+        _autotune.autotune("p", GPU, WAYS)
     assert len(measured) == 1
 
 
 def test_nothing_is_measured_during_a_capture_or_on_a_cpu(gpu, monkeypatch):
     measured, path = gpu
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    name, why = _measure.fastest("p", GPU, WAYS)
+    name, why = _autotune.autotune("p", GPU, WAYS)
     assert name == "first" and "captured" in why
-    name, why = _measure.fastest("p", torch.device("cpu"), WAYS)
+    name, why = _autotune.autotune("p", torch.device("cpu"), WAYS)
     assert name == "first" and "CPU" in why
     assert not measured and not path.exists()
 
 
 @pytest.mark.parametrize(("count", "size"), [(0, 1), (1, 1), (2, 2), (3, 4), (32768, 32768), (32896, 65536)])
 def test_power_class(count, size):
-    assert _measure.power_class(count) == size
+    assert _autotune.power_class(count) == size
 
 
 @pytest.mark.gpu
@@ -117,5 +117,5 @@ def test_a_failing_candidate_is_left_out(caplog):
         raise RuntimeError("out of shared memory")
 
     with caplog.at_level(logging.WARNING):
-        assert list(_measure._measure({"bad": fails, "good": lambda: None})) == ["good"]
+        assert list(_autotune._measure({"bad": fails, "good": lambda: None})) == ["good"]
     assert "bad cannot run" in caplog.text

@@ -404,7 +404,7 @@ def test_state_is_left_as_it_was(device):
 
 
 def test_what_was_asked_for_but_cannot_run_is_refused():
-    with _dispatch.forced("cuda"), pytest.raises(RuntimeError, match=r"'cuda' was asked for .* needs CUDA tensors"):
+    with _dispatch.forced("cuda"), pytest.raises(RuntimeError, match=r"'cuda' was requested .* needs CUDA tensors"):
         update(embeddings(4, 4))
 
 

@@ -12,29 +12,29 @@ from torch import Tensor
 
 from upstep_fast.kernels import _dispatch, _tiles
 from upstep_fast.kernels._dispatch import IMPLEMENTATIONS, choose, forced
-from upstep_fast.kernels._sample_inputs import PROBLEMS, Problem, sample_inputs
+from upstep_fast.kernels._sample_inputs import SAMPLE_INPUTS, SampleInputs, sample_inputs
 
 GPU = torch.device("cuda", 0)
 
 
-def made(name: str) -> Problem:
+def made(name: str) -> SampleInputs:
     return sample_inputs(name)
 
 
-@pytest.fixture(params=list(PROBLEMS))
-def problem(request) -> Problem:
+@pytest.fixture(params=list(SAMPLE_INPUTS))
+def problem(request) -> SampleInputs:
     return made(request.param)
 
 
-WITH_GRADIENT = [name for name in PROBLEMS if made(name).wrt]
-OF_SEVERAL = [name for name in PROBLEMS if len(made(name).wrt) > 1]
+WITH_GRADIENT = [name for name in SAMPLE_INPUTS if made(name).wrt]
+OF_SEVERAL = [name for name in SAMPLE_INPUTS if len(made(name).wrt) > 1]
 
 
-def leaves(problem: Problem, wrt: tuple[int, ...]) -> list[Tensor]:
+def leaves(problem: SampleInputs, wrt: tuple[int, ...]) -> list[Tensor]:
     return [t.clone().requires_grad_(i in wrt) for i, t in enumerate(problem.inputs)]
 
 
-def gradients(problem: Problem, wrt: tuple[int, ...], call=None) -> dict[int, Tensor]:
+def gradients(problem: SampleInputs, wrt: tuple[int, ...], call=None) -> dict[int, Tensor]:
     inputs = leaves(problem, wrt)
     out = (call or problem.call)(*inputs)
     weight = torch.linspace(-1, 1, out.numel()).view_as(out)
@@ -84,7 +84,7 @@ def test_what_is_forced_runs_or_the_reason_is_raised(problem, implementation):
             got = problem.call(*problem.inputs)
         except RuntimeError as error:
             assert implementation != "reference"
-            assert re.search(f"'{implementation}' was asked for but cannot run: .", str(error))
+            assert re.search(f"'{implementation}' was requested but cannot run: .", str(error))
             return
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
 

@@ -210,7 +210,7 @@ def test_bad_input(call, message):
 
 
 def test_forced_triton_on_a_cpu_raises_with_the_reason():
-    if _dispatch.triton_reason(torch.zeros(1)) is None:
+    if _dispatch.triton_unsupported_reason(torch.zeros(1)) is None:
         pytest.skip("the interpreter takes CPU tensors")
     with _dispatch.forced("triton"), pytest.raises(RuntimeError, match=r"gelu: .* needs CUDA tensors, got cpu"):
         gelu(values(2))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kernel_checks import LAYOUTS, assert_matches, guarded_outputs, laid_out, sizes, surrounded
 from torch import Tensor
 
-from upstep_fast.kernels import _dispatch, _tiles, pin
+from upstep_fast.kernels import _dispatch, _tiles, set_tuned
 from upstep_fast.kernels.sinkhorn import sinkhorn_reference
 from upstep_fast.kernels.sinkhorn import triton as fused
 from upstep_fast.kernels.sinkhorn.scored import scored_sinkhorn
@@ -183,8 +183,8 @@ def test_gpu_repeats_bit_for_bit_and_replays():
 def test_gpu_runs_the_way_that_is_pinned(way):
     z, c = (t.cuda() for t in embeddings(100, 60, 32))
     try:
-        pin({"scored_sinkhorn float32 B128 K60 D32": way})
+        set_tuned({"scored_sinkhorn float32 B128 K60 D32": way})
         check(z, c, 0.05)
     finally:
-        pin({})
+        set_tuned({})
     assert any(row.op.startswith("scored_sinkhorn float32") and row.implementation == way for row in _dispatch.report())

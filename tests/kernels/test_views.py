@@ -14,7 +14,7 @@ from upstep_fast.data.views.view_params import draw_params
 from upstep_fast.data.views.views import pack
 from upstep_fast.kernels import _native, patchify
 from upstep_fast.kernels._dispatch import forced
-from upstep_fast.kernels._native import native_reason
+from upstep_fast.kernels._native import native_unsupported_reason
 from upstep_fast.kernels.views import make_views
 from upstep_fast.kernels.views.eager import FACTORS, SIGMA, blur, crop_resize, finish, recolour, views_reference
 
@@ -192,7 +192,7 @@ def test_the_compiled_op_depends_on_neither_threads_nor_neighbours():
 
 def test_a_library_without_the_op_is_passed_over(monkeypatch):
     monkeypatch.setattr(_native, "load_failure", lambda: None)
-    assert "is older than no_such_op" in native_reason("cpp", torch.device("cpu"), "no_such_op")
+    assert "is older than no_such_op" in native_unsupported_reason("cpp", torch.device("cpu"), "no_such_op")
 
 
 @pytest.mark.interp

@@ -189,7 +189,7 @@ def test_report_names_every_op_and_the_library(capsys):
     printed = capsys.readouterr().out
     for name in ("torch " + " " * 8 + torch.__version__, "compiled ops", *(c.op for c in _dispatch.report())):
         assert name in printed
-    for name in report.PROBLEMS:
+    for name in report.SAMPLE_INPUTS:
         assert any(row.op.startswith((name, "swapped")) for row in _dispatch.report()), name
 
 
@@ -197,6 +197,6 @@ def test_report_says_what_failed(capsys, monkeypatch):
     def broken(ops):
         raise RuntimeError("out of luck\nand more")
 
-    monkeypatch.setitem(report.PROBLEMS, "gelu", broken)
+    monkeypatch.setitem(report.SAMPLE_INPUTS, "gelu", broken)
     assert report.main(["--device", "cpu"]) == 1
     assert re.search(r"gelu +cpu +FAILED +out of luck$", capsys.readouterr().out, re.M)

@@ -66,7 +66,7 @@ def examine(device: str = "auto") -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "machine": _machine(compute.device) | {"precision": compute.precision},
         "native": _native(),
-        "asked_for": dispatch.wanted(),
+        "asked_for": dispatch.requested(),
         "kernels": [dataclasses.asdict(choice) for choice in choices],
         "checks": checks,
         "data": loading_speed(compute.device),

@@ -31,7 +31,7 @@ from upstep_fast.data.decode import gpu_jpeg
 from upstep_fast.data.decode.image import decoder_fingerprint
 from upstep_fast.data.sources.source import Source
 from upstep_fast.errors import ConfigError, RunFailedError
-from upstep_fast.kernels import _autotune as measure
+from upstep_fast.kernels import _autotune
 from upstep_fast.kernels import _dispatch as dispatch
 from upstep_fast.kernels.views.op import made_by
 from upstep_fast.methods.gate import GateState
@@ -105,8 +105,8 @@ def agree(identity: Identity) -> None:
 
 def share_pins() -> None:
     """Every rank computes from now on as rank 0 has measured to be fastest."""
-    if distributed.size() > 1 and (pins := distributed.gather(measure.pins())[0]):
-        measure.pin(pins)
+    if distributed.size() > 1 and (pins := distributed.gather(_autotune.tuned())[0]):
+        _autotune.set_tuned(pins)
 
 
 def go_on(state: RunState, folder: Path, identity: Identity) -> None:
@@ -144,7 +144,7 @@ def manifest(state: RunState, identity: Identity) -> dict[str, Any]:
         "state": _numbers(state),
         "loader": {"step": state.step, "skipped": dict(state.skipped)},
         "kernels": [dataclasses.asdict(choice) for choice in dispatch.report()],
-        "pins": measure.pins(),
+        "pins": _autotune.tuned(),
     }
 
 
@@ -213,7 +213,7 @@ def restore(state: RunState, checkpoint: Checkpoint, identity: Identity) -> None
     if state.scaler.is_enabled():
         state.scaler.load_state_dict(scaler)
     if pins:
-        measure.pin(pins)
+        _autotune.set_tuned(pins)
     state.gate, state.step, state.loss, state.bad = gate, checkpoint.step, loss, bad
     state.accumulated, state.method.passes, state.collapsed = accumulated, passes, collapsed
     state.skipped.update(skipped)
@@ -295,7 +295,7 @@ def _name_differences(checkpoint: Checkpoint, identity: Identity) -> None:
 
 def _code() -> str:
     """SHA-256 of this package's source."""
-    files = sorted(Path(__file__).parents[1].rglob("*.py")) + sorted(Path(measure.__file__).parent.rglob("*.py"))
+    files = sorted(Path(__file__).parents[1].rglob("*.py")) + sorted(Path(_autotune.__file__).parent.rglob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
