@@ -16,6 +16,7 @@ from upstep_fast.methods.upstep.upstep import UpStep
 from upstep_fast.model import backbone, lora, peft_format
 from upstep_fast.train import adapt
 from upstep_fast.train import loop as trainer
+from upstep_fast.train import state as run_state
 from upstep_fast.train import step as steps
 from upstep_fast.train.state import fresh_state
 
@@ -221,7 +222,7 @@ def test_the_adapter_check_notices_an_adapter_that_never_learnt(options, monkeyp
             adapter.lora_b.grad = torch.zeros_like(adapter.lora_b)
         return real(method, config)
 
-    monkeypatch.setattr(trainer, "make_optimizer", without_block_1)
+    monkeypatch.setattr(run_state, "make_optimizer", without_block_1)
     monkeypatch.setattr(
         torch.optim.AdamW,
         "zero_grad",
