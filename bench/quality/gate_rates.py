@@ -32,7 +32,7 @@ def opened(rule: GateRule, values: list[float]) -> float:
     state = GateState()
     for m in values:
         _, state = decide(rule, state, (m,))
-    return state.opened / len(values)
+    return state.num_updates / len(values)
 
 
 def main() -> None:

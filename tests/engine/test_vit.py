@@ -335,7 +335,7 @@ def test_upstep_takes_its_views_as_patches_where_nothing_needs_pictures(implemen
     assert views.shape == ((2, 4, 64, 3 * 64) if wants else pictures.shape)
     assert torch.equal(method.images(views), pictures[0])
     for passes in (1, 2):
-        method.passes = passes
+        method.num_microbatches = passes
         z = method.embed(views).z.detach()
         assert torch.equal(z, method.embed(pictures).z.detach()) and torch.isfinite(z).all()
 

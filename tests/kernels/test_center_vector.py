@@ -251,7 +251,12 @@ def test_gate_decides_as_the_rule_on_the_host(device, rule, update_when):
         is_open, host = decide(host_rule, host, ((m1 + m2) / 2, m1, m2))
         got = gate_values(state)
         opened.append(is_open)
-        assert (got["open"], got["step"], got["opened"], got["skips"]) == (is_open, host.step, host.opened, host.skips)
+        assert (got["open"], got["step"], got["opened"], got["skips"]) == (
+            is_open,
+            host.step,
+            host.num_updates,
+            host.skips,
+        )
         assert got["finite"] == math.isfinite(m1 + m2)
         if host.reference is not None:
             assert got["reference"] == pytest.approx(host.reference, rel=1e-12)

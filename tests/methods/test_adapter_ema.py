@@ -114,7 +114,7 @@ def test_the_referee_judges_what_is_written(options, tmp_path, monkeypatch, phot
 def test_explora_is_judged_by_the_teacher_that_it_writes(options):
     config = Dinov2Config(**{**options, "data": ("",), "out": "", "prototypes": 16, "memory": "fast"})
     method = fresh_state(config, resolve("cpu", "fp32"), backbone.load(options["model"])).method
-    with method.as_written() as vit:
+    with method.weights_to_save() as vit:
         assert vit is method.teacher
 
 

@@ -27,7 +27,7 @@ def test_values_and_gradients_are_the_formulas(views, dtype, implementation):
         (found.z, z),
         (found.centre, centre),
         (found.magnitudes, torch.cat([centre.norm()[None], of_views])),
-        (found.sums, torch.cat([z.sum(1).flatten(), z.new_tensor([7.0])])),
+        (found.local_stats, torch.cat([z.sum(1).flatten(), z.new_tensor([7.0])])),
     ):
         torch.testing.assert_close(ours.detach().double(), theirs.detach(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(u.grad, wide.grad.to(dtype))
@@ -36,7 +36,7 @@ def test_values_and_gradients_are_the_formulas(views, dtype, implementation):
 def test_the_centre_of_two_ranks_is_that_of_all_images():
     u = torch.randn(2, 8, 5)
     parts = [embedded(part) for part in u.chunk(2, dim=1)]
-    whole, sums = embedded(u), sum(part.sums for part in parts)
+    whole, sums = embedded(u), sum(part.local_stats for part in parts)
     for part in parts:
-        torch.testing.assert_close(part.of_all(sums).centre, whole.centre)
-        torch.testing.assert_close(part.of_all(sums).magnitudes, whole.magnitudes)
+        torch.testing.assert_close(part.with_global_stats(sums).centre, whole.centre)
+        torch.testing.assert_close(part.with_global_stats(sums).magnitudes, whole.magnitudes)

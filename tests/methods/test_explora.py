@@ -371,14 +371,14 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(options, monkeypatch, 
     upstep_fast.adapt(**options | {"out": tmp_path / "whole"})
     method = ExploraMae if objective == "mae" else ExploraDinov2
     with monkeypatch.context() as patch:
-        real, count = method.remember, iter(range(100))
+        real, count = method.update_running_stats, iter(range(100))
 
         def remember(self, embedded):
             if next(count) == 3:
                 signal.raise_signal(signal.SIGTERM)
             real(self, embedded)
 
-        patch.setattr(method, "remember", remember)
+        patch.setattr(method, "update_running_stats", remember)
         with pytest.raises(Interrupted, match=r"after 4 of 6 steps"):
             upstep_fast.adapt(**options)
     upstep_fast.adapt(**options, resume=True)
@@ -433,7 +433,7 @@ def test_two_processes_are_one_run(options, tmp_path, extra):
 def test_collapse_warns_and_then_ends_the_run(options, monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(trainer, "MAX_COLLAPSED_STEPS", 4)
     real = explora_tokens.pooled
-    monkeypatch.setattr("upstep_fast.methods.explora_tokens.pooled", lambda vit, x: 1e-6 * real(vit, x) + 1)
+    monkeypatch.setattr("upstep_fast.methods.explora.tokens.pooled", lambda vit, x: 1e-6 * real(vit, x) + 1)
     with (
         caplog.at_level("WARNING", logger="upstep_fast"),
         pytest.raises(RunFailedError, match=r"4 steps in a row") as end,
@@ -450,17 +450,17 @@ def test_uniform_targets_are_a_collapse_too(options):
     crops = method.views(a_batch(), CPU.device)
     learning = method.embed(crops)
     method.loss(learning)
-    assert method.collapsed({"center": 0.5, **method.figures()}) is None
+    assert method.collapsed({"center": 0.5, **method.metrics()}) is None
     with torch.no_grad():
         method.teacher_head.prototypes.copy_(torch.ones_like(method.teacher_head.prototypes))
     method.loss(learning)
-    assert "every prototype" in method.collapsed({"center": 0.5, **method.figures()})
+    assert "every prototype" in method.collapsed({"center": 0.5, **method.metrics()})
 
 
 def test_an_adapter_without_gradient_is_noticed(options):
     _, state = state_of(options)
     state.received.fill_(True)
-    names = list(state.method.watched())
+    names = list(state.method.must_receive_grad())
     assert "blocks.0.attn.qkv" in names and "blocks.1.mlp.fc1.weight" in names and "norm.weight" in names
     state.received[names.index("blocks.0.attn.qkv")] = False
     with pytest.raises(CheckFailedError, match=r"blocks\.0\.attn\.qkv never received a gradient"):
@@ -560,7 +560,7 @@ def test_a_pretrained_decoder_gets_lora_and_norms_alone(options, tmp_path):
         "norm",
     }
     assert torch.equal(method.decoder.pred.weight, fresh.pred.weight) and not method.decoder.pred.weight.requires_grad
-    assert "decoder.blocks.0.attn.qkv" in method.watched()
+    assert "decoder.blocks.0.attn.qkv" in method.must_receive_grad()
     save_file({"decoder_embed.weight": torch.zeros(64, 7)}, tmp_path / "bad.safetensors")
     with pytest.raises(ConfigError, match=r"decoder: .*does not fit: .* wanted"):
         broken = config_of(options, "mae", decoder=str(tmp_path / "bad.safetensors"))

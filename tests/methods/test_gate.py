@@ -106,7 +106,7 @@ def test_where_the_gate_chooses_images_the_reference_stands_still():
     for m in np.random.default_rng(0).normal(0.3, 0.01, 1000):
         is_open, state = decide(rule, state, (m,))
         assert is_open
-    assert state == GateState(step=1000, opened=1000)
+    assert state == GateState(step=1000, num_updates=1000)
 
 
 def test_none_never_skips():
@@ -125,7 +125,7 @@ def test_forced_open_after_max_skips():
         is_open, state = decide(rule, state, (1.0 + t,))
         opened.append(is_open)
     assert [t for t, is_open in enumerate(opened) if is_open] == [0, 17, 34, 51]
-    assert state.opened == 4 and state.step == 60
+    assert state.num_updates == 4 and state.step == 60
 
 
 def test_views_compares_the_two_views():

@@ -84,7 +84,7 @@ def test_the_engine_learns_what_the_plain_model_learns(options):
         torch.testing.assert_close(plain, fast, rtol=1e-3, atol=1e-5)
     # and in several passes, what it learns in one
     method.zero_grad()
-    method.passes = 2
+    method.num_microbatches = 2
     method.loss(method.embed(views)).backward()
     for fast, again in zip(gradients[1], [p.grad for p in method.adapter_parameters()], strict=True):
         torch.testing.assert_close(fast, again, rtol=1e-3, atol=1e-5)

@@ -92,9 +92,9 @@ def test_the_queue_starts_full_and_takes_in_what_made_targets_on_open_steps(opti
     config = AdaptConfig(**{**options, "data": ("",), "out": "", "layout": layout, "queue": 10, "gate": "alternate"})
     state = fresh_state(config, compute := resolve("cpu", "fp32"), backbone.load(options["model"]))
     method, views = state.method, 2 if layout == "symmetric" else 1
-    assert method.needs_start
+    assert method.needs_init
     first = [draw(2, 8, 3, 32, 32, seed=seed) for seed in (0, 1)]
-    method.start(iter(first))
+    method.initialize_from_data(iter(first))
     with torch.no_grad():
         z = torch.cat([method.embed(x).z for x in first], 1)
     torch.testing.assert_close(method.queue, z[:views, :10])
@@ -150,7 +150,7 @@ def test_disagreement_of_equal_orthogonal_and_opposite_views():
 def test_the_loss_as_statistic_is_the_clustering_loss(options):
     method = build(options, gate_statistic="loss", gate="ema")
     learning = method.embed(draw(2, 6, 3, 32, 32))
-    found = learning.of_all(learning.sums)
+    found = learning.with_global_stats(learning.local_stats)
     q, prototypes = assigned(learning.z.detach(), method)
     assert found.magnitudes.shape == (4,) and not found.magnitudes.requires_grad
     assert found.magnitudes[3].item() == pytest.approx(swapped(learning.z, q, prototypes).item(), rel=1e-5)

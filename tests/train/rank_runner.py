@@ -76,7 +76,7 @@ def planted(fault):
     if fault["kind"] == "signal":
         number = getattr(signal, fault["signal"])
         act = lambda call: (signal.raise_signal(number), call())[1]  # noqa: E731
-        return mock.patch.object(UpStep, "remember", counted(UpStep.remember, at, act))
+        return mock.patch.object(UpStep, "update_running_stats", counted(UpStep.update_running_stats, at, act))
     if fault["kind"] in ENDINGS:
         act = lambda call: (begin(fault), call())[1]  # noqa: E731
         return mock.patch.object(UpStep, "embed", counted(UpStep.embed, at, act))

@@ -37,13 +37,13 @@ def one_line(error):
 
 def on_each_step(monkeypatch, action):
     """Calls action(number of the step, from 0) near the end of every step."""
-    real, count = UpStep.remember, iter(range(10**6))
+    real, count = UpStep.update_running_stats, iter(range(10**6))
 
     def remember(self, embedded):
         action(next(count))
         real(self, embedded)
 
-    monkeypatch.setattr(UpStep, "remember", remember)
+    monkeypatch.setattr(UpStep, "update_running_stats", remember)
 
 
 def kill(options, tmp_path, *, random, points, seed=0):

@@ -194,7 +194,7 @@ def test_three_nan_steps_in_a_row_stop_the_run_with_the_last_good_adapter(option
 
 
 def test_a_stop_signal_leaves_a_loadable_adapter(options, tmp_path, monkeypatch):
-    real = UpStep.remember
+    real = UpStep.update_running_stats
     count = iter(range(100))
 
     def interrupt(self, embedded):
@@ -202,7 +202,7 @@ def test_a_stop_signal_leaves_a_loadable_adapter(options, tmp_path, monkeypatch)
             signal.raise_signal(signal.SIGTERM)
         real(self, embedded)
 
-    monkeypatch.setattr(UpStep, "remember", interrupt)
+    monkeypatch.setattr(UpStep, "update_running_stats", interrupt)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted, match="after 3 of 6 steps") as stop:
         upstep_fast.adapt(**options, gate="none")

@@ -10,7 +10,7 @@ import upstep_fast
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.errors import Interrupted, RunFailedError
 from upstep_fast.methods import gate
-from upstep_fast.methods.microbatch import in_passes
+from upstep_fast.methods.microbatch import in_microbatches
 from upstep_fast.methods.upstep.upstep import UpStep
 from upstep_fast.model import backbone
 from upstep_fast.runtime import checkpoint
@@ -60,9 +60,9 @@ def test_passes_have_the_values_and_gradients_of_one(passes):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(12, 7), nn.GELU(), nn.Linear(7, 5)).double()
     images, weight = torch.randn(8, 3, 2, 2).double(), torch.randn(8, 5).double()
-    whole = in_passes(net, images, 1)
+    whole = in_microbatches(net, images, 1)
     wanted = torch.autograd.grad((whole * weight).sum(), list(net.parameters()))
-    y = in_passes(net, images, passes)
+    y = in_microbatches(net, images, passes)
     (y * weight).sum().backward()
     torch.testing.assert_close(y, whole)
     torch.testing.assert_close([p.grad for p in net.parameters()], list(wanted))
@@ -72,7 +72,7 @@ def test_passes_keep_no_more_than_one_part():
     kept = []
     net = nn.Linear(4, 4)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.shape), t)[1], lambda t: t):
-        in_passes(net, torch.randn(8, 4), 4)
+        in_microbatches(net, torch.randn(8, 4), 4)
     # checkpoint keeps each part's input, none of what the model makes of it
     assert all(shape[0] <= 2 for shape in kept if len(shape))
 
@@ -95,7 +95,7 @@ def test_smaller_passes_are_found_and_the_result_is_the_same(options, monkeypatc
 def test_the_passes_go_into_the_checkpoint_and_the_resume_is_exact(options, monkeypatch, tmp_path):
     limit(monkeypatch, views=4)
     upstep_fast.adapt(**options | {"out": tmp_path / "whole"}, auto_batch=True)
-    real, count = UpStep.remember, iter(range(1, 100))
+    real, count = UpStep.update_running_stats, iter(range(1, 100))
 
     def stop(self, embedded):
         real(self, embedded)
@@ -105,7 +105,7 @@ def test_the_passes_go_into_the_checkpoint_and_the_resume_is_exact(options, monk
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(UpStep, "remember", stop)
+        patch.setattr(UpStep, "update_running_stats", stop)
         with pytest.raises(Interrupted):
             upstep_fast.adapt(**options, auto_batch=True)
     assert checkpoint.newest(tmp_path / "out" / "checkpoints").manifest["state"]["passes"] == 4

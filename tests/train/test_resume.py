@@ -71,14 +71,14 @@ def finished(options, tmp_path, tmp_path_factory, _runs={}):  # noqa: B006  (one
 
 def stop_after(monkeypatch, step):
     """A SIGTERM in the middle of a step, counted over all runs since."""
-    real, count = UpStep.remember, iter(range(1, 10**6))
+    real, count = UpStep.update_running_stats, iter(range(1, 10**6))
 
     def remember(self, embedded):
         if next(count) == step:
             signal.raise_signal(signal.SIGTERM)
         real(self, embedded)
 
-    monkeypatch.setattr(UpStep, "remember", remember)
+    monkeypatch.setattr(UpStep, "update_running_stats", remember)
 
 
 def evidence(out):
@@ -402,14 +402,14 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_changed(
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="the system has no SIGUSR1")
 def test_sigusr1_saves_and_goes_on(options, monkeypatch, tmp_path):
-    real, count = UpStep.remember, iter(range(1, 100))
+    real, count = UpStep.update_running_stats, iter(range(1, 100))
 
     def remember(self, embedded):
         if next(count) == 3:
             os.kill(os.getpid(), signal.SIGUSR1)
         real(self, embedded)
 
-    monkeypatch.setattr(UpStep, "remember", remember)
+    monkeypatch.setattr(UpStep, "update_running_stats", remember)
     saved = []
     real_save = resume.save
     monkeypatch.setattr(resume, "save", lambda state, *rest: (saved.append(state.step), real_save(state, *rest))[1])

@@ -22,14 +22,14 @@ def resident() -> int:
     [300, pytest.param(20_000, marks=[pytest.mark.long, pytest.mark.timeout(3600)])],
 )
 def test_memory_does_not_grow_with_the_steps(options, monkeypatch, record_property, steps):
-    used, real, count = {}, UpStep.remember, iter(range(1, 10**6))
+    used, real, count = {}, UpStep.update_running_stats, iter(range(1, 10**6))
 
     def remember(self, embedded):
         if (step := next(count)) in (steps // 10, steps):
             used[step] = resident()
         real(self, embedded)
 
-    monkeypatch.setattr(UpStep, "remember", remember)
+    monkeypatch.setattr(UpStep, "update_running_stats", remember)
     result = upstep_fast.adapt(
         **options | dict(steps=steps, batch_size=4, num_workers=1, checkpoint_every=steps // 20, report_images=False),
     )

@@ -1,6 +1,6 @@
 """What is learned; one package a method."""
 
-from upstep_fast.methods.method import Embedded, Method
+from upstep_fast.methods.method import Embeddings, Method
 from upstep_fast.methods.registry import build
 
-__all__ = ["Embedded", "Method", "build"]
+__all__ = ["Embeddings", "Method", "build"]

@@ -17,7 +17,7 @@ from upstep_fast.runtime import distributed
 
 
 @dataclass(frozen=True)
-class Embedded:
+class Embeddings:
     """Embeddings of V views of B images and their centre."""
 
     z: Tensor  # [V, B, d] fp32, unit length
@@ -31,17 +31,17 @@ class Embedded:
     statistic: Callable[[Tensor], Tensor] | None = None  # z -> what the gate looks at instead of the centre, a scalar
 
     @property
-    def sums(self) -> Tensor:
+    def local_stats(self) -> Tensor:
         """What is added up over the ranks: the sum of each view's z, and the images. [V d + 1] fp32, detached."""
         return torch.cat([self.of_views.flatten(), self.of_views.new_full((1,), self.z.shape[1])])
 
-    def of_all(self, sums: Tensor) -> Self:
-        """The same z with the centre of all ranks' images; `sums`: those of all ranks together.
+    def with_global_stats(self, stats: Tensor) -> Self:
+        """The same z with the centre of all ranks' images; `stats`: the `local_stats` of all ranks together.
 
         The centre's value is that of the whole batch and its gradient that of the own images' mean, so the mean over
         the ranks of a loss of it, and of the loss's gradients, is what one process with the whole batch would have.
         """
-        of_views = sums[:-1].view(len(self.z), -1) / sums[-1]
+        of_views = stats[:-1].view(len(self.z), -1) / stats[-1]
         whole, own = of_views.mean(0), self.centre
         magnitudes = torch.cat([whole.norm()[None], of_views.norm(dim=-1)])
         if self.statistic:  # a mean over images, of which every rank has as many
@@ -54,10 +54,10 @@ class Embedded:
         return replace(self, z=self.z.detach(), centre=self.centre.detach(), views=None, features=None, local=None)
 
 
-def embedded(u: Tensor) -> Embedded:
+def embedded(u: Tensor) -> Embeddings:
     """What the head makes of V views, u [V, B, d], as unit embeddings with their centre, of one rank."""
     z, sums, _ = center_vector_partial(u.flatten(0, 1), num_views=len(u))
     of_views = sums[:-2].view(len(u), -1)
     centre = (of_views.sum(0) / len(z)).float()
     magnitudes = torch.cat([centre.detach()[None], of_views.detach().float() / u.shape[1]]).norm(dim=-1)
-    return Embedded(z.view_as(u), centre, of_views.detach().float(), magnitudes)
+    return Embeddings(z.view_as(u), centre, of_views.detach().float(), magnitudes)

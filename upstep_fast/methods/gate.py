@@ -46,6 +46,7 @@ from upstep_fast.data.keyed_random import uniform, uniform_array
 Rule = Literal["none", "prev", "ema", "median", "quantile", "views", "random", "alternate"]
 
 _WINDOW = 64  # of the median rule: longer windows lag behind a falling m (METHODS 1.6)
+_ON_DISK = {"num_updates": "opened"}  # GateState's fields that checkpoints hold by another name
 _STEP, _CATCH_UP = 0.5, 0.05  # of the quantile's threshold, in units of m's own spread
 
 
@@ -73,7 +74,7 @@ class GateState:
     """What the rule remembers; goes into the checkpoint as plain numbers."""
 
     step: int = 0
-    opened: int = 0
+    num_updates: int = 0
     skips: int = 0  # in a row
     reference: float | None = None
     spread: float = 0.0  # of the quantile rule
@@ -81,13 +82,15 @@ class GateState:
     window: tuple[float, ...] = ()  # of the median rule; of the quantile rule m of the step before, if that was finite
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
-        return asdict(self)
+        """Return the fields as JSON holds them."""
+        return {_ON_DISK.get(name, name): value for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> GateState:
-        """The inverse of `to_dict`."""
-        return cls(**{**values, "window": tuple(values["window"])})
+        """Return the state that `to_dict` wrote."""
+        names = {written: name for name, written in _ON_DISK.items()}
+        fields = {names.get(name, name): value for name, value in values.items()}
+        return cls(**{**fields, "window": tuple(fields["window"])})
 
 
 def decide(rule: GateRule, state: GateState, views: Sequence[float]) -> tuple[bool, GateState]:
@@ -105,7 +108,7 @@ def decide(rule: GateRule, state: GateState, views: Sequence[float]) -> tuple[bo
     return is_open, replace(
         _remember(rule, state, m, None if is_forced else is_open),
         step=state.step + 1,
-        opened=state.opened + is_open,
+        num_updates=state.num_updates + is_open,
         skips=0 if is_open else state.skips + 1,
     )
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from upstep_fast.engine.block import Memory
 
 
-class Embedded(Protocol):
+class Embeddings(Protocol):
     """What `embed` returns: enough for the gate and the metrics, and what `loss` wants of it."""
 
     @property
@@ -24,10 +24,10 @@ class Embedded(Protocol):
         """[1 + V] fp32, detached: the centre's magnitude, then that of each view's centre."""
 
     @property
-    def sums(self) -> Tensor:
+    def local_stats(self) -> Tensor:
         """[n] fp32, detached: what the gate's statistics are made of, of this rank; to be summed over the ranks."""
 
-    def of_all(self, sums: Tensor) -> Any:
+    def with_global_stats(self, stats: Tensor) -> Any:
         """The same with the statistics of all ranks' images. Losses are means over the ranks."""
 
     def detach(self) -> Any:
@@ -37,12 +37,13 @@ class Embedded(Protocol):
 class Method(Protocol):
     """An nn.Module that holds the adapted model and all that training changes. In the order of one step:
 
-    `schedule`, `views`, `embed`, the gate; if it is open: `loss`, backward, the optimizer, `after_update`; `remember`.
+    `schedule`, `views`, `embed`, the gate; on an update step `loss`, backward, the optimizer, `after_update`;
+    `update_running_stats`.
     """
 
     vit: Any
     adapters: dict[str, LoraLinear]
-    passes: int  # of the model over a batch; more take less memory and give the same result (passes.py)
+    num_microbatches: int  # of the model over a batch; more take less memory and give the same result (microbatch.py)
 
     def to(self, device: torch.device) -> Self:
         """Move everything to the device."""
@@ -51,10 +52,10 @@ class Method(Protocol):
         """Run what it can on the engine from now on; called once, on the device."""
 
     @property
-    def needs_start(self) -> bool:
-        """Whether `start` must see views of the data before the first step."""
+    def needs_init(self) -> bool:
+        """Whether `initialize_from_data` must see views of the data before the first step."""
 
-    def start(self, views: Iterable[Any]) -> None:
+    def initialize_from_data(self, views: Iterable[Any]) -> None:
         """Set what is computed once."""
 
     def schedule(self, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -71,21 +72,21 @@ class Method(Protocol):
         """Of these views one per image, [B, C, H, W], for a look at the features."""
 
     def embed(self, views: Any) -> Any:
-        """The forward pass that the gate looks at: an `Embedded`."""
+        """The forward pass that the gate looks at: an `Embeddings`."""
 
-    def num_sums(self, views: int) -> int:
-        """The length of `Embedded.sums` for so many views."""
+    def num_stats(self, views: int) -> int:
+        """The length of `Embeddings.local_stats` for so many views."""
 
-    def loss(self, learning: Any, target: Any = None) -> Tensor:
+    def loss(self, student: Any, teacher: Any = None) -> Tensor:
         """The objective of an open step, a scalar in fp32; of several ranks, the mean over them is the whole's."""
 
-    def figures(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """More numbers of the last `loss` for metrics.jsonl: Python's, or scalars on the device, which can wait."""
 
     def after_update(self, applied: Tensor) -> None:
         """Called after a step of the optimizer. applied: bool scalar on the device, False if no weight moved."""
 
-    def remember(self, embedded: Any) -> None:
+    def update_running_stats(self, embedded: Any) -> None:
         """Called at the end of every step, skipped ones and those that are not finite too."""
 
     def collapsed(self, row: dict[str, Any]) -> str | None:
@@ -97,7 +98,7 @@ class Method(Protocol):
     def gradient_parts(self) -> list[tuple[list[nn.Parameter], float]]:
         """What trains, in parts, each with the largest norm of its gradient; 0: not clipped."""
 
-    def watched(self) -> dict[str, nn.Parameter]:
+    def must_receive_grad(self) -> dict[str, nn.Parameter]:
         """What must have received a gradient by the end, by the name that an error message gives it."""
 
     def state_tensors(self) -> dict[str, Tensor]:
@@ -106,7 +107,7 @@ class Method(Protocol):
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """As nn.Module."""
 
-    def as_written(self) -> AbstractContextManager[nn.Module]:
+    def weights_to_save(self) -> AbstractContextManager[nn.Module]:
         """Within this context: the model with the weights that `result_files` writes."""
 
     def result_files(self) -> dict[str, bytes]:

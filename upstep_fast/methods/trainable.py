@@ -20,7 +20,7 @@ def decays(name: str, parameter: Tensor) -> bool:
     return parameter.dim() >= 2 and not name.endswith(("bias", "cls_token", "pos_embed", "mask_token"))
 
 
-def watched(vit: nn.Module, adapters: dict[str, LoraLinear]) -> dict[str, nn.Parameter]:
+def must_receive_grad(vit: nn.Module, adapters: dict[str, LoraLinear]) -> dict[str, nn.Parameter]:
     """What must receive a gradient: each adapter's B, and all that trains beside the adapters."""
     others = {name: p for name, p in trained(vit).items() if not name.endswith(("lora_a", "lora_b"))}
     return {name: adapter.lora_b for name, adapter in adapters.items()} | others

@@ -49,7 +49,7 @@ class Progress:
         rate = (self._done - self._first) * self._batch / seconds
         text = (
             f"{rate:,.0f} images/s  loss {self._loss:.3f}  centre {row['center']:.3f}  "
-            f"skipped {100 * (1 - state.opened / state.step):.0f}%  data wait {100 * self._waited / seconds:.0f}%"
+            f"skipped {100 * (1 - state.num_updates / state.step):.0f}%  data wait {100 * self._waited / seconds:.0f}%"
         )
         assert self._task is not None
         self._bar.update(self._task, advance=1, description=text)

@@ -76,9 +76,9 @@ def _train(
         signals(every_seconds) as asked,
     ):
         with _kept(state, loader, journal, taken, out):
-            if state.step == 0 and state.method.needs_start:
+            if state.step == 0 and state.method.needs_init:
                 with compute.autocast():
-                    state.method.start(_start_views(config, source, state, channels, compute))
+                    state.method.initialize_from_data(_start_views(config, source, state, channels, compute))
             while state.step < config.steps and not (referee and referee.gives_up(state.step)):
                 began_step = time.monotonic()
                 batch = next(loader)
@@ -126,7 +126,7 @@ def _train(
                         "go on with the same command and --resume"
                     )
         distributed.limit_wait(distributed.START_SECONDS)
-        with state.method.as_written():
+        with state.method.weights_to_save():
             check_adapter(state, state.method.images(next(loader).views), compute, out)
         with output.writing(out):
             if referee:
@@ -134,7 +134,7 @@ def _train(
             ends = config.strength if config.strength_first is None else config.strength_first, config.strength
             if "auto" not in ends and ends != (1.0, 1.0) and distributed.is_first():
                 peft_format.strengthen(out / "adapter", peft_format.by_depth(*ends, len(state.method.vit.blocks)))  # type: ignore[arg-type]
-    return AdaptResult(out / "adapter", state.step, state.gate.opened, state.loss, time.monotonic() - began)
+    return AdaptResult(out / "adapter", state.step, state.gate.num_updates, state.loss, time.monotonic() - began)
 
 
 def stop_if_bad(state: RunState, row: dict[str, Any], source: Source, own: Tensor, out: Path) -> None:
@@ -223,7 +223,7 @@ def _kept(state: RunState, loader: Loader, journal: Journal, taken: Iterable[Any
             catch_up(state)
             for row, _ in taken:
                 journal.write(row, state.gate)
-        if state.gate.opened:
+        if state.gate.num_updates:
             peft_format.write(out / "adapter", state.method.result_files())
         loader.write_skipped(out / "skipped.csv")
 

@@ -155,7 +155,7 @@ def _numbers(state: RunState) -> dict[str, Any]:
         "loss": state.loss if math.isfinite(state.loss) else None,
         "bad": list(state.bad),
         "accumulated": state.accumulated,
-        "passes": state.method.passes,
+        "passes": state.method.num_microbatches,
         "collapsed": state.collapsed,
     }
 
@@ -215,7 +215,7 @@ def restore(state: RunState, checkpoint: Checkpoint, identity: Identity) -> None
     if pins:
         _autotune.set_tuned(pins)
     state.gate, state.step, state.loss, state.bad = gate, checkpoint.step, loss, bad
-    state.accumulated, state.method.passes, state.collapsed = accumulated, passes, collapsed
+    state.accumulated, state.method.num_microbatches, state.collapsed = accumulated, passes, collapsed
     state.skipped.update(skipped)
 
 

@@ -76,5 +76,5 @@ def fresh_state(config: AdaptConfig, compute: Compute, backbone: backbones.Backb
         method=method,
         optimizer=make_optimizer(method, config),
         scaler=torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16"),
-        received=torch.zeros(len(method.watched()), dtype=torch.bool, device=compute.device),
+        received=torch.zeros(len(method.must_receive_grad()), dtype=torch.bool, device=compute.device),
     )

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.errors import RunFailedError
-from upstep_fast.methods import Embedded, Method
+from upstep_fast.methods import Embeddings, Method
 from upstep_fast.methods import gate as gates
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime.device import Compute
@@ -71,9 +71,9 @@ def step(
                 raise RunFailedError(out_of_memory(state, images, config, compute)) from error
             raise
         state.optimizer.zero_grad(set_to_none=True)
-        take_more_passes(state, images, config, compute)
+        halve_microbatch(state, images, config, compute)
     state.gate = gate
-    method.remember(learning)
+    method.update_running_stats(learning)
     row = {
         "step": state.step,
         "loss": None,
@@ -84,7 +84,7 @@ def step(
     }
     if config.accumulate > 1:
         row["updated"] = updated
-    figures = method.figures() if is_open else {}
+    figures = method.metrics() if is_open else {}
     names = [name for name, value in figures.items() if isinstance(value, Tensor)]
     row |= {name: None if name in names else value for name, value in figures.items()}
     numbers += [figures[name] for name in names]
@@ -151,12 +151,12 @@ def forward(
     config: AdaptConfig,
     compute: Compute,
     asked: Asked | None = None,
-) -> tuple[bool, Embedded, Embedded | None, gates.GateState]:
+) -> tuple[bool, Embeddings, Embeddings | None, gates.GateState]:
     """Embeds the views, asks the gate; returns the decision, what learns, what makes targets, the gate's new state."""
     method, ahead = state.method, gates.known_ahead(rule, state.gate)
 
-    def embed(views: Any) -> Embedded:
-        return _of_all(lambda: method.embed(views), method.num_sums(len(views)), compute, asked)
+    def embed(views: Any) -> Embeddings:
+        return _of_all(lambda: method.embed(views), method.num_stats(len(views)), compute, asked)
 
     with compute.autocast():
         if config.layout == "asymmetric":
@@ -177,9 +177,9 @@ def forward(
     return is_open, learning, None, gate
 
 
-def _of_all(embed: Callable[[], Embedded], num_sums: int, compute: Compute, asked: Asked | None) -> Embedded:
+def _of_all(embed: Callable[[], Embeddings], num_stats: int, compute: Compute, asked: Asked | None) -> Embeddings:
     """What `embed` returns, with the statistics of all ranks; the ranks agree on wishes and memory on the way."""
-    own: Embedded | None = None
+    own: Embeddings | None = None
     try:
         own = embed()
     except (RuntimeError, MemoryError) as error:
@@ -188,20 +188,20 @@ def _of_all(embed: Callable[[], Embedded], num_sums: int, compute: Compute, aske
     if distributed.size() == 1:
         if own is None:
             raise OutOfMemoryError
-        return own.of_all(own.sums)
-    sums = torch.zeros(num_sums, device=compute.device) if own is None else own.sums
+        return own.with_global_stats(own.local_stats)
+    sums = torch.zeros(num_stats, device=compute.device) if own is None else own.local_stats
     extra = [*(asked.pending() if asked else [0.0] * WISHES), float(own is None)]
     whole = distributed.reduce(torch.cat([sums, sums.new_tensor(extra)]))
-    *wishes, short = whole[num_sums:].tolist()
+    *wishes, short = whole[num_stats:].tolist()
     if asked:
         asked.agree(wishes)
     if short or own is None:
         raise OutOfMemoryError
-    return own.of_all(whole[:num_sums])
+    return own.with_global_stats(whole[:num_stats])
 
 
 def _decide(
-    rule: gates.GateRule, state: RunState, embedded: Embedded, config: AdaptConfig
+    rule: gates.GateRule, state: RunState, embedded: Embeddings, config: AdaptConfig
 ) -> tuple[bool, gates.GateState]:
     # the one place of a step where the host waits for the device; what the step before tells comes along
     of_views, late = embedded.magnitudes, state.late
@@ -215,7 +215,7 @@ def _decide(
     return is_open, after
 
 
-def _loss(method: Method, learning: Embedded, target: Embedded | None, compute: Compute) -> Tensor:
+def _loss(method: Method, learning: Embeddings, target: Embeddings | None, compute: Compute) -> Tensor:
     try:
         with compute.autocast():
             return method.loss(learning, target)
@@ -250,7 +250,7 @@ def update(loss: Tensor, state: RunState, config: AdaptConfig) -> tuple[list[Ten
     norms = [torch.nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]) for part, _ in parts]
     finite = torch.stack([value, *norms]).isfinite().all()
     none = state.received.new_zeros(())
-    received = [none if p.grad is None else p.grad.ne(0).any() for p in method.watched().values()]
+    received = [none if p.grad is None else p.grad.ne(0).any() for p in method.must_receive_grad().values()]
     state.received |= torch.stack(received) & finite
     # only what waits for more gradients must know now whether these count
     is_due = config.accumulate == 1 or (bool(finite) and _all_there(state, config.accumulate))
@@ -288,16 +288,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
-def take_more_passes(state: RunState, images: Any, config: AdaptConfig, compute: Compute) -> None:
+def halve_microbatch(state: RunState, images: Any, config: AdaptConfig, compute: Compute) -> None:
     """Halves what the model sees at once, on every rank. Raises RunFailedError where that may not or cannot help."""
     method = state.method
     if compute.device.type == "cuda":
         torch.cuda.empty_cache()
-    if not config.auto_batch or 2 * method.passes > 2 * len(method.images(images)):
+    if not config.auto_batch or 2 * method.num_microbatches > 2 * len(method.images(images)):
         raise RunFailedError(out_of_memory(state, images, config, compute))
-    method.passes *= 2
+    method.num_microbatches *= 2
     log.warning(
-        "step %d: out of memory; from now on each step makes %d passes over its views", state.step, method.passes
+        "step %d: out of memory; from now on each step makes %d passes over its views",
+        state.step,
+        method.num_microbatches,
     )
 
 
@@ -309,7 +311,7 @@ def out_of_memory(state: RunState, images: Any, config: AdaptConfig, compute: Co
         total = torch.cuda.get_device_properties(compute.device).total_memory
         held = f" ({torch.cuda.max_memory_allocated(compute.device) / 2**30:.1f} of {total / 2**30:.1f} GiB were taken)"
     over = f" over {distributed.size()} ranks" if distributed.size() > 1 else ""
-    passes = f" in {state.method.passes} passes" if state.method.passes > 1 else ""
+    passes = f" in {state.method.num_microbatches} passes" if state.method.num_microbatches > 1 else ""
     cures = [
         "add --auto-batch (smaller passes, the same result)" if not config.auto_batch else "",
         "take --memory lean" if config.memory != "lean" else "",

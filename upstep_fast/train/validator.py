@@ -79,7 +79,7 @@ class Referee:
     def look(self, state: RunState) -> None:
         """Judges the model as it is after `state.step` steps. Raises OSError."""
         # rank 0's: the others may be off by a rounding, and all must stop together
-        with state.method.as_written() as vit:
+        with state.method.weights_to_save() as vit:
             scores = distributed.gather(judge(self._base, self._features(vit)))[0]
         row = {"step": state.step, "predicted_gain": predicted_gain(scores), **scores}
         before = self.best()

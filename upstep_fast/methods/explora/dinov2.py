@@ -26,7 +26,7 @@ from upstep_fast.engine.block import Memory
 from upstep_fast.kernels.sinkhorn import sinkhorn
 from upstep_fast.methods import crops, trainable
 from upstep_fast.methods.crops import GLOBAL_VIEWS
-from upstep_fast.methods.embeddings import Embedded, embedded
+from upstep_fast.methods.embeddings import Embeddings, embedded
 from upstep_fast.methods.explora import crops as explora_crops
 from upstep_fast.methods.explora import unfreeze as explora
 from upstep_fast.methods.explora.crops import Crops
@@ -46,7 +46,7 @@ FLAT, ONE_DIRECTION = 0.999, 0.999  # teacher entropy and centre magnitude that 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Student(Embedded):
+class Student(Embeddings):
     """The student's view of a batch; z: unit features of the global crops."""
 
     crops: Crops
@@ -62,7 +62,7 @@ class ExploraDinov2(nn.Module):
 
     def __init__(self, backbone: Backbone, config: Dinov2Config):
         super().__init__()
-        self.config, self.passes = config, 1
+        self.config, self.num_microbatches = config, 1
         self.recipes = crops.recipes(config, backbone)
         vit: Any = backbone.vit
         self.grid = grid_of(vit, *backbone.img_size)
@@ -104,11 +104,11 @@ class ExploraDinov2(nn.Module):
         log.info("engine: the blocks trained whole (%s) run as plain modules", self.config.unfreeze)
 
     @property
-    def needs_start(self) -> bool:
+    def needs_init(self) -> bool:
         """Nothing is computed before the first step."""
         return False
 
-    def start(self, views: Iterable[Crops]) -> None:
+    def initialize_from_data(self, views: Iterable[Crops]) -> None:
         """Nothing."""
 
     def schedule(self, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -146,19 +146,19 @@ class ExploraDinov2(nn.Module):
         features, patches = seen(self.vit, self.encoder, [whole, *local], views.places)
         of_all = features.unflatten(0, (-1, views.whole.shape[1]))
         of_gate = embedded(of_all[:GLOBAL_VIEWS])
-        own = {field.name: getattr(of_gate, field.name) for field in fields(Embedded)}
+        own = {field.name: getattr(of_gate, field.name) for field in fields(Embeddings)}
         return Student(**own, crops=views, of_crops=of_all, patches=patches)
 
-    def num_sums(self, views: int) -> int:
-        """How many numbers `Embedded.sums` of so many views are."""
+    def num_stats(self, views: int) -> int:
+        """How many numbers `Embeddings.local_stats` of so many views are."""
         return views * self.vit.num_features + 1
 
-    def loss(self, learning: Student, target: Student | None = None) -> Tensor:
+    def loss(self, student: Student, teacher: Student | None = None) -> Tensor:
         """DINO + iBOT + KoLeo, a scalar in fp32."""
-        c, crops = self.config, learning.crops
+        c, crops = self.config, student.crops
         num_images = crops.masked.shape[0] * crops.masked.shape[1]
         class_targets, patch_targets = self._targets(crops)
-        of_class, of_patch = scores(self.head, self.patch_head, learning.of_crops, learning.patches)
+        of_class, of_patch = scores(self.head, self.patch_head, student.of_crops, student.patches)
         total = dino.class_token_loss(of_class, class_targets, c.temperature)
         self._figures = {"dino": total.detach(), "teacher_entropy": dino.entropy(class_targets)}
         if c.ibot_weight:
@@ -166,7 +166,7 @@ class ExploraDinov2(nn.Module):
             self._figures["ibot"] = ibot.detach()
             total = total + c.ibot_weight * ibot
         if c.koleo_weight:
-            koleo = torch.stack([dino.koleo(x) for x in learning.of_crops[:GLOBAL_VIEWS]]).sum()
+            koleo = torch.stack([dino.koleo(x) for x in student.of_crops[:GLOBAL_VIEWS]]).sum()
             self._figures["koleo"] = koleo.detach()
             total = total + c.koleo_weight * koleo
         return total
@@ -193,7 +193,7 @@ class ExploraDinov2(nn.Module):
             )
         return targets[0].view(GLOBAL_VIEWS, -1, targets[0].shape[-1]), targets[1]
 
-    def figures(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """The parts of the last loss and the state of the teacher."""
         return self._figures | {"teacher_temperature": self.temperature, "momentum": self.momentum}
 
@@ -214,7 +214,7 @@ class ExploraDinov2(nn.Module):
             moved = centre.lerp(sums[:-1] / sums[-1], 1 - CENTRE_MOMENTUM)
             centre.copy_(torch.where(applied & (sums[-1] > 0), moved, centre))  # a batch may have no masked patch
 
-    def remember(self, embedded: Embedded) -> None:
+    def update_running_stats(self, embedded: Embeddings) -> None:
         """Nothing runs along."""
 
     def collapsed(self, row: dict[str, Any]) -> str | None:
@@ -243,9 +243,9 @@ class ExploraDinov2(nn.Module):
         backbone = [*trainable.trained(self.vit).values(), self.mask_token]
         return [(part, self.config.clip) for part in (backbone, *(list(head.parameters()) for head in heads))]
 
-    def watched(self) -> dict[str, nn.Parameter]:
+    def must_receive_grad(self) -> dict[str, nn.Parameter]:
         """What must receive a gradient."""
-        return trainable.watched(self.vit, self.adapters)
+        return trainable.must_receive_grad(self.vit, self.adapters)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The student, the heads, the teacher and the centres."""
@@ -254,11 +254,11 @@ class ExploraDinov2(nn.Module):
         averages = {name: p for name, p in self.named_parameters() if id(p) in own}
         return trainable.trained(self) | averages | dict(self.named_buffers(recurse=False))
 
-    def as_written(self) -> AbstractContextManager[nn.Module]:
+    def weights_to_save(self) -> AbstractContextManager[nn.Module]:
         """The teacher, as the authors' code saves it, or the student."""
         return nullcontext(self.teacher if self.config.save == "teacher" else self.vit)
 
     def result_files(self) -> dict[str, bytes]:
         """That model's adapters and what else is trained, as PEFT reads them, and bare parameters."""
-        with self.as_written() as model:
+        with self.weights_to_save() as model:
             return trainable.result_files(model, lora.find(model), self.config.model, trainable.trained(self.vit))

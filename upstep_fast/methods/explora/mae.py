@@ -30,7 +30,7 @@ from upstep_fast.data.views.views import random_views
 from upstep_fast.engine.block import Memory
 from upstep_fast.errors import ConfigError
 from upstep_fast.methods import trainable
-from upstep_fast.methods.embeddings import Embedded, embedded
+from upstep_fast.methods.embeddings import Embeddings, embedded
 from upstep_fast.methods.explora import unfreeze as explora
 from upstep_fast.methods.explora.tokens import Encoder, embed, grid_of, pooled
 from upstep_fast.methods.losses import mae
@@ -61,7 +61,7 @@ torch.export.register_dataclass(Shown)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encoded(Embedded):
+class Encoded(Embeddings):
     """The encoder's view of a batch; z: unit features of the shown patches."""
 
     crops: Tensor  # [B, C, H, W]
@@ -106,7 +106,7 @@ class ExploraMae(nn.Module):
 
     def __init__(self, backbone: Backbone, config: MaeConfig):
         super().__init__()
-        self.config, self.passes = config, 1
+        self.config, self.num_microbatches = config, 1
         self.recipe = view_config(config, backbone)
         vit: Any = backbone.vit
         self.patch: tuple[int, int] = tuple(vit.patch_embed.patch_size)
@@ -148,11 +148,11 @@ class ExploraMae(nn.Module):
             log.info("engine: the blocks trained whole (%s) and the decoder run as plain modules", self.config.unfreeze)
 
     @property
-    def needs_start(self) -> bool:
+    def needs_init(self) -> bool:
         """Nothing is computed before the first step."""
         return False
 
-    def start(self, views: Iterable[Shown]) -> None:
+    def initialize_from_data(self, views: Iterable[Shown]) -> None:
         """Nothing."""
 
     def schedule(self, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -187,29 +187,29 @@ class ExploraMae(nn.Module):
         seen = embedded(pooled(self.vit, x)[None])
         if isinstance(self.vit.norm, nn.Identity):  # a model that pools before its norm has it in the head
             x = self.vit.fc_norm(x)
-        own = {field.name: getattr(seen, field.name) for field in fields(Embedded)}
+        own = {field.name: getattr(seen, field.name) for field in fields(Embeddings)}
         return Encoded(**own, crops=views.crops[0], tokens=x, keep=keep, hidden=hidden)
 
-    def num_sums(self, views: int) -> int:
-        """How many numbers `Embedded.sums` of so many views are."""
+    def num_stats(self, views: int) -> int:
+        """How many numbers `Embeddings.local_stats` of so many views are."""
         return views * self.vit.num_features + 1
 
-    def loss(self, learning: Encoded, target: Encoded | None = None) -> Tensor:
+    def loss(self, student: Encoded, teacher: Encoded | None = None) -> Tensor:
         """The squared error of the hidden patches' pixels, a scalar in fp32."""
-        prediction = self.decoder(learning.tokens, learning.keep)
+        prediction = self.decoder(student.tokens, student.keep)
         # rows and columns beyond the last whole patch are not seen
         height, width = (count * side for count, side in zip(self.grid, self.patch, strict=True))
-        targets = mae.pixel_targets(learning.crops[..., :height, :width], self.patch, self.config.norm_pixels)
-        return mae.pixel_loss(prediction, targets, learning.hidden)
+        targets = mae.pixel_targets(student.crops[..., :height, :width], self.patch, self.config.norm_pixels)
+        return mae.pixel_loss(prediction, targets, student.hidden)
 
-    def figures(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """Nothing beside the loss and the centre."""
         return {}
 
     def after_update(self, applied: Tensor) -> None:
         """Nothing: there is no teacher."""
 
-    def remember(self, embedded: Embedded) -> None:
+    def update_running_stats(self, embedded: Embeddings) -> None:
         """Nothing runs along."""
 
     def collapsed(self, row: dict[str, Any]) -> str | None:
@@ -228,16 +228,16 @@ class ExploraMae(nn.Module):
         """The backbone and the decoder."""
         return [(list(trainable.trained(part).values()), self.config.clip) for part in (self.vit, self.decoder)]
 
-    def watched(self) -> dict[str, nn.Parameter]:
+    def must_receive_grad(self) -> dict[str, nn.Parameter]:
         """What must receive a gradient."""
         decoder = {f"decoder.{name}": adapter.lora_b for name, adapter in self.decoder_adapters.items()}
-        return trainable.watched(self.vit, self.adapters) | decoder
+        return trainable.must_receive_grad(self.vit, self.adapters) | decoder
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What trains."""
         return dict(trainable.trained(self))
 
-    def as_written(self) -> AbstractContextManager[nn.Module]:
+    def weights_to_save(self) -> AbstractContextManager[nn.Module]:
         """The encoder as it is."""
         return nullcontext(self.vit)
 

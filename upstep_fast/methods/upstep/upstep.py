@@ -31,11 +31,11 @@ from upstep_fast.errors import ConfigError
 from upstep_fast.kernels.patchify import unpatchify_reference
 from upstep_fast.kernels.sinkhorn import sinkhorn
 from upstep_fast.methods import crops, trainable
-from upstep_fast.methods.embeddings import Embedded, embedded
+from upstep_fast.methods.embeddings import Embeddings, embedded
 from upstep_fast.methods.gate import choose_images
 from upstep_fast.methods.losses import clustering
 from upstep_fast.methods.losses.distillation import distillation_loss, sharpen
-from upstep_fast.methods.microbatch import in_passes
+from upstep_fast.methods.microbatch import in_microbatches
 from upstep_fast.methods.schedules import warmup_cosine
 from upstep_fast.methods.upstep.adapter_ema import Average
 from upstep_fast.methods.upstep.head import make_head, make_prototypes
@@ -59,7 +59,7 @@ class UpStep(nn.Module):
 
     def __init__(self, backbone: Backbone, config: AdaptConfig, num_prototypes: int):
         super().__init__()
-        self.config, self.recipes, self.passes, self._learnt = config, crops.recipes(config, backbone), 1, 0
+        self.config, self.recipes, self.num_microbatches, self._learnt = config, crops.recipes(config, backbone), 1, 0
         self.base_share = float(config.base_targets > 0)  # in the targets; `schedule` moves it
         self._fresh: Tensor | None = None  # [V, B, d], what made the targets of this step
         self._patch, self._view_dtype = 0, torch.float32  # of `views`; 0: pictures
@@ -99,12 +99,12 @@ class UpStep(nn.Module):
             self._patch, self._view_dtype = engine.patch_side(self.vit), dtype
 
     @property
-    def needs_start(self) -> bool:
-        """Whether `start` must see embeddings of the data before the first step."""
+    def needs_init(self) -> bool:
+        """Whether `initialize_from_data` must see embeddings of the data before the first step."""
         return self.config.prototype_init == "kmeans" or self.config.cvr == "anchor" or self.config.queue > 0
 
     @torch.no_grad()
-    def start(self, views: Iterable[Tensor]) -> None:
+    def initialize_from_data(self, views: Iterable[Tensor]) -> None:
         """Set what is computed once from the base model's embeddings; views: [V, B, C, H, W] batches."""
         of_batches = [distributed.gather_rows(self.embed(batch).z, 1) for batch in views]
         if self.queue is not None:
@@ -156,11 +156,11 @@ class UpStep(nn.Module):
         recipe, _ = self.recipes[0]
         return unpatchify_reference(whole[0], self._patch, recipe.height, recipe.width, torch.float32)
 
-    def embed(self, views: Tensor | Crops) -> Embedded:
+    def embed(self, views: Tensor | Crops) -> Embeddings:
         """views: normalised, as `views` makes them, or [V, B, C, H, W]. The backbone sees all V B in one batch."""
         if isinstance(views, Crops):
             return replace(self.embed(views.whole), local=views.local)
-        f = in_passes(self.features, views.flatten(0, 1), self.passes)
+        f = in_microbatches(self.features, views.flatten(0, 1), self.num_microbatches)
         result = embedded(self.head(f).unflatten(0, views.shape[:2]))
         if self.config.gate_statistic != "center":
             result = replace(result, statistic=self._statistic)
@@ -172,11 +172,11 @@ class UpStep(nn.Module):
     def _unit(self, f: Tensor) -> Tensor:
         return F.normalize(self.head(f).float(), dim=-1)
 
-    def num_sums(self, views: int) -> int:
-        """How many numbers `Embedded.sums` of so many views are."""
+    def num_stats(self, views: int) -> int:
+        """How many numbers `Embeddings.local_stats` of so many views are."""
         return views * self.prototypes.shape[1] + 1
 
-    def figures(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """How many images learnt, where the gate chooses images."""
         return {"learnt": self._learnt} if self.config.gate_unit == "image" else {}
 
@@ -186,7 +186,7 @@ class UpStep(nn.Module):
             self.average.update(self.adapter_parameters(), applied)
 
     @torch.no_grad()
-    def remember(self, embedded: Embedded) -> None:
+    def update_running_stats(self, embedded: Embeddings) -> None:
         """Move the running centre and magnitude and the queue, unless the step is not finite."""
         centre, magnitude = embedded.centre.detach(), embedded.magnitudes[0]
         weight, finite = torch.where(self.seen, 1 - clustering.CVR_EMA_BETA, 1.0), magnitude.isfinite()
@@ -202,33 +202,33 @@ class UpStep(nn.Module):
         moved = torch.cat([z[: len(self.queue)], self.queue], 1)[:, : self.queue.shape[1]]
         self.queue.copy_(torch.where(finite, moved, self.queue))
 
-    def loss(self, learning: Embedded, target: Embedded | None = None) -> Tensor:
-        """The objective of an open step, a scalar in fp32.
+    def loss(self, student: Embeddings, teacher: Embeddings | None = None) -> Tensor:
+        """The objective of an update step, a scalar in fp32.
 
-        learning: views that carry gradient. target: views that make the targets without gradient (layout
+        student: views that carry gradient. teacher: views that make the targets without gradient (layout
         asymmetric); None: every view makes the targets of the others.
         """
         c = self.config
         prototypes = F.normalize(self.prototypes, dim=-1)
-        scores = learning.z @ prototypes.T  # [V, B, K]
-        base = self._base_features(learning) if c.distil != "off" or (self.base_share and target is None) else None
-        if target is None:
-            targets = self._targets(learning, scores, prototypes, base)
+        scores = student.z @ prototypes.T  # [V, B, K]
+        base = self._base_features(student) if c.distil != "off" or (self.base_share and teacher is None) else None
+        if teacher is None:
+            targets = self._targets(student, scores, prototypes, base)
             clustering_loss = clustering.swapped_loss(scores, targets, c.temperature)
         else:
-            base_of_target = self._base_features(target) if self.base_share else None
-            targets = self._targets(target, target.z @ prototypes.T, prototypes, base_of_target)[0]
-            targets = targets if target.chosen is None else targets[target.chosen]
+            base_of_target = self._base_features(teacher) if self.base_share else None
+            targets = self._targets(teacher, teacher.z @ prototypes.T, prototypes, base_of_target)[0]
+            targets = targets if teacher.chosen is None else targets[teacher.chosen]
             clustering_loss = clustering.one_sided_loss(scores[0], targets, c.temperature)
-        if learning.local is not None:
-            clustering_loss = self._with_local(clustering_loss, learning.local, targets, prototypes)
+        if student.local is not None:
+            clustering_loss = self._with_local(clustering_loss, student.local, targets, prototypes)
         distance: Tensor | float = 0.0
         if c.distil != "off":
-            assert learning.features is not None and base is not None
-            distance = distillation_loss(c.distil, learning.features, base, c.distil_temperature)
+            assert student.features is not None and base is not None
+            distance = distillation_loss(c.distil, student.features, base, c.distil_temperature)
         penalty = clustering.cvr_penalty(
             c.cvr,
-            learning.centre if c.cvr_on == "head" else _feature_centre(learning),
+            student.centre if c.cvr_on == "head" else _feature_centre(student),
             running_centre=self.running_centre,
             base_centre=self.base_centre,
             running_magnitude=self.running_magnitude,
@@ -240,13 +240,13 @@ class UpStep(nn.Module):
 
         local: [n, B, C, h, w], each of which predicts every target of its image; targets: [V, B, K] or [B, K].
         """
-        z = self._unit(in_passes(self.features, local.flatten(0, 1), self.passes))
+        z = self._unit(in_microbatches(self.features, local.flatten(0, 1), self.num_microbatches))
         q = targets.view(-1, *targets.shape[-2:]).mean(0).repeat(len(local), 1)
         of_local = clustering.one_sided_loss(z @ prototypes.T, q, self.config.temperature)
         return (loss + len(local) * of_local) / (1 + len(local))
 
     @torch.no_grad()
-    def _targets(self, made_by: Embedded, scores: Tensor, prototypes: Tensor, base: Tensor | None) -> Tensor:
+    def _targets(self, made_by: Embeddings, scores: Tensor, prototypes: Tensor, base: Tensor | None) -> Tensor:
         """Q [V, B, K]: (1 - w) q_adapted + w q_base; base: the base model's features [V B, D], wanted while w > 0."""
         self._fresh = made_by.z.detach()
         q = self._assign(scores, prototypes)
@@ -274,15 +274,15 @@ class UpStep(nn.Module):
         return clustering.swapped_loss(scores, self._assign(scores, prototypes), self.config.temperature)
 
     @torch.no_grad()
-    def _base_features(self, of: Embedded) -> Tensor:
+    def _base_features(self, of: Embeddings) -> Tensor:
         """The base model's features of the same views, [V B, D]."""
         assert of.views is not None
         # on the plain model: the engine's merged weights are those that the backward pass will want
         with lora.disabled(self.adapters.values()):
-            return torch.cat([features(self.vit, part) for part in of.views.flatten(0, 1).chunk(self.passes)])
+            return torch.cat([features(self.vit, part) for part in of.views.flatten(0, 1).chunk(self.num_microbatches)])
 
     @torch.no_grad()
-    def choose(self, target: Embedded, step: int) -> Embedded:
+    def choose(self, target: Embeddings, step: int) -> Embeddings:
         """For --gate-unit image: which images' other view learns, by what each adds to the centre."""
         c = self.config
         added = target.z[0] @ target.centre
@@ -309,9 +309,9 @@ class UpStep(nn.Module):
         """The adapters are clipped, the head is not."""
         return [(self.adapter_parameters(), self.config.clip), (self.other_parameters(), 0.0)]
 
-    def watched(self) -> dict[str, nn.Parameter]:
+    def must_receive_grad(self) -> dict[str, nn.Parameter]:
         """Each adapter's B; with --tune full every weight."""
-        return trainable.watched(self.vit, self.adapters)
+        return trainable.must_receive_grad(self.vit, self.adapters)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What learns, the prototypes and the running values."""
@@ -320,14 +320,14 @@ class UpStep(nn.Module):
         return learned | dict(self.named_buffers(recurse=False)) | average
 
     @contextlib.contextmanager
-    def as_written(self) -> Iterator[nn.Module]:
+    def weights_to_save(self) -> Iterator[nn.Module]:
         """Within this context the adapters are those that `result_files` writes."""
         with self.average.in_place_of(self.adapter_parameters()) if self.average else contextlib.nullcontext():
             yield self.vit
 
     def result_files(self) -> dict[str, bytes]:
         """The adapter as PEFT reads it."""
-        with self.as_written():
+        with self.weights_to_save():
             return trainable.result_files(self.vit, self.adapters, self.config.model, trainable.trained(self.vit))
 
     def other_parameters(self) -> list[nn.Parameter]:
@@ -336,7 +336,7 @@ class UpStep(nn.Module):
         return [*self.head.parameters(), *learned]
 
 
-def _feature_centre(learning: Embedded) -> Tensor:
+def _feature_centre(learning: Embeddings) -> Tensor:
     """The mean unit feature of all ranks' images, [D], with the gradient of the own ones' mean."""
     assert learning.features is not None
     own = F.normalize(learning.features.float(), dim=-1).mean(0)

@@ -126,11 +126,11 @@ def open_loss(method: Any, views: Any, config: AdaptConfig) -> Tensor:
         with torch.no_grad():
             target = method.embed(views[:1])
         if config.gate_unit == "image":
-            target = method.choose(target.of_all(target.sums), 0)
+            target = method.choose(target.with_global_stats(target.local_stats), 0)
             learning = method.embed(views[1:, target.chosen])
         else:
             learning = method.embed(views[1:])
-    return method.loss(learning.of_all(learning.sums), target)
+    return method.loss(learning.with_global_stats(learning.local_stats), target)
 
 
 def hidden_bytes(shape: torch.Size, itemsize: int, on: str) -> int:
