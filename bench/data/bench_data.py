@@ -36,7 +36,8 @@ from torchvision.transforms import v2
 
 from upstep_fast.data.loading.loader import Loader
 from upstep_fast.data.sources.source import open_source
-from upstep_fast.data.views.views import ViewConfig, random_views
+from upstep_fast.data.views.view_config import ViewConfig
+from upstep_fast.data.views.views import random_views
 
 BATCH, SIZE, FILES = 16, 224, 64
 IMAGES = 4096 if torch.cuda.is_available() else 192  # a round
@@ -76,7 +77,7 @@ def transform(config: ViewConfig, on_tensors: bool) -> Callable:
         v2.RandomResizedCrop(SIZE, scale=config.crop_scale, ratio=config.crop_ratio, antialias=True),
         v2.RandomHorizontalFlip(config.flip),
         v2.ColorJitter(config.brightness, config.contrast, config.saturation, config.hue),
-        v2.RandomGrayscale(config.grey),
+        v2.RandomGrayscale(config.gray),
     ]
     if config.blur:
         steps.append(v2.RandomApply([v2.GaussianBlur(23, config.blur_sigma)], config.blur))

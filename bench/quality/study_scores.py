@@ -21,7 +21,8 @@ from upstep_fast.config.evaluate import EvalConfig
 from upstep_fast.config.files import read_toml
 from upstep_fast.data.loading.loader import Loader
 from upstep_fast.data.sources.source import open_source
-from upstep_fast.data.views.views import random_views, view_config
+from upstep_fast.data.views.view_config import view_config
+from upstep_fast.data.views.views import random_views
 from upstep_fast.evaluation import whitening
 from upstep_fast.evaluation.classifiers import knn_right, linear_probe
 from upstep_fast.evaluation.features import Features, beside, extract, plain
@@ -165,7 +166,7 @@ def held_out_views(data: str, base: Backbone, compute: Compute) -> Tensor:
     source = open_source(data, split="test")
     with Loader(source, batch_size=min(JUDGED, len(source)), seed=VIEW_SEED, num_workers=1) as loader:
         batch = next(loader)
-    views = view_config(AdaptConfig(model="", data=("",), out=""), base)
+    views = view_config("natural", size=base.img_size, mean=base.mean, std=base.std)
     return random_views(
         batch.images, views, seed=VIEW_SEED, epoch=0, indices=batch.indices, views=2, device=compute.device
     )

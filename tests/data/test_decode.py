@@ -46,8 +46,8 @@ def png_chunk(kind: bytes, payload: bytes) -> bytes:
     return struct.pack(">I", len(payload)) + kind + payload + struct.pack(">I", zlib.crc32(kind + payload))
 
 
-def png(width: int, height: int, depth: int, colour: int, rows: bytes, *extra: bytes) -> bytes:
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+def png(width: int, height: int, depth: int, color: int, rows: bytes, *extra: bytes) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
     body = png_chunk(b"IDAT", zlib.compress(rows, 9))
     return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + b"".join(extra) + body + png_chunk(b"IEND", b"")
 
@@ -79,9 +79,9 @@ def test_memoryview_is_taken_as_bytes():
     assert torch.equal(decode(memoryview(VALID["png"])), decode(VALID["png"]))
 
 
-def test_grey_palette_and_one_bit_become_rgb():
-    grey = picture().convert("L")
-    for image in (grey, picture().convert("P"), grey.convert("1")):
+def test_gray_palette_and_one_bit_become_rgb():
+    gray = picture().convert("L")
+    for image in (gray, picture().convert("P"), gray.convert("1")):
         assert torch.equal(decode(encoded(image, "PNG")), pixels(image.convert("RGB")))
 
 
@@ -98,8 +98,8 @@ def test_transparency_is_composited_on_white():
 
 def test_sixteen_bits_keep_the_high_byte():
     values = np.array([[0, 255, 256, 0x1234, 0xFFFF]], np.uint16)
-    grey = encoded(Image.fromarray(values), "PNG")
-    assert decode(grey)[0].tolist() == [[0, 0, 1, 0x12, 0xFF]]
+    gray = encoded(Image.fromarray(values), "PNG")
+    assert decode(gray)[0].tolist() == [[0, 0, 1, 0x12, 0xFF]]
     assert decode(encoded(Image.fromarray(values), "TIFF"))[2].tolist() == [[0, 0, 1, 0x12, 0xFF]]
     row = b"\0" + np.array([0x1234, 0x00FF, 0xFF00], ">u2").tobytes()
     assert decode(png(1, 1, 16, 2, row)).flatten().tolist() == [0x12, 0x00, 0xFF]
@@ -111,7 +111,7 @@ def test_cmyk_is_converted():
 
 
 def test_animation_gives_its_first_frame():
-    frames = [Image.new("RGB", (4, 4), colour) for colour in (RED, BLUE)]
+    frames = [Image.new("RGB", (4, 4), color) for color in (RED, BLUE)]
     for kind in ("GIF", "WEBP", "PNG"):
         data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
         assert (decode(data)[:, 0, 0].int() - torch.tensor(RED)).abs().max() <= 2, kind
@@ -256,7 +256,7 @@ def test_min_side_decodes_large_jpegs_at_a_fraction():
     assert decode(data, min_side=280).shape == (3, 300, 400)
     assert decode(data, min_side=601).shape == (3, 1200, 1600)
     want = pixels(large.resize((400, 300), Image.Resampling.BOX)).float()
-    # the picture's colours wrap around, and at a wrap the two filters differ
+    # the picture's colors wrap around, and at a wrap the two filters differ
     assert ((decode(data, min_side=280).float() - want).abs() < 6).float().mean() > 0.9
 
 
@@ -327,7 +327,7 @@ def test_no_prefix_of_a_file_is_taken_for_it(kind, record_property):
 
 
 def test_a_cut_jpeg_with_an_end_marker_is_refused():
-    """libjpeg fills such an image with grey and only warns: half of the picture would train in silence."""
+    """libjpeg fills such an image with gray and only warns: half of the picture would train in silence."""
     noise = np.random.default_rng(1).integers(0, 255, (64, 64, 3), np.uint8)
     data = encoded(Image.fromarray(noise).resize((256, 256)), "JPEG", quality=90)
     for percent in (30, 50, 80, 95):
@@ -337,7 +337,7 @@ def test_a_cut_jpeg_with_an_end_marker_is_refused():
         decode(data[: len(data) // 2] + data[len(data) * 3 // 4 :])
 
 
-def test_a_jpeg_that_is_grey_at_its_end_is_no_cut_one():
+def test_a_jpeg_that_is_gray_at_its_end_is_no_cut_one():
     image = picture()
     image.paste((128, 128, 128), (0, 20, 60, 40))
     assert decode(encoded(image, "JPEG", quality=95)).shape == (3, 40, 60)

@@ -22,13 +22,14 @@ from upstep_fast.data.curation.curate import channel_statistics
 from upstep_fast.data.curation.perceptual_hash import near, perceptual_hash
 from upstep_fast.data.curation.triage import Verdict, triage
 from upstep_fast.data.decode.image import decode
-from upstep_fast.data.sources.source import DataError, choose, open_source
+from upstep_fast.data.sources.source import DataError, open_source
+from upstep_fast.data.sources.subset import subset
 from upstep_fast.errors import ConfigError
 from upstep_fast.train import loop as trainer
 
 
 def picture(seed: int, height: int = 60, width: int = 80) -> Image.Image:
-    """Smooth patches of colour, another for every seed."""
+    """Smooth patches of color, another for every seed."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(1, 3, 6, 8, generator=generator)
     x = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic")[0].clamp(0, 1)
@@ -49,7 +50,7 @@ def folder(tmp_path) -> Path:
     Image.new("RGB", (50, 50), (9, 200, 30)).save(root / "blank.png")
     noise = np.random.default_rng(0).integers(100, 102, (50, 50, 3), dtype=np.uint8)
     Image.fromarray(noise).save(root / "blank_noise.png")
-    picture(50).convert("L").save(root / "odd_grey.png")
+    picture(50).convert("L").save(root / "odd_gray.png")
     picture(51, 200, 20).save(root / "shape_thin.png")
     picture(52, 12, 12).save(root / "shape_small.png")
     twelve_bits = (np.asarray(picture(53).convert("L")).astype(np.uint16)) << 4
@@ -72,12 +73,12 @@ def test_what_is_planted_is_found_and_nothing_else(folder, num_workers):
         "blank": "blank: no channel varies by more than 1 of 255 levels",
         "blank_noise": "blank: no channel varies by more than 1 of 255 levels",
     }
-    assert set(listed) == {"near_jpeg", "near_large", "odd_grey", "shape_thin", "shape_small", "z_twelve_bits"}
+    assert set(listed) == {"near_jpeg", "near_large", "odd_gray", "shape_thin", "shape_small", "z_twelve_bits"}
     assert listed["near_jpeg"].startswith(f"nearly the picture {folder}/11.png")
     assert listed["near_large"].startswith(f"nearly the picture {folder}/12.png")
-    assert listed["odd_grey"] == "grey, where 96% of the images are coloured"
+    assert listed["odd_gray"] == "gray, where 96% of the images are color"
     assert listed["shape_thin"] == "20 x 200 pixels" and listed["shape_small"] == "12 x 12 pixels"
-    assert "16-bit values, none above 3583" in listed["z_twelve_bits"] and "16-bit grey" in listed["z_twelve_bits"]
+    assert "16-bit values, none above 3583" in listed["z_twelve_bits"] and "16-bit gray" in listed["z_twelve_bits"]
     assert verdict.counts == {
         "images": 50, "exact copies": 2, "blank": 2, "near copies": 2, "wrong bit depth": 1, "odd ones out": 2,
         "odd shapes": 2, "unreadable": 0,
@@ -96,7 +97,7 @@ def test_unreadable_images_are_the_loaders(folder):
 def test_the_rest_is_a_source_of_its_own(folder):
     source = open_source(folder)
     verdict = triage(source)
-    kept = choose(source, verdict.kept(len(source)), verdict.problems(source))
+    kept = subset(source, verdict.kept(len(source)), verdict.problems(source))
     assert len(kept) == 46 and kept.fingerprint() != source.fingerprint()
     names = [Path(kept.name(i)).name for i in range(len(kept))]
     assert names == sorted(set(names)) and "blank.png" not in names and "near_jpeg.jpg" in names
@@ -112,7 +113,7 @@ def test_classes_of_the_rest(tmp_path):
         picture(0 if i in (0, 2) else i).save(tmp_path / f"{name}.png")
     source = open_source(tmp_path)
     verdict = triage(source)
-    assert choose(source, verdict.kept(4), ()).labels == ["a", "a", "b"] and list(verdict.left_out) == [2]
+    assert subset(source, verdict.kept(4), ()).labels == ["a", "a", "b"] and list(verdict.left_out) == [2]
 
 
 # near copies
@@ -121,9 +122,9 @@ def test_classes_of_the_rest(tmp_path):
 def test_the_hash_is_that_of_the_transform():
     dct = pytest.importorskip("scipy.fft").dctn
     x = decode(_png(picture(3)))
-    grey = torch.nn.functional.interpolate(x[None], size=(32, 32), mode="bilinear", antialias=True)[0].double()
-    grey = (0.2989 * grey[0] + 0.587 * grey[1] + 0.114 * grey[2]).numpy()
-    low = dct(grey, norm="ortho")[1:9, 1:9]
+    gray = torch.nn.functional.interpolate(x[None], size=(32, 32), mode="bilinear", antialias=True)[0].double()
+    gray = (0.2989 * gray[0] + 0.587 * gray[1] + 0.114 * gray[2]).numpy()
+    low = dct(gray, norm="ortho")[1:9, 1:9]
     bits = "".join("01"[int(v > np.sort(low, None)[31])] for v in low.flatten())
     assert perceptual_hash(x) == int(bits, 2) and perceptual_hash(x).bit_count() == 32
 

@@ -25,7 +25,7 @@ def turned(orientation: int) -> Image.Exif:
     return exif
 
 
-# colours subsampled in each way, scans, restart markers, tables, headers
+# colors subsampled in each way, scans, restart markers, tables, headers
 KINDS = {
     "4:2:0": encoded(picture(), "JPEG", quality=92),
     "4:2:2": encoded(picture(61, 39), "JPEG", quality=80, subsampling=1),
@@ -35,7 +35,7 @@ KINDS = {
     "restarts": encoded(picture(128, 96), "JPEG", quality=85, restart_marker_rows=1),
     "optimized": encoded(picture(), "JPEG", quality=85, optimize=True),
     "RGB inside": encoded(picture(), "JPEG", quality=90, keep_rgb=True),
-    "grey": encoded(picture().convert("L"), "JPEG", quality=90),
+    "gray": encoded(picture().convert("L"), "JPEG", quality=90),
     "CMYK": encoded(picture().convert("CMYK"), "JPEG", quality=90),
     "two pictures": encoded(picture(), "MPO", save_all=True, append_images=[picture(20, 30)]),
     "broken ICC": encoded(picture(), "JPEG", icc_profile=b"this is no profile"),
@@ -80,7 +80,7 @@ def test_pixels_are_pillows(kind):
 
 @pytest.mark.parametrize("channels", [1, 4])
 def test_other_channels_are_pillows_alone(channels):
-    for kind in ("4:2:0", "grey"):
+    for kind in ("4:2:0", "gray"):
         ours, theirs = (f(KINDS[kind], channels=channels) for f in (verdict, by_pillow))
         assert ours.shape == (channels, 40, 60) and torch.equal(ours, theirs)
 
@@ -145,7 +145,7 @@ def test_mutated_files_are_judged_alike_long(record_property):
     _compare(record_property, max_examples=10_000)
 
 
-def test_an_image_that_ends_in_grey_says_nothing_on_the_console(capfd):
-    grey = encoded(Image.new("RGB", (40, 24), (128, 128, 128)), "JPEG")
-    assert decode(grey).shape == (3, 24, 40)
+def test_an_image_that_ends_in_gray_says_nothing_on_the_console(capfd):
+    gray = encoded(Image.new("RGB", (40, 24), (128, 128, 128)), "JPEG")
+    assert decode(gray).shape == (3, 24, 40)
     assert capfd.readouterr().err == ""

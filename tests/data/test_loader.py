@@ -24,7 +24,7 @@ from upstep_fast.data.views.views import random_views
 
 
 def write_images(root: Path, count: int, size: tuple[int, int] = (12, 10)) -> Path:
-    """Image i has the colour (i, i // 256, 0), so that it can be told from its pixels."""
+    """Image i has the color (i, i // 256, 0), so that it can be told from its pixels."""
     root.mkdir(parents=True, exist_ok=True)
     for i in range(count):
         Image.new("RGB", size, (i % 256, i // 256, 0)).save(root / f"{i:05d}.png", compress_level=0)

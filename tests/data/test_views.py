@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +14,9 @@ from view_checks import needs, torchvision_view
 
 from upstep_fast.cli.parse import parse
 from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.view_overrides import view_overrides
 from upstep_fast.data.keyed_random import uniform, uniform_array
-from upstep_fast.data.views import colour, views
+from upstep_fast.data.views import color, views
 from upstep_fast.data.views import view_params as draws
 from upstep_fast.data.views.view_config import PRESETS, ViewConfig, local_config, view_config
 from upstep_fast.data.views.view_params import ViewParams, draw_params
@@ -100,10 +100,10 @@ def test_quarter_turns_are_torchs():
 
 
 OPERATIONS = {
-    "brightness": (colour.brightness, tv.adjust_brightness, [0.0, 0.6, 1.0, 1.7]),
-    "contrast": (colour.contrast, tv.adjust_contrast, [0.0, 0.6, 1.0, 1.7]),
-    "saturation": (colour.saturation, tv.adjust_saturation, [0.0, 0.6, 1.0, 3.0]),
-    "hue": (colour.hue, tv.adjust_hue, [-0.5, -0.13, 0.0, 0.2, 0.5]),
+    "brightness": (color.brightness, tv.adjust_brightness, [0.0, 0.6, 1.0, 1.7]),
+    "contrast": (color.contrast, tv.adjust_contrast, [0.0, 0.6, 1.0, 1.7]),
+    "saturation": (color.saturation, tv.adjust_saturation, [0.0, 0.6, 1.0, 3.0]),
+    "hue": (color.hue, tv.adjust_hue, [-0.5, -0.13, 0.0, 0.2, 0.5]),
 }
 
 
@@ -122,16 +122,16 @@ def test_jitter_is_torchvisions(name, channels):
         assert (got[n] * 255 - theirs(image, factor)).abs().max() <= 2, factor
 
 
-def test_grey_solarize_and_blur_are_torchvisions():
+def test_gray_solarize_and_blur_are_torchvisions():
     image = noise(3, 41, 30) / 255
     batch = image[None].repeat(3, 1, 1, 1)
-    assert (colour.grey(batch)[1] - tv.rgb_to_grayscale(image)).abs().max() < 1e-6
-    assert torch.equal(colour.solarize(batch)[2], tv.solarize(image, 128 / 255))
+    assert (color.gray(batch)[1] - tv.rgb_to_grayscale(image)).abs().max() < 1e-6
+    assert torch.equal(color.solarize(batch)[2], tv.solarize(image, 128 / 255))
     sigmas = [0.1, 1.0, 3.0]
-    got = colour.blur(batch, torch.tensor(sigmas), (7, 5))
+    got = color.blur(batch, torch.tensor(sigmas), (7, 5))
     for n, sigma in enumerate(sigmas):
         assert (got[n] - tv.gaussian_blur(image, [5, 7], [sigma, sigma])).abs().max() < 1e-5
-    assert [colour.blur_kernel_size(s) for s in (8, 64, 224)] == [3, 7, 23]
+    assert [color.blur_kernel_size(s) for s in (8, 64, 224)] == [3, 7, 23]
 
 
 @both_ways
@@ -144,13 +144,13 @@ def test_the_whole_pipeline_is_the_steps_in_order():
         x = torchvision_view(images[image], p, n, config) / 255
         for name, (_, theirs, _) in OPERATIONS.items():
             x = theirs(x, float(getattr(p, name)[n]))
-        x = tv.rgb_to_grayscale(x, 3) if p.grey[n] else x
+        x = tv.rgb_to_grayscale(x, 3) if p.gray[n] else x
         x = tv.gaussian_blur(x, [3, 3], [float(p.sigma[n])] * 2) if p.sigma[n] else x
         if p.solarize[n]:  # a jump: pixels within rounding of the threshold may fall on either side
             x = torch.where((x - 128 / 255).abs() < 4 / 255, float("nan"), tv.solarize(x, 128 / 255))
         want = tv.normalize(x, list(config.mean), list(config.std))
         error = ((got[n] - want) * torch.tensor(config.std)[:, None, None] * 255).abs()
-        # a rounding of the resize, magnified by the factors that follow it; hue magnifies it where colours are pale
+        # a rounding of the resize, magnified by the factors that follow it; hue magnifies it where colors are pale
         assert error[~error.isnan()].quantile(0.99) <= 4 and error.nan_to_num().mean() < 1.5, n
 
 
@@ -210,7 +210,7 @@ def test_views_have_the_moments_of_torchvisions_pipeline():
             v2.RandomHorizontalFlip(config.flip),
             v2.ToDtype(torch.float32, scale=True),
             v2.ColorJitter(*jitter),
-            v2.RandomGrayscale(config.grey),
+            v2.RandomGrayscale(config.gray),
         ]
     )
     torch.manual_seed(0)
@@ -222,7 +222,7 @@ def test_views_have_the_moments_of_torchvisions_pipeline():
             error = ((a.var(0) + b.var(0)) / count).sqrt()
             assert ((a.mean(0) - b.mean(0)).abs() < 4.5 * error).all()
         spread = (ours.amax(1) - ours.amin(1)).flatten(1).amax(1)
-        assert abs((spread < 1e-5).float().mean() - config.grey) < 4.5 * math.sqrt(0.16 / count)
+        assert abs((spread < 1e-5).float().mean() - config.gray) < 4.5 * math.sqrt(0.16 / count)
 
 
 # each operation alone: our configuration, torchvision's transform of a picture in 0..1
@@ -239,7 +239,7 @@ DISTRIBUTIONS = {
     "contrast": ({"contrast": 0.8}, v2.ColorJitter(contrast=0.8)),
     "saturation": ({"saturation": 0.9}, v2.ColorJitter(saturation=0.9)),
     "hue": ({"hue": 0.3}, v2.ColorJitter(hue=0.3)),
-    "grey": ({"grey": 0.4}, v2.RandomGrayscale(0.4)),
+    "gray": ({"gray": 0.4}, v2.RandomGrayscale(0.4)),
     "blur": ({"blur": 0.5}, v2.RandomApply([v2.GaussianBlur(3, (0.1, 2.0))], 0.5)),
     "solarize": ({"solarize": 0.4}, v2.RandomSolarize(128 / 255, 0.4)),
 }
@@ -331,7 +331,7 @@ def test_constant_images_stay_finite():
 
 
 @both_ways
-def test_none_is_the_normalised_middle():
+def test_none_is_the_normalized_middle():
     image = noise(3, 20, 20)
     got = random_views([image], dataclasses.replace(PRESETS["none"], size=20), seed=0, epoch=0, indices=[0], views=2)
     want = tv.normalize(image / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -349,13 +349,13 @@ def test_the_default_is_the_recipe_of_the_prototype():
     config = PRESETS["natural"]
     assert (config.crop_scale, config.crop_ratio, config.interpolation) == ((0.25, 1.0), (3 / 4, 4 / 3), "bilinear")
     assert (config.flip, config.brightness, config.contrast, config.saturation) == (0.5, 0.4, 0.4, 0.2)
-    assert (config.grey, config.hue, config.blur, config.solarize, config.rotate90) == (0.2, 0.0, 0.0, 0.0, 0.0)
+    assert (config.gray, config.hue, config.blur, config.solarize, config.rotate90) == (0.2, 0.0, 0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("flip", 1.5), ("grey", -0.1), ("brightness", -1), ("hue", 0.6), ("crop_scale", (0.5, 0.2)),
+        ("flip", 1.5), ("gray", -0.1), ("brightness", -1), ("hue", 0.6), ("crop_scale", (0.5, 0.2)),
         ("crop_scale", (0.0, 1.0)), ("crop_scale", (0.5, 1.5)), ("crop_ratio", (2.0, 1.0)), ("blur_sigma", (0.0, 1.0)),
         ("interpolation", "nearest"), ("blur", float("nan")),
     ],
@@ -404,7 +404,9 @@ SWITCHES = {
 
 def from_flags(flags: str, size: int = 20) -> ViewConfig:
     config = parse(AdaptConfig, f"--model m --data d --out o {flags}".split(), "upstep-fast adapt")
-    return view_config(config, SimpleNamespace(img_size=(size, size), mean=(0.0,) * 3, std=(1.0,) * 3))
+    return view_config(
+        config.preset_views, size=(size, size), mean=(0.0,) * 3, std=(1.0,) * 3, **view_overrides(config)
+    )
 
 
 @both_ways
@@ -431,7 +433,7 @@ def test_flags_override_their_preset_and_nothing_else(name):
 
 def test_presets_say_what_their_images_allow():
     assert PRESETS["overhead"].vertical_flip == 0.5 and PRESETS["overhead"].rotate90 == 0.75
-    assert PRESETS["microscopy"].grey == 0 and PRESETS["microscopy"].rotate90 == 0.75
+    assert PRESETS["microscopy"].gray == 0 and PRESETS["microscopy"].rotate90 == 0.75
     assert PRESETS["document"].flip == PRESETS["document"].vertical_flip == PRESETS["document"].rotate90 == 0
     for field, value in (("hue", 0.6), ("crop_ratio", (2, 1)), ("brightness", -1), ("solarize", 2), ("rotate90", -1)):
         with pytest.raises(ConfigError, match=field):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.view_overrides import view_overrides
 from upstep_fast.data.views.view_config import ViewConfig, local_config, view_config
 from upstep_fast.model.backbone import Backbone
 
@@ -11,7 +12,9 @@ GLOBAL_VIEWS = 2
 
 def recipes(config: AdaptConfig, backbone: Backbone) -> list[tuple[ViewConfig, int]]:
     """How crops are made, and how many: the global ones, then the local ones if there are any."""
-    whole = view_config(config, backbone)
+    whole = view_config(
+        config.preset_views, size=backbone.img_size, mean=backbone.mean, std=backbone.std, **view_overrides(config)
+    )
     if not config.local_views:
         return [(whole, GLOBAL_VIEWS)]
     local = local_config(whole, local_size(config, backbone), (0.05, whole.crop_scale[0]))

@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from upstep_fast.config.base import BackboneConfig
-from upstep_fast.data.views.resize import normalised
+from upstep_fast.data.views.resize import normalize
 from upstep_fast.errors import ConfigError
 from upstep_fast.model import registry as catalogue
 from upstep_fast.model.formats import checkpoint_files as weights
@@ -53,7 +53,7 @@ class Backbone:
 
     def normalised(self, images: Tensor) -> Tensor:
         """images: [B, C, H, W] on a 0..1 scale -> what the model takes."""
-        return normalised(images, self.mean, self.std)
+        return normalize(images, self.mean, self.std)
 
     @property
     def blocks(self) -> nn.Sequential | nn.ModuleList:

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.data.keyed_random import uniform
-from upstep_fast.data.labelled.splits import Chosen
 from upstep_fast.data.loading.loader import Loader
 from upstep_fast.data.sources.source import Source
-from upstep_fast.data.views.view_config import preset_config
+from upstep_fast.data.sources.subset import subset
+from upstep_fast.data.views.view_config import view_config
 from upstep_fast.data.views.views import random_views
 from upstep_fast.errors import CheckFailedError, DataError
 from upstep_fast.evaluation.label_free import CLEARLY_WORSE, judge, predicted_gain
@@ -57,7 +57,7 @@ def hold_out(source: Source, config: AdaptConfig) -> tuple[Source, Source | None
             "or leave out --judge-every"
         )
     held_out, rest = sorted(order[:num]), sorted(order[num:])
-    return Source((Chosen(source, tuple(rest)),), source.problems), Source((Chosen(source, tuple(held_out)),))
+    return subset(source, rest), subset(source, held_out)
 
 
 class Referee:
@@ -172,7 +172,7 @@ def _views(held_out: Source, base: backbones.Backbone, config: AdaptConfig, comp
     ) as loader:
         batch = next(loader)
     # the default views whatever the run trains on, so that runs can be compared
-    plain = preset_config(config.preset_views, base)
+    plain = view_config(config.preset_views, size=base.img_size, mean=base.mean, std=base.std)
     return random_views(
         batch.images, plain, seed=_VIEWS_SEED, epoch=0, indices=batch.indices, views=2, device=compute.device
     )

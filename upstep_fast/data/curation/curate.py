@@ -19,7 +19,8 @@ from upstep_fast.data.curation.triage import VERSION, Verdict, triage
 from upstep_fast.data.keyed_random import bits_array
 from upstep_fast.data.loading.ordered_map import ordered_map
 from upstep_fast.data.loading.skipped import check_bad, read_image
-from upstep_fast.data.sources.source import Source, choose
+from upstep_fast.data.sources.source import Source
+from upstep_fast.data.sources.subset import subset
 from upstep_fast.errors import DataError
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def without_copies_and_blanks(
         raise DataError(
             f"data: triage leaves {len(kept)} of {len(source)} images ({verdict}); add images or --no-triage"
         )
-    return choose(source, kept, verdict.problems(source)), text
+    return subset(source, kept, verdict.problems(source)), text
 
 
 def mean_and_std(

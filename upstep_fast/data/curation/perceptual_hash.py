@@ -1,8 +1,8 @@
-"""Perceptual hashes: 64 bits that stay nearly the same when a picture is scaled, recompressed or slightly recoloured.
+"""Perceptual hashes: 64 bits that stay nearly the same when a picture is scaled, recompressed or slightly recolored.
 
     X = D g D^T,   bit[i, j] = X[i, j] > median(X),   i, j in 1..8
 
-g: the grey image at 32 x 32 pixels, D: the orthonormal DCT-II. The lowest frequencies but the mean; half of the bits
+g: the gray image at 32 x 32 pixels, D: the orthonormal DCT-II. The lowest frequencies but the mean; half of the bits
 are 1 by construction, so hashes of different pictures are about 32 bits apart. Source: Zauner 2010, "Implementation and
 benchmarking of perceptual image hash functions", section 3.2.1 (there with a 7 x 7 mean filter before).
 """
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from upstep_fast.data.views.colour import GREY
+from upstep_fast.data.views.color import GRAY
 from upstep_fast.data.views.resize import resize
 
 SIDE, LOW = 32, 8
@@ -26,8 +26,8 @@ WINDOW = 64  # neighbours looked at, in each of the four orders
 def perceptual_hash(image: Tensor) -> int:
     """uint8 [C, H, W] -> 64 bits."""
     x = resize(image[:1] if image.stride(0) == 0 else image, (SIDE, SIDE), "bilinear").double()
-    grey = (x * x.new_tensor(GREY).view(3, 1, 1)).sum(0) if len(x) == 3 else x.mean(0)
-    low = _DCT @ grey @ _DCT.T
+    gray = (x * x.new_tensor(GRAY).view(3, 1, 1)).sum(0) if len(x) == 3 else x.mean(0)
+    low = _DCT @ gray @ _DCT.T
     bits = (low > low.median()).flatten().numpy()
     return int(np.packbits(bits).view(">u8")[0])
 

@@ -4,7 +4,7 @@
     blank         standard deviation below 1 of 255 levels in every channel   left out
     near copy     its perceptual hash differs in at most 2 of 64 bits         listed (phash.py)
     bit depth     16-bit values that never reach 4096: nearly black           listed
-    odd one out   grey among coloured images, transparent, CMYK ...           listed, if under 5 % are
+    odd one out   gray among colored images, transparent, CMYK ...           listed, if under 5 % are
     odd shape     a side below 16 pixels, or more than 8 times the other      listed
 
 Nothing is decided on what cannot be seen in the image itself and those before it, so the same images give the same
@@ -195,5 +195,5 @@ def _header(data: bytes) -> tuple[str, int]:
     bits = data[24] if kind == "PNG" else tiff_bits(data) if kind == "TIFF" else 16 if mode.startswith("I") else 8
     if is_transparent:
         return "transparent", bits
-    kinds = {"1": "grey", "L": "grey", "CMYK": "CMYK"}
-    return "16-bit grey" if mode.startswith("I") else kinds.get(mode, "coloured"), bits
+    kinds = {"1": "gray", "L": "gray", "CMYK": "CMYK"}
+    return "16-bit gray" if mode.startswith("I") else kinds.get(mode, "color"), bits

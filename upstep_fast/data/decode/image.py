@@ -1,8 +1,8 @@
 """From bytes to pixels: the only place where a bad image is met.
 
 What comes out, whatever went in: uint8 [C, H, W], upright, sRGB values as stored.
-    grey, palette, 1 bit        expanded to RGB
-    alpha, transparent colour   composited on white
+    gray, palette, 1 bit        expanded to RGB
+    alpha, transparent color   composited on white
     CMYK, YCbCr, LAB            converted by Pillow; ICC profiles are not applied
     16 bits a channel           the high byte
     animated                    the first frame
@@ -50,7 +50,7 @@ def decode(
 ) -> Tensor:
     """Pixels of an encoded image, uint8 [channels, H, W].
 
-    channels: 3 = RGB, 1 = grey, 4 = RGBA as stored; any number for .npy and TIFF. min_side: a JPEG may be decoded at
+    channels: 3 = RGB, 1 = gray, 4 = RGBA as stored; any number for .npy and TIFF. min_side: a JPEG may be decoded at
     1/2, 1/4 or 1/8 of its size as long as both sides keep this many pixels. Raises BadImage, and nothing else.
     """
     try:
@@ -91,14 +91,14 @@ def decoder_fingerprint() -> str:
     """
     y, x = np.mgrid[:48, :72]
     smooth = Image.fromarray(np.stack([x * 3, y * 5, x * y // 16], -1).astype(np.uint8))
-    grey, high = smooth.convert("L"), Image.fromarray((x * y * 19).astype(np.uint16))
+    gray, high = smooth.convert("L"), Image.fromarray((x * y * 19).astype(np.uint16))
     alpha = smooth.copy()
-    alpha.putalpha(grey)
+    alpha.putalpha(gray)
     turned = Image.Exif()
     turned[_EXIF_ORIENTATION] = 6
     pictures: list[tuple[Image.Image, str, dict[str, Any], int | None]] = [
         *((smooth, "JPEG", {"quality": q, "subsampling": s}, None) for q, s in ((50, 2), (75, 2), (92, 1), (98, 0))),
-        *((image, "JPEG", {"quality": 90}, None) for image in (grey, smooth.convert("CMYK"))),
+        *((image, "JPEG", {"quality": 90}, None) for image in (gray, smooth.convert("CMYK"))),
         (smooth, "JPEG", {"quality": 85, "progressive": True}, None),
         (smooth, "JPEG", {"quality": 85, "exif": turned}, None),
         *((smooth.resize((640, 480)), "JPEG", {"quality": 85}, side) for side in (60, 240)),
@@ -125,7 +125,7 @@ def _decode_jpeg(data: bytes | memoryview, channels: int, max_pixels: int, min_s
     """As Pillow decodes it, if the coded data reaches to the last pixel.
 
     Where it does not, because a piece is missing or an end marker was put behind a cut, libjpeg fills the rest with
-    mid-grey and only warns. So an image that ends in mid-grey is decoded again with other bits behind its data: they
+    mid-gray and only warns. So an image that ends in mid-gray is decoded again with other bits behind its data: they
     show where the data was too short, and are never looked at where it was not.
     """
     end = bytes(data).rfind(b"\xff\xd9")

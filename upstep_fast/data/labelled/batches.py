@@ -11,14 +11,14 @@ from torch import Tensor
 from upstep_fast.data.labelled.clips import Clips, load_clips, training_clips
 from upstep_fast.data.labelled.splits import Labelled
 from upstep_fast.data.loading.loader import Loader, load_images
-from upstep_fast.data.views.resize import eval_resize, normalised
+from upstep_fast.data.views.resize import eval_resize, normalize
 from upstep_fast.data.views.view_config import ViewConfig
 from upstep_fast.data.views.views import random_views
 
 
 @dataclass(frozen=True)
 class Reader:
-    """How images or clips become what the model sees: normalised fp32 [B, C, H, W], or [B, T, C, H, W]."""
+    """How images or clips become what the model sees: normalized fp32 [B, C, H, W], or [B, T, C, H, W]."""
 
     size: tuple[int, int]  # of the model's input, pixels
     mean: tuple[float, ...]
@@ -73,7 +73,7 @@ class Reader:
             skipped=self.skipped,
             channels=len(self.mean),
         ):
-            yield indices, self._normalised(images)
+            yield indices, self._normalized(images)
 
     def _prepared(self, images: list[Tensor], epoch: int, indices: Tensor) -> Tensor:
         """images: one an index, or T frames of each, one after the other, which get the same changes."""
@@ -86,7 +86,7 @@ class Reader:
 
     def _as_evaluated(self, images: list[Tensor]) -> Tensor:
         resized = [eval_resize(image, self.size, self.interpolation, self.crop_pct) for image in images]
-        return self._normalised(torch.stack(resized).float() / 255)
+        return self._normalized(torch.stack(resized).float() / 255)
 
-    def _normalised(self, images: Tensor) -> Tensor:
-        return normalised(images.to(self.device), self.mean, self.std)
+    def _normalized(self, images: Tensor) -> Tensor:
+        return normalize(images.to(self.device), self.mean, self.std)

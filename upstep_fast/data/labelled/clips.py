@@ -64,8 +64,8 @@ class Clips:
         """The clip's folder or file."""
         return self.clips[index].name
 
-    def take(self, indices: Sequence[int]) -> Clips:
-        """Some of the clips, in this order."""
+    def subset(self, indices: Sequence[int]) -> Clips:
+        """Return the clips at `indices`, in that order."""
         return Clips(tuple(self.clips[i] for i in indices), self.source, self.problems)
 
     def read(self, index: int, frames: Sequence[int], channels: int) -> list[Tensor] | str:

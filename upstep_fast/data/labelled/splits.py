@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from upstep_fast.data.sources.source import Source, open_source
+from upstep_fast.data.sources.subset import subset
 from upstep_fast.errors import DataError
 
 
@@ -22,42 +22,13 @@ class Labelled:
     y: Tensor  # [N] int64, index into `classes`
     classes: tuple[str, ...]
 
-    def take(self, indices: Tensor) -> Labelled:
-        """Some of them, in this order. indices: [n] int64."""
+    def subset(self, indices: Tensor) -> Labelled:
+        """Return the images or clips at `indices` [n] int64, in that order."""
         if isinstance(self.source, Source):
-            source: Any = Source((Chosen(self.source, tuple(indices.tolist())),), self.source.problems)
+            source: Any = subset(self.source, indices.numpy())
         else:
-            source = self.source.take(indices.tolist())
+            source = self.source.subset(indices.tolist())
         return Labelled(source, self.y[indices], self.classes)
-
-
-@dataclass(frozen=True, eq=False)
-class Chosen:
-    """Some images of a source, as a part of another."""
-
-    source: Source
-    indices: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def name(self, index: int) -> str:
-        """As the source has it."""
-        return self.source.name(self.indices[index])
-
-    def read(self, index: int) -> bytes:
-        """The encoded image. Raises OSError."""
-        return self.source.read(self.indices[index])
-
-    def labels(self) -> list[str] | None:
-        """The classes of the chosen images."""
-        found = self.source.labels
-        return None if found is None else [found[i] for i in self.indices]
-
-    def identity(self) -> Iterator[bytes]:
-        """The source's names and sizes, and which were chosen."""
-        yield self.source.fingerprint().encode()
-        yield np.array(self.indices, dtype=np.int64).tobytes()
 
 
 def train_and_test(paths: Sequence[str], command: str) -> tuple[Labelled, Labelled]:

@@ -226,7 +226,7 @@ def load_images(
     skipped: dict[str, str] | None = None,
     channels: int = 3,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The readable images in order, as timm's evaluation transform makes them, not yet normalised.
+    """The readable images in order, as timm's evaluation transform makes them, not yet normalized.
 
     indices: which images; None: all. size: pixels, a side or (H, W). num_workers: threads; None: one a core, at
     most 16. skipped: gets name -> reason of the bad ones. Yields ([B] int64 indices, [B, C, H, W] fp32 in 0..1);

@@ -16,7 +16,7 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -80,40 +80,6 @@ class Source:
             raise IndexError(f"source: index {index} of {len(self)} images")
         which = int(np.searchsorted(self._ends, index, side="right"))
         return self.parts[which], index - (self._ends[which - 1] if which else 0)
-
-
-@dataclass(frozen=True, eq=False)
-class Chosen:
-    """Some images of a source, as a part of another."""
-
-    source: Source
-    indices: np.ndarray  # [N] int64, ascending
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def name(self, index: int) -> str:
-        """As the source's."""
-        return self.source.name(int(self.indices[index]))
-
-    def read(self, index: int) -> bytes:
-        """The encoded image. Raises OSError."""
-        return self.source.read(int(self.indices[index]))
-
-    def labels(self) -> list[str] | None:
-        """Classes of the chosen images, or None."""
-        labels = self.source.labels
-        return None if labels is None else [labels[i] for i in self.indices]
-
-    def identity(self) -> Iterator[bytes]:
-        """What the whole source is, and which images are chosen."""
-        yield self.source.fingerprint().encode()
-        yield self.indices.tobytes()
-
-
-def choose(source: Source, indices: np.ndarray, problems: Sequence[Problem]) -> Source:
-    """The source of these images alone; `problems` are added to what is listed in skipped.csv."""
-    return Source((Chosen(source, indices),), (*source.problems, *problems))
 
 
 def open_source(paths: str | Path | Sequence[str | Path], split: str | None = None) -> Source:

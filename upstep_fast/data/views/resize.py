@@ -21,7 +21,7 @@ def resize(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
 
 
 def eval_resize(image: Tensor, size: tuple[int, int], interpolation: str, crop_pct: float) -> Tensor:
-    """What timm's evaluation transform does: the short side to size / crop_pct, then the centre. uint8 in and out."""
+    """What timm's evaluation transform does: the short side to size / crop_pct, then the center. uint8 in and out."""
     height, width = image.shape[1:]
     target = tuple(math.floor(s / crop_pct) for s in size)
     if target[0] == target[1]:
@@ -46,7 +46,7 @@ def center_crop(image: Tensor, size: tuple[int, int]) -> Tensor:
     return image[:, top : top + size[0], left : left + size[1]]
 
 
-def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(images - mean) / std of every channel; images: [..., C, H, W] on a 0..1 scale, on any device."""
     mean_C11, std_C11 = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (mean, std))
     return (images - mean_C11) / std_C11

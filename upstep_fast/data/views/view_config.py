@@ -5,15 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from upstep_fast.errors import ConfigError
 from upstep_fast.kernels.views import INTERPOLATIONS
-
-if TYPE_CHECKING:
-    from upstep_fast.config.adapt import AdaptConfig
-    from upstep_fast.config.finetune import FinetuneConfig
-    from upstep_fast.model.backbone import Backbone
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -33,7 +28,7 @@ class ViewConfig:
     contrast: float = 0.4
     saturation: float = 0.2
     hue: float = 0.0  # largest shift, as a part of the circle, up to .5
-    grey: float = 0.2
+    gray: float = 0.2
     blur: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels of the view
     solarize: float = 0.0
@@ -42,7 +37,7 @@ class ViewConfig:
 
     def __post_init__(self) -> None:
         """Raise ConfigError naming the field, its value and what is allowed."""
-        for name in ("flip", "vertical_flip", "rotate90", "grey", "blur", "solarize"):
+        for name in ("flip", "vertical_flip", "rotate90", "gray", "blur", "solarize"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, must lie in 0 to 1")
         for name in ("brightness", "contrast", "saturation"):
@@ -81,24 +76,19 @@ class ViewConfig:
         return self.size if isinstance(self.size, int) else self.size[1]
 
 
-# fields that a run's configuration may set one by one
-_SWITCHES = (
-    *("crop_ratio", "interpolation", "flip", "vertical_flip", "rotate90", "brightness", "contrast", "saturation"),
-    *("hue", "grey", "blur", "solarize"),
-)
 _ANY_DIRECTION = {"vertical_flip": 0.5, "rotate90": 0.75}
 PRESETS: dict[str, ViewConfig] = {
     "natural": ViewConfig(),
     # from above there is no up
     "overhead": ViewConfig(**_ANY_DIRECTION),  # type: ignore[arg-type]
-    # stains carry meaning: little change of colour, never grey
-    "microscopy": ViewConfig(**_ANY_DIRECTION, brightness=0.2, contrast=0.2, saturation=0.1, hue=0.02, grey=0.0),  # type: ignore[arg-type]
+    # stains carry meaning: little change of color, never gray
+    "microscopy": ViewConfig(**_ANY_DIRECTION, brightness=0.2, contrast=0.2, saturation=0.1, hue=0.02, gray=0.0),  # type: ignore[arg-type]
     # text has a direction and a shape
     "document": ViewConfig(
         crop_scale=(0.5, 1.0), crop_ratio=(0.9, 1.1), flip=0.0, brightness=0.2, contrast=0.2, blur=0.2
     ),
     "none": ViewConfig(
-        crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0, brightness=0.0, contrast=0.0, saturation=0.0, grey=0.0
+        crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0, brightness=0.0, contrast=0.0, saturation=0.0, gray=0.0
     ),
 }
 
@@ -106,28 +96,29 @@ PRESETS: dict[str, ViewConfig] = {
 def local_config(
     config: ViewConfig, size: tuple[int, int] | int, scale: tuple[float, float] = (0.05, 0.25)
 ) -> ViewConfig:
-    """The recipe of small local views beside `config`'s: another size in pixels and another range of crops.
+    """Return `config` for small local views: another size (pixels) and another range of crop areas.
 
-    scale: area of the crop as a part of the image; the default is DINOv2's, and meets the global crops' .25.
+    scale: area of the crop as a fraction of the image; the default, DINOv2's, ends where global crops begin (0.25).
     """
     return dataclasses.replace(config, size=size, crop_scale=scale)
 
 
-def preset_config(preset: str, backbone: Backbone) -> ViewConfig:
-    """The preset as it is, at the size and with the statistics of the model."""
-    return dataclasses.replace(PRESETS[preset], size=backbone.img_size, mean=backbone.mean, std=backbone.std)
+def view_config(
+    preset: str,
+    *,
+    size: tuple[int, int] | int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    crop_min: float | None = None,
+    crop_max: float | None = None,
+    **overrides: Any,
+) -> ViewConfig:
+    """Return a preset's configuration at the model's input size (pixels), mean and std.
 
-
-def view_config(config: AdaptConfig | FinetuneConfig, backbone: Backbone) -> ViewConfig:
-    """The preset of a run with its single settings, at the size and with the statistics of the model."""
-    preset = preset_config(config.preset_views, backbone)
-    low, high = preset.crop_scale
-    given = {name: getattr(config, name, None) for name in _SWITCHES}  # not every command has them all
-    return dataclasses.replace(
-        preset,
-        crop_scale=(
-            low if config.crop_min is None else config.crop_min,
-            high if config.crop_max is None else config.crop_max,
-        ),
-        **{name: value for name, value in given.items() if value is not None},
-    )
+    crop_min, crop_max: bounds of `crop_scale`. overrides: other fields of ViewConfig. None keeps the preset's value.
+    """
+    config = PRESETS[preset]
+    low, high = config.crop_scale
+    scale = (low if crop_min is None else crop_min, high if crop_max is None else crop_max)
+    set_fields = {name: value for name, value in overrides.items() if value is not None}
+    return dataclasses.replace(config, size=size, mean=mean, std=std, crop_scale=scale, **set_fields)

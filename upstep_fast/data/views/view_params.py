@@ -19,7 +19,7 @@ from upstep_fast.kernels.views.eager import FLIP_X, FLIP_Y, TRANSPOSE
 TRIES = 10  # crops tried before the fallback, as torchvision's RandomResizedCrop
 # slots of the random numbers; 0 to 9: area of a try, 10 to 19: its aspect
 TOP, LEFT, FLIP, VERTICAL_FLIP, ROTATE, TURNS = range(20, 26)
-BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY, BLUR, SIGMA, SOLARIZE, SLOTS = range(26, 35)
+BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, BLUR, SIGMA, SOLARIZE, SLOTS = range(26, 35)
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class ViewParams:
     contrast: np.ndarray
     saturation: np.ndarray
     hue: np.ndarray  # part of the circle
-    grey: np.ndarray  # bool
+    gray: np.ndarray  # bool
     sigma: np.ndarray  # of the blur, pixels; 0: none
     solarize: np.ndarray  # bool
 
@@ -47,9 +47,9 @@ class ViewParams:
         return ViewParams(*(getattr(self, field.name)[which] for field in dataclasses.fields(self)))
 
     def factors(self) -> np.ndarray:
-        """The colours and the blur as `kernels.views.make_views` takes them: [N, 7] fp32."""
+        """The colors and the blur as `kernels.views.make_views` takes them: [N, 7] fp32."""
         columns = (
-            *(self.brightness, self.contrast, self.saturation, self.hue, self.grey),
+            *(self.brightness, self.contrast, self.saturation, self.hue, self.gray),
             *(self.sigma, self.solarize),
         )
         return np.stack(columns, 1).astype(np.float32)
@@ -100,7 +100,7 @@ def draw_params(
         contrast=factor(CONTRAST, config.contrast),
         saturation=factor(SATURATION, config.saturation),
         hue=((2 * u[:, HUE] - 1) * config.hue).astype(np.float32),
-        grey=u[:, GREY] < config.grey,
+        gray=u[:, GRAY] < config.gray,
         sigma=np.where(u[:, BLUR] < config.blur, low + u[:, SIGMA] * (high - low), 0.0).astype(np.float32),
         solarize=u[:, SOLARIZE] < config.solarize,
     )

@@ -1,7 +1,7 @@
 """Random views of a batch of images of any sizes.
 
-Each view: crop and resize (antialiased), flips, quarter turns, brightness, contrast, saturation, hue, grey, blur,
-solarise, normalise; always in this order (torchvision shuffles its four jitter operations). With x an image's channel,
+Each view: crop and resize (antialiased), flips, quarter turns, brightness, contrast, saturation, hue, gray, blur,
+solarize, normalise; always in this order (torchvision shuffles its four jitter operations). With x an image's channel,
 
     view = N(J(W_y x W_x^T)),   W_y [H_out, H], W_x [W_out, W]: crop, filter and flips in one matrix each
 
@@ -17,11 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from upstep_fast.data.views import colour
+from upstep_fast.data.views import color
 from upstep_fast.data.views.resize import resize
-from upstep_fast.data.views.view_config import PRESETS as PRESETS
-from upstep_fast.data.views.view_config import ViewConfig as ViewConfig
-from upstep_fast.data.views.view_config import view_config as view_config
+from upstep_fast.data.views.view_config import ViewConfig
 from upstep_fast.data.views.view_params import ViewParams, draw_params
 from upstep_fast.kernels.patchify import in_patches
 from upstep_fast.kernels.views import make_views
@@ -38,7 +36,7 @@ def pack(images: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor
     for image in images:
         if image.is_cuda:  # decoded on another stream: its memory is not to be given away before this one has read it
             image.record_stream(torch.cuda.current_stream(device))
-        image = image[:1] if image.stride(0) == 0 else image  # grey, shown as three channels
+        image = image[:1] if image.stride(0) == 0 else image  # gray, shown as three channels
         interleaved = image.permute(1, 2, 0)
         is_interleaved = interleaved.is_contiguous()
         x = interleaved if is_interleaved else image.contiguous()
@@ -67,7 +65,7 @@ def random_views(
     patch: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Random views of each image, normalised: [views, B, C, H, W] in `dtype` on `device`.
+    """Random views of each image, normalized: [views, B, C, H, W] in `dtype` on `device`.
 
     images: B of uint8 [C, H, W], on the CPU or on `device`, of any sizes. seed, epoch, indices: what the random
     numbers come from. patch: P; the views are laid out as `kernels.patchify` does, [views, B, (H / P) (W / P), C P P].
@@ -92,7 +90,7 @@ def multi_crop(
 
         globals, locals = multi_crop(images, [(config, 2), (local_config(config, 96), 8)], seed=..., ...)
 
-    crops: pairs of a recipe and how many views it makes. Returns for each pair [views, B, C, H, W], normalised,
+    crops: pairs of a recipe and how many views it makes. Returns for each pair [views, B, C, H, W], normalized,
     on `device`. Views are numbered through all pairs, so no two draw the same numbers, and the first pair's views are
     those that `random_views` makes. Other arguments as `random_views`; the images go to the device once.
     """
@@ -145,7 +143,7 @@ def _make(
         # everything happens in one place, the result's own if it can: fresh pages cost a CPU more than the arithmetic
         x = out[start : start + step] if room is None else room[: len(part.image)]
         _resize(images, part, config, x)
-        _recolour(x, part, config)
+        _recolor(x, part, config)
         x.sub_(mean.view(-1, 1, 1)).mul_(1 / std.view(-1, 1, 1))
         if room is not None:
             cells[start : start + step] = in_patches(x, patch) if patch else x
@@ -248,30 +246,30 @@ def _resize_each(images: Sequence[Tensor], p: ViewParams, config: ViewConfig) ->
     return views
 
 
-def _recolour(x: Tensor, p: ViewParams, config: ViewConfig) -> None:
-    """All that changes colours, in place, on x in 0..1."""
+def _recolor(x: Tensor, p: ViewParams, config: ViewConfig) -> None:
+    """All that changes colors, in place, on x in 0..1."""
 
     def on_device(values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(x.device)
 
     if config.brightness:
-        colour.brightness(x, on_device(p.brightness))
+        color.brightness(x, on_device(p.brightness))
     if config.contrast:
-        colour.contrast(x, on_device(p.contrast))
+        color.contrast(x, on_device(p.contrast))
     if config.saturation:
-        colour.saturation(x, on_device(p.saturation))
+        color.saturation(x, on_device(p.saturation))
     if config.hue:
-        colour.hue(x, on_device(p.hue))
-    if p.grey.any() and x.shape[1] == 3:
-        chosen = on_device(np.flatnonzero(p.grey))
-        x[chosen] = colour.grey(x[chosen]).expand(-1, 3, -1, -1)
+        color.hue(x, on_device(p.hue))
+    if p.gray.any() and x.shape[1] == 3:
+        chosen = on_device(np.flatnonzero(p.gray))
+        x[chosen] = color.gray(x[chosen]).expand(-1, 3, -1, -1)
     if p.sigma.any():
         chosen, sigma = on_device(np.flatnonzero(p.sigma)), on_device(p.sigma[p.sigma > 0])
-        x[chosen] = colour.blur(x[chosen], sigma, _blur_size(config))
+        x[chosen] = color.blur(x[chosen], sigma, _blur_size(config))
     if p.solarize.any():
         chosen = on_device(np.flatnonzero(p.solarize))
-        x[chosen] = colour.solarize(x[chosen])
+        x[chosen] = color.solarize(x[chosen])
 
 
 def _blur_size(config: ViewConfig) -> tuple[int, int]:
-    return colour.blur_kernel_size(config.height), colour.blur_kernel_size(config.width)
+    return color.blur_kernel_size(config.height), color.blur_kernel_size(config.width)

@@ -23,6 +23,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from upstep_fast.config.explora import MaeConfig
+from upstep_fast.config.view_overrides import view_overrides
 from upstep_fast.data.keyed_random import uniform_array
 from upstep_fast.data.loading.loader import Batch
 from upstep_fast.data.views.view_config import view_config
@@ -107,7 +108,9 @@ class ExploraMae(nn.Module):
     def __init__(self, backbone: Backbone, config: MaeConfig):
         super().__init__()
         self.config, self.num_microbatches = config, 1
-        self.recipe = view_config(config, backbone)
+        self.recipe = view_config(
+            config.preset_views, size=backbone.img_size, mean=backbone.mean, std=backbone.std, **view_overrides(config)
+        )
         vit: Any = backbone.vit
         self.patch: tuple[int, int] = tuple(vit.patch_embed.patch_size)
         self.grid = grid_of(vit, *backbone.img_size)

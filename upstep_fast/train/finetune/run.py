@@ -20,6 +20,7 @@ from torch import Tensor
 
 from upstep_fast.config.files import from_options
 from upstep_fast.config.finetune import FinetuneConfig
+from upstep_fast.config.view_overrides import view_overrides
 from upstep_fast.data.labelled.batches import Reader
 from upstep_fast.data.labelled.clips import train_and_test_clips
 from upstep_fast.data.labelled.splits import Labelled, held_out, train_and_test
@@ -110,7 +111,7 @@ def read_splits(config: FinetuneConfig) -> Splits:
     if len(train.classes) < 2:
         raise DataError(f"data: train/ has one class, {train.classes[0]}; a classifier needs at least 2")
     mask = held_out(train.y, config.held_out, config.seed)
-    return Splits(train.take((~mask).nonzero()[:, 0]), train.take(mask.nonzero()[:, 0]), test)
+    return Splits(train.subset((~mask).nonzero()[:, 0]), train.subset(mask.nonzero()[:, 0]), test)
 
 
 def fit_to_data(config: FinetuneConfig, splits: Splits) -> FinetuneConfig:
@@ -134,7 +135,11 @@ def make_reader(config: FinetuneConfig, backbone: Backbone, device: torch.device
         std=backbone.std,
         interpolation=backbone.interpolation,
         crop_pct=backbone.crop_pct,
-        views=None if config.preset_views == "none" else view_config(config, backbone),
+        views=None
+        if config.preset_views == "none"
+        else view_config(
+            config.preset_views, size=backbone.img_size, mean=backbone.mean, std=backbone.std, **view_overrides(config)
+        ),
         batch_size=config.batch_size,
         seed=config.seed,
         num_workers=default_workers() if config.num_workers is None else config.num_workers,

@@ -1,6 +1,6 @@
-"""Colour changes of a batch, with one factor a sample; the definitions are torchvision's v2 on floats in 0..1.
+"""Color changes of a batch, with one factor a sample; the definitions are torchvision's v2 on floats in 0..1.
 
-x: [N, C, H, W] fp32 in 0..1, changed in place and returned. factor: [N]. Saturation, hue and grey mean something for
+x: [N, C, H, W] fp32 in 0..1, changed in place and returned. factor: [N]. Saturation, hue and gray mean something for
 three channels only and leave other numbers of channels alone.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from upstep_fast.kernels.views.eager import blur as blur
 
-GREY = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, as torchvision and Pillow
+GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, as torchvision and Pillow
 
 
 def brightness(x: Tensor, factor: Tensor) -> Tensor:
@@ -22,17 +22,17 @@ def brightness(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def contrast(x: Tensor, factor: Tensor) -> Tensor:
-    """clamp(factor x + (1 - factor) m), m the mean of the grey image, one number a sample."""
+    """clamp(factor x + (1 - factor) m), m the mean of the gray image, one number a sample."""
     means = x.mean((2, 3))
-    mean = means @ means.new_tensor(GREY) if x.shape[1] == 3 else means.mean(1)
+    mean = means @ means.new_tensor(GRAY) if x.shape[1] == 3 else means.mean(1)
     return x.mul_(_wide(factor)).add_(_wide((1 - factor) * mean)).clamp_(0, 1)
 
 
 def saturation(x: Tensor, factor: Tensor) -> Tensor:
-    """clamp(factor x + (1 - factor) grey(x))."""
+    """clamp(factor x + (1 - factor) gray(x))."""
     if x.shape[1] != 3:
         return x
-    other = grey(x).mul_(_wide(1 - factor))
+    other = gray(x).mul_(_wide(1 - factor))
     return x.mul_(_wide(factor)).add_(other).clamp_(0, 1)
 
 
@@ -43,7 +43,7 @@ def hue(x: Tensor, shift: Tensor) -> Tensor:
     r, g, b = x.unbind(1)
     value = torch.maximum(torch.maximum(r, g), b)
     chroma = value - torch.minimum(torch.minimum(r, g), b)
-    scale = 1 / chroma.clamp_min(1e-12)  # grey pixels: every difference below is 0
+    scale = 1 / chroma.clamp_min(1e-12)  # gray pixels: every difference below is 0
     h = torch.where(r == value, (g - b) * scale, torch.where(g == value, (b - r) * scale + 2, (r - g) * scale + 4))
     h += 6 * shift.view(-1, 1, 1)
     # each channel is value - chroma * clamp(min(k, 4 - k), 0, 1) with k = (n + h) mod 6, n = 5, 3, 1
@@ -54,10 +54,10 @@ def hue(x: Tensor, shift: Tensor) -> Tensor:
     return x
 
 
-def grey(x: Tensor) -> Tensor:
+def gray(x: Tensor) -> Tensor:
     """[N, 3, H, W] -> [N, 1, H, W], a new tensor."""
-    y = x[:, 0] * GREY[0]
-    return y.add_(x[:, 1], alpha=GREY[1]).add_(x[:, 2], alpha=GREY[2])[:, None]
+    y = x[:, 0] * GRAY[0]
+    return y.add_(x[:, 1], alpha=GRAY[1]).add_(x[:, 2], alpha=GRAY[2])[:, None]
 
 
 def solarize(x: Tensor, threshold: float = 128 / 255) -> Tensor:

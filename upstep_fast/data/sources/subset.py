@@ -1,0 +1,46 @@
+"""Some images of a source as a source of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from upstep_fast.data.sources.part import Problem
+from upstep_fast.data.sources.source import Source
+
+
+@dataclass(frozen=True, eq=False)
+class Subset:
+    """The part of a source that holds the images at `indices`, in that order."""
+
+    source: Source
+    indices: np.ndarray  # [N] int64
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        """Return the image's label in the source."""
+        return self.source.name(int(self.indices[index]))
+
+    def read(self, index: int) -> bytes:
+        """Return the encoded image. Raises OSError."""
+        return self.source.read(int(self.indices[index]))
+
+    def labels(self) -> list[str] | None:
+        """Return the class of each image, or None when the source has no classes."""
+        labels = self.source.labels
+        return None if labels is None else [labels[i] for i in self.indices]
+
+    def identity(self) -> Iterator[bytes]:
+        """Yield the source's fingerprint and the indices, for the fingerprint of a source that holds this part."""
+        yield self.source.fingerprint().encode()
+        yield self.indices.tobytes()
+
+
+def subset(source: Source, indices: Sequence[int] | np.ndarray, problems: Sequence[Problem] = ()) -> Source:
+    """Return a source of the images at `indices` [N]; `problems` are added to those that skipped.csv lists."""
+    part = Subset(source, np.asarray(indices, dtype=np.int64))
+    return Source((part,), (*source.problems, *problems))
