@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from upstep_fast.engine import vit as engine
-from upstep_fast.model import backbone, lora
+from upstep_fast.model import backbone, lora, pooling
 from upstep_fast.runtime.device import resolve
 
 CPU_SHAPES = [("vit_tiny_patch16_224", 4)]
@@ -28,7 +28,7 @@ def case(request):
         torch.nn.init.normal_(adapter.lora_b, std=0.02)
     images = torch.randn(batch, 3, 224, 224, device=compute.device)
     with torch.no_grad():
-        truth = backbone.features(vit, images[:4])
+        truth = pooling.features(vit, images[:4])
     return vit, images, truth, compute
 
 
@@ -42,7 +42,7 @@ VARIANTS = {
 def eager(vit, compute):
     def features(x):
         with compute.autocast():
-            return backbone.features(vit, x)
+            return pooling.features(vit, x)
 
     return features
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from upstep_fast.engine import vit as engine
-from upstep_fast.model import backbone, lora
+from upstep_fast.model import backbone, lora, pooling
 from upstep_fast.runtime.device import resolve
 
 CPU_SHAPES = [("vit_tiny_patch16_224", 4), ("vit_base_patch16_224", 2)]
@@ -34,7 +34,7 @@ def test_memory(benchmark, name, batch, level):
         if run is not None:
             return run(images)
         with compute.autocast():
-            return backbone.features(vit, images)
+            return pooling.features(vit, images)
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         out = forward()

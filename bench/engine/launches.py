@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from upstep_fast.cli.benchmark import peft_of
 from upstep_fast.engine import vit as engine
-from upstep_fast.model import backbone, lora
+from upstep_fast.model import backbone, lora, pooling
 from upstep_fast.train.memory.count import without_bytes
 
 NO_LAUNCH = {
@@ -79,7 +79,7 @@ def count(model: str, views: int, rank: int, variant: str) -> dict[str, Any]:
             if built is not None:
                 return built.features(images)
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                return backbone.features(vit, images)
+                return pooling.features(vit, images)
 
         with Count() as forward:
             f = features()

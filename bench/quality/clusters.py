@@ -26,6 +26,7 @@ from upstep_fast.config.files import from_options, read_toml
 from upstep_fast.data.loading.loader import load_images
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.model import backbone as backbones
+from upstep_fast.model import pooling
 from upstep_fast.runtime import checkpoint
 from upstep_fast.runtime.device import resolve
 from upstep_fast.train.resume import STATE
@@ -68,9 +69,9 @@ def history(run: Path, data: str) -> list[dict[str, Any]]:
             tensor.copy_(state[f"method.{name}"])
         method.to(compute.device)
         assigned, labels = [], []
-        for indices, images in load_images(source, range(len(source)), **base.reading, num_workers=1):
-            x = base.normalised(images.to(compute.device))
-            z = F.normalize(method.head(backbones.features(method.vit, x)).float(), dim=-1)
+        for indices, images in load_images(source, range(len(source)), **base.eval_transform_args, num_workers=1):
+            x = base.normalized(images.to(compute.device))
+            z = F.normalize(method.head(pooling.features(method.vit, x)).float(), dim=-1)
             assigned.append((z @ F.normalize(method.prototypes, dim=-1).T).argmax(1).cpu())
             labels += [classes[source.labels[i]] for i in indices.tolist()]  # type: ignore[index]
         now, truth = torch.cat(assigned), torch.tensor(labels)

@@ -29,7 +29,7 @@ from upstep_fast.evaluation.features import Features, beside, extract, plain
 from upstep_fast.evaluation.label_free import judge
 from upstep_fast.evaluation.whitening import Whitening
 from upstep_fast.model import backbone as backbones
-from upstep_fast.model import lora, peft_format
+from upstep_fast.model import lora, peft_format, pooling
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.runtime.atomic_file import write_whole
 from upstep_fast.runtime.device import Compute, resolve
@@ -176,7 +176,7 @@ def held_out_views(data: str, base: Backbone, compute: Compute) -> Tensor:
 def view_features(model: Backbone, views: Tensor, compute: Compute) -> Tensor:
     """[2, N, C, H, W] -> [2, N, D]."""
     with compute.autocast():
-        return torch.stack([backbones.features(model.vit, view) for view in views]).float().cpu()
+        return torch.stack([pooling.features(model.vit, view) for view in views]).float().cpu()
 
 
 def labels_of(path: str) -> list[Tensor]:

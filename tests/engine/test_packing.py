@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from upstep_fast.engine import vit as engine
-from upstep_fast.engine.fold import left_alone
+from upstep_fast.engine.fold import unsupported_blocks
 from upstep_fast.engine.packing import draw_path, pack, sizes_of, unpack
 from upstep_fast.methods.explora import unfreeze as explora
-from upstep_fast.methods.explora.tokens import Encoder, embed, pooled, seen
+from upstep_fast.methods.explora.tokens import Encoder, embed, seen
 from upstep_fast.model import lora
-from upstep_fast.model.backbone import features
+from upstep_fast.model.pooling import features, pooled
 
 MODELS = {
     "class token": ("vit_tiny_patch16_224", dict(img_size=48, patch_size=8, embed_dim=96, num_heads=3)),
@@ -138,7 +138,7 @@ def test_one_draw_a_sequence():
 def test_trained_norms_of_q_and_k_are_left_to_the_plain_model():
     vit, _ = model("qk-norm")
     vit.blocks[0].attn.q_norm.requires_grad_(True)
-    assert left_alone(vit) == {0: "trains a norm that the engine only folds"}
+    assert unsupported_blocks(vit) == {0: "trains a norm that the engine only folds"}
     for block in vit.blocks:
         block.attn.q_norm.requires_grad_(True)
     assert Encoder(vit).accelerate(torch.float32, "fast") == "block 0 trains a norm that the engine only folds"
@@ -170,12 +170,12 @@ def test_bf16_and_forward_only_give_what_separate_passes_give():
 def test_adapters_are_merged_once_for_all_sizes(monkeypatch):
     vit, crops = model()
     merged = []
-    real = engine.make_ready
+    real = engine.make_merger
 
     def counting(blocks):
         ready = real(blocks)
         return lambda: merged.append(1) or ready()
 
-    monkeypatch.setattr(engine, "make_ready", counting)
+    monkeypatch.setattr(engine, "make_merger", counting)
     engine.build(vit, torch.float32).through_blocks([embed(vit, x) for x in crops])
     assert len(merged) == 1

@@ -12,9 +12,9 @@ from engine_models import ROTARY, gradients, model, relative, same_as_timm
 import upstep_fast
 from upstep_fast.engine import fold
 from upstep_fast.engine import vit as engine
-from upstep_fast.engine.rotary import Rotary, turn
+from upstep_fast.engine.rotary import Rotary, apply_rope
 from upstep_fast.model import backbone
-from upstep_fast.model.backbone import features
+from upstep_fast.model.pooling import features
 
 HEADS, WIDTH = 3, 16
 
@@ -28,7 +28,7 @@ def test_a_pair_is_turned_as_a_complex_number_is(half):
     twice = (lambda x: torch.cat([x, x], -1)) if half else (lambda x: x.repeat_interleave(2, -1))
     tables = [torch.cat([twice(a.sin()), twice(a.cos())], -1) for a in angles]
     rotary = Rotary(prefix, half)
-    z = turn(y.clone(), HEADS, rotary, tables, sizes)
+    z = apply_rope(y.clone(), HEADS, rotary, tables, sizes)
 
     def pairs(rows):
         x = rows.view(-1, 3, HEADS, WIDTH)
@@ -42,7 +42,7 @@ def test_a_pair_is_turned_as_a_complex_number_is(half):
         assert torch.allclose(after[:, prefix:, :2], before[:, prefix:, :2] * turns, atol=1e-12)
         assert torch.equal(after[:, :prefix], before[:, :prefix]) and torch.equal(after[:, :, 2], before[:, :, 2])
         start += count * n
-    assert torch.allclose(turn(z.clone(), HEADS, rotary, tables, sizes, back=True), y, atol=1e-12)
+    assert torch.allclose(apply_rope(z.clone(), HEADS, rotary, tables, sizes, back=True), y, atol=1e-12)
 
 
 @pytest.mark.parametrize("memory", ["fast", "balanced", "lean"])
@@ -53,7 +53,7 @@ def test_trained_norms_and_blocks_beside_the_folded_ones(variant, memory):
     for block in vit.blocks:
         block.norm1.requires_grad_(isinstance(block.norm1, torch.nn.LayerNorm))
     same_as_timm(vit, images, memory)
-    assert set(fold.left_alone(vit)) == {1}
+    assert set(fold.unsupported_blocks(vit)) == {1}
 
 
 @pytest.mark.parametrize("variant", ["DINOv3", "DINOv3, SwiGLU, biases"])
@@ -122,11 +122,11 @@ def test_what_the_engine_leaves_to_timm_is_named():
         "vit_base_patch16_sapiens2", img_size=48, embed_dim=96, num_heads=3, num_kv_heads=1, depth=1, num_classes=0
     )
     vit.blocks[1] = middle.blocks[0].requires_grad_(False)
-    assert fold.left_alone(vit) == {1: "shares k and v among heads"}
+    assert fold.unsupported_blocks(vit) == {1: "shares k and v among heads"}
     same_as_timm(vit, images)
     vit, images = model("DINOv3, SwiGLU, biases")
     vit.blocks[0].attn.v_bias.requires_grad_(True)
-    assert fold.left_alone(vit) == {0: "trains the bias of q or v"}
+    assert fold.unsupported_blocks(vit) == {0: "trains the bias of q or v"}
     same_as_timm(vit, images)
     assert [isinstance(block, fold.FoldedBlock) for block in fold.fold(vit, torch.float32)] == [False, True]
 

@@ -8,7 +8,7 @@ from engine_models import ROTARY, SWIGLU, gradients, kept_bytes, model, relative
 from upstep_fast.engine import fold
 from upstep_fast.engine import vit as engine
 from upstep_fast.model import lora, peft_format
-from upstep_fast.model.backbone import features
+from upstep_fast.model.pooling import features
 
 BEYOND = [*SWIGLU, *ROTARY, "norms before proj and fc2", "qk-norm", "qk-norm by RMSNorm"]
 TARGETS = [("q", "v"), ("qkv",), ("proj", "fc2"), ("q", "v", "proj", "fc1", "fc2"), ("fc1",)]
@@ -20,7 +20,7 @@ def test_every_place_an_adapter_can_sit(variant, targets):
     if targets == ("qkv",) and model(variant, ())[0].blocks[0].attn.qkv is None:
         pytest.skip("q, k and v have a matrix each, to which q, k and v adapt")
     vit, images = model(variant, targets)
-    assert fold.left_alone(vit) == {}
+    assert fold.unsupported_blocks(vit) == {}
     same_as_timm(vit, images, "balanced")
 
 
@@ -96,7 +96,7 @@ def test_peft_serves_what_was_trained_through_the_engine(variant, tmp_path):
     run(images).square().mean().backward()
     optimizer.step()
     ours = run(images).detach()
-    peft_format.save(tmp_path, lora.find(vit), "any")
+    peft_format.save_adapter(tmp_path, lora.find(vit), "any")
     plain = model(variant, ("q",))[0]  # the same frozen weights
     for name, adapter in lora.find(plain).items():
         plain.set_submodule(name, adapter.base)
@@ -137,5 +137,5 @@ def test_an_adapter_changed_between_forward_and_backward_is_noticed():
 def test_a_trained_inner_norm_leaves_its_block_as_it_is():
     vit, images = model("norms before proj and fc2", depth=3)
     vit.blocks[1].mlp.norm.weight.requires_grad_(True)
-    assert fold.left_alone(vit) == {1: "trains a norm that the engine only folds"}
+    assert fold.unsupported_blocks(vit) == {1: "trains a norm that the engine only folds"}
     same_as_timm(vit, images)

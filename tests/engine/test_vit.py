@@ -16,7 +16,7 @@ from upstep_fast.engine import fold
 from upstep_fast.engine import vit as engine
 from upstep_fast.kernels.patchify import patchify
 from upstep_fast.model import lora
-from upstep_fast.model.backbone import features
+from upstep_fast.model.pooling import features
 
 TARGETS = [("q", "k", "v"), ("q", "v"), ("qkv",), ("q", "v", "proj", "fc1", "fc2"), ("fc2",)]
 
@@ -39,7 +39,7 @@ def test_trained_norms_blocks_and_class_token_beside_the_folded_ones(memory, tar
     same_as_timm(vit, images, memory)
     blocks = engine.build(vit, torch.float32).blocks
     assert [isinstance(block, fold.FoldedBlock) for block in blocks] == [True, True, False]
-    assert fold.left_alone(vit) == {2: "trains its weights"}
+    assert fold.unsupported_blocks(vit) == {2: "trains its weights"}
 
 
 @pytest.mark.parametrize("memory", ["fast", "balanced", "lean"])
@@ -276,7 +276,7 @@ def test_a_model_changed_after_folding_is_noticed(change, message, grad):
 def test_what_the_engine_cannot_run_is_named(name, reason):
     with torch.device("meta"):
         vit = timm.create_model(name).eval().requires_grad_(False)
-    found = fold.why_not(vit)
+    found = fold.unsupported_reason(vit)
     assert (found is None) if reason is None else (found is not None and reason in found), found
 
 

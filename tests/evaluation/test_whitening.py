@@ -14,7 +14,7 @@ from upstep_fast.engine import vit as engine
 from upstep_fast.errors import ConfigError
 from upstep_fast.evaluation import whitening
 from upstep_fast.evaluation.features import beside, ensemble, plain
-from upstep_fast.model import backbone
+from upstep_fast.model import backbone, pooling
 from upstep_fast.train.adapt import adapt
 
 
@@ -100,13 +100,13 @@ def test_the_engine_gives_the_parts_that_the_model_gives(pool, num):
     vit = VisionTransformer(global_pool=pool, class_token=pool == "token", **options).eval().requires_grad_(False)
     images = torch.randn(3, 3, 16, 16)
     tokens = vit.forward_features(images)
-    found = backbone.parts(vit, tokens)
-    assert found.shape == (3, num, 32) and backbone.num_parts(vit) == num
-    assert torch.equal(found[:, 0], backbone.features(vit, images))
+    found = pooling.pooled_and_patch_mean(vit, tokens)
+    assert found.shape == (3, num, 32) and pooling.num_parts(vit) == num
+    assert torch.equal(found[:, 0], pooling.features(vit, images))
     if num == 2:
         assert torch.equal(found[:, 1], tokens[:, vit.num_prefix_tokens :].mean(1))
     with torch.no_grad():
-        ours = engine.build(vit, torch.float32, pool=backbone.parts).features(images)
+        ours = engine.build(vit, torch.float32, pool=pooling.pooled_and_patch_mean).features(images)
     assert (ours - found).abs().max() < 1e-5
 
 

@@ -9,7 +9,7 @@ import upstep_fast
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.engine import vit as engine
 from upstep_fast.model import backbone, lora
-from upstep_fast.model.backbone import features
+from upstep_fast.model.pooling import features
 from upstep_fast.train import loop as trainer
 from upstep_fast.train.state import fresh_state
 from upstep_fast.train.step import catch_up

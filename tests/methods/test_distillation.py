@@ -11,7 +11,7 @@ from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.errors import ConfigError
 from upstep_fast.methods.losses.distillation import distillation_loss, sharpen
 from upstep_fast.methods.upstep.upstep import UpStep
-from upstep_fast.model import backbone, lora
+from upstep_fast.model import backbone, lora, pooling
 
 
 def draw(num, width, seed):
@@ -84,8 +84,8 @@ def test_the_loss_compares_with_the_base_model_on_the_same_views(options, form):
     with torch.no_grad():
         for adapter in method.adapters.values():
             adapter.lora_b.normal_(generator=torch.Generator().manual_seed(1))
-    adapted = backbone.features(method.vit, views.flatten(0, 1))
-    base = backbone.features(backbone.load(options["model"]).vit, views.flatten(0, 1))
+    adapted = pooling.features(method.vit, views.flatten(0, 1))
+    base = pooling.features(backbone.load(options["model"]).vit, views.flatten(0, 1))
     learning = method.embed(views)
     with_penalty = method.loss(learning)
     method.config = AdaptConfig(**{**options, "data": ("",), "out": ""})
@@ -102,14 +102,14 @@ def test_the_loss_compares_with_the_base_model_on_the_same_views(options, form):
 def test_disabled_adapters_are_the_base_model_and_come_back(model):
     vit = backbone.load(model).vit
     x = torch.randn(2, 3, 32, 32)
-    base = backbone.features(vit, x)
+    base = pooling.features(vit, x)
     adapters = lora.inject(vit, lora.LoraSpec(r=2, alpha=4))
     for adapter in adapters.values():
         torch.nn.init.normal_(adapter.lora_b)
-    adapted = backbone.features(vit, x)
+    adapted = pooling.features(vit, x)
     with lora.disabled(adapters.values()):
-        assert torch.equal(backbone.features(vit, x), base)
-    assert torch.equal(backbone.features(vit, x), adapted) and not torch.equal(adapted, base)
+        assert torch.equal(pooling.features(vit, x), base)
+    assert torch.equal(pooling.features(vit, x), adapted) and not torch.equal(adapted, base)
 
 
 def test_a_heavy_penalty_keeps_the_features_near_the_base(options, tmp_path):
@@ -119,7 +119,7 @@ def test_a_heavy_penalty_keeps_the_features_near_the_base(options, tmp_path):
     for name, more in {"plain": {}, "near": dict(distil="feature", distil_weight=30.0)}.items():
         run = upstep_fast.adapt(**options | {"out": tmp_path / name, "steps": 10, "lr": 1e-2}, **more)
         adapted = upstep_fast.load_adapted(options["model"], run.adapter)
-        f, g = backbone.features(adapted, x), backbone.features(base, x)
+        f, g = pooling.features(adapted, x), pooling.features(base, x)
         distances[name] = distillation_loss("feature", f, g, 0.1).item()
     assert distances["near"] < distances["plain"] / 2
 

@@ -26,7 +26,7 @@ from upstep_fast.methods.explora import tokens as explora_tokens
 from upstep_fast.methods.explora import unfreeze as explora
 from upstep_fast.methods.explora.dinov2 import ExploraDinov2
 from upstep_fast.methods.explora.mae import Decoder, ExploraMae
-from upstep_fast.model import backbone, lora, peft_format
+from upstep_fast.model import backbone, lora, peft_format, pooling
 from upstep_fast.model.export import export
 from upstep_fast.model.lora import LoraSpec
 from upstep_fast.runtime.device import resolve
@@ -159,7 +159,7 @@ def test_tokens_are_those_of_timm(arch):
     with torch.no_grad():
         (ours,) = explora_tokens.Encoder(vit)(explora_tokens.embed(vit, x))
         assert torch.allclose(ours, vit.forward_features(x), atol=1e-5)
-        assert torch.allclose(explora_tokens.pooled(vit, ours), backbone.features(vit, x), atol=1e-5)
+        assert torch.allclose(pooling.pooled(vit, ours), pooling.features(vit, x), atol=1e-5)
 
 
 def test_another_size_is_what_timm_makes_of_it():
@@ -266,7 +266,7 @@ def test_the_teacher_is_a_moving_average_of_factors_and_is_never_merged(options)
     def teachers_features():
         with torch.no_grad():
             (tokens,) = method.teacher_encoder(explora_tokens.embed(method.teacher, images))
-            return explora_tokens.pooled(method.teacher, tokens)
+            return pooling.pooled(method.teacher, tokens)
 
     first = teachers_features()
     with torch.no_grad():
@@ -284,7 +284,7 @@ def test_the_teacher_is_a_moving_average_of_factors_and_is_never_merged(options)
     plain = copy.deepcopy(method.teacher)
     assert not torch.allclose(teachers_features(), first, atol=1e-3)
     with torch.no_grad():
-        assert torch.allclose(teachers_features(), backbone.features(lora.merge(plain), images), atol=1e-4)
+        assert torch.allclose(teachers_features(), pooling.features(lora.merge(plain), images), atol=1e-4)
 
 
 def test_an_average_of_products_is_not_the_product_of_averages(options):
@@ -308,7 +308,7 @@ def test_centres_follow_the_teachers_mean_scores(options):
     method = state.method
     crops = method.views(a_batch(), CPU.device)
     tokens = backbone_tokens(method.teacher, crops.whole.flatten(0, 1))
-    of_class = method.teacher_head(explora_tokens.pooled(method.teacher, tokens)).mean(0)
+    of_class = method.teacher_head(pooling.pooled(method.teacher, tokens)).mean(0)
     of_patch = method.teacher_head(tokens[:, 1:][crops.masked.flatten(0, 1)]).mean(0)
     for applied, share in ((False, 0.0), (True, 0.1), (True, 0.19)):
         method.loss(method.embed(crops))
@@ -432,7 +432,7 @@ def test_two_processes_are_one_run(options, tmp_path, extra):
 
 def test_collapse_warns_and_then_ends_the_run(options, monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(trainer, "MAX_COLLAPSED_STEPS", 4)
-    real = explora_tokens.pooled
+    real = pooling.pooled
     monkeypatch.setattr("upstep_fast.methods.explora.tokens.pooled", lambda vit, x: 1e-6 * real(vit, x) + 1)
     with (
         caplog.at_level("WARNING", logger="upstep_fast"),
@@ -494,13 +494,13 @@ def test_the_adapter_folder_is_read_by_peft(finished):
         inner.get_parameter(name).data.copy_(value)
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        expected = backbone.features(inner, x)
-        base = backbone.features(backbone.load(model).vit, x)
+        expected = pooling.features(inner, x)
+        base = pooling.features(backbone.load(model).vit, x)
         for merged in (True, False):
             ours = upstep_fast.load_adapted(model, out / "adapter", merged=merged)
-            assert torch.allclose(backbone.features(ours, x), expected, atol=1e-5)
+            assert torch.allclose(pooling.features(ours, x), expected, atol=1e-5)
         assert torch.allclose(
-            backbone.features(inner.merge_and_unload() if hasattr(inner, "merge_and_unload") else inner, x), expected
+            pooling.features(inner.merge_and_unload() if hasattr(inner, "merge_and_unload") else inner, x), expected
         )
     assert (expected - base).abs().max() > 1e-2
 
@@ -526,13 +526,13 @@ def test_eval_embed_and_export_read_it(finished, photos, tmp_path):
     exported = export.export(model, tmp_path / "timm", adapter=out / "adapter")
     again = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
     with torch.no_grad():
-        assert torch.allclose(backbone.features(again, x), backbone.features(adapted, x), atol=1e-4)
+        assert torch.allclose(pooling.features(again, x), pooling.features(adapted, x), atol=1e-4)
     assert exported.difference <= 1e-4
     export.export(model, tmp_path / "hf", adapter=out / "adapter", format="hf")
     peft_folder = export.export(model, tmp_path / "peft", adapter=out / "adapter", format="peft").folder
     with torch.no_grad():
         same = upstep_fast.load_adapted(model, peft_folder)
-        assert torch.allclose(backbone.features(same, x), backbone.features(adapted, x), atol=1e-5)
+        assert torch.allclose(pooling.features(same, x), pooling.features(adapted, x), atol=1e-5)
 
 
 def test_an_adapter_of_another_model_is_refused_before_anything_is_changed(finished, tmp_path):

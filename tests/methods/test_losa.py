@@ -11,6 +11,7 @@ from upstep_fast.engine import vit as engine
 from upstep_fast.methods.supervised.baselines import Baseline
 from upstep_fast.methods.supervised.losa import Losa, LosaSpec, SideNetwork, make_stream, stream_plain
 from upstep_fast.model import backbone as backbones
+from upstep_fast.model import pooling
 
 AXES = {"channel": -1, "token": -2, "space": -2, "time": -3}
 FORMS = [
@@ -145,7 +146,7 @@ def test_it_keeps_a_fraction_of_what_lora_keeps(model):
 def test_it_starts_as_the_backbone(tiny, spec):
     net = Losa(tiny, spec, classes=4)
     x = images()
-    want = net.head(backbones.features(tiny.vit, x))
+    want = net.head(pooling.features(tiny.vit, x))
     torch.testing.assert_close(net(x), want, rtol=1e-5, atol=1e-5)
     net.accelerate(torch.float32)
     torch.testing.assert_close(net(x), want, rtol=1e-4, atol=1e-4)
@@ -209,7 +210,7 @@ def test_clips_are_frames_of_a_batch(tiny):
     net = Losa(tiny, LosaSpec(rank=2, token_rank=2), classes=4, frames=3)
     clips = images(6).unflatten(0, (2, 3))
     start = net(clips)
-    torch.testing.assert_close(start, net.head(backbones.features(tiny.vit, images(6)).unflatten(0, (2, 3)).mean(1)))
+    torch.testing.assert_close(start, net.head(pooling.features(tiny.vit, images(6)).unflatten(0, (2, 3)).mean(1)))
     randomise(net.side)
     assert net.frozen(clips).shape == (2, 3, 2, 17, 48)
     torch.testing.assert_close(net.logits_of(net.frozen(clips)), net(clips))
@@ -251,13 +252,13 @@ def test_frozen_weights_in_fp8(tiny):
 def test_rotary_models_learn_on_the_engine_or_beside_it(arch, runs, caplog):
     vit = timm.create_model(arch, img_size=32, embed_dim=48, depth=2, num_heads=3, num_classes=0)
     vit.eval().requires_grad_(False)
-    assert (engine.why_not(vit) is None) is runs
+    assert (engine.unsupported_reason(vit) is None) is runs
     one = backbones.Backbone(vit, "eva", 48, (32, 32), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0)
     net = Losa(one, LosaSpec(rank=2, token_rank=2), classes=3)
     with caplog.at_level("WARNING", "upstep_fast"):
         net.accelerate(torch.float32)
     assert ("plain model" in caplog.text) is not runs
-    torch.testing.assert_close(net(images(2, 32)), net.head(backbones.features(vit, images(2, 32))))
+    torch.testing.assert_close(net(images(2, 32)), net.head(pooling.features(vit, images(2, 32))))
     randomise(net.side)
     net(images(2, 32)).sum().backward()
     assert all(p.grad is None for p in vit.parameters())

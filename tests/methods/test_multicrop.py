@@ -15,7 +15,7 @@ from upstep_fast.data.views.views import multi_crop
 from upstep_fast.errors import ConfigError
 from upstep_fast.methods.upstep.multicrop import take_any_size
 from upstep_fast.methods.upstep.upstep import UpStep
-from upstep_fast.model import backbone
+from upstep_fast.model import backbone, pooling
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_views_are_global_and_local_crops_that_draw_numbers_of_their_own(options
 @pytest.mark.parametrize("layout", ["symmetric", "asymmetric"])
 def test_the_loss_is_the_mean_over_all_pairs_of_a_target_and_another_view(options, layout):
     method, views, _ = build(options, layout=layout, cvr="off")
-    z = [F.normalize(method.head(backbone.features(method.vit, x)), dim=-1) for x in (*views.whole, *views.local)]
+    z = [F.normalize(method.head(pooling.features(method.vit, x)), dim=-1) for x in (*views.whole, *views.local)]
     if layout == "symmetric":
         learning = method.embed(views)
         loss = method.loss(learning)

@@ -15,7 +15,7 @@ from upstep_fast.methods import gate
 from upstep_fast.methods.losses import clustering
 from upstep_fast.methods.upstep import upstep
 from upstep_fast.methods.upstep.upstep import UpStep
-from upstep_fast.model import backbone
+from upstep_fast.model import backbone, pooling
 from upstep_fast.runtime.device import resolve
 from upstep_fast.train import loop as trainer
 from upstep_fast.train import step as steps
@@ -124,7 +124,7 @@ def test_targets_of_the_base_model_are_mixed_in_early(options, layout):
         method.schedule(optimizer, step)
         assert method.base_share == share
         with torch.no_grad():
-            f = backbone.features(base_vit, views.flatten(0, 1))
+            f = pooling.features(base_vit, views.flatten(0, 1))
             base = F.normalize(method.head(f), dim=-1).view(2, 6, -1)
         both = method.embed(views)
         z = both.z.detach()
@@ -204,7 +204,7 @@ def test_the_penalty_on_features_is_on_their_mean(options, form, power):
 
     plain, method = loss(cvr="off")
     found, penalised = loss(cvr=form, cvr_on="features", cvr_weight=2.0)
-    f = F.normalize(backbone.features(method.vit, views.flatten(0, 1)).double(), dim=-1)
+    f = F.normalize(pooling.features(method.vit, views.flatten(0, 1)).double(), dim=-1)
     assert (found - plain).item() == pytest.approx(2 * f.mean(0).norm().item() ** power, rel=1e-4)
     head = [
         torch.autograd.grad(x, list(m.head.parameters()), retain_graph=True)

@@ -16,8 +16,8 @@ from upstep_fast.cli.commands import main
 from upstep_fast.errors import ConfigError
 from upstep_fast.model import backbone, lora, peft_format
 from upstep_fast.model import registry as catalogue
-from upstep_fast.model.backbone import features
 from upstep_fast.model.formats import checkpoint_files as weights
+from upstep_fast.model.pooling import features
 
 # true widths, heads and patches of timm's own constructors; fewer blocks and smaller images than the real ones
 VARIANTS = {
@@ -72,7 +72,7 @@ def test_every_kind_of_vit_adapts_and_is_served_by_peft(tmp_path, kind):
     for adapter in adapters.values():
         assert adapter.lora_a.grad.flatten(1).any(1).all() and adapter.lora_b.grad.flatten(1).any(1).all()
     optimizer.step()
-    peft_format.save(tmp_path / "adapter", adapters, name)
+    peft_format.save_adapter(tmp_path / "adapter", adapters, name)
 
     with torch.no_grad():
         expected = features(base.vit, x)
@@ -211,7 +211,7 @@ def test_the_list_finds_names_by_part_and_by_glob():
 def test_a_blueprint_is_the_architecture_without_weights(arch):
     vit = catalogue.blueprint(arch)
     assert all(p.device.type == "meta" and not p.requires_grad for p in vit.parameters())
-    assert backbone.why_unsupported(vit) is None
+    assert backbone.unsupported_reason(vit) is None
 
 
 @pytest.mark.long
@@ -225,4 +225,4 @@ def test_every_listed_name_is_supported_and_no_other_is():
         except Exception:
             assert name not in listed  # other families, which have no depth
             continue
-        assert (backbone.why_unsupported(model) is None) == (name in listed), name
+        assert (backbone.unsupported_reason(model) is None) == (name in listed), name

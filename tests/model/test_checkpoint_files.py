@@ -13,9 +13,9 @@ from vit_models import BASE_TINY, assert_same, images, randomised, small
 
 from upstep_fast.errors import ConfigError
 from upstep_fast.model import backbone
-from upstep_fast.model.backbone import features
 from upstep_fast.model.formats import checkpoint_files as weights
 from upstep_fast.model.formats import key_names
+from upstep_fast.model.pooling import features
 
 HF = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, image_size=56, patch_size=14)
 HF_MODELS = {

@@ -21,10 +21,10 @@ import upstep_fast
 from upstep_fast.cli.commands import main
 from upstep_fast.errors import CheckFailedError, ConfigError
 from upstep_fast.model import backbone, lora, peft_format
-from upstep_fast.model.backbone import features
 from upstep_fast.model.export import export as exporting
 from upstep_fast.model.export import writers as export_formats
 from upstep_fast.model.export.export import export
+from upstep_fast.model.pooling import features
 
 BASE_TINY = f"local-dir:{Path(upstep_fast.__file__).parent / 'assets' / 'base_tiny'}"
 SMALL = dict(img_size=56, patch_size=14, embed_dim=48, depth=2, num_heads=3, num_classes=5)
@@ -66,7 +66,7 @@ def make_adapter(folder, name, targets=("q", "k", "v")):
     torch.manual_seed(1)
     for adapter in adapters.values():
         nn.init.normal_(adapter.lora_b, std=0.5)
-    peft_format.save(folder, adapters, name)
+    peft_format.save_adapter(folder, adapters, name)
     return folder
 
 

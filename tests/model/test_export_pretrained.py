@@ -21,7 +21,7 @@ def test_base_mid_on_sketches(shared, tmp_path, kind):
     torch.manual_seed(1)
     for adapter in adapters.values():
         nn.init.normal_(adapter.lora_b, std=0.1)
-    peft_format.save(tmp_path / "adapter", adapters, name)
+    peft_format.save_adapter(tmp_path / "adapter", adapters, name)
     data = (str(shared / "pacs_sketch_64.tar"),)
     done = export(name, tmp_path / "out", adapter=tmp_path / "adapter", format=kind, data=data)
     assert done.difference < BOUND / 10 and done.images == f"16 images of {data[0]}"

@@ -13,7 +13,8 @@ from torch import nn
 import upstep_fast
 from upstep_fast.errors import ConfigError
 from upstep_fast.model import lora, peft_format
-from upstep_fast.model.backbone import features, load
+from upstep_fast.model.backbone import load
+from upstep_fast.model.pooling import features
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=5)
 TARGETS = [
@@ -52,7 +53,7 @@ IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(2))
 @torch.no_grad()
 def test_peft_serves_our_adapter(folder, tmp_path, targets):
     vit, adapters = adapted(folder, targets)
-    peft_format.save(tmp_path / "adapter", adapters, folder)
+    peft_format.save_adapter(tmp_path / "adapter", adapters, folder)
     expected = features(vit, IMAGES)
     base = timm.create_model(folder, pretrained=True).eval()
     assert (features(base, IMAGES) - expected).abs().max() > 1e-2
@@ -106,7 +107,7 @@ def test_only_the_named_parts_change(folder):
 
 def test_alpha_over_rank_survives_the_mapping(folder, tmp_path):
     _, adapters = adapted(folder, ("q", "k", "v"), r=8, alpha=4)
-    peft_format.save(tmp_path / "a", adapters, folder)
+    peft_format.save_adapter(tmp_path / "a", adapters, folder)
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (24, 12, False)
     assert config["base_model_name_or_path"] == folder
@@ -132,14 +133,14 @@ def test_strength_scales_the_merged_update(folder, tmp_path):
 
 
 def test_strength_goes_from_the_first_block_to_the_last_in_a_line(folder, tmp_path):
-    strength = peft_format.by_depth(0.0, 1.0, 5)
+    strength = peft_format.strength_by_depth(0.0, 1.0, 5)
     assert [strength(f"blocks.{i}.attn.qkv") for i in range(5)] == [0, 0.25, 0.5, 0.75, 1]
-    assert peft_format.by_depth(0.5, 0.5, 1)("blocks.0.mlp.fc1") == 0.5
+    assert peft_format.strength_by_depth(0.5, 0.5, 1)("blocks.0.mlp.fc1") == 0.5
     _, adapters = adapted(folder, ("q", "v", "fc1"))
-    peft_format.save(tmp_path / "a", adapters, folder)
+    peft_format.save_adapter(tmp_path / "a", adapters, folder)
     depth = len(load(folder).vit.blocks)
-    of = peft_format.by_depth(0.25, 1.0, depth)
-    peft_format.strengthen(tmp_path / "a", of)
+    of = peft_format.strength_by_depth(0.25, 1.0, depth)
+    peft_format.scale_saved(tmp_path / "a", of)
     found = peft_format.attach(load(folder).vit, tmp_path / "a")
     assert depth > 1 and len({of(name) for name in found}) == depth
     for name, adapter in found.items():
@@ -154,7 +155,7 @@ def test_strength_goes_from_the_first_block_to_the_last_in_a_line(folder, tmp_pa
 @pytest.fixture
 def saved(folder, tmp_path):
     _, adapters = adapted(folder, ("q", "k", "v"))
-    peft_format.save(tmp_path / "adapter", adapters, folder)
+    peft_format.save_adapter(tmp_path / "adapter", adapters, folder)
     return tmp_path / "adapter"
 
 

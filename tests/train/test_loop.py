@@ -13,7 +13,7 @@ from upstep_fast.errors import CheckFailedError, ConfigError, Interrupted, RunFa
 from upstep_fast.methods import gate, registry
 from upstep_fast.methods.schedules import warmup_cosine
 from upstep_fast.methods.upstep.upstep import UpStep
-from upstep_fast.model import backbone, lora, peft_format
+from upstep_fast.model import backbone, lora, peft_format, pooling
 from upstep_fast.train import adapt
 from upstep_fast.train import loop as trainer
 from upstep_fast.train import state as run_state
@@ -50,7 +50,7 @@ def test_a_run_writes_what_is_promised(options, tmp_path):
     adapted = upstep_fast.load_adapted(options["model"], result.adapter)
     base = backbone.load(options["model"]).vit
     x = torch.randn(2, 3, 32, 32)
-    assert (backbone.features(adapted, x) - backbone.features(base, x)).abs().max() > 1e-5
+    assert (pooling.features(adapted, x) - pooling.features(base, x)).abs().max() > 1e-5
 
 
 def test_schedule_is_linear_then_cosine():
@@ -292,7 +292,7 @@ def test_the_engine_sees_every_step_of_the_optimizer(options, monkeypatch):
     def embed(self, views):
         found = real(self, views)
         pictures = torch.cat([self.images(view[None]) for view in views])
-        plain = self.head(backbone.features(self.vit, pictures)).view(*views.shape[:2], -1)
+        plain = self.head(pooling.features(self.vit, pictures)).view(*views.shape[:2], -1)
         differences.append((found.z - torch.nn.functional.normalize(plain, dim=-1)).abs().max().item())
         return found
 

@@ -23,7 +23,7 @@ from upstep_fast.engine import vit as engine
 from upstep_fast.engine.cuda_graphs import graphed
 from upstep_fast.errors import CheckFailedError
 from upstep_fast.model import backbone as backbones
-from upstep_fast.model import lora
+from upstep_fast.model import lora, pooling
 from upstep_fast.runtime.device import Compute, resolve
 from upstep_fast.runtime.machine import _version, device_card, peak_bytes
 from upstep_fast.runtime.timing import _timing, alternate
@@ -79,11 +79,11 @@ def make_variants(
     parameters = [p for a in adapters.values() for p in (a.lora_a, a.lora_b)]
 
     def truth(x: Tensor) -> Tensor:
-        return backbones.features(vit, x)
+        return pooling.features(vit, x)
 
     def reference(x: Tensor) -> Tensor:
         with compute.autocast():
-            return backbones.features(vit, x)
+            return pooling.features(vit, x)
 
     variants: dict[str, Variant] = {}
     if _version("peft"):
@@ -91,7 +91,7 @@ def make_variants(
 
         def eager_peft(x: Tensor) -> Tensor:
             with compute.autocast():
-                return backbones.features(peft_vit, x)
+                return pooling.features(peft_vit, x)
 
         variants["peft"] = eager_peft, peft_parameters
         if config.compile:

@@ -199,14 +199,14 @@ def _plan_config() -> type:
 
 
 def _models(config: Any) -> None:
-    from upstep_fast.engine.fold import why_not
+    from upstep_fast.engine.fold import unsupported_reason
     from upstep_fast.model.registry import blueprint, names, near
 
     found = names(config.pattern)
     if not found:
         raise ConfigError(f"pattern: no model that can be adapted matches {config.pattern!r}; {near(config.pattern)}")
     for name, kind in found:
-        reason = why_not(blueprint(name))
+        reason = unsupported_reason(blueprint(name))
         print(f"{name:<50} {kind:<7} {'engine' if reason is None else f'compiled ({reason})'}")
 
 

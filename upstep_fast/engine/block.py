@@ -39,14 +39,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upstep_fast.engine.fold import FoldedBlock, FoldedLinear
-from upstep_fast.engine.merge import ReadyBlock, factors_of
+from upstep_fast.engine.merge import MergedBlock, factors_of
 from upstep_fast.engine.mlp import hidden, hidden_backward, hidden_forward, linear_hidden
 from upstep_fast.engine.norm_gelu import norm, norm_backward
 from upstep_fast.engine.packing import Sizes, attend, attend_backward
 from upstep_fast.engine.plain_block import run_plain, take
-from upstep_fast.engine.projections import Quantized, wide
-from upstep_fast.engine.qk_norm import meet, meet_backward
-from upstep_fast.engine.rotary import Ropes, turn
+from upstep_fast.engine.projections import Quantized, dequantized
+from upstep_fast.engine.qk_norm import qk_norm, qk_norm_backward
+from upstep_fast.engine.rotary import Ropes, apply_rope
 
 Memory = Literal["fast", "balanced", "lean"]
 Run = Callable[[Tensor, Tensor | None, int], tuple[Tensor, Tensor]]
@@ -82,7 +82,7 @@ def run_blocks(
 def run_block(
     x: Tensor,
     delta: Tensor | None,
-    ready: ReadyBlock,
+    ready: MergedBlock,
     memory: Memory = "fast",
     sizes: Sizes = None,
     ropes: Ropes = None,
@@ -107,7 +107,7 @@ class _Block(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         delta: Tensor | None,
-        ready: ReadyBlock,
+        ready: MergedBlock,
         memory: Memory,
         keep: Any,
         sizes: Sizes,
@@ -143,7 +143,7 @@ class _Block(torch.autograd.Function):
 def _forward(
     x: Tensor,
     delta: Tensor | None,
-    ready: ReadyBlock,
+    ready: MergedBlock,
     trained: Sequence[Tensor],
     keep: tuple[Tensor | None, Tensor | None],
     sizes: Sizes,
@@ -156,7 +156,7 @@ def _forward(
     y = qkv.product(_affine(rows, block, 0, trained))
     if kept is None:
         del h1, rows
-    z = turn(meet(y, block.heads, block.head_norm), block.heads, block.rotary, ropes, sizes)
+    z = apply_rope(qk_norm(y, block.heads, block.head_norm), block.heads, block.rotary, ropes, sizes)
     o, lse = attend(z, block.heads, sizes)
     p = _scaled(proj.product(_normed(o, block)[0]), keep[0])
     h2, middle, rstd2, rows = norm(before, p, block.eps[1], block.fused, block.fp8, block.rms)
@@ -173,7 +173,7 @@ def _forward(
 def _backward(
     d_middle: Tensor,
     d_m: Tensor,
-    ready: ReadyBlock,
+    ready: MergedBlock,
     trained: Sequence[Tensor],
     keep: tuple[Tensor | None, Tensor | None],
     sizes: Sizes,
@@ -191,7 +191,8 @@ def _backward(
         d_of["fc2"] = adapter_gradients(d_m, hidden(u, block), block.fc2, factors["fc2"])
     du = hidden_backward(fc2.input_gradient(d_m), u, block, block.fp8 and "fc1" not in factors)
     if "fc1" in factors:
-        d_of["fc1"] = adapter_gradients(wide(du), wide(_affine(h2, block, 1, trained)), block.fc1, factors["fc1"])
+        h2_affine = dequantized(_affine(h2, block, 1, trained))
+        d_of["fc1"] = adapter_gradients(dequantized(du), h2_affine, block.fc1, factors["fc1"])
     d_h2, d_norm2 = _affine_backward(fc1.input_gradient(du), h2, block, 1, trained)
     del du
     d_middle, rows = norm_backward(d_h2, h2, rstd2, d_middle, block.fused, block.fp8, block.rms)
@@ -199,16 +200,17 @@ def _backward(
     o_hat, o_rstd = _normed(o, block)
     if "proj" in factors:
         d_of["proj"] = adapter_gradients(d_p, o_hat, block.proj, factors["proj"])
-    h1_affine = wide(_affine(h1, block, 0, trained))
+    h1_affine = dequantized(_affine(h1, block, 0, trained))
     y = kept["y"] if "y" in kept else qkv.product(h1_affine)
-    z = meet(y, block.heads, block.head_norm)
+    z = qk_norm(y, block.heads, block.head_norm)
     if z is not kept.get("y"):  # where q and k are not normalised, y was turned in its own place, and kept so
-        z = turn(z, block.heads, block.rotary, ropes, sizes)
+        z = apply_rope(z, block.heads, block.rotary, ropes, sizes)
     d_o = proj.input_gradient(rows if keep[0] is None else d_p)
     if o_rstd is not None:
         d_o, _ = norm_backward(d_o, o_hat, o_rstd, None, block.fused, rms=block.rms)
-    dz = turn(attend_backward(d_o, z, o, lse, block.heads, sizes), block.heads, block.rotary, ropes, sizes, back=True)
-    dy = meet_backward(dz, y, block.heads, block.head_norm)
+    dz = attend_backward(d_o, z, o, lse, block.heads, sizes)
+    dz = apply_rope(dz, block.heads, block.rotary, ropes, sizes, back=True)
+    dy = qk_norm_backward(dz, y, block.heads, block.head_norm)
     if "qkv" in factors:
         d_of["qkv"] = adapter_gradients(dy, h1_affine, block.qkv, factors["qkv"])
     dx: Tensor | None = None
@@ -247,7 +249,7 @@ def _affine(x_hat: Tensor | Quantized, block: FoldedBlock, which: int, trained: 
     pair = _scale_and_shift(block, which, trained)
     if pair is None:
         return x_hat
-    rows = wide(x_hat)
+    rows = dequantized(x_hat)
     return torch.addcmul(pair[1].to(rows.dtype), rows, pair[0].to(rows.dtype))
 
 

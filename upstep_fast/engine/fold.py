@@ -30,7 +30,7 @@ from upstep_fast.engine.packing import Sizes, draw_path
 from upstep_fast.engine.projections import Fp8Weight, to_fp8
 from upstep_fast.engine.qk_norm import HeadNorm
 from upstep_fast.engine.rotary import Rotary
-from upstep_fast.engine.timm_blocks import Vit, norm_kind, parts_of, why_not_block
+from upstep_fast.engine.timm_blocks import Vit, block_unsupported_reason, norm_kind, parts_of
 from upstep_fast.model.lora import LoraLinear
 
 
@@ -112,7 +112,7 @@ class FoldedBlock:
         return draw_path(self.paths[0], x, sizes), draw_path(self.paths[1], x, sizes)
 
 
-def why_not(vit: nn.Module) -> str | None:
+def unsupported_reason(vit: nn.Module) -> str | None:
     """Why the engine cannot run this model, or None if it can run at least some of its blocks."""
     if not isinstance(vit, Vit):
         return f"it is a {type(vit).__name__}"
@@ -120,7 +120,7 @@ def why_not(vit: nn.Module) -> str | None:
         return "its rotary positions differ from block to block"
     if isinstance(vit, Eva) and vit.patch_drop is not None:
         return "it drops patches while training"
-    reasons = [why_not_block(block) for block in vit.blocks]
+    reasons = [block_unsupported_reason(block) for block in vit.blocks]
     if not reasons or None in reasons:
         return None
     return f"block 0 {reasons[0]}"
@@ -134,16 +134,20 @@ def fold(vit: Vit, dtype: torch.dtype, fused: bool | None = None, fp8: bool = Fa
     kernels; None: in 16 bit on a GPU. fp8: frozen weights in row-wise fp8 (precision.py), dtype bf16. Raises
     ValueError if no block can be folded.
     """
-    reason = why_not(vit)
+    reason = unsupported_reason(vit)
     if reason:
         raise ValueError(f"engine: cannot fold this model: {reason}")
     turned = getattr(vit, "rope", None) is not None
-    return [block if why_not_block(block) else _fold_block(block, dtype, fused, fp8, turned) for block in vit.blocks]
+    unfolded = unsupported_blocks(vit)
+    return [
+        block if index in unfolded else _fold_block(block, dtype, fused, fp8, turned)
+        for index, block in enumerate(vit.blocks)
+    ]
 
 
-def left_alone(vit: Vit) -> dict[int, str]:
+def unsupported_blocks(vit: Vit) -> dict[int, str]:
     """The blocks that run as they are beside folded ones, with the reason."""
-    reasons = {index: why_not_block(block) for index, block in enumerate(vit.blocks)}
+    reasons = {index: block_unsupported_reason(block) for index, block in enumerate(vit.blocks)}
     return {index: reason for index, reason in reasons.items() if reason}
 
 

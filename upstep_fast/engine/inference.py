@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from upstep_fast.engine.block import run_block, run_blocks
 from upstep_fast.engine.fold import FoldedBlock
-from upstep_fast.engine.merge import ReadyBlock
+from upstep_fast.engine.merge import MergedBlock
 from upstep_fast.engine.rotary import Ropes
 
 Map = Callable[[Tensor], Tensor]
@@ -21,7 +21,7 @@ Map = Callable[[Tensor], Tensor]
 
 def make_forward_only(
     blocks: Sequence[FoldedBlock | nn.Module],
-    ready: Callable[[], dict[int, ReadyBlock]],
+    ready: Callable[[], dict[int, MergedBlock]],
     embed: Map,
     ropes: Callable[[Tensor], Ropes],
     head: Map,
@@ -35,7 +35,7 @@ def make_forward_only(
     a GPU.
     """
 
-    def forward(images: Tensor, now: dict[int, ReadyBlock], tables: Ropes) -> Tensor:
+    def forward(images: Tensor, now: dict[int, MergedBlock], tables: Ropes) -> Tensor:
         def run(x: Tensor, delta: Tensor | None, index: int) -> tuple[Tensor, Tensor]:
             return run_block(x, delta, now[index], ropes=tables)
 

@@ -12,37 +12,37 @@ import torch
 from torch import Tensor, nn
 
 from upstep_fast.engine.fold import FoldedBlock, FoldedLinear
-from upstep_fast.engine.projections import Apart, Fp8Weight, Merged, Projection
+from upstep_fast.engine.projections import Fp8Projection, Fp8Weight, MergedProjection, Projection
 
 
 @dataclass(frozen=True)
-class ReadyBlock:
+class MergedBlock:
     """A folded block with its adapters merged, and what of it is trained: `FoldedBlock.trained`, without gradients."""
 
     block: FoldedBlock
     merged: list[Projection]  # qkv, proj, fc1, fc2
     trained: list[Tensor]
 
-    def update(self, new: ReadyBlock) -> None:
+    def update(self, new: MergedBlock) -> None:
         """Write `new` into the same memory, which a CUDA graph reads."""
         for before, now in zip(self.merged, new.merged, strict=True):
-            if isinstance(before, Merged) and isinstance(now, Merged):
+            if isinstance(before, MergedProjection) and isinstance(now, MergedProjection):
                 _copy((before.weight, before.bias), (now.weight, now.bias))
-            elif isinstance(before, Apart) and isinstance(now, Apart):
+            elif isinstance(before, Fp8Projection) and isinstance(now, Fp8Projection):
                 _copy(before.factors or (), now.factors or ())
         _copy(self.trained, new.trained)
 
 
-def make_ready(blocks: Sequence[FoldedBlock | nn.Module]) -> Callable[[], dict[int, ReadyBlock]]:
+def make_merger(blocks: Sequence[FoldedBlock | nn.Module]) -> Callable[[], dict[int, MergedBlock]]:
     """A function that gives every folded block, by its index, with its adapters merged as they are now.
 
     What is trained is merged at every call: fused optimizers do not move version counters (torch 2.15), so a change
     cannot be seen. What is frozen is merged again when its version has moved.
     """
-    ready: dict[int, ReadyBlock] = {}
+    ready: dict[int, MergedBlock] = {}
     versions: list[int] = []
 
-    def refresh() -> dict[int, ReadyBlock]:
+    def refresh() -> dict[int, MergedBlock]:
         folded = {index: block for index, block in enumerate(blocks) if isinstance(block, FoldedBlock)}
         sources = [p for block in folded.values() for p in block.sources()]
         now = [p._version for p in sources]
@@ -64,11 +64,12 @@ def merge(linear: FoldedLinear, factors: Sequence[Tensor] | None, into: Projecti
     """
     if isinstance(linear.weight, Fp8Weight):
         low = None if factors is None else [f.detach().to(linear.bias.dtype) for f in factors]
-        return Apart(linear.weight, linear.bias, low, linear.parts)
+        return Fp8Projection(linear.weight, linear.bias, low, linear.parts)
     if factors is None:
-        return Merged(linear.weight, linear.bias)
+        return MergedProjection(linear.weight, linear.bias)
     a, shift, b = (f.detach() for f in factors)
-    merged = into if isinstance(into, Merged) else Merged(linear.weight.clone(), linear.bias.clone())
+    merged = MergedProjection(linear.weight.clone(), linear.bias.clone()) if into is None else into
+    assert isinstance(merged, MergedProjection)
     num_rows = b.shape[1]
     for t, part in enumerate(linear.parts):
         rows = slice(part * num_rows, (part + 1) * num_rows)
@@ -100,9 +101,9 @@ def _copy(before: Sequence[Tensor], now: Sequence[Tensor]) -> None:
             tensor.copy_(value)
 
 
-def _merge_block(block: FoldedBlock, before: ReadyBlock | None) -> ReadyBlock:
+def _merge_block(block: FoldedBlock, before: MergedBlock | None) -> MergedBlock:
     # in fp32 whatever autocast the caller is in
     with torch.autocast(block.qkv.bias.device.type, enabled=False):
         trained = [tensor.detach() for tensor in block.trained()]
         merged = merge_all(block, trained, before.merged) if before else merge_all(block, trained)
-        return ReadyBlock(block, merged, trained)
+        return MergedBlock(block, merged, trained)

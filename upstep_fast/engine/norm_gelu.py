@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upstep_fast.engine.projections import Merged, Projection, Quantized
+from upstep_fast.engine.projections import MergedProjection, Projection, Quantized
 from upstep_fast.kernels.gelu import gelu_backward as backward_from_byte
 from upstep_fast.kernels.gelu import gelu_forward as forward_with_byte
 from upstep_fast.kernels.layer_norm import eager as layer_norm_plain
@@ -92,7 +92,7 @@ def gelu(u: Tensor, activation: str) -> Tensor:
 
 def linear_gelu(x: Tensor | Quantized, projection: Projection, activation: str) -> Tensor:
     """Gelu of the product, where nothing is kept; x: [..., K]."""
-    if activation == "tanh" and isinstance(x, Tensor) and x.is_cuda and isinstance(projection, Merged):
+    if activation == "tanh" and isinstance(x, Tensor) and x.is_cuda and isinstance(projection, MergedProjection):
         # the form that cuBLAS has in the product's epilogue
         y = torch._addmm_activation(projection.bias, x.flatten(0, -2), projection.weight.T, use_gelu=True)
         return y.view(*x.shape[:-1], -1)

@@ -27,7 +27,7 @@ class Quantized:
 
     q: Tensor
     scale: Tensor
-    wide: Tensor | None  # None where nobody wants it
+    dequantized: Tensor | None  # None where nobody wants it
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Fp8Weight:
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergedProjection:
     """The frozen weight with the adapter added, rounded once to the compute type."""
 
     weight: Tensor  # [N, K]
@@ -59,7 +59,7 @@ class Merged:
 
 
 @dataclass(frozen=True)
-class Apart:
+class Fp8Projection:
     """The frozen weight in fp8, and the adapter beside it."""
 
     weight: Fp8Weight
@@ -72,7 +72,7 @@ class Apart:
         y = _scaled(x, self.weight.q, self.weight.scale, self.bias)
         if self.factors is not None:
             a, shift, b = self.factors
-            low = F.linear(wide(x), a.flatten(0, 1), shift.flatten()).unflatten(-1, shift.shape)
+            low = F.linear(dequantized(x), a.flatten(0, 1), shift.flatten()).unflatten(-1, shift.shape)
             for t, rows in enumerate(self._rows(b)):
                 y[..., rows] += low[..., t, :] @ b[t].T
         return y
@@ -83,14 +83,14 @@ class Apart:
         if self.factors is not None:
             a, _, b = self.factors
             for t, rows in enumerate(self._rows(b)):
-                dx += (wide(dy)[..., rows] @ b[t]) @ a[t]
+                dx += (dequantized(dy)[..., rows] @ b[t]) @ a[t]
         return dx
 
     def _rows(self, b: Tensor) -> list[slice]:
         return [slice(part * b.shape[1], (part + 1) * b.shape[1]) for part in self.parts]
 
 
-Projection = Merged | Apart
+Projection = MergedProjection | Fp8Projection
 
 
 def to_fp8(weight: Tensor) -> Fp8Weight:
@@ -98,12 +98,12 @@ def to_fp8(weight: Tensor) -> Fp8Weight:
     return Fp8Weight(*quantize(weight), *quantize(weight.T.contiguous()))
 
 
-def wide(x: Tensor | Quantized) -> Tensor:
+def dequantized(x: Tensor | Quantized) -> Tensor:
     """The rows in the compute type."""
     if isinstance(x, Tensor):
         return x
-    assert x.wide is not None, "engine: rows that an adapter wants were given in fp8 alone"
-    return x.wide
+    assert x.dequantized is not None, "engine: rows that an adapter wants were given in fp8 alone"
+    return x.dequantized
 
 
 def _scaled(x: Tensor | Quantized, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:

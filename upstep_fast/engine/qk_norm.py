@@ -25,7 +25,7 @@ class HeadNorm:
     rms: bool
 
 
-def meet(y: Tensor, heads: int, norm: HeadNorm | None) -> Tensor:
+def qk_norm(y: Tensor, heads: int, norm: HeadNorm | None) -> Tensor:
     """Z from y, packed qkv [..., 3 D]; y itself where nothing is done."""
     if norm is None:
         return y
@@ -37,7 +37,7 @@ def meet(y: Tensor, heads: int, norm: HeadNorm | None) -> Tensor:
     return z
 
 
-def meet_backward(dz: Tensor, y: Tensor, heads: int, norm: HeadNorm | None) -> Tensor:
+def qk_norm_backward(dz: Tensor, y: Tensor, heads: int, norm: HeadNorm | None) -> Tensor:
     """Dy from dz, written over it, and from y."""
     if norm is not None:
         q_k, d_q_k = _split(y, heads)[0], _split(dz, heads)[0]

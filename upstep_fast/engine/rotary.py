@@ -31,7 +31,7 @@ class Rotary:
     half: bool  # pairs stand half a head apart; else side by side
 
 
-def turn(y: Tensor, heads: int, rotary: Rotary | None, ropes: Ropes, sizes: Sizes, back: bool = False) -> Tensor:
+def apply_rope(y: Tensor, heads: int, rotary: Rotary | None, ropes: Ropes, sizes: Sizes, back: bool = False) -> Tensor:
     """Turn q and k in y, packed qkv [..., 3 D], in place; gives y. back: by the opposite angles."""
     if rotary is None:
         return y

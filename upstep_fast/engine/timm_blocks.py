@@ -46,7 +46,7 @@ class Parts:
 
 
 def parts_of(block: Any) -> Parts:
-    """The parts of a block for which `why_not_block` has no reason."""
+    """The parts of a block for which `block_unsupported_reason` has no reason."""
     attention, mlp = block.attn, block.mlp
     return Parts(
         norms=(block.norm1, block.norm2),
@@ -77,7 +77,7 @@ def norm_kind(norm: nn.Module) -> str | None:
     return "rms" if is_rms and norm.weight is not None and norm.eps is not None else None
 
 
-def why_not_block(block: Any) -> str | None:
+def block_unsupported_reason(block: Any) -> str | None:
     """Why the engine cannot run this block, as the rest of a sentence, or None if it can."""
     return next(_reasons(block), None)
 

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 from upstep_fast.engine.block import Memory, run_block, run_blocks
 from upstep_fast.engine.cuda_graphs import graphed
-from upstep_fast.engine.fold import FoldedBlock, fold, left_alone, why_not
+from upstep_fast.engine.fold import FoldedBlock, fold, unsupported_blocks, unsupported_reason
 from upstep_fast.engine.inference import make_forward_only
-from upstep_fast.engine.merge import ReadyBlock, make_ready
+from upstep_fast.engine.merge import MergedBlock, make_merger
 from upstep_fast.engine.packing import pack, sizes_of, unpack
 from upstep_fast.engine.rotary import Ropes, make_ropes, without_rope
 from upstep_fast.engine.stale_check import watch
 from upstep_fast.engine.timm_blocks import Vit, grid_of
 from upstep_fast.errors import ConfigError
 from upstep_fast.kernels.patchify import patchify
-from upstep_fast.model.backbone import pooled
+from upstep_fast.model.pooling import pooled
 
 log = logging.getLogger("upstep_fast")
 
@@ -39,7 +39,7 @@ class EngineViT:
     dtype: torch.dtype
     memory: Memory
     check_unchanged: Callable[[], None]  # raises RuntimeError if `vit` is not what was folded
-    ready: Callable[[], dict[int, ReadyBlock]]  # the folded blocks with the adapters merged as they are now
+    ready: Callable[[], dict[int, MergedBlock]]  # the folded blocks with the adapters merged as they are now
     embed: Callable[[Tensor], Tensor]  # images, or their patches -> tokens [B, N, D] in `dtype`
     ropes: Callable[[Tensor], Ropes]  # the same -> their rotary table; None: the model has none
     forward_only: Callable[[Tensor], Tensor]
@@ -97,7 +97,7 @@ def build(
     blocks = fold(vit, dtype, fused, fp8)
     tokens, ropes = partial(embed, without_rope(vit), dtype=dtype), make_ropes(vit)
     device = next(vit.parameters()).device
-    ready, last = make_ready(blocks), partial(head, vit, pool=pool)
+    ready, last = make_merger(blocks), partial(head, vit, pool=pool)
     forward_only = make_forward_only(blocks, ready, tokens, ropes, last, device, compiled)
     return EngineViT(vit, blocks, dtype, memory, watch(vit), ready, tokens, ropes, forward_only, last)
 
@@ -130,10 +130,10 @@ def choose(
     graphs: replayed as CUDA graphs (graphs.py). pool: as for `build`; `otherwise` does the same.
     Raises ConfigError for a model the engine cannot run with them.
     """
-    reason = why_not(vit)
+    reason = unsupported_reason(vit)
     if reason is None:
         assert isinstance(vit, Vit)
-        for index, why in left_alone(vit).items():
+        for index, why in unsupported_blocks(vit).items():
             log.info("engine: block %d runs as it is, since it %s", index, why)
         built = build(vit, dtype, memory, fp8=fp8, pool=pool)
         return graphed(vit, built.features, built.check_unchanged) if graphs else built.features
@@ -163,7 +163,7 @@ def patch_embed(vit: Vit, images: Tensor) -> Tensor:
 
 def patch_side(vit: nn.Module) -> int:
     """P, the side of the patches that the engine's `features` takes in place of images; 0: it takes images only."""
-    return _side_of_square_patches(vit) if isinstance(vit, Vit) and why_not(vit) is None else 0
+    return _side_of_square_patches(vit) if isinstance(vit, Vit) and unsupported_reason(vit) is None else 0
 
 
 def _side_of_square_patches(vit: Vit) -> int:

@@ -19,7 +19,7 @@ from upstep_fast.errors import DataError
 from upstep_fast.evaluation import whitening
 from upstep_fast.evaluation.whitening import Whitening
 from upstep_fast.model import backbone as backbones
-from upstep_fast.model import lora, peft_format
+from upstep_fast.model import lora, peft_format, pooling
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime.device import Compute
@@ -71,11 +71,12 @@ def extract(
     compute: Compute,
     patches: bool = True,
 ) -> tuple[dict[str, Tensor], list[int]]:
-    """Of every readable image by each model: features and mean patch token, [N, P, D] (`backbone.parts`), each of unit
-    length; and the images' indices. patches: False: the features alone, P = 1.
+    """Run every model on every readable image. Returns {model: [N, P, D]} of unit length and the images' indices.
+
+    patches: append the mean patch token (`pooling.pooled_and_patch_mean`); False: pooled features only, P = 1.
     """
     base = models["base"]
-    pool = backbones.parts if patches else backbones.alone
+    pool = pooling.pooled_and_patch_mean if patches else pooling.pooled_only
     runs = {name: _parts_of(model, config, compute, pool) for name, model in models.items()}
     rows: dict[str, list[Tensor]] = {name: [] for name in models}
     read: list[int] = []
@@ -83,14 +84,14 @@ def extract(
     batches = load_images(
         source,
         distributed.own_part(len(source)),
-        **base.reading,
+        **base.eval_transform_args,
         batch_size=config.batch_size,
         num_workers=config.num_workers,
         max_bad_fraction=config.max_bad_fraction,
         skipped=skipped,
     )
     for indices, images in batches:
-        x = base.normalised(images.to(compute.device))
+        x = base.normalized(images.to(compute.device))
         read += indices.tolist()
         for name, run in runs.items():
             with compute.autocast():
@@ -104,7 +105,7 @@ def extract(
             f"data: none of the {len(source)} images could be read; the first: {next(iter(skipped.items()))}"
         )
     # a rank without images has none to tell the shape of
-    num = {name: backbones.num_parts(model.vit) if patches else 1 for name, model in models.items()}
+    num = {name: pooling.num_parts(model.vit) if patches else 1 for name, model in models.items()}
     nothing = {name: torch.empty(0, num[name], model.width) for name, model in models.items()}
     own = {name: torch.cat(parts) if parts else nothing[name] for name, parts in rows.items()}
     return {name: torch.cat(distributed.gather_parts(x)) for name, x in own.items()}, read

@@ -34,4 +34,4 @@ def result_files(
     names: of the trained parameters, those of the adapters too.
     """
     whole = sorted(name for name in names if not name.endswith(("lora_a", "lora_b")))
-    return peft_format.to_files(adapters, base_model, whole={name: vit.get_parameter(name) for name in whole})
+    return peft_format.adapter_files(adapters, base_model, whole={name: vit.get_parameter(name) for name in whole})

@@ -42,7 +42,7 @@ class Backbone:
     model_args: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def reading(self) -> dict[str, Any]:
+    def eval_transform_args(self) -> dict[str, Any]:
         """How images are read for evaluation, as keywords of `data.loader.load_images`; see `normalised` then."""
         return {
             "size": self.img_size,
@@ -51,7 +51,7 @@ class Backbone:
             "channels": len(self.mean),
         }
 
-    def normalised(self, images: Tensor) -> Tensor:
+    def normalized(self, images: Tensor) -> Tensor:
         """images: [B, C, H, W] on a 0..1 scale -> what the model takes."""
         return normalize(images, self.mean, self.std)
 
@@ -59,37 +59,6 @@ class Backbone:
     def blocks(self) -> nn.Sequential | nn.ModuleList:
         """The transformer blocks."""
         return self.vit.blocks
-
-
-def features(vit: nn.Module, images: Tensor) -> Tensor:
-    """What the model gives its classifier: the class token or the mean, after the final norm.
-
-    images: [B, C, H, W], normalised. Returns [B, D].
-    """
-    return pooled(vit, vit.forward_features(images))  # type: ignore[operator]
-
-
-def pooled(vit: nn.Module, tokens: Tensor) -> Tensor:
-    """The features of tokens after the final norm: [B, N, D] -> [B, D]."""
-    return vit.forward_head(tokens, pre_logits=True)  # type: ignore[operator]
-
-
-def parts(vit: nn.Module, tokens: Tensor) -> Tensor:
-    """The features, and the mean of the patch tokens where that is not what they are: [B, N, D] -> [B, 1 or 2, D]."""
-    found = [pooled(vit, tokens)]
-    if num_parts(vit) == 2:
-        found.append(tokens[:, vit.num_prefix_tokens :].mean(1))
-    return torch.stack(found, 1)
-
-
-def alone(vit: nn.Module, tokens: Tensor) -> Tensor:
-    """The features as the only part: [B, N, D] -> [B, 1, D]."""
-    return pooled(vit, tokens)[:, None]
-
-
-def num_parts(vit: nn.Module) -> int:
-    """How many `parts` there are."""
-    return 1 if vit.global_pool == "avg" else 2
 
 
 def load(
@@ -125,7 +94,7 @@ def load(
         vit = _create(source.arch, False, source.model_args | options, name)
         if source.eps is not None:
             _set_eps(vit, source.eps)
-    reason = why_unsupported(vit)
+    reason = unsupported_reason(vit)
     if reason:
         raise ConfigError(f"model: {name} is not supported: {reason}; {catalogue.near(source.arch)}")
     if source.checkpoint is not None and pretrained:
@@ -166,7 +135,7 @@ def load_from(config: BackboneConfig, *, pretrained: bool = True) -> Backbone:
     )
 
 
-def why_unsupported(model: nn.Module) -> str | None:
+def unsupported_reason(model: nn.Module) -> str | None:
     """Why this model cannot be adapted here, or None if it can."""
     if not isinstance(model, (VisionTransformer, Eva)):
         return f"it is a {type(model).__name__}, not a plain VisionTransformer of timm"

@@ -35,12 +35,12 @@ BARE = "bare_parameters.safetensors"
 _PREFIX = "base_model.model."
 
 
-def save(folder: str | Path, adapters: Mapping[str, LoraLinear], base_model: str) -> None:
+def save_adapter(folder: str | Path, adapters: Mapping[str, LoraLinear], base_model: str) -> None:
     """Write adapter_config.json and adapter_model.safetensors, each replaced whole or not at all."""
-    write(folder, to_files(adapters, base_model))
+    write_files(folder, adapter_files(adapters, base_model))
 
 
-def write(folder: str | Path, files: Mapping[str, bytes]) -> None:
+def write_files(folder: str | Path, files: Mapping[str, bytes]) -> None:
     """Write the files of an adapter, each replaced whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def write(folder: str | Path, files: Mapping[str, bytes]) -> None:
         write_whole(folder / name, data)
 
 
-def by_depth(first: float, last: float, depth: int) -> Callable[[str], float]:
+def strength_by_depth(first: float, last: float, depth: int) -> Callable[[str], float]:
     """Strengths of the blocks of a model of that depth, in a line from `first` to `last`: of a module, by its name."""
 
     def strength(name: str) -> float:
@@ -59,7 +59,7 @@ def by_depth(first: float, last: float, depth: int) -> Callable[[str], float]:
     return strength
 
 
-def strengthen(folder: str | Path, strength: Callable[[str], float]) -> None:
+def scale_saved(folder: str | Path, strength: Callable[[str], float]) -> None:
     """Multiplies a saved adapter's scales, in its alphas: below 1 a module lies between base and adapted model."""
     path = Path(folder) / CONFIG
     config = json.loads(path.read_text())
@@ -70,7 +70,7 @@ def strengthen(folder: str | Path, strength: Callable[[str], float]) -> None:
     write_whole(path, (json.dumps(config, indent=2) + "\n").encode())
 
 
-def to_files(
+def adapter_files(
     adapters: Mapping[str, LoraLinear], base_model: str, *, whole: Mapping[str, Tensor] | None = None
 ) -> dict[str, bytes]:
     """The files of an adapter in PEFT's format, by name; whole: parameters that were trained as they are, by name."""
@@ -175,7 +175,7 @@ def fingerprint(folder: str | Path) -> str:
     return hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files if f.is_file())).hexdigest()
 
 
-def trained_whole(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def fully_trained(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The parameters in an adapter folder that were trained as they are: those of modules, and bare ones, by name."""
     config, tensors, bare = _read(Path(folder))
     return _sort(config, tensors, Path(folder))[1], bare

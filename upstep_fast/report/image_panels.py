@@ -33,6 +33,7 @@ from upstep_fast.data.loading.skipped import read_image
 from upstep_fast.data.sources.source import Source, open_source
 from upstep_fast.evaluation.features import load_models
 from upstep_fast.model import backbone as backbones
+from upstep_fast.model import pooling
 from upstep_fast.report.neighbours import nearest
 from upstep_fast.report.pca_plot import principal
 from upstep_fast.runtime.atomic_file import write_whole
@@ -83,7 +84,7 @@ def look(config: AdaptConfig, compute: Compute, source: Source, out: Path) -> Pi
     batches = load_images(
         source,
         chosen,
-        **base.reading,
+        **base.eval_transform_args,
         batch_size=32,
         num_workers=config.num_workers,
         max_bad_fraction=1.0,
@@ -91,10 +92,10 @@ def look(config: AdaptConfig, compute: Compute, source: Source, out: Path) -> Pi
     for model in models.values():
         model.vit.to(compute.device)
     for at, images in batches:
-        x = base.normalised(images.to(compute.device))
+        x = base.normalized(images.to(compute.device))
         for when, model in zip(rows, (base, models["adapted"]), strict=True):
             with compute.autocast():
-                f = backbones.features(model.vit, x)
+                f = pooling.features(model.vit, x)
             rows[when].append(F.normalize(f.float(), dim=-1).cpu())
         indices += at.tolist()
         thumbs += [thumbnail((255 * image).round().byte()) for image in images]

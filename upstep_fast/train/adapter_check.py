@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from upstep_fast.errors import CheckFailedError
-from upstep_fast.model import backbone as backbones
-from upstep_fast.model import lora
+from upstep_fast.model import lora, pooling
 from upstep_fast.runtime.device import Compute
 from upstep_fast.train.state import RunState
 
@@ -35,8 +34,8 @@ def check_adapter(state: RunState, images: Tensor, compute: Compute, out: Path) 
     if not method.adapters:  # every weight was trained: there is no base model left to compare with
         return
     with compute.autocast():
-        adapted = backbones.features(method.vit, images[:32])
+        adapted = pooling.features(method.vit, images[:32])
         with lora.disabled(method.adapters.values()):
-            base = backbones.features(method.vit, images[:32])
+            base = pooling.features(method.vit, images[:32])
     if torch.equal(adapted, base):
         raise CheckFailedError(f"adapter: features with and without it are the same; the adapter in {out} does nothing")

@@ -133,7 +133,8 @@ def _train(
                 referee.settle()
             ends = config.strength if config.strength_first is None else config.strength_first, config.strength
             if "auto" not in ends and ends != (1.0, 1.0) and distributed.is_first():
-                peft_format.strengthen(out / "adapter", peft_format.by_depth(*ends, len(state.method.vit.blocks)))  # type: ignore[arg-type]
+                strengths = peft_format.strength_by_depth(*ends, len(state.method.vit.blocks))  # type: ignore[arg-type]
+                peft_format.scale_saved(out / "adapter", strengths)
     return AdaptResult(out / "adapter", state.step, state.gate.num_updates, state.loss, time.monotonic() - began)
 
 
@@ -224,7 +225,7 @@ def _kept(state: RunState, loader: Loader, journal: Journal, taken: Iterable[Any
             for row, _ in taken:
                 journal.write(row, state.gate)
         if state.gate.num_updates:
-            peft_format.write(out / "adapter", state.method.result_files())
+            peft_format.write_files(out / "adapter", state.method.result_files())
         loader.write_skipped(out / "skipped.csv")
 
     try:

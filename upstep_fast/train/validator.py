@@ -31,7 +31,7 @@ from upstep_fast.data.views.views import random_views
 from upstep_fast.errors import CheckFailedError, DataError
 from upstep_fast.evaluation.label_free import CLEARLY_WORSE, judge, predicted_gain
 from upstep_fast.model import backbone as backbones
-from upstep_fast.model import lora, peft_format
+from upstep_fast.model import lora, peft_format, pooling
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime.atomic_file import write_whole
 from upstep_fast.runtime.device import Compute
@@ -88,7 +88,7 @@ class Referee:
         if not distributed.is_first():
             return
         if before is None or row["predicted_gain"] > before["predicted_gain"] or row["step"] == before["step"]:
-            peft_format.write(self._out / BEST, state.method.result_files())
+            peft_format.write_files(self._out / BEST, state.method.result_files())
         rows = [self.looks[step] for step in sorted(self.looks)]
         write_whole(self._out / LOOKS, "".join(json.dumps(r) + "\n" for r in rows).encode())
 
@@ -125,14 +125,14 @@ class Referee:
                 best["predicted_gain"],
             )
         if distributed.is_first():
-            peft_format.write(adapter, {path.name: path.read_bytes() for path in (self._out / BEST).iterdir()})
+            peft_format.write_files(adapter, {path.name: path.read_bytes() for path in (self._out / BEST).iterdir()})
         if "auto" in (self._config.strength, self._config.strength_first):
             first, last = self._strongest(self._out / BEST)
             log.info(
                 "judge: strength %g in the first block, %g in the last has the largest predicted gain", first, last
             )
             if distributed.is_first():
-                peft_format.strengthen(adapter, peft_format.by_depth(first, last, self._depth))
+                peft_format.scale_saved(adapter, peft_format.strength_by_depth(first, last, self._depth))
         log.info("judge: the adapter is that of step %d", best["step"])
 
     def _strongest(self, folder: Path) -> tuple[float, float]:
@@ -141,7 +141,7 @@ class Referee:
 
         def gain(first: float, last: float) -> float:
             vit = backbones.load_from(self._config).vit
-            of = peft_format.by_depth(first, last, self._depth)
+            of = peft_format.strength_by_depth(first, last, self._depth)
             for name, adapter in peft_format.attach(vit, folder).items():
                 adapter.scale *= of(name)
             return predicted_gain(judge(self._base, self._features(lora.merge(vit).to(self._compute.device))))
@@ -158,7 +158,7 @@ class Referee:
     @torch.no_grad()
     def _features(self, vit: nn.Module) -> Tensor:
         with self._compute.autocast():
-            parts = [backbones.features(vit, x).float() for x in self._views.flatten(0, 1).split(128)]
+            parts = [pooling.features(vit, x).float() for x in self._views.flatten(0, 1).split(128)]
         return torch.cat(parts).cpu().view(*self._views.shape[:2], -1)
 
 

@@ -33,12 +33,13 @@ from upstep_fast.errors import ConfigError
 from upstep_fast.methods import trainable
 from upstep_fast.methods.embeddings import Embeddings, embedded
 from upstep_fast.methods.explora import unfreeze as explora
-from upstep_fast.methods.explora.tokens import Encoder, embed, grid_of, pooled
+from upstep_fast.methods.explora.tokens import Encoder, embed, grid_of
 from upstep_fast.methods.losses import mae
 from upstep_fast.methods.schedules import warmup_cosine
 from upstep_fast.model import lora
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.model.formats import checkpoint_files as weights
+from upstep_fast.model.pooling import pooled
 
 log = logging.getLogger("upstep_fast")
 

@@ -16,8 +16,9 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
 from upstep_fast.engine.block import Memory
-from upstep_fast.engine.fold import why_not
+from upstep_fast.engine.fold import unsupported_reason
 from upstep_fast.engine.vit import EngineViT, build
+from upstep_fast.model.pooling import pooled
 
 
 def grid_of(vit: Any, height: int, width: int) -> tuple[int, int]:
@@ -77,7 +78,7 @@ class Encoder:
 
     def accelerate(self, dtype: torch.dtype, memory: Memory, fp8: bool = False) -> str | None:
         """Folds the frozen blocks for the engine. Returns why it cannot, if it cannot."""
-        reason = why_not(self.vit)
+        reason = unsupported_reason(self.vit)
         if reason is None:
             self._engine = build(self.vit, dtype, memory, fp8=fp8)
         return reason
@@ -98,11 +99,6 @@ class Encoder:
             return torch.cat([group.flatten(0, 1) for group in self(*groups)])[wanted]
         with torch.autocast(wanted.device.type, enabled=False):
             return self.vit.norm(self._engine.rows_through_blocks(groups, wanted).float())
-
-
-def pooled(vit: Any, x: Tensor) -> Tensor:
-    """What the model gives its classifier, of normalised tokens: [B, N, D] -> [B, D]."""
-    return vit.forward_head(x, pre_logits=True)
 
 
 def seen(vit: Any, encoder: Encoder, groups: Sequence[Tensor], places: Tensor) -> tuple[Tensor, Tensor]:

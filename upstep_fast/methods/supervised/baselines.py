@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from upstep_fast.engine import vit as engine
 from upstep_fast.model import lora
-from upstep_fast.model.backbone import Backbone, features
+from upstep_fast.model.backbone import Backbone
+from upstep_fast.model.pooling import features
 
 HEAD_STD = 0.02
 

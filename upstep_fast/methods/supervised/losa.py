@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from upstep_fast.engine import vit as engine
 from upstep_fast.engine.block import run_block
-from upstep_fast.engine.fold import why_not
+from upstep_fast.engine.fold import unsupported_reason
 from upstep_fast.kernels import low_rank_mixer
 from upstep_fast.model.backbone import Backbone
 
@@ -226,7 +226,7 @@ class Losa(nn.Module):
 
 def make_stream(vit: nn.Module, dtype: torch.dtype, fp8: bool = False) -> Stream:
     """Run a frozen ViT without gradient and hands every block's output, [B, N, D] in `dtype`, to a function."""
-    reason = why_not(vit)
+    reason = unsupported_reason(vit)
     if reason is None:
         return partial(_stream_engine, engine.build(vit, dtype, fp8=fp8))  # type: ignore[arg-type]
     log.warning("engine: running the plain model instead, since %s", reason)

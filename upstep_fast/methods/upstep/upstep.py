@@ -41,7 +41,8 @@ from upstep_fast.methods.upstep.adapter_ema import Average
 from upstep_fast.methods.upstep.head import make_head, make_prototypes
 from upstep_fast.methods.upstep.multicrop import Crops, take_any_size
 from upstep_fast.model import lora
-from upstep_fast.model.backbone import Backbone, features
+from upstep_fast.model.backbone import Backbone
+from upstep_fast.model.pooling import features
 from upstep_fast.runtime import distributed
 
 ONE_DIRECTION = 0.999  # a centre of unit embeddings this long means collapse (METHODS 1.2)

@@ -26,8 +26,9 @@ from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import CheckFailedError, ConfigError, RunFailedError
 from upstep_fast.model import backbone as backbones
 from upstep_fast.model import lora, peft_format
-from upstep_fast.model.backbone import Backbone, features
+from upstep_fast.model.backbone import Backbone
 from upstep_fast.model.export.writers import WRITERS, Job, Written
+from upstep_fast.model.pooling import features
 
 BOUND = 1e-4
 IMAGES = 16  # of the user's that the comparison sees
@@ -113,7 +114,7 @@ def _images(config: ExportConfig, base: Backbone) -> tuple[Tensor, str]:
     batches = load_images(
         source,
         range(min(count, len(source))),
-        **base.reading | {"channels": stored},
+        **base.eval_transform_args | {"channels": stored},
         max_bad_fraction=1.0,
     )
     pixels = torch.cat([images for _, images in batches] or [torch.empty(0)])
@@ -125,7 +126,7 @@ def _images(config: ExportConfig, base: Backbone) -> tuple[Tensor, str]:
             pixels[:, torch.arange(channels) % 3],
             f"{len(pixels)} of upstep-fast's own photographs ({PHOTOS})",
         )
-    return base.normalised(pixels), seen
+    return base.normalized(pixels), seen
 
 
 def _card(config: ExportConfig, base: Backbone, written: Written, difference: float, seen: str) -> str:

@@ -20,10 +20,11 @@ from upstep_fast.config.tools import ExportConfig
 from upstep_fast.errors import ConfigError
 from upstep_fast.model import backbone as backbones
 from upstep_fast.model import lora, peft_format
-from upstep_fast.model.backbone import Backbone, features
+from upstep_fast.model.backbone import Backbone
 from upstep_fast.model.formats import checkpoint_files as weights
 from upstep_fast.model.formats import hf_config, key_names
 from upstep_fast.model.formats.key_names import State
+from upstep_fast.model.pooling import features
 from upstep_fast.model.registry import HUB
 
 ANY_BATCH = {"images": {0: torch.export.Dim("batch", min=1)}}
@@ -99,8 +100,8 @@ def _peft(job: Job) -> Written:
     hub = vit.pretrained_cfg.get("hf_hub_id")
     name = f"{HUB}{hub}" if hub and timm.is_model(job.config.model.partition(".")[0]) else job.config.model
     assert job.config.adapter is not None
-    whole, bare = peft_format.trained_whole(job.config.adapter)
-    peft_format.write(job.folder, peft_format.to_files(job.adapters, name, whole=whole | bare))
+    whole, bare = peft_format.fully_trained(job.config.adapter)
+    peft_format.write_files(job.folder, peft_format.adapter_files(job.adapters, name, whole=whole | bare))
     biased = getattr(vit.blocks[0].attn, "q_bias", None) is not None
 
     def measure(images: Tensor) -> Tensor:
@@ -124,7 +125,7 @@ def _peft(job: Job) -> Written:
 
 def _dinov2(job: Job) -> Written:
     vit: Any = job.base.vit
-    reason = hf_config.why_not_dinov2(vit)
+    reason = hf_config.dinov2_unsupported_reason(vit)
     if reason:
         raise ConfigError(f"format: dinov2 cannot express this model: {reason}; use --format timm or onnx")
     path = job.folder / "model.pth"  # what DINOv2's own loader reads; tensors only, so weights_only=True reads it too

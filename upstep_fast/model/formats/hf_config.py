@@ -78,7 +78,7 @@ def timm_args(config: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any
 
 def describe(vit: Any) -> dict[str, Any]:
     """The transformers configuration of a timm ViT. Raises ConfigError naming what transformers cannot express."""
-    reason = _why_not(vit)
+    reason = _unsupported_reason(vit)
     if reason:
         raise ConfigError(f"format: hf cannot express this model: {reason}; use --format timm or onnx")
     if isinstance(vit, Eva):
@@ -166,7 +166,7 @@ def _common(vit: Any) -> dict[str, Any]:
     }
 
 
-def _why_not(vit: Any) -> str | None:
+def _unsupported_reason(vit: Any) -> str | None:
     block: Any = vit.blocks[0]
     if not isinstance(vit, Eva):
         scaled = hasattr(getattr(block, "ls1", None), "gamma")
@@ -174,22 +174,22 @@ def _why_not(vit: Any) -> str | None:
             return "it has registers or SwiGLU without LayerScale"
         if isinstance(block.mlp, GluMlp) and block.mlp.fc2.in_features % 8:  # type: ignore[operator]
             return "the width of its SwiGLU is not a multiple of 8"
-        return _why_not_plain(vit, tuple(_CLASSES))
+        return _plain_unsupported_reason(vit, tuple(_CLASSES))
     if type(vit.rope).__name__ != "RotaryEmbeddingDinoV3":
         return "of rotary models transformers has DINOv3 only"
     if vit.pos_embed is not None or block.attn.qkv is None or block.gamma_1 is None or vit.cls_token is None:
         return "it differs from DINOv3 in its positions, qkv, LayerScale or class token"
     if not isinstance(block.mlp, SwiGLU) and type(block.mlp.act).__name__ not in _CLASSES:
         return f"its activation is {type(block.mlp.act).__name__}"
-    return _why_not_pooled(vit)
+    return _pooled_unsupported_reason(vit)
 
 
-def why_not_dinov2(vit: Any) -> str | None:
+def dinov2_unsupported_reason(vit: Any) -> str | None:
     """Why Meta's DINOv2 code has no such model, or None if it has."""
-    return "it has rotary positions" if isinstance(vit, Eva) else _why_not_plain(vit, ("GELU",))
+    return "it has rotary positions" if isinstance(vit, Eva) else _plain_unsupported_reason(vit, ("GELU",))
 
 
-def _why_not_plain(vit: Any, activations: tuple[str, ...]) -> str | None:
+def _plain_unsupported_reason(vit: Any, activations: tuple[str, ...]) -> str | None:
     block: Any = vit.blocks[0]
     if not vit.has_class_token or vit.pos_embed is None or hasattr(vit, "dist_token"):
         return "it has no class token, no position embeddings or a token for distillation"
@@ -203,10 +203,10 @@ def _why_not_plain(vit: Any, activations: tuple[str, ...]) -> str | None:
         return f"its activation is {act}"
     if isinstance(block.mlp, SwiGLU):
         return "its SwiGLU is not packed"
-    return _why_not_pooled(vit)
+    return _pooled_unsupported_reason(vit)
 
 
-def _why_not_pooled(vit: Any) -> str | None:
+def _pooled_unsupported_reason(vit: Any) -> str | None:
     if vit.global_pool not in ("token", "avg") or not isinstance(vit.fc_norm, nn.Identity):
         return f"its pooling, {vit.global_pool}, has a layer of its own"
     return None

@@ -1,0 +1,52 @@
+"""Features of a ViT: its tokens after the final norm, pooled as its classifier pools them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def features(vit: nn.Module, images: Tensor) -> Tensor:
+    """Return the input of the model's classifier: the class token or the mean token, after the final norm.
+
+    images: [B, C, H, W], normalized. Returns [B, D].
+    """
+    return pooled(vit, vit.forward_features(images))  # type: ignore[operator]
+
+
+def pooled(vit: nn.Module, tokens: Tensor) -> Tensor:
+    """Pool tokens after the final norm as the model's classifier does: [B, N, D] -> [B, D]."""
+    return vit.forward_head(tokens, pre_logits=True)  # type: ignore[operator]
+
+
+def pooled_only(vit: nn.Module, tokens: Tensor) -> Tensor:
+    """Return the pooled features as a single part: [B, N, D] -> [B, 1, D]."""
+    return pooled(vit, tokens)[:, None]
+
+
+def pooled_and_patch_mean(vit: nn.Module, tokens: Tensor) -> Tensor:
+    """Return the pooled features and the mean patch token: [B, N, D] -> [B, P, D], P = `num_parts`.
+
+    P is 1 where the pooled features are the mean patch token already.
+    """
+    parts = [pooled(vit, tokens)]
+    if num_parts(vit) == 2:
+        parts.append(tokens[:, vit.num_prefix_tokens :].mean(1))
+    return torch.stack(parts, 1)
+
+
+def num_parts(vit: nn.Module) -> int:
+    """Return the number of parts of `pooled_and_patch_mean`: 1 for models with mean pooling, else 2."""
+    return 1 if vit.global_pool == "avg" else 2
+
+
+class FeatureExtractor(nn.Module):
+    """A ViT as a module whose forward returns features, for exporters and CUDA graphs."""
+
+    def __init__(self, vit: nn.Module):
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return `features` of images [B, C, H, W]."""
+        return features(self.vit, images)
