@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -118,11 +119,9 @@ def _dispatch(args: list[str], debug: bool) -> None:
     command.run(config)
 
 
-def _config(name: str) -> Callable[[], type]:
+def _config(name: str, module: str = "tools") -> Callable[[], type]:
     def load() -> type:
-        from upstep_fast.config import adapt as config
-
-        return getattr(config, name)
+        return getattr(import_module(f"upstep_fast.config.{module}"), name)
 
     return load
 
@@ -245,10 +244,10 @@ COMMANDS = {
     "bench": Command(_config("BenchConfig"), _bench),
     "demo": Command(_config("DemoConfig"), _demo),
     "plan": Command(_plan_config, _plan),
-    "adapt": Command(_config("AdaptConfig"), _adapt),
+    "adapt": Command(_config("AdaptConfig", "adapt"), _adapt),
     "finetune": Command(_finetune_config, _finetune),
-    "eval": Command(_config("EvalConfig"), _eval),
-    "embed": Command(_config("EmbedConfig"), _embed),
+    "eval": Command(_config("EvalConfig", "evaluate"), _eval),
+    "embed": Command(_config("EmbedConfig", "evaluate"), _embed),
     "export": Command(_config("ExportConfig"), _export),
     "models": Command(_config("ModelsConfig"), _models, positional="pattern"),
     "report": Command(_config("ReportConfig"), _report, positional="dirs"),
