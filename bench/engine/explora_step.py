@@ -30,7 +30,7 @@ from upstep_fast.runtime.device import resolve
 from upstep_fast.runtime.machine import device_card
 from upstep_fast.runtime.timing import alternate
 from upstep_fast.train.state import fresh_state
-from upstep_fast.train.step import catch_up, step
+from upstep_fast.train.step import flush, step
 
 # what an operator's name says of it, the first that fits
 KINDS = {
@@ -82,7 +82,7 @@ def main() -> None:
 
         def task(state=state, views=views, config=config) -> dict:
             row = step(state, views, GateRule("none"), config, compute)
-            catch_up(state)
+            flush(state)
             return row
 
         tasks[name], losses[name] = task, task()["loss"]

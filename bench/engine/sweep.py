@@ -32,7 +32,7 @@ from upstep_fast.runtime.device import Compute, resolve
 from upstep_fast.train import loop as trainer
 from upstep_fast.train.memory.measure import product_rate
 from upstep_fast.train.state import fresh_state
-from upstep_fast.train.step import catch_up, step
+from upstep_fast.train.step import flush, step
 
 Row = dict[str, Any]
 BEGIN, END = "<!-- sweep: written by bench/engine/sweep.py -->", "<!-- end of sweep -->"
@@ -118,7 +118,7 @@ def step_rows(options: dict[str, Any], skipped: float, compute: Compute, runs: i
 def _steps(state: Any, views: torch.Tensor, rule: Any, config: AdaptConfig, compute: Compute) -> None:
     for _ in range(STEPS):
         step(state, views, rule, config, compute)
-    catch_up(state)
+    flush(state)
 
 
 def table(rows: list[Row]) -> str:

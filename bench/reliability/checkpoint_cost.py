@@ -26,8 +26,7 @@ from upstep_fast.model import backbone
 from upstep_fast.runtime import checkpoint
 from upstep_fast.runtime.device import Compute, resolve
 from upstep_fast.runtime.machine import device_card
-from upstep_fast.train import adapt, resume
-from upstep_fast.train import run_writer as journal
+from upstep_fast.train import adapt, resume, run_writer
 from upstep_fast.train.state import RunState, fresh_state
 
 
@@ -50,8 +49,8 @@ def whole_run(steps: int) -> dict[str, Any]:
     held: list[float] = []
     waited: list[float] = []
     written: list[float] = []
-    timed(journal.Journal, "save", held)
-    timed(journal.Journal, "wait", waited)
+    timed(run_writer.RunWriter, "save", held)
+    timed(run_writer.RunWriter, "wait", waited)
     timed(checkpoint, "save", written)
     model, data = demo.assets()
     with tempfile.TemporaryDirectory() as folder:

@@ -12,7 +12,7 @@ from upstep_fast.model import backbone, lora
 from upstep_fast.model.pooling import features
 from upstep_fast.train import loop as trainer
 from upstep_fast.train.state import fresh_state
-from upstep_fast.train.step import catch_up
+from upstep_fast.train.step import flush
 
 SMALL = dict(img_size=48, patch_size=8, embed_dim=96, num_heads=3)
 TWO = dict(SMALL, mlp_layer=timm.layers.SwiGLU, act_layer="silu")
@@ -131,5 +131,5 @@ def trajectory(implementation, steps, precision="fp32", **options):
     for t in range(steps):
         images = torch.randn(2, 8, 3, 64, 64, generator=torch.Generator().manual_seed(t)).to(compute.device)
         rows.append(trainer.step(state, images, rule, config, compute))
-    catch_up(state)
+    flush(state)
     return rows

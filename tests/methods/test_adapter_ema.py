@@ -13,7 +13,7 @@ from upstep_fast.methods.upstep.adapter_ema import Average
 from upstep_fast.methods.upstep.upstep import UpStep
 from upstep_fast.model import backbone, peft_format
 from upstep_fast.runtime.device import resolve
-from upstep_fast.train import validator as referee
+from upstep_fast.train import validator
 from upstep_fast.train.state import fresh_state
 
 
@@ -86,14 +86,14 @@ def test_a_step_that_is_not_applied_does_not_count(options, monkeypatch, tmp_pat
     assert state["method.average.updates"].item() == 5
 
 
-def test_the_referee_judges_what_is_written(options, tmp_path, monkeypatch, photos):
+def test_the_validator_judges_what_is_written(options, tmp_path, monkeypatch, photos):
     held_out = open_source(photos)
     config = AdaptConfig(**{**options, "data": ("",), "out": "", "adapter_ema": 0.9})
     compute = resolve("cpu", "fp32")
-    judge = referee.Referee(config, held_out, compute, tmp_path)
+    judge = validator.Validator(config, held_out, compute, tmp_path)
     looked = []
-    monkeypatch.setattr(referee, "judge", lambda base, adapted: looked.append(adapted) or {})
-    monkeypatch.setattr(referee, "predicted_gain", lambda scores: 1.0)
+    monkeypatch.setattr(validator, "judge", lambda base, adapted: looked.append(adapted) or {})
+    monkeypatch.setattr(validator, "predicted_gain", lambda scores: 1.0)
     state = fresh_state(
         AdaptConfig(**{**options, "data": ("",), "out": "", "adapter_ema": 0.9, "memory": "fast"}),
         compute,
@@ -104,8 +104,8 @@ def test_the_referee_judges_what_is_written(options, tmp_path, monkeypatch, phot
         for p in state.method.adapter_parameters():
             p.data.normal_(generator=generator)
         state.method.after_update(torch.tensor(True))
-    judge.look(state)
-    vit = upstep_fast.load_adapted(options["model"], tmp_path / referee.BEST, merged=False)
+    judge.validate(state)
+    vit = upstep_fast.load_adapted(options["model"], tmp_path / validator.BEST, merged=False)
     torch.testing.assert_close(looked[0], judge._features(vit), rtol=1e-4, atol=1e-5)
     last = judge._features(state.method.vit)
     assert not torch.allclose(looked[0], last, rtol=1e-2)

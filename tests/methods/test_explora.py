@@ -459,10 +459,10 @@ def test_uniform_targets_are_a_collapse_too(options):
 
 def test_an_adapter_without_gradient_is_noticed(options):
     _, state = state_of(options)
-    state.received.fill_(True)
+    state.got_grad.fill_(True)
     names = list(state.method.must_receive_grad())
     assert "blocks.0.attn.qkv" in names and "blocks.1.mlp.fc1.weight" in names and "norm.weight" in names
-    state.received[names.index("blocks.0.attn.qkv")] = False
+    state.got_grad[names.index("blocks.0.attn.qkv")] = False
     with pytest.raises(CheckFailedError, match=r"blocks\.0\.attn\.qkv never received a gradient"):
         check_adapter(state, torch.randn(4, 3, 32, 32), CPU, "out")
 

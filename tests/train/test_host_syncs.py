@@ -9,7 +9,7 @@ from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.model import backbone
 from upstep_fast.train import loop as trainer
 from upstep_fast.train.state import fresh_state
-from upstep_fast.train.step import catch_up, step
+from upstep_fast.train.step import flush, step
 
 READS = {"item", "tolist", "__bool__", "__float__", "__int__", "__index__", "cpu", "numpy"}
 WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::masked_select")
@@ -69,8 +69,8 @@ def test_a_step_waits_once(model, layout, rule, cvr):
     images = torch.randn(2, 8, 3, 32, 32)
     for _ in range(4):
         assert waits(lambda: step(state, images, trainer.gate_rule(config), config, compute)) == ["tolist"]
-    assert state.gate.num_updates and state.late is not None
-    assert waits(lambda: catch_up(state)) == ["tolist"] and state.late is None
+    assert state.gate.num_updates and state.pending is not None
+    assert waits(lambda: flush(state)) == ["tolist"] and state.pending is None
 
 
 def test_a_wait_is_seen():

@@ -203,7 +203,7 @@ def test_closed_and_bad_steps_do_not_count_towards_an_update(options, monkeypatc
     real, count = UpStep.loss, iter(range(100))
     monkeypatch.setattr(UpStep, "loss", lambda self, *a: real(self, *a) * (float("nan") if next(count) == 1 else 1))
     rows = [step.step(state, images, rule, config, compute) for _ in range(6)]
-    step.catch_up(state)
+    step.flush(state)
     assert [row["open"] for row in rows] == [True, False] * 3
     assert [row["bad"] is not None for row in rows] == [False, False, True, False, False, False]
     assert [row["updated"] for row in rows] == [False, False, False, False, True, False]

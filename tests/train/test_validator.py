@@ -11,7 +11,7 @@ from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import CheckFailedError, ConfigError, DataError, Interrupted
 from upstep_fast.evaluation import label_free as judgement
 from upstep_fast.model import backbone, peft_format
-from upstep_fast.train import validator as referee
+from upstep_fast.train import validator
 from upstep_fast.train.state import RunState
 
 
@@ -36,7 +36,7 @@ def options(options, many):
 def predictions(monkeypatch, values):
     """Each look's prediction, in order; afterwards the last one again."""
     left = list(values)
-    monkeypatch.setattr(referee, "predicted_gain", lambda scores: left.pop(0) if len(left) > 1 else left[0])
+    monkeypatch.setattr(validator, "predicted_gain", lambda scores: left.pop(0) if len(left) > 1 else left[0])
 
 
 def looks(out):
@@ -52,12 +52,12 @@ def b_matrices(adapter):
 def test_what_is_held_out_is_a_tenth_that_training_never_sees(many, options):
     source = open_source(many)
     config = AdaptConfig(**{**options, "data": ("",), "out": ""})
-    rest, held_out = referee.hold_out(source, config)
+    rest, held_out = validator.hold_out(source, config)
     names = [{part.name(i) for i in range(len(part))} for part in (rest, held_out)]
     assert len(names[1]) == 16 and len(names[0]) == 64 and not names[0] & names[1]
-    assert referee.hold_out(source, config)[1].fingerprint() == held_out.fingerprint()
+    assert validator.hold_out(source, config)[1].fingerprint() == held_out.fingerprint()
     other = AdaptConfig(**{**options, "data": ("",), "out": "", "seed": 1})
-    assert referee.hold_out(source, other)[1].fingerprint() != held_out.fingerprint()
+    assert validator.hold_out(source, other)[1].fingerprint() != held_out.fingerprint()
 
 
 def test_too_few_images_cannot_be_judged(options, photos):
@@ -67,13 +67,13 @@ def test_too_few_images_cannot_be_judged(options, photos):
 
 def test_the_best_look_becomes_the_adapter(options, monkeypatch, tmp_path):
     kept = []
-    real = referee.Referee.look
+    real = validator.Validator.validate
 
     def look(self, state: RunState):
         real(self, state)
         kept.append({n: a.as_one()[1].detach().clone() for n, a in state.method.adapters.items()})
 
-    monkeypatch.setattr(referee.Referee, "look", look)
+    monkeypatch.setattr(validator.Validator, "validate", look)
     predictions(monkeypatch, [1.0, 3.0, 2.0, 2.5])
     result = upstep_fast.adapt(**options)
     assert [(row["step"], row["predicted_gain"]) for row in looks(tmp_path / "out")] == [
@@ -124,17 +124,17 @@ def test_an_interrupted_run_remembers_its_best(options, monkeypatch, tmp_path):
     import signal
 
     predictions(monkeypatch, [1.0, 9.0, 2.0, 3.0])
-    real = referee.Referee.look
+    real = validator.Validator.validate
 
     def look(self, state):
         real(self, state)
         if state.step == 4:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(referee.Referee, "look", look)
+    monkeypatch.setattr(validator.Validator, "validate", look)
     with pytest.raises(Interrupted, match="after 4 of 8"):
         upstep_fast.adapt(**options)
-    monkeypatch.setattr(referee.Referee, "look", real)
+    monkeypatch.setattr(validator.Validator, "validate", real)
     best = b_matrices(tmp_path / "out" / "best")
     result = upstep_fast.adapt(**options, resume=True)
     assert [row["predicted_gain"] for row in looks(tmp_path / "out")] == [1, 9, 2, 3]
@@ -181,12 +181,12 @@ def test_the_base_judged_against_itself_has_gained_nothing(options):
     config = AdaptConfig(**{**options, "data": ("",), "out": ""})
     from upstep_fast.runtime.device import resolve
 
-    _, held_out = referee.hold_out(open_source(options["data"]), config)
-    judge = referee.Referee(config, held_out, resolve("cpu", "fp32"), options["out"])
+    _, held_out = validator.hold_out(open_source(options["data"]), config)
+    judge = validator.Validator(config, held_out, resolve("cpu", "fp32"), options["out"])
     base = judge._features(backbone.load(options["model"]).vit)
-    scores = referee.judge(judge._base, base)
+    scores = validator.judge(judge._base, base)
     # CKA's square roots may cost its last bit
-    assert abs(referee.predicted_gain(scores)) <= 2 * judgement.DRIFT * torch.finfo(torch.float64).eps
+    assert abs(validator.predicted_gain(scores)) <= 2 * judgement.DRIFT * torch.finfo(torch.float64).eps
     assert scores["view_agreement"] == 0 and scores["base_overlap"] == 1
 
 

@@ -20,7 +20,7 @@ def check_adapter(state: RunState, images: Tensor, compute: Compute, out: Path) 
     images: [B, C, H, W].
     """
     method = state.method
-    for name, got in zip(method.must_receive_grad(), state.received.tolist(), strict=True):
+    for name, got in zip(method.must_receive_grad(), state.got_grad.tolist(), strict=True):
         if not got:
             raise CheckFailedError(
                 f"adapter: {name} never received a gradient; the adapter in {out} is kept for a look"

@@ -30,10 +30,10 @@ from upstep_fast.runtime.signals import signals
 from upstep_fast.train import resume
 from upstep_fast.train.adapter_check import check_adapter
 from upstep_fast.train.replay_check import ResumeCheck
-from upstep_fast.train.run_writer import Journal
+from upstep_fast.train.run_writer import RunWriter
 from upstep_fast.train.state import AdaptResult, RunState, fresh_state
-from upstep_fast.train.step import catch_up, step
-from upstep_fast.train.validator import Referee
+from upstep_fast.train.step import flush, step
+from upstep_fast.train.validator import Validator
 
 log = logging.getLogger("upstep_fast")
 
@@ -55,7 +55,7 @@ def _train(
     resume.agree(identity)
     rule, channels, state = gate_rule(config), len(backbone.mean), fresh_state(config, compute, backbone)
     if config.resume:
-        resume.go_on(state, out / output.CHECKPOINTS, identity)
+        resume.resume_from(state, out / output.CHECKPOINTS, identity)
     began, first_step = time.monotonic(), state.step
     every_steps, every_seconds = every(config.checkpoint_every)
 
@@ -64,34 +64,34 @@ def _train(
         resume.restore(again, found, identity)
         with make_loader(config, source, again, channels, compute) as batches:
             rows = [step(again, next(batches).views, rule, config, compute) for _ in range(steps)]
-        catch_up(again)
+        flush(again)
         return rows, again
 
-    referee = Referee(config, held_out, compute, out) if held_out else None
+    validator = Validator(config, held_out, compute, out) if held_out else None
     check = ResumeCheck(config.verify_resume, repeat)
     taken: deque[tuple[dict[str, Any], Tensor]] = deque()  # rows that are not written yet, whose images they had
     with (
         make_loader(config, source, state, channels, compute) as loader,
-        Journal(config, state, out, identity) as journal,
+        RunWriter(config, state, out, identity) as writer,
         signals(every_seconds) as asked,
     ):
-        with _kept(state, loader, journal, taken, out):
+        with _kept(state, loader, writer, taken, out):
             if state.step == 0 and state.method.needs_init:
                 with compute.autocast():
                     state.method.initialize_from_data(_start_views(config, source, state, channels, compute))
-            while state.step < config.steps and not (referee and referee.gives_up(state.step)):
+            while state.step < config.steps and not (validator and validator.should_stop(state.step)):
                 began_step = time.monotonic()
                 batch = next(loader)
                 row = step(state, batch.views, rule, config, compute, asked)
                 # looked at once: a signal during the save waits for the next step
-                if referee and referee.due(state.step):
+                if validator and validator.is_due(state.step):
                     with output.writing(out):
-                        referee.look(state)
-                gives_up = referee is not None and referee.gives_up(state.step)
+                        validator.validate(state)
+                gives_up = validator is not None and validator.should_stop(state.step)
                 (stop, save), is_last = asked.settle(), state.step == config.steps or gives_up
                 save = save or stop or is_last or bool(every_steps and state.step % every_steps == 0)
                 if save or check.is_on:
-                    catch_up(state)
+                    flush(state)
                 check.after(row, state, is_last)
                 seconds = max(1e-9, time.monotonic() - began_step)
                 row |= {
@@ -105,21 +105,21 @@ def _train(
                 taken.append((row, batch.indices))
                 with output.writing(out):
                     # what the last one tells may still be on the device
-                    while len(taken) > (state.late is not None):
+                    while len(taken) > (state.pending is not None):
                         row, indices = taken.popleft()
-                        journal.write(row, state.gate)
+                        writer.write(row, state.gate)
                         stop_if_bad(state, row, source, indices, out)
                         stop_if_collapsed(state, row, out)
                     if save:
-                        journal.save(state)
+                        writer.save(state)
                         if check.wants_checkpoint and not is_last:
-                            check.begin(journal.read_back(state.step))
+                            check.begin(writer.read_back(state.step))
                     if stop or is_last:
-                        journal.wait()
+                        writer.wait()
                 if state.step == first_step + 1:
                     # all is loaded and compiled: from now on a long wait means that a rank is gone
                     distributed.limit_wait(config.rank_timeout)
-                    resume.share_pins()
+                    resume.broadcast_tuned()
                 if stop and not is_last:
                     raise Interrupted(
                         f"stopped after {state.step} of {config.steps} steps, all saved; "
@@ -129,8 +129,8 @@ def _train(
         with state.method.weights_to_save():
             check_adapter(state, state.method.images(next(loader).views), compute, out)
         with output.writing(out):
-            if referee:
-                referee.settle()
+            if validator:
+                validator.settle()
             ends = config.strength if config.strength_first is None else config.strength_first, config.strength
             if "auto" not in ends and ends != (1.0, 1.0) and distributed.is_first():
                 strengths = peft_format.strength_by_depth(*ends, len(state.method.vit.blocks))  # type: ignore[arg-type]
@@ -214,16 +214,16 @@ def make_views(method: Method, batch: Batch, compute: Compute) -> Any:
 
 
 @contextlib.contextmanager
-def _kept(state: RunState, loader: Loader, journal: Journal, taken: Iterable[Any], out: Path) -> Iterator[None]:
+def _kept(state: RunState, loader: Loader, writer: RunWriter, taken: Iterable[Any], out: Path) -> Iterator[None]:
     # whatever ends the run, what was learnt is kept
 
     def keep() -> None:
         if not distributed.is_first():
             return
         with contextlib.suppress(RuntimeError):  # of a device that has failed
-            catch_up(state)
+            flush(state)
             for row, _ in taken:
-                journal.write(row, state.gate)
+                writer.write(row, state.gate)
         if state.gate.num_updates:
             peft_format.write_files(out / "adapter", state.method.result_files())
         loader.write_skipped(out / "skipped.csv")

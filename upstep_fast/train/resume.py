@@ -65,7 +65,7 @@ class Identity:
     defaults: dict[str, Any] = field(default_factory=dict)  # of config: what a field was before it existed
 
 
-def facts(identity: Identity) -> dict[str, Any]:
+def manifest_entries(identity: Identity) -> dict[str, Any]:
     """What a checkpoint holds of it."""
     return {name: value for name, value in vars(identity).items() if name != "defaults"}
 
@@ -96,20 +96,20 @@ def identify(config: AdaptConfig | FinetuneConfig, compute: Compute, source: Sou
 
 def agree(identity: Identity) -> None:
     """Raise ConfigError naming the first thing in which a rank is not as rank 0: configuration, files, code."""
-    found = facts(identity)
+    found = manifest_entries(identity)
     # the number of the GPU, and what does not touch the result
     found["config"] = {name: value for name, value in identity.config.items() if name != "device"}
     found["environment"] = {k: v for k, v in identity.environment.items() if k not in ("device", "cpu", "threads")}
     distributed.agree_on(found | {"code": _code()})
 
 
-def share_pins() -> None:
+def broadcast_tuned() -> None:
     """Every rank computes from now on as rank 0 has measured to be fastest."""
     if distributed.size() > 1 and (pins := distributed.gather(_autotune.tuned())[0]):
         _autotune.set_tuned(pins)
 
 
-def go_on(state: RunState, folder: Path, identity: Identity) -> None:
+def resume_from(state: RunState, folder: Path, identity: Identity) -> None:
     """Put the newest whole checkpoint in `folder` into a fresh state, in place; says where the run goes on from.
 
     Raises as `checkpoint.newest` and `restore` do.
@@ -138,9 +138,9 @@ def copied(state: RunState) -> Callable[[], dict[str, bytes]]:
 
 def manifest(state: RunState, identity: Identity) -> dict[str, Any]:
     """What the checkpoint says beside its tensors."""
-    assert state.late is None, "catch up with the last step first"
+    assert state.pending is None, "flush the pending step first"
     return {
-        **facts(identity),
+        **manifest_entries(identity),
         "state": _numbers(state),
         "loader": {"step": state.step, "skipped": dict(state.skipped)},
         "kernels": [dataclasses.asdict(choice) for choice in dispatch.report()],
@@ -233,7 +233,7 @@ def _tensors(state: RunState) -> dict[str, Tensor]:
         for key, value in state.optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{key}"] = value
     waiting = {f"gradients.{name}.sum": tensor for name, tensor in state.gradients.items()}
-    return tensors | waiting | {"received": state.received}
+    return tensors | waiting | {"received": state.got_grad}
 
 
 def _moments(parameter: Tensor) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from upstep_fast.train.resume import Identity
 from upstep_fast.train.state import RunState
 
 
-class Journal:
+class RunWriter:
     """The files of a run that goes on in `out`, from `state` on. A context; its methods raise OSError."""
 
     def __init__(self, config: AdaptConfig, state: RunState, out: Path, identity: Identity):

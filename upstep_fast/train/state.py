@@ -22,7 +22,7 @@ from upstep_fast.runtime.device import Compute
 
 
 @dataclass(frozen=True)
-class Late:
+class PendingStep:
     """What a step tells once the device has done it."""
 
     row: dict[str, Any]  # of metrics.jsonl, to be filled in
@@ -38,7 +38,7 @@ class RunState:
     method: Method
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    received: Tensor  # [watched] bool, whether what must learn ever got a gradient other than 0
+    got_grad: Tensor  # [watched] bool, whether what must learn ever got a gradient other than 0
     gate: GateState = field(default_factory=GateState)
     step: int = 0  # the next one
     loss: float = math.nan  # of the last open step
@@ -47,7 +47,7 @@ class RunState:
     gradients: dict[str, Tensor] = field(default_factory=dict)  # of open steps that wait for more, by parameter
     accumulated: int = 0  # of how many
     collapsed: int = 0  # steps in a row whose features told images no longer apart
-    late: Late | None = None  # of the last step; none where a checkpoint is made
+    pending: PendingStep | None = None  # of the last step; none where a checkpoint is made
 
 
 @dataclass(frozen=True)
@@ -76,5 +76,5 @@ def fresh_state(config: AdaptConfig, compute: Compute, backbone: backbones.Backb
         method=method,
         optimizer=make_optimizer(method, config),
         scaler=torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16"),
-        received=torch.zeros(len(method.must_receive_grad()), dtype=torch.bool, device=compute.device),
+        got_grad=torch.zeros(len(method.must_receive_grad()), dtype=torch.bool, device=compute.device),
     )

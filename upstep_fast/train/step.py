@@ -27,7 +27,7 @@ from upstep_fast.methods import gate as gates
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime.device import Compute
 from upstep_fast.runtime.signals import WISHES, Asked
-from upstep_fast.train.state import Late, RunState
+from upstep_fast.train.state import PendingStep, RunState
 
 log = logging.getLogger("upstep_fast")
 
@@ -46,8 +46,8 @@ def step(
 ) -> dict[str, Any]:
     """One step, in place; images: the views that the method made. Returns what metrics.jsonl says of it.
 
-    The row's `loss`, `center`, `bad` and figures are filled in by the next step, or by `catch_up`; until then
-    `state.late` holds them. asked: whose wishes the ranks agree on meanwhile. A step whose centre, loss or gradients
+    The row's `loss`, `center`, `bad` and figures are filled in by the next step, or by `flush`; until then
+    `state.pending` holds them. asked: whose wishes the ranks agree on meanwhile. A step whose centre, loss or gradients
     are not finite on any rank changes no weight, moment or running value on any. Out of memory: with auto_batch the
     step is tried again in more passes, else RunFailedError is raised.
     """
@@ -60,8 +60,8 @@ def step(
             marks.append(_mark(compute))
             numbers, updated = [learning.magnitudes[0]], False
             if is_open:
-                told, updated = update(_loss(method, learning, target, compute), state, config)
-                numbers += told
+                results, updated = update(_loss(method, learning, target, compute), state, config)
+                numbers += results
             marks.append(_mark(compute))
             break
         except OutOfMemoryError:
@@ -88,30 +88,31 @@ def step(
     names = [name for name, value in figures.items() if isinstance(value, Tensor)]
     row |= {name: None if name in names else value for name, value in figures.items()}
     numbers += [figures[name] for name in names]
-    state.late = Late(row, torch.stack([x.detach().float() for x in numbers]), names, marks)
+    state.pending = PendingStep(row, torch.stack([x.detach().float() for x in numbers]), names, marks)
     state.step += 1
     if distributed.size() > 1:  # they agree on every step before the next
-        catch_up(state)
+        flush(state)
     return row
 
 
-def catch_up(state: RunState) -> None:
+def flush(state: RunState) -> None:
     """Wait for what the last step tells and fills in its row."""
-    if state.late is not None:
-        _fill_in(state, state.late.numbers.tolist())
+    if state.pending is not None:
+        complete_row(state, state.pending.numbers.tolist())
 
 
-def _fill_in(state: RunState, numbers: list[float]) -> None:
-    late = state.late
-    assert late is not None
-    state.late, row = None, late.row
-    magnitude, *told = numbers
+def complete_row(state: RunState, numbers: list[float]) -> None:
+    """Fill in the row of the pending step from the numbers that the device has computed."""
+    pending = state.pending
+    assert pending is not None
+    state.pending, row = None, pending.row
+    magnitude, *results = numbers
     row["center"] = magnitude
     if not math.isfinite(magnitude):
         row["bad"] = f"the centre's magnitude is {magnitude}"
     if row["open"]:
-        row["loss"], is_finite, *figures = told
-        row |= zip(late.figures, figures, strict=True)
+        row["loss"], is_finite, *figures = results
+        row |= zip(pending.figures, figures, strict=True)
         row["bad"] = _bad(row["loss"], bool(is_finite), state)
         state.loss = row["loss"]
     if collapsed := state.method.collapsed(row):
@@ -119,7 +120,7 @@ def _fill_in(state: RunState, numbers: list[float]) -> None:
     state.collapsed = state.collapsed + 1 if collapsed else 0
     if state.collapsed == 1:
         log.warning("step %d: collapse: %s", row["step"], collapsed)
-    begin, decided, end = late.marks
+    begin, decided, end = pending.marks
     row |= {"forward_s": _between(begin, decided), "backward_s": _between(decided, end)}
 
 
@@ -204,11 +205,11 @@ def _decide(
     rule: gates.GateRule, state: RunState, embedded: Embeddings, config: AdaptConfig
 ) -> tuple[bool, gates.GateState]:
     # the one place of a step where the host waits for the device; what the step before tells comes along
-    of_views, late = embedded.magnitudes, state.late
-    values = (of_views if late is None else torch.cat([of_views, late.numbers])).tolist()
+    of_views, pending = embedded.magnitudes, state.pending
+    values = (of_views if pending is None else torch.cat([of_views, pending.numbers])).tolist()
     magnitudes = values[: len(of_views)]
-    if late is not None:
-        _fill_in(state, values[len(of_views) :])
+    if pending is not None:
+        complete_row(state, values[len(of_views) :])
     is_open, after = gates.decide(rule, state.gate, magnitudes)
     if config.debug:
         distributed.check_same(f"step {state.step}: the gate's decision and the magnitudes", [is_open, *magnitudes])
@@ -249,9 +250,9 @@ def update(loss: Tensor, state: RunState, config: AdaptConfig) -> tuple[list[Ten
     parts = method.gradient_parts()
     norms = [torch.nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]) for part, _ in parts]
     finite = torch.stack([value, *norms]).isfinite().all()
-    none = state.received.new_zeros(())
+    none = state.got_grad.new_zeros(())
     received = [none if p.grad is None else p.grad.ne(0).any() for p in method.must_receive_grad().values()]
-    state.received |= torch.stack(received) & finite
+    state.got_grad |= torch.stack(received) & finite
     # only what waits for more gradients must know now whether these count
     is_due = config.accumulate == 1 or (bool(finite) and _all_there(state, config.accumulate))
     if is_due:

@@ -60,7 +60,7 @@ def hold_out(source: Source, config: AdaptConfig) -> tuple[Source, Source | None
     return subset(source, rest), subset(source, held_out)
 
 
-class Referee:
+class Validator:
     """Looks at a run now and then. Every rank looks, the first one writes."""
 
     def __init__(self, config: AdaptConfig, held_out: Source, compute: Compute, out: Path):
@@ -69,36 +69,36 @@ class Referee:
         self._views = _views(held_out, base, config, compute)
         self._base = self._features(base.vit.to(compute.device))
         self._depth = len(base.vit.blocks)
-        self.looks: dict[int, dict[str, Any]] = _read(out / LOOKS) if config.resume else {}
+        self.history: dict[int, dict[str, Any]] = _read(out / LOOKS) if config.resume else {}
 
-    def due(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
         """Whether to look after so many steps."""
         assert self._config.steps is not None
         return step % self._config.judge_every == 0 or step == self._config.steps
 
-    def look(self, state: RunState) -> None:
+    def validate(self, state: RunState) -> None:
         """Judges the model as it is after `state.step` steps. Raises OSError."""
         # rank 0's: the others may be off by a rounding, and all must stop together
         with state.method.weights_to_save() as vit:
             scores = distributed.gather(judge(self._base, self._features(vit)))[0]
         row = {"step": state.step, "predicted_gain": predicted_gain(scores), **scores}
         before = self.best()
-        self.looks[state.step] = row
+        self.history[state.step] = row
         log.info("judge: step %d: predicted gain %+.2f on held-out images", state.step, row["predicted_gain"])
         if not distributed.is_first():
             return
         if before is None or row["predicted_gain"] > before["predicted_gain"] or row["step"] == before["step"]:
             peft_format.write_files(self._out / BEST, state.method.result_files())
-        rows = [self.looks[step] for step in sorted(self.looks)]
+        rows = [self.history[step] for step in sorted(self.history)]
         write_whole(self._out / LOOKS, "".join(json.dumps(r) + "\n" for r in rows).encode())
 
     def best(self) -> dict[str, Any] | None:
         """The look with the largest prediction, the earliest of equals."""
-        return max(self.looks.values(), key=lambda row: (row["predicted_gain"], -row["step"]), default=None)
+        return max(self.history.values(), key=lambda row: (row["predicted_gain"], -row["step"]), default=None)
 
-    def gives_up(self, step: int) -> bool:
+    def should_stop(self, step: int) -> bool:
         """Whether the last --judge-patience looks up to `step` brought nothing better."""
-        best, seen = self.best(), [s for s in self.looks if s <= step]
+        best, seen = self.best(), [s for s in self.history if s <= step]
         if best is None or not self._config.judge_patience:
             return False
         return sum(s > best["step"] for s in seen) >= self._config.judge_patience

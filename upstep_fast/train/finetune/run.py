@@ -161,7 +161,7 @@ def _run(config: FinetuneConfig, compute: Compute, splits: Splits, backbone: Bac
         model.accelerate(compute.dtype or torch.float32, compute.fp8)
     state = fresh_state(model, config, compute)
     if config.resume:
-        finetune_state.go_on(state, out / output.CHECKPOINTS, identity, reader.skipped)
+        finetune_state.resume_from(state, out / output.CHECKPOINTS, identity, reader.skipped)
     count = sum(p.numel() for p in finetuned.trained(model).values())
     log.info("%s: %d trainable parameters, %d images", config.method, count, len(splits.learn.y))
     learn, choose = _sources(model, splits, config, compute, reader, out)

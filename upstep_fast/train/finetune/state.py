@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from upstep_fast.errors import ConfigError, RunFailedError
 from upstep_fast.runtime import checkpoint as checkpoints
 from upstep_fast.train.finetune.classifier import trained
-from upstep_fast.train.resume import STATE, Identity, check_same, facts
+from upstep_fast.train.resume import STATE, Identity, check_same, manifest_entries
 
 log = logging.getLogger("upstep_fast")
 
@@ -50,14 +50,14 @@ def save(state: State, folder: Path, identity: Identity, skipped: Mapping[str, s
     """Write a checkpoint. Raises OSError."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(state).items()}
     manifest = {
-        **facts(identity),
+        **manifest_entries(identity),
         "state": {name: getattr(state, name) for name in _VALUES} | {"scaler": state.scaler.state_dict()},
         "loader": {"step": state.step, "skipped": dict(skipped)},
     }
     checkpoints.save(folder, state.step, {STATE: safetensors.torch.save(tensors)}, manifest)
 
 
-def go_on(state: State, folder: Path, identity: Identity, skipped: dict[str, str]) -> None:
+def resume_from(state: State, folder: Path, identity: Identity, skipped: dict[str, str]) -> None:
     """Put the newest whole checkpoint into a fresh state, in place; says where the run goes on from.
 
     Raises ConfigError if it belongs to another run, RunFailedError if it cannot be read.
