@@ -18,6 +18,7 @@ from upstep_fast.config.view_overrides import view_overrides
 from upstep_fast.data.keyed_random import uniform, uniform_array
 from upstep_fast.data.views import color, views
 from upstep_fast.data.views import view_params as draws
+from upstep_fast.data.views.types import Views
 from upstep_fast.data.views.view_config import PRESETS, ViewConfig, local_config, view_config
 from upstep_fast.data.views.view_params import ViewParams, draw_params
 from upstep_fast.data.views.views import multi_crop, random_views
@@ -485,3 +486,25 @@ def test_patches_are_those_of_the_pictures(monkeypatch, blur, dtype):
     p = drawn(config, images, seed=1, epoch=4)
     plain = views._make(images, packed, p, config, torch.device("cpu"))
     assert torch.equal(views._make(images, packed, p, config, torch.device("cpu"), 8, dtype), patchify(plain, 8, dtype))
+
+
+# the type of a batch's views
+
+
+def test_views_are_indexed_by_view_and_image_and_know_their_size():
+    pixels, local = torch.randn(2, 5, 3, 8, 12), torch.randn(4, 5, 3, 4, 4)
+    views = Views.of(pixels, local)
+    assert (views.height, views.width, views.num_images, len(views), views.is_patches) == (8, 12, 5, 2, False)
+    assert torch.equal(views[:1].pixels, pixels[:1]) and torch.equal(views[:1].local, local)
+    some = views[1:, torch.tensor([3, 0])]
+    assert torch.equal(some.pixels, pixels[1:, [3, 0]]) and torch.equal(some.local, local[:, [3, 0]])
+    patches = Views(torch.randn(2, 5, 6, 48), 8, 12)
+    assert (patches.height, patches.num_images, patches.is_patches, patches[1:].local) == (8, 5, True, None)
+
+
+def test_views_are_a_pytree_of_their_tensors():
+    views = Views.of(torch.ones(2, 1, 3, 4, 4), torch.ones(1, 1, 3, 2, 2))
+    assert [leaf.shape for leaf in torch.utils._pytree.tree_leaves(views)] == [(2, 1, 3, 4, 4), (1, 1, 3, 2, 2)]
+    twice = views.map(lambda x: 2 * x)
+    assert (twice.pixels == 2).all() and (twice.local == 2).all() and twice.height == 4
+    assert Views.of(torch.ones(2, 1, 3, 4, 4)).map(lambda x: -x).local is None

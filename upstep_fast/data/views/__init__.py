@@ -1,6 +1,7 @@
 """Random views of images, a pure function of (seed, epoch, index, view)."""
 
+from upstep_fast.data.views.types import Views
 from upstep_fast.data.views.view_config import ViewConfig
 from upstep_fast.data.views.views import multi_crop, random_views
 
-__all__ = ["ViewConfig", "multi_crop", "random_views"]
+__all__ = ["ViewConfig", "Views", "multi_crop", "random_views"]

@@ -1,0 +1,66 @@
+"""The views of a batch: what a loader hands to a training method."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree
+
+
+@dataclass(frozen=True)
+class Views:
+    """V global views of each of B images, and n local ones of a smaller size if there are any.
+
+    Indexed as the global views, [V, B]: `views[:1]` is the first view of all images, `views[1:, chosen]` the other
+    views of some. A pytree whose leaves are its tensors.
+    """
+
+    pixels: Tensor  # normalized: [V, B, C, H, W], or patches [V, B, N, C P P] (kernels.patchify)
+    height: int  # H, pixels of a global view
+    width: int  # W
+    local: Tensor | None = None  # [n, B, C, h, w]
+
+    @classmethod
+    def of(cls, pixels: Tensor, local: Tensor | None = None) -> Views:
+        """Return views of pixels [V, B, C, H, W], which have their size."""
+        return cls(pixels, *pixels.shape[-2:], local)
+
+    @property
+    def num_images(self) -> int:
+        """Number of images, B."""
+        return self.pixels.shape[1]
+
+    @property
+    def is_patches(self) -> bool:
+        """Layout of `pixels`: patches instead of images."""
+        return self.pixels.dim() == 4
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, key: Any) -> Views:
+        """Return some of the global views, with the local views of the same images."""
+        images = key[1] if isinstance(key, tuple) else slice(None)
+        local = None if self.local is None else self.local[:, images]
+        return dataclasses.replace(self, pixels=self.pixels[key], local=local)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Views:
+        """Return the views with `function` applied to each tensor."""
+        return _pytree.tree_map(function, self)
+
+
+def _flatten(views: Views) -> tuple[list[Any], Any]:
+    tensors = [views.pixels] if views.local is None else [views.pixels, views.local]
+    return tensors, (views.height, views.width)
+
+
+def _unflatten(tensors: Any, size: Any) -> Views:
+    pixels, *local = tensors
+    return Views(pixels, *size, *local)
+
+
+_pytree.register_pytree_node(Views, _flatten, _unflatten)
