@@ -75,7 +75,7 @@ bench-gpu: gpu-install  ## the benchmarks on the GPU of this machine, with the p
 bench-compare: install  ## the last `make bench` against the stored run
 	$(BIN)/pytest-benchmark compare bench/results/pytest_cpu2.json bench/results/local.json --group-by=fullname --columns=min,median
 
-figures: install ## run the fault tests and fill docs/reliability.md (LONG=--long: the long forms too)
+figures: install ## run the fault tests and fill bench/results/reliability_figures.md (LONG=--long: the long forms too)
 	$(BIN)/python bench/reliability/figures.py $(LONG)
 
 docs: install    ## build site/ from docs/; a broken link, anchor or reference ends it

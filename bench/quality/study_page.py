@@ -95,7 +95,7 @@ def means_table(rows: Sequence[Row]) -> str:
 
 def runs_table(rows: Sequence[Row]) -> str:
     """What each configuration cost, means over seeds."""
-    columns = ("configuration", "data", "seeds", "skipped", "backward", "learnt", "centre", "CPU s")
+    columns = ("configuration", "data", "seeds", "skipped", "backward", "images trained on", "center", "CPU s")
     lines = [_line(*columns), "|---|---|--:|" + "--:|" * 5]
     groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:

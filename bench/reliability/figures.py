@@ -1,4 +1,4 @@
-"""Fills the table in docs/reliability.md from real runs of the tests: make figures.
+"""Fill the table in bench/results/reliability_figures.md from real runs of the tests: make figures.
 
     python bench/reliability/figures.py [--long] [PART ...]        run these parts (all) and write the table
     python bench/reliability/figures.py --table                    write the table from what is stored
@@ -30,8 +30,8 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "reliability.md"
 RESULTS = ROOT / "bench" / "results"
+PAGE = RESULTS / "reliability_figures.md"
 SAVES = RESULTS / "checkpoint_cost_cpu2.json"  # bench/reliability/checkpoint_cost.py
 BEGIN, END = "<!-- figures: written by make figures -->", "<!-- end of figures -->"
 

@@ -1,6 +1,6 @@
 """The documentation is true: every command and example is run as a reader would.
 
-Commands are the `$ ` lines of ```console blocks in README.md, CONTRIBUTING.md and docs/. Those of `upstep-fast` run in
+Commands are the `$ ` lines of ```console blocks in README.md, CONTRIBUTING.md, docs/ and bench/results/. Those of `upstep-fast` run in
 a folder with `photos/` and `labelled/`, on the model that the package ships, page by page from top to bottom;
 SUBSTITUTED and SHORTENED say what differs from the page. What cannot run offline in seconds is parsed: PARSED says why.
 Other programs' commands are held against what they name: targets, files, extras.
@@ -29,6 +29,7 @@ from upstep_fast.cli.parse import parse as parse_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES += sorted((ROOT / "bench/results").glob("*.md"))
 MODEL = assets()[0]
 
 # in commands and in python blocks, in this order

@@ -8,8 +8,8 @@ features beside the others (whitening.py):
     balanced   plain, written at 3/4 strength               +5.0 / +4.2    -2.7 / +0.1
     strong     plain, three times the learning rate         +7.1 / +6.5    -12.4 / -0.9
 
-gentle: five sets, the held-out third, 300 steps of 128 images, one seed (docs/quality_five_sets.md, which has the test
-part too; without training w. has +6.7, +0.2).
+gentle: five sets, the held-out third, 300 steps of 128 images, one seed (the test part too is in
+bench/results/quality_five_sets.md; without training w. has +6.7, +0.2).
 The others: METHODS section 6, eight sets, 400 ungated steps of 256 images, one seed; not measured w. They are not
 gated, since the rows are not, and no gate has beaten skipping at random yet.
 """

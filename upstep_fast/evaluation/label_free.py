@@ -11,7 +11,7 @@
     neighbour overlap       mean |kNN_x(i) and kNN_y(i)| / k               mutual k-NN, Huh 2024
     linear CKA              |Y'X|^2 / (|X'X| |Y'Y|), columns centred       Kornblith 2019, eq. 6
 
-How well each tells whether an adapter helped is measured in docs/quality.md.
+How well each tells whether an adapter helped is measured in bench/results/quality.md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from upstep_fast.methods.losses.clustering import kmeans_prototypes
 
 NEIGHBOURS = 10  # of the overlaps
 # the weight whose predictions rank the study's adapters best on both sets; one and a half times the lowest prediction,
-# rounded away from 0, of an adapter that lost no accuracy (docs/quality.md)
+# rounded away from 0, of an adapter that lost no accuracy (bench/results/quality.md)
 DRIFT, CLEARLY_WORSE = 15.0, -15.0
 CLUSTERS = 32  # of occupancy and stability; fewer where there are few images
 
@@ -138,7 +138,8 @@ def predicted_gain(judged: dict[str, float], drift: float = DRIFT) -> float:
 
     Held-out images must be found again by their other view, and going far from the base model has its price. 0 is the
     base model itself; its size is not in points of accuracy. Below CLEARLY_WORSE nothing that was measured kept the
-    base model's accuracy; below 0 many did. Where these constants come from, and how well it does: docs/quality.md.
+    base model's accuracy; below 0 many did. Where these constants come from, and how well it does:
+    bench/results/quality.md.
     """
     return 100 * judged["view_agreement"] - drift * (1 - judged["base_cka"])
 

@@ -10,7 +10,8 @@ A product phi . phi is half the cosine of the features as they are, half the mea
 features are the mean patch token already, phi = [x, w(x)] / sqrt(2).
 
 A pretrained model's few strong directions tell its own classes apart; on another domain the weak ones do as much.
-Whitened features alone lose on the model's own domain, beside the others they hardly do: docs/quality_five_sets.md.
+Whitened features alone lose on the model's own domain, beside the others they hardly do:
+bench/results/quality_five_sets.md.
 Whitening for retrieval: Jegou and Chum 2012; OAS: Chen et al. 2010, eq. 23 (as scikit-learn has it). Their place side
 by side is ours.
 """

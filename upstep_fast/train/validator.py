@@ -6,7 +6,7 @@ so far lies in OUT/best, every look in OUT/judgement.jsonl.
 
     the end    the best adapter becomes OUT/adapter; with --strength auto at the strength whose prediction is largest,
                with --strength-first auto in a line over the blocks
-    a warning  if it is predicted to be no better than the base model, which is no strong evidence (docs/quality.md)
+    a warning  if it is predicted to be no better than the base model, weak evidence (bench/results/quality.md)
     refusal    if every look is clearly worse, OUT/adapter becomes OUT/adapter-refused and the run ends with exit code 4
 """
 

@@ -7,7 +7,7 @@
 
 The relational form leaves the features free to turn as a whole: only who resembles whom is kept (relational knowledge
 distillation, Park 2019; similarities as distributions, Passalis and Tefas 2018). That either helps UpStep is our
-conjecture, measured in docs/quality.md.
+conjecture, measured in bench/results/quality.md.
 """
 
 from __future__ import annotations
