@@ -1,7 +1,7 @@
 """The engine against PEFT and the eager reference over model, batch, image side, rank and skip rate; table and plot.
 
     python bench/engine/sweep.py [--runs 5] [--only batch rank] --json bench/results/sweep_cpu2.json
-    python bench/engine/sweep.py --read bench/results/sweep_cpu2.json --page bench/results/sweep.md      # the page alone
+    python bench/engine/sweep.py --read bench/results/sweep_cpu2.json --page bench/results/sweep.md   # the page alone
 
 One thing changes at a time from a base point; at every point variants alternate and ratios are formed within it. On a
 CPU the models are small. Utilisation: the model's own FLOPs over those of a large product, measured in the same run; a

@@ -1,6 +1,6 @@
 """The study of adaptation quality: a grid of configurations x data sets x seeds, one JSON line a run.
 
-    python bench/quality/study.py GRID.toml --out ROWS.jsonl [--jobs N] [--test NAME ...] [--page bench/results/quality.md]
+    python bench/quality/study.py GRID.toml --out ROWS.jsonl [--jobs N] [--test NAME ...] [--page PAGE.md]
 
 Rows are keyed by a hash of configuration, data and seed: what has a row is not run again, so a study that was stopped
 goes on with the same command. Configurations are chosen on a third of each train part, which adaptation does not see

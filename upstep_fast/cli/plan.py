@@ -27,7 +27,7 @@ from upstep_fast.train.memory import measure as calibrate
 from upstep_fast.train.memory.fit import LEVELS, MARGIN, chooser, fit, gigabytes
 
 CONTEXT_BYTES = 600 << 20  # of a whole GPU, what CUDA and its kernels hold before the first tensor
-# of a large product's rate, what a whole step reaches: 392 of 790 TFLOP/s for ViT-L/14 on an H200 (bench/results/speed.md)
+# share of a large product's rate that a whole step reaches: 392 of 790 TFLOP/s for ViT-L/14 on an H200
 EFFICIENCY = 0.5
 
 
