@@ -1,8 +1,9 @@
 """The documentation is true: every command and example is run as a reader would.
 
 Commands are the `$ ` lines of ```console blocks in README.md, CONTRIBUTING.md, docs/ and bench/results/. Those of
-`upstep-fast` run in a folder with `photos/` and `labelled/`, on the model that the package ships, page by page from top to bottom;
-SUBSTITUTED and SHORTENED say what differs from the page. What cannot run offline in seconds is parsed: PARSED says why.
+`upstep-fast` run in a folder with `photos/` and `labelled/`, on the model that the package ships, page by page from top
+to bottom; SUBSTITUTED and SHORTENED say what differs from the page. What cannot run offline in seconds is parsed:
+PARSED says why.
 Other programs' commands are held against what they name: targets, files, extras.
 """
 
