@@ -35,7 +35,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from bench.quality.job import Job, fingerprint, label
+from job import Job, fingerprint, label
 
 HERE = Path(__file__).resolve().parent
 LOOKS = 4  # at the clusters of a run
