@@ -230,7 +230,7 @@ def test_the_grids_that_are_shipped_are_valid(bench, shared, name, monkeypatch):
     monkeypatch.chdir(BENCH.parent)
     if not Path("../shared/data/gtsrb_32.tar").is_file():
         pytest.skip("the grids name ../shared/data")
-    jobs = bench("study").read_grid(BENCH / name)
+    jobs = bench("study").read_grid(BENCH / "quality" / name)
     for job in jobs:
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in job.options.items()}
         AdaptConfig(model=job.model, data=(job.data,), out="", seed=job.seed, **options)

@@ -201,7 +201,7 @@ def free(monkeypatch):
 
     def set_free(size):
         value = None if size is None else int(size) + memory_fit.CACHE_BYTES
-        monkeypatch.setattr(calibrate, "free_bytes", lambda device: value)
+        monkeypatch.setattr(machine, "free_bytes", lambda device: value)
 
     return set_free
 

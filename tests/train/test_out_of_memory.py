@@ -14,6 +14,7 @@ from upstep_fast.methods.microbatch import in_microbatches
 from upstep_fast.methods.upstep.upstep import UpStep
 from upstep_fast.model import backbone
 from upstep_fast.runtime import checkpoint
+from upstep_fast.runtime.device import resolve
 from upstep_fast.train import loop as trainer
 from upstep_fast.train import step
 from upstep_fast.train.state import fresh_state
@@ -166,7 +167,7 @@ def test_the_hosts_memory_counts_too():
 
 def build(options, **changes):
     config = AdaptConfig(**options | changes | {"data": (options["data"],)})
-    compute = trainer.resolve("cpu", "fp32")
+    compute = resolve("cpu", "fp32")
     return config, compute, fresh_state(config, compute, backbone.load(config.model))
 
 

@@ -456,7 +456,7 @@ def test_what_a_checkpoint_forgets_fails_the_check(options, monkeypatch):
 
 def test_a_checkpoint_can_be_due_by_the_clock(options, monkeypatch):
     now = iter(range(0, 10**6, 10))  # a look at the clock each step, ten seconds apart
-    monkeypatch.setattr("upstep_fast.signals.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("upstep_fast.runtime.signals.time.monotonic", lambda: next(now))
     saved = []
     real_save = resume.save
     monkeypatch.setattr(resume, "save", lambda state, *rest: (saved.append(state.step), real_save(state, *rest))[1])
