@@ -7,7 +7,7 @@ class UpstepError(Exception):
     """Base of the errors this package raises on purpose."""
 
     exit_code = 1
-    is_said = False  # by another rank: one line tells of it, not one a rank
+    already_reported = False  # by another rank: one line tells of it, not one a rank
 
 
 class RunFailedError(UpstepError):

@@ -30,7 +30,7 @@ from upstep_fast.methods.supervised.losa import Losa, LosaSpec
 from upstep_fast.model import backbone as backbones
 from upstep_fast.model.lora import LoraSpec
 from upstep_fast.runtime.device import Compute, resolve
-from upstep_fast.runtime.machine import device_card, peak_bytes
+from upstep_fast.runtime.machine import device_card, extra_peak_bytes
 from upstep_fast.runtime.timing import alternate
 
 CLASSES = 100
@@ -132,7 +132,7 @@ def main() -> None:
             "low_ms": low,
             "high_ms": high,
             "kept_bytes": kept[name],
-            "peak_bytes": peak_bytes(steps[name], compute.device),
+            "peak_bytes": extra_peak_bytes(steps[name], compute.device),
         }
         rows.append(row)
         print(f"{name:<12} {median:9.1f} ms ({low:.1f}..{high:.1f})  kept {kept[name] / 1e6:9.1f} MB", flush=True)

@@ -108,7 +108,7 @@ def step_rows(options: dict[str, Any], skipped: float, compute: Compute, runs: i
     rows = []
     for name, found in times.items():
         low, median, high = quantiles([t / STEPS for t in found], n=4)
-        peak = machine.peak_bytes(tasks[name], compute.device)
+        peak = machine.extra_peak_bytes(tasks[name], compute.device)
         rows.append(
             {"name": name, "kind": "step", "median_ms": median, "low_ms": low, "high_ms": high, "peak_bytes": peak}
         )

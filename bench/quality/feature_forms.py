@@ -34,7 +34,7 @@ FORMS = {
     "wx wp": {"wx": 1, "wp": 1},
     "x wx": {"x": 1, "wx": 1},
     "x wx wp": {"x": 1, "wx": 1, "wp": 1},
-    "2x wx wp": {"x": 2, "wx": 1, "wp": 1},  # whitening.beside
+    "2x wx wp": {"x": 2, "wx": 1, "wp": 1},  # whitening.append_whitened
     "4x wx wp": {"x": 4, "wx": 1, "wp": 1},
     "2x p wx wp": {"x": 2, "p": 1, "wx": 1, "wp": 1},
 }

@@ -25,13 +25,13 @@ from upstep_fast.data.views.view_config import view_config
 from upstep_fast.data.views.views import random_views
 from upstep_fast.evaluation import whitening
 from upstep_fast.evaluation.classifiers import knn_right, linear_probe
-from upstep_fast.evaluation.features import Features, beside, extract, plain
+from upstep_fast.evaluation.features import Features, append_whitened, extract, unwhitened
 from upstep_fast.evaluation.label_free import judge
 from upstep_fast.evaluation.whitening import Whitening
 from upstep_fast.model import backbone as backbones
 from upstep_fast.model import lora, peft_format, pooling
 from upstep_fast.model.backbone import Backbone
-from upstep_fast.runtime.atomic_file import write_whole
+from upstep_fast.runtime.atomic_file import write_atomic
 from upstep_fast.runtime.device import Compute, resolve
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def scores(job: Job, data: str, adapter: Path, work: Path, by_depth: bool = Fals
         name = hashlib.sha256(f"parts {job.model} {open_source(path).fingerprint()}".encode()).hexdigest()[:16]
         file = work / f"base-{name}.safetensors"
         if not file.is_file():
-            write_whole(file, save(dict(zip(SPLITS, of(base, path), strict=True))))
+            write_atomic(file, save(dict(zip(SPLITS, of(base, path), strict=True))))
         return [load_file(file)[s] for s in SPLITS]
 
     before = {name: of_base(path) for name, path in sets.items()}
@@ -193,8 +193,8 @@ def _forms(
     splits = []
     for index, of_base in enumerate(before):
         x = {"base": of_base} | ({} if after is None else {"adapted": after[index]})
-        whitened = beside(x, {name: by[name] for name in x})
-        splits.append(plain(x) | {f"{kind}_whitened": features for kind, features in whitened.items()})
+        whitened = append_whitened(x, {name: by[name] for name in x})
+        splits.append(unwhitened(x) | {f"{kind}_whitened": features for kind, features in whitened.items()})
     return {kind: [split[kind] for split in splits] for kind in splits[0]}
 
 

@@ -86,9 +86,9 @@ def test_neighbour_overlap_is_scikit_learns_neighbours_in_common():
     y = F.normalize(x + 0.7 * y, dim=-1)
     near = [NearestNeighbors(n_neighbors=10).fit(z.numpy()).kneighbors(return_distance=False) for z in (x, y)]
     common = [len(set(a) & set(b)) / 10 for a, b in zip(*near, strict=True)]
-    assert judgement.neighbour_overlap(x, y, 10) == pytest.approx(sum(common) / 60)
-    assert judgement.neighbour_overlap(x, (x.double() @ rotation(8)), 10) == 1
-    assert judgement.neighbour_overlap(x, y, 59) == 1
+    assert judgement.neighbor_overlap(x, y, 10) == pytest.approx(sum(common) / 60)
+    assert judgement.neighbor_overlap(x, (x.double() @ rotation(8)), 10) == 1
+    assert judgement.neighbor_overlap(x, y, 59) == 1
 
 
 def test_linear_cka_is_the_centred_kernel_alignment_and_knows_its_invariances():

@@ -13,7 +13,7 @@ from upstep_fast.cli import demo
 from upstep_fast.engine import vit as engine
 from upstep_fast.errors import ConfigError
 from upstep_fast.evaluation import whitening
-from upstep_fast.evaluation.features import beside, ensemble, plain
+from upstep_fast.evaluation.features import append_whitened, ensemble, unwhitened
 from upstep_fast.model import backbone, pooling
 from upstep_fast.train.adapt import adapt
 
@@ -57,7 +57,7 @@ def test_of_many_images_every_direction_spreads_alike():
 def test_similarity_is_half_that_of_the_features_and_half_the_whitened_ones(num):
     x, queries = parts(300)[:, :num], parts(7, seed=1)[:, :num]
     by = whitening.fit(x)
-    both = whitening.beside(queries, by)
+    both = whitening.append_whitened(queries, by)
     assert both.shape == (7, (1 + num) * 24) and both.norm(dim=-1) == pytest.approx(torch.ones(7))
     expected = queries[:, 0].double() @ queries[:, 0].double().T / 2
     for part, mean, matrix in zip(queries.unbind(1), by.mean.double(), by.matrix.double(), strict=True):
@@ -69,7 +69,7 @@ def test_similarity_is_half_that_of_the_features_and_half_the_whitened_ones(num)
 def test_a_turned_space_has_the_same_similarities():
     x = parts(300)
     turn = torch.linalg.qr(torch.randn(24, 24, generator=torch.Generator().manual_seed(3)))[0]
-    found, turned = (whitening.beside(y, whitening.fit(y)) for y in (x, x @ turn))
+    found, turned = (whitening.append_whitened(y, whitening.fit(y)) for y in (x, x @ turn))
     assert (found @ found.T - turned @ turned.T).abs().max() < 1e-4
 
 
@@ -78,7 +78,7 @@ def test_images_that_are_all_alike_have_nothing_to_whiten_and_it_is_said(caplog)
     nearly = F.normalize(x + 1e-7 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)), dim=-1)
     for same in (x, x[:1], nearly):
         caplog.clear()
-        both = whitening.beside(same, whitening.fit(same))
+        both = whitening.append_whitened(same, whitening.fit(same))
         assert f"the features of all {len(same)} images are alike" in caplog.text
         assert torch.equal(both[:, :8], same[:, 0] / 2**0.5) and not both[:, 8:].any()
 
@@ -86,11 +86,15 @@ def test_images_that_are_all_alike_have_nothing_to_whiten_and_it_is_said(caplog)
 def test_the_ensemble_has_all_side_by_side():
     x = {"base": parts(50), "adapted": parts(50, seed=1)}
     by = {name: whitening.fit(value) for name, value in x.items()}
-    found = beside(x, by)
+    found = append_whitened(x, by)
     assert torch.equal(found["ensemble"], ensemble(found["base"], found["adapted"]))
     assert found["ensemble"].shape == (50, 6 * 24) and found.keys() == {"base", "adapted", "ensemble"}
-    assert torch.equal(plain(x)["ensemble"], ensemble(x["base"][:, 0], x["adapted"][:, 0]))
-    assert beside({"base": x["base"]}, {"base": by["base"]}).keys() == plain({"base": x["base"]}).keys() == {"base"}
+    assert torch.equal(unwhitened(x)["ensemble"], ensemble(x["base"][:, 0], x["adapted"][:, 0]))
+    assert (
+        append_whitened({"base": x["base"]}, {"base": by["base"]}).keys()
+        == unwhitened({"base": x["base"]}).keys()
+        == {"base"}
+    )
 
 
 @pytest.mark.parametrize(("pool", "num"), [("token", 2), ("avg", 1), ("map", 2)])

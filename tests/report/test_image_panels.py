@@ -19,7 +19,7 @@ from sklearn.neighbors import NearestNeighbors
 
 import upstep_fast
 from upstep_fast.data.loading.skipped import write_skipped
-from upstep_fast.report import charts, neighbours, run_record
+from upstep_fast.report import charts, neighbors, run_record
 from upstep_fast.report import image_panels as pictures
 from upstep_fast.report import page as html_report
 from upstep_fast.report import pca_plot as projection
@@ -61,11 +61,11 @@ def test_neighbours_are_scikit_learns():
     x = some_features()
     queries = [0, 7, 39]
     theirs = NearestNeighbors(n_neighbors=6, metric="cosine").fit(x.numpy()).kneighbors(x[queries].numpy())[1]
-    for query, ours, found in zip(queries, neighbours.nearest(x, queries, 5), theirs, strict=True):
+    for query, ours, found in zip(queries, neighbors.nearest(x, queries, 5), theirs, strict=True):
         assert ours == [i for i in found.tolist() if i != query][:5]
     # equal images: the lower number first, never the image itself
-    assert neighbours.nearest(torch.ones(4, 2), [1], 5) == [[0, 2, 3]]
-    assert neighbours.nearest(x[:1], [0], 5) == [[]] and neighbours.nearest(x, [], 5) == []
+    assert neighbors.nearest(torch.ones(4, 2), [1], 5) == [[0, 2, 3]]
+    assert neighbors.nearest(x[:1], [0], 5) == [[]] and neighbors.nearest(x, [], 5) == []
 
 
 def test_the_images_are_spread_evenly():

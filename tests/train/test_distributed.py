@@ -324,10 +324,10 @@ def launch(tmp_path, job, *arguments, ranks=2):
 
 # what the line must say; the slowest wait is --rank-timeout, a look at who lives, and torchrun's own half minute
 CAUSES = {
-    "killed": "no sign of life from rank 1",
-    "exits": "no sign of life from rank 1",
-    "stopped": "no sign of life from rank 1",
-    "sleeps": "rank 1 did not come to where the others wait",
+    "killed": "no heartbeat from rank 1",
+    "exits": "no heartbeat from rank 1",
+    "stopped": "no heartbeat from rank 1",
+    "sleeps": "rank 1 did not reach the collective in which the others wait",
     "raises": "(rank 1): RuntimeError: planted",
 }
 

@@ -255,7 +255,7 @@ def test_the_lock_of_a_dead_process_is_taken_over(options, tmp_path, caplog, con
     out.mkdir()
     (out / "run.lock").write_text(content)
     config = AdaptConfig(**options | {"data": ("d",)})
-    with caplog.at_level("WARNING", logger="upstep_fast"), output.opened(config):
+    with caplog.at_level("WARNING", logger="upstep_fast"), output.lock_run_folder(config):
         assert json.loads((out / "run.lock").read_text())["pid"] == os.getpid()
     assert ("taken over" in caplog.text) == bool(content)
     assert ("process 99999999 on 'gone'" in caplog.text) == ("99999999" in content)
@@ -265,7 +265,7 @@ def test_the_lock_of_a_dead_process_is_taken_over(options, tmp_path, caplog, con
 def test_many_processes_that_race_for_one_lock(options, tmp_path):
     """Never two at once, though each removes the file when it leaves."""
     script = (
-        "import sys, time, upstep_fast.output as o\n"
+        "import sys, time, upstep_fast.runtime.run_folder as o\n"
         "from pathlib import Path\n"
         "out, held = Path(sys.argv[1]), 0\n"
         "end = time.monotonic() + 2\n"

@@ -224,7 +224,7 @@ def test_cached_activations_change_nothing(options, tmp_path, method, where, cap
 
 @pytest.mark.parametrize("where", ["memory", "disk"])
 def test_a_cache_that_does_not_fit_is_refused(options, monkeypatch, where):
-    monkeypatch.setattr(feature_cache, "available_memory", lambda: 1000)
+    monkeypatch.setattr(feature_cache, "free_bytes", lambda device: 1000)
     monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
     with pytest.raises(ConfigError, match=rf"cache: .* GB do not fit into {where}"):
         upstep_fast.finetune(**options, preset_views="none", cache=where)

@@ -25,8 +25,8 @@ from upstep_fast.errors import CheckFailedError
 from upstep_fast.model import backbone as backbones
 from upstep_fast.model import lora, pooling
 from upstep_fast.runtime.device import Compute, resolve
-from upstep_fast.runtime.machine import _version, device_card, peak_bytes
-from upstep_fast.runtime.timing import _timing, alternate
+from upstep_fast.runtime.machine import device_card, extra_peak_bytes, package_version
+from upstep_fast.runtime.timing import alternate, summarize
 
 # relative, of features and of adapter gradients, against fp32
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 2e-2, "fp8": 1e-1}
@@ -51,7 +51,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
             raise CheckFailedError(f"engine: {kind} differs from fp32 by {errors['engine']:.1e}; not timed")
         times = alternate(tasks, compute.device, runs=config.runs)
         result[kind] = [
-            asdict(_timing(name, times[name], peak_bytes(task, compute.device), errors[name]))
+            asdict(summarize(name, times[name], extra_peak_bytes(task, compute.device), errors[name]))
             for name, task in tasks.items()
         ]
     if config.json is not None:
@@ -86,7 +86,7 @@ def make_variants(
             return pooling.features(vit, x)
 
     variants: dict[str, Variant] = {}
-    if _version("peft"):
+    if package_version("peft"):
         peft_vit, peft_parameters = peft_of(plain, adapters)
 
         def eager_peft(x: Tensor) -> Tensor:

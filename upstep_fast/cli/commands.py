@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if isinstance(error, Interrupted) and "TORCHELASTIC_RUN_ID" in os.environ:
             # torchrun sends it to all once the first has ended; the exit code is to stay this one
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if not error.is_said:
+        if not error.already_reported:
             _complain(str(error))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

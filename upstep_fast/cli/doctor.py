@@ -13,7 +13,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from upstep_fast.kernels import _native as native
 from upstep_fast.kernels._self_check import check_all
 from upstep_fast.runtime import terminal
 from upstep_fast.runtime.device import resolve
+from upstep_fast.runtime.machine import default_workers, package_version
 
 PACKAGES = ("upstep_fast", "torch", "triton", "timm", "peft", "torchvision", "numpy", "safetensors", "pillow")
 SECONDS = 1.0  # for each of the two speeds
@@ -64,7 +64,7 @@ def examine(device: str = "auto") -> dict[str, Any]:
         outcomes, choices = check_all(compute.device)
     checks = [{k: _finite(v) for k, v in dataclasses.asdict(outcome).items()} for outcome in outcomes]
     return {
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()} | {name: package_version(name) for name in PACKAGES},
         "machine": _machine(compute.device) | {"precision": compute.precision},
         "native": _native(),
         "asked_for": dispatch.requested(),
@@ -78,7 +78,7 @@ def examine(device: str = "auto") -> dict[str, Any]:
 
 def loading_speed(device: torch.device, seconds: float = SECONDS) -> dict[str, float]:
     """Images/s that are read and decoded from this machine's temporary folder, and of which two views are made."""
-    workers = min(16, os.cpu_count() or 1)
+    workers = default_workers()
     with tempfile.TemporaryDirectory() as folder:
         for i in range(IMAGES):
             (Path(folder) / f"{i}.jpg").write_bytes(_photo(i))
@@ -188,10 +188,3 @@ def _photo(seed: int) -> bytes:
 def _finite(value: Any) -> Any:
     # JSON has no NaN; an error that is not a number is named
     return str(value) if isinstance(value, float) and not np.isfinite(value) else value
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

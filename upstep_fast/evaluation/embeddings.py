@@ -14,12 +14,12 @@ from upstep_fast.config.evaluate import EmbedConfig
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import ConfigError
 from upstep_fast.evaluation import whitening
-from upstep_fast.evaluation.features import beside, extract, load_models, plain
+from upstep_fast.evaluation.features import append_whitened, extract, load_models, unwhitened
 from upstep_fast.model import backbone as backbones
 from upstep_fast.model import peft_format
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.runtime import distributed
-from upstep_fast.runtime.atomic_file import write_whole
+from upstep_fast.runtime.atomic_file import write_atomic
 from upstep_fast.runtime.device import resolve
 
 
@@ -58,7 +58,7 @@ def run_embed(config: EmbedConfig) -> Path:
             fitted = {name: whitening.fit(x[name]) for name in models}
             if distributed.is_first():
                 whitening.write(config.fit_whitening, fitted, fingerprints)
-        features = beside(x, fitted) if fitted else plain(x)
+        features = append_whitened(x, fitted) if fitted else unwhitened(x)
         kind = "ensemble" if config.ensemble else "adapted" if config.adapter else "base"
         if distributed.is_first():
             writers[out.suffix](out, features[kind], [source.name(i) for i in read])
@@ -106,6 +106,6 @@ def _write_parquet(out: Path, x: Tensor, names: list[str]) -> None:
 
 def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     try:
-        write_whole(path, write)
+        write_atomic(path, write)
     except OSError as error:
         raise ConfigError(f"out: cannot write {path}: {error.strerror}") from error

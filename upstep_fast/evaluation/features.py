@@ -77,7 +77,7 @@ def extract(
     """
     base = models["base"]
     pool = pooling.pooled_and_patch_mean if patches else pooling.pooled_only
-    runs = {name: _parts_of(model, config, compute, pool) for name, model in models.items()}
+    runs = {name: _feature_function(model, config, compute, pool) for name, model in models.items()}
     rows: dict[str, list[Tensor]] = {name: [] for name in models}
     read: list[int] = []
     skipped: dict[str, str] = {}
@@ -111,7 +111,7 @@ def extract(
     return {name: torch.cat(distributed.gather_parts(x)) for name, x in own.items()}, read
 
 
-def _parts_of(
+def _feature_function(
     model: Backbone, config: EvalConfig | EmbedConfig, compute: Compute, pool: Callable[[Any, Tensor], Tensor]
 ) -> Callable[[Tensor], Tensor]:
     vit = model.vit.to(compute.device).requires_grad_(False)
@@ -125,14 +125,14 @@ def _parts_of(
     return engine.choose(vit, dtype, "fast", otherwise=by_the_model, fp8=compute.fp8, pool=pool)
 
 
-def plain(x: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def unwhitened(x: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Of what `extract` found the features as they are, [N, D], and their ensemble [N, 2 D]."""
     return _with_ensemble({name: parts[:, 0].contiguous() for name, parts in x.items()})
 
 
-def beside(x: Mapping[str, Tensor], fitted: Mapping[str, Whitening]) -> dict[str, Tensor]:
+def append_whitened(x: Mapping[str, Tensor], fitted: Mapping[str, Whitening]) -> dict[str, Tensor]:
     """Of what `extract` found the features with whitened ones beside them, and their ensemble."""
-    return _with_ensemble({name: whitening.beside(x[name], by) for name, by in fitted.items()})
+    return _with_ensemble({name: whitening.append_whitened(x[name], by) for name, by in fitted.items()})
 
 
 def _with_ensemble(found: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -76,7 +76,7 @@ def view_agreement(x: Tensor, y: Tensor) -> float:
     return float(sum(found) / 2)
 
 
-def neighbour_overlap(x: Tensor, y: Tensor, k: int = NEIGHBOURS) -> float:
+def neighbor_overlap(x: Tensor, y: Tensor, k: int = NEIGHBOURS) -> float:
     """Mean share of an image's k nearest others that x and y have in common; k is at most N - 1."""
     k = min(k, len(x) - 1)
     near = torch.zeros(2, len(x), len(x), dtype=torch.bool, device=x.device)
@@ -112,7 +112,7 @@ def scores(views: Tensor) -> dict[str, float]:
         "occupancy": occupancy(a, num),
         "stability": stability(a, b),
         "view_agreement": view_agreement(x, y),
-        "view_overlap": neighbour_overlap(x, y),
+        "view_overlap": neighbor_overlap(x, y),
     }
 
 
@@ -126,7 +126,7 @@ def judge(base: Tensor, adapted: Tensor) -> dict[str, float]:
     x, y = (F.normalize(views[0].float(), dim=-1) for views in (base, adapted))
     return {
         **{name: after[name] - before[name] for name in before},
-        "base_overlap": neighbour_overlap(x, y),
+        "base_overlap": neighbor_overlap(x, y),
         "base_cka": linear_cka(x, y),
     }
 

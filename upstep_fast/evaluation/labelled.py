@@ -14,7 +14,7 @@ from upstep_fast.data.labelled.splits import train_and_test
 from upstep_fast.evaluation import whitening
 from upstep_fast.evaluation.classifiers import knn, linear_probe
 from upstep_fast.evaluation.embeddings import _write_text
-from upstep_fast.evaluation.features import Extracted, Features, Form, beside, extract, load_models, plain
+from upstep_fast.evaluation.features import Extracted, Features, Form, append_whitened, extract, load_models, unwhitened
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime.device import Compute, resolve
@@ -65,7 +65,7 @@ def _run(config: EvalConfig, compute: Compute) -> dict[str, Any]:
     models = load_models(config)
     result: dict[str, Any] = {}
     train, test = _train_and_test(config.data, models, config, compute)
-    whitened = partial(beside, fitted={name: whitening.fit(x) for name, x in train.x.items()})
+    whitened = partial(append_whitened, fitted={name: whitening.fit(x) for name, x in train.x.items()})
 
     def accuracy(of: Measure, form: Form, bank: Extracted, queries: Extracted) -> dict[str, float]:
         pairs = zip(bank.features(form).items(), queries.features(form).values(), strict=True)
@@ -73,12 +73,12 @@ def _run(config: EvalConfig, compute: Compute) -> dict[str, Any]:
 
     measures: dict[str, Measure] = {"knn": partial(knn, k=config.k), "linear": linear_probe}
     for measure, of in measures.items():
-        for form, name in ((plain, measure), (whitened, f"{measure}_whitened")):
+        for form, name in ((unwhitened, measure), (whitened, f"{measure}_whitened")):
             for kind, percent in accuracy(of, form, train, test).items():
                 result.setdefault(kind, {})[name] = percent
     if config.source is not None:
         bank, queries = _train_and_test((config.source,), models, config, compute)
-        result["source"] = accuracy(measures["knn"], plain, bank, queries)
+        result["source"] = accuracy(measures["knn"], unwhitened, bank, queries)
         result["source_whitened"] = accuracy(measures["knn"], whitened, bank, queries)
     result |= {"n_train": len(train.y), "n_test": len(test.y), "k": config.k}
     if config.json is not None and distributed.is_first():

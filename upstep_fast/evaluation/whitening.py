@@ -30,7 +30,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from upstep_fast.errors import ConfigError
-from upstep_fast.runtime.atomic_file import write_whole
+from upstep_fast.runtime.atomic_file import write_atomic
 
 log = logging.getLogger("upstep_fast")
 
@@ -70,7 +70,7 @@ def shrinkage(eigenvalues: Tensor, num: int) -> float:
     return min(1.0, float((squares + square) / denominator)) if denominator > 0 else 1.0
 
 
-def beside(x: Tensor, by: Whitening) -> Tensor:
+def append_whitened(x: Tensor, by: Whitening) -> Tensor:
     """phi: unit vectors [N, P, D], the features first -> [N, (1 + P) D], of unit length unless nothing is whitened."""
     return torch.cat([x[:, 0], whitened(x, by).flatten(1) / x.shape[1] ** 0.5], -1) / 2**0.5
 
@@ -84,7 +84,7 @@ def write(path: str | Path, fitted: Mapping[str, Whitening], fingerprints: Mappi
     """Write whitenings and their models' fingerprints, by name ("base", "adapted"), as safetensors; or ConfigError."""
     tensors = {f"{name}.{part}": x.contiguous() for name, by in fitted.items() for part, x in vars(by).items()}
     try:
-        write_whole(Path(path), save(tensors, metadata=dict(fingerprints)))
+        write_atomic(Path(path), save(tensors, metadata=dict(fingerprints)))
     except OSError as error:
         raise ConfigError(f"fit_whitening: cannot write {path}: {error.strerror}") from error
 

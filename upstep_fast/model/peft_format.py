@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from upstep_fast.errors import ConfigError
 from upstep_fast.model.backbone import load
 from upstep_fast.model.lora import LoraLinear, call_qkv, merge
-from upstep_fast.runtime.atomic_file import write_whole
+from upstep_fast.runtime.atomic_file import write_atomic
 
 NO_MODULE = "dummy-target-modules"  # PEFT's word for an adapter with modules_to_save alone
 
@@ -45,7 +45,7 @@ def write_files(folder: str | Path, files: Mapping[str, bytes]) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
-        write_whole(folder / name, data)
+        write_atomic(folder / name, data)
 
 
 def strength_by_depth(first: float, last: float, depth: int) -> Callable[[str], float]:
@@ -67,7 +67,7 @@ def scale_saved(folder: str | Path, strength: Callable[[str], float]) -> None:
     alphas = {name: _whole(strength(name) * alpha) for name, alpha in before.items()}
     config["lora_alpha"] = max(alphas.values())
     config["alpha_pattern"] = {name: alpha for name, alpha in alphas.items() if alpha != config["lora_alpha"]}
-    write_whole(path, (json.dumps(config, indent=2) + "\n").encode())
+    write_atomic(path, (json.dumps(config, indent=2) + "\n").encode())
 
 
 def adapter_files(

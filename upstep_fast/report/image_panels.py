@@ -34,9 +34,9 @@ from upstep_fast.data.sources.source import Source, open_source
 from upstep_fast.evaluation.features import load_models
 from upstep_fast.model import backbone as backbones
 from upstep_fast.model import pooling
-from upstep_fast.report.neighbours import nearest
+from upstep_fast.report.neighbors import nearest
 from upstep_fast.report.pca_plot import principal
-from upstep_fast.runtime.atomic_file import write_whole
+from upstep_fast.runtime.atomic_file import write_atomic
 from upstep_fast.runtime.device import Compute
 
 log = logging.getLogger("upstep_fast")
@@ -66,7 +66,7 @@ def collect(config: AdaptConfig, compute: Compute, source: Source, out: Path) ->
     """Look at the images and writes out/pictures.json; what goes wrong is a warning, the run is done."""
     try:
         found = look(config, compute, source, out)
-        write_whole(out / NAME, json.dumps(asdict(found)).encode())
+        write_atomic(out / NAME, json.dumps(asdict(found)).encode())
     except Exception as error:
         log.warning("report: no pictures (%s: %s)", type(error).__name__, str(error).split("\n")[0])
 

@@ -18,11 +18,11 @@ from typing import Any
 from upstep_fast.config.tools import ReportConfig
 from upstep_fast.errors import ConfigError
 from upstep_fast.report.charts import COLOURS, Bar, Line, bar_chart, line_chart, share_bar
-from upstep_fast.report.neighbours import sheet
+from upstep_fast.report.neighbors import sheet
 from upstep_fast.report.next_steps import next_steps
 from upstep_fast.report.pca_plot import definitions, plot
 from upstep_fast.report.run_record import Record, number, read_record, split, summary
-from upstep_fast.runtime.atomic_file import write_whole
+from upstep_fast.runtime.atomic_file import write_atomic
 
 log = logging.getLogger("upstep_fast")
 
@@ -56,14 +56,14 @@ def run(config: ReportConfig) -> Path:
     try:
         if len(folders) == 1:
             return write(folders[0])
-        return write_whole(Path(config.out), comparison_page([read_record(folder) for folder in folders]).encode())
+        return write_atomic(Path(config.out), comparison_page([read_record(folder) for folder in folders]).encode())
     except OSError as error:
         raise ConfigError(f"report: cannot write {error.filename}: {error.strerror}") from error
 
 
 def write(folder: Path) -> Path:
     """Write folder/report.html from what the run left there. Raises ConfigError if that is no run, or OSError."""
-    return write_whole(folder / NAME, run_page(read_record(folder)).encode())
+    return write_atomic(folder / NAME, run_page(read_record(folder)).encode())
 
 
 def run_page(record: Record) -> str:

@@ -1,4 +1,4 @@
-"""A file is written whole or not at all: a temporary file beside it, fsync, rename."""
+"""Atomic file writes: a temporary file in the same folder, fsync, rename."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-def write_whole(path: Path, content: bytes | Callable[[BinaryIO], object]) -> Path:
-    """Put `content`, bytes or what a function writes, in the place of `path`; returns `path`. Raises OSError.
+def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], object]) -> Path:
+    """Write `content` to `path` atomically and return `path`: a reader finds the old content or the new, never a part.
 
-    Whoever reads `path` finds the old content or the new; a reader of a killed process finds the old.
+    content: bytes, or a function that writes them to the open file. Raises OSError; `path` then has its old content.
     """
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:

@@ -7,7 +7,7 @@ the same one; gradients are averaged, so all make the same update. Alone, every 
 What travels is tensors and JSON; nothing is unpickled.
 
 A rank that dies or hangs leaves the others waiting. Whoever waited in vain finds out who was the first cause
-(pulse.py), says so and ends, and torchrun ends the rest.
+(heartbeat.py), says so and ends, and torchrun ends the rest.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from upstep_fast.errors import ConfigError, Interrupted, RunFailedError, UpstepError
-from upstep_fast.runtime.heartbeat import Pulse
+from upstep_fast.runtime.heartbeat import Heartbeat
 
 START_SECONDS = 600.0  # the wait for others while models are loaded, images listed and kernels compiled
 
@@ -46,7 +46,7 @@ class _Traffic:
 
 
 _traffic = _Traffic()
-_pulse: Pulse | None = None
+_heartbeat: Heartbeat | None = None
 
 
 def launched() -> bool:
@@ -89,7 +89,7 @@ def joined(device: torch.device) -> Iterator[None]:
 
     An error that leaves it is noted for the other ranks, and marked as said where another was the first to note it.
     """
-    global _pulse
+    global _heartbeat
     if not launched() or _together():
         yield
         return
@@ -104,19 +104,19 @@ def joined(device: torch.device) -> Iterator[None]:
     dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
     # a connection of its own: another's wait must not hold it up
     own = PrefixStore("upstep_fast", store.clone() if hasattr(store, "clone") else store)
-    with Pulse(own, number, count, lambda: _traffic.entered) as _pulse:
+    with Heartbeat(own, number, count, lambda: _traffic.entered) as _heartbeat:
         try:
             yield
         except BaseException as error:
             text = str(error) if isinstance(error, UpstepError) else f"{type(error).__name__}: {error}".splitlines()[0]
-            is_new = _pulse.note(text, "stopped" if isinstance(error, Interrupted) else "cause")
+            is_new = _heartbeat.record_end(text, "stopped" if isinstance(error, Interrupted) else "cause")
             if isinstance(error, UpstepError):
-                error.is_said = not is_new
+                error.already_reported = not is_new
             if isinstance(error, Interrupted):
-                _pulse.wait_for_first()
+                _heartbeat.wait_for_rank_0()
             raise
         finally:
-            _pulse = None
+            _heartbeat = None
     # not after an error: that would wait for ranks that may be gone
     dist.destroy_process_group()
 
@@ -269,7 +269,7 @@ def _enter(x: Tensor, num_bytes: int, call: Callable[[], object]) -> None:
         call()
     except RuntimeError as error:
         waited = time.perf_counter() - began
-        cause = _pulse.cause() if _pulse else "another rank failed"
+        cause = _heartbeat.find_cause() if _heartbeat else "another rank failed"
         raise RankError(f"{cause} (noticed by rank {rank()} after {waited:.0f} s)") from error
     if events:
         events[1].record()

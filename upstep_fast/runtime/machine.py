@@ -1,10 +1,11 @@
-"""Facts about the machine: processor, memory, workers, package versions."""
+"""Facts about this machine: processor, free and peak memory, number of workers, package versions."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import platform
+import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,55 +15,64 @@ import torch
 
 from upstep_fast.runtime import distributed
 
+CGROUP = Path("/sys/fs/cgroup")
+CGROUP_FILES = (  # (limit, usage) in bytes, of cgroup v2 and v1
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
+
 
 def default_workers() -> int:
-    """One thread a core, at most 16; processes on one machine share its cores."""
+    """Return one thread per core, at most 16; processes on one machine share its cores."""
     return max(1, min(16, (os.cpu_count() or 1) // distributed.local_size()))
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """What may still be allocated: on a GPU, or in host memory (cgroup limits included); None where it is not known."""
+    """Return the bytes that can still be allocated on `device`; None where the system does not report them.
+
+    On a GPU the caching allocator's unused blocks count as free; on a CPU the limits of cgroups apply.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    found = [_available(Path("/proc/meminfo"))]
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
+    candidates = [_free_host_bytes(Path("/proc/meminfo"))]
+    for limit, usage in CGROUP_FILES:
         with contextlib.suppress(OSError, ValueError):
-            root = Path("/sys/fs/cgroup")
-            found.append(int((root / limit).read_text()) - int((root / used).read_text()))
-    return min((value for value in found if value is not None), default=None)
+            candidates.append(int((CGROUP / limit).read_text()) - int((CGROUP / usage).read_text()))
+    return min((value for value in candidates if value is not None), default=None)
 
 
-def _available(meminfo: Path) -> int | None:
-    try:
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-        return 1024 * int(lines["MemAvailable"].split()[0])
-    except (OSError, KeyError, ValueError):
-        pages = "SC_AVPHYS_PAGES"
-        return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") if pages in getattr(os, "sysconf_names", {}) else None
+def peak_bytes(device: torch.device) -> int:
+    """Return the largest memory so far: of the GPU's allocator, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not available on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def available_memory() -> int:
-    """Bytes that can be had without swapping."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+def extra_peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
+    """Call `run` and return the GPU allocator's peak beyond what was allocated before; None (no call) on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    allocated = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    return peak_bytes(device) - allocated
 
 
 def device_card(device: torch.device) -> dict[str, Any]:
-    """What a figure must be quoted with."""
+    """Return the facts that a measurement must be quoted with: processor, threads, versions and GPU."""
     card: dict[str, Any] = {
-        "processor": _processor(),
+        "processor": processor_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "upstep_fast": _version("upstep_fast"),
+        "triton": package_version("triton"),
+        "upstep_fast": package_version("upstep_fast"),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -70,28 +80,27 @@ def device_card(device: torch.device) -> dict[str, Any]:
     return card
 
 
-def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
-    """The allocator's peak beyond what was there before; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    run()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Return the version of an installed package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """Return the processor's model name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _free_host_bytes(meminfo: Path) -> int | None:
+    try:
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        pages = "SC_AVPHYS_PAGES"
+        return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") if pages in getattr(os, "sysconf_names", {}) else None

@@ -23,7 +23,7 @@ CONFIG, LOCK, CHECKPOINTS = "config.toml", "run.lock", "checkpoints"
 
 
 @contextlib.contextmanager
-def opened(config: AdaptConfig | FinetuneConfig) -> Iterator[Path]:
+def lock_run_folder(config: AdaptConfig | FinetuneConfig) -> Iterator[Path]:
     """Within this context the folder `config.out` belongs to this run.
 
     A new or empty folder gets config.toml. One that holds a run is emptied with `overwrite` and left as it is with
@@ -51,7 +51,7 @@ def opened(config: AdaptConfig | FinetuneConfig) -> Iterator[Path]:
 
 
 def check(config: AdaptConfig | FinetuneConfig) -> None:
-    """Raise ConfigError if `opened` would refuse what the folder holds: before work that takes its time."""
+    """Raise ConfigError if `lock_run_folder` would refuse what the folder holds: before work that takes its time."""
     _refuse_another(Path(config.out), config)
     _refuse_run(Path(config.out), config)
 

@@ -1,4 +1,4 @@
-"""Signals as wishes that the loop looks at between two steps; under torchrun one rank's wish is everyone's."""
+"""Signal handlers set flags that the loop polls between steps; under torchrun a flag on any rank applies to all."""
 
 from __future__ import annotations
 
@@ -10,71 +10,71 @@ from typing import Any
 
 from upstep_fast.runtime import distributed
 
-WISHES = 2  # stop, save
+NUM_FLAGS = 2  # stop, save
 
 
-class Asked:
-    """What signals and the clock have asked for.
+class StopRequests:
+    """Requests to stop or to save, from signals and the clock.
 
-    save_seconds: also ask for a save when so many seconds have passed since the last one; 0: never.
+    save_seconds: also request a save once this many seconds have passed since the last one; 0: never.
     """
 
     def __init__(self, save_seconds: float = 0.0) -> None:
         self.stop, self.save = False, False
         self._save_seconds, self._saved = save_seconds, time.monotonic()
-        self._agreed = (False, False)
+        self._reduced = (False, False)
 
-    def pending(self) -> list[float]:
-        """This rank's wishes as numbers, to be summed over the ranks."""
-        # one clock for all ranks: whoever is first by its own asks for all
+    def local_flags(self) -> list[float]:
+        """Return this rank's flags as numbers, [NUM_FLAGS], to be summed over the ranks."""
+        # clocks differ between ranks: the first whose time is up requests the save for all
         is_due = 0 < self._save_seconds <= time.monotonic() - self._saved
         return [float(self.stop), float(self.save or is_due)]
 
-    def agree(self, sums: Sequence[float]) -> None:
-        """Take the sums of all ranks' wishes."""
-        self._agreed = (sums[0] > 0, sums[1] > 0)
+    def set_reduced(self, sums: Sequence[float]) -> None:
+        """Set the sums over all ranks of `local_flags`, [NUM_FLAGS]."""
+        self._reduced = (sums[0] > 0, sums[1] > 0)
 
-    def settle(self) -> tuple[bool, bool]:
-        """Whether to stop and whether to save, the same on every rank; what is asked for once counts as done.
+    def poll(self) -> tuple[bool, bool]:
+        """Return (stop, save), equal on all ranks, and clear both.
 
-        Alone a wish counts at once; under torchrun once all ranks have heard of it, which is a step later at most.
+        With one process a request takes effect immediately, with several at most one step later.
         """
         if distributed.size() == 1:
-            self.agree(self.pending())
-        stop, save = self._agreed
-        self._agreed = (False, False)
+            self.set_reduced(self.local_flags())
+        stop, save = self._reduced
+        self._reduced = (False, False)
         if save:
             self.save, self._saved = False, time.monotonic()
         return stop, save
 
 
 @contextlib.contextmanager
-def signals(save_seconds: float = 0.0) -> Iterator[Asked]:
-    """Turn SIGINT and SIGTERM into a wish to stop, SIGUSR1 into one to save; handlers are put back afterwards.
+def signals(save_seconds: float = 0.0) -> Iterator[StopRequests]:
+    """Turn SIGINT and SIGTERM into a stop request and SIGUSR1 into a save request; restore the handlers afterwards.
 
-    A second SIGINT or SIGTERM acts as usual. Not under torchrun, which passes on to every rank a Ctrl-C that all have
-    had from the terminal, and kills after half a minute who has not ended.
+    A second SIGINT or SIGTERM has its usual effect, except under torchrun: torchrun forwards a Ctrl-C to every rank
+    although the terminal has sent it to all of them, and kills ranks that have not ended half a minute later.
     """
-    asked = Asked(save_seconds)
+    requests = StopRequests(save_seconds)
 
     def stop(number: int, frame: Any) -> None:
-        asked.stop = True
+        requests.stop = True
         if not distributed.launched():
-            signal.signal(number, before[number])
+            signal.signal(number, previous[number])
 
     def save(number: int, frame: Any) -> None:
-        asked.save = True
+        requests.save = True
 
     handlers: dict[int, Any] = {signal.SIGINT: stop, signal.SIGTERM: stop}
     if hasattr(signal, "SIGUSR1"):
         handlers[signal.SIGUSR1] = save
-    before = {number: signal.getsignal(number) for number in handlers}
-    with contextlib.suppress(ValueError):  # only the main thread may set handlers; elsewhere signals are the caller's
+    previous = {number: signal.getsignal(number) for number in handlers}
+    with contextlib.suppress(ValueError):  # only the main thread may set handlers; in others the caller handles signals
         for number, handler in handlers.items():
             signal.signal(number, handler)
     try:
-        yield asked
+        yield requests
     finally:
         with contextlib.suppress(ValueError):
-            for number, handler in before.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler)

@@ -45,7 +45,7 @@ def is_plain(*, stderr: bool = False) -> bool:
     return _style.plain or not stream.isatty() or os.environ.get("TERM") == "dumb"
 
 
-def has_colour(*, stderr: bool = False) -> bool:
+def has_color(*, stderr: bool = False) -> bool:
     """Whether colours may be written to stdout (or stderr)."""
     return not is_plain(stderr=stderr) and not os.environ.get("NO_COLOR")
 

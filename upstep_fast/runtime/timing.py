@@ -37,7 +37,8 @@ def alternate(
     return times
 
 
-def _timing(name: str, times: list[float], peak: int | None, error: float) -> Timing:
+def summarize(name: str, times: list[float], peak: int | None, error: float) -> Timing:
+    """Return the quartiles of `times` [ms]. peak: bytes; error: of the results, relative to fp32."""
     low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
     return Timing(name, median, low, high, len(times), peak, error)
 

@@ -23,7 +23,7 @@ from upstep_fast.report import page as html_report
 from upstep_fast.report.logs import train_log
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime import run_folder as output
-from upstep_fast.runtime.atomic_file import write_whole
+from upstep_fast.runtime.atomic_file import write_atomic
 from upstep_fast.runtime.device import Compute, resolve
 from upstep_fast.train.loop import _train, num_workers
 from upstep_fast.train.memory.fit import settle
@@ -63,10 +63,10 @@ def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
     with dispatch.forced(implementation), contextlib.ExitStack() as stack:
         out = Path(config.out)
         if distributed.is_first():
-            stack.enter_context(output.opened(config))
+            stack.enter_context(output.lock_run_folder(config))
             with output.writing(out):
                 for name, text in files.items():
-                    write_whole(out / name, text)
+                    write_atomic(out / name, text)
             stack.enter_context(html_report.written_after(out))
             stack.enter_context(train_log(out / "train.log"))
         versions = f"upstep-fast {__version__}, torch {torch.__version__}"

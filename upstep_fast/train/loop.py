@@ -73,7 +73,7 @@ def _train(
     with (
         make_loader(config, source, state, channels, compute) as loader,
         RunWriter(config, state, out, identity) as writer,
-        signals(every_seconds) as asked,
+        signals(every_seconds) as requests,
     ):
         with _kept(state, loader, writer, taken, out):
             if state.step == 0 and state.method.needs_init:
@@ -82,13 +82,13 @@ def _train(
             while state.step < config.steps and not (validator and validator.should_stop(state.step)):
                 began_step = time.monotonic()
                 batch = next(loader)
-                row = step(state, batch.views, rule, config, compute, asked)
+                row = step(state, batch.views, rule, config, compute, requests)
                 # looked at once: a signal during the save waits for the next step
                 if validator and validator.is_due(state.step):
                     with output.writing(out):
                         validator.validate(state)
                 gives_up = validator is not None and validator.should_stop(state.step)
-                (stop, save), is_last = asked.settle(), state.step == config.steps or gives_up
+                (stop, save), is_last = requests.poll(), state.step == config.steps or gives_up
                 save = save or stop or is_last or bool(every_steps and state.step % every_steps == 0)
                 if save or check.is_on:
                     flush(state)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import logging
 import math
@@ -39,6 +38,7 @@ from upstep_fast.runtime import checkpoint as checkpoints
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime.checkpoint import Checkpoint
 from upstep_fast.runtime.device import Compute
+from upstep_fast.runtime.machine import package_version
 from upstep_fast.train.state import RunState
 from upstep_fast.version import __version__
 
@@ -80,7 +80,7 @@ def identify(config: AdaptConfig | FinetuneConfig, compute: Compute, source: Sou
         environment={
             "upstep_fast": __version__,
             "torch": torch.__version__,
-            "triton": _version("triton"),
+            "triton": package_version("triton"),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
             "cpu": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
@@ -297,10 +297,3 @@ def _code() -> str:
     """SHA-256 of this package's source."""
     files = sorted(Path(__file__).parents[1].rglob("*.py")) + sorted(Path(_autotune.__file__).parent.rglob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

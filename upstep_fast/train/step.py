@@ -26,7 +26,7 @@ from upstep_fast.methods import Embeddings, Method
 from upstep_fast.methods import gate as gates
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime.device import Compute
-from upstep_fast.runtime.signals import WISHES, Asked
+from upstep_fast.runtime.signals import NUM_FLAGS, StopRequests
 from upstep_fast.train.state import PendingStep, RunState
 
 log = logging.getLogger("upstep_fast")
@@ -42,12 +42,13 @@ def step(
     rule: gates.GateRule,
     config: AdaptConfig,
     compute: Compute,
-    asked: Asked | None = None,
+    requests: StopRequests | None = None,
 ) -> dict[str, Any]:
     """One step, in place; images: the views that the method made. Returns what metrics.jsonl says of it.
 
     The row's `loss`, `center`, `bad` and figures are filled in by the next step, or by `flush`; until then
-    `state.pending` holds them. asked: whose wishes the ranks agree on meanwhile. A step whose centre, loss or gradients
+    `state.pending` holds them. requests: the stop and save flags,
+    which are all-reduced together with the gate statistics. A step whose centre, loss or gradients
     are not finite on any rank changes no weight, moment or running value on any. Out of memory: with auto_batch the
     step is tried again in more passes, else RunFailedError is raised.
     """
@@ -56,7 +57,7 @@ def step(
     while True:
         try:
             marks = [_mark(compute)]
-            is_open, learning, target, gate = forward(state, images, rule, config, compute, asked)
+            is_open, learning, target, gate = forward(state, images, rule, config, compute, requests)
             marks.append(_mark(compute))
             numbers, updated = [learning.magnitudes[0]], False
             if is_open:
@@ -151,13 +152,13 @@ def forward(
     rule: gates.GateRule,
     config: AdaptConfig,
     compute: Compute,
-    asked: Asked | None = None,
+    requests: StopRequests | None = None,
 ) -> tuple[bool, Embeddings, Embeddings | None, gates.GateState]:
     """Embeds the views, asks the gate; returns the decision, what learns, what makes targets, the gate's new state."""
     method, ahead = state.method, gates.known_ahead(rule, state.gate)
 
     def embed(views: Any) -> Embeddings:
-        return _of_all(lambda: method.embed(views), method.num_stats(len(views)), compute, asked)
+        return _of_all(lambda: method.embed(views), method.num_stats(len(views)), compute, requests)
 
     with compute.autocast():
         if config.layout == "asymmetric":
@@ -178,8 +179,10 @@ def forward(
     return is_open, learning, None, gate
 
 
-def _of_all(embed: Callable[[], Embeddings], num_stats: int, compute: Compute, asked: Asked | None) -> Embeddings:
-    """What `embed` returns, with the statistics of all ranks; the ranks agree on wishes and memory on the way."""
+def _of_all(
+    embed: Callable[[], Embeddings], num_stats: int, compute: Compute, requests: StopRequests | None
+) -> Embeddings:
+    """What `embed` returns, with the statistics of all ranks; the flags and the memory state are reduced with them."""
     own: Embeddings | None = None
     try:
         own = embed()
@@ -191,11 +194,11 @@ def _of_all(embed: Callable[[], Embeddings], num_stats: int, compute: Compute, a
             raise OutOfMemoryError
         return own.with_global_stats(own.local_stats)
     sums = torch.zeros(num_stats, device=compute.device) if own is None else own.local_stats
-    extra = [*(asked.pending() if asked else [0.0] * WISHES), float(own is None)]
+    extra = [*(requests.local_flags() if requests else [0.0] * NUM_FLAGS), float(own is None)]
     whole = distributed.reduce(torch.cat([sums, sums.new_tensor(extra)]))
-    *wishes, short = whole[num_stats:].tolist()
-    if asked:
-        asked.agree(wishes)
+    *flags, short = whole[num_stats:].tolist()
+    if requests:
+        requests.set_reduced(flags)
     if short or own is None:
         raise OutOfMemoryError
     return own.with_global_stats(whole[:num_stats])

@@ -33,7 +33,7 @@ from upstep_fast.evaluation.label_free import CLEARLY_WORSE, judge, predicted_ga
 from upstep_fast.model import backbone as backbones
 from upstep_fast.model import lora, peft_format, pooling
 from upstep_fast.runtime import distributed
-from upstep_fast.runtime.atomic_file import write_whole
+from upstep_fast.runtime.atomic_file import write_atomic
 from upstep_fast.runtime.device import Compute
 from upstep_fast.train.state import RunState
 
@@ -90,7 +90,7 @@ class Validator:
         if before is None or row["predicted_gain"] > before["predicted_gain"] or row["step"] == before["step"]:
             peft_format.write_files(self._out / BEST, state.method.result_files())
         rows = [self.history[step] for step in sorted(self.history)]
-        write_whole(self._out / LOOKS, "".join(json.dumps(r) + "\n" for r in rows).encode())
+        write_atomic(self._out / LOOKS, "".join(json.dumps(r) + "\n" for r in rows).encode())
 
     def best(self) -> dict[str, Any] | None:
         """The look with the largest prediction, the earliest of equals."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from upstep_fast.data.loading.skipped import check_bad, read_image, write_skippe
 from upstep_fast.data.sources.source import DataError, Source
 from upstep_fast.data.views.resize import eval_resize
 from upstep_fast.errors import ConfigError
+from upstep_fast.runtime.machine import default_workers
 
 log = logging.getLogger(__name__)
 CACHE_BYTES = 256 << 20  # decoded images kept in memory
@@ -234,7 +234,7 @@ def load_images(
     """
     wanted = range(len(source)) if indices is None else [int(i) for i in indices]
     skipped = {} if skipped is None else skipped
-    workers = min(16, os.cpu_count() or 1) if num_workers is None else num_workers
+    workers = default_workers() if num_workers is None else num_workers
     height, width = (size, size) if isinstance(size, int) else size
 
     def read(index: int) -> tuple[int, Tensor | str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from upstep_fast.data.decode.image import BadImage, decode
 from upstep_fast.data.sources.source import Source
 from upstep_fast.errors import DataError
-from upstep_fast.runtime.atomic_file import write_whole
+from upstep_fast.runtime.atomic_file import write_atomic
 
 
 def read_image(source: Source, index: int, *, channels: int = 3, min_side: int | None = None) -> Tensor | str:
@@ -44,4 +44,4 @@ def write_skipped(path: str | Path, rows: Iterable[tuple[str, str]]) -> None:
     """A CSV with the header name,reason and these rows; written whole or not at all."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([("name", "reason"), *rows])
-    write_whole(Path(path), text.getvalue().encode())
+    write_atomic(Path(path), text.getvalue().encode())

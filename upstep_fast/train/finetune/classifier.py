@@ -26,7 +26,7 @@ from upstep_fast.methods.supervised.losa import Losa, LosaSpec
 from upstep_fast.model import backbone as backbones
 from upstep_fast.model import lora, peft_format
 from upstep_fast.model.backbone import Backbone
-from upstep_fast.runtime.atomic_file import write_whole
+from upstep_fast.runtime.atomic_file import write_atomic
 
 log = logging.getLogger("upstep_fast")
 
@@ -87,8 +87,8 @@ def save(folder: Path, tensors: Mapping[str, Tensor], config: FinetuneConfig, cl
         (folder / ADAPTER).mkdir(exist_ok=True)
         for file in Path(config.adapter).iterdir():
             if file.is_file():
-                write_whole(folder / ADAPTER / file.name, file.read_bytes())
-    write_whole(folder / WEIGHTS, data)
+                write_atomic(folder / ADAPTER / file.name, file.read_bytes())
+    write_atomic(folder / WEIGHTS, data)
     values = {
         "format": FORMAT,
         "classes": list(classes),
@@ -97,7 +97,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], config: FinetuneConfig, cl
         "has_adapter": config.adapter is not None,
         "sha256": hashlib.sha256(data).hexdigest(),
     }
-    write_whole(folder / CONFIG, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
+    write_atomic(folder / CONFIG, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def load_finetuned(

@@ -18,7 +18,7 @@ from upstep_fast.data.labelled.splits import Labelled
 from upstep_fast.data.loading.loader import permutation
 from upstep_fast.errors import ConfigError
 from upstep_fast.runtime.device import Compute
-from upstep_fast.runtime.machine import available_memory
+from upstep_fast.runtime.machine import free_bytes
 
 log = logging.getLogger("upstep_fast")
 
@@ -58,9 +58,10 @@ def fill(model: Any, parts: list[Labelled], reader: Reader, compute: Compute, wh
         one = model.frozen(torch.zeros(*shape, len(reader.mean), *reader.size, device=compute.device))
     counts = [len(part.y) for part in parts]
     size = sum(counts) * one.numel() * one.element_size()
-    free = available_memory() if where == "memory" else shutil.disk_usage(folder).free
-    log.info("cache: %s of frozen activations in %s, %s are free", _gigabytes(size), where, _gigabytes(free))
-    if size > free:
+    free = free_bytes(torch.device("cpu")) if where == "memory" else shutil.disk_usage(folder).free
+    known = "an unknown amount is" if free is None else f"{_gigabytes(free)} are"
+    log.info("cache: %s of frozen activations in %s, %s free", _gigabytes(size), where, known)
+    if free is not None and size > free:
         other = "--cache disk, --losa-every 2 or --cache off" if where == "memory" else "--losa-every 2 or --cache off"
         raise ConfigError(
             f"cache: {_gigabytes(size)} do not fit into {where} with {_gigabytes(free)} free; use {other}"

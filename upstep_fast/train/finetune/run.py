@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
@@ -36,9 +35,9 @@ from upstep_fast.report.logs import train_log
 from upstep_fast.report.metrics import Metrics
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime import run_folder as output
-from upstep_fast.runtime.atomic_file import write_whole
+from upstep_fast.runtime.atomic_file import write_atomic
 from upstep_fast.runtime.device import Compute, resolve
-from upstep_fast.runtime.machine import default_workers
+from upstep_fast.runtime.machine import default_workers, peak_bytes
 from upstep_fast.runtime.signals import signals
 from upstep_fast.train import resume
 from upstep_fast.train.finetune import classifier as finetuned
@@ -89,7 +88,7 @@ def run(config: FinetuneConfig) -> FinetuneResult:
     asked, config = config, fit_to_data(config, splits)
     backbone = finetuned.load_backbone(config)
     implementation = None if config.implementation == "auto" else config.implementation
-    with output.opened(config) as out, train_log(out / "train.log"), dispatch.forced(implementation):
+    with output.lock_run_folder(config) as out, train_log(out / "train.log"), dispatch.forced(implementation):
         log.info(
             "upstep-fast %s, torch %s, %s in %s", __version__, torch.__version__, compute.device, compute.precision
         )
@@ -186,10 +185,10 @@ def _run(config: FinetuneConfig, compute: Compute, splits: Splits, backbone: Bac
         tensors: dict[str, Tensor] = dict(finetuned.trained(model))
         finetuned.save(out / MODEL, tensors, config, splits.learn.classes)
         text = (json.dumps(figures, indent=2) + "\n").encode()
-        write_whole(out / RESULT, text)
+        write_atomic(out / RESULT, text)
     if config.json is not None:
         try:
-            write_whole(Path(config.json), text)
+            write_atomic(Path(config.json), text)
         except OSError as error:
             raise ConfigError(f"json: cannot write {config.json}: {error.strerror}") from error
     return FinetuneResult(out / MODEL, figures, state.epoch, state.best_epoch)
@@ -250,7 +249,7 @@ def _train(
     steps, logits = config.epochs * per_epoch, make_logits(state.model, config)
     mix = make_mixup(config, state.model.head.out_features)  # type: ignore[union-attr,arg-type]
     batches = learn(state.step)
-    with Metrics(out / "metrics.jsonl", state.step) as metrics, signals() as asked:
+    with Metrics(out / "metrics.jsonl", state.step) as metrics, signals() as requests:
         while state.step < steps and not _is_over(state, config):
             began = time.monotonic()
             x, y = next(batches)
@@ -265,10 +264,10 @@ def _train(
                     state.epoch += 1
                 log.info("epoch %d of %d: %s", state.epoch, config.epochs, _summary(row, state))
             state.seconds += time.monotonic() - began
-            stop, wanted = asked.settle()
+            stop, save = requests.poll()
             with output.writing(out):
                 metrics.write(row)
-                if is_last or stop or wanted:
+                if is_last or stop or save:
                     metrics.sync()
                     finetune_state.save(state, out / output.CHECKPOINTS, identity, reader.skipped)
             if state.bad >= MAX_BAD_STEPS:
@@ -279,16 +278,6 @@ def _train(
                 )
     if isinstance(batches, Generator):
         batches.close()
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Largest memory so far: of the GPU's allocator in this run, or of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # not there on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _is_over(state: State, config: FinetuneConfig) -> bool:
