@@ -14,9 +14,8 @@ from vit_models import BASE_TINY, SMALL, assert_same, images, randomised, saved,
 import upstep_fast
 from upstep_fast.cli.commands import main
 from upstep_fast.errors import ConfigError
-from upstep_fast.model import backbone, lora, peft_format
-from upstep_fast.model import registry as catalogue
-from upstep_fast.model.formats import checkpoint_files as weights
+from upstep_fast.model import backbone, lora, peft_format, registry
+from upstep_fast.model.formats import checkpoint_files
 from upstep_fast.model.pooling import features
 
 # true widths, heads and patches of timm's own constructors; fewer blocks and smaller images than the real ones
@@ -109,7 +108,7 @@ def test_img_size_interpolates_as_timm_does(tmp_path, size):
     assert torch.equal(features(ours.vit, x), features(theirs, x))
     # the same through a checkpoint file
     vit = small(seed=9, img_size=size)
-    weights.fill(vit, weights.read(tmp_path / "base" / "model.safetensors"), where="file")
+    checkpoint_files.fill(vit, checkpoint_files.read(tmp_path / "base" / "model.safetensors"), where="file")
     assert_same(vit, theirs)
 
 
@@ -121,7 +120,7 @@ def test_in_chans_adapts_as_timm_does(tmp_path, channels):
     assert_same(ours.vit, theirs)
     assert len(ours.mean) == len(ours.std) == channels == ours.model_args["in_chans"]
     vit = small(seed=9, in_chans=channels)
-    weights.fill(vit, weights.read(tmp_path / "base" / "model.safetensors"), where="file")
+    checkpoint_files.fill(vit, checkpoint_files.read(tmp_path / "base" / "model.safetensors"), where="file")
     assert_same(vit, theirs)
 
 
@@ -201,28 +200,42 @@ def test_adapt_and_embed_with_a_file_one_channel_and_another_size(capsys, tmp_pa
 
 
 def test_the_list_finds_names_by_part_and_by_glob():
-    found = dict(catalogue.names("dinov2"))
+    found = dict(registry.names("dinov2"))
     assert "vit_base_patch14_dinov2" in found and not any("xp" in name for name in found)
-    assert dict(catalogue.names("vit_*_dinov3"))["vit_base_patch16_dinov3"] == "rotary"
-    assert catalogue.names("swin") == [] and "convnext_tiny" not in dict(catalogue.names())
+    assert dict(registry.names("vit_*_dinov3"))["vit_base_patch16_dinov3"] == "rotary"
+    assert registry.names("swin") == [] and "convnext_tiny" not in dict(registry.names())
 
 
 @pytest.mark.parametrize("arch", ["vit_base_patch14_dinov2", "vit_base_patch16_sapiens2"])
 def test_a_blueprint_is_the_architecture_without_weights(arch):
-    vit = catalogue.blueprint(arch)
+    vit = registry.blueprint(arch)
     assert all(p.device.type == "meta" and not p.requires_grad for p in vit.parameters())
     assert backbone.unsupported_reason(vit) is None
 
 
 @pytest.mark.long
 def test_every_listed_name_is_supported_and_no_other_is():
-    listed = dict(catalogue.names())
+    listed = dict(registry.names())
     for name in timm.list_models(
         ["*vit*", "*deit*", "eva*", "*beit*", "aimv2*", "*siglip*", "*rope*"], exclude_filters="test_*"
     ):
         try:
-            model = catalogue.blueprint(name)
+            model = registry.blueprint(name)
         except Exception:
             assert name not in listed  # other families, which have no depth
             continue
         assert (backbone.unsupported_reason(model) is None) == (name in listed), name
+
+
+def test_a_copy_has_weights_of_its_own():
+    base = backbone.load("vit_tiny_patch16_224", pretrained=False, img_size=32)
+    before = {key: value.clone() for key, value in base.vit.state_dict().items()}
+    copied = base.copy()
+    lora.inject(copied.vit, lora.LoraSpec())
+    for p in copied.vit.parameters():
+        p.data.add_(1)
+    assert all(torch.equal(value, before[key]) for key, value in base.vit.state_dict().items())
+    again = base.copy()
+    assert (again.name, again.mean, again.model_args) == (base.name, base.mean, base.model_args)
+    assert not again.vit.training and not any(p.requires_grad for p in again.vit.parameters())
+    assert backbone.fingerprint(again.vit) == backbone.fingerprint(base.vit)

@@ -13,8 +13,7 @@ from vit_models import BASE_TINY, assert_same, images, randomised, small
 
 from upstep_fast.errors import ConfigError
 from upstep_fast.model import backbone
-from upstep_fast.model.formats import checkpoint_files as weights
-from upstep_fast.model.formats import key_names
+from upstep_fast.model.formats import checkpoint_files, key_names
 from upstep_fast.model.pooling import features
 
 HF = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, image_size=56, patch_size=14)
@@ -78,7 +77,7 @@ def test_other_towers_of_transformers(tmp_path, make, arch, args):
     theirs = randomised(make())
     theirs.save_pretrained(tmp_path / "hf")
     vit = timm.create_model(arch, img_size=56, depth=2, num_classes=0, **args).eval()
-    weights.fill(vit, weights.read(tmp_path / "hf"), where="hf")
+    checkpoint_files.fill(vit, checkpoint_files.read(tmp_path / "hf"), where="hf")
     x = images((56, 56))
     with torch.no_grad():
         if isinstance(theirs, transformers.ViTMAEForPreTraining):
@@ -137,7 +136,7 @@ def test_key_formats_load_bit_for_bit(tmp_path, kind, suffix):
     content = WRITERS[kind](dict(source.state_dict()))
     (torch.save if suffix == ".pth" else save_file)(content, path)
     vit = small(seed=9, num_classes=0)
-    match = weights.fill(vit, weights.read(path), where=str(path))
+    match = checkpoint_files.fill(vit, checkpoint_files.read(path), where=str(path))
     assert match.matched == match.total == len(source.state_dict()) and not match.misses
     assert_same(vit, source)
 
@@ -163,7 +162,7 @@ def test_openclips_own_names(tmp_path):
     tower |= {"visual.class_embedding": s["cls_token"][0, 0], "visual.positional_embedding": s["pos_embed"][0]}
     tower |= {"visual.proj": torch.ones(48, 16), "transformer.resblocks.0.ln_1.weight": torch.ones(4)}
     vit = randomised(timm.create_model("vit_base_patch32_clip_224", **args), seed=9)
-    assert weights.fill(vit, tower, where="openclip").matched == len(s)
+    assert checkpoint_files.fill(vit, tower, where="openclip").matched == len(s)
     assert_same(vit, source)
 
 
@@ -174,7 +173,7 @@ def test_openclips_siglip_tower():
     both = {f"visual.trunk.{key}": value for key, value in source.state_dict().items()}
     both |= {"text.transformer.resblocks.0.attn.in_proj_weight": torch.ones(6, 2), "logit_scale": torch.ones(())}
     vit = randomised(timm.create_model("vit_base_patch16_siglip_224", **args), seed=9)
-    assert weights.fill(vit, both, where="openclip").matched == len(source.state_dict())
+    assert checkpoint_files.fill(vit, both, where="openclip").matched == len(source.state_dict())
     assert_same(vit, source)
 
 
@@ -202,11 +201,11 @@ def test_metas_dinov3_names(arch):
     theirs["teacher.backbone.mask_token"] = torch.ones(1, 384)
     theirs["teacher.backbone.blocks.0.attn.qkv.bias_mask"] = torch.ones(1152)
     vit = randomised(timm.create_model(arch, **args), seed=9)
-    weights.fill(vit, theirs, where="dinov3")
+    checkpoint_files.fill(vit, theirs, where="dinov3")
     assert_same(vit, source)
     if "qkvb" in arch:
         with pytest.raises(ConfigError, match="_qkvb"):
-            weights.fill(timm.create_model(arch.replace("_qkvb", ""), **args), theirs, where="dinov3")
+            checkpoint_files.fill(timm.create_model(arch.replace("_qkvb", ""), **args), theirs, where="dinov3")
 
 
 def test_a_checkpoint_file_and_its_arch(tmp_path):
@@ -222,10 +221,10 @@ def test_a_checkpoint_file_and_its_arch(tmp_path):
 def test_a_classifier_that_does_not_fit_is_dropped_not_random(tmp_path):
     source = small()
     vit = small(seed=9, num_classes=1000)
-    weights.fill(vit, dict(source.state_dict()), where="file")
+    checkpoint_files.fill(vit, dict(source.state_dict()), where="file")
     assert isinstance(vit.head, nn.Identity)
     vit = small(seed=9)
-    weights.fill(vit, dict(source.state_dict()), where="file")
+    checkpoint_files.fill(vit, dict(source.state_dict()), where="file")
     assert_same(vit, source)
 
 
@@ -236,6 +235,6 @@ def test_real_weights_through_a_file_and_back(tmp_path):
     for kind, write in WRITERS.items():
         torch.save(write(dict(state)), tmp_path / "w.pth")
         vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, **args)
-        weights.fill(vit, weights.read(tmp_path / "w.pth"), where=kind)
+        checkpoint_files.fill(vit, checkpoint_files.read(tmp_path / "w.pth"), where=kind)
         for key, value in vit.state_dict().items():
             assert torch.equal(value, state[key].float()), (kind, key)

@@ -13,7 +13,7 @@ from vit_models import SMALL, small
 
 from upstep_fast.cli.commands import main
 from upstep_fast.errors import ConfigError
-from upstep_fast.model.formats import checkpoint_files as weights
+from upstep_fast.model.formats import checkpoint_files
 
 
 def refused(capsys, tmp_path, *args):
@@ -42,7 +42,7 @@ def test_other_families_are_refused_by_name(capsys, tmp_path, monkeypatch, arch,
     def no_weights(*args, **options):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(weights, "read", no_weights)
+    monkeypatch.setattr(checkpoint_files, "read", no_weights)
     monkeypatch.setattr(timm, "create_model", no_weights)
     save_file({"x": torch.ones(1)}, tmp_path / "w.safetensors")
     assert message in refused(capsys, tmp_path, "--model", tmp_path / "w.safetensors", "--arch", arch)
@@ -98,12 +98,12 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing():
         vit = small(seed=9)
         before = {key: value.clone() for key, value in vit.state_dict().items()}
         with pytest.raises(ConfigError if message else Exception, match=message) as error:
-            weights.fill(vit, dict(state), where="file")
+            checkpoint_files.fill(vit, dict(state), where="file")
         assert isinstance(error.value, ConfigError) and "\n" not in str(error.value)
         assert all(torch.equal(value, before[key]) for key, value in vit.state_dict().items())
     partly = {key: value for key, value in source.items() if not key.startswith("blocks.2.")}
     vit = small(seed=9)
-    match = weights.fill(vit, partly, where="file", min_matched=0.6)
+    match = checkpoint_files.fill(vit, partly, where="file", min_matched=0.6)
     assert (match.matched, match.total) == (30, 42) and torch.equal(vit.norm.weight, source["norm.weight"])
 
 

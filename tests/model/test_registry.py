@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from vit_models import SMALL, assert_same, images, saved, small
 
 from upstep_fast.errors import ConfigError
-from upstep_fast.model import backbone
-from upstep_fast.model.formats import checkpoint_files as weights
+from upstep_fast.model import backbone, registry
+from upstep_fast.model.formats import checkpoint_files
 
 HF = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, image_size=56, patch_size=14)
 
@@ -39,13 +39,13 @@ def dinov3():
 def in_shards(model, folder):
     """As transformers saves large models."""
     model.save_pretrained(folder, max_shard_size="40KB")
-    assert (folder / weights.INDEX).is_file() and len(list(folder.glob("*.safetensors"))) > 2
+    assert (folder / checkpoint_files.INDEX).is_file() and len(list(folder.glob("*.safetensors"))) > 2
     return folder
 
 
 def as_pickle(model, folder):
     model.config.save_pretrained(folder)
-    torch.save(model.state_dict(), folder / weights.PICKLE)
+    torch.save(model.state_dict(), folder / checkpoint_files.PICKLE)
     return folder
 
 
@@ -76,7 +76,7 @@ def test_folders_in_shards_and_as_pickles(tmp_path, make):
 
 def test_an_index_that_is_wrong(tmp_path):
     folder = in_shards(vit(), tmp_path / "vit")
-    index = folder / weights.INDEX
+    index = folder / checkpoint_files.INDEX
     real = json.loads(index.read_text())
     shard = sorted(folder.glob("*.safetensors"))[1]
     for wrong in ("../secret.safetensors", "/etc/secret.safetensors", "code.bin", "", 3, None):
@@ -150,6 +150,23 @@ class Bomb:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.mark.parametrize("is_legacy", [False, True])
+def test_a_pickle_is_checked_without_reading_its_tensors(tmp_path, monkeypatch, is_legacy):
+    folder = tmp_path / "timm"
+    saved(small(), folder, SMALL)
+    (folder / "model.safetensors").unlink()
+    torch.save(small().state_dict(), folder / checkpoint_files.PICKLE, _use_new_zipfile_serialization=not is_legacy)
+    calls, real = [], torch.load
+
+    def load(*args, **kwargs):
+        calls.append(kwargs.get("mmap"))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", load)
+    registry.find(f"local-dir:{folder}")
+    assert calls == [not is_legacy]
+
+
 def test_the_hubs_cache_offline(tmp_path):
     cache = tmp_path / "home" / "hub"
     saved(small(), tmp_path / "timm", SMALL)
@@ -166,7 +183,7 @@ def test_the_hubs_cache_offline(tmp_path):
     cached(cache, "someone/lost", lost)
     saved(small(), tmp_path / "bomb", SMALL)
     (tmp_path / "bomb" / "model.safetensors").unlink()
-    torch.save({"model": Bomb(tmp_path / "ran")}, tmp_path / "bomb" / weights.PICKLE)
+    torch.save({"model": Bomb(tmp_path / "ran")}, tmp_path / "bomb" / checkpoint_files.PICKLE)
     cached(cache, "someone/bomb", tmp_path / "bomb")
     names = [
         *("hf-hub:someone/timm", "hf-hub:facebook/dinov2-tiny", "hf-hub:facebook/dinov3-sharded"),

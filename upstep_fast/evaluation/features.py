@@ -52,15 +52,18 @@ class Extracted:
         return {name: Features(x, self.y, self.classes) for name, x in form(self.x).items()}
 
 
-def load_models(config: EvalConfig | EmbedConfig) -> dict[str, Backbone]:
-    """{"base": ..., "adapted": ...}, the second only with an adapter."""
-    models = {"base": backbones.load_from(config)}
-    if config.adapter is not None:
-        adapted = backbones.load_from(config)
-        peft_format.attach(adapted.vit, config.adapter)
-        lora.merge(adapted.vit)
-        models["adapted"] = adapted
-    return models
+def load_models(config: EvalConfig | EmbedConfig, *, backbone: Backbone | None = None) -> dict[str, Backbone]:
+    """Return {"base": ..., "adapted": ...}, the second only with an adapter.
+
+    backbone: the base model, if it is loaded already; it is copied and stays as it is. Raises ConfigError.
+    """
+    base = backbones.load_from(config) if backbone is None else backbone.copy()
+    if config.adapter is None:
+        return {"base": base}
+    adapted = base.copy()
+    peft_format.attach(adapted.vit, config.adapter)
+    lora.merge(adapted.vit)
+    return {"base": base, "adapted": adapted}
 
 
 @torch.no_grad()

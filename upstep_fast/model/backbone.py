@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import hashlib
 import logging
 from collections.abc import Sequence
@@ -20,15 +22,15 @@ from torch import Tensor, nn
 from upstep_fast.config.base import BackboneConfig
 from upstep_fast.data.views.resize import normalize
 from upstep_fast.errors import ConfigError
-from upstep_fast.model import registry as catalogue
-from upstep_fast.model.formats import checkpoint_files as weights
+from upstep_fast.model import registry
+from upstep_fast.model.formats import checkpoint_files
 
 log = logging.getLogger("upstep_fast")
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A frozen ViT and what the rest needs to know of it."""
+    """A frozen ViT, its input size and its evaluation transform."""
 
     vit: VisionTransformer | Eva
     name: str  # as the user gave it; goes into the adapter as base_model_name_or_path
@@ -38,12 +40,12 @@ class Backbone:
     std: tuple[float, ...]
     interpolation: str  # of the evaluation transform
     crop_pct: float
-    arch: str = ""  # timm.create_model(arch, **model_args) builds the same model
+    arch: str = ""  # timm.create_model(arch, **model_args) builds this model
     model_args: dict[str, Any] = field(default_factory=dict)
 
     @property
     def eval_transform_args(self) -> dict[str, Any]:
-        """How images are read for evaluation, as keywords of `data.loader.load_images`; see `normalised` then."""
+        """Keyword arguments of `data.loader.load_images` for evaluation; apply `normalized` to its images."""
         return {
             "size": self.img_size,
             "interpolation": self.interpolation,
@@ -52,13 +54,21 @@ class Backbone:
         }
 
     def normalized(self, images: Tensor) -> Tensor:
-        """images: [B, C, H, W] on a 0..1 scale -> what the model takes."""
+        """Normalize images [B, C, H, W] on a 0..1 scale to the model's mean and standard deviation."""
         return normalize(images, self.mean, self.std)
 
     @property
     def blocks(self) -> nn.Sequential | nn.ModuleList:
         """The transformer blocks."""
         return self.vit.blocks
+
+    def copy(self) -> Backbone:
+        """Return a backbone with weights of its own, frozen and in eval mode, on the CPU in fp32.
+
+        A copy made before an adapter is put on the model is the base model, without another read from disk.
+        """
+        vit = copy.deepcopy(self.vit).to("cpu", torch.float32)
+        return dataclasses.replace(self, vit=vit.eval().requires_grad_(False))
 
 
 def load(
@@ -72,57 +82,33 @@ def load(
     std: Sequence[float] | None = None,
     min_matched: float = 0.99,
 ) -> Backbone:
-    """The model called `name`, frozen and in eval mode, on the CPU in fp32.
+    """Load the model called `name`, frozen and in eval mode, on the CPU in fp32.
 
     name: a timm name, local-dir:PATH, hf-hub:NAME (of timm or transformers), or a checkpoint file, whose timm
     architecture is `arch`. img_size: pixels, one number or height and width; None keeps the model's own, another value
     interpolates the position embeddings as timm does. in_chans: channels of the images; the patch embedding is adapted
     as timm does. mean, std: on a 0..1 scale, one for each channel or one for all. min_matched: smallest share of the
     model's tensors that a checkpoint must fill. Raises ConfigError for a name that is unknown, not a plain ViT, or
-    whose weights cannot be had or do not fit.
+    whose weights cannot be loaded or do not fit.
     """
     options: dict[str, Any] = {}
     if img_size is not None:
         options["img_size"] = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
     if in_chans is not None:
         options["in_chans"] = in_chans
-    source = catalogue.find(name, arch, pretrained=pretrained)
-    catalogue.check_arch(source.arch, name)
-    if source.checkpoint is None:
-        vit = _create(name, pretrained, options, name)
-    else:
-        vit = _create(source.arch, False, source.model_args | options, name)
-        if source.eps is not None:
-            _set_eps(vit, source.eps)
-    reason = unsupported_reason(vit)
-    if reason:
-        raise ConfigError(f"model: {name} is not supported: {reason}; {catalogue.near(source.arch)}")
+    source = registry.find(name, arch, pretrained=pretrained)
+    registry.check_arch(source.arch, name)
+    vit = _build(source, name, options, pretrained)
     if source.checkpoint is not None and pretrained:
-        weights.fill(vit, weights.read(source.checkpoint), where=str(source.checkpoint), min_matched=min_matched)
-    for key, value in vit.state_dict().items():
-        if not value.is_meta and not value.isfinite().all():
-            raise ConfigError(f"model: {name} has values in {key} that are not finite; fetch or save it again")
-    size = tuple(vit.patch_embed.img_size)
-    _check_size(size, vit)
-    vit.eval().requires_grad_(False)
-    data = resolve_data_config({}, model=vit) | source.pixels
-    channels = vit.patch_embed.proj.in_channels
-    return Backbone(
-        vit=vit,
-        name=name,
-        width=vit.num_features,
-        img_size=size,
-        mean=_per_channel(data["mean"] if mean is None else mean, channels, "mean", given=mean is not None),
-        std=_per_channel(data["std"] if std is None else std, channels, "std", given=std is not None),
-        interpolation=data["interpolation"],
-        crop_pct=data["crop_pct"],
-        arch=source.arch,
-        model_args=source.model_args | {"img_size": list(size), "in_chans": channels, "num_classes": vit.num_classes},
-    )
+        state = checkpoint_files.read(source.checkpoint)
+        checkpoint_files.fill(vit, state, where=str(source.checkpoint), min_matched=min_matched)
+    _check_finite(vit, name)
+    _check_size(tuple(vit.patch_embed.img_size), vit)
+    return _describe(vit.eval().requires_grad_(False), source, name, mean, std)
 
 
 def load_from(config: BackboneConfig, *, pretrained: bool = True) -> Backbone:
-    """The model that a command's configuration names. Raises as `load` does."""
+    """Load the model that a command's configuration names. Raises ConfigError as `load` does."""
     return load(
         config.model,
         img_size=config.img_size,
@@ -136,7 +122,7 @@ def load_from(config: BackboneConfig, *, pretrained: bool = True) -> Backbone:
 
 
 def unsupported_reason(model: nn.Module) -> str | None:
-    """Why this model cannot be adapted here, or None if it can."""
+    """Return why this model cannot be adapted, as the rest of a sentence; None if it can."""
     if not isinstance(model, (VisionTransformer, Eva)):
         return f"it is a {type(model).__name__}, not a plain VisionTransformer of timm"
     if not isinstance(model.patch_embed, PatchEmbed):
@@ -153,22 +139,61 @@ def unsupported_reason(model: nn.Module) -> str | None:
 
 
 def fingerprint(vit: nn.Module) -> str:
-    """SHA-256 over the names, types, shapes and every byte of the weights; tells one base model from another.
+    """Return the SHA-256 over the names, types, shapes and bytes of all weights.
 
-    The tensors are hashed on all cores at once (hashlib lets other threads run), then their hashes together.
+    The tensors are hashed on all cores at once (hashlib releases the GIL), then their hashes together.
     """
     state = sorted(vit.state_dict().items())
     with ThreadPoolExecutor() as pool:
-        parts = pool.map(_sha256, (value for _, value in state))
-        whole = [
-            f"{key} {value.dtype} {list(value.shape)} {part}" for (key, value), part in zip(state, parts, strict=True)
+        hashes = pool.map(_sha256, (value for _, value in state))
+        lines = [
+            f"{key} {value.dtype} {list(value.shape)} {digest}"
+            for (key, value), digest in zip(state, hashes, strict=True)
         ]
-    return hashlib.sha256("\n".join(whole).encode()).hexdigest()
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _sha256(value: Tensor) -> str:
     raw = value.detach().cpu().contiguous().flatten().view(torch.uint8)
     return hashlib.sha256(raw.numpy().data).hexdigest()
+
+
+def _build(source: registry.Source, name: str, options: dict[str, Any], pretrained: bool) -> Any:
+    """Return the model of `source`, with timm's own weights if they are no checkpoint and `pretrained`."""
+    if source.checkpoint is None:
+        vit = _create(name, pretrained, options, name)
+    else:
+        vit = _create(source.arch, False, source.model_args | options, name)
+        if source.eps is not None:
+            _set_eps(vit, source.eps)
+    reason = unsupported_reason(vit)
+    if reason:
+        raise ConfigError(f"model: {name} is not supported: {reason}; {registry.near(source.arch)}")
+    return vit
+
+
+def _describe(
+    vit: Any,
+    source: registry.Source,
+    name: str,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> Backbone:
+    data = resolve_data_config({}, model=vit) | source.pixels
+    size: tuple[int, int] = tuple(vit.patch_embed.img_size)
+    channels = vit.patch_embed.proj.in_channels
+    return Backbone(
+        vit=vit,
+        name=name,
+        width=vit.num_features,
+        img_size=size,
+        mean=_per_channel(data["mean"] if mean is None else mean, channels, "mean", given=mean is not None),
+        std=_per_channel(data["std"] if std is None else std, channels, "std", given=std is not None),
+        interpolation=data["interpolation"],
+        crop_pct=data["crop_pct"],
+        arch=source.arch,
+        model_args=source.model_args | {"img_size": list(size), "in_chans": channels, "num_classes": vit.num_classes},
+    )
 
 
 def _create(arch: str, pretrained: bool, options: dict[str, Any], name: str) -> Any:
@@ -177,12 +202,16 @@ def _create(arch: str, pretrained: bool, options: dict[str, Any], name: str) -> 
             return timm.create_model(arch, pretrained=pretrained, **options)
     except TypeError as error:
         raise ConfigError(
-            f"model: {name} is not a plain Vision Transformer ({catalogue.first_line(error)}); {catalogue.near(name)}"
+            f"model: {name} is not a plain Vision Transformer ({registry.first_line(error)}); {registry.near(name)}"
         ) from error
     except Exception as error:  # timm, the hub and safetensors each raise their own kinds
-        raise ConfigError(
-            f"model: cannot load {name}: {catalogue.first_line(error)}; {catalogue.cure(name)}"
-        ) from error
+        raise ConfigError(f"model: cannot load {name}: {registry.first_line(error)}; {registry.cure(name)}") from error
+
+
+def _check_finite(vit: nn.Module, name: str) -> None:
+    for key, value in vit.state_dict().items():
+        if not value.is_meta and not value.isfinite().all():
+            raise ConfigError(f"model: {name} has values in {key} that are not finite; fetch or save it again")
 
 
 def _check_size(size: tuple[int, ...], vit: Any) -> None:
@@ -196,7 +225,7 @@ def _check_size(size: tuple[int, ...], vit: Any) -> None:
 
 
 def _per_channel(values: Sequence[float], channels: int, name: str, *, given: bool) -> tuple[float, ...]:
-    """One value a channel. The model's own for other channels than these are unknown: their average stands in."""
+    """Return one value per channel; where the model has values for other channels, the average of these."""
     values = tuple(float(v) for v in values)
     if len(values) == channels:
         return values

@@ -1,4 +1,4 @@
-"""Which models there are: the names that can be adapted, and where a model's architecture and weights lie."""
+"""The models that can be adapted by name, and where the architecture and the weights of a model are found."""
 
 from __future__ import annotations
 
@@ -15,42 +15,39 @@ from timm.models import is_model_in_modules
 from torch import nn
 
 from upstep_fast.errors import ConfigError
-from upstep_fast.model.formats import checkpoint_files as weights
-from upstep_fast.model.formats import hf_config
+from upstep_fast.model.formats import checkpoint_files, hf_config
 
 LOCAL, HUB = "local-dir:", "hf-hub:"
 MODULES = ("vision_transformer", "deit", "eva")  # of timm, whose models are plain ViTs
-PARALLEL = (
-    "*_18x2_*",
-    "*_xp_*",
-    "vit_pwee_*",
-    "vit_dpwee_*",
-)  # of these, the ones whose blocks are not attention then MLP
+PARALLEL = ("*_18x2_*", "*_xp_*", "vit_pwee_*", "vit_dpwee_*")  # architectures with attention and MLP in parallel
 
 
 @dataclass(frozen=True)
 class Source:
-    """What builds and fills a model."""
+    """The architecture of a model and the place of its weights."""
 
     arch: str  # timm.create_model(arch, **model_args)
     model_args: dict[str, Any] = field(default_factory=dict)
-    checkpoint: Path | None = None  # a file or folder for weights.fill; None: timm loads the weights itself
+    checkpoint: Path | None = None  # a file or folder for checkpoint_files.fill; None: timm loads the weights itself
     eps: float | None = None  # of every LayerNorm, where a transformers configuration sets it
     pixels: dict[str, Any] = field(default_factory=dict)  # mean and std, where transformers' preprocessor sets them
 
 
 def names(pattern: str = "*") -> list[tuple[str, str]]:
-    """The timm architectures that can be adapted, each with its kind; `pattern` is a part of a name or a glob."""
+    """List the timm architectures that can be adapted, as (name, "rotary" or "plain").
+
+    pattern: a glob, or a part of a name.
+    """
     glob = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
-    found = []
-    for name in timm.list_models(glob):
-        if is_model_in_modules(name, MODULES) and not any(fnmatch(name, p) for p in (*PARALLEL, "test_*")):
-            found.append((name, "rotary" if is_model_in_modules(name, "eva") else "plain"))
-    return found
+    return [
+        (name, "rotary" if is_model_in_modules(name, "eva") else "plain")
+        for name in timm.list_models(glob)
+        if is_model_in_modules(name, MODULES) and not any(fnmatch(name, p) for p in (*PARALLEL, "test_*"))
+    ]
 
 
 def blueprint(arch: str) -> nn.Module:
-    """One block of the architecture, without memory for its weights: enough to see what can run it."""
+    """Build one block of the architecture on the meta device: enough to see which engine can run it."""
     try:
         vit = timm.create_model(arch, depth=1, device="meta")
     except AssertionError:  # some list their heads block by block
@@ -59,35 +56,54 @@ def blueprint(arch: str) -> nn.Module:
 
 
 def find(name: str, arch: str | None = None, *, pretrained: bool = True) -> Source:
-    """Where the model called `name` is; `arch` is the architecture of a checkpoint. Raises ConfigError."""
+    """Find the architecture and the weights of the model called `name`, without reading the weights.
+
+    arch: the timm architecture of a checkpoint. pretrained: whether the weights will be read; False checks none of
+    timm's and the hub's. Raises ConfigError.
+    """
     if name.startswith(LOCAL):
-        folder = Path(name.removeprefix(LOCAL))
-        if not folder.is_dir():
-            raise ConfigError(f"model: no folder at {folder}; local-dir: wants config.json and model.safetensors in it")
-        if arch is not None:
-            return Source(arch, checkpoint=folder)
-        if not any(folder.glob("*.safetensors")):
-            for path in folder.iterdir():  # timm will read it, older ones by running what is in it
-                if path.suffix in weights.PICKLES:
-                    weights.read(path)
-        return _from_config(_read_json(folder / "config.json"), folder, lambda file: folder / file)
+        return _find_folder(Path(name.removeprefix(LOCAL)), arch)
     if name.startswith(HUB):
-        fetch = _hub(name)
-        if arch is not None:
-            return Source(arch, checkpoint=_weights(fetch))
-        source = _from_config(_read_json(fetch("config.json")), name, fetch)
-        if source.checkpoint is None and pretrained:
-            _check_pickle(fetch)
-        return source
-    if Path(name).suffix in weights.SUFFIXES:
-        if arch is None:
-            raise ConfigError(
-                f"model: {name} is a checkpoint file; name its architecture with --arch, e.g. --arch "
-                "vit_base_patch16_224 (upstep-fast models lists them)"
-            )
-        if not Path(name).is_file():
-            raise ConfigError(f"model: no file at {name}")
-        return Source(arch, checkpoint=Path(name))
+        return _find_in_hub(name, arch, pretrained)
+    if Path(name).suffix in checkpoint_files.SUFFIXES:
+        return _find_file(name, arch)
+    return _find_in_timm(name, arch, pretrained)
+
+
+def _find_folder(folder: Path, arch: str | None) -> Source:
+    if not folder.is_dir():
+        raise ConfigError(f"model: no folder at {folder}; local-dir: wants config.json and model.safetensors in it")
+    if arch is not None:
+        return Source(arch, checkpoint=folder)
+    if not any(folder.glob("*.safetensors")):
+        for path in folder.iterdir():  # timm will read it, older versions by running what is in it
+            if path.suffix in checkpoint_files.PICKLES:
+                checkpoint_files.check_pickle(path)
+    return _from_config(_read_json(folder / "config.json"), folder, lambda file: folder / file)
+
+
+def _find_in_hub(name: str, arch: str | None, pretrained: bool) -> Source:
+    fetch = _hub(name)
+    if arch is not None:
+        return Source(arch, checkpoint=_fetch_weights(fetch))
+    source = _from_config(_read_json(fetch("config.json")), name, fetch)
+    if source.checkpoint is None and pretrained:
+        _check_pickle(fetch)
+    return source
+
+
+def _find_file(name: str, arch: str | None) -> Source:
+    if arch is None:
+        raise ConfigError(
+            f"model: {name} is a checkpoint file; name its architecture with --arch, e.g. --arch "
+            "vit_base_patch16_224 (upstep-fast models lists them)"
+        )
+    if not Path(name).is_file():
+        raise ConfigError(f"model: no file at {name}")
+    return Source(arch, checkpoint=Path(name))
+
+
+def _find_in_timm(name: str, arch: str | None, pretrained: bool) -> Source:
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         raise ConfigError(f"model: unknown model {name!r}; {near(name)}")
@@ -111,8 +127,8 @@ def _from_config(config: dict[str, Any], where: Path | str, fetch: Callable[[str
     except ConfigError:  # not every repository has one
         preprocessor = {}
     pixels = {name: preprocessor[f"image_{name}"] for name in ("mean", "std") if f"image_{name}" in preprocessor}
-    weights_at = where if isinstance(where, Path) else _weights(fetch)
-    return Source(arch, model_args, weights_at, config.get("layer_norm_eps"), pixels)
+    checkpoint = where if isinstance(where, Path) else _fetch_weights(fetch)
+    return Source(arch, model_args, checkpoint, config.get("layer_norm_eps"), pixels)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -130,7 +146,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _hub(name: str) -> Callable[[str], Path]:
-    """What fetches a file of a hub repository, from the cache or the network."""
+    """Return a function that fetches a file of a hub repository, from the cache or the network."""
     from huggingface_hub import hf_hub_download
 
     repository, _, revision = name.removeprefix(HUB).partition("@")
@@ -144,18 +160,21 @@ def _hub(name: str) -> Callable[[str], Path]:
     return fetch
 
 
-def _weights(fetch: Callable[[str], Path]) -> Path:
-    """What `weights.read` takes of a hub repository: one file, a folder with an index and all its shards, a pickle."""
+def _fetch_weights(fetch: Callable[[str], Path]) -> Path:
+    """Fetch the weights of a hub repository: one safetensors file, an index with its shards, or a pickle.
+
+    Returns the path for `checkpoint_files.read`: a file, or the folder of the index.
+    """
     failed = None
-    for name in (weights.WHOLE, weights.INDEX, weights.PICKLE):
+    for name in (checkpoint_files.SAFETENSORS, checkpoint_files.INDEX, checkpoint_files.PICKLE):
         try:
             path = fetch(name)
         except ConfigError as error:  # not there, or out of reach: which of them the hub's client does not always know
             failed = failed or error
             continue
-        if name != weights.INDEX:
+        if name != checkpoint_files.INDEX:
             return path
-        for shard in weights.shards(path):
+        for shard in checkpoint_files.shards(path):
             fetch(shard)
         return path.parent
     assert failed is not None
@@ -163,17 +182,17 @@ def _weights(fetch: Callable[[str], Path]) -> Path:
 
 
 def _check_pickle(fetch: Callable[[str], Path]) -> None:
-    """Where a repository of timm has a pickle only, timm reads it; refused here, with the cure, if it holds code."""
+    """Refuse a repository of timm whose only weights are a pickle that holds code; timm would read it."""
     try:
-        path = _weights(fetch)
-    except ConfigError:  # timm looks under other names too, and says what it misses
+        path = _fetch_weights(fetch)
+    except ConfigError:  # timm looks under other names too, and reports what it misses
         return
-    if path.suffix in weights.PICKLES:
-        weights.read(path)
+    if path.suffix in checkpoint_files.PICKLES:
+        checkpoint_files.check_pickle(path)
 
 
 def check_arch(arch: str, name: str) -> None:
-    """Refuses other families by name, before any weights are fetched."""
+    """Refuse other model families by name, before any weights are fetched. Raises ConfigError."""
     stem = arch.partition(".")[0]
     if not timm.is_model(stem):
         raise ConfigError(f"model: {name} has the unknown architecture {arch!r}; {near(arch)}")
@@ -186,7 +205,7 @@ def check_arch(arch: str, name: str) -> None:
 
 
 def near(name: str) -> str:
-    """The cure for a wrong name: those nearest to it."""
+    """Return the cure for a wrong name: the names nearest to it."""
     stem = name.removeprefix(LOCAL).removeprefix(HUB).split("/")[-1].split(".")[0].lower()
     known = timm.list_models(["vit_*", "deit_*", "deit3_*"])
     close = difflib.get_close_matches(stem, known, n=3, cutoff=0.4) or ["vit_base_patch16_224"]
@@ -194,15 +213,15 @@ def near(name: str) -> str:
 
 
 def cure(name: str) -> str:
-    """The cure for weights that cannot be had."""
+    """Return the cure for weights that cannot be loaded."""
     if name.startswith(LOCAL):
         return "check that model.safetensors is whole and belongs to config.json"
-    if Path(name).suffix in weights.SUFFIXES:
+    if Path(name).suffix in checkpoint_files.SUFFIXES:
         return "check --arch, --img-size and --in-chans"
     return "check the network or the cache (HF_HOME), or use local-dir:PATH with weights on disk"
 
 
 def first_line(error: Exception) -> str:
-    """What went wrong, in one line."""
+    """Return the first line of an error's text, at most 300 characters."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:300]

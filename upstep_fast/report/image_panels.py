@@ -62,20 +62,27 @@ class Pictures:
     odd: dict[str, str]  # name in skipped.csv -> thumbnail
 
 
-def collect(config: AdaptConfig, compute: Compute, source: Source, out: Path) -> None:
-    """Look at the images and writes out/pictures.json; what goes wrong is a warning, the run is done."""
+def collect(
+    config: AdaptConfig, compute: Compute, source: Source, out: Path, *, backbone: backbones.Backbone | None = None
+) -> None:
+    """Write out/pictures.json; errors are logged as warnings, since the run is done.
+
+    backbone: the base model, if it is loaded already; it stays as it is.
+    """
     try:
-        found = look(config, compute, source, out)
+        found = look(config, compute, source, out, backbone=backbone)
         write_atomic(out / NAME, json.dumps(asdict(found)).encode())
     except Exception as error:
         log.warning("report: no pictures (%s: %s)", type(error).__name__, str(error).split("\n")[0])
 
 
 @torch.no_grad()
-def look(config: AdaptConfig, compute: Compute, source: Source, out: Path) -> Pictures:
-    """Both models on some of the images. Raises UpstepError."""
+def look(
+    config: AdaptConfig, compute: Compute, source: Source, out: Path, *, backbone: backbones.Backbone | None = None
+) -> Pictures:
+    """Run both models on some of the images. Raises UpstepError."""
     same = {name: getattr(config, name) for name in ("model", "data", "arch", "img_size", "in_chans", "min_matched")}
-    models = load_models(EvalConfig(**same, adapter=str(out / "adapter")))
+    models = load_models(EvalConfig(**same, adapter=str(out / "adapter")), backbone=backbone)
     base = models["base"]
     chosen = spread(len(source), _how_many(base, compute))
     rows: dict[str, list[Tensor]] = {"before": [], "after": []}

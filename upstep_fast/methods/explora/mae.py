@@ -38,7 +38,7 @@ from upstep_fast.methods.losses import mae
 from upstep_fast.methods.schedules import warmup_cosine
 from upstep_fast.model import lora
 from upstep_fast.model.backbone import Backbone
-from upstep_fast.model.formats import checkpoint_files as weights
+from upstep_fast.model.formats import checkpoint_files
 from upstep_fast.model.pooling import pooled
 
 log = logging.getLogger("upstep_fast")
@@ -260,7 +260,7 @@ def sincos_positions(grid: tuple[int, int], width: int, prefix: int) -> Tensor:
 
 def _decoder_state(path: str) -> dict[str, Tensor]:
     """The decoder's tensors in a checkpoint of MAE, by the names that `Decoder` has."""
-    state = weights.read(Path(path))
+    state = checkpoint_files.read(Path(path))
     found = {name.removeprefix("decoder_"): value for name, value in state.items() if name.startswith("decoder_")}
     if not found:
         raise ConfigError(f"decoder: {path} holds no decoder_... tensors; the encoder-only files of MAE do not")

@@ -21,8 +21,7 @@ from upstep_fast.errors import ConfigError
 from upstep_fast.model import backbone as backbones
 from upstep_fast.model import lora, peft_format
 from upstep_fast.model.backbone import Backbone
-from upstep_fast.model.formats import checkpoint_files as weights
-from upstep_fast.model.formats import hf_config, key_names
+from upstep_fast.model.formats import checkpoint_files, hf_config, key_names
 from upstep_fast.model.formats.key_names import State
 from upstep_fast.model.pooling import features
 from upstep_fast.model.registry import HUB
@@ -134,7 +133,7 @@ def _dinov2(job: Job) -> Written:
 
     def measure(images: Tensor) -> Tensor:
         fresh = timm.create_model(job.base.arch, **job.base.model_args | {"num_classes": 0}).eval()
-        weights.fill(fresh, weights.read(path), where=str(path), min_matched=1.0)
+        checkpoint_files.fill(fresh, checkpoint_files.read(path), where=str(path), min_matched=1.0)
         return features(fresh, images)
 
     return Written(

@@ -1,13 +1,15 @@
-"""Checkpoint files of many origins into a timm ViT: read without running code, rename, and count what fits."""
+"""Loads checkpoint files of many origins into a timm ViT: read without running code, rename, count what fits."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import pickle
 import re
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ log = logging.getLogger("upstep_fast")
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 SUFFIXES = (".safetensors", *PICKLES)
-WHOLE = "model.safetensors"
+SAFETENSORS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLE = "pytorch_model.bin"
 
@@ -54,22 +56,35 @@ class Match:
 
 
 def read(path: Path) -> State:
-    """The tensors of a checkpoint file or a folder of transformers, by name; on the CPU.
+    """Read the tensors of a checkpoint file or a transformers folder, by name, onto the CPU.
 
     Of a folder: model.safetensors, else the shards of its index, else pytorch_model.bin.
 
     Pickles (.pth, .pt, .bin, .ckpt) are read with weights_only=True, which runs no code of theirs. Raises ConfigError
-    for a file that is not there, not whole, of an unknown kind, or that holds more than tensors and plain values.
+    for a file that is missing, damaged, of an unknown kind, or that holds more than tensors and plain values.
     """
     if path.is_dir():
         return _read_folder(path)
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"model: {path} is no checkpoint; it must end in {', '.join(SUFFIXES)}")
+    with _reading(path):
+        return load_file(path) if path.suffix == ".safetensors" else _read_pickle(path)
+
+
+def check_pickle(path: Path) -> None:
+    """Refuse a pickle that `read` refuses, without reading its tensors: they are mapped.
+
+    Pickles in torch's format before 1.6 cannot be mapped and are read. Raises ConfigError.
+    """
+    with _reading(path):
+        _read_pickle(path, mmap=zipfile.is_zipfile(path))
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn the errors of the readers into ConfigErrors that name `path` and the cure."""
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # DINO and MAE keep their flags in the file
-            return _unwrap(torch.load(path, map_location="cpu", weights_only=True), path)
+        yield
     except FileNotFoundError as error:
         raise ConfigError(f"model: no file at {path}") from error
     except pickle.UnpicklingError as error:
@@ -82,10 +97,15 @@ def read(path: Path) -> State:
         raise ConfigError(f"model: {path} cannot be read ({first}); fetch or save it again") from error
 
 
-def shards(index: Path) -> list[str]:
-    """The files that an index of transformers (model.safetensors.index.json) names, all beside it.
+def _read_pickle(path: Path, mmap: bool = False) -> State:
+    with torch.serialization.safe_globals([argparse.Namespace]):  # DINO and MAE keep their flags in the file
+        return _unwrap(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap), path)
 
-    Raises ConfigError if it is none, or names a file elsewhere or of another kind.
+
+def shards(index: Path) -> list[str]:
+    """Return the files that a transformers index (model.safetensors.index.json) names, all beside it.
+
+    Raises ConfigError if the file is no index, or names a file elsewhere or of another kind.
     """
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -106,43 +126,48 @@ def fill(vit: nn.Module, state: Mapping[str, Tensor], *, where: str, min_matched
     changed, below it and when the checkpoint has blocks that the model lacks: how many matched and the first misses.
     """
     state = {key.replace("model.layer.", "layer."): value for key, value in state.items()}  # DINOv3 in transformers 5
-    found = key_names.detect(state)
-    if found is None and not any(".attn" in key or "attention" in key for key in state):
+    detected = key_names.detect(state)
+    if detected is None and not any(".attn" in key or "attention" in key for key in state):
         raise ConfigError(f"model: {where} holds no Vision Transformer, only {_some(state)}")
-    name, converted = _to_timm(vit, state, found, where)
-    want = {key: value for key, value in vit.state_dict().items() if not _NOT_FEATURES.match(key)}
-    good = {key: value for key, value in converted.items() if key in want and value.shape == want[key].shape}
-    misses = [
-        f"{key} is {list(converted[key].shape)}, the model wants {list(value.shape)}"
-        if key in converted
-        else f"{key} is missing"
-        for key, value in want.items()
-        if key not in good
-    ]
-    homeless = [key for key in converted if key not in want and not _NOT_FEATURES.match(key)]
-    misses += [f"{key} has no place in the model" for key in homeless]
-    match = Match(name, len(good), len(want), tuple(misses))
-    deeper = sum(key.startswith("blocks.") for key in homeless)  # blocks that the model lacks count as unmatched
-    if match.matched < min_matched * (match.total + deeper):
-        more = f" and {len(misses) - 5} more" if len(misses) > 5 else ""
+    name, converted = _to_timm(vit, state, detected, where)
+    match, matched, num_in_absent_blocks = _compare(vit, name, converted)
+    if match.matched < min_matched * (match.total + num_in_absent_blocks):  # they count as unmatched
+        more = f" and {len(match.misses) - 5} more" if len(match.misses) > 5 else ""
         raise ConfigError(
-            f"model: {where} does not fit: {match}: {'; '.join(misses[:5])}{more}; "
+            f"model: {where} does not fit: {match}: {'; '.join(match.misses[:5])}{more}; "
             "check --arch, or lower --min-matched to load what fits"
         )
-    _add_classifier(vit, converted, good)
-    vit.load_state_dict(good, strict=False)
+    _add_classifier(vit, converted, matched)
+    vit.load_state_dict(matched, strict=False)
     log.info("%s: %s", where, match)
-    for miss in misses[:5]:
+    for miss in match.misses[:5]:
         log.warning("%s: %s", where, miss)
     return match
 
 
+def _compare(vit: nn.Module, name: str, converted: State) -> tuple[Match, State, int]:
+    """Return the match, the tensors that fit, and the number of tensors in blocks that the model lacks."""
+    expected = {key: value for key, value in vit.state_dict().items() if not _NOT_FEATURES.match(key)}
+    matched = {key: value for key, value in converted.items() if key in expected and value.shape == expected[key].shape}
+    unplaced = [key for key in converted if key not in expected and not _NOT_FEATURES.match(key)]
+    misses = [
+        f"{key} is {list(converted[key].shape)}, the model wants {list(value.shape)}"
+        if key in converted
+        else f"{key} is missing"
+        for key, value in expected.items()
+        if key not in matched
+    ]
+    misses += [f"{key} has no place in the model" for key in unplaced]
+    match = Match(name, len(matched), len(expected), tuple(misses))
+    return match, matched, sum(key.startswith("blocks.") for key in unplaced)
+
+
 def _to_timm(
-    vit: nn.Module, state: Mapping[str, Tensor], found: tuple[key_names.Format, str] | None, where: str
+    vit: nn.Module, state: Mapping[str, Tensor], detected: tuple[key_names.Format, str] | None, where: str
 ) -> tuple[str, State]:
     name, plain = "unknown names", dict(state)
-    if found is not None:
-        style, prefix = found
+    if detected is not None:
+        style, prefix = detected
         name = style.name
         plain = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         if style is key_names.DINOV3 and not isinstance(vit, timm_eva.Eva):
@@ -160,7 +185,7 @@ def _to_timm(
 
 
 def _filter(vit: Any, state: State) -> State:
-    """Timm's own conversion: patch and position embeddings resized, CLIP's and DINOv2's names."""
+    """Apply timm's conversion: resize patch and position embeddings, translate the names of CLIP and DINOv2."""
     if isinstance(vit, timm_eva.Eva):
         state.pop("mask_token", None)  # with it timm takes the final norm for that of BEiT's pretraining
         return timm_eva.checkpoint_filter_fn(state, vit)
@@ -173,31 +198,31 @@ def _filter(vit: Any, state: State) -> State:
 
 def _adapt_channels(state: State, vit: nn.Module) -> State:
     key = "patch_embed.proj.weight"
-    want = vit.get_parameter(key).shape[1]
-    if key in state and state[key].ndim == 4 and state[key].shape[1] == 3 != want:
-        state[key] = adapt_input_conv(want, state[key])
+    channels = vit.get_parameter(key).shape[1]
+    if key in state and state[key].ndim == 4 and state[key].shape[1] == 3 != channels:
+        state[key] = adapt_input_conv(channels, state[key])
     return state
 
 
-def _add_classifier(vit: nn.Module, converted: State, good: State) -> None:
-    """Keep the checkpoint's classifier if it fits the model; else the model is left with none, not a random one."""
+def _add_classifier(vit: nn.Module, converted: State, matched: State) -> None:
+    """Keep the checkpoint's classifier if it fits the model; otherwise remove the model's, which is random."""
     head = getattr(vit, "head", None)
     if not isinstance(head, nn.Linear):
         return
     parts = {f"head.{key}": value for key, value in head.state_dict().items()}
     if all(key in converted and converted[key].shape == value.shape for key, value in parts.items()):
-        good.update({key: converted[key] for key in parts})
+        matched.update({key: converted[key] for key in parts})
     else:
         vit.reset_classifier(0)  # type: ignore[operator]
 
 
 def _unchunked(state: State) -> State:
-    """DINOv2 in chunks for FSDP calls block N of chunk C blocks.C.N; N counts through."""
+    """Rename blocks.C.N (chunks of DINOv2 for FSDP) to blocks.N; N counts over all chunks."""
     return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): value for key, value in state.items()}
 
 
 def _split_bias(state: State, vit: nn.Module, where: str) -> None:
-    """Meta's DINOv3 has one bias for q, k and v, that of k masked; timm's Eva has q_bias and v_bias, or none."""
+    """Split the qkv bias of Meta's DINOv3, masked for k, into q_bias and v_bias of timm's Eva, which may have none."""
     for key in [key for key in state if key.endswith("attn.qkv.bias")]:
         q, _, v = state.pop(key).chunk(3)
         stem = key.removesuffix("qkv.bias")
@@ -210,7 +235,7 @@ def _split_bias(state: State, vit: nn.Module, where: str) -> None:
 
 
 def _shape_clip(state: State) -> None:
-    """Transformers keeps CLIP's class token as [D], its positions as [N, D], and SigLIP's pooling q, k, v in one."""
+    """Reshape CLIP's class token [D] and positions [N, D] of transformers, and split SigLIP's fused pooling q, k, v."""
     for key in ("cls_token", "pos_embed"):
         if key in state:
             state[key] = state[key].reshape(1, -1, state[key].shape[-1])
@@ -221,8 +246,8 @@ def _shape_clip(state: State) -> None:
 
 
 def _read_folder(folder: Path) -> State:
-    if (folder / WHOLE).is_file() or not any((folder / name).is_file() for name in (INDEX, PICKLE)):
-        return read(folder / WHOLE)
+    if (folder / SAFETENSORS).is_file() or not any((folder / name).is_file() for name in (INDEX, PICKLE)):
+        return read(folder / SAFETENSORS)
     if not (folder / INDEX).is_file():
         return read(folder / PICKLE)
     state: State = {}

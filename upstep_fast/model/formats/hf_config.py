@@ -1,8 +1,8 @@
-"""config.json of transformers, in both directions: a ViT, Dinov2 or DINOv3 as timm's arguments and back."""
+"""Translates config.json of transformers (ViT, Dinov2, DINOv3) to timm's arguments and back."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from timm.layers.mlp import GluMlp, SwiGLU
@@ -14,53 +14,29 @@ from upstep_fast.errors import ConfigError
 
 # transformers' names of activations, timm's names and classes
 _ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
-KINDS = ("vit", "vit_mae", "dinov2", "dinov2_with_registers", "dinov3_vit")  # that can be read
 _CLASSES = {"GELU": "gelu", "QuickGELU": "quick_gelu", "GELUTanh": "gelu_pytorch_tanh"}
 
 
 def timm_args(config: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
-    """Timm's architecture and model_args for a transformers configuration. Raises ConfigError if there is none."""
-    kind, gated = config.get("model_type"), config.get("use_gated_mlp", False)
+    """Return timm's architecture and model_args for a transformers configuration.
+
+    where: the model's name, for errors. Raises ConfigError if timm has no such model.
+    """
+    kind = config.get("model_type")
     try:
-        width, heads = config["hidden_size"], config["num_attention_heads"]
-        args: dict[str, Any] = {
+        args = {
             "img_size": config["image_size"],
             "patch_size": config["patch_size"],
             "in_chans": config.get("num_channels", 3),
-            "embed_dim": width,
+            "embed_dim": config["hidden_size"],
             "depth": config["num_hidden_layers"],
-            "num_heads": heads,
+            "num_heads": config["num_attention_heads"],
             "num_classes": 0,
         }
-        if kind in ("vit", "vit_mae"):
-            args |= {
-                "mlp_ratio": _ratio(config["intermediate_size"], width),
-                "qkv_bias": config.get("qkv_bias", True),
-                "act_layer": _ACTIVATIONS[config.get("hidden_act", "gelu")],
-            }
-            return "vit_base_patch16_224", args
-        if kind in ("dinov2", "dinov2_with_registers"):
-            args |= {"init_values": config.get("layerscale_value", 1.0), "qkv_bias": config.get("qkv_bias", True)}
-            registers = config.get("num_register_tokens", 4) if kind == "dinov2_with_registers" else 0
-            args |= {"reg_tokens": registers, "no_embed_class": bool(registers)}
-            hidden = int(width * config.get("mlp_ratio", 4))
-            if config.get("use_swiglu_ffn"):
-                hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
-                return "vit_giant_patch14_dinov2", args | {"mlp_ratio": _ratio(2 * hidden, width)}
-            args["act_layer"] = _ACTIVATIONS[config.get("hidden_act", "gelu")]
-            return "vit_base_patch14_dinov2", args | {"mlp_ratio": _ratio(hidden, width)}
-        act = config.get("hidden_act", "gelu")
-        if kind == "dinov3_vit" and not config.get("key_bias") and act == ("silu" if gated else "gelu"):
-            args |= {
-                "mlp_ratio": _ratio(config["intermediate_size"], width),
-                "num_reg_tokens": config.get("num_register_tokens", 0),
-                "init_values": config.get("layerscale_value", 1.0),
-                "rope_temperature": config.get("rope_theta", 100.0),
-                "qkv_bias": config.get("query_bias", True),
-            }
-            if gated:
-                args |= {"swiglu_mlp": True, "swiglu_align_to": 1}
-            return "vit_base_patch16_dinov3", args
+        family = _FAMILIES.get(str(kind))
+        specific = family(config) if family else None
+        if specific is not None:
+            return specific[0], args | specific[1]
     except KeyError as error:
         raise ConfigError(f"model: {where}/config.json lacks or has an unknown {error}; use --arch NAME") from error
     except (TypeError, ValueError, ArithmeticError) as error:
@@ -76,8 +52,60 @@ def timm_args(config: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any
     )
 
 
+def _from_vit(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    return "vit_base_patch16_224", {
+        "mlp_ratio": _ratio(config["intermediate_size"], config["hidden_size"]),
+        "qkv_bias": config.get("qkv_bias", True),
+        "act_layer": _ACTIVATIONS[config.get("hidden_act", "gelu")],
+    }
+
+
+def _from_dinov2(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    width = config["hidden_size"]
+    registers = config.get("num_register_tokens", 4) if config["model_type"] == "dinov2_with_registers" else 0
+    args: dict[str, Any] = {
+        "init_values": config.get("layerscale_value", 1.0),
+        "qkv_bias": config.get("qkv_bias", True),
+        "reg_tokens": registers,
+        "no_embed_class": bool(registers),
+    }
+    hidden = int(width * config.get("mlp_ratio", 4))
+    if config.get("use_swiglu_ffn"):
+        hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
+        return "vit_giant_patch14_dinov2", args | {"mlp_ratio": _ratio(2 * hidden, width)}
+    args["act_layer"] = _ACTIVATIONS[config.get("hidden_act", "gelu")]
+    return "vit_base_patch14_dinov2", args | {"mlp_ratio": _ratio(hidden, width)}
+
+
+def _from_dinov3(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    gated = config.get("use_gated_mlp", False)
+    if config.get("key_bias") or config.get("hidden_act", "gelu") != ("silu" if gated else "gelu"):
+        return None
+    args = {
+        "mlp_ratio": _ratio(config["intermediate_size"], config["hidden_size"]),
+        "num_reg_tokens": config.get("num_register_tokens", 0),
+        "init_values": config.get("layerscale_value", 1.0),
+        "rope_temperature": config.get("rope_theta", 100.0),
+        "qkv_bias": config.get("query_bias", True),
+    }
+    return "vit_base_patch16_dinov3", args | ({"swiglu_mlp": True, "swiglu_align_to": 1} if gated else {})
+
+
+_FAMILIES: dict[str, Callable[[Mapping[str, Any]], tuple[str, dict[str, Any]] | None]] = {
+    "vit": _from_vit,
+    "vit_mae": _from_vit,
+    "dinov2": _from_dinov2,
+    "dinov2_with_registers": _from_dinov2,
+    "dinov3_vit": _from_dinov3,
+}
+KINDS = tuple(_FAMILIES)  # model types that can be read
+
+
 def describe(vit: Any) -> dict[str, Any]:
-    """The transformers configuration of a timm ViT. Raises ConfigError naming what transformers cannot express."""
+    """Return the transformers configuration of a timm ViT.
+
+    Raises ConfigError that names what transformers cannot express.
+    """
     reason = _unsupported_reason(vit)
     if reason:
         raise ConfigError(f"format: hf cannot express this model: {reason}; use --format timm or onnx")
@@ -101,16 +129,16 @@ def describe(vit: Any) -> dict[str, Any]:
         "hidden_act": "gelu" if packed else _CLASSES[type(block.mlp.act).__name__],
         "use_swiglu_ffn": packed,
         # of a SwiGLU transformers takes two thirds of the ratio, rounded up to a multiple of 8
-        "mlp_ratio": _whole(1.5 * block.mlp.fc2.in_features / vit.embed_dim)
+        "mlp_ratio": _integral(1.5 * block.mlp.fc2.in_features / vit.embed_dim)
         if packed
-        else _whole(block.mlp.fc1.out_features / vit.embed_dim),
+        else _integral(block.mlp.fc1.out_features / vit.embed_dim),
         "layerscale_value": 1.0,
     }
     return common | ({"num_register_tokens": registers} if registers else {})
 
 
 def preprocessor(base: Any) -> dict[str, Any]:
-    """preprocessor_config.json of transformers that prepares images as timm's evaluation transform does.
+    """Return the preprocessor_config.json of transformers that prepares images as timm's evaluation transform does.
 
     base: a Backbone.
     """
@@ -185,7 +213,7 @@ def _unsupported_reason(vit: Any) -> str | None:
 
 
 def dinov2_unsupported_reason(vit: Any) -> str | None:
-    """Why Meta's DINOv2 code has no such model, or None if it has."""
+    """Return why Meta's DINOv2 code cannot express this model, as the rest of a sentence; None if it can."""
     return "it has rotary positions" if isinstance(vit, Eva) else _plain_unsupported_reason(vit, ("GELU",))
 
 
@@ -217,5 +245,5 @@ def _ratio(hidden: int, width: int) -> float:
     return hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
 
 
-def _whole(value: float) -> float | int:
+def _integral(value: float) -> float | int:
     return int(value) if float(value).is_integer() else value
