@@ -115,7 +115,7 @@ def cached(cache: Path, name: str, source: Path, revision="main") -> None:
 LOAD = """
 import sys
 from safetensors.torch import save_file
-from upstep_fast import backbone
+from upstep_fast.model import backbone
 from upstep_fast.errors import ConfigError
 for at, name in enumerate(sys.argv[1:]):
     name, _, arch = name.partition("=")
