@@ -70,7 +70,7 @@ TILES: dict[str, dict[tuple[int, int] | None, Tile]] = {
 
 
 def tile(op: str, device: torch.device) -> Tile:
-    """Tile sizes (and num_warps, num_stages) of `op` for this device."""
+    """Return the tile sizes (and num_warps, num_stages) of `op` for this device."""
     rows = TILES[op]
     return rows.get(_capability(device), rows[None])
 
@@ -81,7 +81,7 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
 
 
 def row_tile(op: str, device: torch.device, width: int, fewest: int = 1) -> Tile:
-    """BLOCK_M, BLOCK_K and num_warps of an op that holds whole rows of `width` cells, at least `fewest` at a time."""
+    """Return BLOCK_M (at least `fewest`), BLOCK_K and num_warps of an op that holds whole rows of `width` cells."""
     cells = tile(op, device)
     block = 1 << max(width - 1, 15).bit_length()
     rows = max(cells["CELLS"] // block, fewest)

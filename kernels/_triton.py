@@ -1,4 +1,4 @@
-"""Triton, or a stand-in that lets the kernel files import where Triton is not installed.
+"""Triton, or a stand-in with which the kernel files can be imported where Triton is not installed.
 
 Windows and CPU-only builds of torch have no Triton. There `triton.jit` returns the function untouched,
 nothing can be launched, and `_dispatch` names the reason and runs the reference.
@@ -21,8 +21,8 @@ except ImportError as error:
     def _unchanged(function: Any = None, **_: Any) -> Any:
         return function if function is not None else _unchanged
 
-    triton = SimpleNamespace(jit=_unchanged, cdiv=lambda a, b: -(-a // b))  # type: ignore[assignment]
-    tl = SimpleNamespace(constexpr=lambda value: value)  # type: ignore[assignment]
+    triton = SimpleNamespace(jit=_unchanged, cdiv=lambda a, b: -(-a // b))
+    tl = SimpleNamespace(constexpr=lambda value: value)
 
 # The interpreter's tl.dot is wrong on bf16 (triton 3.6 and 3.9): kernels take UPCAST_DOT=INTERPRET as a
 # constexpr and widen the operands to fp32 when it is set.

@@ -7,17 +7,20 @@ Backward (G = do):
 
 B images, T tokens, H heads, d head width (64 to 128 in Vision Transformers). No mask, no dropout.
 
-Ways: `triton` (attention_triton.py), `flash` and `cudnn` (PyTorch's own, on a GPU in 16 bit), `sdpa` (PyTorch's on
-a CPU), `reference`. On a GPU the fastest by measurement runs, for forward and backward apart: they share o and lse.
+Forms: `triton` (triton.py), `flash` and `cudnn` (PyTorch's own, on a GPU in 16 bit), `sdpa` (PyTorch's on a CPU),
+`reference`. On a GPU the fastest by measurement runs, chosen for forward and backward separately: all give o and lse.
 
 Kept for backward: qkv, o and lse (4 bytes a token and head).
-Bytes moved by `triton`: qkv in, o out; backward qkv and G twice, o in, dqkv out. The library's ways of backward write
-dq, dk and dv apart, and stacking them moves dqkv twice more.
+Bytes moved by `triton`: qkv in, o out; backward qkv and G twice, o in, dqkv out. PyTorch's backward forms
+write dq, dk and dv separately, and stacking them moves dqkv twice more.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -30,18 +33,19 @@ from .triton import backward as _backward_triton
 from .triton import forward as _forward_triton
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+Out = TypeVar("Out")
 MAX_STORED = 512  # tokens up to which a CPU's bf16 backward holds whole P; at 1370 it is no faster
 
 
 def attention_reference(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The specification, in fp32 or wider: (out [B, T, H, d], lse [B, H, T]); differentiable by autograd."""
+    """Compute the specification in fp32 or wider: (out [B, T, H, d], lse [B, H, T]); differentiable by autograd."""
     q, k, v = qkv.to(torch.promote_types(qkv.dtype, torch.float32)).permute(2, 0, 3, 1, 4)
     scores = scale * (q @ k.mT)
     return (scores.softmax(-1) @ v).transpose(1, 2).to(qkv.dtype), scores.logsumexp(-1)
 
 
 def attention_backward_reference(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
-    """Dqkv by the formula above, from the o and lse of the forward."""
+    """Compute dqkv by the formula above, from the o and lse of the forward."""
     wide = torch.promote_types(qkv.dtype, torch.float32)
     q, k, v = qkv.to(wide).permute(2, 0, 3, 1, 4)
     g, o = (t.to(wide).transpose(1, 2) for t in (grad, out))
@@ -50,7 +54,7 @@ def attention_backward_reference(grad: Tensor, qkv: Tensor, out: Tensor, lse: Te
     return torch.stack([scale * (ds @ k), scale * (ds.mT @ q), p.mT @ g]).permute(1, 3, 0, 2, 4).to(qkv.dtype)
 
 
-def _forward_sdpa(qkv, scale):
+def _forward_sdpa(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     # PyTorch's own gives 0 to a row of NaN; a sum finds one in a tenth of the time that isfinite takes. In bf16 it adds
     # in fp32 by itself, and a cast first takes five times as long; in fp16 it would overflow
     if not qkv.sum(dtype=torch.float32 if qkv.dtype == torch.float16 else None).isfinite():
@@ -60,7 +64,7 @@ def _forward_sdpa(qkv, scale):
     return out.transpose(1, 2), lse
 
 
-def _backward_products(grad, qkv, lse, scale):
+def _backward_products(grad: Tensor, qkv: Tensor, lse: Tensor, scale: float) -> Tensor:
     # S in fp32, for the exponential; P and dS rounded to bf16, as fused kernels round them. 28 ms where the library's
     # backward in fp32 takes 39 and in bf16 45, at [8, 197, 12, 64] (one thread of an Intel Xeon with AMX, torch 2.15)
     B, T, _, H, D = qkv.shape
@@ -75,7 +79,7 @@ def _backward_products(grad, qkv, lse, scale):
     return packed
 
 
-def _backward_sdpa(grad, qkv, out, lse, scale):
+def _backward_sdpa(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
     if qkv.dtype == torch.bfloat16 and qkv.shape[1] <= MAX_STORED:
         return _backward_products(grad, qkv, lse, scale)
     # the library's backward in fp32: in bf16 it takes 44 ms instead of 14 at [128, 3, 65, 64] (2 cores of an AMD EPYC
@@ -92,13 +96,13 @@ def _backward_sdpa(grad, qkv, out, lse, scale):
     return packed
 
 
-def _forward_flash(qkv, scale):
+def _forward_flash(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
     return out.transpose(1, 2), lse
 
 
-def _backward_flash(grad, qkv, out, lse, scale):
+def _backward_flash(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
     (q, k, v), T = qkv.permute(2, 0, 3, 1, 4), qkv.shape[1]
     grad, out = grad.transpose(1, 2), out.transpose(1, 2)
     # without dropout its random state is not read
@@ -109,13 +113,13 @@ def _backward_flash(grad, qkv, out, lse, scale):
     return _packed(gradients)
 
 
-def _forward_cudnn(qkv, scale):
+def _forward_cudnn(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, scale=scale)
     return out.transpose(1, 2), lse.view(lse.shape[:3])
 
 
-def _backward_cudnn(grad, qkv, out, lse, scale):
+def _backward_cudnn(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
     (q, k, v), T = qkv.permute(2, 0, 3, 1, 4), qkv.shape[1]
     grad, out = grad.transpose(1, 2), out.transpose(1, 2)
     state = torch.empty((), dtype=torch.int64, device=qkv.device)
@@ -126,18 +130,18 @@ def _backward_cudnn(grad, qkv, out, lse, scale):
 
 
 def _packed(gradients: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """dq, dk, dv [B, H, T, d] as [B, T, 3, H, d]."""
+    """Stack dq, dk, dv [B, H, T, d] to [B, T, 3, H, d]."""
     return torch.stack([g.transpose(1, 2) for g in gradients], 2)
 
 
-_FORWARD = {
+_FORWARD: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "flash": _forward_flash,
     "cudnn": _forward_cudnn,
     "triton": _forward_triton,
     "sdpa": _forward_sdpa,
     "reference": attention_reference,
 }
-_BACKWARD = {
+_BACKWARD: dict[str, Callable[..., Tensor]] = {
     "flash": _backward_flash,
     "cudnn": _backward_cudnn,
     "triton": _backward_triton,
@@ -146,31 +150,38 @@ _BACKWARD = {
 }
 
 
-def _run(op, ways, qkv, args):
-    """Run `op` the way asked for, the CPU's own, or the one measured as fastest; notes which."""
-    (B, T, _, H, D), half = qkv.shape, qkv.dtype in _DTYPES[:2]
-    no_triton = triton_unsupported_reason(qkv) or ("no float64 form" if qkv.dtype == torch.float64 else None)
-    if D > MAX_WIDTH:
-        no_triton = f"head width {D} exceeds {MAX_WIDTH}"
-    if requested() == "triton" and no_triton:
+def _run(op: str, forms: Mapping[str, Callable[..., Out]], qkv: Tensor, args: Sequence[Tensor | float]) -> Out:
+    """Run and record the form of `op` that is requested, the CPU's, or the one measured as fastest; args: of a form."""
+    B, T, _, H, D = qkv.shape
+    no_triton, request = _unsupported_reason(qkv), requested()
+    if request == "triton" and no_triton:
         raise RuntimeError(f"{op}: implementation 'triton' was requested but cannot run: {no_triton}")
-    if requested() in ways:
-        return ways[record(op, qkv.device, requested(), "requested")](*args)
+    if request in forms:
+        return forms[record(op, qkv.device, request, "requested")](*args)
     if qkv.device.type != "cuda":
-        return ways[record(op, qkv.device, "sdpa", "the library's: nothing is measured off a GPU")](*args)
-    names = ["flash", "cudnn"] if half and D % 8 == 0 and D <= MAX_WIDTH else []
+        return forms[record(op, qkv.device, "sdpa", "the library's: nothing is measured off a GPU")](*args)
+    is_half = qkv.dtype in (torch.float16, torch.bfloat16)
+    names = ["flash", "cudnn"] if is_half and D % 8 == 0 and D <= MAX_WIDTH else []
     names += ["reference"] if no_triton and not names else []
     names += [] if no_triton else ["triton"]
     problem = f"{op} {str(qkv.dtype).removeprefix('torch.')} BH{power_class(B * H)} T{T} D{D}"
-    name, why = autotune(problem, qkv.device, {n: lambda way=ways[n]: way(*args) for n in names})
-    return ways[record(problem, qkv.device, name, why)](*args)
+    name, reason = autotune(problem, qkv.device, {name: partial(forms[name], *args) for name in names})
+    return forms[record(problem, qkv.device, name, reason)](*args)
+
+
+def _unsupported_reason(qkv: Tensor) -> str | None:
+    """Return why the Triton form cannot take `qkv`, or None."""
+    if qkv.shape[4] > MAX_WIDTH:
+        return f"head width {qkv.shape[4]} exceeds {MAX_WIDTH}"
+    return triton_unsupported_reason(qkv) or ("no float64 form" if qkv.dtype == torch.float64 else None)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=())
 def _op(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(out [B, T, H, d], lse [B, H, T])"""
+    """Return (out [B, T, H, d], lse [B, H, T])."""
     if not qkv.numel():
-        return tuple(t.zero_() for t in outputs(qkv))
+        out, lse = outputs(qkv)
+        return out.zero_(), lse.zero_()
     qkv = qkv.contiguous()
     with torch.autocast(qkv.device.type, enabled=False):
         out, lse = _run("attention", _FORWARD, qkv, (qkv, scale))
@@ -210,7 +221,7 @@ _op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def attention(qkv: Tensor, scale: float | None = None) -> Tensor:
-    """softmax(scale q k^T) v of every head: packed qkv [B, T, 3, H, d] -> [B, T, H, d].
+    """Compute softmax(scale q k^T) v of every head: packed qkv [B, T, 3, H, d] -> [B, T, H, d].
 
     qkv: fp16, bf16, fp32 or fp64, any strides (a copy is made unless contiguous). scale: None: 1 / sqrt d.
     The gradient comes packed like qkv. Under autocast qkv is cast as for torch's own attention.
@@ -218,17 +229,17 @@ def attention(qkv: Tensor, scale: float | None = None) -> Tensor:
     """
     if qkv.is_floating_point() and qkv.dtype != torch.float64 and (dtype := autocast_dtype(qkv.device)):
         qkv = qkv.to(dtype)
-    return _op(qkv, _checked("attention", qkv, scale))[0]
+    return _op(qkv, _validated("attention", qkv, scale))[0]
 
 
 def attention_forward(qkv: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
-    """(out, lse [B, H, T] in fp32 or wider), for a backward written by hand; outside autograd and autocast."""
-    return _op(qkv.detach(), _checked("attention_forward", qkv, scale))
+    """Return (out, lse [B, H, T] in fp32 or wider), for a backward written by hand; outside autograd and autocast."""
+    return _op(qkv.detach(), _validated("attention_forward", qkv, scale))
 
 
 def attention_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float | None = None) -> Tensor:
-    """Dqkv [B, T, 3, H, d] from the gradient of out and what `attention_forward` took and gave."""
-    scale = _checked("attention_backward", qkv, scale)
+    """Return dqkv [B, T, 3, H, d] from the gradient of out and the input and outputs of `attention_forward`."""
+    scale = _validated("attention_backward", qkv, scale)
     B, T, _, H, D = qkv.shape
     for name, t, shape in (("grad", grad, (B, T, H, D)), ("out", out, (B, T, H, D)), ("lse", lse, (B, H, T))):
         if t.shape != shape or t.device != qkv.device:
@@ -237,7 +248,7 @@ def attention_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scal
     return _backward_op(grad.detach(), qkv.detach(), out.detach(), lse.detach(), scale)
 
 
-def _checked(op: str, qkv: Tensor, scale: float | None) -> float:
+def _validated(op: str, qkv: Tensor, scale: float | None) -> float:
     if qkv.dim() != 5 or qkv.shape[2] != 3 or qkv.dtype not in _DTYPES:
         got = f"{list(qkv.shape)} in {qkv.dtype}"
         raise ValueError(f"{op}: qkv must be [B, T, 3, H, d] in fp16, bf16, fp32 or fp64, got {got}")

@@ -1,7 +1,7 @@
-"""The Triton form of `attention`: one kernel for the output, the same with other bodies for dq and for dk and dv.
+"""Triton form of `attention`: one kernel, with a body for the output, one for dq and one for dk and dv.
 
 An image of n x n patches and a class token is one token over the edge of every tile: 257 = 4 * 64 + 1. So the first
-T mod BLOCK tokens make a small block of their own (16, 32 or 64 rows, the only masked one), and the others fill their
+T mod BLOCK tokens make a small block of their own (16, 32 or 64 rows, the only masked one), and the rest fill their
 blocks exactly: 272 rows of work where 320 or 384 would be. The order of keys does not matter to attention.
 
 Backward is two launches: dq by rows, which also leaves delta, then dk and dv by columns. P is made again in each;
@@ -24,7 +24,7 @@ _LOG2_E = 1 / math.log(2)
 
 @triton.jit
 def _load(base, first, stride, limit, ROWS: tl.constexpr, SMALL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows first .. first + ROWS of a matrix of D columns; in the SMALL block those from `limit` on are 0."""
+    """Load rows first .. first + ROWS of a matrix of D columns; in the SMALL block those from `limit` on are 0."""
     t, c = first + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     at = base + t.to(tl.int64)[:, None] * stride + c[None, :]
     if SMALL:
@@ -57,7 +57,7 @@ def _dot(left, right, acc, UPCAST_DOT: tl.constexpr):
 def _scores(
     q, k, to_log2, limit, ROWS: tl.constexpr, KEYS: tl.constexpr, SMALL: tl.constexpr, UPCAST_DOT: tl.constexpr
 ):
-    """Scale * q k^T in units of log 2; -inf at the keys that a SMALL block has not."""
+    """Compute scale * q k^T in units of log 2; -inf at the keys beyond `limit` of a SMALL block."""
     s = _dot(q, k.T, tl.zeros((ROWS, KEYS), tl.float32), UPCAST_DOT) * to_log2
     if SMALL:
         s = tl.where((tl.arange(0, KEYS) < limit)[None, :], s, float("-inf"))
@@ -79,7 +79,7 @@ def _attend(
     SMALL: tl.constexpr,
     UPCAST_DOT: tl.constexpr,
 ):
-    """One block of keys into the running output, its largest score and its sum."""
+    """Add one block of keys to the running output, its largest score and its sum."""
     s = _scores(q, k, to_log2, limit, ROWS, KEYS, SMALL, UPCAST_DOT)
     higher = tl.maximum(peak, tl.max(s, 1))
     p, shrink = tl.exp2(s - higher[:, None]), tl.exp2(peak - higher)
@@ -121,7 +121,7 @@ def _dq_rows(
     ROWS: tl.constexpr, SMALL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST_DOT: tl.constexpr,
 ):  # fmt: skip
-    """Dq of one block of rows, and their delta."""
+    """Compute dq of one block of rows, and store their delta."""
     b_q = _load(q, first, stride_t, rest, ROWS, SMALL, D, BLOCK_D)
     b_g = _load(grad, first, stride_o, rest, ROWS, SMALL, D, BLOCK_D)
     b_o = _load(out, first, stride_o, rest, ROWS, SMALL, D, BLOCK_D)
@@ -152,7 +152,7 @@ def _dkv_step(
     ROWS: tl.constexpr, QUERIES: tl.constexpr, SMALL: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST_DOT: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries into dk and dv of a block of keys; everything transposed."""
+    """Add one block of queries to dk and dv of a block of keys; everything transposed."""
     b_q = _load(q, n, stride_t, rest, QUERIES, SMALL, D, BLOCK_D)
     b_g = _load(grad, n, stride_o, rest, QUERIES, SMALL, D, BLOCK_D)
     t = n + tl.arange(0, QUERIES)
@@ -197,7 +197,7 @@ def _attention_kernel(
     BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST_DOT: tl.constexpr,
 ):  # fmt: skip
-    """One block of tokens of one head; the last program of a head has the small block."""
+    """Compute PART for one block of tokens of one head; the last program of a head has the small block."""
     # in one dimension: the others end at 65535, and a large batch has more heads
     blocks = tl.cdiv(T, BLOCK)
     i, head = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
@@ -232,7 +232,9 @@ def _attention_kernel(
                       BLOCK_S, True, BLOCK_N, BLOCK_S, D, BLOCK_D, UPCAST_DOT)  # fmt: skip
 
 
-def _launch(part, qkv, out, lse, grad, delta, dqkv, scale):
+def _launch(
+    part: str, qkv: Tensor, out: Tensor, lse: Tensor, grad: Tensor, delta: Tensor, dqkv: Tensor, scale: float
+) -> None:
     B, T, _, H, D = qkv.shape
     block_d = max(16, 1 << (D - 1).bit_length())
     kind = "_fp32" if qkv.element_size() == 4 else "_wide" if block_d > 64 else ""
@@ -248,14 +250,14 @@ def _launch(part, qkv, out, lse, grad, delta, dqkv, scale):
 
 
 def forward(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a contiguous qkv [B, T, 3, H, d]."""
+    """Return (out, lse) of a contiguous qkv [B, T, 3, H, d]."""
     out, lse = outputs(qkv)
     _launch("forward", qkv, out, lse, out, lse, qkv, scale)
     return out, lse
 
 
 def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
-    """dqkv; everything contiguous."""
+    """Return dqkv [B, T, 3, H, d]; all arguments contiguous."""
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     for part in ("dq", "dkv"):
         _launch(part, qkv, out, lse, grad, delta, dqkv, scale)
@@ -263,7 +265,7 @@ def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) 
 
 
 def outputs(qkv: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for out [B, T, H, d] and lse [B, H, T]."""
+    """Return empty out [B, T, H, d] and lse [B, H, T]."""
     B, T, _, H, D = qkv.shape
     wide = torch.promote_types(qkv.dtype, torch.float32)
     return qkv.new_empty(B, T, H, D), qkv.new_empty(B, H, T, dtype=wide)

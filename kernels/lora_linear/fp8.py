@@ -4,15 +4,15 @@
 
     Wq [N, K] e4m3 and w_scale [N, 1] fp32, kept; Xq [M, K] e4m3 and x_scale [M, 1], made at each call (`quantize`).
 
-The quantisation of x is passed straight through in backward: dX = G (Wq * w_scale) + dS A, with Wq widened to the
+The quantization of x is passed straight through in backward: dX = G (Wq * w_scale) + dS A, with Wq widened to the
 dtype of x; or, given Wq^T with scales of its own rows, in fp8 like the forward, with G quantised too. The adapter's
-gradients never see fp8. Kept for backward: x and S, as in lora_linear.py.
+gradients never see fp8. Kept for backward: x and S, as in op.py.
 Merging has no place here: rounding W + scale B A to e4m3 would lose the adapter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,13 +20,13 @@ from torch import Tensor
 from .._autocast import autocast_dtype
 from .._dispatch import NAMESPACE, requested
 from ..quantize import E4M3, dequantize, quantize, quantize_reference
-from . import triton as fused
-from .args import STRATEGIES, complaint, flat, seed_tensor
-from .eager import drop, parts
+from . import triton
+from .args import STRATEGIES, LoraArgs, flat, pairs, seed_tensor, validate
+from .eager import add_input_gradient, drop
 from .op import INPUT, gradients, lora_linear_reference, run, shape_class
 
 
-def lora_linear_fp8(
+def lora_linear_fp8_reference(
     x: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
@@ -35,40 +35,11 @@ def lora_linear_fp8(
     lora_b: Tensor,
     scale: float,
     *,
-    transposed: tuple[Tensor, Tensor] | None = None,
     dropout: float = 0.0,
-    seed: int | Tensor | None = None,
+    seed: int | Tensor | None = 0,
     rows: Sequence[tuple[int, int]] | None = None,
-    strategy: str | None = None,
 ) -> Tensor:
-    """As `lora_linear`, for weight, weight_scale = quantize(wide weight): e4m3 [N, K] and fp32 [N, 1].
-
-    x: fp16, bf16 or fp32. The bias is frozen too.
-    transposed: `quantize` of the wide weight's transpose, ([K, N], [K, 1]): then the input's gradient is an fp8
-        product as well; without it the weight is widened and the gradient exact for the quantised weight.
-    strategy: None (split or triton, measured), or "split", "triton", "reference".
-    """
-    if x.is_floating_point() and x.dtype != torch.float64 and (dtype := autocast_dtype(x.device)):
-        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    if x.dtype == torch.float64:
-        raise ValueError("lora_linear_fp8: x must be fp16, bf16 or fp32, got torch.float64")
-    message = complaint(x, weight, bias, lora_a, lora_b, scale, dropout, flat(rows), strategy, weight_dtype=E4M3)
-    if message := message or _complaint(weight, weight_scale, transposed, bias, strategy):
-        raise ValueError(f"lora_linear_fp8: {message}")
-    seed = seed_tensor(seed, x.device) if dropout else None
-    keep = torch.is_grad_enabled() and lora_b.requires_grad
-    x_MK, scale, dropout = x.reshape(-1, x.shape[-1]), float(scale), float(dropout)
-    y, _ = _op(
-        x_MK, weight, weight_scale, *(transposed or (None, None)), bias, lora_a, lora_b, scale, dropout, seed,
-        flat(rows), keep, strategy or "",
-    )  # fmt: skip
-    return y.view(*x.shape[:-1], weight.shape[0])
-
-
-def lora_linear_fp8_reference(
-    x, weight, weight_scale, bias, lora_a, lora_b, scale, *, dropout=0.0, seed=0, rows=None
-) -> Tensor:
-    """The specification, in fp32 or wider: the quantisation of x counts as the identity in backward."""
+    """Compute the specification in fp32 or wider; the quantization of x counts as the identity in backward."""
     wide = torch.promote_types(x.dtype, torch.float32)
     w = weight.to(wide) * weight_scale.to(wide)
     x_q, x_scale = quantize_reference(x.detach())
@@ -78,14 +49,17 @@ def lora_linear_fp8_reference(
 
 
 def scaled_product(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """quantize(x) (weight * weight_scale)^T + bias, in the dtype of x; the library's fp8 GEMM where it has one."""
+    """Compute quantize(x) (weight * weight_scale)^T + bias in the dtype of x, by the library's fp8 GEMM if it can."""
     return scaled_mm(*quantize(x), weight, weight_scale, bias, x.dtype)
 
 
 def scaled_mm(
     x_q: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """(x_q * x_scale) (weight * weight_scale)^T + bias in `dtype`: e4m3 [M, K] and [N, K], fp32 [M, 1] and [N, 1]."""
+    """Compute (x_q * x_scale) (weight * weight_scale)^T + bias in `dtype`.
+
+    x_q, weight: [M, K] and [N, K], e4m3; their row scales [M, 1] and [N, 1], fp32.
+    """
     if _has_scaled_mm(x_q, weight, dtype):
         return torch._scaled_mm(x_q, weight.T, x_scale, weight_scale.T, bias=bias, out_dtype=dtype, use_fast_accum=True)
     y = (x_q.float() @ weight.float().T) * x_scale * weight_scale.T
@@ -98,51 +72,61 @@ def _has_scaled_mm(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and weight.is_contiguous() and all(size % 16 == 0 for size in weight.shape)
 
 
-def _forward_split(x, weight, weight_scale, bias, a, b, scale, dropout, seed, rows):
+def _forward_split(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, lora: LoraArgs
+) -> tuple[Tensor, Tensor]:
     y = scaled_product(x, weight, weight_scale, bias)
-    s = drop(x, dropout, seed) @ a.T
-    for span, ranks, block in parts(rows, weight.shape[0], b):
-        y[:, span].addmm_(s[:, ranks], block.T, alpha=scale)
+    s = drop(x, lora.dropout, lora.seed) @ lora.a.T
+    for span, ranks, block in lora.adapters(weight.shape[0]):
+        y[:, span].addmm_(s[:, ranks], block.T, alpha=lora.scale)
     return y, s
 
 
-def _forward_triton(x, weight, weight_scale, bias, a, b, scale, dropout, seed, rows):
+def _forward_triton(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, lora: LoraArgs
+) -> tuple[Tensor, Tensor]:
     x_q, x_scale = quantize(x)
-    s = fused.project(x, a, dropout, seed)
-    return fused.forward_scaled(x_q, weight, (x_scale, weight_scale), bias, scale * b, s, x.dtype, rows), s
+    s = triton.project(x, lora)
+    return triton.forward_scaled(x_q, weight, (x_scale, weight_scale), bias, lora, s, x.dtype), s
 
 
-def _forward_reference(x, weight, weight_scale, bias, a, b, scale, dropout, seed, rows):
-    pairs = list(zip(rows[::2], rows[1::2], strict=True)) or None
-    kwargs = {"dropout": dropout, "seed": seed, "rows": pairs}
-    y = lora_linear_fp8_reference(x, weight, weight_scale, bias, a, b, scale, **kwargs)
-    return y, drop(x, dropout, seed) @ a.T
+def _forward_reference(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, lora: LoraArgs
+) -> tuple[Tensor, Tensor]:
+    y = lora_linear_fp8_reference(
+        x, weight, weight_scale, bias, lora.a, lora.b, lora.scale,
+        dropout=lora.dropout, seed=lora.seed, rows=pairs(lora.rows),
+    )  # fmt: skip
+    return y, drop(x, lora.dropout, lora.seed) @ lora.a.T
 
 
-_FORWARD = {"split": _forward_split, "triton": _forward_triton, "reference": _forward_reference}
+_FORWARD: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "split": _forward_split,
+    "triton": _forward_triton,
+    "reference": _forward_reference,
+}
 
 
 @torch.library.custom_op(f"{NAMESPACE}::lora_linear_fp8", mutates_args=())
 def _op(
     x: Tensor, weight: Tensor, weight_scale: Tensor, weight_t: Tensor | None, weight_t_scale: Tensor | None,
     bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float, dropout: float, seed: Tensor | None,
-    rows: Sequence[int], keep: bool, strategy: str,
+    rows: Sequence[int], save_s: bool, strategy: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return (y [M, N], S [M, R]); S is empty unless `keep`."""
+    """Return (y [M, N], S [M, R]); S is empty unless `save_s`."""
     if x.shape[0] == 0:
         return x.new_empty(0, weight.shape[0]), x.new_empty(0, lora_a.shape[0])
     with torch.autocast(x.device.type, enabled=False):
-        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-        shape = shape_class(x.shape[0], *weight.shape, b.shape[1], rows, x.dtype, dropout)
-        args = (x, weight, weight_scale, bias, a, b, scale, dropout, seed, rows)
-        y, s = run("lora_linear_fp8", _FORWARD, strategy, shape, x.device, dropout, args)
-    return y, s if keep else x.new_empty(0, a.shape[0])
+        lora = LoraArgs(lora_a, lora_b, scale, dropout, seed, rows).to(x.dtype)
+        shape = shape_class(x.shape[0], weight.shape[0], weight.shape[1], lora, x.dtype)
+        y, s = run("lora_linear_fp8", _FORWARD, (x, weight, weight_scale, bias, lora), lora, strategy, shape)
+    return y, s if save_s else x.new_empty(0, lora_a.shape[0])
 
 
 @_op.register_fake
-def _(x, weight, weight_scale, weight_t, weight_t_scale, bias, a, b, scale, dropout, seed, rows, keep, strategy):
+def _(x, weight, weight_scale, weight_t, weight_t_scale, bias, a, b, scale, dropout, seed, rows, save_s, strategy):
     M = x.shape[0]
-    return x.new_empty(M, weight.shape[0]), x.new_empty(M if keep else 0, a.shape[0])
+    return x.new_empty(M, weight.shape[0]), x.new_empty(M if save_s else 0, a.shape[0])
 
 
 @torch.library.custom_op(f"{NAMESPACE}::lora_linear_fp8_backward", mutates_args=())
@@ -152,19 +136,16 @@ def _backward_op(
     strategy: str, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return (dX, dA, dB); those not in `needs` (x, lora_a, lora_b) are empty."""
-    N, K = reversed(weight.shape) if is_transposed else weight.shape
-    shape = shape_class(grad.shape[0], N, K, lora_b.shape[1], rows, grad.dtype, dropout)
 
-    def input_gradient(ds: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def input_gradient(ds: Tensor, lora: LoraArgs, shape: str) -> Tensor:
         if is_transposed:
-            dx = scaled_product(grad, weight, weight_scale)
-            return dx.addmm_(ds, a) if dropout == 0 else dx.add_(drop(ds @ a, dropout, seed))
+            return add_input_gradient(scaled_product(grad, weight, weight_scale), ds, lora)
         widened = dequantize(weight, weight_scale, grad.dtype)
-        args = (grad, widened, ds, a, b, scale, dropout, seed, rows)
-        return run("lora_linear_input", INPUT, strategy, shape, grad.device, dropout, args)
+        return run("lora_linear_input", INPUT, (grad, widened, ds, lora), lora, strategy, shape)
 
-    args = (grad, x, lora_a, lora_b, s, scale, dropout, seed, rows, strategy, needs)
-    return gradients(args, K, shape, input_gradient)
+    lora = LoraArgs(lora_a, lora_b, scale, dropout, seed, rows)
+    K = weight.shape[0] if is_transposed else weight.shape[1]
+    return gradients(grad, x, s, lora, K, strategy, needs, input_gradient)
 
 
 @_backward_op.register_fake
@@ -188,7 +169,8 @@ def _setup_context(ctx, inputs, output):
         weight, weight_scale = weight_t, weight_t_scale
     x = x if ctx.needs_input_grad[6] else None
     ctx.save_for_backward(x, weight, weight_scale, a, b, output[1], seed)
-    ctx.strategy = strategy or (requested() if requested() in STRATEGIES else "")
+    request = requested()
+    ctx.strategy = strategy or (request if request in STRATEGIES else "")
 
 
 def _backward(ctx, grad, _):
@@ -207,15 +189,21 @@ def _backward(ctx, grad, _):
 _op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _complaint(weight, weight_scale, transposed, bias, strategy) -> str | None:
+def _unsupported_reason(
+    weight: Tensor,
+    weight_scale: Tensor,
+    transposed: tuple[Tensor, Tensor] | None,
+    bias: Tensor | None,
+    strategy: str | None,
+) -> str | None:
     N, K = weight.shape
-    pairs = [("weight_scale", weight_scale, (N, 1), torch.float32)]
+    checks = [("weight_scale", weight_scale, (N, 1), torch.float32)]
     if transposed is not None:
-        pairs += [
+        checks += [
             ("transposed[0]", transposed[0], (K, N), E4M3),
             ("transposed[1]", transposed[1], (K, 1), torch.float32),
         ]
-    for name, tensor, shape, dtype in pairs:
+    for name, tensor, shape, dtype in checks:
         if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != weight.device:
             got = f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"
             return f"{name} must be {list(shape)} {dtype} on {weight.device}, got {got}"
@@ -224,3 +212,43 @@ def _complaint(weight, weight_scale, transposed, bias, strategy) -> str | None:
     if strategy in ("wide_k", "merged", "fastest"):
         return f"strategy {strategy!r} has no fp8 form; take split, triton or reference"
     return None
+
+
+def lora_linear_fp8(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    *,
+    transposed: tuple[Tensor, Tensor] | None = None,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
+    rows: Sequence[tuple[int, int]] | None = None,
+    strategy: str | None = None,
+) -> Tensor:
+    """Compute `lora_linear` for weight, weight_scale = quantize(wide weight): e4m3 [N, K] and fp32 [N, 1].
+
+    x: fp16, bf16 or fp32. The bias is frozen too.
+    transposed: `quantize` of the wide weight's transpose, ([K, N], [K, 1]): then the input's gradient is an fp8
+        product as well; without it the weight is widened and the gradient exact for the quantized weight.
+    strategy: None (split or triton, measured), or "split", "triton", "reference".
+    """
+    if x.is_floating_point() and x.dtype != torch.float64 and (dtype := autocast_dtype(x.device)):
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    if x.dtype == torch.float64:
+        raise ValueError("lora_linear_fp8: x must be fp16, bf16 or fp32, got torch.float64")
+    args = (x, weight, bias, lora_a, lora_b, scale, dropout, flat(rows), strategy)
+    validate("lora_linear_fp8", *args, weight_dtype=E4M3)
+    if reason := _unsupported_reason(weight, weight_scale, transposed, bias, strategy):
+        raise ValueError(f"lora_linear_fp8: {reason}")
+    seed_ = seed_tensor(seed, x.device) if dropout else None
+    save_s = torch.is_grad_enabled() and lora_b.requires_grad
+    x_MK, scale, dropout = x.reshape(-1, x.shape[-1]), float(scale), float(dropout)
+    y, _ = _op(
+        x_MK, weight, weight_scale, *(transposed or (None, None)), bias, lora_a, lora_b, scale, dropout, seed_,
+        flat(rows), save_s, strategy or "",
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], weight.shape[0])

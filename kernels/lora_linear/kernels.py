@@ -1,4 +1,4 @@
-"""The two kernels of `lora_linear`'s Triton form, which lora_linear_triton.py launches.
+"""The two kernels of the Triton form of `lora_linear`; triton.py launches them.
 
 lora_linear_kernel    Y = X W^T + b + scale * S B^T     S made in the K loop, or given
 lora_linear_sweep     P = scale * G B  and  Q = G^T S   one pass over G [M, N]
@@ -14,7 +14,7 @@ def _load_tile(
     source, row, col, num_rows, num_cols, stride_row, stride_col,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """The block at (row, col) of a matrix, zero outside it; `source` is a descriptor (TMA) or a pointer."""
+    """Load the block at (row, col) of a matrix, zero outside it; `source` is a descriptor (TMA) or a pointer."""
     if TMA:
         block = source.load([row, col])
     else:
@@ -34,14 +34,14 @@ def _dot(left, right, acc, UPCAST_DOT: tl.constexpr):
 
 @triton.jit
 def _hash(h):
-    # as in lora_linear_plain.py
+    # as in eager.py
     h = (h ^ (h >> 16)) * 0x7FEB352D
     h = (h ^ (h >> 15)) * 0x846CA68B
     return h ^ (h >> 16)
 
 
 @triton.jit
-def _kept(row, col, seed, threshold, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+def _is_kept(row, col, seed, threshold, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
     i = (row + tl.arange(0, BLOCK_ROWS)).to(tl.uint32)
     j = (col + tl.arange(0, BLOCK_COLS)).to(tl.uint32)
     h = _hash(j[None, :] ^ _hash(i ^ tl.load(seed).to(tl.uint32))[:, None])
@@ -61,7 +61,8 @@ def lora_linear_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """Y [M, N] = X W^T, times the row scales of both (SCALED), + bias + the low-rank part (LORA)."""
+    """Compute Y [M, N] = X W^T, times the row scales of both (SCALED), + bias + the low-rank part (LORA)."""
+    # lizard forgives: long, as one program holds the accumulators of both products in its registers
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     r = tl.arange(0, BLOCK_R)
     for index in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
@@ -86,7 +87,7 @@ def lora_linear_kernel(
             if LORA == "make":
                 b_a = _load_tile(a, 0, k, R, K, stride_ar, stride_ak, BLOCK_R, BLOCK_K, False).T
                 if DROPOUT:
-                    b_x = tl.where(_kept(row, k, seed, drop_threshold, BLOCK_M, BLOCK_K), b_x, 0.0)
+                    b_x = tl.where(_is_kept(row, k, seed, drop_threshold, BLOCK_M, BLOCK_K), b_x, 0.0)
                 acc_s = _dot(b_x, b_a, acc_s, UPCAST_DOT)
 
         if SCALED:
@@ -108,8 +109,8 @@ def lora_linear_kernel(
                 b_b = _load_tile(b, col, r0, N, R, stride_bn, stride_br, BLOCK_N, BLOCK_R, False).T
                 update = _dot(b_s, b_b, update, UPCAST_DOT)
             if DROPOUT:
-                kept = _kept(row, col, seed, drop_threshold, BLOCK_M, BLOCK_N)
-                acc += tl.where(kept, update * drop_scale, 0.0)
+                is_kept = _is_kept(row, col, seed, drop_threshold, BLOCK_M, BLOCK_N)
+                acc += tl.where(is_kept, update * drop_scale, 0.0)
             else:
                 acc = update
         if HAS_BIAS:
@@ -127,7 +128,7 @@ def lora_linear_sweep(
     PROJECT: tl.constexpr, OUTER: tl.constexpr, DROPOUT: tl.constexpr, UPCAST_DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """P [M, R] = scale * G B (PROJECT) and the programs' shares of Q [programs, N, R] = G^T S (OUTER)."""
+    """Compute P [M, R] = scale * G B (PROJECT) and the programs' shares of Q [programs, N, R] = G^T S (OUTER)."""
     first = tl.program_id(0)
     r = tl.arange(0, BLOCK_R)
     for block in tl.range(first, tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
@@ -139,7 +140,7 @@ def lora_linear_sweep(
         for col in tl.range(0, N, BLOCK_N):
             b_g = _load_tile(g, row, col, M, N, stride_gm, stride_gn, BLOCK_M, BLOCK_N, False)
             if DROPOUT:
-                b_g = tl.where(_kept(row, col, seed, drop_threshold, BLOCK_M, BLOCK_N), b_g, 0.0)
+                b_g = tl.where(_is_kept(row, col, seed, drop_threshold, BLOCK_M, BLOCK_N), b_g, 0.0)
             if PROJECT:
                 b_b = _load_tile(b, col, 0, N, R, stride_bn, stride_br, BLOCK_N, BLOCK_R, False)
                 acc = _dot(b_g, b_b, acc, UPCAST_DOT)

@@ -1,4 +1,4 @@
-"""The Triton form of `lora_linear`: the two kernels of lora_linear_passes.py serve forward and backward.
+"""Triton form of `lora_linear`: the two kernels of kernels.py serve forward and backward.
 
 Forward: one launch for each run of rows (adapted, or the gap between), S made in the K loop by a small dot.
 Backward: a sweep of dY gives dS and dB, a sweep of x gives dA; dX = dY W + dS A is the first kernel, S given.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,146 +18,200 @@ from torch import Tensor
 
 from .._tiles import tile
 from .._triton import INTERPRET, triton
+from .args import LoraArgs
 from .eager import drop_threshold
 from .kernels import lora_linear_kernel, lora_linear_sweep
 
 MAX_RANK = 32  # of one slice: at 64 the registers spill beside the accumulators (sm_80)
 
 
-def forward(x, weight, bias, a, b, scale, dropout, seed, rows, keep):
-    """(y, S or an empty tensor), as the strategies of lora_linear.py."""
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LoraArgs, save_s: bool) -> tuple[Tensor, Tensor]:
+    """Return (y, S or an empty tensor), as eager.forward_split."""
     y = x.new_empty(x.shape[0], weight.shape[0])
-    if b.shape[1] <= MAX_RANK:
-        s = x.new_empty(x.shape[0] if keep else 0, a.shape[0])
-        _launch_runs(x, weight, y, bias, b, s, rows, a=a, scale=scale, dropout=dropout, seed=seed)
+    if lora.b.shape[1] <= MAX_RANK:
+        s = x.new_empty(x.shape[0] if save_s else 0, lora.a.shape[0])
+        _launch_runs(x, weight, y, bias, lora, s, make_s=True)
     else:
-        s = project(x, a, dropout, seed)
-        _launch_runs(x, weight, y, bias, scale * b, s, rows)
-    return y, s if keep else x.new_empty(0, a.shape[0])
+        s = project(x, lora)
+        _launch_runs(x, weight, y, bias, replace(lora, b=lora.scale * lora.b), s, make_s=False)
+    return y, s if save_s else x.new_empty(0, lora.a.shape[0])
 
 
-def forward_scaled(x, weight, scales, bias, b, s, dtype, rows):
-    """Y = (x weight^T) times the row scales of both + bias + S b^T, in dtype; x and weight in fp8."""
+def forward_scaled(
+    x: Tensor,
+    weight: Tensor,
+    scales: tuple[Tensor, Tensor],
+    bias: Tensor | None,
+    lora: LoraArgs,
+    s: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Compute (x weight^T) times the row scales of both + bias + scale S B^T, in `dtype`; x and weight in fp8."""
     y = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
-    _launch_runs(x, weight, y, bias, b, s, rows, scales=scales)
+    _launch_runs(x, weight, y, bias, replace(lora, b=lora.scale * lora.b), s, make_s=False, scales=scales)
     return y
 
 
-def project(x, a, dropout, seed):
-    """S = drop(x) a^T."""
+def project(x: Tensor, lora: LoraArgs) -> Tensor:
+    """Compute S = drop(x) A^T, [M, R]."""
+    a, dropout = lora.a, lora.dropout
     s = x.new_empty(x.shape[0], a.shape[0])
-    for r in range(0, a.shape[0], MAX_RANK):
-        here = slice(r, min(r + MAX_RANK, a.shape[0]))
-        _sweep(x, a[here].T, None, s[:, here], 1 / (1 - dropout), dropout, seed)
+    for ranks in _slices(a.shape[0]):
+        _sweep(x, a[ranks].T, None, s[:, ranks], 1 / (1 - dropout), dropout, lora.seed)
     return s
 
 
-def adapter(grad, x, a, b, s, scale, dropout, seed, rows, needs):
-    """(dS, dA, dB), None where `needs` (x, a, b) has no use for it."""
+def adapter(
+    grad: Tensor, x: Tensor | None, s: Tensor, lora: LoraArgs, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return (dS, dA, dB), None where `needs` (x, a, b) has no use for it."""
     need_x, need_a, need_b = needs
-    rank = b.shape[1]
+    a, b = lora.a, lora.b
     ds = grad.new_empty(grad.shape[0], a.shape[0]) if need_x or need_a else None
     db = b.new_empty(b.shape, dtype=torch.float32) if need_b else None
-    taken = 0
-    for t, (start, stop) in enumerate(_spans(rows) or [(0, grad.shape[1])]):
-        block = slice(taken, taken + stop - start)
-        for r in range(0, rank, MAX_RANK):
-            here = slice(r, min(r + MAX_RANK, rank))
-            ranks = slice(t * rank + here.start, t * rank + here.stop)
-            share = _sweep(
-                grad[:, start:stop],
-                b[block, here] if ds is not None else None, s[:, ranks] if need_b else None,
-                ds[:, ranks] if ds is not None else None, scale,
+    first = 0
+    for span, ranks, block in lora.adapters(grad.shape[1]):
+        for part in _slices(b.shape[1]):
+            here = slice(ranks.start + part.start, ranks.start + part.stop)
+            outer = _sweep(
+                grad[:, span],
+                block[:, part] if ds is not None else None, s[:, here] if need_b else None,
+                ds[:, here] if ds is not None else None, lora.scale,
             )  # fmt: skip
-            if db is not None:
-                db[block, here] = share * scale
-        taken = block.stop
-    if not need_a:
-        return ds, None, db
-    da = a.new_empty(a.shape, dtype=torch.float32)
-    for r in range(0, a.shape[0], MAX_RANK):
-        here = slice(r, min(r + MAX_RANK, a.shape[0]))
-        share = _sweep(x, None, ds[:, here], None, 1.0, dropout, seed)
-        da[here] = share.T * (1 / (1 - dropout))
-    return ds, da, db
+            if db is not None and outer is not None:
+                db[first : first + len(block), part] = outer * lora.scale
+        first += len(block)
+    return ds, _gradient_of_a(x, ds, lora) if need_a and ds is not None else None, db
 
 
-def input_gradient(grad, weight, ds, a, b, scale, dropout, seed, rows):
-    """DX = dY W + drop'(dS A)."""
+def _gradient_of_a(x: Tensor | None, ds: Tensor, lora: LoraArgs) -> Tensor:
+    assert x is not None
+    da = lora.a.new_empty(lora.a.shape, dtype=torch.float32)
+    for ranks in _slices(lora.a.shape[0]):
+        outer = _sweep(x, None, ds[:, ranks], None, 1.0, lora.dropout, lora.seed)
+        assert outer is not None
+        da[ranks] = outer.T * (1 / (1 - lora.dropout))
+    return da
+
+
+def input_gradient(grad: Tensor, weight: Tensor, ds: Tensor, lora: LoraArgs) -> Tensor:
+    """Compute dX = dY W + drop'(dS A)."""
     dx = grad.new_empty(grad.shape[0], weight.shape[1])
-    _launch(grad, weight.T, dx, b=a.T, s=ds, dropout=dropout, seed=seed)
+    _launch(grad, weight.T, dx, b=lora.a.T, s=ds, dropout=lora.dropout, seed=lora.seed)
     return dx
 
 
-def _launch_runs(x, weight, y, bias, b, s, rows, a=None, scales=None, **options):
-    """One launch for each adapted run of rows of weight and each gap between them."""
-    N, rank = weight.shape[0], b.shape[1]
+def _launch_runs(
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    lora: LoraArgs,
+    s: Tensor,
+    *,
+    make_s: bool,
+    scales: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Launch once for each adapted run of rows of weight and each gap between; not make_s: s is given, b scaled."""
 
-    def launch(start: int, stop: int, **lora: Any) -> None:
+    def launch(start: int, stop: int, **adapter: Any) -> None:
         if start < stop:
-            x_scale, w_scale = scales or (None, None)
             _launch(
                 x, weight[start:stop], y[:, start:stop],
                 bias=None if bias is None else bias[start:stop],
-                scales=None if scales is None else (x_scale, w_scale[start:stop]),
-                **lora,
+                scales=None if scales is None else (scales[0], scales[1][start:stop]),
+                **adapter,
             )  # fmt: skip
 
-    taken, done = 0, 0
-    for t, (start, stop) in enumerate(_spans(rows) or [(0, N)]):
-        ranks, block = slice(t * rank, t * rank + rank), b[taken : taken + stop - start]
-        launch(done, start)
-        launch(start, stop, a=None if a is None else a[ranks], b=block, s=s[:, ranks], **options)
-        taken, done = taken + stop - start, stop
-    launch(done, N)
+    end = 0
+    for span, ranks, block in lora.adapters(weight.shape[0]):
+        launch(end, span.start)
+        options: dict[str, Any] = {"b": block, "s": s[:, ranks]}
+        if make_s:
+            options |= {"a": lora.a[ranks], "scale": lora.scale, "dropout": lora.dropout, "seed": lora.seed}
+        launch(span.start, span.stop, **options)
+        end = span.stop
+    launch(end, weight.shape[0])
 
 
-def _launch(x, w, y, *, bias=None, a=None, b=None, s=None, scale=1.0, dropout=0.0, seed=None, scales=None, tma=None):
-    """Y [M, N] <- x w^T + bias + the low-rank part; x: [M, K], w: [N, K].
+def _launch(
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    *,
+    bias: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    s: Tensor | None = None,
+    scale: float = 1.0,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
+    tma: bool | None = None,
+) -> None:
+    """Fill y [M, N] with x w^T + bias + the low-rank part; x: [M, K], w: [N, K].
 
     With `a` that part is scale * drop(x) a^T b^T, and s, if it has rows, receives drop(x) a^T.
     Without, it is drop'(s b^T). scales: of the rows of x and of w, by which their product is multiplied.
+    tma: whether blocks are read through descriptors; None: where the device and the layout allow it.
     """
-    (M, K), N = x.shape, w.shape[0]
-    R = 1 if b is None else b.shape[1]
-    kind = {1: "_fp8", 4: "_fp32"}.get(x.element_size(), "_masked" if dropout and a is None else "")
-    tiles = dict(tile(f"lora_linear{kind}", x.device))
+    (M, K), N, R = x.shape, w.shape[0], 1 if b is None else b.shape[1]
     lora = "none" if b is None else "make" if a is not None else "given"
-    transposed = w.stride(1) != 1 and w.stride(0) == 1
-    stored_w = w.T if transposed else w
-    x_block = [tiles["BLOCK_M"], tiles["BLOCK_K"]]
-    w_block = [tiles["BLOCK_K"], tiles["BLOCK_N"]] if transposed else [tiles["BLOCK_N"], tiles["BLOCK_K"]]
+    tiles = _gemm_tiles(x, is_masked=dropout > 0 and lora != "make")
+    x_block, w_block, is_transposed = _blocks(w, tiles)
     if tma is None:
-        tma = _has_tma(x.device) and _fits_tma(x) and _fits_tma(stored_w)
+        tma = _has_tma(x.device) and _fits_tma(x) and _fits_tma(w.T if is_transposed else w)
     blocks = triton.cdiv(M, tiles["BLOCK_M"]) * triton.cdiv(N, tiles["BLOCK_N"])
-    a_, b_, s_ = (x if t is None else t for t in (a, b, s))
-    x_scale, w_scale = scales or (x, x)
+    bias_, a_, b_, s_, seed_ = _pointers(x, bias, a, b, s, seed)
     with torch.cuda.device_of(x):
         lora_linear_kernel[(min(blocks, _num_programs(x.device)),)](
-            _descriptor(x, x_block) if tma else x,
-            _descriptor(stored_w, w_block) if tma else w,
-            x if bias is None else bias, a_, b_, s_, y, x if seed is None else seed, x_scale, w_scale,
-            scale, *_drop_numbers(dropout),
-            M, N, K, R,
+            _descriptor(x, x_block) if tma else x, _descriptor(w.T if is_transposed else w, w_block) if tma else w,
+            bias_, a_, b_, s_, y, seed_, *(scales or (x, x)), scale, *_drop_numbers(dropout), M, N, K, R,
             *x.stride(), *w.stride(), *a_.stride(), *b_.stride(), *s_.stride(), y.stride(0),
-            LORA=lora, STORE_S=s is not None and s.shape[0] > 0, HAS_BIAS=bias is not None,
-            DROPOUT=dropout > 0, SCALED=scales is not None, TMA=tma, W_TRANSPOSED=transposed, UPCAST_DOT=INTERPRET,
+            LORA=lora, STORE_S=s is not None and s.shape[0] > 0, HAS_BIAS=bias is not None, DROPOUT=dropout > 0,
+            SCALED=scales is not None, TMA=tma, W_TRANSPOSED=is_transposed, UPCAST_DOT=INTERPRET,
             BLOCK_R=_block_r(R), **tiles,
         )  # fmt: skip
 
 
-def _sweep(g, b, s, p, scale, dropout=0.0, seed=None):
+def _gemm_tiles(x: Tensor, is_masked: bool) -> dict[str, int]:
+    kind = {1: "_fp8", 4: "_fp32"}.get(x.element_size(), "_masked" if is_masked else "")
+    return dict(tile(f"lora_linear{kind}", x.device))
+
+
+def _blocks(w: Tensor, tiles: dict[str, int]) -> tuple[list[int], list[int], bool]:
+    """Return the blocks of x and of w as stored, and whether w is stored transposed."""
+    is_transposed = w.stride(1) != 1 and w.stride(0) == 1
+    m, n, k = tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["BLOCK_K"]
+    return [m, k], [k, n] if is_transposed else [n, k], is_transposed
+
+
+def _pointers(stand_in: Tensor, *tensors: Tensor | None) -> list[Tensor]:
+    """Return `tensors` with `stand_in`, which is not read, for each None."""
+    return [stand_in if t is None else t for t in tensors]
+
+
+def _sweep(
+    g: Tensor,
+    b: Tensor | None,
+    s: Tensor | None,
+    p: Tensor | None,
+    scale: float,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor | None:
     """Fill p = scale * g b if b is given; returns g^T s [N, R] in fp32 if s is given."""
-    M, N = g.shape
-    R = (b if b is not None else s).shape[1]
+    right = b if b is not None else s
+    assert right is not None
+    (M, N), R = g.shape, right.shape[1]
     tiles = dict(tile("lora_linear_sweep" if g.element_size() == 2 else "lora_linear_sweep_fp32", g.device))
     programs = min(triton.cdiv(M, tiles["BLOCK_M"]), _num_programs(g.device))
     q = g.new_empty(programs if s is not None else 0, N, R, dtype=torch.float32)
-    b_, s_, p_ = (g if t is None else t for t in (b, s, p))
+    b_, s_, p_, seed_ = _pointers(g, b, s, p, seed)
     threshold, _ = _drop_numbers(dropout)
     with torch.cuda.device_of(g):
         lora_linear_sweep[(programs,)](
-            g, b_, s_, p_, q, g if seed is None else seed,
+            g, b_, s_, p_, q, seed_,
             scale, threshold,
             M, N, R,
             *g.stride(), *b_.stride(), *s_.stride(), *p_.stride(),
@@ -166,8 +221,9 @@ def _sweep(g, b, s, p, scale, dropout=0.0, seed=None):
     return q.sum(0) if s is not None else None
 
 
-def _spans(rows: Sequence[int]) -> list[tuple[int, int]]:
-    return list(zip(rows[::2], rows[1::2], strict=True))
+def _slices(rank: int) -> list[slice]:
+    """Cut `rank` ranks into slices of at most MAX_RANK."""
+    return [slice(r, min(r + MAX_RANK, rank)) for r in range(0, rank, MAX_RANK)]
 
 
 def _block_r(R: int) -> int:
@@ -196,7 +252,7 @@ def _fits_tma(matrix: Tensor) -> bool:
     return column == 1 and row >= matrix.shape[1] and row * size % 16 == 0 and matrix.data_ptr() % 16 == 0
 
 
-def _descriptor(matrix: Tensor, block: list[int]):
+def _descriptor(matrix: Tensor, block: list[int]) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor.from_tensor(matrix, block)

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 from upstep_fast.kernels.lora_linear import triton as op
+from upstep_fast.kernels.lora_linear.args import LoraArgs
 
 M, K, N = 4096, 1024, 3072
 
@@ -40,9 +41,9 @@ def given(capability, *, dtype, rank=16, dropout=0.0, tma=True):
 
 def sweeps(capability, *, dtype, rank=16, dropout=0.0):
     """The adapter's gradients."""
+    lora = LoraArgs(empty(rank, K, dtype=dtype), empty(N, rank, dtype=dtype), 0.5, dropout, seed(), [])
     op.adapter(
-        empty(M, N, dtype=dtype), empty(M, K, dtype=dtype), empty(rank, K, dtype=dtype), empty(N, rank, dtype=dtype),
-        empty(M, rank, dtype=dtype), 0.5, dropout, seed(), [], (True, True, True),
+        empty(M, N, dtype=dtype), empty(M, K, dtype=dtype), empty(M, rank, dtype=dtype), lora, (True, True, True),
     )  # fmt: skip
 
 
