@@ -18,6 +18,7 @@ from upstep_fast.data.loading import fetcher as fetch
 from upstep_fast.data.loading import loader as loaders
 from upstep_fast.data.loading.loader import Loader, load_images, permutation
 from upstep_fast.data.loading.ordered_map import ahead, ordered_map
+from upstep_fast.data.loading.skipped import SkippedImages
 from upstep_fast.data.sources.source import DataError, open_source
 from upstep_fast.data.views.view_config import ViewConfig
 from upstep_fast.data.views.views import random_views
@@ -500,7 +501,7 @@ def test_evaluation_images_are_timms(tmp_path, shared, size, crop_pct, interpola
 def test_evaluation_skips_counts_and_refuses(tmp_path):
     source = open_source(write_images(tmp_path / "i", 30))
     spoil(tmp_path / "i", 0, 8, 9, 10, 11, 29)
-    skipped: dict[str, str] = {}
+    skipped = SkippedImages()
     options = {"size": 8, "batch_size": 4, "skipped": skipped}
     batches = list(load_images(source, max_bad_fraction=0.3, num_workers=2, **options))
     assert [i for found, _ in batches for i in found.tolist()] == [

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from upstep_fast.config.evaluate import EmbedConfig, EvalConfig
 from upstep_fast.data.loading.loader import load_images
+from upstep_fast.data.loading.skipped import SkippedImages
 from upstep_fast.data.sources.source import Source
 from upstep_fast.engine import vit as engine
 from upstep_fast.errors import DataError
@@ -83,7 +84,7 @@ def extract(
     runs = {name: _feature_function(model, config, compute, pool) for name, model in models.items()}
     rows: dict[str, list[Tensor]] = {name: [] for name in models}
     read: list[int] = []
-    skipped: dict[str, str] = {}
+    skipped = SkippedImages()
     batches = load_images(
         source,
         distributed.own_part(len(source)),

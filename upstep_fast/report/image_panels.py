@@ -9,6 +9,7 @@ the model or the images.
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
 import io
 import json
@@ -31,6 +32,7 @@ from upstep_fast.config.evaluate import EvalConfig
 from upstep_fast.data.loading.loader import load_images
 from upstep_fast.data.loading.skipped import read_image
 from upstep_fast.data.sources.source import Source, open_source
+from upstep_fast.errors import BadImage
 from upstep_fast.evaluation.features import load_models
 from upstep_fast.model import backbone as backbones
 from upstep_fast.model import pooling
@@ -198,7 +200,6 @@ def _odd(config: AdaptConfig, skipped: Path, channels: int) -> dict[str, str]:
             break
         if (name := source.name(index)) in wanted:
             del wanted[name]
-            image = read_image(source, index, channels=channels)
-            if not isinstance(image, str):
-                found[name] = thumbnail(image)
+            with contextlib.suppress(BadImage):
+                found[name] = thumbnail(read_image(source, index, channels=channels))
     return found

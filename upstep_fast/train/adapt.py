@@ -57,7 +57,19 @@ def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
     backbone = backbones.load_from(config)
     if config.triage and distributed.is_first():
         output.check(config)
-    config, source, backbone, files = survey(config, source, backbone, num_workers(config))
+    surveyed = survey(
+        source,
+        Path(config.out),
+        run_triage=config.triage,
+        measure_statistics=config.mean_std == "auto",
+        channels=len(backbone.mean),
+        num_workers=num_workers(config),
+        max_bad_fraction=config.max_bad_fraction,
+    )
+    source = surveyed.source
+    if surveyed.statistics is not None:  # in the saved configuration: a resumed run, and the next command, repeat them
+        mean, std = surveyed.statistics
+        config, backbone = replace(config, mean_std="given", mean=mean, std=std), replace(backbone, mean=mean, std=std)
     asked, config = config, settle(fit_to_data(config, len(source)), compute)
     implementation = None if config.implementation == "auto" else config.implementation
     with dispatch.forced(implementation), contextlib.ExitStack() as stack:
@@ -65,7 +77,7 @@ def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
         if distributed.is_first():
             stack.enter_context(output.lock_run_folder(config))
             with output.writing(out):
-                for name, text in files.items():
+                for name, text in surveyed.files.items():
                     write_atomic(out / name, text)
             stack.enter_context(html_report.written_after(out))
             stack.enter_context(train_log(out / "train.log"))

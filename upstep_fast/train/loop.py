@@ -189,7 +189,7 @@ def gate_rule(config: AdaptConfig) -> gates.GateRule:
 
 def make_loader(config: AdaptConfig, source: Source, state: RunState, channels: int, compute: Compute) -> Loader:
     """The batches from `state.step` on, with their views; bad images are noted in `state.skipped`."""
-    loader = Loader(
+    return Loader(
         source,
         batch_size=config.batch_size,
         rank=distributed.rank(),
@@ -197,6 +197,7 @@ def make_loader(config: AdaptConfig, source: Source, state: RunState, channels: 
         seed=config.seed,
         num_workers=num_workers(config),
         max_bad_fraction=config.max_bad_fraction,
+        skipped=state.skipped,
         start_step=state.step,
         channels=channels,
         min_side=state.method.min_side,
@@ -204,8 +205,6 @@ def make_loader(config: AdaptConfig, source: Source, state: RunState, channels: 
         device=compute.device,
         decode=config.decode,
     )
-    loader.skipped = state.skipped
-    return loader
 
 
 def make_views(method: Method, batch: Batch, compute: Compute) -> Any:

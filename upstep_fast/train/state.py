@@ -12,6 +12,7 @@ from torch import Tensor
 
 from upstep_fast import methods
 from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.data.loading.skipped import SkippedImages
 from upstep_fast.errors import ConfigError
 from upstep_fast.methods import Method
 from upstep_fast.methods.gate import GateState
@@ -43,7 +44,7 @@ class RunState:
     step: int = 0  # the next one
     loss: float = math.nan  # of the last open step
     bad: list[dict[str, Any]] = field(default_factory=list)  # steps not applied since the last that was
-    skipped: dict[str, str] = field(default_factory=dict)  # bad images met so far; shared with the loader
+    skipped: SkippedImages = field(default_factory=SkippedImages)  # bad images met so far; shared with the loader
     gradients: dict[str, Tensor] = field(default_factory=dict)  # of open steps that wait for more, by parameter
     accumulated: int = 0  # of how many
     collapsed: int = 0  # steps in a row whose features told images no longer apart

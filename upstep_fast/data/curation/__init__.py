@@ -1,1 +1,1 @@
-"""A look at all images before a run: copies, blanks, statistics of the channels."""
+"""Inspection of all images before a run: copies, blank images, channel statistics."""

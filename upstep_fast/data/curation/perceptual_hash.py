@@ -1,9 +1,9 @@
-"""Perceptual hashes: 64 bits that stay nearly the same when a picture is scaled, recompressed or slightly recolored.
+"""Perceptual hashes: 64 bits that hardly change when an image is scaled, recompressed or slightly recolored.
 
     X = D g D^T,   bit[i, j] = X[i, j] > median(X),   i, j in 1..8
 
 g: the gray image at 32 x 32 pixels, D: the orthonormal DCT-II. The lowest frequencies but the mean; half of the bits
-are 1 by construction, so hashes of different pictures are about 32 bits apart. Source: Zauner 2010, "Implementation and
+are 1 by construction, so hashes of different images are about 32 bits apart. Source: Zauner 2010, "Implementation and
 benchmarking of perceptual image hash functions", section 3.2.1 (there with a 7 x 7 mean filter before).
 """
 
@@ -24,7 +24,7 @@ WINDOW = 64  # neighbours looked at, in each of the four orders
 
 
 def perceptual_hash(image: Tensor) -> int:
-    """uint8 [C, H, W] -> 64 bits."""
+    """Return the 64-bit hash of an image, uint8 [C, H, W]."""
     x = resize(image[:1] if image.stride(0) == 0 else image, (SIDE, SIDE), "bilinear").double()
     gray = (x * x.new_tensor(GRAY).view(3, 1, 1)).sum(0) if len(x) == 3 else x.mean(0)
     low = _DCT @ gray @ _DCT.T
@@ -33,11 +33,11 @@ def perceptual_hash(image: Tensor) -> int:
 
 
 def near(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each hash an earlier one that differs in at most NEAR bits: its index, or -1, and by how many bits.
+    """Find for each hash an earlier one that differs in at most NEAR bits: its index [N] or -1, and the bits [N].
 
     hashes: [N] uint64. Two hashes that differ in 2 bits agree in at least two of their four 16-bit bands. For each band
     they are sorted with that band in front, and each is compared with the WINDOW behind it that share the band: time
-    N log N + 4 N WINDOW, whatever the hashes are. Pairs are missed only where more than WINDOW pictures share a band.
+    N log N + 4 N WINDOW, whatever the hashes are. Pairs are missed only where more than WINDOW images share a band.
     Source: Manku, Jain, Das Sarma, WWW 2007, "Detecting near-duplicates for web crawling", section 3.
     """
     first = np.full(len(hashes), -1, np.int64)

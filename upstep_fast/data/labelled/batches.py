@@ -1,4 +1,4 @@
-"""Labelled images or clips as batches on the device: in random order with random views, or in order without."""
+"""Batches of labelled images or clips on the device: random views in random order, or evaluation views in order."""
 
 from __future__ import annotations
 
@@ -9,84 +9,87 @@ import torch
 from torch import Tensor
 
 from upstep_fast.data.labelled.clips import Clips, load_clips, training_clips
+from upstep_fast.data.labelled.reader import ReaderOptions
 from upstep_fast.data.labelled.splits import Labelled
 from upstep_fast.data.loading.loader import Loader, load_images
+from upstep_fast.data.loading.skipped import SkippedImages
 from upstep_fast.data.views.resize import eval_resize, normalize
-from upstep_fast.data.views.view_config import ViewConfig
 from upstep_fast.data.views.views import random_views
 
 
 @dataclass(frozen=True)
 class Reader:
-    """How images or clips become what the model sees: normalized fp32 [B, C, H, W], or [B, T, C, H, W]."""
+    """Reader of normalized fp32 images [B, C, H, W] or clips [B, T, C, H, W]."""
 
-    size: tuple[int, int]  # of the model's input, pixels
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str  # of the evaluation transform
-    crop_pct: float
-    views: ViewConfig | None  # random views for training; None: as for evaluation
-    batch_size: int
-    seed: int
-    num_workers: int
-    max_bad_fraction: float
-    device: torch.device
-    frames: int | None = None
-    skipped: dict[str, str] = field(default_factory=dict)  # name -> reason of what could not be read
+    options: ReaderOptions
+    skipped: SkippedImages = field(default_factory=SkippedImages)  # collects what could not be read
 
     def training(self, data: Labelled, step: int) -> Generator[tuple[Tensor, Tensor]]:
-        """Batches (x, y [B]) from step `step` on, without end; a pure function of (seed, step)."""
+        """Yield batches (x, y [B] int64) from step `step` on, without end; a pure function of (seed, step).
+
+        Raises DataError when more than `max_bad_fraction` are bad.
+        """
+        options = self.options
         if isinstance(data.source, Clips):
-            for clips, indices, epoch in training_clips(data.source, self, step):
+            for clips, indices, epoch in training_clips(data.source, options, self.skipped, step):
                 x = self._prepared([frame for clip in clips for frame in clip], epoch, indices)
-                yield x.unflatten(0, (len(clips), -1)), data.y[indices].to(self.device)
+                yield x.unflatten(0, (len(clips), -1)), data.y[indices].to(options.device)
             return
         loader = Loader(
             data.source,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            num_workers=self.num_workers,
-            max_bad_fraction=self.max_bad_fraction,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            num_workers=options.num_workers,
+            max_bad_fraction=options.max_bad_fraction,
+            skipped=self.skipped,
             start_step=step,
-            channels=len(self.mean),
+            channels=len(options.mean),
         )
-        loader.skipped = self.skipped
         with loader:
             for batch in loader:
-                yield self._prepared(batch.images, batch.epoch, batch.indices), data.y[batch.indices].to(self.device)
+                x = self._prepared(batch.images, batch.epoch, batch.indices)
+                yield x, data.y[batch.indices].to(options.device)
 
     def in_order(self, data: Labelled) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every readable image or clip once, as for evaluation: (indices [B], x)."""
+        """Yield every readable image or clip once, by the evaluation transform: (indices [B] int64, x).
+
+        Raises DataError when more than `max_bad_fraction` are bad.
+        """
+        options = self.options
         if isinstance(data.source, Clips):
-            for indices, clips in load_clips(data.source, self):
-                x = self._as_evaluated([frame for clip in clips for frame in clip])
+            for indices, clips in load_clips(data.source, options, self.skipped):
+                x = self._resized([frame for clip in clips for frame in clip])
                 yield indices, x.unflatten(0, (len(clips), -1))
             return
         for indices, images in load_images(
             data.source,
-            size=self.size,
-            interpolation=self.interpolation,
-            crop_pct=self.crop_pct,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            max_bad_fraction=self.max_bad_fraction,
+            size=options.size,
+            interpolation=options.interpolation,
+            crop_pct=options.crop_pct,
+            batch_size=options.batch_size,
+            num_workers=options.num_workers,
+            max_bad_fraction=options.max_bad_fraction,
             skipped=self.skipped,
-            channels=len(self.mean),
+            channels=len(options.mean),
         ):
             yield indices, self._normalized(images)
 
     def _prepared(self, images: list[Tensor], epoch: int, indices: Tensor) -> Tensor:
-        """images: one an index, or T frames of each, one after the other, which get the same changes."""
-        if self.views is None:
-            return self._as_evaluated(images)
-        each = indices.repeat_interleave(len(images) // len(indices))
-        return random_views(images, self.views, seed=self.seed, epoch=epoch, indices=each, views=1, device=self.device)[
-            0
-        ]
+        """Return the training views of B images, or of B clips of T frames; the frames of a clip share their changes.
 
-    def _as_evaluated(self, images: list[Tensor]) -> Tensor:
-        resized = [eval_resize(image, self.size, self.interpolation, self.crop_pct) for image in images]
+        images: B, or B T with a clip's frames in a row; indices: [B] int64. Returns [B, C, H, W] or [B T, C, H, W].
+        """
+        options = self.options
+        if options.views is None:
+            return self._resized(images)
+        each = indices.repeat_interleave(len(images) // len(indices))
+        key = {"seed": options.seed, "epoch": epoch, "indices": each}
+        return random_views(images, options.views, **key, views=1, device=options.device)[0]  # type: ignore[arg-type]
+
+    def _resized(self, images: list[Tensor]) -> Tensor:
+        o = self.options
+        resized = [eval_resize(image, o.size, o.interpolation, o.crop_pct) for image in images]
         return self._normalized(torch.stack(resized).float() / 255)
 
     def _normalized(self, images: Tensor) -> Tensor:
-        return normalize(images.to(self.device), self.mean, self.std)
+        return normalize(images.to(self.options.device), self.options.mean, self.options.std)

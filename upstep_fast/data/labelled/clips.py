@@ -3,19 +3,20 @@
     train/CLASS/CLIP/frame.png      one folder a clip, its frames in the order of their names; in folders or tars
     train/CLASS/clip.mp4            one file a clip; in folders
 
-T frames of a clip of F: it is cut into T equal segments; training takes a random frame of each, evaluation the middle
-one (TSN, arXiv 1608.00859). A clip shorter than T frames is refused when the data is listed.
+A clip is cut into T equal segments; training takes a random frame of each, evaluation the middle one (TSN,
+arXiv 1608.00859). A clip shorter than T frames is refused when the data is listed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,23 +24,22 @@ from torch import Tensor
 
 from upstep_fast.data.keyed_random import uniform_array
 from upstep_fast.data.labelled import video
+from upstep_fast.data.labelled.reader import ReaderOptions
 from upstep_fast.data.labelled.splits import Labelled, join
 from upstep_fast.data.loading.loader import permutation
 from upstep_fast.data.loading.ordered_map import ordered_map
-from upstep_fast.data.loading.skipped import check_bad, read_image
+from upstep_fast.data.loading.skipped import SkippedImages, catch_bad_image, read_image
 from upstep_fast.data.sources.part import SPLITS
 from upstep_fast.data.sources.source import Source, open_source
-from upstep_fast.errors import DataError
+from upstep_fast.errors import BadImage, DataError
 
-if TYPE_CHECKING:
-    from upstep_fast.data.labelled.batches import Reader
-
-_SLOT = 1 << 20  # of the random numbers: far from those of the views
+T = TypeVar("T")
+_SLOT = 1 << 20  # key of the random numbers, away from the views' slots
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip: the indices of its frames in the source of frames, or its video file."""
+    """One clip: indices of its frames in the source of frames, or a video file."""
 
     name: str
     frames: tuple[int, ...]
@@ -51,7 +51,7 @@ class Clip:
 
 @dataclass(frozen=True, eq=False)
 class Clips:
-    """A fixed sequence of clips."""
+    """Fixed sequence of clips."""
 
     clips: tuple[Clip, ...]
     source: Source | None  # of the frames
@@ -61,53 +61,55 @@ class Clips:
         return len(self.clips)
 
     def name(self, index: int) -> str:
-        """The clip's folder or file."""
+        """Return the clip's folder or file."""
         return self.clips[index].name
 
     def subset(self, indices: Sequence[int]) -> Clips:
         """Return the clips at `indices`, in that order."""
         return Clips(tuple(self.clips[i] for i in indices), self.source, self.problems)
 
-    def read(self, index: int, frames: Sequence[int], channels: int) -> list[Tensor] | str:
-        """The frames at these places, uint8 [C, H, W] each, or in one line why there are none."""
+    def read(self, index: int, frames: Sequence[int], channels: int) -> list[Tensor]:
+        """Return the frames at these positions of a clip, uint8 [C, H, W] each. Raises BadImage, DataError."""
         clip = self.clips[index]
         if clip.file is not None:
-            return video.read(clip.file, frames) if channels == 3 else "a video has 3 channels"
+            if channels != 3:
+                raise BadImage("a video has 3 channels")
+            return video.read(clip.file, frames)
         assert self.source is not None
         images = []
         for frame in frames:
-            image = read_image(self.source, clip.frames[frame], channels=channels)
-            if isinstance(image, str):
-                return f"frame {self.source.name(clip.frames[frame])}: {image}"
-            images.append(image)
+            try:
+                images.append(read_image(self.source, clip.frames[frame], channels=channels))
+            except BadImage as error:
+                raise BadImage(f"frame {self.source.name(clip.frames[frame])}: {error.reason}") from error
         if any(image.shape != images[0].shape for image in images):
-            return "its frames differ in size"
+            raise BadImage("its frames differ in size")
         return images
 
     def fingerprint(self) -> str:
-        """SHA-256 over the clips' names and lengths and the frames' names and sizes."""
+        """Return SHA-256 over the clips' names and lengths and the frames' names and sizes."""
         text = ";".join(f"{clip.name}:{len(clip)}" for clip in self.clips)
         return hashlib.sha256((text + (self.source.fingerprint() if self.source else "")).encode()).hexdigest()
 
 
 def middle_frames(length: int, count: int) -> list[int]:
-    """The middle frame of each of `count` equal segments of a clip of `length` frames."""
+    """Return the middle frame of each of `count` equal segments of a clip of `length` frames."""
     return [int((i + 0.5) * length / count) for i in range(count)]
 
 
 def random_frames(length: int, count: int, *, seed: int, epoch: int, index: int) -> list[int]:
-    """A random frame of each of `count` equal segments; a pure function of (seed, epoch, index)."""
-    draws = uniform_array(seed, epoch, index, _SLOT, np.arange(count))
-    return [int((i + u) * length / count) for i, u in enumerate(draws)]
+    """Return a random frame of each of `count` equal segments, a pure function of (seed, epoch, index)."""
+    offsets = uniform_array(seed, epoch, index, _SLOT, np.arange(count))
+    return [int((i + u) * length / count) for i, u in enumerate(offsets)]
 
 
 def train_and_test_clips(paths: Sequence[str], frames: int) -> tuple[Labelled, Labelled]:
-    """The clips of both splits, with the classes of train.
+    """Return the clips of the train and test splits, both with the classes of train.
 
     Raises DataError for images that are not in train/CLASS/CLIP/, clips of fewer than `frames` frames, and classes of
     test/ that train/ lacks.
     """
-    found, where = [], ", ".join(paths)
+    splits, where = [], ", ".join(paths)
     for split in SPLITS:
         clips, names, source = _list(paths, split)
         short = [clip for clip in clips if len(clip) < frames]
@@ -116,8 +118,8 @@ def train_and_test_clips(paths: Sequence[str], frames: int) -> tuple[Labelled, L
                 f"data: {len(short)} of {len(clips)} clips are shorter than --frames {frames}; the shortest: "
                 f"{min(short, key=len).name} with {min(map(len, short))}; lower --frames or leave these clips out"
             )
-        found.append((Clips(tuple(clips), source, source.problems if source else ()), names))
-    (train, train_names), (test, test_names) = found
+        splits.append((Clips(tuple(clips), source, source.problems if source else ()), names))
+    (train, train_names), (test, test_names) = splits
     return join(train, train_names, test, test_names, where)
 
 
@@ -147,7 +149,7 @@ def _list(paths: Sequence[str], split: str) -> tuple[list[Clip], list[str], Sour
 
 
 def _videos(paths: Sequence[str], split: str) -> tuple[list[Clip], list[str]]:
-    """Video files under PATH/split/CLASS/."""
+    """Return the video files under PATH/split/CLASS/, and their classes."""
     clips, names = [], []
     for root in paths:
         top = Path(root) / split
@@ -162,71 +164,81 @@ def _videos(paths: Sequence[str], split: str) -> tuple[list[Clip], list[str]]:
     return clips, names
 
 
-def training_clips(clips: Clips, reader: Reader, step: int) -> Generator[tuple[list[list[Tensor]], Tensor, int]]:
-    """Batches (clips of T frames, indices, epoch) in random order from `step` on, without end.
+def training_clips(
+    clips: Clips, options: ReaderOptions, skipped: SkippedImages, step: int
+) -> Generator[tuple[list[list[Tensor]], Tensor, int]]:
+    """Yield batches (clips of T frames, indices [B] int64, epoch) in random order from `step` on, without end.
 
-    A clip that cannot be read is left out of its batch and listed.
+    A bad clip is left out of its batch and added to `skipped`. Raises DataError when too many are bad.
     """
-    assert reader.frames is not None
-    count, per_epoch = reader.frames, len(clips) // reader.batch_size
+    assert options.frames is not None
+    count, batch_size, per_epoch = options.frames, options.batch_size, len(clips) // options.batch_size
 
-    def batches() -> Iterator[tuple[int, int]]:
-        at = step
-        while True:
+    def jobs() -> Iterator[tuple[int, int]]:
+        for at in itertools.count(step):
             epoch, place = divmod(at, per_epoch)
-            order = permutation(len(clips), reader.seed, epoch)
-            yield from ((epoch, int(i)) for i in order[place * reader.batch_size :][: reader.batch_size])
-            at += 1
+            order = permutation(len(clips), options.seed, epoch)
+            yield from ((epoch, int(i)) for i in order[place * batch_size :][:batch_size])
 
-    def read(job: tuple[int, int]) -> tuple[int, int, list[Tensor] | str]:
+    def read(job: tuple[int, int]) -> list[Tensor]:
         epoch, index = job
-        if reader.views is None:
-            places = middle_frames(len(clips.clips[index]), count)
+        length = len(clips.clips[index])
+        if options.views is None:
+            frames = middle_frames(length, count)
         else:
-            places = random_frames(len(clips.clips[index]), count, seed=reader.seed, epoch=epoch, index=index)
-        return epoch, index, clips.read(index, places, len(reader.mean))
+            frames = random_frames(length, count, seed=options.seed, epoch=epoch, index=index)
+        return clips.read(index, frames, len(options.mean))
 
-    done = ordered_map(read, batches(), reader.num_workers, 2 * reader.batch_size)
-    try:
-        while True:
-            results = [next(done) for _ in range(reader.batch_size)]
-            good = _sort_out(clips, [(index, frames) for _, index, frames in results], reader)
-            if good:
-                yield [frames for _, frames in good], torch.tensor([index for index, _ in good]), results[0][0]
-    finally:
-        done.close()
+    for batch in _batches(read, jobs(), options):
+        indexed = [(index, frames) for (_, index), frames in batch]
+        if good := _readable(clips, indexed, options, skipped):
+            yield [frames for _, frames in good], torch.tensor([index for index, _ in good]), batch[0][0][0]
 
 
-def load_clips(clips: Clips, reader: Reader) -> Iterator[tuple[Tensor, list[list[Tensor]]]]:
-    """Every readable clip once, in order, T frames of each: (indices [B], clips)."""
-    assert reader.frames is not None
-    count, channels = reader.frames, len(reader.mean)
+def load_clips(
+    clips: Clips, options: ReaderOptions, skipped: SkippedImages
+) -> Iterator[tuple[Tensor, list[list[Tensor]]]]:
+    """Yield every readable clip once, in order, T frames of each: (indices [B] int64, clips).
 
-    def read(index: int) -> tuple[int, list[Tensor] | str]:
-        return index, clips.read(index, middle_frames(len(clips.clips[index]), count), channels)
+    A bad clip is left out of its batch and added to `skipped`. Raises DataError when too many are bad.
+    """
+    assert options.frames is not None
+    count, channels = options.frames, len(options.mean)
 
-    done = ordered_map(read, range(len(clips)), reader.num_workers, 2 * reader.batch_size)
-    try:
-        for batch in iter(partial(_up_to, done, reader.batch_size), []):
-            if good := _sort_out(clips, batch, reader):
-                yield torch.tensor([index for index, _ in good]), [frames for _, frames in good]
-    finally:
-        done.close()
+    def read(index: int) -> list[Tensor]:
+        return clips.read(index, middle_frames(len(clips.clips[index]), count), channels)
 
-
-def _up_to(items: Iterator[tuple[int, list[Tensor] | str]], count: int) -> list[tuple[int, list[Tensor] | str]]:
-    return [item for _, item in zip(range(count), items, strict=False)]
+    for batch in _batches(read, range(len(clips)), options):
+        if good := _readable(clips, batch, options, skipped):
+            yield torch.tensor([index for index, _ in good]), [frames for _, frames in good]
 
 
-def _sort_out(
-    clips: Clips, read: Sequence[tuple[int, list[Tensor] | str]], reader: Reader
+def _batches(
+    read: Callable[[T], list[Tensor]], jobs: Iterable[T], options: ReaderOptions
+) -> Generator[list[tuple[T, list[Tensor] | BadImage]]]:
+    """Yield `batch_size` jobs at a time with their results, read by threads; close() ends them."""
+
+    def run(job: T) -> tuple[T, list[Tensor] | BadImage]:
+        return job, catch_bad_image(read)(job)
+
+    results = ordered_map(run, jobs, options.num_workers, 2 * options.batch_size)
+    with contextlib.closing(results):
+        while batch := list(itertools.islice(results, options.batch_size)):
+            yield batch
+
+
+def _readable(
+    clips: Clips,
+    batch: Sequence[tuple[int, list[Tensor] | BadImage]],
+    options: ReaderOptions,
+    skipped: SkippedImages,
 ) -> list[tuple[int, list[Tensor]]]:
-    """Those that could be read; the others are listed, and too many of them end the run."""
+    """Return the readable clips of a batch and add the others to `skipped`. Raises DataError for too many."""
     good = []
-    for index, frames in read:
-        if isinstance(frames, str):
-            reader.skipped[clips.name(index)] = frames
+    for index, frames in batch:
+        if isinstance(frames, BadImage):
+            skipped[clips.name(index)] = frames.reason
         else:
             good.append((index, frames))
-    check_bad(reader.skipped, len(clips), reader.max_bad_fraction)
+    skipped.check(len(clips), options.max_bad_fraction)
     return good

@@ -1,4 +1,4 @@
-"""Labelled images: the two splits of a tree, their classes, and a part of train that is held out to choose on."""
+"""Labelled images: train and test splits, their classes, and a held-out part of train for model selection."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from upstep_fast.errors import DataError
 
 @dataclass(frozen=True)
 class Labelled:
-    """Images or clips, and the classes they belong to."""
+    """Images or clips with their classes."""
 
     source: Any  # Source, or Clips
     y: Tensor  # [N] int64, index into `classes`
@@ -32,7 +32,7 @@ class Labelled:
 
 
 def train_and_test(paths: Sequence[str], command: str) -> tuple[Labelled, Labelled]:
-    """The two splits of `paths`, with the classes of train.
+    """Return the train and test splits of `paths`, both with the classes of train.
 
     Raises DataError, naming the cure, for images outside class folders and classes of test/ that train/ lacks.
     """
@@ -49,7 +49,7 @@ def train_and_test(paths: Sequence[str], command: str) -> tuple[Labelled, Labell
 def join(
     train: Any, train_names: Sequence[str], test: Any, test_names: Sequence[str], where: str
 ) -> tuple[Labelled, Labelled]:
-    """Both splits with the classes of train as numbers. Raises DataError for a class of test that train lacks."""
+    """Return both splits with classes as indices into train's. Raises DataError for classes that train lacks."""
     unknown = sorted(set(test_names) - set(train_names))
     if unknown:
         raise DataError(f"data: {where}: classes in test/ that train/ lacks: {', '.join(unknown[:5])}")
@@ -60,11 +60,11 @@ def join(
 
 
 def held_out(y: Tensor, fraction: float, seed: int) -> Tensor:
-    """A mask over about this fraction of every class; at least one image of each stays. y: [N] int64."""
+    """Return a mask [N] over about `fraction` of each class, at most all but one of its images. y: [N] int64."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.zeros(len(y), dtype=torch.bool)
     for label in y.unique():
         members = (y == label).nonzero().flatten()
-        take = min(round(fraction * len(members)), len(members) - 1)
-        mask[members[torch.randperm(len(members), generator=generator)[:take]]] = True
+        count = min(round(fraction * len(members)), len(members) - 1)
+        mask[members[torch.randperm(len(members), generator=generator)[:count]]] = True
     return mask

@@ -1,4 +1,4 @@
-"""Frames of video files, by torchcodec or PyAV, whichever is installed."""
+"""Frames of video files, by torchcodec or PyAV."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upstep_fast.errors import DataError
+from upstep_fast.errors import BadImage, DataError
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg")
 
 
 def backend(path: str) -> str:
-    """The installed library. Raises DataError, naming the cure, if there is none."""
+    """Return the installed library's name. Raises DataError, naming the cure, if there is none."""
     for name in ("torchcodec", "av"):
         if importlib.util.find_spec(name) is not None:
             return name
@@ -26,7 +26,7 @@ def backend(path: str) -> str:
 
 
 def count_frames(path: str) -> int:
-    """How many frames the file has; PyAV decodes all of it where the file does not say. Raises DataError."""
+    """Return the number of frames; PyAV decodes the file where its header does not state it. Raises DataError."""
     name = backend(path)
     try:
         if name == "torchcodec":
@@ -38,24 +38,25 @@ def count_frames(path: str) -> int:
         raise DataError(f"data: {path} cannot be read: {_first_line(error)}") from error
 
 
-def read(path: str, frames: Sequence[int]) -> list[Tensor] | str:
-    """The frames at these places, ascending, uint8 [3, H, W] each, or in one line why there are none."""
+def read(path: str, frames: Sequence[int]) -> list[Tensor]:
+    """Return the frames at these positions, ascending, uint8 [3, H, W] each. Raises BadImage, DataError."""
     try:
         if backend(path) == "torchcodec":
             return list(_decoder(path).get_frames_at(list(frames)).data)
-        wanted, found = set(frames), {}
+        decoded, expected = {}, set(frames)
         with _av().open(path) as container:
             for index, frame in enumerate(container.decode(container.streams.video[0])):
-                if index in wanted:
-                    found[index] = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
-                if len(found) == len(wanted):
+                if index in expected:
+                    decoded[index] = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
+                if len(decoded) == len(expected):
                     break
-        missing = wanted - set(found)
-        return f"it ends before frame {min(missing)}" if missing else [found[i] for i in frames]
     except DataError:
         raise
-    except Exception as error:
-        return f"cannot be decoded: {_first_line(error)}"
+    except Exception as error:  # whatever the libraries raise on a broken file
+        raise BadImage(f"cannot be decoded: {_first_line(error)}") from error
+    if missing := expected - set(decoded):
+        raise BadImage(f"it ends before frame {min(missing)}")
+    return [decoded[index] for index in frames]
 
 
 def _decoder(path: str) -> Any:

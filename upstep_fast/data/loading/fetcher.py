@@ -1,4 +1,4 @@
-"""Reads and decodes a few images of one batch, drawing others for the bad ones: the work of one thread at a time."""
+"""Reading and decoding a part of a batch, with replacements for bad images: one thread's unit of work."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ from upstep_fast.data.decode.gpu_jpeg import GpuReader
 from upstep_fast.data.keyed_random import bits_array
 from upstep_fast.data.loading.skipped import read_image, too_many
 from upstep_fast.data.sources.source import Source
+from upstep_fast.errors import BadImage
 
 MAX_DRAWS = 100  # replacements tried for one image
 
 
 @dataclass
 class Chunk:
-    """A part of a batch: images and their indices, and which were met that cannot be used."""
+    """A part of a batch: decoded images with their indices, and the bad images that were met."""
 
     epoch: int
-    pieces: int  # chunks of this batch
+    num_chunks: int  # of this batch
     images: list[Tensor] = field(default_factory=list)
     indices: list[int] = field(default_factory=list)
-    bad: list[tuple[int, str]] = field(default_factory=list)
+    bad: list[tuple[int, str]] = field(default_factory=list)  # index, reason
     replaced: int = 0
-    failed: str | None = None  # the run ends when this chunk's batch is asked for
+    error: str | None = None  # raised as DataError when this chunk's batch is taken
 
 
 class Fetcher:
-    """What threads share: the source, what is known to be bad, and a cache. What it returns depends on none of these.
+    """Reader of images for several threads, with a shared cache of decoded and of bad ones, which changes no result.
 
     min_side: a JPEG may be decoded at a fraction of its size as long as both sides keep this many pixels. gpu: decodes
-    what it takes of a chunk; the images are on its device then.
+    the JPEGs that it supports; their images are then on its device.
     """
 
     def __init__(
@@ -50,63 +51,72 @@ class Fetcher:
     ) -> None:
         self.source, self.seed, self.channels, self.min_side = source, seed, channels, min_side
         self.max_bad_fraction, self.gpu = max_bad_fraction, gpu
-        self._bad: dict[int, str] = {}  # so that a bad file is read once
+        self._bad: dict[int, str] = {}  # index -> reason, so that a bad file is read once
         self._cache = _Cache(cache)
 
-    def chunk(self, epoch: int, indices: np.ndarray, pieces: int) -> Chunk:
-        """The images at `indices`. A bad one is replaced by a draw from (seed, epoch, index)."""
-        chunk = Chunk(epoch, pieces)
-        by_gpu = self._by_gpu(indices.tolist())
-        for wanted in indices.tolist():
-            index = wanted
-            for draw in range(MAX_DRAWS):
-                image = self._image(index, by_gpu)
-                if not isinstance(image, str):
-                    break
-                chunk.bad.append((index, image))
-                index = int(bits_array(self.seed, epoch, wanted, draw)[0] % np.uint64(len(self.source)))
-            else:
-                name = self.source.name(wanted)
-                chunk.failed = f"data: {MAX_DRAWS} images drawn in a row cannot be read, e.g. {name}"
+    def chunk(self, epoch: int, indices: np.ndarray, num_chunks: int) -> Chunk:
+        """Return the images at `indices`; a bad one is replaced by a draw from (seed, epoch, index)."""
+        chunk = Chunk(epoch, num_chunks)
+        gpu_images = self._decode_on_gpu(indices.tolist())
+        for position in indices.tolist():
+            replacement = self._first_readable(epoch, position, gpu_images, chunk)
+            if replacement is None:
+                chunk.error = (
+                    f"data: {MAX_DRAWS} images drawn in a row cannot be read, e.g. {self.source.name(position)}"
+                )
                 return chunk
             # this chunk alone has too many: no need to look further. Others' do not count: they may be of later batches
             names = {self.source.name(index) for index, _ in chunk.bad}
             if too_many(len(names), len(self.source), self.max_bad_fraction):
-                chunk.failed = "data: too many images cannot be used"
+                chunk.error = "data: too many images cannot be used"
                 return chunk
+            index, image = replacement
             chunk.images.append(image)
             chunk.indices.append(index)
-            chunk.replaced += index != wanted
+            chunk.replaced += index != position
         return chunk
 
-    def _image(self, index: int, by_gpu: dict[int, Tensor | None]) -> Tensor | str:
-        """The decoded image, or why there is none; by_gpu: what the GPU made of this chunk's images."""
+    def _first_readable(
+        self, epoch: int, position: int, gpu_images: dict[int, Tensor | None], chunk: Chunk
+    ) -> tuple[int, Tensor] | None:
+        """Return the image at `position` or the first readable one drawn in its place; the others go to `chunk.bad`."""
+        index = position
+        for draw in range(MAX_DRAWS):
+            try:
+                return index, self._image(index, gpu_images)
+            except BadImage as error:
+                chunk.bad.append((index, error.reason))
+            index = int(bits_array(self.seed, epoch, position, draw)[0] % np.uint64(len(self.source)))
+        return None
+
+    def _image(self, index: int, gpu_images: dict[int, Tensor | None]) -> Tensor:
+        """Return the decoded image. gpu_images: this chunk's images as the GPU decoded them. Raises BadImage."""
         if (reason := self._bad.get(index)) is not None:
-            return reason
+            raise BadImage(reason)
         image = self._cache.get(index)
-        if image is None and (image := (by_gpu if index in by_gpu else self._by_gpu([index])).get(index)) is not None:
-            self._cache.add(index, image)
         if image is None:
-            read = read_image(self.source, index, channels=self.channels, min_side=self.min_side)
-            if isinstance(read, str):
-                self._bad[index] = read
-                return read
-            image = read
+            image = (gpu_images if index in gpu_images else self._decode_on_gpu([index])).get(index)
+            if image is None:
+                try:
+                    image = read_image(self.source, index, channels=self.channels, min_side=self.min_side)
+                except BadImage as error:
+                    self._bad[index] = error.reason
+                    raise
             self._cache.add(index, image)
         return image
 
-    def _by_gpu(self, indices: list[int]) -> dict[int, Tensor | None]:
-        """What the GPU makes of the images that are not known already; None: the CPU is to decode it."""
+    def _decode_on_gpu(self, indices: list[int]) -> dict[int, Tensor | None]:
+        """Return the GPU's images of those that are neither cached nor bad; None where the CPU has to decode."""
         files = {}
         for index in indices if self.gpu else ():
             if index not in self._bad and self._cache.get(index) is None:
-                with contextlib.suppress(OSError):  # the CPU's way says so
+                with contextlib.suppress(OSError):  # the CPU's attempt reports it
                     files[index] = self.source.read(index)
         return dict(zip(files, self.gpu.read(list(files.values())), strict=True)) if self.gpu and files else {}
 
 
 class _Cache:
-    """Decoded images up to a number of bytes; once full it stays as it is, so a large source costs no churn."""
+    """Decoded images up to `limit` bytes; once full it does not change, so that a large source causes no churn."""
 
     def __init__(self, limit: int) -> None:
         self._images: dict[int, Tensor] = {}

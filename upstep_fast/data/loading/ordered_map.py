@@ -1,4 +1,4 @@
-"""Work done ahead of time by threads, in order."""
+"""Ordered results of work that threads do ahead of time."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ R = TypeVar("R")
 
 
 def ordered_map(function: Callable[[T], R], items: Iterable[T], num_workers: int, ahead: int) -> Generator[R]:
-    """`map` by threads, at most `ahead` items in flight, results in order; a generator whose close() ends the threads.
+    """Yield function(item) of each item in order, computed by threads; close() ends them.
 
-    An exception of `function` is raised where its result would have come.
+    num_workers: threads; 0: none. ahead: most items in flight. An exception of `function` is raised in its result's
+    place.
     """
     if num_workers == 0:
         yield from map(function, items)
@@ -36,30 +37,22 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T], num_workers: int
 
 
 def ahead(items: Generator[T], depth: int) -> Generator[T]:
-    """`items`, run by one thread that keeps `depth` of them ready; a generator whose close() ends it and `items`.
+    """Yield `items`, of which a thread keeps `depth` ready; close() ends the thread and `items`.
 
-    An exception is raised where its item would have come. The thread sees the caller's context variables.
+    An exception is raised in its item's place. The thread has the caller's context variables.
     """
     ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
     stop = threading.Event()
 
-    def put(item: T | None, error: BaseException | None) -> None:
-        while not stop.is_set():
-            try:
-                ready.put((item, error), timeout=0.1)
-                return
-            except queue.Full:
-                pass
-
     def work() -> None:
         try:
             for item in items:
-                put(item, None)
+                _put(ready, (item, None), stop)
                 if stop.is_set():
                     return
-            put(None, StopIteration())
+            _put(ready, (None, StopIteration()), stop)
         except BaseException as error:
-            put(None, error)
+            _put(ready, (None, error), stop)
         finally:
             items.close()
 
@@ -78,3 +71,12 @@ def ahead(items: Generator[T], depth: int) -> Generator[T]:
     finally:
         stop.set()
         thread.join()
+
+
+def _put(ready: queue.Queue[T], item: T, stop: threading.Event) -> None:
+    while not stop.is_set():
+        try:
+            ready.put(item, timeout=0.1)
+            return
+        except queue.Full:
+            pass

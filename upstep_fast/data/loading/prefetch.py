@@ -1,10 +1,10 @@
-"""Views made before they are asked for: on a GPU by a thread, on a stream of their own, while the step before runs.
+"""Prefetching of views: on a GPU a thread computes them on a side stream while the previous step runs.
 
     thread, side stream     images of t + 1 -> pinned buffer -> device -> views, an event
-    the step's own stream   ... step t ... | waits for the event | step t + 1
+    the step's stream       ... step t ... | waits for the event | step t + 1
 
 The copies come from pinned memory, which torch's host allocator keeps and reuses, so they overlap with the step. On
-a CPU there is nothing to overlap with: the same code makes the views when they are taken.
+a CPU there is nothing to overlap with, and the views are computed when they are taken.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ DEPTH = 1  # batches whose views wait on the device
 
 @dataclass(frozen=True)
 class Ready(Generic[T]):
-    """An item and what was made of it, which may still be in the making on another stream."""
+    """An item and its views, which another CUDA stream may still be computing."""
 
     item: T
-    made: Any  # tensors, in lists, tuples, dicts or dataclasses; without an event a function that makes them
-    event: torch.cuda.Event | None = None  # recorded behind the last kernel that makes them
+    views: Any  # tensors in lists, tuples, dicts or dataclasses; without an event a function that computes them
+    event: torch.cuda.Event | None = None  # recorded after the last kernel that computes them
 
-    def take(self) -> Any:
-        """What was made, for use on the current stream. Without an event it is made now."""
+    def wait(self) -> Any:
+        """Return the views, for use on the current stream; without an event they are computed now."""
         if self.event is None:
-            return self.made()
+            return self.views()
         stream = torch.cuda.current_stream()
         stream.wait_event(self.event)
-        for x in _tensors(self.made):
-            x.record_stream(stream)  # or its memory would be given away while this stream reads it
-        return self.made
+        for x in _tensors(self.views):
+            x.record_stream(stream)  # or its memory would be reused while this stream reads it
+        return self.views
 
 
 def prefetch(items: Generator[T], make: Callable[[T], Any], device: torch.device | None) -> Generator[Ready[T]]:
-    """Each item with what `make` returns for it; an exception comes where its item would have come."""
+    """Yield each item with what `make` returns for it; an exception is raised in its item's place."""
     if device is None or device.type != "cuda":
         with contextlib.closing(items):
             for item in items:
@@ -52,7 +52,7 @@ def prefetch(items: Generator[T], make: Callable[[T], Any], device: torch.device
         return
     stream = torch.cuda.Stream(device)
 
-    def made() -> Generator[Ready[T]]:
+    def computed() -> Generator[Ready[T]]:
         with torch.cuda.device(device), torch.cuda.stream(stream), contextlib.closing(items):
             for item in items:
                 views = make(item)
@@ -60,7 +60,7 @@ def prefetch(items: Generator[T], make: Callable[[T], Any], device: torch.device
                 event.record(stream)
                 yield Ready(item, views, event)
 
-    yield from ahead(made(), DEPTH)
+    yield from ahead(computed(), DEPTH)
 
 
 def _tensors(x: Any) -> Iterator[Tensor]:

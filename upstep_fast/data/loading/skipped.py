@@ -1,47 +1,97 @@
-"""Images that are left out: why, how many are allowed, and the file that lists them."""
+"""Skipped images: images that cannot be read or decoded, how many are allowed, and the file that lists them."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor
 
-from upstep_fast.data.decode.image import BadImage, decode
+from upstep_fast.data.decode.image import decode
+from upstep_fast.data.loading.ordered_map import ordered_map
 from upstep_fast.data.sources.source import Source
-from upstep_fast.errors import DataError
+from upstep_fast.errors import BadImage, DataError
 from upstep_fast.runtime.atomic_file import write_atomic
 
+T = TypeVar("T")
+R = TypeVar("R")
 
-def read_image(source: Source, index: int, *, channels: int = 3, min_side: int | None = None) -> Tensor | str:
-    """The decoded image, or in one line why there is none."""
-    try:
-        return decode(source.read(index), channels=channels, min_side=min_side)
-    except BadImage as error:
-        return error.reason
-    except OSError as error:
-        return f"cannot be read: {error.strerror or error}"
+
+class SkippedImages(dict[str, str]):
+    """Images that cannot be used: name -> reason."""
+
+    def check(self, total: int, max_bad_fraction: float) -> None:
+        """Raise DataError if they are more than `max_bad_fraction` of `total` images."""
+        if too_many(len(self), total, max_bad_fraction):
+            name, reason = next(iter(self.items()))
+            raise DataError(
+                f"data: {len(self)} of {total} images cannot be used, more than the {max_bad_fraction:.2%} allowed; "
+                f"the first: {name}: {reason}; repair them or raise --max-bad-fraction"
+            )
 
 
 def too_many(bad: int, total: int, max_bad_fraction: float) -> bool:
-    """Whether this many bad images of `total` end the run."""
+    """Return whether `bad` of `total` images are more than a run accepts."""
     return bad > max_bad_fraction * total
 
 
-def check_bad(skipped: dict[str, str], total: int, max_bad_fraction: float) -> None:
-    """Raise DataError with the counts, the first file and the cure."""
-    if too_many(len(skipped), total, max_bad_fraction):
-        name, reason = next(iter(skipped.items()))
-        raise DataError(
-            f"data: {len(skipped)} of {total} images cannot be used, more than the {max_bad_fraction:.2%} allowed; "
-            f"the first: {name}: {reason}; repair them or raise --max-bad-fraction"
-        )
+def read_image(source: Source, index: int, *, channels: int = 3, min_side: int | None = None) -> Tensor:
+    """Return the decoded image, uint8 [channels, H, W]. Raises BadImage."""
+    return decode(read_bytes(source, index), channels=channels, min_side=min_side)
+
+
+def read_bytes(source: Source, index: int) -> bytes:
+    """Return the encoded image. Raises BadImage."""
+    try:
+        return source.read(index)
+    except OSError as error:
+        raise BadImage(f"cannot be read: {error.strerror or error}") from error
+
+
+def catch_bad_image(function: Callable[[T], R]) -> Callable[[T], R | BadImage]:
+    """Return `function` with the BadImage that it raises as its result, so that threads can hand it over in order."""
+
+    def call(item: T) -> R | BadImage:
+        try:
+            return function(item)
+        except BadImage as error:
+            return error
+
+    return call
+
+
+def map_readable(
+    function: Callable[[int], R],
+    source: Source,
+    indices: Sequence[int],
+    skipped: SkippedImages,
+    *,
+    num_workers: int,
+    ahead: int,
+    max_bad_fraction: float,
+) -> Generator[tuple[int, R]]:
+    """Yield (index, function(index)) in order, computed by threads; close() ends them.
+
+    An image for which `function` raises BadImage is added to `skipped`. Raises DataError when more than
+    `max_bad_fraction` of the indices are.
+    """
+    results = ordered_map(catch_bad_image(function), indices, num_workers, ahead)
+    try:
+        for index, result in zip(indices, results, strict=True):
+            if isinstance(result, BadImage):
+                skipped[source.name(index)] = result.reason
+                skipped.check(len(indices), max_bad_fraction)
+            else:
+                yield index, result
+    finally:
+        results.close()
 
 
 def write_skipped(path: str | Path, rows: Iterable[tuple[str, str]]) -> None:
-    """A CSV with the header name,reason and these rows; written whole or not at all."""
+    """Write a CSV with the header name,reason and these rows, atomically. Raises OSError."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([("name", "reason"), *rows])
     write_atomic(Path(path), text.getvalue().encode())

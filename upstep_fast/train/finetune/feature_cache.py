@@ -53,9 +53,9 @@ def fill(model: Any, parts: list[Labelled], reader: Reader, compute: Compute, wh
     model: Losa, or Baseline with `linear`. where: memory or disk, a file in `folder`. The size is said first; raises
     ConfigError if it does not fit.
     """
-    shape = (1,) if reader.frames is None else (1, reader.frames)
+    shape = (1,) if reader.options.frames is None else (1, reader.options.frames)
     with compute.autocast():
-        one = model.frozen(torch.zeros(*shape, len(reader.mean), *reader.size, device=compute.device))
+        one = model.frozen(torch.zeros(*shape, len(reader.options.mean), *reader.options.size, device=compute.device))
     counts = [len(part.y) for part in parts]
     size = sum(counts) * one.numel() * one.element_size()
     free = free_bytes(torch.device("cpu")) if where == "memory" else shutil.disk_usage(folder).free

@@ -22,6 +22,7 @@ from upstep_fast.config.finetune import FinetuneConfig
 from upstep_fast.config.view_overrides import view_overrides
 from upstep_fast.data.labelled.batches import Reader
 from upstep_fast.data.labelled.clips import train_and_test_clips
+from upstep_fast.data.labelled.reader import ReaderOptions
 from upstep_fast.data.labelled.splits import Labelled, held_out, train_and_test
 from upstep_fast.data.loading.skipped import write_skipped
 from upstep_fast.data.views.view_config import view_config
@@ -128,7 +129,7 @@ def fit_to_data(config: FinetuneConfig, splits: Splits) -> FinetuneConfig:
 
 def make_reader(config: FinetuneConfig, backbone: Backbone, device: torch.device) -> Reader:
     """How this run reads images or clips."""
-    return Reader(
+    options = ReaderOptions(
         size=backbone.img_size,
         mean=backbone.mean,
         std=backbone.std,
@@ -146,6 +147,7 @@ def make_reader(config: FinetuneConfig, backbone: Backbone, device: torch.device
         device=device,
         frames=config.frames,
     )
+    return Reader(options)
 
 
 def _run(config: FinetuneConfig, compute: Compute, splits: Splits, backbone: Backbone, out: Path) -> FinetuneResult:

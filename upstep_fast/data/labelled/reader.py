@@ -1,0 +1,27 @@
+"""Options of reading labelled images or clips."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from upstep_fast.data.views.view_config import ViewConfig
+
+
+@dataclass(frozen=True)
+class ReaderOptions:
+    """How images or clips become a model's input, and in which batches."""
+
+    size: tuple[int, int]  # of the model's input, pixels
+    mean: tuple[float, ...]  # one per channel, on a 0..1 scale
+    std: tuple[float, ...]
+    interpolation: str  # of the evaluation transform
+    crop_pct: float
+    views: ViewConfig | None  # random views for training; None: the evaluation transform
+    batch_size: int
+    seed: int
+    num_workers: int  # threads
+    max_bad_fraction: float
+    device: torch.device
+    frames: int | None = None  # per clip; None: images
