@@ -58,7 +58,5 @@ def test_too_many_bad_clips_end_the_run(clips):
     for name in ("a/clip0", "a/clip2", "b/clip1"):
         (clips / "train" / name / "1.png").write_bytes(b"")
     data, _ = train_and_test_clips((str(clips),), 2)
-    with pytest.raises(
-        DataError, match=r"3 of 6 images cannot be used, more than the 40.00% allowed"
-    ):
+    with pytest.raises(DataError, match=r"3 of 6 images cannot be used, more than the 40.00% allowed"):
         list(Reader(options()).in_order(data))
