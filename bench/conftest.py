@@ -1,4 +1,4 @@
-"""How the benchmarks of kernels are timed."""
+"""Fixtures that time the kernels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CALLS = 20 if ON_GPU else 1  # of a round
 
 @pytest.fixture
 def measure(benchmark) -> Callable[..., None]:
-    """measure(call, group, op, **info): times rounds of `calls` calls of an op, and notes what ran and `info`.
+    """Time rounds of calls of an op: `measure(call, group, op, **info)`; record the implementation that ran and `info`.
 
     info: `bytes` is what the op has to move, to be held against the time of the `copy` of its group.
     """
@@ -39,7 +39,7 @@ def measure(benchmark) -> Callable[..., None]:
 
 @pytest.fixture
 def copy_of() -> Callable[[int], Callable[[], object]]:
-    """copy_of(bytes): a copy that moves as many, half of them in and half out: the speed of memory."""
+    """Make a copy that moves `bytes` in all, half in and half out, as the speed of memory: `copy_of(bytes)`."""
 
     def copy(num_bytes: int) -> Callable[[], object]:
         source = torch.empty(num_bytes // 2, dtype=torch.uint8, device="cuda" if ON_GPU else "cpu")

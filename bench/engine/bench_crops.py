@@ -37,7 +37,7 @@ def separate(vit: nn.Module, whole: Tensor, local: Tensor) -> tuple[Tensor, Tens
 
 
 def block(block: nn.Module, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
-    """A timm block on tokens [..., D] with another attention."""
+    """Run a timm block on tokens [..., D] with `attend` in place of its attention."""
     x = x + block.ls1(block.attn.proj(attend(block.attn.qkv(block.norm1(x)))))
     return x + block.ls2(block.mlp(block.norm2(x)))
 

@@ -38,7 +38,7 @@ METHODS = ("full eager", "lora eager", "losa eager", "lora", "losa")
 
 
 def load(name: str, img_size: int | None, depth: int) -> backbones.Backbone:
-    """A backbone of random weights; vit_e: ViT-e of PaLI (arXiv 2209.06794), 3.9 billion parameters at depth 56."""
+    """Return a backbone of random weights; vit_e: ViT-e of PaLI (arXiv 2209.06794), 3.9 billion parameters."""
     if name != "vit_e":
         return backbones.load(name, img_size=img_size, pretrained=False)
     size = img_size or 224
@@ -73,7 +73,7 @@ def models(
 
 
 def loss_of(model: nn.Module, x: Tensor, y: Tensor, compute: Compute) -> Tensor:
-    """The forward half of a step."""
+    """Return the loss of a step, under autocast."""
     with compute.autocast():
         return F.cross_entropy(model(x).float(), y)
 
@@ -103,6 +103,7 @@ def kept_bytes(model: nn.Module, x: Tensor, y: Tensor, compute: Compute) -> int:
 
 
 def main() -> None:
+    # lizard forgives: the arguments, then the measurement in its order
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_base_patch16_224")
     parser.add_argument("--img-size", type=int)

@@ -55,7 +55,7 @@ STEPS = 4  # timed at once, so that each share of SKIPPED comes out whole
 
 
 def points(kind: str) -> list[tuple[str, Any, dict[str, Any]]]:
-    """(what changes, its value, options of the point)."""
+    """Return the points of a sweep: (name of the swept option, its value, options of the point)."""
     base = BASE[kind]
     found = [("model", model, base | {"model": model, "batch_size": n}) for model, n in MODELS[kind].items()]
     for what, values in POINTS[kind].items():
@@ -143,7 +143,7 @@ def table(rows: list[Row]) -> str:
 
 
 def draw(rows: list[Row]) -> Any:
-    """The engine's ratio to the eager reference, one panel for each thing that changes."""
+    """Plot the engine's speedup over the eager reference, one panel for each swept option."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 2.6), layout="constrained")
@@ -165,7 +165,7 @@ def draw(rows: list[Row]) -> Any:
 
 
 def write_page(page: Path, result: dict[str, Any], source: Path) -> None:
-    """The table and the plot between the page's markers."""
+    """Write the table and the plot between the page's markers."""
     before, rest = page.read_text().split(BEGIN)
     card = result["device"]
     where = card.get("gpu") or f"{card['processor']}, {card['threads']} threads"
@@ -184,6 +184,7 @@ def write_page(page: Path, result: dict[str, Any], source: Path) -> None:
 
 def main() -> None:
     """Measures, or reads what was measured; writes JSON and page."""
+    # lizard forgives: the arguments, then the measurement in its order
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--only", nargs="*", choices=["model", "batch", "side", "rank", "skipped"])

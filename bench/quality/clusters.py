@@ -53,7 +53,7 @@ def nmi(assigned: Tensor, labels: Tensor) -> float:
 
 @torch.no_grad()
 def history(run: Path, data: str) -> list[dict[str, Any]]:
-    """A row for each checkpoint in `run`: step, purity, nmi, stability (None at the first), on `data`'s test part."""
+    """Return a row per checkpoint of `run`: step, purity, nmi, stability (None at first), on `data`'s test part."""
     config = from_options(AdaptConfig, read_toml(run / "config.toml", AdaptConfig), "adapt")
     compute = resolve(config.device, config.precision)
     source = open_source(data, split="test")

@@ -31,7 +31,7 @@ class Composites:
 
 
 def otsu(values: np.ndarray) -> float:
-    """The threshold that splits `values` into two groups of the largest between-group variance (Otsu 1979)."""
+    """Return the threshold that splits `values` into two groups of the largest between-group variance (Otsu 1979)."""
     counts, edges = np.histogram(values, bins=64)
     centres = (edges[:-1] + edges[1:]) / 2
     below, total = np.cumsum(counts), counts.sum()

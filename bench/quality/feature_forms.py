@@ -17,6 +17,7 @@ from typing import Any
 
 import study
 import torch
+from job import label
 from study_scores import SOURCE_K, SPLITS, knn_percent, labels_of
 from torch import Tensor
 
@@ -52,12 +53,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     jobs = [job for job in study.read_grid(args.grid) if job.name == args.name]
-    lacking = [study.label(job.data) for job in jobs if not (args.work / job.key / "adapter").is_dir()]
+    lacking = [label(job.data) for job in jobs if not (args.work / job.key / "adapter").is_dir()]
     if not jobs or lacking:
         parser.error(
             f"no adapter of {args.name} for {', '.join(lacking) or 'any set'} in {args.work}; run study.py first"
         )
-    found = {f"{study.label(job.data)} seed {job.seed}": measure(job, args.work) for job in jobs}
+    found = {f"{label(job.data)} seed {job.seed}": measure(job, args.work) for job in jobs}
     result = {"configuration": args.name, "commit": study.commit(), "device": study.device(), "sets": found}
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
@@ -105,7 +106,7 @@ def measure(job: Any, work: Path) -> dict[str, Any]:
 
 
 def of_parts(x: Tensor, by: whitening.Whitening) -> dict[str, Tensor]:
-    """Unit x, p, wx and wp of [N, 2, D]."""
+    """Return unit features x, patch means p, and both whitened (wx, wp), of features [N, 2, D]."""
     whitened = whitening.whitened(x, by)
     return {"x": x[:, 0], "p": x[:, 1], "wx": whitened[:, 0], "wp": whitened[:, 1]}
 

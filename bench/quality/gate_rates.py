@@ -28,7 +28,7 @@ def magnitudes(path: Path) -> list[float]:
 
 
 def opened(rule: GateRule, values: list[float]) -> float:
-    """The part of the steps that the rule leaves open."""
+    """Return the fraction of steps on which the rule updates."""
     state = GateState()
     for m in values:
         _, state = decide(rule, state, (m,))

@@ -32,13 +32,13 @@ class Job:
 
 
 def label(data: str) -> str:
-    """The short name of a data set."""
+    """Return the short name of a data set."""
     return Path(data).name.removesuffix(".tar")
 
 
 @functools.cache
 def fingerprint(data: str) -> str:
-    """Of the images, wherever they lie."""
+    """Return the fingerprint of the images in `data`; independent of the folder they lie in."""
     from upstep_fast.data.sources.source import open_source
 
     return open_source(data, split="train").fingerprint()

@@ -124,7 +124,7 @@ def table(args: argparse.Namespace) -> None:
 
 
 def cells(row: dict) -> list[str]:
-    """The table's columns of one run."""
+    """Return the table's columns for one run."""
     scores = [f"{row[name]:.1f}" for name in ("held_out_top1", "top1", "balanced")]
     costs = [f"{row['trainable_parameters']:,}", f"{row['cpu_seconds']:.0f}", f"{row['peak_bytes'] / 1e6:,.0f}"]
     return [f"{row['lr']:g}", *scores, *costs]

@@ -75,7 +75,7 @@ def main() -> int:
 
 
 def read_grid(path: Path) -> list[Job]:
-    """The jobs of a grid file, in the file's order, each once. Raises ValueError for keys that are not known."""
+    """Return the jobs of a grid file, in the file's order, each once. Raises ValueError for keys that are not known."""
     grid = tomllib.loads(path.read_text())
     known = {"model", "data", "source", "seeds", "strengths", "probes", "k", "k_of", "base", "configs"}
     if unknown := set(grid) - known:
@@ -182,7 +182,7 @@ def looked_at(steps: int) -> dict[str, int]:
 
 
 def selection(data: str, work: Path) -> Path:
-    """A tar of `data`'s train part alone, a third of it as test/: what configurations are chosen on."""
+    """Write a tar of `data`'s train part, a third of it as test/, to choose configurations on; return its path."""
     from upstep_fast.data.keyed_random import uniform
     from upstep_fast.data.sources.source import open_source
 
@@ -206,7 +206,7 @@ def selection(data: str, work: Path) -> Path:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The newest row of each key and split, in the order of the file; a torn last line is left out."""
+    """Return the newest row of each key and split, in the order of the file; a torn last line is left out."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
@@ -218,7 +218,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def missing(jobs: list[Job], rows: list[dict[str, Any]]) -> list[str]:
-    """What the grid asks for and no row has, as "NAME on DATA (n seeds)"."""
+    """List what the grid asks for and no row has, as "NAME on DATA (n seeds)"."""
     there = {row["key"] for row in rows if "error" not in row and row["split"] == "select"}
     lacking = Counter(f"{job.name} on {label(job.data)}" for job in jobs if job.key not in there)
     return [f"{what} ({seeds} seeds)" if seeds > 1 else what for what, seeds in lacking.items()]
@@ -234,7 +234,7 @@ def _append(path: Path, row: dict[str, Any]) -> None:
 
 
 def brief(row: dict[str, Any]) -> str:
-    """What a row says, in a line."""
+    """Summarize a row in one line."""
     if "error" in row:
         return row["error"]
     at = row["at"]["1.0"]
@@ -253,7 +253,7 @@ def commit() -> str:
 
 
 def device() -> str:
-    """What it ran on."""
+    """Return the name of the device."""
     import torch
 
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()

@@ -74,7 +74,7 @@ def gains_table(rows: Sequence[Row]) -> str:
 
 
 def means_table(rows: Sequence[Row]) -> str:
-    """The same, means over the data sets, of what was measured on all of them; nothing for one set."""
+    """Return the table of means over the data sets, for configurations measured on all of them; empty for one set."""
     sets = {row["data"] for row in rows}
     by_name: dict[tuple[str, str], list[list[Row]]] = defaultdict(list)
     for (_, name, strength), group in grouped(rows).items():
@@ -94,7 +94,7 @@ def means_table(rows: Sequence[Row]) -> str:
 
 
 def runs_table(rows: Sequence[Row]) -> str:
-    """What each configuration cost, means over seeds."""
+    """Return the table of costs of each configuration, means over seeds."""
     columns = ("configuration", "data", "seeds", "skipped", "backward", "images trained on", "center", "CPU s")
     lines = [_line(*columns), "|---|---|--:|" + "--:|" * 5]
     groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
@@ -117,7 +117,7 @@ def runs_table(rows: Sequence[Row]) -> str:
 
 
 def whitening_table(rows: Sequence[Row]) -> str:
-    """What whitened features beside the base model's own do, without any training: a line a data set, and the mean."""
+    """Return the table of gains by whitening alone, without training: one line per data set, and the mean."""
     measures = ("knn", "linear", "source")
     lines = [_line("data", "base", "k-NN", "linear", "source"), "|---|--:|--:|--:|--:|"]
     every = []
@@ -152,7 +152,7 @@ def source_change(rows: Sequence[Row], strength: str, kind: str) -> str:
 
 
 def source_error(rows: Sequence[Row]) -> str:
-    """What the standard error of a change on the source is: paired where it was measured, else the unpaired bound."""
+    """Return the sentence on the standard error on the source: paired where measured, else the unpaired bound."""
     every = [(row, at["source"]) for row in rows for at in row["at"].values() if "source" in at]
     paired = [source["adapted_se"] for _, source in every if "adapted_se" in source]
     rest = [

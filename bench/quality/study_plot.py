@@ -97,7 +97,7 @@ def frontier(found: Sequence[Dot]) -> list[Dot]:
 
 
 def plot(rows: Sequence[Row]) -> str:
-    """A standalone SVG: change on the source across, gain upward; filled adapted, hollow ensemble; squares: whitened
+    """Draw a standalone SVG: change on the source on x, gain on y; filled: adapted, hollow: ensemble; squares: whitened
     features beside the others; a colour a set.
 
     Means over the sets are large and black; the frontier among them (of the one set, if there is one) bears names.
@@ -156,6 +156,7 @@ def plot(rows: Sequence[Row]) -> str:
     turn = f'transform="translate(14 {(HEIGHT - BOTTOM + TOP) / 2}) rotate(-90)"'
     parts.append(f'<text {turn} text-anchor="middle">{upward}</text>')
     style = 'font-family="sans-serif" font-size="12" role="img"'
+    # lizard forgives: one drawing, from the axes to the legend
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" {style} aria-label="{upward} over '
         f'{across}">{"".join(parts)}</svg>\n'

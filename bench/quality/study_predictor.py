@@ -64,7 +64,7 @@ def correlations(found: Sequence[Point]) -> dict[str, float | None]:
 
 
 def fit(found: Sequence[Point]) -> tuple[float, float]:
-    """The weight of the drift and the floor of refusals, at most 0, that these points ask for."""
+    """Fit the weight of the drift and the floor of refusals (at most 0) to these points."""
     by_set: dict[str, list[Point]] = defaultdict(list)
     for point in found:
         by_set[point.data].append(point)

@@ -35,7 +35,7 @@ from upstep_fast.runtime.atomic_file import write_atomic
 from upstep_fast.runtime.device import Compute, resolve
 
 if TYPE_CHECKING:
-    from study import Job
+    from job import Job
 
 JUDGED = 256  # unlabelled held-out images that the label-free scores see
 VIEW_SEED = 12345
@@ -158,6 +158,7 @@ def scores(job: Job, data: str, adapter: Path, work: Path, by_depth: bool = Fals
                 at["source"] |= {kind: _percent(right), f"{kind}_se": paired_error(right_before, right)}
         if composites is not None and variant.measured == "all":
             at["dense"] = dense.dense_score(adapted, *composites)
+    # lizard forgives: every measure of one adapter, in the order of the row
     return result
 
 
@@ -213,7 +214,7 @@ def _percent(right: Tensor) -> float:
 
 
 def paired_error(before: Tensor, after: Tensor) -> float:
-    """Standard error, in points, of the change of accuracy on the same N images. before, after: [N] bool, right."""
+    """Return the standard error, in points, of a change of accuracy on N images. before, after: [N] bool, right."""
     return 100 * float((after.double() - before.double()).std() / len(before) ** 0.5)
 
 

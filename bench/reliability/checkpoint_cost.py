@@ -45,7 +45,7 @@ def timed(owner: Any, name: str, into: list[float]) -> None:
 
 
 def whole_run(steps: int) -> dict[str, Any]:
-    """A run of the demo's model at the default interval."""
+    """Time a run of the demo's model at the default checkpoint interval."""
     held: list[float] = []
     waited: list[float] = []
     written: list[float] = []
@@ -102,7 +102,7 @@ def one_save(name: str, saves: int = 7) -> dict[str, Any]:
 
 
 def fresh(config: AdaptConfig, compute: Compute, name: str) -> RunState:
-    """A state with random weights, after one update."""
+    """Return a training state with random weights, after one update."""
     state = fresh_state(config, compute, backbone.load(name, pretrained=False))
     for group in state.optimizer.param_groups:
         for parameter in group["params"]:

@@ -125,7 +125,7 @@ def covered(report: Path) -> dict[str, float]:
 
 
 def stored_runs() -> dict[str, dict[str, Any]]:
-    """The run of each part that the table shows: the long one if there is one."""
+    """Return the run of each part that the table shows: the long one if there is one."""
     runs = {}
     for part in PARTS:
         file = RESULTS / f"figures_{part}.json"
@@ -141,7 +141,7 @@ def stored_runs() -> dict[str, dict[str, Any]]:
 
 
 def table(runs: dict[str, dict[str, Any]]) -> str:
-    """The tables in Markdown: the figures, and the runs that they are from."""
+    """Return the tables in Markdown: the results, and the runs they come from."""
     lines = ["| figure | result | how counted | target | run |", "| --- | --- | --- | --- | --- |"]
     for figure in FIGURES:
         run = runs.get(figure.part)

@@ -79,6 +79,7 @@ def main() -> None:
     print(json.dumps(done, indent=1))
     if options.json:
         options.json.write_text(json.dumps(done, indent=1) + "\n")
+    # lizard forgives: the arguments, then the measurement in its order
     raise SystemExit(total > LIMIT_SECONDS)
 
 
@@ -96,7 +97,7 @@ print("PEFT has it:", sum("lora_B" in name for name, _ in model.named_parameters
 
 
 def own_pictures(folder: Path, tar: Path) -> int:
-    """The pictures of a tar in one flat folder, named as a camera would; returns how many."""
+    """Extract the pictures of a tar into one flat folder, named as a camera would; return their number."""
     folder.mkdir()
     count = 0
     with tarfile.open(tar) as archive:
