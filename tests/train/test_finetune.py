@@ -248,7 +248,9 @@ def test_from_an_adapted_model(options, tmp_path, whole):
     ]:
         torch.nn.init.normal_(parameter, std=0.3)
     values = {name: one.vit.get_parameter(name).detach() for name in whole}
-    peft_format.write_files(tmp_path / "adapter", peft_format.adapter_files(adapters, options["model"], whole=values))
+    peft_format.write_files(
+        tmp_path / "adapter", peft_format.adapter_files(adapters, options["model"], fully_trained=values)
+    )
     result = upstep_fast.finetune(**options, adapter=tmp_path / "adapter", method="losa")
     (tmp_path / "adapter" / peft_format.WEIGHTS).unlink()  # the folder must not need it any more
     net = upstep_fast.load_finetuned(result.model)

@@ -33,5 +33,6 @@ def result_files(
 
     names: of the trained parameters, those of the adapters too.
     """
-    whole = sorted(name for name in names if not name.endswith(("lora_a", "lora_b")))
-    return peft_format.adapter_files(adapters, base_model, whole={name: vit.get_parameter(name) for name in whole})
+    fully_trained = sorted(name for name in names if not name.endswith(("lora_a", "lora_b")))
+    parameters = {name: vit.get_parameter(name) for name in fully_trained}
+    return peft_format.adapter_files(adapters, base_model, fully_trained=parameters)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -41,12 +43,15 @@ def num_parts(vit: nn.Module) -> int:
 
 
 class FeatureExtractor(nn.Module):
-    """A ViT as a module whose forward returns features, for exporters and CUDA graphs."""
+    """A ViT as a module whose forward returns features, for exporters and CUDA graphs.
 
-    def __init__(self, vit: nn.Module):
+    extract: another function that gives the features of `vit`, such as the engine's; None: `features`.
+    """
+
+    def __init__(self, vit: nn.Module, extract: Callable[[Tensor], Tensor] | None = None):
         super().__init__()
-        self.vit = vit
+        self.vit, self.extract = vit, extract
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return `features` of images [B, C, H, W]."""
-        return features(self.vit, images)
+        """Return the features [B, D] of images [B, C, H, W]."""
+        return features(self.vit, images) if self.extract is None else self.extract(images)

@@ -1,9 +1,9 @@
-"""A model with its adapter in other people's formats, each read back by the tool it is for and compared.
+"""Exports a model with its adapter to other tools' formats; each export is read back by its tool and compared.
 
     difference = max |f' - f| / max(1, max |f|)
 
-f are the features of the model with the adapter apart, f' those of the exported files in the tool that reads them,
-both in fp32. Above 1e-4 nothing is written.
+f are the features of the model with LoraLinear modules, f' those of the exported files in the tool that reads them,
+both in fp32. If the difference is above 1e-4, nothing is written.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from upstep_fast.model.export.writers import WRITERS, Job, Written
 from upstep_fast.model.pooling import features
 
 BOUND = 1e-4
-IMAGES = 16  # of the user's that the comparison sees
-PHOTOS, FEW = "sign_digits_64.tar", 4  # of the package's own, where the user gives none
+IMAGES = 16  # number of the user's images in the comparison
+PHOTOS, FEW = "sign_digits_64.tar", 4  # images of the package, used without --data, and their number
 MARK = "exported by upstep-fast"  # in the model card; only a folder with it is replaced
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and how far it is from the model it came from."""
+    """An exported folder, and its difference from the original model."""
 
     folder: Path
     difference: float
-    images: str  # what the comparison saw
+    images: str  # description of the compared images
 
 
 def export(model: str, out: str | Path, *, adapter: str | Path | None = None, **options: Any) -> Exported:
@@ -52,7 +52,11 @@ def export(model: str, out: str | Path, *, adapter: str | Path | None = None, **
 
 @torch.no_grad()
 def run(config: ExportConfig) -> Exported:
-    """As `export`. Raises ConfigError for what cannot be exported and CheckFailedError for what came out different."""
+    """Export as `config` says.
+
+    Raises ConfigError for a model that the format cannot hold, CheckFailedError if its features differ, and
+    RunFailedError if the folder cannot be written.
+    """
     _check(config)
     base = backbones.load_from(config)
     images, seen = _images(config, base)
@@ -90,7 +94,7 @@ def _check(config: ExportConfig) -> None:
 
 @contextlib.contextmanager
 def _replacing(out: Path) -> Iterator[Path]:
-    """A folder to write to, beside `out`, which takes its place at the end or goes without a trace."""
+    """Yield a temporary folder beside `out`; rename it to `out` on success, remove it on an error."""
     temporary = out.parent / f".tmp-{os.getpid()}-{out.name}"
     try:
         temporary.mkdir()
@@ -105,7 +109,7 @@ def _replacing(out: Path) -> Iterator[Path]:
 
 
 def _images(config: ExportConfig, base: Backbone) -> tuple[Tensor, str]:
-    """Normalised images for the comparison, and what they are."""
+    """Return normalized images for the comparison, and their description."""
     channels = base.vit.patch_embed.proj.in_channels
     data, count, stored = config.data, IMAGES, channels
     if not data:
@@ -121,7 +125,7 @@ def _images(config: ExportConfig, base: Backbone) -> tuple[Tensor, str]:
     if not len(pixels):
         raise ConfigError(f"data: none of the first {count} images in {', '.join(data)} can be read")
     seen = f"{len(pixels)} images of {', '.join(data)}"
-    if not config.data:  # red, green and blue again and again, as timm repeats the weights
+    if not config.data:  # channels repeat red, green and blue, as timm repeats the weights
         pixels, seen = (
             pixels[:, torch.arange(channels) % 3],
             f"{len(pixels)} of upstep-fast's own photographs ({PHOTOS})",

@@ -1,4 +1,4 @@
-"""The formats of `upstep-fast export`: what is written, and how the tool it is for reads it back."""
+"""Writers of the export formats, each with a function that reads the files back in the tool they are for."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from upstep_fast.model import lora, peft_format
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.model.formats import checkpoint_files, hf_config, key_names
 from upstep_fast.model.formats.key_names import State
-from upstep_fast.model.pooling import features
+from upstep_fast.model.pooling import FeatureExtractor, features
 from upstep_fast.model.registry import HUB
 
 ANY_BATCH = {"images": {0: torch.export.Dim("batch", min=1)}}
@@ -31,20 +31,20 @@ ANY_BATCH = {"images": {0: torch.export.Dim("batch", min=1)}}
 
 @dataclass(frozen=True)
 class Job:
-    """What to write, and where."""
+    """A model to write, and the folder to write to."""
 
     config: ExportConfig
-    base: Backbone  # with the adapter merged into it, but for PEFT
+    base: Backbone  # with the adapter merged, except for PEFT
     adapters: Mapping[str, lora.LoraLinear]
     folder: Path
 
 
 @dataclass(frozen=True)
 class Written:
-    """How the files are read."""
+    """Files of one format, and how its tool reads them."""
 
     tool: str
-    measure: Callable[[Tensor], Tensor]  # the tool's features [B, D] of normalised images [B, C, H, W]
+    measure: Callable[[Tensor], Tensor]  # the tool's features [B, D] of normalized images [B, C, H, W]
     usage: str  # in Python, with FOLDER for the folder
 
 
@@ -99,8 +99,8 @@ def _peft(job: Job) -> Written:
     hub = vit.pretrained_cfg.get("hf_hub_id")
     name = f"{HUB}{hub}" if hub and timm.is_model(job.config.model.partition(".")[0]) else job.config.model
     assert job.config.adapter is not None
-    whole, bare = peft_format.fully_trained(job.config.adapter)
-    peft_format.write_files(job.folder, peft_format.adapter_files(job.adapters, name, whole=whole | bare))
+    of_modules, bare = peft_format.fully_trained(job.config.adapter)
+    peft_format.write_files(job.folder, peft_format.adapter_files(job.adapters, name, fully_trained=of_modules | bare))
     biased = getattr(vit.blocks[0].attn, "q_bias", None) is not None
 
     def measure(images: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ def _onnx(job: Job) -> Written:
     example = torch.zeros(2, job.base.vit.patch_embed.proj.in_channels, *job.base.img_size)
     with contextlib.redirect_stdout(None):  # the exporter reports its progress there
         torch.onnx.export(
-            _Features(job.base.vit).eval(),
+            FeatureExtractor(job.base.vit).eval(),
             (example,),
             str(path),
             input_names=["images"],
@@ -171,7 +171,8 @@ def _onnx(job: Job) -> Written:
 def _torch(job: Job) -> Written:
     path = job.folder / "model.pt2"
     example = torch.zeros(2, job.base.vit.patch_embed.proj.in_channels, *job.base.img_size)
-    torch.export.save(torch.export.export(_Features(job.base.vit).eval(), (example,), dynamic_shapes=ANY_BATCH), path)
+    program = torch.export.export(FeatureExtractor(job.base.vit).eval(), (example,), dynamic_shapes=ANY_BATCH)
+    torch.export.save(program, path)
 
     def measure(images: Tensor) -> Tensor:
         return _one_then_many(torch.export.load(path).module(), images)
@@ -190,17 +191,8 @@ WRITERS: dict[str, Callable[[Job], Written]] = {
 }
 
 
-class _Features(nn.Module):
-    def __init__(self, vit: nn.Module):
-        super().__init__()
-        self.vit = vit
-
-    def forward(self, images: Tensor) -> Tensor:
-        return features(self.vit, images)
-
-
 def _one_then_many(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """The features, of the first image alone and of the others together: two sizes of batch."""
+    """Return the features of images [B, C, H, W], run as a batch of 1 and a batch of B - 1."""
     return torch.cat([model(part) for part in (images[:1], images[1:]) if len(part)])
 
 

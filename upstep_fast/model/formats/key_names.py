@@ -1,7 +1,7 @@
-"""What other tools call the tensors of a ViT, and the exact way to timm's names and back.
+"""Tensor names of a ViT in other tools, translated exactly to timm's names and back.
 
-A format is a table of prefixes, theirs beside timm's, N for a block's number. What timm keeps in one matrix and they
-keep in three is concatenated and split along the rows, so both directions are exact.
+A format is a table of prefixes, (theirs, timm's), with N for a block's number. Three matrices that timm keeps as one
+are concatenated along the rows, and split on the way back, so both directions are exact.
 """
 
 from __future__ import annotations
@@ -18,40 +18,40 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Format:
-    """How one family of checkpoints names its tensors."""
+    """Tensor names of one family of checkpoints."""
 
     name: str
-    mark: str  # a tensor that every checkpoint of the format has, and no other format
+    mark: str  # name of a tensor that only checkpoints of this format have
     pairs: tuple[tuple[str, str], ...] = ()  # prefixes: theirs, timm's
     qkv: tuple[str, ...] = ()  # theirs for q, k and v, which timm stacks in `fused`
     fused: str = "blocks.N.attn.qkv."
 
     def to_timm(self, theirs: Mapping[str, Tensor]) -> State:
-        """Rename and concatenates; tensors that are in no pair keep their name."""
-        found: State = {}
+        """Rename to timm's names and concatenate q, k, v; tensors that are in no pair keep their name."""
+        ours: State = {}
         parts: dict[str, dict[int, Tensor]] = {}
         for key, value in theirs.items():
             part = next((j for j, prefix in enumerate(self.qkv) if _match(prefix, key)), None)
             if part is None:
-                found[_renamed(key, self.pairs)] = value
+                ours[_renamed(key, self.pairs)] = value
             else:
                 parts.setdefault(_renamed(key, ((self.qkv[part], self.fused),)), {})[part] = value
-        for name, of in parts.items():
-            if set(of) == {0, 1, 2}:  # else the matrix is missing, and the loader says so
-                found[name] = torch.cat([of[0], of[1], of[2]])
-        return found
+        for name, qkv in parts.items():
+            if set(qkv) == {0, 1, 2}:  # else the fused matrix is missing, which `fill` reports
+                ours[name] = torch.cat([qkv[0], qkv[1], qkv[2]])
+        return ours
 
     def from_timm(self, ours: Mapping[str, Tensor]) -> State:
-        """The exact inverse of `to_timm`; tensors that are in no pair keep their name."""
+        """Rename from timm's names and split q, k, v: the exact inverse of `to_timm`."""
         back = tuple((b, a) for a, b in self.pairs)
-        found: State = {}
+        theirs: State = {}
         for key, value in ours.items():
             if self.qkv and _match(self.fused, key):
                 for prefix, rows in zip(self.qkv, value.chunk(3), strict=True):
-                    found[_renamed(key, ((self.fused, prefix),))] = rows.contiguous()
+                    theirs[_renamed(key, ((self.fused, prefix),))] = rows.contiguous()
             else:
-                found[_renamed(key, back)] = value
-        return found
+                theirs[_renamed(key, back)] = value
+        return theirs
 
 
 def _match(prefix: str, key: str) -> re.Match[str] | None:
@@ -160,7 +160,7 @@ HF_DINOV3 = Format(  # DINOv3ViTModel; timm's Eva keeps the biases of q and v ap
     _HF_DINOV3_QKV,
     "blocks.N.attn.qkv.weight",
 )
-HF_DINOV3_GATED = Format(  # the same with SwiGLU
+HF_DINOV3_GATED = Format(  # DINOv3ViTModel with SwiGLU
     "Hugging Face DINOv3",
     "layer.0.mlp.gate_proj.weight",
     (
@@ -221,9 +221,9 @@ FORMATS = (HF_VIT, HF5_VIT, HF5_DINOV2, HF_DINOV2, HF_DINOV3_GATED, HF_DINOV3, H
 
 
 def detect(state: Mapping[str, Tensor]) -> tuple[Format, str] | None:
-    """The format of a checkpoint and the prefix its backbone has there ("teacher.backbone.", "vit.", ...).
+    """Return the format of a checkpoint and the prefix of its backbone ("teacher.backbone.", "vit.", ...).
 
-    Of several, the teacher's comes before the student's, then the shortest.
+    Of several prefixes the teacher's comes before the student's, then the shortest. None: no known format.
     """
     for style in FORMATS:
         prefixes = [
@@ -235,15 +235,15 @@ def detect(state: Mapping[str, Tensor]) -> tuple[Format, str] | None:
 
 
 def dinov2_names(ours: Mapping[str, Tensor], *, packed: bool) -> State:
-    """Meta's names for a timm state dict, as timm's `_convert_dinov2` reads them back bit for bit.
+    """Return a timm state dict under Meta's names, which timm's `_convert_dinov2` reads back bit for bit.
 
     packed: the MLP is a packed SwiGLU, whose matrices Meta calls w12 and w3. With registers timm has added the class
     token's position to the token and gives it none; here it gets a position of zeros.
     """
     pairs = (("blocks.N.mlp.fc1.", "blocks.N.mlp.w12."), ("blocks.N.mlp.fc2.", "blocks.N.mlp.w3.")) if packed else ()
-    found = {_renamed(key, pairs): value for key, value in ours.items()}
-    found["mask_token"] = torch.zeros_like(ours["cls_token"])[0]
-    if "reg_token" in found:
-        found["register_tokens"] = found.pop("reg_token")
-        found["pos_embed"] = torch.cat([torch.zeros_like(ours["cls_token"]), found["pos_embed"]], 1)
-    return found
+    theirs = {_renamed(key, pairs): value for key, value in ours.items()}
+    theirs["mask_token"] = torch.zeros_like(ours["cls_token"])[0]
+    if "reg_token" in theirs:
+        theirs["register_tokens"] = theirs.pop("reg_token")
+        theirs["pos_embed"] = torch.cat([torch.zeros_like(ours["cls_token"]), theirs["pos_embed"]], 1)
+    return theirs
