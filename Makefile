@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 # tests are many and small: on a busy machine two OpenMP threads spend their time waiting for each other
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 STAMP  := $(VENV)/.installed
+CODE   := upstep_fast kernels bench
 
 .DEFAULT_GOAL := help
 .PHONY: help install gpu-install demo test test-interp test-aot test-gpu sanitize long check format bench bench-gpu bench-compare figures docs clean
@@ -55,11 +56,13 @@ long: install    ## the long forms of the tests (hours)
 	$(PYTEST) -m "long and not gpu and not interp"
 	TRITON_INTERPRET=1 $(PYTEST) -m "interp and long"
 
-check: install   ## format, lint, types, layers
+check: install   ## format, lint, types, layers, lengths
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/lizard --length 40 --CCN 1000 --warnings_only $(CODE)
+	! find $(CODE) -name '*.py' | xargs wc -l | awk '$$1 > 300 && $$2 != "total" {print $$2 ": " $$1 " lines, at most 300"}' | grep .
 
 format: install  ## apply the formatter and the safe fixes
 	$(BIN)/ruff format .
