@@ -8,11 +8,11 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
-from html import escape
 
 import numpy as np
 import pytest
 import torch
+from markupsafe import escape
 from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
@@ -54,7 +54,7 @@ def test_the_projection_does_not_depend_on_the_sign_that_svd_chose():
 def test_features_without_two_directions_have_points(x):
     points = projection.principal(x)
     assert points.shape == (len(x), 2) and points.isfinite().all()
-    assert "nan" not in projection.plot(points.tolist(), points.tolist(), ["n"] * len(x), escape)
+    assert "nan" not in projection.plot(points.tolist(), points.tolist(), ["n"] * len(x))
 
 
 def test_neighbours_are_scikit_learns():
@@ -86,7 +86,7 @@ def test_a_thumbnail_is_the_image_made_small():
 
 def test_a_dot_stands_where_its_point_is_and_keeps_its_colour():
     points = [[0.0, 0.0], [1.0, 2.0], [4.0, 1.0]]
-    svg = projection.plot(points, [[3.0, 0], [2.0, 0], [1.0, 0]], ["a", "<b>", "c"], escape)
+    svg = projection.plot(points, [[3.0, 0], [2.0, 0], [1.0, 0]], ["a", "<b>", "c"])
     dots = re.findall(r'class="dot c(\d)" cx="([\d.]+)" cy="([\d.]+)"', svg)
     x, y = ([float(d[i]) for d in dots] for i in (1, 2))
     assert x[0] < x[1] < x[2] and x[1] - x[0] == pytest.approx((x[2] - x[0]) / 4, abs=0.1)
@@ -106,13 +106,13 @@ def test_bars_and_their_errors_have_their_lengths():
 
 def test_the_time_of_the_steps_is_split(tmp_path):
     folder = a_run(tmp_path)
-    shares = run_record.split(run_record.read_record(folder))
+    shares = run_record.time_shares(run_record.read_record(folder))
     assert shares == pytest.approx({"data": 0.1, "forward": 0.2, "backward": 0.6, "gaps": 0.1})
     widths = [float(w) for w in re.findall(r'width="([\d.]+)" height="24"', charts.share_bar(list(shares.items())))]
     assert [w / sum(widths) for w in widths] == pytest.approx(list(shares.values()), abs=1e-3)
     # runs of versions that did not measure it
     old = [{k: v for k, v in row.items() if k not in ("forward_s", "backward_s", "other_s")} for row in ROWS]
-    assert run_record.split(run_record.read_record(a_run(tmp_path / "old", old))) == {}
+    assert run_record.time_shares(run_record.read_record(a_run(tmp_path / "old", old))) == {}
 
 
 def a_run(folder, rows=ROWS):
@@ -137,7 +137,7 @@ def finished(model, photos, tmp_path_factory):
 
 
 def test_a_run_has_its_pictures(finished):
-    found = pictures.read(finished / "out")
+    found = pictures.read_panels(finished / "out")
     # 24 photographs; triage left the copy and the blank one out
     assert found is not None and len(found.names) == 24 and len(found.queries) == 8
     assert found.points["before"] != found.points["after"]
@@ -158,7 +158,7 @@ def test_the_page_is_made_again_without_model_and_images(finished, tmp_path):
         return re.sub("<title>.*?</title>", "", page)
 
     assert but_for_the_folder(before) == but_for_the_folder(after)
-    for title in ("Nearest neighbours", "The images in the features", "Where the time went", "Skipped and odd images"):
+    for title in ("Nearest neighbors", "Images in feature space", "Where the time went", "Skipped images"):
         assert f"<h2>{title}" in after
     assert after.count('class="hover"') == 2 * 24 and "copy" in after and len(after) < 3e6
 
@@ -172,10 +172,10 @@ def test_a_second_look_finds_the_same(finished, monkeypatch):
     values = read_toml(finished / "out" / "config.toml", AdaptConfig)
     config = AdaptConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     source, compute = open_source(config.data), resolve("cpu", "fp32")
-    looks = [pictures.look(config, compute, source, finished / "out") for _ in range(2)]
-    assert looks[0] == looks[1] and looks[0].odd == pictures.read(finished / "out").odd
+    looks = [pictures.compute_panels(config, compute, source, finished / "out") for _ in range(2)]
+    assert looks[0] == looks[1] and looks[0].odd == pictures.read_panels(finished / "out").odd
     # what goes wrong is said and ends nothing
-    monkeypatch.setattr(pictures, "look", lambda *a: 1 / 0)
+    monkeypatch.setattr(pictures, "compute_panels", lambda *a, **k: 1 / 0)
     pictures.collect(config, compute, source, finished / "out")
 
 
@@ -183,14 +183,14 @@ def test_no_pictures_on_request(model, photos, tmp_path):
     options = dict(model=model, data=photos, out=tmp_path, steps=2, batch_size=8, prototypes=8, precision="fp32")
     upstep_fast.adapt(**options, device="cpu", report_images=False)
     assert not (tmp_path / pictures.NAME).exists()
-    assert "Nearest neighbours" not in (tmp_path / "report.html").read_text()
+    assert "Nearest neighbors" not in (tmp_path / "report.html").read_text()
 
 
 def good():
     thumb = pictures.thumbnail(torch.zeros(3, 8, 8, dtype=torch.uint8))
     near = {"before": [[1]], "after": [[0]]}
     points = {"before": [[0.0, 1.0], [2.0, 1.0]], "after": [[0.0, 1.0], [2.0, 1.0]]}
-    return pictures.Pictures(["a", "b"], [thumb, thumb], points, [0], near, {"a": thumb})
+    return pictures.ImagePanels(["a", "b"], [thumb, thumb], points, [0], near, {"a": thumb})
 
 
 @pytest.mark.parametrize(
@@ -211,11 +211,11 @@ def good():
 )
 def test_a_broken_file_is_no_pictures(tmp_path, wrong):
     (tmp_path / pictures.NAME).write_text(json.dumps(vars(good())))
-    assert pictures.read(tmp_path) == good()
+    assert pictures.read_panels(tmp_path) == good()
     (tmp_path / pictures.NAME).write_text(json.dumps(vars(replace(good(), **wrong))))
-    assert pictures.read(tmp_path) is None
+    assert pictures.read_panels(tmp_path) is None
     (tmp_path / pictures.NAME).write_text("[1, 2")
-    assert pictures.read(tmp_path) is None and pictures.read(tmp_path / "none") is None
+    assert pictures.read_panels(tmp_path) is None and pictures.read_panels(tmp_path / "none") is None
 
 
 def test_names_of_strangers_are_text(tmp_path):
@@ -225,7 +225,7 @@ def test_names_of_strangers_are_text(tmp_path):
     (folder / pictures.NAME).write_text(json.dumps(vars(found)))
     write_skipped(folder / "skipped.csv", [(bad, bad)])
     page = html_report.write(folder).read_text()
-    assert "<script" not in page and escape(bad, quote=True) in page
+    assert "<script" not in page and str(escape(bad)) in page
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)[1]
     assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 

@@ -23,7 +23,7 @@ from upstep_fast.config.files import to_toml
 from upstep_fast.config.tools import ExportConfig, ReportConfig
 from upstep_fast.data.loading.skipped import write_skipped
 from upstep_fast.errors import ConfigError, Interrupted
-from upstep_fast.report import charts, logs
+from upstep_fast.report import accuracy, charts, logs
 from upstep_fast.report import metrics as report
 from upstep_fast.report import page as html_report
 from upstep_fast.report.charts import Line
@@ -142,7 +142,7 @@ def test_shows_the_numbers_of_metrics_jsonl(tmp_path):
     assert tiles["steps"] == "40 of 40" and tiles["steps with an update"] == "30" and tiles["images seen"] == "400"
     ends = [float(v) for v in tiles["loss, first and last"].split(" → ")]
     assert ends == pytest.approx([rows[0]["loss"], rows[38]["loss"]], rel=1e-3)
-    ends = [float(v) for v in tiles["centre, first and last"].split(" → ")]
+    ends = [float(v) for v in tiles["center length, first and last"].split(" → ")]
     assert ends == pytest.approx([rows[0]["center"], rows[39]["center"]], rel=1e-3)
     assert float(tiles["images/s, median"]) == pytest.approx(119.5, rel=1e-3)
     seconds = sum(10 / r["images_per_s"] for r in rows)
@@ -231,7 +231,7 @@ def test_accuracies_have_their_binomial_errors(tmp_path):
     assert ["base", "50.0 ± 2.5", "50.0 ± 2.5", "80.0 ± 2.0", "81.0 ± 2.0", "47.1", "46.9"] in page.rows
     assert ["adapted", "90.0 ± 1.5", "80.0 ± 2.0", "100.0 ± 0.0", "90.0 ± 1.5", "46.0", "45.0"] in page.rows
     assert ["ensemble", "75.0 ± 2.2", "85.0 ± 1.8", "85.0 ± 1.8", "75.0 ± 2.2", "47.3", "47.0"] in page.rows
-    assert html_report.standard_error(50, 400) == 2.5
+    assert accuracy.standard_error(50, 400) == 2.5
 
 
 def test_commands_shown_are_commands(tmp_path, monkeypatch, capsys):

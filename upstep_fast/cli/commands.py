@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -128,6 +128,7 @@ def _config(name: str, module: str = "tools") -> Callable[[], type]:
 
 def _adapt(config: Any) -> None:
     from upstep_fast.report.next_steps import embed_command
+    from upstep_fast.report.run_record import read_config
     from upstep_fast.runtime.distributed import is_first
     from upstep_fast.train.adapt import run
 
@@ -137,7 +138,7 @@ def _adapt(config: Any) -> None:
     print(
         f"adapter: {result.adapter}  ({result.steps} steps, {result.opened} with an update, {result.seconds:,.0f} s)\n"
         f"report: {out / 'report.html'}\n"
-        f"next: {embed_command(asdict(config), out)}"
+        f"next: {embed_command(read_config(out), out)}"
     )
 
 

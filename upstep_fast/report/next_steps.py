@@ -1,4 +1,4 @@
-"""What a user may do after a run: commands to copy, and what its figures suggest."""
+"""Suggestions after a run: commands to copy, and hints from its metrics."""
 
 from __future__ import annotations
 
@@ -9,37 +9,39 @@ from pathlib import Path
 from typing import Any
 
 from upstep_fast.config.base import BackboneConfig
-from upstep_fast.report.run_record import Record, number, summary
+from upstep_fast.report.run_record import Record, bad_steps, number, updates, waiting_share
+
+MAX_WAITING = 0.2  # share of the time
 
 
 def next_steps(record: Record) -> list[tuple[str, str]]:
-    """What may be done now: (why, command or nothing)."""
+    """Return what the user can do next, as (reason, command); the command is empty for a hint."""
     out, done, steps = record.folder, len(record.rows), record.steps
     if steps and done < steps:
         command = ["upstep-fast", "adapt", "--config", str(out / "config.toml"), "--resume"]
-        return [(f"The run stopped after {done:,} of {steps:,} steps. Go on:", shlex.join(command)), *_hints(record)]
+        return [(f"The run stopped after {done:,} of {steps:,} steps. Continue:", shlex.join(command)), *_hints(record)]
     model, adapter, scores = _model(record.config), ["--adapter", str(out / "adapter")], str(out / "eval.json")
     found = []
     if record.scores is None:
-        why = "Measure it, if you have labelled images as train/CLASS/… and test/CLASS/…:"
-        command = ["upstep-fast", "eval", *model, "--data", "LABELLED_FOLDER", *adapter, "--json", scores]
-        found.append((why, f"{shlex.join(command)}\n{shlex.join(['upstep-fast', 'report', str(out)])}"))
+        reason = "Measure the accuracy, if you have labeled images as train/CLASS/… and test/CLASS/…:"
+        command = ["upstep-fast", "eval", *model, "--data", "LABELED_FOLDER", *adapter, "--json", scores]
+        found.append((reason, f"{shlex.join(command)}\n{shlex.join(['upstep-fast', 'report', str(out)])}"))
     export = ["upstep-fast", "export", *model, *adapter, "--format", "timm", "--out", str(out / "exported")]
-    found.append(("Features of your images:", embed_command(record.config, out)))
-    found.append(("The adapted model for timm:", shlex.join(export)))
+    found.append(("Write the features of your images:", embed_command(record.config, out)))
+    found.append(("Export the adapted model for timm:", shlex.join(export)))
     return found + _hints(record)
 
 
 def embed_command(config: Mapping[str, Any], out: Path) -> str:
-    """The command that writes the features of a run's images; config: that run's, `out`: its folder."""
+    """Return the command that writes the features of a run's images. config: as read from out/config.toml."""
     data = config.get("data")
     paths = [str(path) for path in data] if isinstance(data, (list, tuple)) else []
-    where = ["--data", *paths, "--adapter", str(out / "adapter"), "--out", str(out / "features.npy")]
-    return shlex.join(["upstep-fast", "embed", *_model(config), *where])
+    arguments = ["--data", *paths, "--adapter", str(out / "adapter"), "--out", str(out / "features.npy")]
+    return shlex.join(["upstep-fast", "embed", *_model(config), *arguments])
 
 
 def _model(config: Mapping[str, Any]) -> list[str]:
-    # the flags that name the same model to another command
+    # the flags that select the model of this run in another command
     flags: list[str] = []
     for field in dataclasses.fields(BackboneConfig):
         value = config.get(field.name)
@@ -50,23 +52,23 @@ def _model(config: Mapping[str, Any]) -> list[str]:
 
 
 def _hints(record: Record) -> list[tuple[str, str]]:
-    found = []
-    values = summary(record)
-    waiting = float(values.get("time waiting for images", "0").split()[0])
-    if waiting > 20:
-        why = f"The device waited for images {waiting:.0f} % of the time: raise --num-workers, or store smaller images."
-        found.append((why, ""))
-    if record.rows and values["steps with an update"] == "0":
-        found.append(("No step made an update: the gate was never open. Try --gate none.", ""))
-    if "steps not applied (not finite)" in values:
-        found.append(("Some steps were not finite: lower --lr or use --precision fp32.", ""))
+    hints = []
+    share = waiting_share(record)
+    if share is not None and share > MAX_WAITING:
+        hints.append(
+            f"The device waited for images {100 * share:.0f} % of the time: raise --num-workers or use smaller files."
+        )
+    if record.rows and not updates(record):
+        hints.append("No step made an update: the gate skipped every step. Try --gate none.")
+    if bad_steps(record):
+        hints.append("Some steps were not finite: lower --lr or use --precision fp32.")
     base, adapted = (_knn(record, kind) for kind in ("base", "adapted"))
     if base is not None and adapted is not None and adapted < base:
-        why = (
-            f"The adapted features are worse ({adapted:.1f} against {base:.1f} % k-NN): use the ensemble, a lower --lr"
+        hints.append(
+            f"The adapted features are worse than the base model's (k-NN accuracy {base:.1f} -> {adapted:.1f} %): "
+            "use the ensemble, a lower --lr or fewer --steps."
         )
-        found.append((f"{why} or fewer --steps.", ""))
-    return found
+    return [(hint, "") for hint in hints]
 
 
 def _knn(record: Record, kind: str) -> float | None:

@@ -1,4 +1,4 @@
-"""What a run left in its folder, read back: nothing in it is trusted, and what is missing is missing."""
+"""The files of a run, read from its folder. Their content is not trusted; missing or damaged files are left out."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from upstep_fast.errors import ConfigError
-from upstep_fast.report.image_panels import Pictures
-from upstep_fast.report.image_panels import read as read_pictures
+from upstep_fast.report.image_panels import ImagePanels, read_panels
 from upstep_fast.runtime.checkpoint import MANIFEST
 from upstep_fast.runtime.run_folder import CHECKPOINTS, CONFIG
 
@@ -29,32 +28,27 @@ class Record:
     scores: dict[str, Any] | None  # eval.json
     environment: dict[str, Any]  # versions and device, from the newest checkpoint
     messages: list[str]  # train.log's warnings and errors
-    pictures: Pictures | None = None  # pictures.json
+    panels: ImagePanels | None = None  # pictures.json
 
     @property
     def steps(self) -> int | None:
-        """How many steps the run was to take."""
+        """The number of steps that the run is configured for."""
         value = self.config.get("steps")
         return value if isinstance(value, int) else None
 
     def column(self, name: str) -> list[float | None]:
-        """A number of every step; None where there is none."""
+        """Return the values of a metric, one per step; None where a row has no finite number."""
         return [number(row.get(name)) for row in self.rows]
 
     def step_seconds(self) -> list[float | None]:
-        """Seconds of every step, the wait for images included."""
+        """Return the seconds of each step, including the wait for images; None where unknown."""
         batch = number(self.config.get("batch_size"))
         return [batch / rate if batch and rate else None for rate in self.column("images_per_s")]
 
 
 def read_record(folder: Path) -> Record:
-    """The run in `folder`. Raises ConfigError if it holds none."""
-    try:
-        config = tomllib.loads((folder / CONFIG).read_text(encoding="utf-8", errors="replace"))
-    except OSError as error:
-        raise ConfigError(f"report: {folder} holds no run of upstep-fast ({CONFIG}: {error.strerror})") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"report: {folder / CONFIG} is not valid TOML: {error}") from error
+    """Return the run in `folder`. Raises ConfigError if the folder holds no run."""
+    config = read_config(folder)
     rows = [row for line in _lines(folder / "metrics.jsonl") if isinstance(row := _json(line), dict)]
     scores = _json("\n".join(_lines(folder / "eval.json")))
     levels = ("WARNING", "ERROR", "CRITICAL")
@@ -65,40 +59,62 @@ def read_record(folder: Path) -> Record:
         skipped=_skipped(folder / "skipped.csv"),
         scores=scores if isinstance(scores, dict) else None,
         environment=_environment(folder / CHECKPOINTS),
-        pictures=read_pictures(folder),
+        panels=read_panels(folder),
         messages=[line for line in _lines(folder / "train.log") if any(f" {level} " in line[:40] for level in levels)],
     )
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return folder/config.toml as a dictionary. Raises ConfigError if the folder holds no run."""
+    try:
+        return tomllib.loads((folder / CONFIG).read_text(encoding="utf-8", errors="replace"))
+    except OSError as error:
+        raise ConfigError(f"report: {folder} holds no run of upstep-fast ({CONFIG}: {error.strerror})") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"report: {folder / CONFIG} is not valid TOML: {error}") from error
+
+
 def summary(record: Record) -> dict[str, str]:
-    """What a run came to, label -> text; the numbers are those of metrics.jsonl."""
+    """Return the outcome of a run as label -> text; the numbers are those of metrics.jsonl."""
     rows, batch = record.rows, number(record.config.get("batch_size"))
-    losses = [v for v in record.column("loss") if v is not None]
-    centres = [v for v in record.column("center") if v is not None]
-    rates = [v for v in record.column("images_per_s") if v is not None]
-    waits = [
-        (wait, seconds)
-        for wait, seconds in zip(record.column("data_wait"), record.step_seconds(), strict=True)
-        if wait is not None and seconds is not None
-    ]
-    found = {"steps": f"{len(rows):,}" + (f" of {record.steps:,}" if record.steps else "")}
-    found["steps with an update"] = f"{sum(row.get('open') is True for row in rows):,}"
+    found = {
+        "steps": f"{len(rows):,}" + (f" of {record.steps:,}" if record.steps else ""),
+        "steps with an update": f"{updates(record):,}",
+    }
     if batch:
         found["images seen"] = f"{len(rows) * batch:,.0f}"
-    if losses:
-        found["loss, first and last"] = f"{losses[0]:.4g} → {losses[-1]:.4g}"
-    if centres:
-        found["centre, first and last"] = f"{centres[0]:.4g} → {centres[-1]:.4g}"
-    if rates:
-        found["images/s, median"] = f"{statistics.median(rates):,.4g}"
-    if waits and (total := sum(seconds for _, seconds in waits)):
-        found["time waiting for images"] = f"{100 * sum(wait for wait, _ in waits) / total:.1f} %"
-    bad = sum(row.get("bad") is not None for row in rows)
+    for label, name in (("loss", "loss"), ("center length", "center")):
+        if values := [v for v in record.column(name) if v is not None]:
+            found[f"{label}, first and last"] = f"{values[0]:.4g} → {values[-1]:.4g}"
+    if rates := [v for v in record.column("images_per_s") if v is not None]:
+        rate = statistics.median(rates)
+        found["images/s, median"] = f"{rate:,.0f}" if rate >= 1000 else f"{rate:.4g}"
+    if (share := waiting_share(record)) is not None:
+        found["time waiting for images"] = f"{100 * share:.1f} %"
+    bad = bad_steps(record)
     return found | ({"steps not applied (not finite)": f"{bad:,}"} if bad else {})
 
 
-def split(record: Record) -> dict[str, float]:
-    """Where the steps' time went, as parts of 1: waiting for data, forward, backward, and what lies between them."""
+def updates(record: Record) -> int:
+    """Return the number of steps that the gate let update the adapter."""
+    return sum(row.get("open") is True for row in record.rows)
+
+
+def bad_steps(record: Record) -> int:
+    """Return the number of steps whose update was not applied because a value was not finite."""
+    return sum(row.get("bad") is not None for row in record.rows)
+
+
+def waiting_share(record: Record) -> float | None:
+    """Return the share of the steps' time spent waiting for images; None if it was not measured."""
+    waits = zip(record.column("data_wait"), record.step_seconds(), strict=True)
+    measured = [(wait, seconds) for wait, seconds in waits if wait is not None and seconds is not None]
+    total = sum(seconds for _, seconds in measured)
+    return sum(wait for wait, _ in measured) / total if total else None
+
+
+def time_shares(record: Record) -> dict[str, float]:
+    """Return the shares of the steps' time: data (waiting), forward, backward, gaps; {} if they were not measured."""
     columns = {"data": "data_wait", "forward": "forward_s", "backward": "backward_s", "gaps": "other_s"}
     sums = {label: sum(max(0.0, v) for v in record.column(name) if v is not None) for label, name in columns.items()}
     total = sum(sums.values())
@@ -107,7 +123,7 @@ def split(record: Record) -> dict[str, float]:
 
 
 def number(value: Any) -> float | None:
-    """`value` if it is a finite number, else None."""
+    """Return `value` if it is a finite number, else None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
@@ -133,7 +149,7 @@ def _environment(checkpoints: Path) -> dict[str, Any]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        # not splitlines: a name may hold one of the odd characters that it takes for the end of a line
+        # not splitlines: a file name may contain one of the other characters that it splits at
         return path.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError:
         return []
