@@ -23,6 +23,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from upstep_fast.config.explora import Dinov2Config
+from upstep_fast.config.flat import from_flat
 from upstep_fast.data.loading.loader import Batch
 from upstep_fast.methods.gate import GateRule
 from upstep_fast.model import backbone as backbones
@@ -69,7 +70,8 @@ def main() -> None:
             for module in backbone.vit.modules():
                 if hasattr(module, "fused_attn"):
                     module.fused_attn = False
-        config = Dinov2Config(
+        config = from_flat(
+Dinov2Config,
             args.model, ("none",), out="none", steps=1000, batch_size=args.batch_size, lora_r=64, prototypes=4096,
             implementation="auto" if name == "ours" else "reference", gate="none",
         )  # fmt: skip

@@ -25,6 +25,7 @@ from torch import nn
 
 from upstep_fast.cli import benchmark
 from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.flat import from_flat
 from upstep_fast.config.tools import BenchConfig
 from upstep_fast.model import backbone
 from upstep_fast.runtime import machine, timing
@@ -90,7 +91,8 @@ def step_rows(options: dict[str, Any], skipped: float, compute: Compute, runs: i
     """Whole steps of UpStep, views given: embeddings, gate, loss, backward, update; both sides open the same steps."""
     tasks = {}
     for name, implementation in (("reference", "reference"), ("engine", "auto")):
-        config = AdaptConfig(
+        config = from_flat(
+            AdaptConfig,
             **options | {"batch_size": options["batch_size"] // 2},
             data=("none",),
             out="none",
@@ -102,7 +104,7 @@ def step_rows(options: dict[str, Any], skipped: float, compute: Compute, runs: i
         )
         loaded = backbone.load(options["model"], img_size=options["img_size"], pretrained=False)
         state = fresh_state(config, compute, loaded)
-        views = torch.randn(2, config.batch_size, 3, *loaded.img_size, device=compute.device)
+        views = torch.randn(2, config.optimization.batch_size, 3, *loaded.img_size, device=compute.device)
         tasks[name] = partial(_steps, state, views, trainer.gate_rule(config), config, compute)
     times = timing.alternate(tasks, compute.device, runs=runs)
     rows = []

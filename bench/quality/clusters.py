@@ -11,7 +11,6 @@ Sinkhorn's balance.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor
 from upstep_fast import methods
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.files import from_options, read_toml
+from upstep_fast.config.flat import replace_flat
 from upstep_fast.data.loading.loader import load_images
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.model import backbone as backbones
@@ -55,7 +55,7 @@ def nmi(assigned: Tensor, labels: Tensor) -> float:
 def history(run: Path, data: str) -> list[dict[str, Any]]:
     """Return a row per checkpoint of `run`: step, purity, nmi, stability (None at first), on `data`'s test part."""
     config = from_options(AdaptConfig, read_toml(run / "config.toml", AdaptConfig), "adapt")
-    compute = resolve(config.device, config.precision)
+    compute = resolve(config.runtime.device, config.runtime.precision)
     source = open_source(data, split="test")
     classes = {name: i for i, name in enumerate(sorted(set(source.labels or ())))}
     rows: list[dict[str, Any]] = []
@@ -63,8 +63,8 @@ def history(run: Path, data: str) -> list[dict[str, Any]]:
     for path in sorted((run / "checkpoints").glob("step-*")):
         found = checkpoint.load(path)
         state = safetensors.torch.load(found.files[STATE])
-        base = backbones.load_from(config)
-        method: Any = methods.build(base, replace(config, prototypes=len(state["method.prototypes"])))
+        base = backbones.load_from(config.model)
+        method: Any = methods.build(base, replace_flat(config, prototypes=len(state["method.prototypes"])))
         for name, tensor in method.state_tensors().items():
             tensor.copy_(state[f"method.{name}"])
         method.to(compute.device)

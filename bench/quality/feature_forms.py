@@ -22,6 +22,7 @@ from study_scores import SOURCE_K, SPLITS, knn_percent, labels_of
 from torch import Tensor
 
 from upstep_fast.config.evaluate import EvalConfig
+from upstep_fast.config.flat import from_flat
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.evaluation import whitening
 from upstep_fast.evaluation.features import extract, load_models
@@ -69,8 +70,10 @@ def measure(job: Any, work: Path) -> dict[str, Any]:
     what they are changes of, "base_knn" and "base_source" in percent.
     """
     data = str(study.selection(job.data, work))
-    config = EvalConfig(model=job.model, data=(data,), adapter=str(work / job.key / "adapter"), num_workers=1)
-    compute, models = resolve(config.device, config.precision), load_models(config)
+    config = from_flat(
+        EvalConfig, model=job.model, data=(data,), adapter=str(work / job.key / "adapter"), num_workers=1
+    )
+    compute, models = resolve(config.runtime.device, config.runtime.precision), load_models(config)
     sets = {"knn": (data, job.k), "source": (job.source, SOURCE_K)}
     x = {
         what: [extract(open_source(path, split=split), models, config, compute)[0] for split in SPLITS]

@@ -100,12 +100,10 @@ def read_grid(path: Path) -> list[Job]:
 
 def _configs(grid: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     from upstep_fast.config.adapt import AdaptConfig
-    from upstep_fast.config.files import known_field
+    from upstep_fast.config.files import known_flag
 
     for name, own in grid["configs"].items():
-        options = {
-            known_field(key, AdaptConfig, f"config {name}"): v for key, v in (grid.get("base", {}) | own).items()
-        }
+        options = {known_flag(key, AdaptConfig, f"config {name}"): v for key, v in (grid.get("base", {}) | own).items()}
         swept = {
             key: values
             for key, values in options.items()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.evaluate import EvalConfig
 from upstep_fast.config.files import read_toml
+from upstep_fast.config.flat import from_flat
 from upstep_fast.data.loading.loader import Loader
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.data.views.view_config import view_config
@@ -105,9 +106,9 @@ def scores(job: Job, data: str, adapter: Path, work: Path, by_depth: bool = Fals
     "n_queries"}; source and dense only where they are measured. Whitened: with whitened features beside the others,
     fitted to the bank. "source" has the paired standard error of each change too, "adapted_se" and so on.
     """
-    config = EvalConfig(model=job.model, data=(data,), num_workers=1)
-    compute = resolve(config.device, config.precision)
-    base = backbones.load_from(config)
+    config = from_flat(EvalConfig, model=job.model, data=(data,), num_workers=1)
+    compute = resolve(config.runtime.device, config.runtime.precision)
+    base = backbones.load_from(config.model)
     base.vit.to(compute.device)
     views = held_out_views(data, base, compute)
     base_views = view_features(base, views, compute)
@@ -138,7 +139,7 @@ def scores(job: Job, data: str, adapter: Path, work: Path, by_depth: bool = Fals
     if composites is not None:
         result["base"]["dense"] = dense.dense_score(base, *composites)
     for name, variant in variants(job, len(base.vit.blocks), by_depth).items():
-        adapted = backbones.load_from(config)
+        adapted = backbones.load_from(config.model)
         peft_format.attach(adapted.vit, adapter)
         between(base.vit, lora.merge(adapted.vit), variant.strength)
         adapted.vit.to(compute.device)

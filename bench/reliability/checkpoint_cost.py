@@ -22,6 +22,7 @@ import torch
 
 from upstep_fast.cli import demo
 from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.flat import from_flat
 from upstep_fast.model import backbone
 from upstep_fast.runtime import checkpoint
 from upstep_fast.runtime.device import Compute, resolve
@@ -55,15 +56,17 @@ def whole_run(steps: int) -> dict[str, Any]:
     model, data = demo.assets()
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "out")
-        config = AdaptConfig(model=model, data=(data,), out=out, steps=steps, batch_size=8, report_images=False)
+        config = from_flat(
+            AdaptConfig, model=model, data=(data,), out=out, steps=steps, batch_size=8, report_images=False
+        )
         result = adapt.run(config)
         newest = max((Path(out) / "checkpoints").glob("step-*"))
         size = sum(path.stat().st_size for path in newest.iterdir())
     return {
         "model": "base_tiny",
         "steps": steps,
-        "batch_size": config.batch_size,
-        "checkpoint_every": config.checkpoint_every,
+        "batch_size": config.optimization.batch_size,
+        "checkpoint_every": config.checkpoints.every,
         "saves": len(held),
         "bytes": size,
         "run_seconds": result.seconds,
@@ -76,7 +79,7 @@ def whole_run(steps: int) -> dict[str, Any]:
 
 def one_save(name: str, saves: int = 7) -> dict[str, Any]:
     """Save of a larger model's state, its moments included."""
-    config = AdaptConfig(model=name, data=("-",), out="-", steps=1)
+    config = from_flat(AdaptConfig, model=name, data=("-",), out="-", steps=1)
     compute = resolve("cpu", "fp32")
     state = fresh(config, compute, name)
     identity = resume.Identity({}, {}, {}, {})

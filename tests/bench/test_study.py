@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from scipy.stats import spearmanr
 
+from upstep_fast.config.flat import from_flat
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.evaluation import whitening
 
@@ -233,7 +234,7 @@ def test_the_grids_that_are_shipped_are_valid(bench, shared, name, monkeypatch):
     jobs = bench("study").read_grid(BENCH / "quality" / name)
     for job in jobs:
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in job.options.items()}
-        AdaptConfig(model=job.model, data=(job.data,), out="", seed=job.seed, **options)
+        from_flat(AdaptConfig, model=job.model, data=(job.data,), out="", seed=job.seed, **options)
     assert len({job.key for job in jobs}) == len(jobs)
 
 

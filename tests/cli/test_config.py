@@ -1,6 +1,5 @@
 """The configuration: every field checked, files and flags agree, mistakes named."""
 
-import dataclasses
 import re
 import tomllib
 
@@ -10,6 +9,7 @@ from upstep_fast.cli.parse import parse
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.evaluate import EmbedConfig, EvalConfig
 from upstep_fast.config.files import read_toml, to_toml
+from upstep_fast.config.flat import from_flat, paths
 from upstep_fast.errors import ConfigError
 
 BASE = dict(model="m", data=("d",), out="o")
@@ -48,27 +48,27 @@ BASE = dict(model="m", data=("d",), out="o")
 )
 def test_a_bad_value_is_refused_by_its_name(field, value):
     with pytest.raises(ConfigError, match=rf"^{field}: .*") as error:
-        AdaptConfig(**{**BASE, field: value})
+        from_flat(AdaptConfig, **{**BASE, field: value})
     assert "\n" not in str(error.value)
 
 
 def test_fields_that_exclude_one_another():
     with pytest.raises(ConfigError, match="steps and epochs"):
-        AdaptConfig(**BASE, steps=5, epochs=1.0)
+        from_flat(AdaptConfig, **BASE, steps=5, epochs=1.0)
     with pytest.raises(ConfigError, match="views"):
-        AdaptConfig(**BASE, layout="asymmetric", gate="views")
+        from_flat(AdaptConfig, **BASE, layout="asymmetric", gate="views")
     with pytest.raises(ConfigError, match="crop_min"):
-        AdaptConfig(**BASE, crop_min=0.9, crop_max=0.5)
+        from_flat(AdaptConfig, **BASE, crop_min=0.9, crop_max=0.5)
     with pytest.raises(ConfigError, match="ensemble"):
-        EmbedConfig(model="m", data=("d",), out="f.npy", ensemble=True)
+        from_flat(EmbedConfig, model="m", data=("d",), out="f.npy", ensemble=True)
 
 
 def test_toml_round_trip(tmp_path):
-    config = AdaptConfig(**BASE, steps=7, lora_targets=("q", "v"), cvr="off", overwrite=True, crop_min=0.1)
+    config = from_flat(AdaptConfig, **BASE, steps=7, lora_targets=("q", "v"), cvr="off", overwrite=True, crop_min=0.1)
     (tmp_path / "c.toml").write_text(to_toml(config))
     again = parse(AdaptConfig, ["--config", str(tmp_path / "c.toml")], "upstep-fast adapt")
     assert again == config
-    assert tomllib.loads(to_toml(config))["lora_targets"] == ["q", "v"]
+    assert tomllib.loads(to_toml(config))["lora"]["targets"] == ["q", "v"]
 
 
 def test_flags_override_the_file(tmp_path):
@@ -76,7 +76,7 @@ def test_flags_override_the_file(tmp_path):
     config = parse(
         AdaptConfig, ["--config", str(tmp_path / "c.toml"), "--lr", "0.2", "--data", "c"], "upstep-fast adapt"
     )
-    assert (config.lora_r, config.lr, config.data) == (4, 0.2, ("c",))
+    assert (config.lora.r, config.optimization.lr, config.data.paths) == (4, 0.2, ("c",))
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_every_field_has_a_line_of_help(capsys):
             parse(config, ["--help"], "upstep-fast")
         assert stop.value.code == 0
         text = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
-        for field in dataclasses.fields(config):
-            flag = "--" + field.name.replace("_", "-")
+        for name in paths(config):
+            flag = "--" + name.replace("_", "-")
             helps = re.findall(rf" {flag}\b(.*?)\((?:default|required)", text)
             assert any(len(words.split()) > 3 for words in helps), flag

@@ -17,6 +17,7 @@ from upstep_fast import errors
 from upstep_fast.cli import commands as cli
 from upstep_fast.cli import help as cli_help
 from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.flat import paths
 
 ROOT = Path(__file__).resolve().parents[2]
 FAST = (
@@ -79,7 +80,7 @@ def test_a_flag_like_no_other_leads_to_help(capsys):
 
 
 def test_synonyms_name_fields_and_shadow_none():
-    names = set(AdaptConfig.__dataclass_fields__)
+    names = set(paths(AdaptConfig))
     assert set(cli_help.SYNONYMS.values()) <= names and not names & set(cli_help.SYNONYMS)
 
 

@@ -5,6 +5,7 @@ import pytest
 from upstep_fast.cli import parse
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.files import to_toml
+from upstep_fast.config.flat import flat
 from upstep_fast.config.presets import PRESETS, with_preset
 from upstep_fast.errors import ConfigError
 from upstep_fast.train.adapt import adapt
@@ -18,27 +19,27 @@ def parsed(*args):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_sets_its_values_and_nothing_else(name):
-    config, plain = parsed("--preset", name), parsed()
+    config, plain = flat(parsed("--preset", name)), flat(parsed())
     for field, value in PRESETS[name].items():
-        assert getattr(config, field) == value
-    changed = {f for f in vars(plain) if getattr(plain, f) != getattr(config, f)} - {"preset"}
+        assert config[field] == value
+    changed = {f for f in plain if plain[f] != config[f]} - {"preset"}
     assert changed <= PRESETS[name].keys()
-    assert config.preset == name and len({str(sorted(p.items())) for p in PRESETS.values()}) == len(PRESETS)
+    assert config["preset"] == name and len({str(sorted(p.items())) for p in PRESETS.values()}) == len(PRESETS)
 
 
 def test_single_flags_override_the_preset_wherever_they_stand():
     for args in (["--preset", "gentle", "--strength", "2"], ["--strength", "2", "--preset=gentle"]):
         config = parsed(*args)
-        assert (config.crop_min, config.strength, config.cvr) == (0.5, 2.0, "off")
+        assert (config.views.crop_min, config.validation.strength, config.objective.cvr) == (0.5, 2.0, "off")
 
 
 def test_a_file_overrides_its_own_preset_and_the_command_line_the_file(tmp_path):
     file = tmp_path / "a.toml"
     file.write_text('preset = "gentle"\nstrength = 2.0\nlr = 0.5\n')
     config = parsed("--config", str(file))
-    assert (config.crop_min, config.strength, config.lr) == (0.5, 2.0, 0.5)
+    assert (config.views.crop_min, config.validation.strength, config.optimization.lr) == (0.5, 2.0, 0.5)
     config = parsed("--config", str(file), "--preset", "strong")
-    assert (config.preset, config.lr, config.gate) == ("strong", PRESETS["strong"]["lr"], "none")
+    assert (config.preset, config.optimization.lr, config.gate.rule) == ("strong", PRESETS["strong"]["lr"], "none")
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -109,8 +109,8 @@ def test_what_the_gpu_refuses_goes_to_the_cpu_and_is_counted(stand_in, tmp_path,
 
 def test_the_command_has_it_by_choice_only():
     flags = ["--model", "m", "--data", "d", "--out", "o"]
-    assert parse(AdaptConfig, flags, "adapt").decode == "cpu"
-    assert parse(AdaptConfig, [*flags, "--decode", "cuda"], "adapt").decode == "cuda"
+    assert parse(AdaptConfig, flags, "adapt").data.decode == "cpu"
+    assert parse(AdaptConfig, [*flags, "--decode", "cuda"], "adapt").data.decode == "cuda"
 
 
 @pytest.mark.gpu

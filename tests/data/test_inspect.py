@@ -225,7 +225,8 @@ def test_a_run_leaves_them_out_lists_them_and_a_resume_does_not_look_again(optio
     assert found["counts"]["exact copies"] == 2 and len(found["left_out"]) == 4
     saved = tomllib.loads((out / "config.toml").read_text())
     statistics = json.loads((out / survey.STATISTICS).read_text())["found"]
-    assert saved["mean"] == statistics["mean"] and saved["std"] == statistics["std"] and saved["mean_std"] == "given"
+    assert saved["model"]["mean"] == statistics["mean"] and saved["model"]["std"] == statistics["std"]
+    assert saved["data"]["mean_std"] == "given"
     # the same run stopped in the middle and resumed: the same adapter, nothing decoded for a second verdict
     options["out"] = tmp_path / "again"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -14,7 +14,7 @@ from view_checks import needs, torchvision_view
 
 from upstep_fast.cli.parse import parse
 from upstep_fast.config.adapt import AdaptConfig
-from upstep_fast.config.view_overrides import view_overrides
+from upstep_fast.config.flat import from_flat
 from upstep_fast.data.keyed_random import uniform, uniform_array
 from upstep_fast.data.views import color, views
 from upstep_fast.data.views import view_params as draws
@@ -406,7 +406,7 @@ SWITCHES = {
 def from_flags(flags: str, size: int = 20) -> ViewConfig:
     config = parse(AdaptConfig, f"--model m --data d --out o {flags}".split(), "upstep-fast adapt")
     return view_config(
-        config.preset_views, size=(size, size), mean=(0.0,) * 3, std=(1.0,) * 3, **view_overrides(config)
+        config.views.preset, size=(size, size), mean=(0.0,) * 3, std=(1.0,) * 3, **config.views.overrides()
     )
 
 
@@ -438,7 +438,7 @@ def test_presets_say_what_their_images_allow():
     assert PRESETS["document"].flip == PRESETS["document"].vertical_flip == PRESETS["document"].rotate90 == 0
     for field, value in (("hue", 0.6), ("crop_ratio", (2, 1)), ("brightness", -1), ("solarize", 2), ("rotate90", -1)):
         with pytest.raises(ConfigError, match=field):
-            AdaptConfig(model="m", data=("d",), out="o", **{field: value})
+            from_flat(AdaptConfig, model="m", data=("d",), out="o", **{field: value})
 
 
 @pytest.mark.parametrize("blur", [0.0, 0.5])

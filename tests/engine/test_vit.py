@@ -331,7 +331,7 @@ def test_upstep_takes_its_views_as_patches_where_nothing_needs_pictures(implemen
     images = [torch.randint(256, (3, 70, 90), dtype=torch.uint8) for _ in range(4)]
     batch = Batch(images, torch.arange(4), 0, 0)
     views = method.views(batch, torch.device("cpu"))
-    pictures = random_views(images, method.recipes[0][0], seed=config.seed, epoch=0, indices=range(4))
+    pictures = random_views(images, method.recipes[0][0], seed=config.runtime.seed, epoch=0, indices=range(4))
     assert views.shape == ((2, 4, 64, 3 * 64) if wants else pictures.shape)
     assert torch.equal(method.images(views), pictures[0])
     for passes in (1, 2):

@@ -7,6 +7,7 @@ import torch
 
 import upstep_fast
 from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.flat import from_flat
 from upstep_fast.engine import vit as engine
 from upstep_fast.model import backbone, lora
 from upstep_fast.model.pooling import features
@@ -108,7 +109,8 @@ def kept_bytes(memory, dtype, depth, fused, variant="class token"):
 def run_state(steps, implementation, precision="fp32", device="cpu", **options):
     """The start of a run of the real small model."""
     assets = Path(upstep_fast.__file__).parent / "assets"
-    config = AdaptConfig(
+    config = from_flat(
+        AdaptConfig,
         model=f"local-dir:{assets / 'base_tiny'}",
         data=("none",),
         out="none",
@@ -121,7 +123,7 @@ def run_state(steps, implementation, precision="fp32", device="cpu", **options):
         **options,
     )
     compute = trainer.resolve(device, precision)
-    return config, compute, fresh_state(config, compute, backbone.load(config.model))
+    return config, compute, fresh_state(config, compute, backbone.load(config.model.name))
 
 
 def trajectory(implementation, steps, precision="fp32", **options):

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 import upstep_fast
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.explora import Dinov2Config
+from upstep_fast.config.flat import from_flat
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import ConfigError
 from upstep_fast.methods.upstep.adapter_ema import Average
@@ -88,14 +89,14 @@ def test_a_step_that_is_not_applied_does_not_count(options, monkeypatch, tmp_pat
 
 def test_the_validator_judges_what_is_written(options, tmp_path, monkeypatch, photos):
     held_out = open_source(photos)
-    config = AdaptConfig(**{**options, "data": ("",), "out": "", "adapter_ema": 0.9})
+    config = from_flat(AdaptConfig, **{**options, "data": ("",), "out": "", "adapter_ema": 0.9})
     compute = resolve("cpu", "fp32")
     judge = validator.Validator(config, held_out, compute, tmp_path)
     looked = []
     monkeypatch.setattr(validator, "judge", lambda base, adapted: looked.append(adapted) or {})
     monkeypatch.setattr(validator, "predicted_gain", lambda scores: 1.0)
     state = fresh_state(
-        AdaptConfig(**{**options, "data": ("",), "out": "", "adapter_ema": 0.9, "memory": "fast"}),
+        from_flat(AdaptConfig, **{**options, "data": ("",), "out": "", "adapter_ema": 0.9, "memory": "fast"}),
         compute,
         backbone.load(options["model"]),
     )
@@ -112,7 +113,7 @@ def test_the_validator_judges_what_is_written(options, tmp_path, monkeypatch, ph
 
 
 def test_explora_is_judged_by_the_teacher_that_it_writes(options):
-    config = Dinov2Config(**{**options, "data": ("",), "out": "", "prototypes": 16, "memory": "fast"})
+    config = from_flat(Dinov2Config, **{**options, "data": ("",), "out": "", "prototypes": 16, "memory": "fast"})
     method = fresh_state(config, resolve("cpu", "fp32"), backbone.load(options["model"])).method
     with method.weights_to_save() as vit:
         assert vit is method.teacher

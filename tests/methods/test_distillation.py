@@ -8,6 +8,7 @@ import torch
 
 import upstep_fast
 from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.flat import from_flat
 from upstep_fast.errors import ConfigError
 from upstep_fast.methods.losses.distillation import distillation_loss, sharpen
 from upstep_fast.methods.upstep.upstep import UpStep
@@ -77,7 +78,7 @@ def options(options):
 
 @pytest.mark.parametrize("form", ["feature", "relational"])
 def test_the_loss_compares_with_the_base_model_on_the_same_views(options, form):
-    config = AdaptConfig(**{**options, "data": ("",), "out": ""}, distil=form, distil_weight=0.7)
+    config = from_flat(AdaptConfig, **{**options, "data": ("",), "out": ""}, distil=form, distil_weight=0.7)
     method = UpStep(backbone.load(options["model"]), config, 8)
     method.accelerate(torch.float32)
     views = torch.randn(2, 6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -88,7 +89,7 @@ def test_the_loss_compares_with_the_base_model_on_the_same_views(options, form):
     base = pooling.features(backbone.load(options["model"]).vit, views.flatten(0, 1))
     learning = method.embed(views)
     with_penalty = method.loss(learning)
-    method.config = AdaptConfig(**{**options, "data": ("",), "out": ""})
+    method.config = from_flat(AdaptConfig, **{**options, "data": ("",), "out": ""})
     expected = 0.7 * distillation_loss(form, adapted, base, 0.1)
     assert expected.item() > 0.01
     assert (with_penalty - method.loss(learning)).item() == pytest.approx(expected.item(), rel=1e-3)

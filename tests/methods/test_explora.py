@@ -18,6 +18,7 @@ from upstep_fast.cli.parse import parse
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.explora import Dinov2Config, MaeConfig
 from upstep_fast.config.files import read_toml, to_toml
+from upstep_fast.config.flat import from_flat
 from upstep_fast.data.loading.loader import Batch
 from upstep_fast.errors import CheckFailedError, ConfigError, Interrupted, RunFailedError
 from upstep_fast.methods import trainable
@@ -53,12 +54,12 @@ def rows(out):
 def config_of(options, objective="dinov2", **extra):
     config_class = {"dinov2": Dinov2Config, "mae": MaeConfig}[objective]
     fields = {key: str(value) if key in ("out", "data") else value for key, value in options.items()}
-    return config_class(**fields | {"data": ("d",)} | SMALL[objective] | extra)
+    return from_flat(config_class, **fields | {"data": ("d",)} | SMALL[objective] | extra)
 
 
 def state_of(options, objective="dinov2", **extra):
     config = config_of(options, objective, **extra)
-    return config, fresh_state(config, CPU, backbone.load(config.model))
+    return config, fresh_state(config, CPU, backbone.load(config.model.name))
 
 
 def a_batch(num=8, size=40):
@@ -112,12 +113,12 @@ def test_the_published_number_of_the_fine_tuning_after_it():
 )
 def test_what_trains_in_the_backbone(options, extra, also):
     config = config_of(options, unfreeze="first", **extra)
-    method = ExploraDinov2(backbone.load(config.model), config)
+    method = ExploraDinov2(backbone.load(config.model.name), config)
     found = set(trainable.trained(method.vit))
     expected = {name for name, _ in method.vit.named_parameters() if name.startswith("blocks.0.")}
     expected |= {f"blocks.1.norm{n}.{part}" for n in (1, 2) for part in ("weight", "bias")}
     expected |= {"norm.weight", "norm.bias", "blocks.1.attn.qkv.lora_a", "blocks.1.attn.qkv.lora_b"} | also
-    expected |= {"cls_token"} if config.train_class_token else set()
+    expected |= {"cls_token"} if config.explora.train_class_token else set()
     assert found == expected
     assert method.adapters["blocks.1.attn.qkv"].parts == (0, 2)
     assert not any("lora" in name for name in expected if name.startswith("blocks.0."))
@@ -333,7 +334,7 @@ def test_schedules_of_a_run(options):
         seen.append((decayed["lr"], last["lr"], decayed["weight_decay"], method.temperature, method.momentum))
         assert plain["weight_decay"] == 0 and plain["lr"] == decayed["lr"]
     lr, last, decay, temperature, momentum = zip(*seen, strict=True)
-    assert set(last[:4]) == {0.0} and last[4:] == lr[4:] and max(lr) == pytest.approx(config.lr)
+    assert set(last[:4]) == {0.0} and last[4:] == lr[4:] and max(lr) == pytest.approx(config.optimization.lr)
     assert (decay[0], decay[-1]) == (pytest.approx(0.04), pytest.approx(0.4))
     assert temperature[0] == 0.04 and temperature[15] == pytest.approx(0.055) and temperature[-1] == 0.07
     assert momentum[0] == pytest.approx(0.9) and momentum[-1] == 1 and list(momentum) == sorted(momentum)
@@ -551,7 +552,7 @@ def test_a_pretrained_decoder_gets_lora_and_norms_alone(options, tmp_path):
     saved = {"mask_token" if name == "mask_token" else f"decoder_{name}": value for name, value in state.items()}
     save_file({name: value.contiguous() for name, value in saved.items()}, tmp_path / "mae.safetensors")
     config = config_of(options, "mae", decoder=str(tmp_path / "mae.safetensors"), decoder_lora_r=2, decoder_width=64)
-    method = ExploraMae(backbone.load(config.model), config)
+    method = ExploraMae(backbone.load(config.model.name), config)
     names = set(trainable.trained(method.decoder))
     assert {name.rpartition(".")[0] for name in names} == {
         "blocks.0.attn.qkv",
@@ -564,10 +565,12 @@ def test_a_pretrained_decoder_gets_lora_and_norms_alone(options, tmp_path):
     save_file({"decoder_embed.weight": torch.zeros(64, 7)}, tmp_path / "bad.safetensors")
     with pytest.raises(ConfigError, match=r"decoder: .*does not fit: .* wanted"):
         broken = config_of(options, "mae", decoder=str(tmp_path / "bad.safetensors"))
-        ExploraMae(backbone.load(config.model), broken)
+        ExploraMae(backbone.load(config.model.name), broken)
     save_file({"pos_embed": torch.zeros(1)}, tmp_path / "none.safetensors")
     with pytest.raises(ConfigError, match=r"no decoder_"):
-        ExploraMae(backbone.load(config.model), config_of(options, "mae", decoder=str(tmp_path / "none.safetensors")))
+        ExploraMae(
+            backbone.load(config.model.name), config_of(options, "mae", decoder=str(tmp_path / "none.safetensors"))
+        )
 
 
 # configuration and bad input
@@ -576,13 +579,13 @@ def test_a_pretrained_decoder_gets_lora_and_norms_alone(options, tmp_path):
 def test_a_method_has_defaults_and_flags_of_its_own(tmp_path):
     flags = ["--model", "m", "--data", "d", "--out", "o"]
     found = parse(AdaptConfig, [*flags, "--method", "explora", "--unfreeze", "first,last"], "adapt")
-    assert isinstance(found, Dinov2Config) and (found.lora_r, found.lora_targets, found.gate) == (
+    assert isinstance(found, Dinov2Config) and (found.lora.r, found.lora.targets, found.gate.rule) == (
         64,
         ("q", "v"),
         "none",
     )
     mae = parse(AdaptConfig, [*flags, "--method=explora", "--objective", "mae"], "adapt")
-    assert isinstance(mae, MaeConfig) and mae.brightness == 0
+    assert isinstance(mae, MaeConfig) and mae.views.brightness == 0
     assert type(parse(AdaptConfig, flags, "adapt")) is AdaptConfig
     for config in (found, mae):
         (tmp_path / "c.toml").write_text(to_toml(config))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import upstep_fast
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.explora import MaeConfig
+from upstep_fast.config.flat import from_flat
 from upstep_fast.data.loading.loader import Batch
 from upstep_fast.data.views.views import multi_crop
 from upstep_fast.errors import ConfigError
@@ -25,7 +26,7 @@ def options(options):
 
 def build(options, **changes):
     """A method whose adapters are far from the base model, and the views of a batch of six images."""
-    config = AdaptConfig(**{**options, "data": ("",), "out": "", **changes})
+    config = from_flat(AdaptConfig, **{**options, "data": ("",), "out": "", **changes})
     method = UpStep(backbone.load(options["model"]), config, 8)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -36,7 +37,9 @@ def build(options, **changes):
 
 
 def cross_entropy(q, z, method):
-    log_p = (z.double() @ F.normalize(method.prototypes.double(), dim=-1).T / method.config.temperature).log_softmax(-1)
+    log_p = (
+        z.double() @ F.normalize(method.prototypes.double(), dim=-1).T / method.config.objective.temperature
+    ).log_softmax(-1)
     return -(q * log_p).sum(-1).mean()
 
 
@@ -126,6 +129,6 @@ def test_what_cannot_have_them_is_refused():
         ({"local_views": 1, "cuda_graphs": True}, "cuda_graphs and local_views"),
     ):
         with pytest.raises(ConfigError, match=named):
-            AdaptConfig(model="m", data=("d",), out="o", **options)
+            from_flat(AdaptConfig, model="m", data=("d",), out="o", **options)
     with pytest.raises(ConfigError, match="local_views: --objective mae"):
-        MaeConfig(model="m", data=("d",), out="o", local_views=2)
+        from_flat(MaeConfig, model="m", data=("d",), out="o", local_views=2)

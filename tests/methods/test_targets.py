@@ -9,6 +9,7 @@ from references.upstep import sinkhorn
 
 import upstep_fast
 from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.flat import from_flat
 from upstep_fast.errors import ConfigError
 from upstep_fast.kernels.sinkhorn import sinkhorn as sinkhorn_op
 from upstep_fast.methods import gate
@@ -29,7 +30,7 @@ def options(options):
 
 def build(options, **changes):
     """A method whose adapters are far from the base model."""
-    config = AdaptConfig(**{**options, "data": ("",), "out": "", **changes})
+    config = from_flat(AdaptConfig, **{**options, "data": ("",), "out": "", **changes})
     method = UpStep(backbone.load(options["model"]), config, 8)
     with torch.no_grad():
         for adapter in method.adapters.values():
@@ -89,7 +90,9 @@ def test_targets_are_balanced_over_the_queue_and_the_loss_is_the_batchs(options)
 
 @pytest.mark.parametrize("layout", ["symmetric", "asymmetric"])
 def test_the_queue_starts_full_and_takes_in_what_made_targets_on_open_steps(options, layout):
-    config = AdaptConfig(**{**options, "data": ("",), "out": "", "layout": layout, "queue": 10, "gate": "alternate"})
+    config = from_flat(
+        AdaptConfig, **{**options, "data": ("",), "out": "", "layout": layout, "queue": 10, "gate": "alternate"}
+    )
     state = fresh_state(config, compute := resolve("cpu", "fp32"), backbone.load(options["model"]))
     method, views = state.method, 2 if layout == "symmetric" else 1
     assert method.needs_init

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 import upstep_fast
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.files import from_options, read_toml, to_toml
+from upstep_fast.config.flat import from_flat
 from upstep_fast.errors import ConfigError
 from upstep_fast.model import backbone, peft_format, pooling
 
@@ -73,7 +74,7 @@ def test_adapters_on_the_last_blocks_alone(options, model, tmp_path):
 )
 def test_full_tuning_refuses_what_needs_adapters(wrong):
     with pytest.raises(ConfigError, match=f"{next(iter(wrong))}: needs --tune lora"):
-        AdaptConfig(model="m", data=("d",), out="o", tune="full", **wrong)
+        from_flat(AdaptConfig, model="m", data=("d",), out="o", tune="full", **wrong)
 
 
 def test_explora_has_blocks_of_its_own(options):
@@ -82,6 +83,6 @@ def test_explora_has_blocks_of_its_own(options):
 
 
 def test_a_written_configuration_can_be_read_again(tmp_path):
-    config = AdaptConfig(model="m", data=("d",), out="o", tune="full")
+    config = from_flat(AdaptConfig, model="m", data=("d",), out="o", tune="full")
     (tmp_path / "config.toml").write_text(to_toml(config))
     assert from_options(AdaptConfig, read_toml(tmp_path / "config.toml", AdaptConfig), "adapt") == config

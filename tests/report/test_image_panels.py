@@ -18,6 +18,7 @@ from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 
 import upstep_fast
+from upstep_fast.config.flat import from_flat
 from upstep_fast.data.loading.skipped import write_skipped
 from upstep_fast.report import charts, neighbors, run_record
 from upstep_fast.report import image_panels as pictures
@@ -170,8 +171,8 @@ def test_a_second_look_finds_the_same(finished, monkeypatch):
     from upstep_fast.runtime.device import resolve
 
     values = read_toml(finished / "out" / "config.toml", AdaptConfig)
-    config = AdaptConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-    source, compute = open_source(config.data), resolve("cpu", "fp32")
+    config = from_flat(AdaptConfig, **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    source, compute = open_source(config.data.paths), resolve("cpu", "fp32")
     looks = [pictures.compute_panels(config, compute, source, finished / "out") for _ in range(2)]
     assert looks[0] == looks[1] and looks[0].odd == pictures.read_panels(finished / "out").odd
     # what goes wrong is said and ends nothing

@@ -20,6 +20,7 @@ from upstep_fast.cli.commands import main
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.evaluate import EmbedConfig, EvalConfig
 from upstep_fast.config.files import to_toml
+from upstep_fast.config.flat import flat, from_flat
 from upstep_fast.config.tools import ExportConfig, ReportConfig
 from upstep_fast.data.loading.skipped import write_skipped
 from upstep_fast.errors import ConfigError, Interrupted
@@ -112,7 +113,7 @@ def row(step, **changes):
 def make_run(folder, rows, *, skipped=(), scores=None, log="", **options):
     folder.mkdir(parents=True, exist_ok=True)
     config = dict(model="vit_base_patch16_224", data=("photos",), out=str(folder), steps=len(rows) or 5, batch_size=10)
-    (folder / "config.toml").write_text(to_toml(AdaptConfig(**config | options)))
+    (folder / "config.toml").write_text(to_toml(from_flat(AdaptConfig, **config | options)))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     write_skipped(folder / "skipped.csv", skipped)
     if scores is not None:
@@ -291,7 +292,7 @@ def test_command_errors(tmp_path, capsys):
     code, err = fails(run, run, "--out", tmp_path / "no" / "x.html")
     assert code == 2 and "cannot write" in err
     code, err = fails(run, run, "--out", run / "config.toml")
-    assert code == 2 and ".html" in err and (run / "config.toml").read_text().startswith("model")
+    assert code == 2 and ".html" in err and (run / "config.toml").read_text().startswith("method")
     with pytest.raises(ConfigError, match="dirs"):
         ReportConfig(dirs=())
 
@@ -354,7 +355,7 @@ def test_tensorboard_that_is_not_there_is_said_before_the_run(monkeypatch):
 
     monkeypatch.setattr(config.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"tensorboard.*pip install"):
-        AdaptConfig(model="m", data=("d",), out="o", tensorboard=True)
+        from_flat(AdaptConfig, model="m", data=("d",), out="o", tensorboard=True)
 
 
 def test_reduced_lines_keep_mean_and_range():
@@ -433,10 +434,10 @@ def test_a_run_has_its_report_and_its_log(options, monkeypatch):
     assert "batch_size: reduced from 64 to the 10 images there are" in page.text
     log = (out / "train.log").read_text()
     assert "INFO upstep-fast" in log and "INFO step 2/4" in log and "INFO step 4/4" in log and "ERROR" not in log
-    line = embed_command(AdaptConfig(**options | {"data": ("a b",)}).__dict__, out)
+    line = embed_command(flat(from_flat(AdaptConfig, **options | {"data": ("a b",)})), out)
     command = parse.parse(EmbedConfig, shlex.split(line)[2:], prog="embed")
-    assert command.data == ("a b",)
-    assert command.model == options["model"] and command.adapter == str(out / "adapter")
+    assert command.data.paths == ("a b",)
+    assert command.model.name == options["model"] and command.adapter == str(out / "adapter")
 
 
 def test_a_run_that_fails_keeps_its_error_and_has_a_report(options, monkeypatch):

@@ -23,6 +23,7 @@ import torch
 import upstep_fast
 from upstep_fast.cli import commands as cli
 from upstep_fast.config.evaluate import EmbedConfig
+from upstep_fast.config.flat import from_flat
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import UpstepError
 from upstep_fast.evaluation import features
@@ -114,8 +115,10 @@ def collectives():
 
 def extract(options, out):
     """Features of a source, in order, saved by each rank."""
-    config = EmbedConfig(**options)
-    x, read = features.extract(open_source(config.data), features.load_models(config), config, resolve("cpu", "fp32"))
+    config = from_flat(EmbedConfig, **options)
+    x, read = features.extract(
+        open_source(config.data.paths), features.load_models(config), config, resolve("cpu", "fp32")
+    )
     torch.save({"x": x["base"], "read": read}, out)
     return read
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import upstep_fast
 from upstep_fast.config.evaluate import EmbedConfig
+from upstep_fast.config.flat import from_flat
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.evaluation import features
 from upstep_fast.runtime import distributed
@@ -292,8 +293,12 @@ def test_a_rank_with_another_configuration_is_refused(ranks, record_property):
 
 
 def test_features_are_those_of_one_process(ranks, base):
-    config = EmbedConfig(model=base["model"], data=(base["data"],), out="x.npy", device="cpu", precision="fp32")
-    x, read = features.extract(open_source(config.data), features.load_models(config), config, resolve("cpu", "fp32"))
+    config = from_flat(
+        EmbedConfig, model=base["model"], data=(base["data"],), out="x.npy", device="cpu", precision="fp32"
+    )
+    x, read = features.extract(
+        open_source(config.data.paths), features.load_models(config), config, resolve("cpu", "fp32")
+    )
     for rank in (0, 1):
         found = torch.load(ranks / f"extract.rank{rank}.pt", weights_only=True)
         assert found["read"] == read

@@ -18,6 +18,7 @@ from timm.optim import param_groups_layer_decay
 
 import upstep_fast
 from upstep_fast.config.finetune import FinetuneConfig
+from upstep_fast.config.flat import from_flat
 from upstep_fast.data.labelled import clips as clip_files
 from upstep_fast.data.labelled import video
 from upstep_fast.data.labelled.splits import held_out, train_and_test
@@ -110,8 +111,8 @@ def test_a_run_learns_and_what_it_writes_can_be_loaded(options, labelled, tmp_pa
     assert net.classes == tuple(COLOURS) and not net.training
     count = sum(p.numel() for name, p in finetuned.trained(build(options, method)).items())
     assert count == figures["trainable_parameters"]
-    config = FinetuneConfig(**{**options, **more, "data": (str(labelled),), "out": "o", "json": None})
-    one, (_, test) = backbones.load(options["model"]), train_and_test(config.data, "finetune")
+    config = from_flat(FinetuneConfig, **{**options, **more, "data": (str(labelled),), "out": "o", "json": None})
+    one, (_, test) = backbones.load(options["model"]), train_and_test(config.data.paths, "finetune")
     reader = finetuning.make_reader(config, one, torch.device("cpu"))
     predicted, truth = finetune_step.predict(net, finetuning._in_order(test, reader), resolve("cpu", "fp32"))
     assert finetune_step.top1(predicted, truth) == pytest.approx(figures["top1"])
@@ -120,7 +121,7 @@ def test_a_run_learns_and_what_it_writes_can_be_loaded(options, labelled, tmp_pa
 
 def build(options, method="losa", **more):
     fields = {**options, **more, "data": ("d",), "out": "o", "method": method}
-    return finetuned.build(backbones.load(options["model"]), FinetuneConfig(**fields), 3)
+    return finetuned.build(backbones.load(options["model"]), from_flat(FinetuneConfig, **fields), 3)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -283,8 +284,8 @@ def test_clips_tell_an_order_of_frames(options, clips, tmp_path):
 
 
 def test_random_frames_of_a_clip_share_their_changes(options, clips):
-    config = FinetuneConfig(**{**options, "data": (str(clips),), "out": "o"}, frames=2)
-    train, _ = clip_files.train_and_test_clips(config.data, 2)
+    config = from_flat(FinetuneConfig, **{**options, "data": (str(clips),), "out": "o"}, frames=2)
+    train, _ = clip_files.train_and_test_clips(config.data.paths, 2)
     reader = finetuning.make_reader(config, backbones.load(options["model"]), torch.device("cpu"))
     x, y = next(reader.training(train, 0))
     assert x.shape == (8, 2, 3, 32, 32) and y.shape == (8,)
@@ -446,7 +447,7 @@ def test_a_class_without_test_images_is_said(options, labelled, tmp_path, caplog
 )
 def test_a_bad_value_is_refused_by_its_name(field, value, more):
     with pytest.raises(ConfigError, match=f"^{field}: ") as error:
-        FinetuneConfig(**{"model": "m", "data": ("d",), "out": "o", field: value, **more})
+        from_flat(FinetuneConfig, **{"model": "m", "data": ("d",), "out": "o", field: value, **more})
     assert "\n" not in str(error.value)
 
 
@@ -519,11 +520,11 @@ def test_drop_path_rises_over_the_blocks(model):
 
 
 def test_mixup_and_smoothing_are_timms(options):
-    config = FinetuneConfig(**{**options, "data": ("d",), "out": "o"}, mixup=0.4, cutmix=1.0)
+    config = from_flat(FinetuneConfig, **{**options, "data": ("d",), "out": "o"}, mixup=0.4, cutmix=1.0)
     mix = finetune_step.make_mixup(config, 3)
     x, y = torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
     for step in range(4):
-        np.random.seed((config.seed * 1_000_003 + step) % 2**32)
+        np.random.seed((config.runtime.seed * 1_000_003 + step) % 2**32)
         theirs = timm.data.Mixup(0.4, 1.0, label_smoothing=0.1, num_classes=3)(x.clone(), y)
         ours = mix(x.clone(), y, step)
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

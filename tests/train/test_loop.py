@@ -9,6 +9,7 @@ import torch
 
 import upstep_fast
 from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.flat import from_flat
 from upstep_fast.errors import CheckFailedError, ConfigError, Interrupted, RunFailedError
 from upstep_fast.methods import gate, registry
 from upstep_fast.methods.schedules import warmup_cosine
@@ -97,8 +98,8 @@ def test_every_gate_runs(options, tmp_path, rule):
 
 
 def build(options, **extra):
-    config = AdaptConfig(**{**options, "data": ("d",), "out": "o", **extra})
-    method = UpStep(backbone.load(options["model"]), config, config.prototypes)
+    config = from_flat(AdaptConfig, **{**options, "data": ("d",), "out": "o", **extra})
+    method = UpStep(backbone.load(options["model"]), config, config.objective.prototypes)
     return config, method
 
 
@@ -135,7 +136,7 @@ def test_a_skipped_step_does_no_backward_and_leaves_the_optimizer_alone(options,
 def test_a_closed_step_keeps_no_graph(options, layout):
     config, _ = build(options, layout=layout)
     compute = trainer.resolve("cpu", "fp32")
-    state = fresh_state(config, compute, backbone.load(config.model))
+    state = fresh_state(config, compute, backbone.load(config.model.name))
     state.gate = gate.GateState(step=1, reference=-1.0)
     images = torch.randn(2, 4, 3, 32, 32)
     is_open, learning, _, _ = steps.forward(state, images, gate.GateRule("ema"), config, compute)
@@ -148,7 +149,7 @@ def test_a_closed_step_keeps_no_graph(options, layout):
 def test_a_gate_known_ahead_runs_its_skipped_steps_without_gradients(options):
     config, _ = build(options)
     compute, recorded = trainer.resolve("cpu", "fp32"), []
-    state = fresh_state(config, compute, backbone.load(config.model))
+    state = fresh_state(config, compute, backbone.load(config.model.name))
     method, real = state.method, state.method.embed
     method.embed = lambda views: (recorded.append(torch.is_grad_enabled()), real(views))[1]
     images = torch.randn(2, 4, 3, 32, 32)
@@ -270,11 +271,11 @@ def test_overwrite_replaces_an_earlier_run(options, tmp_path):
 
 
 def test_length_by_epochs_and_by_default(options):
-    config = AdaptConfig(**{**options, "data": ("d",), "out": "o", "steps": None})
-    assert adapt.fit_to_data(config, 24).steps == 400
-    assert adapt.fit_to_data(config, 8000).steps == 10_000
-    by_epochs = AdaptConfig(**{**options, "data": ("d",), "out": "o", "steps": None, "epochs": 2.5})
-    assert adapt.fit_to_data(by_epochs, 80).steps == 25
+    config = from_flat(AdaptConfig, **{**options, "data": ("d",), "out": "o", "steps": None})
+    assert adapt.fit_to_data(config, 24).optimization.steps == 400
+    assert adapt.fit_to_data(config, 8000).optimization.steps == 10_000
+    by_epochs = from_flat(AdaptConfig, **{**options, "data": ("d",), "out": "o", "steps": None, "epochs": 2.5})
+    assert adapt.fit_to_data(by_epochs, 80).optimization.steps == 25
 
 
 def test_the_global_random_state_is_the_callers(options):

@@ -11,6 +11,7 @@ from upstep_fast.cli import plan
 from upstep_fast.cli.commands import main
 from upstep_fast.cli.parse import parse
 from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.flat import from_flat, replace_flat
 from upstep_fast.config.plan import PlanConfig, to_bytes
 from upstep_fast.errors import ConfigError
 from upstep_fast.runtime import machine
@@ -62,7 +63,7 @@ CONFIGURATIONS = [
 def config_of(options, **more):
     given = dict(data=("unused",), out="unused", steps=10) | options | more
     precision = given.pop("precision", "fp32")
-    return AdaptConfig(**given), replace(CPU, precision=precision)
+    return from_flat(AdaptConfig, **given), replace(CPU, precision=precision)
 
 
 @pytest.mark.parametrize("options", CONFIGURATIONS, ids=lambda o: "-".join(map(str, o.values())))
@@ -70,7 +71,7 @@ def test_the_count_is_within_a_tenth_of_what_the_allocator_gave_out(options):
     # the oracle is PyTorch's own allocator, which reports every block to the profiler
     config, compute = config_of(options)
     real = calibrate.measure(config, compute, cpu_images=1000)
-    assert real.batch == config.batch_size
+    assert real.batch == config.optimization.batch_size
     assert step_memory.count(config, compute).peak == pytest.approx(real.peak_bytes, rel=0.1)
 
 
@@ -208,7 +209,7 @@ def free(monkeypatch):
 
 def test_adapt_refuses_what_cannot_fit(free, model, photos, tmp_path, capsys):
     config, _ = config_of(dict(model=model, batch_size=24, prototypes=8))
-    fast, lean = (step_memory.count(replace(config, memory=level), CPU).peak for level in ("fast", "lean"))
+    fast, lean = (step_memory.count(replace_flat(config, memory=level), CPU).peak for level in ("fast", "lean"))
     free(memory_fit.MARGIN * (fast + lean) / 2)
     out = tmp_path / "out"
     flags = ["adapt", "--model", model, "--data", str(photos), "--out", str(out), "--steps", "2", "--batch-size", "24"]
@@ -232,22 +233,22 @@ def test_adapt_refuses_what_cannot_fit(free, model, photos, tmp_path, capsys):
 
 def test_auto_takes_the_fastest_level_that_fits(free, model):
     config, _ = config_of(dict(model=model, batch_size=24, memory="auto"))
-    peaks = {level: step_memory.count(replace(config, memory=level), CPU).peak for level in memory_fit.LEVELS}
+    peaks = {level: step_memory.count(replace_flat(config, memory=level), CPU).peak for level in memory_fit.LEVELS}
     assert peaks["fast"] > peaks["balanced"] > peaks["lean"]
     for level, peak in peaks.items():
         free(1.11 * peak)
-        assert memory_fit.settle(config, CPU).memory == level
+        assert memory_fit.settle(config, CPU).memory.level == level
     free(0.5 * peaks["lean"])
     with pytest.raises(ConfigError, match="do not fit"):
         memory_fit.settle(config, CPU)
-    assert memory_fit.settle(replace(config, memory_check=False), CPU).memory == "lean"
+    assert memory_fit.settle(replace_flat(config, memory_check=False), CPU).memory.level == "lean"
 
 
 def test_a_resumed_run_keeps_the_level_it_had(free, model, tmp_path):
     (tmp_path / "config.toml").write_text('memory = "balanced"\n')
     config, _ = config_of(dict(model=model, batch_size=24, memory="auto", resume=True, out=str(tmp_path)))
     free(1e12)
-    assert memory_fit.settle(config, CPU).memory == "balanced"
+    assert memory_fit.settle(config, CPU).memory.level == "balanced"
 
 
 def test_what_cannot_be_counted_or_is_not_known_is_said_and_runs(free, model, monkeypatch, caplog):
@@ -255,11 +256,11 @@ def test_what_cannot_be_counted_or_is_not_known_is_said_and_runs(free, model, mo
     with caplog.at_level(logging.WARNING, logger="upstep_fast"):
         logging.getLogger("upstep_fast").propagate = True
         free(None)
-        assert memory_fit.settle(config, CPU).memory == "fast"
+        assert memory_fit.settle(config, CPU).memory.level == "fast"
         assert "not known" in caplog.text
         free(1e12)
         monkeypatch.setattr(step_memory, "count", lambda *a, **k: 1 / 0)
-        assert memory_fit.settle(config, CPU).memory == "fast"
+        assert memory_fit.settle(config, CPU).memory.level == "fast"
         assert "memory: not checked (ZeroDivisionError" in caplog.text
 
 
@@ -316,7 +317,7 @@ def test_devices_share_the_batch(capsys):
     one, four = (plan_of(*flags, "--world-size", n, capsys=capsys) for n in ("1", "4"))
     assert four["batch_size"] == 64 and four["parts"]["activations"] < 0.3 * one["parts"]["activations"]
     with pytest.raises(ConfigError, match="must divide the batch of 64"):
-        PlanConfig(model=TINY, batch_size=64, world_size=3)
+        from_flat(PlanConfig, model=TINY, batch_size=64, world_size=3)
 
 
 @pytest.mark.parametrize(
@@ -345,4 +346,4 @@ def test_calibrating_a_device_that_is_not_here_is_refused():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(ConfigError, match="no cuda device here"):
-        plan.make(PlanConfig(model=TINY, device="cuda", calibrate=True))
+        plan.make(from_flat(PlanConfig, model=TINY, device="cuda", calibrate=True))

@@ -8,6 +8,7 @@ from torch import nn
 
 import upstep_fast
 from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.flat import from_flat
 from upstep_fast.errors import Interrupted, RunFailedError
 from upstep_fast.methods import gate
 from upstep_fast.methods.microbatch import in_microbatches
@@ -166,9 +167,9 @@ def test_the_hosts_memory_counts_too():
 
 
 def build(options, **changes):
-    config = AdaptConfig(**options | changes | {"data": (options["data"],)})
+    config = from_flat(AdaptConfig, **options | changes | {"data": (options["data"],)})
     compute = resolve("cpu", "fp32")
-    return config, compute, fresh_state(config, compute, backbone.load(config.model))
+    return config, compute, fresh_state(config, compute, backbone.load(config.model.name))
 
 
 def test_an_update_is_that_of_the_mean_gradient_of_its_open_steps(options, monkeypatch):

@@ -15,6 +15,7 @@ from safetensors.torch import load, save
 
 import upstep_fast
 from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.flat import from_flat
 from upstep_fast.data.loading.loader import permutation
 from upstep_fast.errors import ConfigError, Interrupted, RunFailedError
 from upstep_fast.methods.upstep.upstep import UpStep
@@ -468,4 +469,4 @@ def test_a_checkpoint_can_be_due_by_the_clock(options, monkeypatch):
 @pytest.mark.parametrize("value", ["", "0", "-5", "0min", "tenmin", "5 hours", "infmin", "nanmin"])
 def test_nonsense_between_checkpoints_is_refused(value):
     with pytest.raises(ConfigError, match=r"checkpoint_every: got .* steps \(200\) or minutes \(10min\)"):
-        AdaptConfig(model="m", data=("d",), out="o", checkpoint_every=value)
+        from_flat(AdaptConfig, model="m", data=("d",), out="o", checkpoint_every=value)

@@ -132,7 +132,7 @@ def _adapt(config: Any) -> None:
     from upstep_fast.runtime.distributed import is_first
     from upstep_fast.train.adapt import run
 
-    result, out = run(config), Path(config.out)
+    result, out = run(config), Path(config.output.out)
     if not is_first():
         return
     print(

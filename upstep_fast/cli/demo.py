@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.flat import from_flat
 from upstep_fast.config.tools import DemoConfig
 from upstep_fast.evaluation.labelled import evaluate
 from upstep_fast.report import page as html_report
@@ -39,7 +40,8 @@ def run(config: DemoConfig) -> dict[str, Any]:
     print("It adapts to them without seeing a single label:\n")
     start = time.monotonic()
     adapted = adapt.run(
-        AdaptConfig(
+        from_flat(
+            AdaptConfig,
             model=model,
             data=(data,),
             out=config.out,

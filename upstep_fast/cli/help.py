@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Union
 
+from upstep_fast.cli.parse import for_tyro
+from upstep_fast.config.files import RENAMED_FLAGS, notice_renamed
+from upstep_fast.config.flat import paths
 from upstep_fast.errors import ConfigError
 from upstep_fast.runtime import terminal
 
@@ -54,6 +56,19 @@ every command also takes:
 exit codes: 0 done, 1 failed, 2 usage or configuration, 3 data unusable, 4 adapter or quality check failed,
 75 interrupted, go on with --resume"""
 
+# flags that --help lists, with the required ones first; --help-all lists all
+_RUN = (
+    *("model", "data", "out", "arch", "img_size", "method", "overwrite", "resume", "batch_size", "epochs", "lr"),
+    *("lora_r", "lora_targets", "preset_views", "crop_min", "num_workers", "device", "precision", "seed", "debug"),
+)
+COMMON: dict[str, tuple[str, ...]] = {
+    "adapt": (
+        *(*_RUN, "preset", "steps", "gate", "gate_rate", "judge_every", "strength", "memory", "auto_batch"),
+        *("checkpoint_every", "objective", "unfreeze"),
+    ),
+    "finetune": (*_RUN, "adapter", "json", "frames", "cache", "patience", "mixup", "losa_rank"),
+}
+
 # what other trainers call a field of ours
 SYNONYMS = {
     "learning_rate": "lr",
@@ -80,18 +95,30 @@ def epilog(command: str) -> str:
 
 def check_flags(args: Sequence[str], config_class: type) -> None:
     """Raise ConfigError with the nearest name at the first flag that `config_class` does not have."""
-    fields = [field.name for field in dataclasses.fields(config_class)]
+    fields = list(paths(config_class))
     for arg in args:
         flag = arg.partition("=")[0]
         name = flag[2:].replace("-", "_")
         if not flag.startswith("--") or name in fields or name.removeprefix("no_") in fields:
             continue
-        if name == "help" or name.startswith("tyro_"):
+        if name in ("help", "help_all") or name.startswith("tyro_"):
             continue
         known = {**{other: ours for other, ours in SYNONYMS.items() if ours in fields}, **{f: f for f in fields}}
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean --{known[near[0]].replace('_', '-')}?" if near else "--help lists the options"
         raise ConfigError(f"unknown option {flag}; {hint}")
+
+
+def renamed_flags(args: Sequence[str]) -> list[str]:
+    """Return `args` with the new names of renamed flags; each old name prints one line on stderr."""
+    found = []
+    for arg in args:
+        flag, equals, value = arg.partition("=")
+        if (old := flag.removeprefix("--").replace("-", "_")) in RENAMED_FLAGS and flag.startswith("--"):
+            notice_renamed(old)
+            flag = f"--{RENAMED_FLAGS[old].replace('_', '-')}"
+        found.append(flag + equals + value)
+    return found
 
 
 def plain_help() -> None:
@@ -109,5 +136,6 @@ def completion(shell: str, configs: Mapping[str, type]) -> None:
     """Print the script that completes commands and flags in `shell` (bash, zsh, tcsh or fish)."""
     import tyro
 
-    kinds: Any = tuple(Annotated[config, tyro.conf.subcommand(name)] for name, config in configs.items())
-    tyro.cli(Union[kinds], args=["--tyro-print-completion", shell], prog="upstep-fast")  # noqa: UP007
+    kinds: Any = tuple(Annotated[for_tyro(kind), tyro.conf.subcommand(name)] for name, kind in configs.items())
+    options = (tyro.conf.OmitArgPrefixes,)
+    tyro.cli(Union[kinds], args=["--tyro-print-completion", shell], prog="upstep-fast", config=options)  # noqa: UP007

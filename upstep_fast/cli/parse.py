@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Sequence
-from typing import Any
+import typing
+from collections.abc import Collection, Sequence
+from typing import Annotated, Any
 
 from upstep_fast.errors import ConfigError
 
+HELP = {"-h", "--help", "--help-all"}
+
 
 def parse(config_class: type, args: Sequence[str], prog: str) -> Any:
-    """The configuration from flags, over the file of --config if there is one. Exits with 2 on a usage error."""
+    """Return the configuration from flags, over the file of --config if there is one. Exits with 2 on a usage error."""
     import tyro
 
     from upstep_fast.cli import help as cli_help
     from upstep_fast.config.files import of_method, read_toml
+    from upstep_fast.config.flat import flat, from_flat
     from upstep_fast.config.presets import with_preset
 
     cli_help.plain_help()
-    args = list(args)
+    args = cli_help.renamed_flags(args)
     values: dict[str, Any] = {}
     if "--config" in args:
         at = args.index("--config")
@@ -29,13 +34,39 @@ def parse(config_class: type, args: Sequence[str], prog: str) -> Any:
     # a method has defaults and flags of its own
     method, objective = (_value_of(flag, args) or values.get(flag) for flag in ("method", "objective"))
     config_class = of_method(config_class, method, objective)
+    if HELP & set(args):
+        shown = None if "--help-all" in args else cli_help.COMMON.get(prog.split()[-1])
+        tyro.cli(for_tyro(config_class, shown), args=["--help"], prog=prog, config=(tyro.conf.OmitArgPrefixes,))
     cli_help.check_flags(args, config_class)
     # a file's values become flags placed before the user's own, which win: one parser checks both
     values = with_preset(values)
     if preset := _value_of("preset", args):  # the user's own goes before the file
         values |= with_preset({"preset": preset})
     from_file = [part for key, value in values.items() for part in _as_flags(key, value)]
-    return tyro.cli(config_class, args=[*from_file, *args], prog=prog)
+    config = tyro.cli(for_tyro(config_class), args=[*from_file, *args], prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+    return from_flat(config_class, **flat(config))
+
+
+def for_tyro(config_class: type, shown: Collection[str] | None = None) -> Any:
+    """Return a subclass whose fields tyro names by their flags; shown: flags to list in --help (None: all)."""
+    import tyro
+
+    from upstep_fast.config.flat import flag_of, groups
+
+    hints, fields = typing.get_type_hints(config_class), []
+    for field in dataclasses.fields(config_class):
+        default, name = field.default, flag_of(config_class, field.name)
+        if group := groups(config_class).get(field.name):
+            kind: Any = for_tyro(group, shown)
+            default = default if default is dataclasses.MISSING else kind(**vars(default))
+        elif shown is None or name in shown:
+            kind = Annotated[hints[field.name], tyro.conf.arg(name=_flag(name))]
+        else:
+            kind = Annotated[hints[field.name], tyro.conf.Suppress]
+        fields.append((field.name, kind, dataclasses.field(default=default, metadata=field.metadata)))
+    named = dataclasses.make_dataclass(config_class.__name__, fields, bases=(config_class,), frozen=True, kw_only=True)
+    named.__doc__ = config_class.__doc__
+    return named
 
 
 def _value_of(flag: str, args: Sequence[str]) -> str | None:

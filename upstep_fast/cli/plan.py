@@ -9,13 +9,14 @@ step_memory.py counts a step without its bytes, calibrate.py takes one for real,
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from rich.table import Table
 
 from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.flat import replace_flat
 from upstep_fast.config.plan import PlanConfig, to_bytes
 from upstep_fast.data.loading.loader import CACHE_BYTES
 from upstep_fast.data.sources.source import open_source
@@ -49,18 +50,19 @@ def make(config: PlanConfig) -> dict[str, Any]:
         raise ConfigError(f"calibrate: there is no {on} device here; leave it out, or plan for the CPU")
     limit = _limit(config, compute, is_here)
     choose = chooser(asked, compute, on)
-    if config.fit is not None or asked.memory == "auto":
-        choice = fit(choose, asked.batch_size, limit)
+    batch = asked.optimization.batch_size
+    if config.fit is not None or asked.memory.level == "auto":
+        choice = fit(choose, batch, limit)
         # the same batch in equal parts
-        choice = choose(choice.memory, -(-asked.batch_size // -(-asked.batch_size // choice.batch_size)))
+        choice = choose(choice.memory, -(-batch // -(-batch // choice.batch_size)))
     else:
-        choice = choose(asked.memory, asked.batch_size)
-    planned = replace(asked, memory=choice.memory, batch_size=choice.batch_size)
+        choice = choose(asked.memory.level, batch)
+    planned = replace_flat(asked, memory=choice.memory, batch_size=choice.batch_size)
     step = step_memory.count(planned, compute, on=on, flops=True)
     parts = _on_one_device(step, config)
-    accumulate = asked.accumulate * -(-asked.batch_size // choice.batch_size)
+    accumulate = asked.optimization.accumulate * -(-batch // choice.batch_size)
     result: dict[str, Any] = {
-        "model": config.model,
+        "model": config.model.name,
         "device": on,
         "precision": compute.precision,
         "world_size": config.world_size,
@@ -83,9 +85,11 @@ def make(config: PlanConfig) -> dict[str, Any]:
 
 def _where(config: PlanConfig) -> tuple[Compute, str]:
     """The device planned for, which need not be here."""
-    if config.device.partition(":")[0] == "cuda" and not torch.cuda.is_available():
-        return Compute(torch.device("cpu"), "bf16" if config.precision == "auto" else config.precision), "cuda"
-    compute = resolve(config.device, config.precision)
+    if config.runtime.device.partition(":")[0] == "cuda" and not torch.cuda.is_available():
+        return Compute(
+            torch.device("cpu"), "bf16" if config.runtime.precision == "auto" else config.runtime.precision
+        ), "cuda"
+    compute = resolve(config.runtime.device, config.runtime.precision)
     return compute, compute.device.type
 
 
@@ -102,14 +106,14 @@ def _on_one_device(step: step_memory.StepMemory, config: PlanConfig) -> dict[str
     parts["views"] += step.waiting
     if config.world_size > 1:
         parts["workspace"] += 4 * step.trained  # the gradients in one buffer that is summed over the devices
-        if config.shard_weights:
+        if config.runtime.shard_weights:
             parts |= {name: parts[name] // config.world_size for name in ("weights", "folded")}
     return parts
 
 
 def _measured(config: AdaptConfig, compute: Compute) -> dict[str, Any]:
     real = calibrate.measure(config, compute)
-    counted = step_memory.count(replace(config, batch_size=real.batch), compute)
+    counted = step_memory.count(replace_flat(config, batch_size=real.batch), compute)
     return asdict(real) | {"planned_bytes": counted.peak}
 
 
@@ -125,11 +129,11 @@ def _seconds(result: dict[str, Any], batch: int, compute: Compute) -> dict[str, 
 
 def _length(config: PlanConfig, result: dict[str, Any]) -> dict[str, Any]:
     """How many steps, as far as that is known, and how long they take with none and with half of them skipped."""
-    steps, seconds = config.steps, result["seconds"]
-    if steps is None and config.data:
+    steps, seconds = config.optimization.steps, result["seconds"]
+    if steps is None and config.data.paths:
         from upstep_fast.train.adapt import fit_to_data
 
-        steps = fit_to_data(config, len(open_source(config.data, split="train"))).steps
+        steps = fit_to_data(config, len(open_source(config.data.paths, split="train"))).optimization.steps
     if steps is None or seconds is None:
         return {"steps": steps, "total_seconds": None}
     half = steps * (seconds["open"] + seconds["skipped"]) / 2

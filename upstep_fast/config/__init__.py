@@ -1,4 +1,4 @@
-"""What a user may say: one frozen dataclass a command."""
+"""Configuration: one frozen dataclass per command, made of groups that commands share."""
 
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.base import BackboneConfig, ModelConfig

@@ -1,36 +1,36 @@
-"""Fields that several commands share, and the checks of their values."""
+"""Groups of fields that several commands share, and the checks of their values."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from upstep_fast.config.flat import flag, flag_of
 from upstep_fast.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """Which model, and how it is built."""
+    """The pretrained model and how it is built."""
 
-    model: str
+    name: str = field(metadata=flag("model"))
     """Pretrained ViT: a timm name, local-dir:PATH, hf-hub:NAME, or a checkpoint file with --arch."""
-    arch: str | None = dataclasses.field(default=None, kw_only=True)
+    arch: str | None = None
     """timm's name of a checkpoint file's architecture; `upstep-fast models` lists them."""
-    img_size: int | tuple[int, int] | None = dataclasses.field(default=None, kw_only=True)
-    """Input in pixels: the side, or height and width; None: the model's own. Positions are interpolated."""
-    in_chans: int | None = dataclasses.field(default=None, kw_only=True)
-    """Channels of the images, 1 to 16; None: the model's own. The patch embedding is adapted as timm does."""
-    mean: tuple[float, ...] | None = dataclasses.field(default=None, kw_only=True)
-    """Mean of the channels on a 0..1 scale, one each or one for all; None: the model's own."""
-    std: tuple[float, ...] | None = dataclasses.field(default=None, kw_only=True)
-    """Standard deviation of the channels, likewise."""
-    min_matched: float = dataclasses.field(default=0.99, kw_only=True)
-    """Smallest share of the model's tensors that a checkpoint file must fill."""
+    img_size: int | tuple[int, int] | None = None
+    """Input in pixels: the side, or height and width. Default: the model's own. Positions are interpolated."""
+    in_chans: int | None = None
+    """Channels of the images, 1 to 16. Default: the model's own. The patch embedding is adapted as in timm."""
+    mean: tuple[float, ...] | None = None
+    """Mean of the channels on a 0..1 scale, one per channel or one for all. Default: the model's own."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of the channels on a 0..1 scale, one per channel or one for all. Default: the model's own."""
+    min_matched: float = 0.99
+    """Smallest fraction of the model's tensors that a checkpoint file must fill."""
 
     def __post_init__(self) -> None:
-        """Check every field; raises ConfigError."""
+        """Check every field. Raises ConfigError."""
         for side in (self.img_size,) if isinstance(self.img_size, int) else self.img_size or ():
             if side < 1:
                 raise ConfigError(f"img_size: got {side}, must be at least 1")
@@ -38,45 +38,104 @@ class BackboneConfig:
             raise ConfigError(f"in_chans: got {self.in_chans}, must lie in 1 to 16")
         if any(value <= 0 for value in self.std or ()):
             raise ConfigError(f"std: got {' '.join(map(str, self.std or ()))}, every value must be above 0")
-        _fraction(self, "min_matched")
+        fraction(self, "min_matched")
 
 
 @dataclass(frozen=True)
-class ModelConfig(BackboneConfig):
-    """Fields that every command with a model and images has."""
+class DataConfig:
+    """The images and how they are read."""
 
-    data: tuple[str, ...]
+    paths: tuple[str, ...] = field(metadata=flag("data"))
     """Images: folders (searched recursively, no labels needed), .tar files, text lists, or hf:NAME."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N. auto: the GPU if there is one."""
-    precision: Literal["auto", "fp32", "fp16", "bf16", "fp8"] = "auto"
-    """auto: bf16 where the device is fast in it, fp16 with loss scaling on older GPUs, else fp32. fp8 (by choice only):
-    frozen weights in fp8, the rest in bf16."""
-    implementation: Literal["auto", "reference", "triton", "cuda"] = "auto"
-    """Kernels to use; auto: the fastest that runs here."""
     num_workers: int | None = None
-    """Threads that read and decode images; None: one a core, at most 16."""
+    """Threads that read and decode images. Default: one per core, at most 16."""
     max_bad_fraction: float = 0.01
     """Unreadable images are skipped and listed; above this fraction the run stops (exit 3)."""
-    seed: int = 0
-    """Seed of the views, the order of images, the adapter's start, the head and the prototypes."""
-    debug: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every field. Raises ConfigError."""
+        at_least(self, "num_workers", 0)
+        fraction(self, "max_bad_fraction")
+
+
+@dataclass(frozen=True)
+class DebugConfig:
+    """Errors in full or in one line."""
+
+    debug: bool = field(default=False, kw_only=True)
     """Show tracebacks instead of one-line errors."""
 
 
-def _at_least(config: Any, name: str, low: float) -> None:
+@dataclass(frozen=True)
+class DeviceConfig(DebugConfig):
+    """The device to compute on."""
+
+    device: str = field(default="auto", kw_only=True)
+    """auto, cpu, cuda or cuda:N. auto: the GPU if there is one."""
+
+
+@dataclass(frozen=True)
+class RuntimeConfig(DeviceConfig):
+    """The device, its precision and kernels, and the seed."""
+
+    precision: Literal["auto", "fp32", "fp16", "bf16", "fp8"] = "auto"
+    """auto: bf16 where the device is fast in it, fp16 with loss scaling on older GPUs, else fp32. fp8 (never chosen by
+    auto): frozen weights in fp8, all else in bf16."""
+    implementation: Literal["auto", "reference", "triton", "cuda"] = "auto"
+    """Kernels to use; auto: the fastest that runs on this machine."""
+    seed: int = 0
+    """Seed of views, image order and initial weights (adapter, head, prototypes)."""
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """The folder of a run."""
+
+    out: str
+    """Folder for results, metrics and configuration."""
+    overwrite: bool = False
+    """Replace an earlier run in a non-empty --out."""
+    resume: bool = False
+    """Continue from the newest checkpoint in --out; start from the beginning if there is none."""
+
+    def __post_init__(self) -> None:
+        """Check every field. Raises ConfigError."""
+        if self.resume and self.overwrite:
+            raise ConfigError("resume and overwrite: give one of them, not both")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Groups of every command with a model and images."""
+
+    model: BackboneConfig
+    data: DataConfig
+    runtime: RuntimeConfig = field(default=RuntimeConfig(), kw_only=True)
+
+
+def at_least(config: Any, name: str, low: float) -> None:
+    """Raise ConfigError if field `name` is below `low`; None passes."""
     value = getattr(config, name)
     if value is not None and not value >= low:
-        raise ConfigError(f"{name}: got {value}, must be at least {low}")
+        raise ConfigError(f"{flag_of(type(config), name)}: got {value}, must be at least {low}")
 
 
-def _positive(config: Any, name: str) -> None:
+def positive(config: Any, name: str) -> None:
+    """Raise ConfigError if field `name` is not above 0 and finite; None passes."""
     value = getattr(config, name)
     if value is not None and not (value > 0 and math.isfinite(value)):
-        raise ConfigError(f"{name}: got {value}, must be above 0 and finite")
+        raise ConfigError(f"{flag_of(type(config), name)}: got {value}, must be above 0 and finite")
 
 
-def _fraction(config: Any, name: str) -> None:
+def fraction(config: Any, name: str) -> None:
+    """Raise ConfigError if field `name` lies outside 0 to 1; None passes."""
     value = getattr(config, name)
     if value is not None and not 0 <= value <= 1:
-        raise ConfigError(f"{name}: got {value}, must lie in 0 to 1")
+        raise ConfigError(f"{flag_of(type(config), name)}: got {value}, must lie in 0 to 1")
+
+
+def below(config: Any, name: str, high: float) -> None:
+    """Raise ConfigError if field `name` is below 0 or not below `high`."""
+    value = getattr(config, name)
+    if not 0 <= value < high:
+        raise ConfigError(f"{flag_of(type(config), name)}: got {value}, must lie in 0 to below {high}")

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import json
+import sys
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.flat import flat, from_flat, groups, paths
 from upstep_fast.errors import ConfigError
+
+RENAMED_FLAGS = {"grey": "gray"}  # old name: new name; accepted on the command line, in TOML files and as keywords
 
 
 def read_toml(path: str | Path, config_class: type) -> dict[str, Any]:
-    """The fields in a TOML file. Raises ConfigError on a missing or broken file and on unknown keys."""
+    """Return {flag: value} of a TOML file, with a table for each group or with flags at the top.
+
+    Raises ConfigError for a missing or broken file and for unknown keys.
+    """
     path = Path(path)
     try:
         values = tomllib.loads(path.read_text())
@@ -22,12 +29,28 @@ def read_toml(path: str | Path, config_class: type) -> dict[str, Any]:
         raise ConfigError(f"config: cannot read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"config: {path} is not valid TOML: {error}") from error
-    config_class = of_method(config_class, values.get("method"), values.get("objective"))
-    return {known_field(key, config_class, f"config {path}"): value for key, value in values.items()}
+    flags = flatten_tables(values, config_class)
+    config_class = of_method(config_class, flags.get("method"), flags.get("objective"))
+    return {known_flag(key, config_class, f"config {path}"): value for key, value in flags.items()}
+
+
+def flatten_tables(values: Mapping[str, Any], config_class: type) -> dict[str, Any]:
+    """Return {flag: value} of a TOML file's values, whose tables are groups; unknown keys are kept as they are."""
+    explora = values.get("explora")
+    objective = explora.get("objective") if isinstance(explora, dict) else values.get("objective")
+    config_class = of_method(config_class, values.get("method"), objective)
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and key in groups(config_class):
+            names = {path[1]: flag for flag, path in paths(config_class).items() if path[0] == key}
+            found |= {names.get(field.replace("-", "_"), field): inner for field, inner in value.items()}
+        else:
+            found[key] = value
+    return found
 
 
 def of_method(config_class: type, method: Any, objective: Any = None) -> type:
-    """The class with the defaults and flags of a method of `adapt`; `config_class` itself where there is no other."""
+    """Return the class with the defaults and flags of a method of `adapt`; `config_class` itself for UpStep."""
     if config_class is AdaptConfig and method == "explora":
         from upstep_fast.config.explora import Dinov2Config, MaeConfig
 
@@ -35,40 +58,60 @@ def of_method(config_class: type, method: Any, objective: Any = None) -> type:
     return config_class
 
 
-def from_options(config_class: type, options: dict[str, Any], where: str) -> Any:
-    """The configuration from a Python call's keywords; paths may be Path, and `data` one of them or several.
+def from_options(config_class: type, options: Mapping[str, Any], where: str) -> Any:
+    """Return the configuration from a Python call's keywords; paths may be Path, and `data` one path or several.
 
     Raises ConfigError for unknown keywords and for missing ones of model, data and out.
     """
-    for name in options:
-        known_field(name, config_class, where)
-    if missing := [name for name in ("model", "data", "out") if name not in options]:
+    options = {known_flag(name, config_class, where): value for name, value in options.items()}
+    required = [name for name in ("model", "data", "out") if name in paths(config_class)]
+    if missing := [name for name in required if name not in options]:
         raise ConfigError(f"{where}: {', '.join(missing)} must be given")
     data = options["data"]
-    paths = [data] if isinstance(data, (str, Path)) else data
+    sources = [data] if isinstance(data, (str, Path)) else data
     # a TOML file's lists are the tuples of the fields
     fields = {
         name: str(v) if isinstance(v, Path) else tuple(v) if isinstance(v, list) else v for name, v in options.items()
     }
-    return config_class(**fields | {"data": tuple(str(path) for path in paths)})
+    return from_flat(config_class, **fields | {"data": tuple(str(source) for source in sources)})
 
 
-def known_field(key: str, config_class: type, where: str) -> str:
-    """`key` with dashes as underscores, if it is a field. Raises ConfigError with the nearest name otherwise."""
-    names = [f.name for f in dataclasses.fields(config_class)]
+def known_flag(key: str, config_class: type, where: str) -> str:
+    """Return `key` as a flag of `config_class`, with dashes as underscores and the new name of a renamed flag.
+
+    Raises ConfigError with the nearest name for an unknown key.
+    """
+    names = list(paths(config_class))
     name = key.replace("-", "_")
+    if name in RENAMED_FLAGS and RENAMED_FLAGS[name] in names:
+        notice_renamed(name)
+        return RENAMED_FLAGS[name]
     if name in names:
         return name
+    raise ConfigError(f"{where}: unknown key {key!r}{_nearest(name, names)}")
+
+
+def notice_renamed(name: str) -> None:
+    """Print one line on stderr about an old name."""
+    print(f"upstep-fast: {name} is now called {RENAMED_FLAGS[name]}; the old name still works", file=sys.stderr)
+
+
+def _nearest(name: str, names: list[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean {near[0]}?" if near else f"; the fields are {', '.join(names)}"
-    raise ConfigError(f"{where}: unknown key {key!r}{hint}")
+    return f"; did you mean {near[0]}?" if near else f"; the fields are {', '.join(names)}"
+
+
+def renamed(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `flags` of an older version's file under the names of today."""
+    return {RENAMED_FLAGS.get(name, name): value for name, value in flags.items()}
 
 
 def to_toml(config: Any) -> str:
-    """The resolved configuration as flat TOML; fields that are None are left out."""
-    lines = []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if value is not None:
-            lines.append(f"{field.name} = {json.dumps(value, ensure_ascii=False)}")
-    return "\n".join(lines) + "\n"
+    """Return the configuration as TOML, one table per group; fields that are None are left out."""
+    flags, tables = flat(config), {name: list[str]() for name in ("", *groups(type(config)))}
+    for name, path in paths(type(config)).items():
+        if flags[name] is not None:
+            line = f"{path[-1]} = {json.dumps(flags[name], ensure_ascii=False)}"
+            tables[path[0] if len(path) == 2 else ""].append(line)
+    parts = ["\n".join([f"[{name}]", *lines] if name else lines) for name, lines in tables.items() if lines]
+    return "\n\n".join(parts) + "\n"

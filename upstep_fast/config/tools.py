@@ -6,14 +6,15 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from upstep_fast.config.base import BackboneConfig, _at_least
+from upstep_fast.config.base import BackboneConfig, DebugConfig, DeviceConfig, at_least
 from upstep_fast.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class ExportConfig(BackboneConfig):
+class ExportConfig(DebugConfig):
     """Write a model with its adapter in another tool's format, checked in that tool."""
 
+    model: BackboneConfig
     format: Literal["timm", "hf", "peft", "dinov2", "onnx", "torch"] = "timm"
     """timm, hf (transformers): merged, safetensors; peft: the adapter; dinov2: Meta's names; onnx, torch: one file."""
     out: str = dataclasses.field(kw_only=True)
@@ -24,22 +25,18 @@ class ExportConfig(BackboneConfig):
     """Images on which the exported features are compared; without them some photographs of this package."""
     overwrite: bool = False
     """Replace an earlier export in a non-empty --out."""
-    debug: bool = False
-    """Show tracebacks instead of one-line errors."""
 
 
 @dataclass(frozen=True)
-class ModelsConfig:
+class ModelsConfig(DebugConfig):
     """List the models that can be adapted."""
 
     pattern: str = "*"
     """Part of a name, or a pattern with * and ?."""
-    debug: bool = False
-    """Show tracebacks instead of one-line errors."""
 
 
 @dataclass(frozen=True)
-class BenchConfig:
+class BenchConfig(DeviceConfig):
     """Time the engine against the eager reference and PEFT on this machine, forward and forward with backward."""
 
     model: str = "vit_base_patch16_224"
@@ -56,33 +53,27 @@ class BenchConfig:
     """Timed runs of each variant; they alternate."""
     compile: bool = False
     """Also time PEFT under torch.compile (minutes to compile)."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "fp32", "fp16", "bf16", "fp8"] = "auto"
     """As for adapt."""
     json: str | None = None
     """File for the figures."""
     plot: str | None = None
     """File for a picture of them: .svg, .png or .pdf (needs matplotlib)."""
-    debug: bool = False
-    """Show tracebacks instead of one-line errors."""
 
     def __post_init__(self) -> None:
         """Check every field; raises ConfigError."""
         for name in ("batch_size", "lora_r", "runs"):
-            _at_least(self, name, 1)
+            at_least(self, name, 1)
 
 
 @dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(DebugConfig):
     """Write the HTML report of a run again, or compare several runs on one page."""
 
     dirs: tuple[str, ...]
     """Folders of runs (--out of adapt). One: writes its report.html. Several: writes --out."""
     out: str = "comparison.html"
     """File for the comparison of several runs."""
-    debug: bool = False
-    """Show tracebacks instead of one-line errors."""
 
     def __post_init__(self) -> None:
         """Check every field; raises ConfigError."""
@@ -93,29 +84,23 @@ class ReportConfig:
 
 
 @dataclass(frozen=True)
-class DoctorConfig:
+class DoctorConfig(DeviceConfig):
     """Say what runs on this machine and why, and check every kernel against its reference."""
 
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
     json: bool = False
     """Print one JSON object instead of tables."""
-    debug: bool = False
-    """Show tracebacks instead of one-line errors."""
 
 
 @dataclass(frozen=True)
-class CompletionConfig:
+class CompletionConfig(DebugConfig):
     """Print the script that completes commands and flags in a shell."""
 
     shell: Literal["bash", "zsh", "fish", "tcsh"] = "bash"
     """Shell to complete in."""
-    debug: bool = False
-    """Show tracebacks instead of one-line errors."""
 
 
 @dataclass(frozen=True)
-class DemoConfig:
+class DemoConfig(DeviceConfig):
     """Adapt a small model to photographs of hand signs, without their labels, and show what that brought."""
 
     out: str = "upstep-demo"
@@ -128,7 +113,3 @@ class DemoConfig:
     """Steps to run; None: the demo's own recipe."""
     seed: int = 0
     """Seed of the run."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    debug: bool = False
-    """Show tracebacks instead of one-line errors."""

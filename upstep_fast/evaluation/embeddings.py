@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from upstep_fast.config.evaluate import EmbedConfig
+from upstep_fast.config.flat import from_flat
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import ConfigError
 from upstep_fast.evaluation import whitening
@@ -30,7 +31,7 @@ def embed(model: str, data: str | Path | Sequence[str | Path], out: str | Path, 
     model's features are the mean patch token.
     """
     paths = (data,) if isinstance(data, (str, Path)) else data
-    return run_embed(EmbedConfig(model=model, data=tuple(str(p) for p in paths), out=str(out), **options))
+    return run_embed(from_flat(EmbedConfig, model=model, data=tuple(str(p) for p in paths), out=str(out), **options))
 
 
 def run_embed(config: EmbedConfig) -> Path:
@@ -47,9 +48,9 @@ def run_embed(config: EmbedConfig) -> Path:
             raise ConfigError(f"{field}: {path} exists; choose another name or add --overwrite")
         if not path.parent.is_dir():
             raise ConfigError(f"{field}: no folder {path.parent}")
-    compute = resolve(config.device, config.precision)
+    compute = resolve(config.runtime.device, config.runtime.precision)
     with distributed.joined(compute.device):
-        source, models = open_source(config.data), load_models(config)
+        source, models = open_source(config.data.paths), load_models(config)
         whitens = bool(config.whitening or config.fit_whitening)
         fingerprints = _fingerprints(models, config) if whitens else {}
         fitted = whitening.read(config.whitening, fingerprints) if config.whitening else {}

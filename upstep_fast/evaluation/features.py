@@ -58,7 +58,7 @@ def load_models(config: EvalConfig | EmbedConfig, *, backbone: Backbone | None =
 
     backbone: the base model, if it is loaded already; it is copied and stays as it is. Raises ConfigError.
     """
-    base = backbones.load_from(config) if backbone is None else backbone.copy()
+    base = backbones.load_from(config.model) if backbone is None else backbone.copy()
     if config.adapter is None:
         return {"base": base}
     adapted = base.copy()
@@ -90,8 +90,8 @@ def extract(
         distributed.own_part(len(source)),
         **base.eval_transform_args,
         batch_size=config.batch_size,
-        num_workers=config.num_workers,
-        max_bad_fraction=config.max_bad_fraction,
+        num_workers=config.data.num_workers,
+        max_bad_fraction=config.data.max_bad_fraction,
         skipped=skipped,
     )
     for indices, images in batches:
@@ -123,7 +123,7 @@ def _feature_function(
     def by_the_model(images: Tensor) -> Tensor:
         return pool(vit, vit.forward_features(images))
 
-    if config.implementation == "reference":
+    if config.runtime.implementation == "reference":
         return by_the_model
     dtype = compute.dtype or torch.float32
     return engine.choose(vit, dtype, "fast", otherwise=by_the_model, fp8=compute.fp8, pool=pool)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from upstep_fast.config.evaluate import EvalConfig
+from upstep_fast.config.flat import from_flat
 from upstep_fast.data.labelled.splits import train_and_test
 from upstep_fast.evaluation import whitening
 from upstep_fast.evaluation.classifiers import knn, linear_probe
@@ -43,7 +44,8 @@ def evaluate(
     """
     paths = (data,) if isinstance(data, (str, Path)) else data
     return run(
-        EvalConfig(
+        from_flat(
+            EvalConfig,
             model=model,
             data=tuple(str(p) for p in paths),
             adapter=None if adapter is None else str(adapter),
@@ -56,7 +58,7 @@ def evaluate(
 
 def run(config: EvalConfig) -> dict[str, Any]:
     """As `evaluate`; writes config.json if given. Raises UpstepError."""
-    compute = resolve(config.device, config.precision)
+    compute = resolve(config.runtime.device, config.runtime.precision)
     with distributed.joined(compute.device):
         return _run(config, compute)
 
@@ -64,7 +66,7 @@ def run(config: EvalConfig) -> dict[str, Any]:
 def _run(config: EvalConfig, compute: Compute) -> dict[str, Any]:
     models = load_models(config)
     result: dict[str, Any] = {}
-    train, test = _train_and_test(config.data, models, config, compute)
+    train, test = _train_and_test(config.data.paths, models, config, compute)
     whitened = partial(append_whitened, fitted={name: whitening.fit(x) for name, x in train.x.items()})
 
     def accuracy(of: Measure, form: Form, bank: Extracted, queries: Extracted) -> dict[str, float]:

@@ -41,9 +41,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from upstep_fast.config.objective import GateConfig, Rule
 from upstep_fast.data.keyed_random import uniform, uniform_array
-
-Rule = Literal["none", "prev", "ema", "median", "quantile", "views", "random", "alternate"]
 
 _WINDOW = 64  # of the median rule: longer windows lag behind a falling m (METHODS 1.6)
 _ON_DISK = {"num_updates": "opened"}  # GateState's fields that checkpoints hold by another name
@@ -51,14 +50,9 @@ _STEP, _CATCH_UP = 0.5, 0.05  # of the quantile's threshold, in units of m's own
 
 
 @dataclass(frozen=True)
-class GateRule:
-    """What the user chose."""
+class GateRule(GateConfig):
+    """The configured rule with its seed and experimental variants."""
 
-    rule: Rule = "quantile"
-    update_when: Literal["low", "high"] = "low"
-    rate: float = 0.5
-    beta: float = 0.9
-    max_skips: int = 16
     seed: int = 0
     unit: Literal["step", "image"] = "step"  # image: every step is open, choose_images says for whom
     statistic: Literal["center", "loss", "disagreement"] = "center"  # what stands for m

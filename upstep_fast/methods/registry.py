@@ -22,9 +22,9 @@ def build(backbone: Backbone, config: AdaptConfig) -> Method:
         from upstep_fast.methods.explora.mae import ExploraMae
 
         return ExploraMae(backbone, config)
-    return UpStep(backbone, config, config.prototypes)
+    return UpStep(backbone, config, config.objective.prototypes)
 
 
 def make_optimizer(method: Method, config: AdaptConfig) -> torch.optim.Optimizer:
     """AdamW over the method's groups."""
-    return torch.optim.AdamW(method.parameter_groups(), lr=config.lr, betas=(0.9, 0.999), fused=True)
+    return torch.optim.AdamW(method.parameter_groups(), lr=config.optimization.lr, betas=(0.9, 0.999), fused=True)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from upstep_fast.config.views import LoraConfig
 from upstep_fast.errors import ConfigError
 
 _QKV = {"q": 0, "k": 1, "v": 2}
@@ -78,6 +79,12 @@ class LoraSpec:
     r: int = 8
     alpha: float = 8.0
     targets: tuple[str, ...] = ("q", "k", "v")
+
+    @classmethod
+    def from_config(cls, config: LoraConfig, *, alpha: float | None = None) -> LoraSpec:
+        """Return the configured adapters; alpha: the default where the configuration has none (None: a scale of 1)."""
+        default = config.r if alpha is None else alpha
+        return cls(r=config.r, alpha=default if config.alpha is None else config.alpha, targets=config.targets)
 
 
 def inject(vit: nn.Module, spec: LoraSpec, *, leave_out: Sequence[int] = ()) -> dict[str, LoraLinear]:

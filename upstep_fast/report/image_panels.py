@@ -17,7 +17,7 @@ import logging
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +86,8 @@ def compute_panels(
     config: AdaptConfig, compute: Compute, source: Source, out: Path, *, backbone: backbones.Backbone | None = None
 ) -> ImagePanels:
     """Run the base model and the adapted model on some of the images. Raises UpstepError."""
-    fields = ("model", "data", "arch", "img_size", "in_chans", "min_matched")
-    values = {name: getattr(config, name) for name in fields}
-    models = load_models(EvalConfig(**values, adapter=str(out / "adapter")), backbone=backbone)
+    described = replace(config.model, mean=None, std=None)
+    models = load_models(EvalConfig(described, config.data, adapter=str(out / "adapter")), backbone=backbone)
     base = models["base"]
     indices, thumbs, (before, after) = _extract(
         source, spread(len(source), _num_images(base, compute)), (base, models["adapted"]), config, compute
@@ -115,7 +114,7 @@ def _extract(
     features: list[list[Tensor]] = [[] for _ in models]
     for model in models:
         model.vit.to(compute.device)
-    arguments = base.eval_transform_args | {"batch_size": BATCH_SIZE, "num_workers": config.num_workers}
+    arguments = base.eval_transform_args | {"batch_size": BATCH_SIZE, "num_workers": config.data.num_workers}
     for batch, images in load_images(source, indices, **arguments, max_bad_fraction=1.0):
         x = base.normalized(images.to(compute.device))
         for rows, model in zip(features, models, strict=True):
@@ -203,7 +202,7 @@ def _odd_thumbnails(config: AdaptConfig, skipped: Path, channels: int) -> dict[s
     thumbs: dict[str, str] = {}
     if not unread:
         return thumbs
-    source = open_source(config.data, split="train")  # includes the images that triage left out
+    source = open_source(config.data.paths, split="train")  # includes the images that triage left out
     for index in range(len(source)):
         if len(thumbs) == MAX_ODD or not unread:
             break

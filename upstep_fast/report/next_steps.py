@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from upstep_fast.config.base import BackboneConfig
+from upstep_fast.config.flat import defaults, paths
 from upstep_fast.report.run_record import Record, bad_steps, number, updates, waiting_share
 
 MAX_WAITING = 0.2  # share of the time
@@ -43,11 +43,11 @@ def embed_command(config: Mapping[str, Any], out: Path) -> str:
 def _model(config: Mapping[str, Any]) -> list[str]:
     # the flags that select the model of this run in another command
     flags: list[str] = []
-    for field in dataclasses.fields(BackboneConfig):
-        value = config.get(field.name)
-        if value is not None and value != field.default:
+    for name in paths(BackboneConfig):
+        value = config.get(name)
+        if value is not None and value != defaults(BackboneConfig).get(name):
             parts = value if isinstance(value, (list, tuple)) else [value]
-            flags += [f"--{field.name.replace('_', '-')}", *map(str, parts)]
+            flags += [f"--{name.replace('_', '-')}", *map(str, parts)]
     return flags
 
 

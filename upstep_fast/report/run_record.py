@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.files import flatten_tables
 from upstep_fast.errors import ConfigError
 from upstep_fast.report.image_panels import ImagePanels, read_panels
 from upstep_fast.runtime.checkpoint import MANIFEST
@@ -65,13 +67,14 @@ def read_record(folder: Path) -> Record:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return folder/config.toml as a dictionary. Raises ConfigError if the folder holds no run."""
+    """Return folder/config.toml as {flag: value}. Raises ConfigError if the folder holds no run."""
     try:
-        return tomllib.loads((folder / CONFIG).read_text(encoding="utf-8", errors="replace"))
+        values = tomllib.loads((folder / CONFIG).read_text(encoding="utf-8", errors="replace"))
     except OSError as error:
         raise ConfigError(f"report: {folder} holds no run of upstep-fast ({CONFIG}: {error.strerror})") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"report: {folder / CONFIG} is not valid TOML: {error}") from error
+    return flatten_tables(values, AdaptConfig)
 
 
 def summary(record: Record) -> dict[str, str]:

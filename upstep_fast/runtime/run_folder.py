@@ -26,12 +26,12 @@ CONFIG, LOCK, CHECKPOINTS = "config.toml", "run.lock", "checkpoints"
 
 @contextlib.contextmanager
 def lock_run_folder(config: AdaptConfig | FinetuneConfig) -> Iterator[Path]:
-    """Lock the folder `config.out` for this run within the context; yields its path.
+    """Lock the folder `config.output.out` for this run within the context; yields its path.
 
     A new or empty folder gets config.toml. One that holds a run is emptied with `overwrite` and left as it is with
     `resume`. Raises ConfigError for a folder that holds something else, cannot be written, or is in use.
     """
-    out = Path(config.out)
+    out = Path(config.output.out)
     with contextlib.ExitStack() as stack:
         try:
             # a folder that holds something else is refused before anything is written to it
@@ -39,7 +39,7 @@ def lock_run_folder(config: AdaptConfig | FinetuneConfig) -> Iterator[Path]:
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_locked(out))
             _refuse_run(out, config)
-            if config.overwrite:
+            if config.output.overwrite:
                 for path in _entries(out):
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             if not (out / CONFIG).is_file():
@@ -54,8 +54,8 @@ def lock_run_folder(config: AdaptConfig | FinetuneConfig) -> Iterator[Path]:
 
 def check(config: AdaptConfig | FinetuneConfig) -> None:
     """Raise ConfigError early, before slow work, if `lock_run_folder` would refuse what the folder holds."""
-    _refuse_other_content(Path(config.out), config)
-    _refuse_run(Path(config.out), config)
+    _refuse_other_content(Path(config.output.out), config)
+    _refuse_run(Path(config.output.out), config)
 
 
 @contextlib.contextmanager
@@ -73,14 +73,14 @@ def writing(out: Path) -> Iterator[None]:
 def _refuse_other_content(out: Path, config: AdaptConfig | FinetuneConfig) -> None:
     if _entries(out) and not (out / CONFIG).is_file():
         cure = "choose another folder or add --overwrite"
-        if config.overwrite or config.resume:
-            flag = "--overwrite" if config.overwrite else "--resume"
+        if config.output.overwrite or config.output.resume:
+            flag = "--overwrite" if config.output.overwrite else "--resume"
             cure = f"it holds no run of upstep-fast, so {flag} does not change it; choose another"
         raise ConfigError(f"out: {out} is not empty; {cure}")
 
 
 def _refuse_run(out: Path, config: AdaptConfig | FinetuneConfig) -> None:
-    if _entries(out) and not (config.overwrite or config.resume):
+    if _entries(out) and not (config.output.overwrite or config.output.resume):
         raise ConfigError(f"out: {out} is not empty; choose another folder, continue with --resume or add --overwrite")
 
 

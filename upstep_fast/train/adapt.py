@@ -12,6 +12,7 @@ import torch
 
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.files import from_options, of_method
+from upstep_fast.config.flat import flat, replace_flat
 from upstep_fast.config.presets import with_preset
 from upstep_fast.data.curation.curate import survey
 from upstep_fast.data.sources.source import open_source
@@ -46,34 +47,35 @@ def adapt(**options: Any) -> AdaptResult:
 
 def run(config: AdaptConfig) -> AdaptResult:
     """One adaptation, from configuration to adapter. Raises UpstepError with the exit code of what went wrong."""
-    compute = resolve(config.device, config.precision)
+    compute = resolve(config.runtime.device, config.runtime.precision)
     with distributed.joined(compute.device):
         return _run(config, compute)
 
 
 def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
-    source = open_source(config.data, split="train")
+    source = open_source(config.data.paths, split="train")
     source, held_out = hold_out(source, config)
-    backbone = backbones.load_from(config)
-    if config.triage and distributed.is_first():
+    backbone = backbones.load_from(config.model.name)
+    if config.data.triage and distributed.is_first():
         output.check(config)
     surveyed = survey(
         source,
-        Path(config.out),
-        run_triage=config.triage,
-        measure_statistics=config.mean_std == "auto",
+        Path(config.output.out),
+        run_triage=config.data.triage,
+        measure_statistics=config.data.mean_std == "auto",
         channels=len(backbone.mean),
         num_workers=num_workers(config),
-        max_bad_fraction=config.max_bad_fraction,
+        max_bad_fraction=config.data.max_bad_fraction,
     )
     source = surveyed.source
     if surveyed.statistics is not None:  # in the saved configuration: a resumed run, and the next command, repeat them
         mean, std = surveyed.statistics
-        config, backbone = replace(config, mean_std="given", mean=mean, std=std), replace(backbone, mean=mean, std=std)
+        config = replace_flat(config, mean_std="given", mean=mean, std=std)
+        backbone = replace(backbone, mean=mean, std=std)
     asked, config = config, settle(fit_to_data(config, len(source)), compute)
-    implementation = None if config.implementation == "auto" else config.implementation
+    implementation = None if config.runtime.implementation == "auto" else config.runtime.implementation
     with dispatch.forced(implementation), contextlib.ExitStack() as stack:
-        out = Path(config.out)
+        out = Path(config.output.out)
         if distributed.is_first():
             stack.enter_context(output.lock_run_folder(config))
             with output.writing(out):
@@ -85,10 +87,10 @@ def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
         ranks = f", {distributed.size()} ranks" if distributed.size() > 1 else ""
         log.info("%s, %s in %s%s", versions, compute.device, compute.precision, ranks)
         for name in ("batch_size", "prototypes", "queue"):
-            if (before := getattr(asked, name)) != (now := getattr(config, name)):
+            if (before := flat(asked)[name]) != (now := flat(config)[name]):
                 log.warning("%s: reduced from %d to the %d images there are", name, before, now)
         result = _train(config, compute, source, held_out, backbone, out)
-        if config.report_images and distributed.is_first():
+        if config.output.report_images and distributed.is_first():
             with torch.random.fork_rng(devices=[]):  # the caller's generator stays as it is
                 pictures.collect(config, compute, source, out)
         return result
@@ -96,14 +98,15 @@ def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
 
 def fit_to_data(config: AdaptConfig, num_images: int) -> AdaptConfig:
     """The configuration with length resolved and batch and prototypes reduced to what the data can fill."""
-    ranks = distributed.size()
-    if config.batch_size % ranks:
-        raise ConfigError(f"batch_size: {config.batch_size} images do not divide over {ranks} ranks; take a multiple")
-    batch = min(config.batch_size, num_images) // ranks * ranks
+    ranks, run = distributed.size(), config.optimization
+    if run.batch_size % ranks:
+        raise ConfigError(f"batch_size: {run.batch_size} images do not divide over {ranks} ranks; take a multiple")
+    batch = min(run.batch_size, num_images) // ranks * ranks
     if batch < 2:
         raise ConfigError(f"data: {num_images} image found, adaptation needs at least {max(2, ranks)}")
-    prototypes, queue, steps = min(config.prototypes, num_images), min(config.queue, num_images), config.steps
+    steps, epochs = run.steps, run.epochs
     if steps is None:
-        per_epoch = num_images // batch
-        steps = max(400, 10 * per_epoch) if config.epochs is None else max(1, round(config.epochs * num_images / batch))
-    return replace(config, batch_size=batch, prototypes=prototypes, queue=queue, steps=steps, epochs=None)
+        by_default = max(400, 10 * (num_images // batch))
+        steps = by_default if epochs is None else max(1, round(epochs * num_images / batch))
+    prototypes, queue = min(config.objective.prototypes, num_images), min(config.experimental.queue, num_images)
+    return replace_flat(config, batch_size=batch, prototypes=prototypes, queue=queue, steps=steps, epochs=None)

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from upstep_fast.config.adapt import AdaptConfig, every
+from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.training import parse_interval
 from upstep_fast.data.loading.loader import Batch, Loader
 from upstep_fast.data.sources.source import Source
 from upstep_fast.errors import Interrupted, RunFailedError
@@ -50,17 +51,17 @@ def _train(
     backbone: backbones.Backbone,
     out: Path,
 ) -> AdaptResult:
-    assert config.steps is not None
+    assert config.optimization.steps is not None
     identity = resume.identify(config, compute, source, backbones.fingerprint(backbone.vit))
     resume.agree(identity)
     rule, channels, state = gate_rule(config), len(backbone.mean), fresh_state(config, compute, backbone)
-    if config.resume:
+    if config.output.resume:
         resume.resume_from(state, out / output.CHECKPOINTS, identity)
     began, first_step = time.monotonic(), state.step
-    every_steps, every_seconds = every(config.checkpoint_every)
+    every_steps, every_seconds = parse_interval(config.checkpoints.every)
 
     def repeat(found: Checkpoint, steps: int) -> tuple[list[dict[str, Any]], RunState]:
-        again = fresh_state(config, compute, backbones.load_from(config))
+        again = fresh_state(config, compute, backbones.load_from(config.model))
         resume.restore(again, found, identity)
         with make_loader(config, source, again, channels, compute) as batches:
             rows = [step(again, next(batches).views, rule, config, compute) for _ in range(steps)]
@@ -68,7 +69,7 @@ def _train(
         return rows, again
 
     validator = Validator(config, held_out, compute, out) if held_out else None
-    check = ResumeCheck(config.verify_resume, repeat)
+    check = ResumeCheck(config.checkpoints.verify, repeat)
     taken: deque[tuple[dict[str, Any], Tensor]] = deque()  # rows that are not written yet, whose images they had
     with (
         make_loader(config, source, state, channels, compute) as loader,
@@ -79,7 +80,7 @@ def _train(
             if state.step == 0 and state.method.needs_init:
                 with compute.autocast():
                     state.method.initialize_from_data(_start_views(config, source, state, channels, compute))
-            while state.step < config.steps and not (validator and validator.should_stop(state.step)):
+            while state.step < config.optimization.steps and not (validator and validator.should_stop(state.step)):
                 began_step = time.monotonic()
                 batch = next(loader)
                 row = step(state, batch.views, rule, config, compute, requests)
@@ -88,14 +89,14 @@ def _train(
                     with output.writing(out):
                         validator.validate(state)
                 gives_up = validator is not None and validator.should_stop(state.step)
-                (stop, save), is_last = requests.poll(), state.step == config.steps or gives_up
+                (stop, save), is_last = requests.poll(), state.step == config.optimization.steps or gives_up
                 save = save or stop or is_last or bool(every_steps and state.step % every_steps == 0)
                 if save or check.is_on:
                     flush(state)
                 check.after(row, state, is_last)
                 seconds = max(1e-9, time.monotonic() - began_step)
                 row |= {
-                    "images_per_s": config.batch_size / seconds,
+                    "images_per_s": config.optimization.batch_size / seconds,
                     "data_wait": loader.data_wait,
                     "other_s": seconds - loader.data_wait,  # the halves of the step are taken off once they are known
                     "epoch": batch.epoch,
@@ -118,11 +119,11 @@ def _train(
                         writer.wait()
                 if state.step == first_step + 1:
                     # all is loaded and compiled: from now on a long wait means that a rank is gone
-                    distributed.limit_wait(config.rank_timeout)
+                    distributed.limit_wait(config.runtime.rank_timeout)
                     resume.broadcast_tuned()
                 if stop and not is_last:
                     raise Interrupted(
-                        f"stopped after {state.step} of {config.steps} steps, all saved; "
+                        f"stopped after {state.step} of {config.optimization.steps} steps, all saved; "
                         "go on with the same command and --resume"
                     )
         distributed.limit_wait(distributed.START_SECONDS)
@@ -131,7 +132,8 @@ def _train(
         with output.writing(out):
             if validator:
                 validator.settle()
-            ends = config.strength if config.strength_first is None else config.strength_first, config.strength
+            first, last = config.experimental.strength_first, config.validation.strength
+            ends = last if first is None else first, last
             if "auto" not in ends and ends != (1.0, 1.0) and distributed.is_first():
                 strengths = peft_format.strength_by_depth(*ends, len(state.method.vit.blocks))  # type: ignore[arg-type]
                 peft_format.scale_saved(out / "adapter", strengths)
@@ -175,15 +177,9 @@ def stop_if_collapsed(state: RunState, row: dict[str, Any], out: Path) -> None:
 
 def gate_rule(config: AdaptConfig) -> gates.GateRule:
     """The gate that this configuration asks for."""
+    more = config.experimental
     return gates.GateRule(
-        rule=config.gate,
-        update_when=config.update_when,
-        rate=config.gate_rate,
-        beta=config.gate_beta,
-        max_skips=config.max_skips,
-        unit=config.gate_unit,
-        statistic=config.gate_statistic,
-        seed=config.seed,
+        **vars(config.gate), unit=more.gate_unit, statistic=more.gate_statistic, seed=config.runtime.seed
     )
 
 
@@ -191,19 +187,19 @@ def make_loader(config: AdaptConfig, source: Source, state: RunState, channels: 
     """The batches from `state.step` on, with their views; bad images are noted in `state.skipped`."""
     return Loader(
         source,
-        batch_size=config.batch_size,
+        batch_size=config.optimization.batch_size,
         rank=distributed.rank(),
         world_size=distributed.size(),
-        seed=config.seed,
+        seed=config.runtime.seed,
         num_workers=num_workers(config),
-        max_bad_fraction=config.max_bad_fraction,
+        max_bad_fraction=config.data.max_bad_fraction,
         skipped=state.skipped,
         start_step=state.step,
         channels=channels,
         min_side=state.method.min_side,
         make_views=lambda batch: make_views(state.method, batch, compute),
         device=compute.device,
-        decode=config.decode,
+        decode=config.data.decode,
     )
 
 
@@ -240,13 +236,13 @@ def _kept(state: RunState, loader: Loader, writer: RunWriter, taken: Iterable[An
 
 def num_workers(config: AdaptConfig) -> int:
     """Threads that decode."""
-    return default_workers() if config.num_workers is None else config.num_workers
+    return default_workers() if config.data.num_workers is None else config.data.num_workers
 
 
 def _start_views(
     config: AdaptConfig, source: Source, state: RunState, channels: int, compute: Compute
 ) -> Iterator[Any]:
     with make_loader(config, source, state, channels, compute) as loader:
-        batches = -(-min(len(source), max(START_IMAGES, config.queue)) // config.batch_size)
+        batches = -(-min(len(source), max(START_IMAGES, config.experimental.queue)) // config.optimization.batch_size)
         for _, batch in zip(range(batches), loader, strict=False):
             yield batch.views

@@ -25,7 +25,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.files import renamed
 from upstep_fast.config.finetune import FinetuneConfig
+from upstep_fast.config.flat import defaults, flat
 from upstep_fast.data.decode import gpu_jpeg
 from upstep_fast.data.decode.image import decoder_fingerprint
 from upstep_fast.data.sources.source import Source
@@ -74,8 +76,8 @@ def identify(config: AdaptConfig | FinetuneConfig, compute: Compute, source: Sou
     """The identity of this run; backbone_sha256: the base model's fingerprint before it has adapters."""
     device = compute.device
     return Identity(
-        config=json.loads(json.dumps(dataclasses.asdict(config))),
-        backbone={"name": config.model, "sha256": backbone_sha256},
+        config=json.loads(json.dumps(flat(config))),
+        backbone={"name": config.model.name, "sha256": backbone_sha256},
         data={"images": len(source), "sha256": source.fingerprint()},
         environment={
             "upstep_fast": __version__,
@@ -262,7 +264,7 @@ def _refuse_another(checkpoint: Checkpoint, identity: Identity) -> None:
                 f"{identity.data['images']} now, or other names or sizes; {cure}"
             )
         # a field that is newer than the checkpoint had its default
-        before = {name: identity.defaults.get(name) for name in identity.config} | then["config"]
+        before = {name: identity.defaults.get(name) for name in identity.config} | renamed(then["config"])
         changed = [
             f"{name} was {value}, is {identity.config.get(name)}"
             for name, value in before.items()
@@ -280,9 +282,7 @@ def _refuse_another(checkpoint: Checkpoint, identity: Identity) -> None:
 
 def _defaults(config: AdaptConfig | FinetuneConfig) -> dict[str, Any]:
     """The default of each field that has one, as JSON can hold it."""
-    fields = dataclasses.fields(config)
-    found = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
-    return json.loads(json.dumps(found))
+    return json.loads(json.dumps(defaults(type(config))))
 
 
 def _name_differences(checkpoint: Checkpoint, identity: Identity) -> None:

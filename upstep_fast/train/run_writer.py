@@ -27,9 +27,11 @@ class RunWriter:
         self._stack = contextlib.ExitStack()
         self._metrics: Metrics | None = None
         if distributed.is_first():
-            self._metrics = self._stack.enter_context(Metrics(out / "metrics.jsonl", state.step, config.tensorboard))
+            self._metrics = self._stack.enter_context(
+                Metrics(out / "metrics.jsonl", state.step, config.output.tensorboard)
+            )
             self._progress = self._stack.enter_context(Progress(config, state.gate))
-            self._writer = self._stack.enter_context(checkpoint.Writer(config.keep_checkpoints))
+            self._writer = self._stack.enter_context(checkpoint.Writer(config.checkpoints.keep))
 
     def write(self, row: dict[str, Any], gate: GateState) -> None:
         """Append a row to metrics.jsonl and moves the progress line. `other_s` loses what the step's halves took."""
@@ -42,7 +44,7 @@ class RunWriter:
         """Begins a checkpoint; to be called on every rank, since each has met bad images of its own."""
         for skipped in distributed.gather(state.skipped):
             state.skipped.update(skipped)
-        if self._config.debug:
+        if self._config.runtime.debug:
             digest = hashlib.sha256(resume.copied(state)()[resume.STATE]).hexdigest()
             # 13 hexadecimal digits are a whole number that a float64 holds
             distributed.check_same(f"step {state.step}: the state's digests", [int(digest[:13], 16)])

@@ -64,15 +64,15 @@ class AdaptResult:
 
 def fresh_state(config: AdaptConfig, compute: Compute, backbone: backbones.Backbone) -> RunState:
     """The state before the first step."""
-    if config.cuda_graphs and compute.device.type != "cuda":
+    if config.memory.cuda_graphs and compute.device.type != "cuda":
         raise ConfigError(f"cuda_graphs: needs a GPU, the device is {compute.device}; leave it out")
     method = methods.build(backbone, config)
-    if config.shard_weights:
+    if config.runtime.shard_weights:
         distributed.shard(method.vit, compute.device)
     method = method.to(compute.device)
-    if config.implementation != "reference" and not config.shard_weights:
-        assert config.memory != "auto"  # settled before the run began
-        method.accelerate(compute.dtype or torch.float32, config.memory, compute.fp8)
+    if config.runtime.implementation != "reference" and not config.runtime.shard_weights:
+        assert config.memory.level != "auto"  # settled before the run began
+        method.accelerate(compute.dtype or torch.float32, config.memory.level, compute.fp8)
     return RunState(
         method=method,
         optimizer=make_optimizer(method, config),

@@ -83,7 +83,7 @@ def step(
         "lr": state.optimizer.param_groups[0]["lr"],
         "bad": None,
     }
-    if config.accumulate > 1:
+    if config.optimization.accumulate > 1:
         row["updated"] = updated
     figures = method.metrics() if is_open else {}
     names = [name for name, value in figures.items() if isinstance(value, Tensor)]
@@ -161,13 +161,13 @@ def forward(
         return _of_all(lambda: method.embed(views), method.num_stats(len(views)), compute, requests)
 
     with compute.autocast():
-        if config.layout == "asymmetric":
+        if config.objective.layout == "asymmetric":
             with torch.no_grad():
                 target = embed(images[:1])
             is_open, gate = _decide(rule, state, target, config)
             if not is_open:
                 return False, target, None, gate
-            if config.gate_unit == "image":
+            if config.experimental.gate_unit == "image":
                 target = method.choose(target, gate.step)  # type: ignore[attr-defined]
                 return True, embed(images[1:, target.chosen]), target, gate
             return True, embed(images[1:]), target, gate
@@ -214,7 +214,7 @@ def _decide(
     if pending is not None:
         complete_row(state, values[len(of_views) :])
     is_open, after = gates.decide(rule, state.gate, magnitudes)
-    if config.debug:
+    if config.runtime.debug:
         distributed.check_same(f"step {state.step}: the gate's decision and the magnitudes", [is_open, *magnitudes])
     return is_open, after
 
@@ -234,7 +234,7 @@ def update(loss: Tensor, state: RunState, config: AdaptConfig) -> tuple[list[Ten
     """Backward and one optimizer step, which the device leaves out where the loss or a gradient is not finite.
 
     Returns the loss and whether all was finite, on the device, and whether a step of the optimizer was asked for:
-    with config.accumulate above 1 the gradients wait in `state.gradients` until there are as many as that.
+    with config.optimization.accumulate above 1 the gradients wait in `state.gradients` until there are as many as that.
     """
     method, optimizer, scaler = state.method, state.optimizer, state.scaler
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -257,10 +257,10 @@ def update(loss: Tensor, state: RunState, config: AdaptConfig) -> tuple[list[Ten
     received = [none if p.grad is None else p.grad.ne(0).any() for p in method.must_receive_grad().values()]
     state.got_grad |= torch.stack(received) & finite
     # only what waits for more gradients must know now whether these count
-    is_due = config.accumulate == 1 or (bool(finite) and _all_there(state, config.accumulate))
+    is_due = config.optimization.accumulate == 1 or (bool(finite) and _all_there(state, config.optimization.accumulate))
     if is_due:
         for (part, clip), norm in zip(parts, norms, strict=True):
-            if config.accumulate > 1:
+            if config.optimization.accumulate > 1:
                 norm = torch.nn.utils.get_total_norm([p.grad for p in part if p.grad is not None])
             if clip:
                 torch.nn.utils.clip_grads_with_norm_(part, clip, norm)
@@ -297,7 +297,7 @@ def halve_microbatch(state: RunState, images: Any, config: AdaptConfig, compute:
     method = state.method
     if compute.device.type == "cuda":
         torch.cuda.empty_cache()
-    if not config.auto_batch or 2 * method.num_microbatches > 2 * len(method.images(images)):
+    if not config.memory.auto_batch or 2 * method.num_microbatches > 2 * len(method.images(images)):
         raise RunFailedError(out_of_memory(state, images, config, compute))
     method.num_microbatches *= 2
     log.warning(
@@ -317,12 +317,12 @@ def out_of_memory(state: RunState, images: Any, config: AdaptConfig, compute: Co
     over = f" over {distributed.size()} ranks" if distributed.size() > 1 else ""
     passes = f" in {state.method.num_microbatches} passes" if state.method.num_microbatches > 1 else ""
     cures = [
-        "add --auto-batch (smaller passes, the same result)" if not config.auto_batch else "",
-        "take --memory lean" if config.memory != "lean" else "",
+        "add --auto-batch (smaller passes, the same result)" if not config.memory.auto_batch else "",
+        "take --memory lean" if config.memory.level != "lean" else "",
         "lower --batch-size",
     ]
     return (
-        f"step {state.step}: out of memory on {compute.device}{held} with {config.batch_size} images of "
-        f"{height} x {width}{over}{passes} and --memory {config.memory}; {' or '.join(c for c in cures if c)}; "
+        f"step {state.step}: out of memory on {compute.device}{held} with {config.optimization.batch_size} images of "
+        f"{height} x {width}{over}{passes} and --memory {config.memory.level}; {' or '.join(c for c in cures if c)}; "
         "no step was applied in part"
     )

@@ -47,9 +47,9 @@ _VIEWS_SEED = 0x5EED  # of the held-out views, which are the same in every run
 
 def hold_out(source: Source, config: AdaptConfig) -> tuple[Source, Source | None]:
     """What is trained on, and what is judged on; the second is None without --judge-every. Raises DataError."""
-    if not config.judge_every:
+    if not config.validation.every:
         return source, None
-    order = sorted(range(len(source)), key=lambda index: uniform(config.seed, _VIEWS_SEED, index))
+    order = sorted(range(len(source)), key=lambda index: uniform(config.runtime.seed, _VIEWS_SEED, index))
     num = min(LARGEST, max(SMALLEST, round(SHARE * len(source))))
     if len(source) < 4 * SMALLEST:
         raise DataError(
@@ -65,16 +65,16 @@ class Validator:
 
     def __init__(self, config: AdaptConfig, held_out: Source, compute: Compute, out: Path):
         self._config, self._compute, self._out = config, compute, out
-        base = backbones.load_from(config)
+        base = backbones.load_from(config.model.name)
         self._views = _views(held_out, base, config, compute)
         self._base = self._features(base.vit.to(compute.device))
         self._depth = len(base.vit.blocks)
-        self.history: dict[int, dict[str, Any]] = _read(out / LOOKS) if config.resume else {}
+        self.history: dict[int, dict[str, Any]] = _read(out / LOOKS) if config.output.resume else {}
 
     def is_due(self, step: int) -> bool:
         """Whether to look after so many steps."""
-        assert self._config.steps is not None
-        return step % self._config.judge_every == 0 or step == self._config.steps
+        assert self._config.optimization.steps is not None
+        return step % self._config.validation.every == 0 or step == self._config.optimization.steps
 
     def validate(self, state: RunState) -> None:
         """Judges the model as it is after `state.step` steps. Raises OSError."""
@@ -99,9 +99,9 @@ class Validator:
     def should_stop(self, step: int) -> bool:
         """Whether the last --judge-patience looks up to `step` brought nothing better."""
         best, seen = self.best(), [s for s in self.history if s <= step]
-        if best is None or not self._config.judge_patience:
+        if best is None or not self._config.validation.patience:
             return False
-        return sum(s > best["step"] for s in seen) >= self._config.judge_patience
+        return sum(s > best["step"] for s in seen) >= self._config.validation.patience
 
     def settle(self) -> None:
         """Put the best adapter in its place. Raises CheckFailedError if all are clearly worse than the base model."""
@@ -126,7 +126,7 @@ class Validator:
             )
         if distributed.is_first():
             peft_format.write_files(adapter, {path.name: path.read_bytes() for path in (self._out / BEST).iterdir()})
-        if "auto" in (self._config.strength, self._config.strength_first):
+        if "auto" in (self._config.validation.strength, self._config.experimental.strength_first):
             first, last = self._strongest(self._out / BEST)
             log.info(
                 "judge: strength %g in the first block, %g in the last has the largest predicted gain", first, last
@@ -137,10 +137,10 @@ class Validator:
 
     def _strongest(self, folder: Path) -> tuple[float, float]:
         """The best strengths of the first and the last block: one for all blocks, then another for the first."""
-        strength, first = self._config.strength, self._config.strength_first
+        strength, first = self._config.validation.strength, self._config.experimental.strength_first
 
         def gain(first: float, last: float) -> float:
-            vit = backbones.load_from(self._config).vit
+            vit = backbones.load_from(self._config.model.name).vit
             of = peft_format.strength_by_depth(first, last, self._depth)
             for name, adapter in peft_format.attach(vit, folder).items():
                 adapter.scale *= of(name)
@@ -168,11 +168,11 @@ def _views(held_out: Source, base: backbones.Backbone, config: AdaptConfig, comp
         batch_size=len(held_out),
         seed=_VIEWS_SEED,
         channels=len(base.mean),
-        max_bad_fraction=max(config.max_bad_fraction, 0.5),  # training says how much may be bad
+        max_bad_fraction=max(config.data.max_bad_fraction, 0.5),  # training says how much may be bad
     ) as loader:
         batch = next(loader)
     # the default views whatever the run trains on, so that runs can be compared
-    plain = view_config(config.preset_views, size=base.img_size, mean=base.mean, std=base.std)
+    plain = view_config(config.views.preset, size=base.img_size, mean=base.mean, std=base.std)
     return random_views(
         batch.images, plain, seed=_VIEWS_SEED, epoch=0, indices=batch.indices, views=2, device=compute.device
     )

@@ -40,7 +40,7 @@ def draw(
     batch: Batch, how: list[tuple[ViewConfig, int]], grid: tuple[int, int], config: Dinov2Config, device: torch.device
 ) -> Crops:
     """The crops of a batch, made as `recipes` says, and the masks of the global ones, which have `grid` patches."""
-    key = {"seed": config.seed, "epoch": batch.epoch, "indices": batch.indices, "device": device}
+    key = {"seed": config.runtime.seed, "epoch": batch.epoch, "indices": batch.indices, "device": device}
     crops = multi_crop(batch.images, how, **key)  # type: ignore[arg-type]
     indices = batch.indices.tolist()
     masks = [[mask(config, grid, batch.epoch, index, view) for index in indices] for view in range(GLOBAL_VIEWS)]
@@ -50,10 +50,10 @@ def draw(
 
 def mask(config: Dinov2Config, grid: tuple[int, int], epoch: int, index: int, view: int) -> np.ndarray:
     """Which patches of a global crop are masked: [down, across] bool."""
-    random = np.random.default_rng((config.seed, epoch, index, view, _MASKS))
-    if not config.ibot_weight or random.random() >= config.mask_probability:
+    random = np.random.default_rng((config.runtime.seed, epoch, index, view, _MASKS))
+    if not config.dinov2.ibot_weight or random.random() >= config.dinov2.mask_probability:
         return np.zeros(grid, bool)
-    share = random.uniform(*config.mask_ratio)
+    share = random.uniform(*config.dinov2.mask_ratio)
     return block_mask(grid, int(share * grid[0] * grid[1]), random)
 
 

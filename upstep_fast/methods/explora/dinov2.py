@@ -66,26 +66,26 @@ class ExploraDinov2(nn.Module):
         self.recipes = crops.recipes(config, backbone)
         vit: Any = backbone.vit
         self.grid = grid_of(vit, *backbone.img_size)
-        size = (backbone.width, config.head_hidden, config.head_dim, config.prototypes)
+        size = (backbone.width, config.objective.head_hidden, config.objective.head_dim, config.objective.prototypes)
         # parts of torch.nn draw from the global generator: set it for this block only
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+            torch.manual_seed(config.runtime.seed)
             self.adapters = explora.prepare(backbone, config)
             self.head = Head(*size)
-            self.patch_head = Head(*size) if config.separate_heads else None
+            self.patch_head = Head(*size) if config.dinov2.separate_heads else None
         self.vit = vit
         self.mask_token = nn.Parameter(torch.zeros(vit.embed_dim))
-        self.teacher = teacher_of(vit, config.ema)
+        self.teacher = teacher_of(vit, config.dinov2.ema)
         self.teacher_head = copied(self.head)
         self.teacher_patch_head = copied(self.patch_head) if self.patch_head else None
         pairs = ((self.teacher, vit), (self.teacher_head, self.head), (self.teacher_patch_head, self.patch_head))
         self._averaged = [pair for mine, theirs in pairs for pair in averaged(mine, theirs)]
         for average, _ in self._averaged:
             average.requires_grad_(False)
-        self.register_buffer("class_centre", torch.zeros(config.prototypes))
-        self.register_buffer("patch_centre", torch.zeros(config.prototypes))
+        self.register_buffer("class_centre", torch.zeros(config.objective.prototypes))
+        self.register_buffer("patch_centre", torch.zeros(config.objective.prototypes))
         self.encoder, self.teacher_encoder = Encoder(vit), Encoder(self.teacher)
-        self.temperature, self.momentum = config.teacher_temperature_start, config.momentum
+        self.temperature, self.momentum = config.dinov2.teacher_temperature_start, config.dinov2.momentum
         self._figures: dict[str, Tensor] = {}
         self._entropy = 0.0  # of the last targets
         self._sums: list[Tensor] = []  # of the teacher's scores and how many they are, for softmax centring
@@ -101,7 +101,7 @@ class ExploraDinov2(nn.Module):
         self.teacher_encoder.accelerate(dtype, memory, fp8)
         for p in own:
             p.requires_grad_(False)
-        log.info("engine: the blocks trained whole (%s) run as plain modules", self.config.unfreeze)
+        log.info("engine: the blocks trained whole (%s) run as plain modules", self.config.explora.unfreeze)
 
     @property
     def needs_init(self) -> bool:
@@ -113,16 +113,16 @@ class ExploraDinov2(nn.Module):
 
     def schedule(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Learning rate, weight decay, the teacher's temperature and momentum of this step."""
-        c = self.config
-        assert c.steps is not None
-        lr = c.lr * warmup_cosine(step, c.steps, c.warmup)
-        stands_still = step < (c.freeze_last_layer * c.steps if c.freeze_last_layer < 1 else c.freeze_last_layer)
+        c, run = self.config.dinov2, self.config.optimization
+        assert run.steps is not None
+        lr = run.lr * warmup_cosine(step, run.steps, run.warmup)
+        stands_still = step < (c.freeze_last_layer * run.steps if c.freeze_last_layer < 1 else c.freeze_last_layer)
         for group in optimizer.param_groups:
             group["lr"] = 0.0 if group["last"] and stands_still else lr
-            group["weight_decay"] = cosine(step, c.steps, c.weight_decay, c.weight_decay_end) * group["decays"]
+            group["weight_decay"] = cosine(step, run.steps, run.weight_decay, c.weight_decay_end) * group["decays"]
         start, end = c.teacher_temperature_start, c.teacher_temperature
-        self.temperature = linear_warmup(step, c.steps, c.teacher_warmup, start, end)
-        self.momentum = cosine(step, c.steps, c.momentum, 1.0)
+        self.temperature = linear_warmup(step, run.steps, c.teacher_warmup, start, end)
+        self.momentum = cosine(step, run.steps, c.momentum, 1.0)
 
     def views(self, batch: Batch, device: torch.device) -> Crops:
         """The crops of a batch and the masks of the global ones."""
@@ -155,14 +155,14 @@ class ExploraDinov2(nn.Module):
 
     def loss(self, student: Student, teacher: Student | None = None) -> Tensor:
         """DINO + iBOT + KoLeo, a scalar in fp32."""
-        c, crops = self.config, student.crops
+        c, temperature, crops = self.config.dinov2, self.config.objective.temperature, student.crops
         num_images = crops.masked.shape[0] * crops.masked.shape[1]
         class_targets, patch_targets = self._targets(crops)
         of_class, of_patch = scores(self.head, self.patch_head, student.of_crops, student.patches)
-        total = dino.class_token_loss(of_class, class_targets, c.temperature)
+        total = dino.class_token_loss(of_class, class_targets, temperature)
         self._figures = {"dino": total.detach(), "teacher_entropy": dino.entropy(class_targets)}
         if c.ibot_weight:
-            ibot = dino.patch_loss(of_patch, patch_targets, crops.weights, num_images, c.temperature)
+            ibot = dino.patch_loss(of_patch, patch_targets, crops.weights, num_images, temperature)
             self._figures["ibot"] = ibot.detach()
             total = total + c.ibot_weight * ibot
         if c.koleo_weight:
@@ -179,14 +179,14 @@ class ExploraDinov2(nn.Module):
         features, patches = seen(teacher, self.teacher_encoder, [whole], crops.places)
         both = scores(self.teacher_head, self.teacher_patch_head, features, patches)
         of_class, of_patch = (x.float() for x in both)
-        if self.config.centring == "softmax":
+        if self.config.dinov2.centring == "softmax":
             self._sums = [torch.cat([x.sum(0), x.new_full((1,), len(x))]) for x in (of_class, of_patch)]
             targets = (
                 dino.softmax_targets(of_class, self.class_centre, self.temperature),
                 dino.softmax_targets(of_patch, self.patch_centre, self.temperature),
             )
         else:
-            rounds, reducer = self.config.sinkhorn_iterations, distributed.reducer()
+            rounds, reducer = self.config.objective.sinkhorn_iterations, distributed.reducer()
             targets = (
                 sinkhorn(of_class, self.temperature, rounds, all_reduce=reducer),
                 sinkhorn(of_patch, self.temperature, rounds, all_reduce=reducer),
@@ -203,7 +203,7 @@ class ExploraDinov2(nn.Module):
         share = (1 - self.momentum) * applied
         for average, value in self._averaged:
             average.lerp_(value, share)
-        if self.config.ema == "products":
+        if self.config.dinov2.ema == "products":
             for name, adapter in self.adapters.items():
                 weight = self.teacher.get_parameter(f"{name}.weight")
                 weight.lerp_((adapter.base.weight + adapter.delta()).to(weight), share)
@@ -241,7 +241,8 @@ class ExploraDinov2(nn.Module):
         """The backbone and each head, clipped apart as in DINOv2."""
         heads = [head for head in (self.head, self.patch_head) if head is not None]
         backbone = [*trainable.trained(self.vit).values(), self.mask_token]
-        return [(part, self.config.clip) for part in (backbone, *(list(head.parameters()) for head in heads))]
+        clip = self.config.optimization.clip
+        return [(part, clip) for part in (backbone, *(list(head.parameters()) for head in heads))]
 
     def must_receive_grad(self) -> dict[str, nn.Parameter]:
         """What must receive a gradient."""
@@ -250,15 +251,16 @@ class ExploraDinov2(nn.Module):
     def state_tensors(self) -> dict[str, Tensor]:
         """The student, the heads, the teacher and the centres."""
         own = {id(average) for average, _ in self._averaged}
-        own |= {id(p) for p in own_weights(self.teacher, self.adapters)} if self.config.ema == "products" else set()
+        if self.config.dinov2.ema == "products":
+            own |= {id(p) for p in own_weights(self.teacher, self.adapters)}
         averages = {name: p for name, p in self.named_parameters() if id(p) in own}
         return trainable.trained(self) | averages | dict(self.named_buffers(recurse=False))
 
     def weights_to_save(self) -> AbstractContextManager[nn.Module]:
         """The teacher, as the authors' code saves it, or the student."""
-        return nullcontext(self.teacher if self.config.save == "teacher" else self.vit)
+        return nullcontext(self.teacher if self.config.dinov2.save == "teacher" else self.vit)
 
     def result_files(self) -> dict[str, bytes]:
         """That model's adapters and what else is trained, as PEFT reads them, and bare parameters."""
         with self.weights_to_save() as model:
-            return trainable.result_files(model, lora.find(model), self.config.model, trainable.trained(self.vit))
+            return trainable.result_files(model, lora.find(model), self.config.model.name, trainable.trained(self.vit))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from upstep_fast.config.explora import MaeConfig
-from upstep_fast.config.view_overrides import view_overrides
+from upstep_fast.config.flat import replace_flat
 from upstep_fast.data.keyed_random import uniform_array
 from upstep_fast.data.loading.loader import Batch
 from upstep_fast.data.views.view_config import view_config
@@ -77,15 +77,14 @@ class Decoder(nn.Module):
 
     def __init__(self, width: int, grid: tuple[int, int], prefix: int, pixels: int, config: MaeConfig):
         super().__init__()
-        size, self.prefix = config.decoder_width, prefix
+        size, self.prefix = config.mae.decoder_width, prefix
         self.embed = nn.Linear(width, size)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, size))
         nn.init.normal_(self.mask_token, std=0.02)
         self.pos_embed = nn.Parameter(sincos_positions(grid, size, prefix), requires_grad=False)
         norm: Any = partial(nn.LayerNorm, eps=1e-6)
-        self.blocks = nn.Sequential(
-            *(Block(size, config.decoder_heads, qkv_bias=True, norm_layer=norm) for _ in range(config.decoder_depth))
-        )
+        heads, depth = config.mae.decoder_heads, config.mae.decoder_depth
+        self.blocks = nn.Sequential(*(Block(size, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)))
         self.norm = norm(size)
         self.pred = nn.Linear(size, pixels)
         for module in self.modules():
@@ -109,8 +108,9 @@ class ExploraMae(nn.Module):
     def __init__(self, backbone: Backbone, config: MaeConfig):
         super().__init__()
         self.config, self.num_microbatches = config, 1
+        views = config.views
         self.recipe = view_config(
-            config.preset_views, size=backbone.img_size, mean=backbone.mean, std=backbone.std, **view_overrides(config)
+            views.preset, size=backbone.img_size, mean=backbone.mean, std=backbone.std, **views.overrides()
         )
         vit: Any = backbone.vit
         self.patch: tuple[int, int] = tuple(vit.patch_embed.patch_size)
@@ -118,22 +118,22 @@ class ExploraMae(nn.Module):
         pixels = self.patch[0] * self.patch[1] * vit.patch_embed.proj.in_channels
         # parts of torch.nn draw from the global generator: set it for this block only
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+            torch.manual_seed(config.runtime.seed)
             self.adapters = explora.prepare(backbone, config)
             self.decoder = Decoder(vit.embed_dim, self.grid, vit.num_prefix_tokens, pixels, _as_saved(config))
-            self.decoder_adapters = self._load_decoder() if config.decoder else {}
-        if not config.decoder:
+            self.decoder_adapters = self._load_decoder() if config.mae.decoder else {}
+        if not config.mae.decoder:
             log.warning(
                 "objective: %s has no MAE decoder; a fresh one of %d blocks is trained with it (--decoder FILE: a "
                 "pretrained one)",
-                config.model,
-                config.decoder_depth,
+                config.model.name,
+                config.mae.decoder_depth,
             )
         self.vit, self.encoder = vit, Encoder(vit)
 
     def _load_decoder(self) -> dict[str, lora.LoraLinear]:
         """Fill the decoder from a checkpoint of MAE, freezes it but for norms, and puts LoRA on its attention."""
-        path = str(self.config.decoder)
+        path = str(self.config.mae.decoder)
         found = _decoder_state(path)
         wanted = self.decoder.state_dict()
         wrong = [name for name in wanted if name not in found or found[name].shape != wanted[name].shape]
@@ -142,14 +142,15 @@ class ExploraMae(nn.Module):
             has = list(found[name].shape) if name in found else "nothing"
             raise ConfigError(f"decoder: {path} does not fit: {name} is {has}, wanted {list(wanted[name].shape)}")
         self.decoder.load_state_dict({name: found[name] for name in wanted})
-        r = self.config.decoder_lora_r
-        alpha = explora.lora_spec(self.config).alpha / self.config.lora_r * r  # the encoder's scale
+        r = self.config.mae.decoder_lora_r
+        alpha = explora.lora_spec(self.config).alpha / self.config.lora.r * r  # the encoder's scale
         return explora.extend(self.decoder, (), lora.LoraSpec(r=r, alpha=alpha, targets=("q", "v")), class_token=False)
 
     def accelerate(self, dtype: torch.dtype, memory: Memory = "fast", fp8: bool = False) -> None:
         """Run the encoder's frozen blocks on the engine from now on."""
         if explora.accelerate(self.encoder, dtype, memory, fp8):
-            log.info("engine: the blocks trained whole (%s) and the decoder run as plain modules", self.config.unfreeze)
+            blocks = self.config.explora.unfreeze
+            log.info("engine: the blocks trained whole (%s) and the decoder run as plain modules", blocks)
 
     @property
     def needs_init(self) -> bool:
@@ -161,13 +162,14 @@ class ExploraMae(nn.Module):
 
     def schedule(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Set the learning rate of this step."""
-        assert self.config.steps is not None
+        run = self.config.optimization
+        assert run.steps is not None
         for group in optimizer.param_groups:
-            group["lr"] = self.config.lr * warmup_cosine(step, self.config.steps, self.config.warmup)
+            group["lr"] = run.lr * warmup_cosine(step, run.steps, run.warmup)
 
     def views(self, batch: Batch, device: torch.device) -> Shown:
         """One crop of each image and its masking noise."""
-        seed, indices = self.config.seed, np.asarray(batch.indices, np.int64)
+        seed, indices = self.config.runtime.seed, np.asarray(batch.indices, np.int64)
         crops = random_views(
             batch.images, self.recipe, seed=seed, epoch=batch.epoch, indices=batch.indices, views=1, device=device
         )
@@ -186,7 +188,7 @@ class ExploraMae(nn.Module):
 
     def embed(self, views: Shown) -> Encoded:
         """The encoder's forward pass over the shown patches."""
-        keep, hidden = mae.split(views.noise, self.config.hidden)
+        keep, hidden = mae.split(views.noise, self.config.mae.masked)
         (x,) = self.encoder(embed(self.vit, views.crops[0], keep=keep))
         seen = embedded(pooled(self.vit, x)[None])
         if isinstance(self.vit.norm, nn.Identity):  # a model that pools before its norm has it in the head
@@ -203,7 +205,7 @@ class ExploraMae(nn.Module):
         prediction = self.decoder(student.tokens, student.keep)
         # rows and columns beyond the last whole patch are not seen
         height, width = (count * side for count, side in zip(self.grid, self.patch, strict=True))
-        targets = mae.pixel_targets(student.crops[..., :height, :width], self.patch, self.config.norm_pixels)
+        targets = mae.pixel_targets(student.crops[..., :height, :width], self.patch, self.config.mae.norm_pixels)
         return mae.pixel_loss(prediction, targets, student.hidden)
 
     def metrics(self) -> dict[str, Any]:
@@ -225,12 +227,13 @@ class ExploraMae(nn.Module):
         of_decay: dict[bool, list[nn.Parameter]] = {True: [], False: []}
         for name, p in trainable.trained(self).items():
             of_decay[trainable.decays(name, p)].append(p)
-        decay = {True: self.config.weight_decay, False: 0.0}
+        decay = {True: self.config.optimization.weight_decay, False: 0.0}
         return [{"params": of_decay[d], "weight_decay": decay[d], "betas": BETAS} for d in (True, False)]
 
     def gradient_parts(self) -> list[tuple[list[nn.Parameter], float]]:
         """The backbone and the decoder."""
-        return [(list(trainable.trained(part).values()), self.config.clip) for part in (self.vit, self.decoder)]
+        clip = self.config.optimization.clip
+        return [(list(trainable.trained(part).values()), clip) for part in (self.vit, self.decoder)]
 
     def must_receive_grad(self) -> dict[str, nn.Parameter]:
         """What must receive a gradient."""
@@ -247,7 +250,7 @@ class ExploraMae(nn.Module):
 
     def result_files(self) -> dict[str, bytes]:
         """The encoder, as PEFT reads it, and bare parameters."""
-        return trainable.result_files(self.vit, self.adapters, self.config.model, trainable.trained(self.vit))
+        return trainable.result_files(self.vit, self.adapters, self.config.model.name, trainable.trained(self.vit))
 
 
 def sincos_positions(grid: tuple[int, int], width: int, prefix: int) -> Tensor:
@@ -270,10 +273,10 @@ def _decoder_state(path: str) -> dict[str, Tensor]:
 
 
 def _as_saved(config: MaeConfig) -> MaeConfig:
-    """The configuration with the width and depth of the decoder that `config.decoder` holds."""
-    if config.decoder is None:
+    """The configuration with the width and depth of the decoder that `config.mae.decoder` holds."""
+    if config.mae.decoder is None:
         return config
-    found = _decoder_state(config.decoder)
+    found = _decoder_state(config.mae.decoder)
     depth = 1 + max((int(name.split(".")[1]) for name in found if name.startswith("blocks.")), default=-1)
-    width = len(found["embed.weight"]) if "embed.weight" in found else config.decoder_width
-    return replace(config, decoder_width=width, decoder_depth=max(1, depth))
+    width = len(found["embed.weight"]) if "embed.weight" in found else config.mae.decoder_width
+    return replace_flat(config, decoder_width=width, decoder_depth=max(1, depth))

@@ -43,9 +43,8 @@ def unfrozen_blocks(unfreeze: str, depth: int) -> tuple[int, ...]:
 
 def lora_spec(config: ExploraConfig) -> LoraSpec:
     """The adapter that this configuration asks for: alpha 1, as the authors' code has it, or r."""
-    preset = {"faithful": 1.0, "customary": float(config.lora_r)}[config.alpha]
-    alpha = preset if config.lora_alpha is None else config.lora_alpha
-    return LoraSpec(r=config.lora_r, alpha=alpha, targets=config.lora_targets)
+    preset = {"faithful": 1.0, "customary": float(config.lora.r)}[config.explora.alpha]
+    return LoraSpec.from_config(config.lora, alpha=preset)
 
 
 def extend(
@@ -80,16 +79,17 @@ def prepare(backbone: Backbone, config: ExploraConfig) -> dict[str, LoraLinear]:
     """`extend` as the configuration asks. Raises ConfigError for a model that ExPLoRA's forward pass cannot run."""
     vit: Any = backbone.vit
     if not isinstance(vit, VisionTransformer):
-        raise ConfigError(f"method: explora runs timm's VisionTransformer; {config.model} is a {type(vit).__name__}")
-    if config.objective == "mae" and vit.num_prefix_tokens == 0 and vit.attn_pool is not None:
-        raise ConfigError(f"objective: mae does not train the attention pooling of {config.model}; take dinov2")
+        kind = type(vit).__name__
+        raise ConfigError(f"method: explora runs timm's VisionTransformer; {config.model.name} is a {kind}")
+    if config.explora.objective == "mae" and vit.num_prefix_tokens == 0 and vit.attn_pool is not None:
+        raise ConfigError(f"objective: mae does not train the attention pooling of {config.model.name}; take dinov2")
     return extend(
         vit,
-        unfrozen_blocks(config.unfreeze, len(vit.blocks)),
+        unfrozen_blocks(config.explora.unfreeze, len(vit.blocks)),
         lora_spec(config),
-        class_token=config.train_class_token,
-        patch_embed=config.train_patch_embed,
-        positions=config.train_positions,
+        class_token=config.explora.train_class_token,
+        patch_embed=config.explora.train_patch_embed,
+        positions=config.explora.train_positions,
     )
 
 

@@ -61,22 +61,23 @@ class UpStep(nn.Module):
     def __init__(self, backbone: Backbone, config: AdaptConfig, num_prototypes: int):
         super().__init__()
         self.config, self.recipes, self.num_microbatches, self._learnt = config, crops.recipes(config, backbone), 1, 0
-        self.base_share = float(config.base_targets > 0)  # in the targets; `schedule` moves it
+        self.base_share = float(config.experimental.base_targets > 0)  # in the targets; `schedule` moves it
         self._fresh: Tensor | None = None  # [V, B, d], what made the targets of this step
         self._patch, self._view_dtype = 0, torch.float32  # of `views`; 0: pictures
-        if config.local_views:
+        if config.views.local_views:
             take_any_size(backbone.vit, backbone.name)
         # parts of torch.nn draw from the global generator: set it for this block only
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+            torch.manual_seed(config.runtime.seed)
             self.adapters = _prepare(backbone.vit, config)
             self.head = make_head(config, backbone.width)
         self.vit = backbone.vit
-        self.average = Average(self.adapter_parameters(), config.adapter_ema) if config.adapter_ema else None
+        decay, queue = config.experimental.adapter_ema, config.experimental.queue
+        self.average = Average(self.adapter_parameters(), decay) if decay else None
         self.features: Callable[[Tensor], Tensor] = partial(features, self.vit)
-        width = backbone.width if config.head == "none" else config.head_dim
+        width = backbone.width if config.objective.head == "none" else config.objective.head_dim
         prototypes = make_prototypes(config, num_prototypes, width)
-        if config.prototype_init == "learned":
+        if config.objective.prototype_init == "learned":
             self.prototypes = nn.Parameter(prototypes)
         else:
             self.register_buffer("prototypes", prototypes)
@@ -84,8 +85,8 @@ class UpStep(nn.Module):
         self.register_buffer("base_centre", torch.zeros(width))
         self.register_buffer("running_magnitude", torch.zeros(()))
         self.register_buffer("seen", torch.zeros((), dtype=torch.bool))
-        num_views = 2 if config.layout == "symmetric" else 1
-        self.register_buffer("queue", torch.zeros(num_views, config.queue, width) if config.queue else None)
+        num_views = 2 if config.objective.layout == "symmetric" else 1
+        self.register_buffer("queue", torch.zeros(num_views, queue, width) if queue else None)
 
     def accelerate(self, dtype: torch.dtype, memory: Memory = "fast", fp8: bool = False) -> None:
         """Run the backbone on the engine from now on, in `dtype`; the plain model where the engine cannot.
@@ -93,16 +94,18 @@ class UpStep(nn.Module):
         To be called once the module is on its device, since the frozen weights are folded into copies.
         """
         self.features = engine.choose(
-            self.vit, dtype, memory, otherwise=self.features, fp8=fp8, graphs=self.config.cuda_graphs
+            self.vit, dtype, memory, otherwise=self.features, fp8=fp8, graphs=self.config.memory.cuda_graphs
         )
         # the base model is the plain one, and patches do not say how large their image is
-        if self.config.distil == "off" and not self.config.base_targets and not self.config.local_views:
+        needs_base = self.config.objective.distil != "off" or self.config.experimental.base_targets
+        if not needs_base and not self.config.views.local_views:
             self._patch, self._view_dtype = engine.patch_side(self.vit), dtype
 
     @property
     def needs_init(self) -> bool:
         """Whether `initialize_from_data` must see embeddings of the data before the first step."""
-        return self.config.prototype_init == "kmeans" or self.config.cvr == "anchor" or self.config.queue > 0
+        objective, queue = self.config.objective, self.config.experimental.queue
+        return objective.prototype_init == "kmeans" or objective.cvr == "anchor" or queue > 0
 
     @torch.no_grad()
     def initialize_from_data(self, views: Iterable[Tensor]) -> None:
@@ -112,19 +115,19 @@ class UpStep(nn.Module):
             self._push(z := torch.cat(of_batches, 1), z.isfinite().all())
         z = torch.cat([part.flatten(0, 1) for part in of_batches])
         self.base_centre.copy_(z.mean(0))
-        if self.config.prototype_init == "kmeans":
+        if self.config.objective.prototype_init == "kmeans":
             if len(z) < len(self.prototypes):
                 raise ValueError(f"prototypes: k-means needs at least {len(self.prototypes)} embeddings, got {len(z)}")
-            generator = torch.Generator().manual_seed(self.config.seed)
+            generator = torch.Generator().manual_seed(self.config.runtime.seed)
             self.prototypes.copy_(clustering.kmeans_prototypes(z, len(self.prototypes), generator))
 
     def schedule(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Set the learning rate of this step, and the base model's share in its targets."""
-        c = self.config
-        assert c.steps is not None
+        run, base_targets = self.config.optimization, self.config.experimental.base_targets
+        assert run.steps is not None
         for group in optimizer.param_groups:
-            group["lr"] = c.lr * warmup_cosine(step, c.steps, c.warmup)
-        self.base_share = max(0.0, 1 - step / (c.base_targets * c.steps)) if c.base_targets else 0.0
+            group["lr"] = run.lr * warmup_cosine(step, run.steps, run.warmup)
+        self.base_share = max(0.0, 1 - step / (base_targets * run.steps)) if base_targets else 0.0
         self._fresh = None
 
     def views(self, batch: Batch, device: torch.device) -> Tensor | Crops:
@@ -135,14 +138,14 @@ class UpStep(nn.Module):
         found = multi_crop(
             batch.images,
             self.recipes,
-            seed=self.config.seed,
+            seed=self.config.runtime.seed,
             epoch=batch.epoch,
             indices=batch.indices,
             device=device,
             patch=self._patch,
             dtype=self._view_dtype if self._patch else torch.float32,
         )
-        return Crops(*found) if self.config.local_views else found[0]
+        return Crops(*found) if self.config.views.local_views else found[0]
 
     @property
     def min_side(self) -> int:
@@ -163,11 +166,11 @@ class UpStep(nn.Module):
             return replace(self.embed(views.whole), local=views.local)
         f = in_microbatches(self.features, views.flatten(0, 1), self.num_microbatches)
         result = embedded(self.head(f).unflatten(0, views.shape[:2]))
-        if self.config.gate_statistic != "center":
+        if self.config.experimental.gate_statistic != "center":
             result = replace(result, statistic=self._statistic)
-        if self.base_share or self.config.distil != "off":
+        if self.base_share or self.config.objective.distil != "off":
             result = replace(result, views=views)
-        is_looked_at = self.config.distil != "off" or self.config.cvr_on == "features"
+        is_looked_at = self.config.objective.distil != "off" or self.config.experimental.cvr_on == "features"
         return replace(result, features=f) if is_looked_at else result
 
     def _unit(self, f: Tensor) -> Tensor:
@@ -179,7 +182,7 @@ class UpStep(nn.Module):
 
     def metrics(self) -> dict[str, Any]:
         """How many images learnt, where the gate chooses images."""
-        return {"learnt": self._learnt} if self.config.gate_unit == "image" else {}
+        return {"learnt": self._learnt} if self.config.experimental.gate_unit == "image" else {}
 
     def after_update(self, applied: Tensor) -> None:
         """Take the adapters into their running mean."""
@@ -209,7 +212,7 @@ class UpStep(nn.Module):
         student: views that carry gradient. teacher: views that make the targets without gradient (layout
         asymmetric); None: every view makes the targets of the others.
         """
-        c = self.config
+        c = self.config.objective
         prototypes = F.normalize(self.prototypes, dim=-1)
         scores = student.z @ prototypes.T  # [V, B, K]
         base = self._base_features(student) if c.distil != "off" or (self.base_share and teacher is None) else None
@@ -229,7 +232,7 @@ class UpStep(nn.Module):
             distance = distillation_loss(c.distil, student.features, base, c.distil_temperature)
         penalty = clustering.cvr_penalty(
             c.cvr,
-            student.centre if c.cvr_on == "head" else _feature_centre(student),
+            student.centre if self.config.experimental.cvr_on == "head" else _feature_centre(student),
             running_centre=self.running_centre,
             base_centre=self.base_centre,
             running_magnitude=self.running_magnitude,
@@ -243,7 +246,7 @@ class UpStep(nn.Module):
         """
         z = self._unit(in_microbatches(self.features, local.flatten(0, 1), self.num_microbatches))
         q = targets.view(-1, *targets.shape[-2:]).mean(0).repeat(len(local), 1)
-        of_local = clustering.one_sided_loss(z @ prototypes.T, q, self.config.temperature)
+        of_local = clustering.one_sided_loss(z @ prototypes.T, q, self.config.objective.temperature)
         return (loss + len(local) * of_local) / (1 + len(local))
 
     @torch.no_grad()
@@ -258,7 +261,7 @@ class UpStep(nn.Module):
 
     def _assign(self, scores: Tensor, prototypes: Tensor) -> Tensor:
         """Each view's Sinkhorn targets, [V, B, K], balanced over these rows and the queue's."""
-        c, own, all_reduce = self.config, scores.shape[1], distributed.reducer()
+        c, own, all_reduce = self.config.objective, scores.shape[1], distributed.reducer()
         if self.queue is not None:
             part = distributed.own_part(self.queue.shape[1])
             scores = torch.cat([scores, self.queue[:, part.start : part.stop] @ prototypes.T], 1)
@@ -268,11 +271,11 @@ class UpStep(nn.Module):
     @torch.no_grad()
     def _statistic(self, z: Tensor) -> Tensor:
         """What --gate-statistic names, of the own images; z: [2, B, d]."""
-        if self.config.gate_statistic == "disagreement":
+        if self.config.experimental.gate_statistic == "disagreement":
             return clustering.disagreement(z)
         prototypes = F.normalize(self.prototypes, dim=-1)
         scores = z @ prototypes.T
-        return clustering.swapped_loss(scores, self._assign(scores, prototypes), self.config.temperature)
+        return clustering.swapped_loss(scores, self._assign(scores, prototypes), self.config.objective.temperature)
 
     @torch.no_grad()
     def _base_features(self, of: Embeddings) -> Tensor:
@@ -285,9 +288,9 @@ class UpStep(nn.Module):
     @torch.no_grad()
     def choose(self, target: Embeddings, step: int) -> Embeddings:
         """For --gate-unit image: which images' other view learns, by what each adds to the centre."""
-        c = self.config
+        gate = self.config.gate
         added = target.z[0] @ target.centre
-        chosen = choose_images(c.gate, added, c.gate_rate, c.update_when, c.seed, step)
+        chosen = choose_images(gate.rule, added, gate.rate, gate.update_when, self.config.runtime.seed, step)
         self._learnt = len(chosen)
         return replace(target, chosen=chosen)
 
@@ -303,12 +306,12 @@ class UpStep(nn.Module):
         """Weight decay on the head alone."""
         groups: list[dict[str, Any]] = [{"params": self.adapter_parameters(), "weight_decay": 0.0}]
         if others := self.other_parameters():
-            groups.append({"params": others, "weight_decay": self.config.weight_decay})
+            groups.append({"params": others, "weight_decay": self.config.optimization.weight_decay})
         return groups
 
     def gradient_parts(self) -> list[tuple[list[nn.Parameter], float]]:
         """The adapters are clipped, the head is not."""
-        return [(self.adapter_parameters(), self.config.clip), (self.other_parameters(), 0.0)]
+        return [(self.adapter_parameters(), self.config.optimization.clip), (self.other_parameters(), 0.0)]
 
     def must_receive_grad(self) -> dict[str, nn.Parameter]:
         """Each adapter's B; with --tune full every weight."""
@@ -329,7 +332,7 @@ class UpStep(nn.Module):
     def result_files(self) -> dict[str, bytes]:
         """The adapter as PEFT reads it."""
         with self.weights_to_save():
-            return trainable.result_files(self.vit, self.adapters, self.config.model, trainable.trained(self.vit))
+            return trainable.result_files(self.vit, self.adapters, self.config.model.name, trainable.trained(self.vit))
 
     def other_parameters(self) -> list[nn.Parameter]:
         """What is trained beside them and thrown away afterwards."""
@@ -347,19 +350,13 @@ def _feature_centre(learning: Embeddings) -> Tensor:
 
 def _prepare(vit: nn.Module, config: AdaptConfig) -> dict[str, lora.LoraLinear]:
     """What of the model learns: adapters, put on it in place, on all blocks or the last; or all of it."""
-    if config.tune == "full":
+    if config.lora.tune == "full":
         vit.requires_grad_(True)
         for name in ("head", "head_dist"):  # a classifier behind the features, which learns nothing here
             getattr(vit, name, nn.Identity()).requires_grad_(False)
         return {}
     depth = len(vit.blocks)  # type: ignore[arg-type]
-    num = depth if config.lora_blocks is None else config.lora_blocks
+    num = depth if config.lora.blocks is None else config.lora.blocks
     if num > depth:
-        raise ConfigError(f"lora_blocks: got {num}, but {config.model} has {depth} blocks")
-    return lora.inject(vit, lora_spec(config), leave_out=range(depth - num))
-
-
-def lora_spec(config: AdaptConfig) -> lora.LoraSpec:
-    """The adapter that this configuration asks for."""
-    alpha = config.lora_r if config.lora_alpha is None else config.lora_alpha
-    return lora.LoraSpec(r=config.lora_r, alpha=alpha, targets=config.lora_targets)
+        raise ConfigError(f"lora_blocks: got {num}, but {config.model.name} has {depth} blocks")
+    return lora.inject(vit, lora.LoraSpec.from_config(config.lora), leave_out=range(depth - num))

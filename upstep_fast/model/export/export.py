@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from upstep_fast.config.flat import from_flat
 from upstep_fast.config.tools import ExportConfig
 from upstep_fast.data.loading.loader import load_images
 from upstep_fast.data.sources.source import open_source
@@ -47,7 +48,8 @@ class Exported:
 
 def export(model: str, out: str | Path, *, adapter: str | Path | None = None, **options: Any) -> Exported:
     """Write `model` with the adapter in folder `adapter` to the new folder `out`; keywords are ExportConfig's."""
-    return run(ExportConfig(model=model, out=str(out), adapter=None if adapter is None else str(adapter), **options))
+    adapter = None if adapter is None else str(adapter)
+    return run(from_flat(ExportConfig, model=model, out=str(out), adapter=adapter, **options))
 
 
 @torch.no_grad()
@@ -58,7 +60,7 @@ def run(config: ExportConfig) -> Exported:
     RunFailedError if the folder cannot be written.
     """
     _check(config)
-    base = backbones.load_from(config)
+    base = backbones.load_from(config.model)
     images, seen = _images(config, base)
     adapters = {} if config.adapter is None else peft_format.attach(base.vit, config.adapter)
     expected = features(base.vit, images)
@@ -149,7 +151,7 @@ def _card(config: ExportConfig, base: Backbone, written: Written, difference: fl
 
 | | |
 | --- | --- |
-| base model | `{config.model}` |
+| base model | `{config.model.name}` |
 | adapter | {f"`{config.adapter}`" if config.adapter else "none"} |
 | input | {channels} x {base.img_size[0]} x {base.img_size[1]}, {base.interpolation}, crop {base.crop_pct:g} |
 | mean | {numbers(base.mean)} |

@@ -97,7 +97,7 @@ def _peft(job: Job) -> Written:
     _need("peft", "peft", "pip install 'upstep_fast[peft]'")
     vit: Any = job.base.vit
     hub = vit.pretrained_cfg.get("hf_hub_id")
-    name = f"{HUB}{hub}" if hub and timm.is_model(job.config.model.partition(".")[0]) else job.config.model
+    name = f"{HUB}{hub}" if hub and timm.is_model(job.config.model.name.partition(".")[0]) else job.config.model.name
     assert job.config.adapter is not None
     of_modules, bare = peft_format.fully_trained(job.config.adapter)
     peft_format.write_files(job.folder, peft_format.adapter_files(job.adapters, name, fully_trained=of_modules | bare))
@@ -106,7 +106,7 @@ def _peft(job: Job) -> Written:
     def measure(images: Tensor) -> Tensor:
         import peft
 
-        theirs = backbones.load_from(job.config).vit
+        theirs = backbones.load_from(job.config.model).vit
         lora.call_qkv(theirs)
         for parameter, value in bare.items():
             theirs.get_parameter(parameter).copy_(value)

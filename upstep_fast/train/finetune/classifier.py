@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from upstep_fast.config.finetune import FinetuneConfig
+from upstep_fast.config.flat import flat, from_flat
 from upstep_fast.errors import ConfigError
 from upstep_fast.methods.supervised.baselines import Baseline
 from upstep_fast.methods.supervised.losa import Losa, LosaSpec
@@ -44,29 +45,23 @@ def build(backbone: Backbone, config: FinetuneConfig, classes: int) -> Losa | Ba
     """The classifier that the configuration names, on the CPU, drawn from its seed."""
     frames = config.frames or 1
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.runtime.seed)
         if config.method == "losa":
             return Losa(backbone, losa_spec(config), classes, frames)
-        alpha = config.lora_r if config.lora_alpha is None else config.lora_alpha
-        spec = lora.LoraSpec(config.lora_r, alpha, config.lora_targets)
-        return Baseline(backbone, config.method, classes, spec=spec, drop_path=config.drop_path, frames=frames)
+        drop_path = config.regularization.drop_path
+        spec = lora.LoraSpec.from_config(config.lora)
+        return Baseline(backbone, config.method, classes, spec=spec, drop_path=drop_path, frames=frames)
 
 
 def losa_spec(config: FinetuneConfig) -> LosaSpec:
     """The side network that the configuration asks for."""
-    return LosaSpec(
-        rank=config.losa_rank,
-        token_rank=config.losa_rank if config.losa_token_rank is None else config.losa_token_rank,
-        combine=config.losa_combine,
-        order=config.losa_order,
-        every=config.losa_every,
-        learn_scale=config.losa_learn_scale,
-    )
+    own = vars(config.losa)
+    return LosaSpec(**own | {"token_rank": own["rank"] if own["token_rank"] is None else own["token_rank"]})
 
 
 def load_backbone(config: FinetuneConfig) -> Backbone:
     """The base model, with the adapter merged if there is one."""
-    backbone = backbones.load_from(config)
+    backbone = backbones.load_from(config.model)
     if config.adapter is not None:
         peft_format.attach(backbone.vit, config.adapter)
         lora.merge(backbone.vit)
@@ -89,11 +84,12 @@ def save(folder: Path, tensors: Mapping[str, Tensor], config: FinetuneConfig, cl
             if file.is_file():
                 write_atomic(folder / ADAPTER / file.name, file.read_bytes())
     write_atomic(folder / WEIGHTS, data)
+    flags = flat(config)
     values = {
         "format": FORMAT,
         "classes": list(classes),
-        "settings": {name: getattr(config, name) for name in _SETTINGS},
-        "backbone": {name: getattr(config, name) for name in _MODEL},
+        "settings": {name: flags[name] for name in _SETTINGS},
+        "backbone": {name: flags[name] for name in _MODEL},
         "has_adapter": config.adapter is not None,
         "sha256": hashlib.sha256(data).hexdigest(),
     }
@@ -118,7 +114,7 @@ def load_finetuned(
         adapter = str(folder / ADAPTER) if values["has_adapter"] else None
         if model is not None:
             fields["model"] = model
-        config = FinetuneConfig(**fields, adapter=adapter, data=(), out="")
+        config = from_flat(FinetuneConfig, **fields, adapter=adapter, data=(), out="")
         classes = tuple(str(name) for name in values["classes"])
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{folder / CONFIG} is not that of a fine-tuned model: {error}") from error
@@ -130,7 +126,7 @@ def load_finetuned(
         name for name in wanted.keys() & tensors.keys() if wanted[name].shape != tensors[name].shape
     ]
     if wrong:
-        raise ConfigError(f"{folder} does not fit the model {config.model}: {', '.join(wrong[:5])}")
+        raise ConfigError(f"{folder} does not fit the model {config.model.name}: {', '.join(wrong[:5])}")
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(tensors[name])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from upstep_fast.config.files import from_options
 from upstep_fast.config.finetune import FinetuneConfig
-from upstep_fast.config.view_overrides import view_overrides
+from upstep_fast.config.flat import replace_flat
 from upstep_fast.data.labelled.batches import Reader
 from upstep_fast.data.labelled.clips import train_and_test_clips
 from upstep_fast.data.labelled.reader import ReaderOptions
@@ -84,18 +84,20 @@ def run(config: FinetuneConfig) -> FinetuneResult:
     """One run, from configuration to classifier. Raises UpstepError with the exit code of what went wrong."""
     if distributed.local_size() > 1:
         raise ConfigError("finetune: runs on one device; start it without torchrun")
-    compute = resolve(config.device, config.precision)
+    compute = resolve(config.runtime.device, config.runtime.precision)
     splits = read_splits(config)
     asked, config = config, fit_to_data(config, splits)
     backbone = finetuned.load_backbone(config)
-    implementation = None if config.implementation == "auto" else config.implementation
+    implementation = None if config.runtime.implementation == "auto" else config.runtime.implementation
     with output.lock_run_folder(config) as out, train_log(out / "train.log"), dispatch.forced(implementation):
         log.info(
             "upstep-fast %s, torch %s, %s in %s", __version__, torch.__version__, compute.device, compute.precision
         )
-        if asked.batch_size != config.batch_size:
+        if asked.optimization.batch_size != config.optimization.batch_size:
             log.warning(
-                "batch_size: reduced from %d to %d for the images there are", asked.batch_size, config.batch_size
+                "batch_size: reduced from %d to %d for the images there are",
+                asked.optimization.batch_size,
+                config.optimization.batch_size,
             )
         if absent := sorted(set(splits.test.classes) - {splits.test.classes[i] for i in splits.test.y.tolist()}):
             log.warning("data: classes of train/ that test/ lacks, so they are not measured: %s", ", ".join(absent[:5]))
@@ -105,45 +107,44 @@ def run(config: FinetuneConfig) -> FinetuneResult:
 def read_splits(config: FinetuneConfig) -> Splits:
     """The labelled data of a run. Raises DataError."""
     if config.frames is None:
-        train, test = train_and_test(config.data, "finetune")
+        train, test = train_and_test(config.data.paths, "finetune")
     else:
-        train, test = train_and_test_clips(config.data, config.frames)
+        train, test = train_and_test_clips(config.data.paths, config.frames)
     if len(train.classes) < 2:
         raise DataError(f"data: train/ has one class, {train.classes[0]}; a classifier needs at least 2")
-    mask = held_out(train.y, config.held_out, config.seed)
+    mask = held_out(train.y, config.optimization.held_out, config.runtime.seed)
     return Splits(train.subset((~mask).nonzero()[:, 0]), train.subset(mask.nonzero()[:, 0]), test)
 
 
 def fit_to_data(config: FinetuneConfig, splits: Splits) -> FinetuneConfig:
     """The configuration with the batch reduced to what the data can fill, even under mixup, and `lr` resolved."""
-    batch = min(config.batch_size, len(splits.learn.y))
-    if config.mixup or config.cutmix:
+    batch = min(config.optimization.batch_size, len(splits.learn.y))
+    if config.regularization.mixup or config.regularization.cutmix:
         batch -= batch % 2  # timm pairs the images of a batch
     if batch < 2:
         raise DataError(f"data: {len(splits.learn.y)} images to learn from, at least 2 are needed")
-    if config.held_out and not len(splits.choose.y):
-        log.warning("held_out: %s of each class is no image; the last epoch is kept", config.held_out)
-        config = replace(config, held_out=0.0)
-    return replace(config, batch_size=batch, lr=LR[config.method] if config.lr is None else config.lr)
+    if config.optimization.held_out and not len(splits.choose.y):
+        log.warning("held_out: %s of each class is no image; the last epoch is kept", config.optimization.held_out)
+        config = replace_flat(config, held_out=0.0)
+    lr = LR[config.method] if config.optimization.lr is None else config.optimization.lr
+    return replace_flat(config, batch_size=batch, lr=lr)
 
 
 def make_reader(config: FinetuneConfig, backbone: Backbone, device: torch.device) -> Reader:
     """How this run reads images or clips."""
+    preset = config.views.preset
+    like: Any = {"size": backbone.img_size, "mean": backbone.mean, "std": backbone.std}
     options = ReaderOptions(
         size=backbone.img_size,
         mean=backbone.mean,
         std=backbone.std,
         interpolation=backbone.interpolation,
         crop_pct=backbone.crop_pct,
-        views=None
-        if config.preset_views == "none"
-        else view_config(
-            config.preset_views, size=backbone.img_size, mean=backbone.mean, std=backbone.std, **view_overrides(config)
-        ),
-        batch_size=config.batch_size,
-        seed=config.seed,
-        num_workers=default_workers() if config.num_workers is None else config.num_workers,
-        max_bad_fraction=config.max_bad_fraction,
+        views=None if preset == "none" else view_config(preset, **like, **config.views.overrides()),
+        batch_size=config.optimization.batch_size,
+        seed=config.runtime.seed,
+        num_workers=default_workers() if config.data.num_workers is None else config.data.num_workers,
+        max_bad_fraction=config.data.max_bad_fraction,
         device=device,
         frames=config.frames,
     )
@@ -158,10 +159,10 @@ def _run(config: FinetuneConfig, compute: Compute, splits: Splits, backbone: Bac
     identity = replace(identity, config=settings)
     reader = make_reader(config, backbone, compute.device)
     model = finetuned.build(backbone, config, len(splits.learn.classes)).to(compute.device)
-    if config.implementation != "reference":
+    if config.runtime.implementation != "reference":
         model.accelerate(compute.dtype or torch.float32, compute.fp8)
     state = fresh_state(model, config, compute)
-    if config.resume:
+    if config.output.resume:
         finetune_state.resume_from(state, out / output.CHECKPOINTS, identity, reader.skipped)
     count = sum(p.numel() for p in finetuned.trained(model).values())
     log.info("%s: %d trainable parameters, %d images", config.method, count, len(splits.learn.y))
@@ -202,11 +203,11 @@ def fresh_state(model: Any, config: FinetuneConfig, compute: Compute) -> State:
     groups = parameter_groups(
         model,
         len(model.vit.blocks),
-        weight_decay=config.weight_decay,
-        layer_decay=config.layer_decay,
+        weight_decay=config.optimization.weight_decay,
+        layer_decay=config.optimization.layer_decay,
         taps=taps,
     )
-    optimizer = torch.optim.AdamW(groups, lr=config.lr or 0.0, betas=(0.9, 0.999), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=config.optimization.lr or 0.0, betas=(0.9, 0.999), fused=True)
     scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
     return State(model, optimizer, scaler)
 
@@ -223,12 +224,13 @@ def _sources(
         return lambda step: reader.training(splits.learn, step), lambda: _in_order(splits.choose, reader)
     parts = [splits.learn, splits.choose]
     learn, choose = feature_cache.fill(model, parts, reader, compute, config.cache, out)
-    if len(learn.y) < config.batch_size:
-        raise DataError(f"data: {len(learn.y)} readable images, fewer than --batch-size {config.batch_size}")
+    if len(learn.y) < config.optimization.batch_size:
+        batch = config.optimization.batch_size
+        raise DataError(f"data: {len(learn.y)} readable images, fewer than --batch-size {batch}")
     cached: Cached = learn
     return (
-        lambda step: cached.training(config.batch_size, config.seed, step, compute.device),
-        lambda: choose.in_order(config.batch_size, compute.device),
+        lambda step: cached.training(config.optimization.batch_size, config.runtime.seed, step, compute.device),
+        lambda: choose.in_order(config.optimization.batch_size, compute.device),
     )
 
 
@@ -247,8 +249,8 @@ def _train(
     out: Path,
     identity: resume.Identity,
 ) -> None:
-    per_epoch = identity.data["images"] // config.batch_size
-    steps, logits = config.epochs * per_epoch, make_logits(state.model, config)
+    per_epoch = identity.data["images"] // config.optimization.batch_size
+    steps, logits = config.optimization.epochs * per_epoch, make_logits(state.model, config)
     mix = make_mixup(config, state.model.head.out_features)  # type: ignore[union-attr,arg-type]
     batches = learn(state.step)
     with Metrics(out / "metrics.jsonl", state.step) as metrics, signals() as requests:
@@ -258,13 +260,13 @@ def _train(
             row = train_step(state, x, y, logits, mix, config, compute, steps)
             is_last = state.step % per_epoch == 0
             if is_last:
-                if config.held_out:
+                if config.optimization.held_out:
                     accuracy = top1(*predict(state.model, choose(), compute, logits))
                     state.remember(accuracy)
                     row["held_out_top1"] = accuracy
                 else:
                     state.epoch += 1
-                log.info("epoch %d of %d: %s", state.epoch, config.epochs, _summary(row, state))
+                log.info("epoch %d of %d: %s", state.epoch, config.optimization.epochs, _summary(row, state))
             state.seconds += time.monotonic() - began
             stop, save = requests.poll()
             with output.writing(out):
@@ -284,7 +286,8 @@ def _train(
 
 def _is_over(state: State, config: FinetuneConfig) -> bool:
     """Whether the last epochs brought nothing."""
-    return bool(config.held_out and config.patience and state.epoch - 1 - state.best_epoch >= config.patience)
+    patience = config.optimization.patience
+    return bool(config.optimization.held_out and patience and state.epoch - 1 - state.best_epoch >= patience)
 
 
 def _summary(row: dict[str, Any], state: State) -> str:

@@ -34,20 +34,21 @@ def train_step(
 
     Random numbers (drop path, mixup) are drawn from (seed, step), so that a resumed run draws the same.
     """
-    assert config.lr is not None
-    factor = warmup_cosine(state.step, steps, config.warmup)
+    lr = config.optimization.lr
+    assert lr is not None
+    factor = warmup_cosine(state.step, steps, config.optimization.warmup)
     for group in state.optimizer.param_groups:
-        group["lr"] = config.lr * factor * group["scale"]
+        group["lr"] = lr * factor * group["scale"]
     state.model.train()
     state.optimizer.zero_grad(set_to_none=True)
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-        torch.manual_seed((config.seed << 32) + state.step)
+        torch.manual_seed((config.runtime.seed << 32) + state.step)
         target = y
         if mix is not None:
             x, target = mix(x, y, state.step)
         with compute.autocast():
             out = logits(x)
-        smoothing = config.label_smoothing if mix is None else 0.0  # timm's mixup smooths by itself
+        smoothing = config.regularization.label_smoothing if mix is None else 0.0  # timm's mixup smooths by itself
         loss = F.cross_entropy(out.float(), target, label_smoothing=smoothing)
     bad = None if math.isfinite(loss.item()) else f"the loss is {loss.item()}"
     if bad is None:
@@ -56,15 +57,21 @@ def train_step(
         parameters = [p for p in trained(state.model).values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if math.isfinite(norm.item()):
-            if config.clip:
-                torch.nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
+            if config.optimization.clip:
+                torch.nn.utils.clip_grads_with_norm_(parameters, config.optimization.clip, norm)
             state.scaler.step(state.optimizer)
         elif not state.scaler.is_enabled() or state.scaler.get_scale() < 1:
             bad = "a gradient is not finite"
         if state.scaler.is_enabled():
             state.scaler.update()
     state.bad = state.bad + 1 if bad else 0
-    row = {"step": state.step, "epoch": state.epoch, "loss": loss.item(), "lr": config.lr * factor, "bad": bad}
+    row = {
+        "step": state.step,
+        "epoch": state.epoch,
+        "loss": loss.item(),
+        "lr": lr * factor,
+        "bad": bad,
+    }
     state.step += 1
     return row
 
@@ -76,13 +83,14 @@ def make_logits(model: Any, config: FinetuneConfig) -> Callable[[Tensor], Tensor
 
 def make_mixup(config: FinetuneConfig, classes: int) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None:
     """(x, y, step) -> x and soft targets [B, K] by timm's Mixup, which draws from (seed, step); None if it is off."""
-    if not config.mixup and not config.cutmix:
+    own = config.regularization
+    if not own.mixup and not own.cutmix:
         return None
-    timms = Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=classes)
+    timms = Mixup(own.mixup, own.cutmix, label_smoothing=own.label_smoothing, num_classes=classes)
 
     def mix(x: Tensor, y: Tensor, step: int) -> tuple[Tensor, Tensor]:
         before = np.random.get_state()
-        np.random.seed((config.seed * 1_000_003 + step) % 2**32)  # timm draws from numpy's global generator
+        np.random.seed((config.runtime.seed * 1_000_003 + step) % 2**32)  # timm draws from numpy's global generator
         try:
             flat, target = timms(x.flatten(1, -3), y)  # a clip is mixed like an image of T C channels
             return flat.view_as(x), target

@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from upstep_fast import methods
 from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.flat import replace_flat
 from upstep_fast.data.loading.loader import Batch
 from upstep_fast.data.loading.prefetch import DEPTH
 from upstep_fast.engine.fold import FoldedBlock
@@ -61,17 +62,17 @@ class StepMemory:
 
 
 def count(config: AdaptConfig, compute: Compute, *, on: str | None = None, flops: bool = False) -> StepMemory:
-    """Count an open step of `config.batch_size` images; no weight is loaded or allocated, nothing is computed.
+    """Count an update step of one batch; no weight is loaded or allocated, nothing is computed.
 
     on: "cuda" or "cpu", what the step is to run on; None: compute.device. flops: count them too, which takes longer.
     Raises ConfigError for an unknown model.
     """
-    on, config = on or compute.device.type, replace(config, cuda_graphs=False)  # which hold what a step holds
+    on, config = on or compute.device.type, replace_flat(config, cuda_graphs=False)  # which hold what a step holds
     # autograd cannot run backward for a device that is not there: a CPU stands in
     stands_in = on == "cuda" and not torch.cuda.is_available()
     device = torch.device("cpu" if stands_in else on)
     with torch.device("meta"):
-        backbone = backbones.load_from(config, pretrained=False)
+        backbone = backbones.load_from(config.model, pretrained=False)
     seen = _Storages(on, _library_bytes(compute) if on == "cuda" else 0)
     # one mode for both parts: another would take the first one's tensors for real ones and copy them
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -82,8 +83,8 @@ def count(config: AdaptConfig, compute: Compute, *, on: str | None = None, flops
         seen.part = "adapters"
         method = methods.build(backbone, config)
         seen.part = "folded"
-        if config.implementation != "reference":
-            method.accelerate(compute.dtype or torch.float32, config.memory, compute.fp8)  # type: ignore[arg-type]
+        if config.runtime.implementation != "reference":
+            method.accelerate(compute.dtype or torch.float32, config.memory.level, compute.fp8)  # type: ignore[arg-type]
         if stands_in and compute.dtype is not None:
             _fuse(method)
         learned = [p for group in method.parameter_groups() for p in group["params"]]
@@ -95,7 +96,7 @@ def count(config: AdaptConfig, compute: Compute, *, on: str | None = None, flops
         seen.part = "optimizer"
         optimizer = torch.optim.AdamW(method.parameter_groups(), fused=True)
         optimizer.step()
-    likes = _view_shapes(method, len(backbone.mean), config.batch_size)
+    likes = _view_shapes(method, len(backbone.mean), config.optimization.batch_size)
     with fake, seen, device, torch.compiler.set_stance("force_eager"):
         seen.part = "views"
         views = tree_map(lambda like: torch.empty(like.shape, dtype=like.dtype), likes)
@@ -120,12 +121,12 @@ def count(config: AdaptConfig, compute: Compute, *, on: str | None = None, flops
 
 def open_loss(method: Any, views: Any, config: AdaptConfig) -> Tensor:
     """The loss of an open step, as step.py's `forward` makes it; of one rank's sums, those of all are as large."""
-    if config.layout == "symmetric":
+    if config.objective.layout == "symmetric":
         learning, target = method.embed(views), None
     else:
         with torch.no_grad():
             target = method.embed(views[:1])
-        if config.gate_unit == "image":
+        if config.experimental.gate_unit == "image":
             target = method.choose(target.with_global_stats(target.local_stats), 0)
             learning = method.embed(views[1:, target.chosen])
         else:

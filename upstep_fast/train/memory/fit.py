@@ -11,11 +11,13 @@ import logging
 import math
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.files import flatten_tables
+from upstep_fast.config.flat import replace_flat
 from upstep_fast.data.loading.loader import CACHE_BYTES
 from upstep_fast.engine.block import Memory
 from upstep_fast.errors import ConfigError, UpstepError
@@ -54,7 +56,7 @@ def chooser(config: AdaptConfig, compute: Compute, on: str | None = None) -> Cho
 
     def choose(memory: Memory, batch: int) -> Choice:
         if (memory, batch) not in counted:
-            step = step_memory.count(replace(config, memory=memory, batch_size=batch), compute, on=on)
+            step = step_memory.count(replace_flat(config, memory=memory, batch_size=batch), compute, on=on)
             counted[memory, batch] = Choice(memory, batch, step)
         return counted[memory, batch]
 
@@ -92,21 +94,21 @@ def settle(config: AdaptConfig, compute: Compute) -> AdaptConfig:
 
     Raises ConfigError naming the level and the batch that would fit.
     """
-    is_checked = config.memory_check and not config.auto_batch
-    if not is_checked and config.memory != "auto":
+    is_checked = config.memory.check and not config.memory.auto_batch
+    if not is_checked and config.memory.level != "auto":
         return config
-    if config.resume and config.memory == "auto" and (level := _level_of(Path(config.out))):
-        config = replace(config, memory=level)
-    first = LEVELS[0] if config.memory == "auto" else config.memory
+    if config.output.resume and config.memory.level == "auto" and (level := _level_of(Path(config.output.out))):
+        config = replace_flat(config, memory=level)
+    first = LEVELS[0] if config.memory.level == "auto" else config.memory.level
     # the ranks take the same decision
     world_size, found = distributed.size(), distributed.gather(machine.free_bytes(compute.device))
     free = min(found, key=lambda value: math.inf if value is None else value)
     if free is None:
         log.warning("memory: how much is free is not known here, so it is not checked")
-        return replace(config, memory=first)
+        return replace_flat(config, memory=first)
     # on a CPU the loader's cache is in the same memory
     limit = free - (CACHE_BYTES if compute.device.type == "cpu" else 0)
-    batch = max(2, config.batch_size // world_size)
+    batch = max(2, config.optimization.batch_size // world_size)
     choose = chooser(config, compute)
     try:
         choice = choose(first, batch)
@@ -116,9 +118,9 @@ def settle(config: AdaptConfig, compute: Compute) -> AdaptConfig:
         raise
     except Exception as error:  # a model that cannot be counted may still run
         log.warning("memory: not checked (%s: %s)", type(error).__name__, str(error).split("\n")[0])
-        return replace(config, memory=first)
+        return replace_flat(config, memory=first)
     log.info("memory: level %s, %s at most, %s free", choice.memory, gigabytes(choice.step.peak), gigabytes(free))
-    return replace(config, memory=choice.memory)
+    return replace_flat(config, memory=choice.memory)
 
 
 def _instead(config: AdaptConfig, choose: Chooser, choice: Choice, limit: int, world_size: int) -> Choice:
@@ -127,15 +129,15 @@ def _instead(config: AdaptConfig, choose: Chooser, choice: Choice, limit: int, w
         best: Choice | None = fit(choose, choice.batch_size, limit)
     except ConfigError:
         best = None
-    if config.memory == "auto" and best is not None and best.batch_size == choice.batch_size:
+    if config.memory.level == "auto" and best is not None and best.batch_size == choice.batch_size:
         return best
-    if not config.memory_check or config.auto_batch:
+    if not config.memory.check or config.memory.auto_batch:
         return choose(LEVELS[-1], choice.batch_size)
     cure = "not even two images would: take a smaller model or --img-size"
     if best is not None:
         cure = f"--memory {best.memory} --batch-size {best.batch_size * world_size} would"
     raise ConfigError(
-        f"memory: {config.batch_size} images a step at level {choice.memory} do not fit: they need "
+        f"memory: {config.optimization.batch_size} images a step at level {choice.memory} do not fit: they need "
         f"{gigabytes(choice.needed)}, {gigabytes(max(0, limit))} are free; {cure}; --no-memory-check starts anyway"
     )
 
@@ -147,7 +149,7 @@ def gigabytes(size: float) -> str:
 
 def _level_of(out: Path) -> Any:
     try:
-        level = tomllib.loads((out / CONFIG).read_text()).get("memory")
+        level = flatten_tables(tomllib.loads((out / CONFIG).read_text()), AdaptConfig).get("memory")
     except (OSError, ValueError):
         return None
     return level if level in LEVELS else None

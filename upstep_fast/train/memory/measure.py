@@ -7,13 +7,14 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.flat import replace_flat
 from upstep_fast.data.loading.loader import Batch
 from upstep_fast.model import backbone as backbones
 from upstep_fast.runtime.device import Compute
@@ -38,7 +39,7 @@ def measure(config: AdaptConfig, compute: Compute, *, cpu_images: int = CPU_IMAG
     """Take two open steps, the second counted, and a third that is timed. At most `cpu_images` at once on a CPU."""
     on_cpu = compute.device.type == "cpu"
     if on_cpu:
-        config = replace(config, batch_size=min(config.batch_size, cpu_images))
+        config = replace_flat(config, batch_size=min(config.optimization.batch_size, cpu_images))
     with _peak_of_cpu() if on_cpu else contextlib.nullcontext([0]) as peak:
         take_step, seconds = one_step(config, compute)
         take_step()
@@ -51,7 +52,7 @@ def measure(config: AdaptConfig, compute: Compute, *, cpu_images: int = CPU_IMAG
         peak = [torch.cuda.max_memory_allocated(compute.device)]
     seconds.clear()
     take_step()
-    return Measured(config.batch_size, peak[0], seconds[0], seconds[1])
+    return Measured(config.optimization.batch_size, peak[0], seconds[0], seconds[1])
 
 
 def one_step(config: AdaptConfig, compute: Compute) -> tuple[Callable[[], None], list[float]]:
@@ -59,10 +60,10 @@ def one_step(config: AdaptConfig, compute: Compute) -> tuple[Callable[[], None],
 
     Weights and images are random: they take the same time and memory as any.
     """
-    backbone = backbones.load_from(config, pretrained=False)
+    backbone = backbones.load_from(config.model, pretrained=False)
     state = fresh_state(config, compute, backbone)
     image = torch.randint(256, (len(backbone.mean), *backbone.img_size), dtype=torch.uint8)
-    batch = Batch([image] * config.batch_size, torch.arange(config.batch_size), 0, 0)
+    batch = Batch([image] * config.optimization.batch_size, torch.arange(config.optimization.batch_size), 0, 0)
     seconds: list[float] = []
 
     def take_step() -> None:
