@@ -11,6 +11,7 @@ from upstep_fast.config.flat import from_flat
 from upstep_fast.engine import vit as engine
 from upstep_fast.model import backbone, lora
 from upstep_fast.model.pooling import features
+from upstep_fast.runtime.device import resolve
 from upstep_fast.train import loop as trainer
 from upstep_fast.train.state import fresh_state
 from upstep_fast.train.step import flush
@@ -122,7 +123,7 @@ def run_state(steps, implementation, precision="fp32", device="cpu", **options):
         implementation=implementation,
         **options,
     )
-    compute = trainer.resolve(device, precision)
+    compute = resolve(device, precision)
     return config, compute, fresh_state(config, compute, backbone.load(config.model.name))
 
 

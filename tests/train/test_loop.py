@@ -15,8 +15,8 @@ from upstep_fast.methods import gate, registry
 from upstep_fast.methods.schedules import warmup_cosine
 from upstep_fast.methods.upstep.upstep import UpStep
 from upstep_fast.model import backbone, lora, peft_format, pooling
+from upstep_fast.runtime.device import resolve
 from upstep_fast.train import adapt
-from upstep_fast.train import loop as trainer
 from upstep_fast.train import state as run_state
 from upstep_fast.train import step as steps
 from upstep_fast.train.state import fresh_state
@@ -135,7 +135,7 @@ def test_a_skipped_step_does_no_backward_and_leaves_the_optimizer_alone(options,
 @pytest.mark.parametrize("layout", ["symmetric", "asymmetric"])
 def test_a_closed_step_keeps_no_graph(options, layout):
     config, _ = build(options, layout=layout)
-    compute = trainer.resolve("cpu", "fp32")
+    compute = resolve("cpu", "fp32")
     state = fresh_state(config, compute, backbone.load(config.model.name))
     state.gate = gate.GateState(step=1, reference=-1.0)
     images = torch.randn(2, 4, 3, 32, 32)
@@ -148,7 +148,7 @@ def test_a_closed_step_keeps_no_graph(options, layout):
 
 def test_a_gate_known_ahead_runs_its_skipped_steps_without_gradients(options):
     config, _ = build(options)
-    compute, recorded = trainer.resolve("cpu", "fp32"), []
+    compute, recorded = resolve("cpu", "fp32"), []
     state = fresh_state(config, compute, backbone.load(config.model.name))
     method, real = state.method, state.method.embed
     method.embed = lambda views: (recorded.append(torch.is_grad_enabled()), real(views))[1]

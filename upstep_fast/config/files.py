@@ -42,7 +42,7 @@ def flatten_tables(values: Mapping[str, Any], config_class: type) -> dict[str, A
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and key in groups(config_class):
-            names = {path[1]: flag for flag, path in paths(config_class).items() if path[0] == key}
+            names = {path[-1]: flag for flag, path in paths(config_class).items() if path[0] == key}
             found |= {names.get(field.replace("-", "_"), field): inner for field, inner in value.items()}
         else:
             found[key] = value

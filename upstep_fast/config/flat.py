@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import typing
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 C = TypeVar("C")
 
 
-def flag(name: str) -> dict[str, str]:
+def flag(name: str) -> dict[Any, Any]:
     """Return the metadata of a field whose flag is `name` instead of the field's own name."""
     return {"flag": name}
 
@@ -28,7 +28,7 @@ def flag_of(config_class: type, field: str) -> str:
 
 
 @functools.cache
-def groups(config_class: Hashable) -> dict[str, type]:
+def groups(config_class: Any) -> dict[str, type]:
     """Return {field: class} of the fields that are groups."""
     hints = typing.get_type_hints(config_class)
     names = [field.name for field in dataclasses.fields(config_class)]
@@ -36,7 +36,7 @@ def groups(config_class: Hashable) -> dict[str, type]:
 
 
 @functools.cache
-def paths(config_class: type) -> dict[str, tuple[str, ...]]:
+def paths(config_class: Any) -> dict[str, tuple[str, ...]]:
     """Return {flag: (field,) or (group, field)}, in order of the fields."""
     found: dict[str, tuple[str, ...]] = {}
     for field in dataclasses.fields(config_class):

@@ -111,13 +111,13 @@ def load_from(config: BackboneConfig, *, pretrained: bool = True) -> Backbone:
     """Load the model that a command's configuration names. Raises ConfigError as `load` does."""
     return load(
         config.name,
-        img_size=config.model.img_size,
+        img_size=config.img_size,
         pretrained=pretrained,
-        arch=config.model.arch,
-        in_chans=config.model.in_chans,
-        mean=config.model.mean,
-        std=config.model.std,
-        min_matched=config.model.min_matched,
+        arch=config.arch,
+        in_chans=config.in_chans,
+        mean=config.mean,
+        std=config.std,
+        min_matched=config.min_matched,
     )
 
 

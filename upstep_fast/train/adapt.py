@@ -55,7 +55,7 @@ def run(config: AdaptConfig) -> AdaptResult:
 def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
     source = open_source(config.data.paths, split="train")
     source, held_out = hold_out(source, config)
-    backbone = backbones.load_from(config.model.name)
+    backbone = backbones.load_from(config.model)
     if config.data.triage and distributed.is_first():
         output.check(config)
     surveyed = survey(

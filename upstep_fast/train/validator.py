@@ -65,7 +65,7 @@ class Validator:
 
     def __init__(self, config: AdaptConfig, held_out: Source, compute: Compute, out: Path):
         self._config, self._compute, self._out = config, compute, out
-        base = backbones.load_from(config.model.name)
+        base = backbones.load_from(config.model)
         self._views = _views(held_out, base, config, compute)
         self._base = self._features(base.vit.to(compute.device))
         self._depth = len(base.vit.blocks)
@@ -140,7 +140,7 @@ class Validator:
         strength, first = self._config.validation.strength, self._config.experimental.strength_first
 
         def gain(first: float, last: float) -> float:
-            vit = backbones.load_from(self._config.model.name).vit
+            vit = backbones.load_from(self._config.model).vit
             of = peft_format.strength_by_depth(first, last, self._depth)
             for name, adapter in peft_format.attach(vit, folder).items():
                 adapter.scale *= of(name)
