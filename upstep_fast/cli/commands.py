@@ -18,7 +18,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from upstep_fast.cli.parse import _flag, _take, parse
+from upstep_fast.cli.parse import _take, parse
+from upstep_fast.config.flat import dashed, flat
 from upstep_fast.errors import ConfigError, Interrupted, UpstepError
 
 USAGE = """\
@@ -106,7 +107,7 @@ def _dispatch(args: list[str], debug: bool) -> None:
         raise ConfigError(f"unknown command {name!r}; {hint}")
     command = COMMANDS[name]
     if command.positional and rest and not rest[0].startswith("-"):
-        rest = [f"--{_flag(command.positional)}", *rest]
+        rest = [f"--{dashed(command.positional)}", *rest]
     try:
         config = parse(command.config(), rest, prog=f"upstep-fast {name}")
     except SystemExit as stop:

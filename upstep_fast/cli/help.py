@@ -6,9 +6,8 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Union
 
-from upstep_fast.cli.parse import for_tyro
 from upstep_fast.config.files import RENAMED_FLAGS, notice_renamed
-from upstep_fast.config.flat import paths
+from upstep_fast.config.flat import dashed, paths
 from upstep_fast.errors import ConfigError
 from upstep_fast.runtime import terminal
 
@@ -105,7 +104,7 @@ def check_flags(args: Sequence[str], config_class: type) -> None:
             continue
         known = {**{other: ours for other, ours in SYNONYMS.items() if ours in fields}, **{f: f for f in fields}}
         near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean --{known[near[0]].replace('_', '-')}?" if near else "--help lists the options"
+        hint = f"did you mean --{dashed(known[near[0]])}?" if near else "--help lists the options"
         raise ConfigError(f"unknown option {flag}; {hint}")
 
 
@@ -116,7 +115,7 @@ def renamed_flags(args: Sequence[str]) -> list[str]:
         flag, equals, value = arg.partition("=")
         if (old := flag.removeprefix("--").replace("-", "_")) in RENAMED_FLAGS and flag.startswith("--"):
             notice_renamed(old)
-            flag = f"--{RENAMED_FLAGS[old].replace('_', '-')}"
+            flag = f"--{dashed(RENAMED_FLAGS[old])}"
         found.append(flag + equals + value)
     return found
 
@@ -135,6 +134,8 @@ def plain_help() -> None:
 def completion(shell: str, configs: Mapping[str, type]) -> None:
     """Print the script that completes commands and flags in `shell` (bash, zsh, tcsh or fish)."""
     import tyro
+
+    from upstep_fast.cli.tyro_class import for_tyro
 
     kinds: Any = tuple(Annotated[for_tyro(kind), tyro.conf.subcommand(name)] for name, kind in configs.items())
     options = (tyro.conf.OmitArgPrefixes,)

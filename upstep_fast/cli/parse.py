@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import typing
-from collections.abc import Collection, Sequence
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Any
 
+from upstep_fast.config.flat import dashed
 from upstep_fast.errors import ConfigError
 
 HELP = {"-h", "--help", "--help-all"}
@@ -18,6 +17,7 @@ def parse(config_class: type, args: Sequence[str], prog: str) -> Any:
     import tyro
 
     from upstep_fast.cli import help as cli_help
+    from upstep_fast.cli.tyro_class import for_tyro
     from upstep_fast.config.files import of_method, read_toml
     from upstep_fast.config.flat import flat, from_flat
     from upstep_fast.config.presets import with_preset
@@ -47,28 +47,6 @@ def parse(config_class: type, args: Sequence[str], prog: str) -> Any:
     return from_flat(config_class, **flat(config))
 
 
-def for_tyro(config_class: type, shown: Collection[str] | None = None) -> Any:
-    """Return a subclass whose fields tyro names by their flags; shown: flags to list in --help (None: all)."""
-    import tyro
-
-    from upstep_fast.config.flat import flag_of, groups
-
-    hints, fields = typing.get_type_hints(config_class), []
-    for field in dataclasses.fields(config_class):
-        default, name = field.default, flag_of(config_class, field.name)
-        if group := groups(config_class).get(field.name):
-            kind: Any = for_tyro(group, shown)
-            default = default if default is dataclasses.MISSING else kind(**vars(default))
-        elif shown is None or name in shown:
-            kind = Annotated[hints[field.name], tyro.conf.arg(name=_flag(name))]
-        else:
-            kind = Annotated[hints[field.name], tyro.conf.Suppress]
-        fields.append((field.name, kind, dataclasses.field(default=default, metadata=field.metadata)))
-    named = dataclasses.make_dataclass(config_class.__name__, fields, bases=(config_class,), frozen=True, kw_only=True)
-    named.__doc__ = config_class.__doc__
-    return named
-
-
 def _value_of(flag: str, args: Sequence[str]) -> str | None:
     found = [value for name, value in itertools.pairwise(args) if name == f"--{flag}"]
     found += [arg.partition("=")[2] for arg in args if arg.startswith(f"--{flag}=")]
@@ -82,13 +60,9 @@ def _take(args: list[str], flag: str) -> bool:
     return found
 
 
-def _flag(field: str) -> str:
-    return field.replace("_", "-")
-
-
 def _as_flags(field: str, value: Any) -> list[str]:
     if isinstance(value, bool):
-        return [f"--{_flag(field)}" if value else f"--no-{_flag(field)}"]
+        return [f"--{dashed(field)}" if value else f"--no-{dashed(field)}"]
     if isinstance(value, list):
-        return [f"--{_flag(field)}", *(str(item) for item in value)]
-    return [f"--{_flag(field)}", str(value)]
+        return [f"--{dashed(field)}", *(str(item) for item in value)]
+    return [f"--{dashed(field)}", str(value)]

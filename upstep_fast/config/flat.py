@@ -27,6 +27,11 @@ def flag_of(config_class: type, field: str) -> str:
     return str(found.metadata.get("flag", found.name))
 
 
+def dashed(name: str) -> str:
+    """Return a flag's name as the command line writes it."""
+    return name.replace("_", "-")
+
+
 @functools.cache
 def groups(config_class: Any) -> dict[str, type]:
     """Return {field: class} of the fields that are groups."""
