@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from upstep_fast.cli.parse import _take, parse
-from upstep_fast.config.flat import dashed, flat
+from upstep_fast.config.flat import dashed
 from upstep_fast.errors import ConfigError, Interrupted, UpstepError
 
 USAGE = """\
