@@ -400,6 +400,22 @@ def test_a_terabyte_member_and_a_sparse_one(tmp_path):
     assert "sparse" in reasons(source)["sparse.jpg"] and "cut off" in reasons(source)["huge.jpg"]
 
 
+@pytest.mark.parametrize(("kind", "size"), [(tarfile.GNUTYPE_LONGNAME, 1 << 31), (tarfile.XHDTYPE, -512), (b"0", -512)])
+def test_a_header_of_an_absurd_size_ends_the_index(tmp_path, kind, size):
+    """A long name of 2 GB is not read into memory, and a negative size does not lead backwards."""
+    whole = write_tar(tmp_path / "a.tar", {"good.jpg": b"abc"}, tarfile.GNU_FORMAT).read_bytes()[:1024]
+    absurd = tarfile.TarInfo("absurd.jpg")
+    absurd.type, absurd.size = kind, size
+    with open(tmp_path / "b.tar", "wb") as file:
+        file.write(whole + absurd.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(1 << 32)  # sparse on disk
+    source = open_source(tmp_path / "b.tar")
+    assert contents(source) == [b"abc"]
+    assert [reason for _, reason in source.problems] == [
+        "tar header of an absurd size; the rest of the file is not read"
+    ]
+
+
 def test_truncated_and_damaged_tars_keep_what_is_whole(tmp_path):
     whole = write_tar(
         tmp_path / "a.tar", {f"{i}.jpg": bytes([i]) * 700 for i in range(10)}, tarfile.USTAR_FORMAT

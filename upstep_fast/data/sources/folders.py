@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from upstep_fast.data.sources.part import IMAGE_SUFFIXES, SPLITS, Names, Part, Problem, printable
-from upstep_fast.data.sources.tar_index import MAX_MEMBER
+from upstep_fast.data.sources.part import IMAGE_SUFFIXES, MAX_BYTES, SPLITS, Names, Part, Problem, printable
 from upstep_fast.errors import DataError
 
 
@@ -37,8 +36,8 @@ class Files:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 raise OSError("not a regular file")
-            if status.st_size > MAX_MEMBER:
-                raise OSError(f"{status.st_size} bytes, above the limit of {MAX_MEMBER}")
+            if status.st_size > MAX_BYTES:
+                raise OSError(f"{status.st_size} bytes, above the limit of {MAX_BYTES}")
             return file.read(status.st_size) or b""
 
     def labels(self) -> list[str] | None:

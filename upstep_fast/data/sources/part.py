@@ -13,6 +13,7 @@ from upstep_fast.data.decode.image import SUFFIXES
 
 IMAGE_SUFFIXES = tuple(suffix.encode() for suffix in SUFFIXES)
 SPLITS = ("train", "test")
+MAX_BYTES = 1 << 30  # of an encoded image; a larger file or member is none
 
 Problem = tuple[str, str]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from upstep_fast.data.sources.part import IMAGE_SUFFIXES, SPLITS, Names, Part, Problem, printable
-from upstep_fast.data.sources.tar_index import read_at, read_index
+from upstep_fast.data.sources.tar_index import read_index
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +96,8 @@ def _key(name: bytes) -> bytes:
 
 def _read_at(path: str, offset: int, size: int) -> bytes:
     with open(path, "rb", buffering=0) as file:
-        data = read_at(file, offset, size)
+        file.seek(offset)
+        data = file.read(size)
     if len(data) != size:
         raise OSError(f"{len(data)} of {size} bytes could be read")
     return data
