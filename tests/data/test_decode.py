@@ -18,7 +18,8 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 from upstep_fast.data.decode import image as decode_module
-from upstep_fast.data.decode.image import MAX_PIXELS, BadImage, decode
+from upstep_fast.data.decode.image import MAX_PIXELS, decode
+from upstep_fast.errors import BadImage
 
 # Pillow's remarks on the broken files made here
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")

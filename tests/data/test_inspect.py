@@ -22,9 +22,9 @@ from upstep_fast.data.curation.curate import channel_statistics
 from upstep_fast.data.curation.perceptual_hash import near, perceptual_hash
 from upstep_fast.data.curation.triage import Verdict, triage
 from upstep_fast.data.decode.image import decode
-from upstep_fast.data.sources.source import DataError, open_source
+from upstep_fast.data.sources.source import open_source
 from upstep_fast.data.sources.subset import subset
-from upstep_fast.errors import ConfigError
+from upstep_fast.errors import ConfigError, DataError
 from upstep_fast.train import loop as trainer
 
 

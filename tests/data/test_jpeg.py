@@ -11,7 +11,8 @@ from PIL import Image
 from tests.data.test_decode import _mutate, encoded, mutations, picture
 from upstep_fast.data.decode import image as decode_module
 from upstep_fast.data.decode import jpeg
-from upstep_fast.data.decode.image import BadImage, decode
+from upstep_fast.data.decode.image import decode
+from upstep_fast.errors import BadImage
 
 pytestmark = [
     pytest.mark.skipif(jpeg.reader() is None, reason="torchvision has no JPEG reader here"),

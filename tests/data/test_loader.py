@@ -19,9 +19,10 @@ from upstep_fast.data.loading import loader as loaders
 from upstep_fast.data.loading.loader import Loader, load_images, permutation
 from upstep_fast.data.loading.ordered_map import ahead, ordered_map
 from upstep_fast.data.loading.skipped import SkippedImages
-from upstep_fast.data.sources.source import DataError, open_source
+from upstep_fast.data.sources.source import open_source
 from upstep_fast.data.views.view_config import ViewConfig
 from upstep_fast.data.views.views import random_views
+from upstep_fast.errors import DataError
 
 
 def write_images(root: Path, count: int, size: tuple[int, int] = (12, 10)) -> Path:

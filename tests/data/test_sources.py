@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from upstep_fast.data.sources.source import DataError, open_source
+from upstep_fast.data.sources.source import open_source
 from upstep_fast.data.sources.tar_index import read_index
+from upstep_fast.errors import DataError
 
 TREE = {
     "train/cat/1.jpg": b"cat one",

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from upstep_fast.data.decode import jpeg
 from upstep_fast.data.decode.arrays import NPY, TIFF, decode_npy, decode_tiff_bands, tiff_bands
-from upstep_fast.errors import BadImage as BadImage
+from upstep_fast.errors import BadImage
 
 # files that are looked at; other names are no images
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".avif", ".npy")

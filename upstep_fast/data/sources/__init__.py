@@ -1,4 +1,4 @@
-"""Names and bytes of images by index: folders, tars, lists, Hugging Face data sets."""
+"""Sources: names and bytes of images by index, from folders, tars, lists and Hugging Face datasets."""
 
 from upstep_fast.data.sources.source import open_source
 

@@ -1,4 +1,4 @@
-"""Images in files: folders read recursively, single files, and the files that a list names."""
+"""Images in files: recursive folders, single files, and the files of a list."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from upstep_fast.errors import DataError
 
 @dataclass(frozen=True, eq=False)
 class Files:
-    """Images in files; names are relative to `root`, or absolute."""
+    """Images in files, with names relative to `root` or absolute."""
 
     root: str
     names: Names
@@ -25,12 +25,12 @@ class Files:
         return len(self.names)
 
     def name(self, index: int) -> str:
-        """A printable path."""
+        """Return a printable path."""
         return printable(os.fsencode(self._path(index)))
 
     def read(self, index: int) -> bytes:
-        """The encoded image. Raises OSError."""
-        # a fifo that took a file's place after listing must not block, nor a file that grew fill the memory
+        """Return the encoded image. Raises OSError."""
+        # a fifo that replaced a file after listing must not block, and a file that grew must not fill the memory
         fd = os.open(self._path(index), os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         with open(fd, "rb", buffering=0) as file:
             status = os.fstat(fd)
@@ -41,11 +41,11 @@ class Files:
             return file.read(status.st_size) or b""
 
     def labels(self) -> list[str] | None:
-        """Classes of all images, or None."""
+        """Return the class of each image; None without classes."""
         return self.names.labels() if self.classes is None else list(self.classes)
 
     def identity(self) -> Iterator[bytes]:
-        """Names and sizes."""
+        """Yield names and sizes."""
         yield self.names.blob
         yield self.names.ends.tobytes()
         yield np.array([_file_size(self._path(i)) for i in range(len(self))], dtype=np.int64).tobytes()
@@ -55,7 +55,7 @@ class Files:
 
 
 def open_folder(root: str, split: str | None, problems: list[Problem]) -> list[Part]:
-    """All images under `root`, or those of one split."""
+    """Return the part of all images under `root`, or of one split. Raises DataError if the folder cannot be read."""
     has_splits = all(os.path.isdir(os.path.join(root, s)) for s in SPLITS)
     if split == "test" and not has_splits:
         return []
@@ -66,16 +66,16 @@ def open_folder(root: str, split: str | None, problems: list[Problem]) -> list[P
 
 
 def _walk(root: bytes, folder: bytes, seen: set[tuple[int, int]], problems: list[Problem]) -> Iterator[bytes]:
-    """Image files under root/folder in sorted order. Each real folder is read once, so loops of links end."""
-    here = os.path.join(root, folder)
+    """Yield image files under root/folder in sorted order; each real folder once, so that loops of links end."""
+    top = os.path.join(root, folder)
     try:
-        status = os.stat(here)
+        status = os.stat(top)
         if (status.st_dev, status.st_ino) in seen:
-            problems.append((printable(here), "a link to a folder that is already listed"))
+            problems.append((printable(top), "a link to a folder that is already listed"))
             return
         seen.add((status.st_dev, status.st_ino))
         files, folders = [], set()
-        with os.scandir(here) as entries:
+        with os.scandir(top) as entries:
             for entry in entries:
                 if entry.name.startswith(b"."):  # .DS_Store, ._photo.jpg, .git
                     continue
@@ -89,8 +89,8 @@ def _walk(root: bytes, folder: bytes, seen: set[tuple[int, int]], problems: list
                         problems.append((printable(entry.path), reason))
     except OSError as error:
         if not folder:
-            raise DataError(f"data: cannot read the folder {printable(here)}: {error.strerror}") from error
-        problems.append((printable(here), f"the folder cannot be read: {error.strerror}"))
+            raise DataError(f"data: cannot read the folder {printable(top)}: {error.strerror}") from error
+        problems.append((printable(top), f"the folder cannot be read: {error.strerror}"))
         return
     files += folders
     files.sort()
@@ -102,9 +102,9 @@ def _walk(root: bytes, folder: bytes, seen: set[tuple[int, int]], problems: list
             yield path
 
 
-def _is(claim: Callable[[], bool]) -> bool:
+def _is(test: Callable[[], bool]) -> bool:
     try:
-        return claim()
+        return test()
     except OSError:  # a link to itself
         return False
 

@@ -1,4 +1,4 @@
-"""Images of a Hugging Face data set: of the hub or the cache, a folder that `save_to_disk` wrote, parquet or arrow."""
+"""Images of a Hugging Face dataset: from the hub, its cache, a folder of `save_to_disk`, parquet or arrow files."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from upstep_fast.errors import DataError
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """One split of a data set; images stay encoded in its arrow files."""
+    """One split of a dataset; images stay encoded in its arrow files."""
 
     title: str
     rows: Any  # datasets.Dataset, the image column not decoded
-    image: str
+    image: str  # columns
     label: str | None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def name(self, index: int) -> str:
-        """Data set, split and row."""
+        """Return dataset, split and row."""
         return f"{self.title}/{index}"
 
     def read(self, index: int) -> bytes:
-        """The encoded image of a row."""
+        """Return the encoded image of a row. Raises OSError."""
         value = self.rows[index][self.image]
         if value is None:
             raise OSError("the row has no image")
@@ -38,29 +38,29 @@ class Rows:
             return file.read()
 
     def labels(self) -> list[str] | None:
-        """Names of the class column's values; None without such a column."""
+        """Return the class column's values by name; None without such a column."""
         if self.label is None:
             return None
         feature, values = self.rows.features[self.label], self.rows[self.label][:]
         return [feature.int2str(v) if hasattr(feature, "int2str") else str(v) for v in values]
 
     def identity(self) -> Iterator[bytes]:
-        """The fingerprint that `datasets` keeps."""
+        """Yield the fingerprint that `datasets` keeps."""
         yield f"{self.title}:{self.rows._fingerprint}".encode()
 
 
 def open_dataset(name: str, split: str | None) -> list[Part]:
-    """The parts of data set `name`. Raises DataError when `datasets` is absent or the set cannot be had."""
+    """Return the parts of dataset `name`. Raises DataError when `datasets` is absent or cannot load it."""
     try:
         import datasets
     except ImportError as error:
         raise DataError(f"data: hf:{name} needs the package datasets; pip install 'upstep_fast[data]'") from error
     try:
-        found = _load(name, datasets)
-    except Exception as error:  # the hub, arrow and the set's own reader each raise their own kinds
+        loaded = _load(name, datasets)
+    except Exception as error:  # the hub, arrow and the dataset's own reader raise many kinds
         first_line = str(error).strip().split("\n", 1)[0]
         raise DataError(f"data: cannot load hf:{name}: {first_line}") from error
-    splits = dict(found) if isinstance(found, datasets.DatasetDict) else {"train": found}
+    splits = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
     if split is not None:
         splits = {key: rows for key, rows in splits.items() if key == split}
     return [_rows(f"hf:{name}/{key}", rows, datasets) for key, rows in splits.items()]
@@ -75,7 +75,7 @@ def _load(name: str, datasets: Any) -> Any:
 
 
 def _holds_images(feature: Any, datasets: Any) -> bool:
-    """An image column, or one that only holds files: bytes, or bytes and a path."""
+    """Return whether a column holds images, or files: bytes, or bytes and a path."""
     is_binary = isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
     return isinstance(feature, datasets.Image) or is_binary or (isinstance(feature, dict) and "bytes" in feature)
 

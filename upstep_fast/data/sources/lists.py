@@ -1,8 +1,8 @@
 """Lists of images: a text file with one path a line, or a CSV with a header.
 
-Paths are relative to the list's own folder, or absolute. Blank lines and lines that start with "#" are left out. In a
-CSV the path stands in the column `path`, `image`, `file` or `filename` (else the first) and the class, if there is one,
-in `label` or `class`. The order is the list's own.
+Paths are relative to the list's folder, or absolute. Blank lines and lines that start with "#" are ignored. In a CSV
+the path is in the column `path`, `image`, `file`, `filename` or `filepath` (else the first) and the class, if there is
+one, in `label` or `class`. The order is that of the list.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LABEL_COLUMNS = ("label", "class")
 
 
 def read_list(path: Path) -> Files:
-    """Raise DataError if the list cannot be read, is empty, or none of its first paths exist."""
+    """Return the files of a list. Raises DataError if it cannot be read, is empty, or none of its first paths exist."""
     try:
         text = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:

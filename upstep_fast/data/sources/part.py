@@ -1,4 +1,4 @@
-"""One part of a source, and the compact list of names that most parts hold."""
+"""Part of a source, and the compact list of names that most parts hold."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ Problem = tuple[str, str]
 
 
 class Part(Protocol):
-    """One folder, tar file, list or data set of a source: a fixed sequence of encoded images."""
+    """Fixed sequence of encoded images: one folder, tar file, list or dataset of a source."""
 
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """A printable label."""
+        """Return a printable label."""
 
     def read(self, index: int) -> bytes:
-        """The encoded image. Raises OSError if it cannot be read any more."""
+        """Return the encoded image. Raises OSError if it cannot be read any more."""
 
     def labels(self) -> list[str] | None:
-        """The class of every image; None when not all have one."""
+        """Return the class of each image; None when not all have one."""
 
     def identity(self) -> Iterator[bytes]:
-        """Names and sizes, for the source's fingerprint."""
+        """Yield names and sizes, for the source's fingerprint."""
 
 
 @dataclass(frozen=True, eq=False)
 class Names:
-    """Many relative paths in one bytes object; `component` says which folder of each is its class."""
+    """Relative paths, joined into one bytes object."""
 
     blob: bytes
     ends: np.ndarray  # [N] int64
-    component: int | None  # 0: directly under the top; 1: under train/ or test/; None: no classes
+    component: int | None  # index of the folder that is the class: 0, or 1 under train/ and test/; None: no classes
 
     @classmethod
     def pack(cls, names: Iterable[bytes], component: int | None = 0) -> Names:
-        """Packs relative paths with "/" between their components."""
+        """Pack relative paths with "/" between their components."""
         blob, ends = bytearray(), array("q")
         for name in names:
             blob += name
@@ -60,7 +60,7 @@ class Names:
         return self.blob[self.ends[index - 1] if index else 0 : self.ends[index]]
 
     def labels(self) -> list[str] | None:
-        """The class folder of each name; None if one has none."""
+        """Return the class folder of each name; None if one has none."""
         if self.component is None:
             return None
         known: dict[bytes, str] = {}
@@ -75,5 +75,5 @@ class Names:
 
 
 def printable(name: bytes) -> str:
-    """A label for any bytes."""
+    """Return a printable label for any bytes."""
     return name.decode("utf-8", "backslashreplace")

@@ -1,11 +1,11 @@
-"""Where images come from: folders, lists, tar shards, Hugging Face datasets. Lists names, reads bytes, decodes nothing.
+"""Sources of encoded images: folders, lists, tar shards and Hugging Face datasets.
 
 A PATH is a folder (read recursively), an image, a text or CSV list, a .tar file, a pattern of them
-(`shards-{000..031}.tar`, `*.tar`), or `hf:NAME`. A tree that holds both `train/` and `test/` at its top has these two
-splits; the class of an image is the folder directly under the split, or under the top where there are no splits.
+(`shards-{000..031}.tar`, `*.tar`), or `hf:NAME`. A tree with both `train/` and `test/` at its top has these two splits;
+the class of an image is the folder directly under the split, or under the top where there are no splits.
 
-Order: sorted by path, component by component, as bytes; a folder and a tar of it give the same order.
-Memory: a million files take their names, joined into one bytes object, and 8 bytes each.
+Order: sorted by path, component by component, as bytes; a folder and its tar have equal orders.
+Memory: the names, joined into one bytes object, and 8 bytes per file.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from upstep_fast.data.sources.huggingface import open_dataset
 from upstep_fast.data.sources.lists import read_list
 from upstep_fast.data.sources.part import SPLITS, Names, Part, Problem
 from upstep_fast.data.sources.tar_shards import open_tars
-from upstep_fast.errors import DataError as DataError
+from upstep_fast.errors import DataError
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A fixed sequence of encoded images. Thread-safe, and small to send to another process."""
+    """Fixed sequence of encoded images. Thread-safe, and small to send to another process."""
 
     parts: tuple[Part, ...]
-    problems: tuple[Problem, ...] = ()  # (name, reason) of what was found but cannot be used
+    problems: tuple[Problem, ...] = ()  # (name, reason) of files and members that cannot be used
 
     @cached_property
     def _ends(self) -> list[int]:
@@ -49,25 +49,25 @@ class Source:
         return self._ends[-1] if self.parts else 0
 
     def name(self, index: int) -> str:
-        """Path, or tar file and member, of an image: a label, printable whatever the bytes of the name are."""
+        """Return an image's path, or tar file and member: a label, printable whatever the bytes of the name are."""
         part, local = self._locate(index)
         return part.name(local)
 
     def read(self, index: int) -> bytes:
-        """The encoded image. Raises OSError if it cannot be read any more."""
+        """Return the encoded image. Raises OSError if it cannot be read any more."""
         part, local = self._locate(index)
         return part.read(local)
 
     @cached_property
     def labels(self) -> list[str] | None:
-        """The class of every image, or None when not all of them lie in class folders."""
-        found = [part.labels() for part in self.parts]
-        if any(labels is None for labels in found):
+        """Class of each image; None when not all of them lie in class folders."""
+        of_parts = [part.labels() for part in self.parts]
+        if any(labels is None for labels in of_parts):
             return None
-        return [label for labels in found if labels is not None for label in labels]
+        return [label for labels in of_parts if labels is not None for label in labels]
 
     def fingerprint(self) -> str:
-        """SHA-256 over names and sizes, in order; where the data lies does not matter."""
+        """Return SHA-256 over names and sizes, in order; it does not depend on where the data lies."""
         digest = hashlib.sha256()
         for part in self.parts:
             digest.update(f"{len(part)};".encode())
@@ -83,10 +83,10 @@ class Source:
 
 
 def open_source(paths: str | Path | Sequence[str | Path], split: str | None = None) -> Source:
-    """List the images of one or more PATHs.
+    """Return the source of the images at one or more PATHs.
 
-    split: "train" or "test" takes that part of every tree that has both; of a tree without them "train" takes all and
-    "test" nothing; None takes all. Raises DataError, naming the path and the cure, when there is nothing to use.
+    split: "train" or "test" selects that part of each tree that has both; of a tree without them "train" selects all
+    and "test" nothing; None selects all. Raises DataError, naming the path and the cure, when there are no images.
     """
     if split not in (None, *SPLITS):
         raise ValueError(f"split: got {split!r}, must be None, {' or '.join(map(repr, SPLITS))}")
@@ -102,8 +102,8 @@ def open_source(paths: str | Path | Sequence[str | Path], split: str | None = No
         where = ", ".join(map(str, paths))
         if split == "test":
             raise DataError(f"data: no test images in {where}; it must hold train/CLASS/... and test/CLASS/...")
-        found = f"; the first of {len(problems)} problems: {problems[0][0]}: {problems[0][1]}" if problems else ""
-        raise DataError(f"data: no images in {where}; looked for files ending in {' '.join(SUFFIXES)}{found}")
+        first = f"; the first of {len(problems)} problems: {problems[0][0]}: {problems[0][1]}" if problems else ""
+        raise DataError(f"data: no images in {where}; looked for files ending in {' '.join(SUFFIXES)}{first}")
     for name, reason in problems[:5]:
         log.warning("data: left out %s: %s", name, reason)
     if len(problems) > 5:
@@ -140,7 +140,7 @@ def _single(path: str, split: str | None, problems: list[Problem]) -> list[Part]
 
 
 def _expand(pattern: str) -> list[str]:
-    """{a,b} and {000..031}, then * ? [ ] ; sorted within each alternative."""
+    """Expand {a,b} and {000..031}, then * ? [ ]; the order is sorted within each alternative."""
     brace = re.search(r"\{([^{}]*)\}", pattern)
     if brace:
         span = re.fullmatch(r"(\d+)\.\.(\d+)", brace[1])
