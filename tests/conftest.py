@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from PIL import Image
+from photos import save_photos
 
 from upstep_fast.kernels import _dispatch
 
@@ -69,14 +69,8 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
-    """24 coloured pictures, unlabelled; not to be written to."""
-    folder = tmp_path_factory.mktemp("photos")
-    generator = torch.Generator().manual_seed(0)
-    for i in range(24):
-        coarse = torch.rand(1, 3, 5, 5, generator=generator)
-        pixels = torch.nn.functional.interpolate(coarse, size=40, mode="bicubic")[0].clamp(0, 1)
-        Image.fromarray((pixels * 255).byte().permute(1, 2, 0).numpy()).save(folder / f"{i:02}.png")
-    return folder
+    """24 colored pictures, unlabelled; not to be written to."""
+    return save_photos(tmp_path_factory.mktemp("photos"), 24)
 
 
 @pytest.fixture(scope="session")

@@ -265,7 +265,7 @@ class TestGpu:
     def test_triton_matches_fp64(self, dtype, D, T):
         check(*tensors(2, T, 3, D, dtype, "cuda"), "triton", "triton")
 
-    @pytest.mark.parametrize(("forward", "backward"), itertools.product(["triton", "flash", "cudnn"], repeat=2))
+    @pytest.mark.parametrize(("forward", "backward"), list(itertools.product(["triton", "flash", "cudnn"], repeat=2)))
     @pytest.mark.parametrize("T", [197, 257])
     def test_ways_share_out_and_lse(self, forward, backward, T):
         qkv, grad = tensors(2, T, 4, 64, torch.bfloat16, "cuda")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from photos import blurred_noise
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score
 from timm.loss import LabelSmoothingCrossEntropy
@@ -32,14 +33,11 @@ from upstep_fast.train.finetune import feature_cache
 from upstep_fast.train.finetune import run as finetuning
 from upstep_fast.train.finetune import step as finetune_step
 
-COLOURS = {"ash": (0.8, 0.3, 0.3), "birch": (0.3, 0.8, 0.3), "cedar": (0.3, 0.3, 0.8)}
+COLORS = {"ash": (0.8, 0.3, 0.3), "birch": (0.3, 0.8, 0.3), "cedar": (0.3, 0.3, 0.8)}
 
 
-def picture(colour, seed):
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(1, 3, 5, 5, generator=generator) * 0.6 + torch.tensor(colour).view(1, 3, 1, 1) * 0.4
-    pixels = torch.nn.functional.interpolate(coarse, size=36, mode="bicubic")[0].clamp(0, 1)
-    return Image.fromarray((pixels * 255).byte().permute(1, 2, 0).numpy())
+def picture(color, seed):
+    return blurred_noise(torch.Generator().manual_seed(seed), 36, color)
 
 
 @pytest.fixture(scope="session")
@@ -47,10 +45,10 @@ def labelled(tmp_path_factory):
     """train/ with 12 and test/ with 6 pictures of each of three classes; not to be written to."""
     folder = tmp_path_factory.mktemp("labelled")
     for split, count in (("train", 12), ("test", 6)):
-        for c, (name, colour) in enumerate(COLOURS.items()):
+        for c, (name, color) in enumerate(COLORS.items()):
             (folder / split / name).mkdir(parents=True)
             for i in range(count):
-                picture(colour, 1000 * c + 100 * (split == "test") + i).save(folder / split / name / f"{i:02}.png")
+                picture(color, 1000 * c + 100 * (split == "test") + i).save(folder / split / name / f"{i:02}.png")
     return folder
 
 
@@ -108,7 +106,7 @@ def test_a_run_learns_and_what_it_writes_can_be_loaded(options, labelled, tmp_pa
     assert sum(last) < 0.8 * sum(first)
     # loaded again it gives what was measured
     net = upstep_fast.load_finetuned(result.model)
-    assert net.classes == tuple(COLOURS) and not net.training
+    assert net.classes == tuple(COLORS) and not net.training
     count = sum(p.numel() for name, p in finetuned.trained(build(options, method)).items())
     assert count == figures["trainable_parameters"]
     config = from_flat(FinetuneConfig, **{**options, **more, "data": (str(labelled),), "out": "o", "json": None})
@@ -166,8 +164,8 @@ def test_the_best_epoch_by_the_held_out_part_is_kept(options, tmp_path, monkeypa
 def test_the_test_split_chooses_nothing(options, tmp_path, labelled):
     """With other labels on test/ the run is the same up to its last line."""
     other = tmp_path / "other"
-    for split, names in (("train", list(COLOURS)), ("test", ["birch", "cedar", "ash"])):
-        for old, new in zip(COLOURS, names, strict=True):
+    for split, names in (("train", list(COLORS)), ("test", ["birch", "cedar", "ash"])):
+        for old, new in zip(COLORS, names, strict=True):
             (other / split / new).mkdir(parents=True)
             for file in sorted((labelled / split / old).iterdir()):
                 (other / split / new / file.name).write_bytes(file.read_bytes())

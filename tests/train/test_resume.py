@@ -10,7 +10,7 @@ import signal
 import pytest
 import timm
 import torch
-from PIL import Image
+from photos import save_photos
 from safetensors.torch import load, save
 
 import upstep_fast
@@ -44,12 +44,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     """24 images, the third of them broken: what replaces it must be the same after a resume."""
-    folder = tmp_path_factory.mktemp("photos")
-    generator = torch.Generator().manual_seed(0)
-    for i in range(24):
-        coarse = torch.rand(1, 3, 5, 5, generator=generator)
-        pixels = torch.nn.functional.interpolate(coarse, size=40, mode="bicubic")[0].clamp(0, 1)
-        Image.fromarray((pixels * 255).byte().permute(1, 2, 0).numpy()).save(folder / f"{i:02}.png")
+    folder = save_photos(tmp_path_factory.mktemp("photos"), 24)
     (folder / "02.png").write_bytes((folder / "02.png").read_bytes()[:100])
     return folder
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from photos import save_photos
 
 import upstep_fast
 from upstep_fast.config.adapt import AdaptConfig
@@ -18,15 +19,7 @@ from upstep_fast.train.state import RunState
 
 @pytest.fixture
 def many(tmp_path_factory):
-    from PIL import Image
-
-    folder = tmp_path_factory.mktemp("many")
-    generator = torch.Generator().manual_seed(0)
-    for i in range(80):
-        coarse = torch.rand(1, 3, 5, 5, generator=generator)
-        pixels = torch.nn.functional.interpolate(coarse, size=40, mode="bicubic")[0].clamp(0, 1)
-        Image.fromarray((pixels * 255).byte().permute(1, 2, 0).numpy()).save(folder / f"{i:02}.png")
-    return folder
+    return save_photos(tmp_path_factory.mktemp("many"), 80)
 
 
 @pytest.fixture
@@ -202,7 +195,14 @@ def test_wrong_settings_are_one_line(options):
 
 
 def test_a_run_that_wrecks_the_model_is_refused(options, tmp_path):
-    wild = {"lr": 100.0, "clip": 0.0, "warmup": 0.0, "lora_targets": ("q", "k", "v", "proj", "fc1", "fc2")}
+    # ten times wilder, predictions differ from one processor to the next; here they lie near -27
+    wild = {
+        "lr": 10.0,
+        "clip": 0.0,
+        "warmup": 0.0,
+        "lora_targets": ("q", "k", "v", "proj", "fc1", "fc2"),
+        "judge_every": 4,
+    }
     with pytest.raises(CheckFailedError, match="refused"):
         upstep_fast.adapt(**options | wild)
     assert all(row["predicted_gain"] < judgement.CLEARLY_WORSE for row in looks(tmp_path / "out"))
