@@ -1,4 +1,4 @@
-"""What can go wrong for a user, and the exit code each has. Every message is one line: what, where, the cure."""
+"""Errors that users see, with their exit codes. Every message is one line: the problem, where, and the cure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ class UpstepError(Exception):
     """Base of the errors this package raises on purpose."""
 
     exit_code = 1
-    already_reported = False  # by another rank: one line tells of it, not one a rank
+    already_reported = False  # by another rank: an error is reported once, not once per rank
 
 
 class RunFailedError(UpstepError):
@@ -23,7 +23,7 @@ class ConfigError(UpstepError, ValueError):
 
 
 class DataError(UpstepError):
-    """The data cannot be used: nothing there, nothing readable, too much of it bad."""
+    """The data cannot be used: no images, none readable, or too many unreadable ones."""
 
     exit_code = 3
 
@@ -34,14 +34,14 @@ class CheckFailedError(UpstepError):
     exit_code = 4
 
 
-class Interrupted(UpstepError):  # noqa: N818  (not an error: the run was asked to stop and can be resumed)
-    """Stopped by a signal; what was learnt so far is saved."""
+class Interrupted(UpstepError):  # noqa: N818  (not an error: the run was stopped on request and can be resumed)
+    """The run was stopped by a signal; its state is saved."""
 
     exit_code = 75
 
 
-class BadImage(Exception):  # noqa: N818  (the interface's name: a verdict on the image)
-    """This image cannot be used; `reason` says why, in one line."""
+class BadImage(Exception):  # noqa: N818  (public name)
+    """An image that cannot be used. reason: one line."""
 
     def __init__(self, reason: str, name: str = "") -> None:
         super().__init__(f"{name}: {reason}" if name else reason)

@@ -94,7 +94,7 @@ def test_falls_back_with_a_warning_and_goes_on_from_there(folder, caplog):
     (folder / "step-00000002" / "state").write_bytes(b"x")
     with caplog.at_level(logging.WARNING, logger="upstep_fast"):
         assert checkpoint.newest(folder).step == 1
-    assert "step-00000002 is not whole (state does not match its SHA-256)" in caplog.text
+    assert "step-00000002 is damaged (state does not match its SHA-256)" in caplog.text
 
 
 def test_what_was_gone_back_behind_does_not_count_among_those_kept(folder):
@@ -112,7 +112,7 @@ def test_refuses_when_none_is_whole(folder):
     for step in (1, 2):
         checkpoint.save(folder, step, FILES, {})
         (folder / f"step-{step:08d}" / "state.safetensors").unlink()
-    with pytest.raises(RunFailedError, match=r"no checkpoint in .* is whole .*--overwrite") as error:
+    with pytest.raises(RunFailedError, match=r"every checkpoint in .* is damaged .*--overwrite") as error:
         checkpoint.newest(folder)
     assert "\n" not in str(error.value) and error.value.exit_code == 1
 

@@ -1,1 +1,1 @@
-"""The machine, its processes and files."""
+"""Devices, processes, signals, files and facts of the machine."""

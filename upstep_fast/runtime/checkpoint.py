@@ -1,12 +1,12 @@
-"""Checkpoints that are whole or not there: written aside, forced to disk, renamed, and verified when read.
+"""Atomic checkpoints: written to a temporary folder, forced to disk, renamed, and verified when read.
 
     folder/step-00001200/   manifest.json and the files it names, each with its size and SHA-256
-    folder/latest           the newest one's name: a hint for people, nothing here trusts it
+    folder/latest           name of the newest checkpoint: a hint for people, never read here
 
-A save writes into .tmp-<step>-<pid>, the manifest last, with an fsync of every file, of the directory, and after the
-rename of its parent; older checkpoints go only then. So a kill at any moment leaves the one before as it was. The
-manifest carries its own hash too. Only JSON is parsed here and nothing is unpickled. The hashes find accidents; they
-are no signature against someone who can write to the folder (SECURITY.md).
+A save writes to .tmp-<step>-<pid>, the manifest last, with an fsync of every file, of the folder and, after the rename,
+of its parent; only then are older checkpoints deleted. A kill at any moment therefore leaves the previous checkpoint
+intact. The manifest carries its own hash too. Only JSON is parsed here, nothing is unpickled. The hashes detect
+accidents; they are not a signature against someone who can write to the folder (SECURITY.md).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _FILE = re.compile(r"[a-z0-9_][a-z0-9_.]*")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint: the manifest without its hash, and the files' bytes that were hashed."""
+    """A verified checkpoint: the manifest without its hash, and the verified bytes of its files."""
 
     path: Path
     step: int
@@ -46,11 +46,11 @@ class Checkpoint:
 
 
 class DamagedError(Exception):
-    """Why a checkpoint is not whole."""
+    """The reason why a checkpoint is incomplete or damaged."""
 
 
 class Writer:
-    """Saves in a thread, one checkpoint at a time, while the run goes on; the newest `keep` stay."""
+    """Background writer: saves in a thread, one checkpoint at a time, and keeps the newest `keep`."""
 
     def __init__(self, keep: int = 2) -> None:
         self._keep = keep
@@ -60,15 +60,15 @@ class Writer:
     def save(
         self, folder: Path, step: int, make_files: Callable[[], Mapping[str, bytes]], manifest: Mapping[str, Any]
     ) -> None:
-        """As the function `save`, once the save before is done; raises what that one raised.
+        """Wait for the previous save, then start `save` in the thread. Raises what the previous save raised.
 
-        make_files: is called in the thread, so it must work on a copy.
+        make_files: called in the thread, so it must read a copy of the state.
         """
         self.wait()
         self._pending = self._pool.submit(lambda: save(folder, step, make_files(), manifest, self._keep))
 
     def wait(self) -> None:
-        """Until what was begun is on disk. Raises OSError if the disk refused it."""
+        """Wait until the save in progress is on disk. Raises OSError if the disk refused it."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -81,10 +81,11 @@ class Writer:
 
 
 def save(folder: Path, step: int, files: Mapping[str, bytes], manifest: Mapping[str, Any], keep: int = 2) -> Path:
-    """Write step-XXXXXXXX with `files` and `manifest` into an existing folder, and removes old checkpoints.
+    """Write step-XXXXXXXX with `files` and `manifest` to an existing folder, and delete old checkpoints.
 
-    The newest `keep` up to `step` stay. Those of later steps go as well: they are damaged ones that the run went back
-    behind. Raises OSError if the disk refuses; what was there before is then still there, and what was begun is gone.
+    The newest `keep` up to `step` remain. Checkpoints of later steps are deleted too: they are damaged, and the run
+    resumed from an earlier one. Raises OSError if the disk refuses; the previous checkpoints then remain, and the
+    unfinished one is deleted.
     """
     body = {
         **manifest,
@@ -107,64 +108,66 @@ def save(folder: Path, step: int, files: Mapping[str, bytes], manifest: Mapping[
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _hint(folder, final.name)
-    for at, (found, path) in enumerate(sorted(_listed(folder), key=lambda item: (item[0] > step, -item[0]))):
-        if at >= keep or found > step:
+    _write_hint(folder, final.name)
+    checkpoints = sorted(_checkpoints(folder), reverse=True)
+    kept = [path for saved_step, path in checkpoints if saved_step <= step][:keep]
+    for _, path in checkpoints:
+        if path not in kept:
             _remove(path)
     return final
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint in `folder`; None if there are none at all.
+    """Return the newest intact checkpoint in `folder`; None if the folder holds no checkpoint.
 
-    Each damaged one passed over is a warning. Raises RunFailedError if none is whole, ConfigError if the newest was
+    Logs a warning for each damaged checkpoint. Raises RunFailedError if all are damaged, ConfigError if the newest was
     written by a later version of this package.
     """
     damaged = []
-    for _, path in sorted(_listed(folder), reverse=True):
+    for _, path in sorted(_checkpoints(folder), reverse=True):
         try:
             return load(path)
         except DamagedError as error:
-            log.warning("resume: %s is not whole (%s); trying the one before", path, error)
+            log.warning("resume: %s is damaged (%s); trying the previous checkpoint", path, error)
             damaged.append(f"{path.name}: {error}")
     if damaged:
         raise RunFailedError(
-            f"resume: no checkpoint in {folder} is whole ({'; '.join(damaged[:3])}); start again with --overwrite"
+            f"resume: every checkpoint in {folder} is damaged ({'; '.join(damaged[:3])}); start again with --overwrite"
         )
     return None
 
 
 def load(path: Path) -> Checkpoint:
-    """The checkpoint in folder `path`. Raises DamagedError, or ConfigError if its format is newer than FORMAT."""
+    """Return the checkpoint in folder `path`. Raises DamagedError, or ConfigError if its format is newer than FORMAT."""
     try:
         body = json.loads(_read(path / MANIFEST, MAX_MANIFEST_BYTES))
         digest = body.pop("sha256")
         canonical = _canonical(body)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{MANIFEST} cannot be read: {type(error).__name__}: {error}") from error
-    # this check comes before the format's number, so it stays the same in every later format
+    # checked before the format number, so every later format must keep this hash
     if digest != _sha256(canonical):
         raise DamagedError(f"{MANIFEST} does not match its SHA-256")
     version, step, named = body.get("format"), body.get("step"), body.get("files")
     if not isinstance(version, int) or version < 1 or not isinstance(named, dict):
-        raise DamagedError(f"{MANIFEST} is not one of upstep_fast")
+        raise DamagedError(f"{MANIFEST} was not written by upstep_fast")
     if version > FORMAT:
         raise ConfigError(
-            f"resume: {path} has format {version}, this version of upstep_fast reads up to {FORMAT}; use a newer one"
+            f"resume: {path} has format {version}, this version of upstep_fast reads up to {FORMAT}; use a newer version"
         )
     if _step(path) != step:
-        raise DamagedError(f"{MANIFEST} is that of step {step}")
+        raise DamagedError(f"{MANIFEST} belongs to step {step}")
     return Checkpoint(path, step, body, {name: _verified(path, name, facts) for name, facts in named.items()})
 
 
 def clean(folder: Path) -> None:
-    """Remove what killed runs left half-written in `folder`. Raises OSError."""
+    """Delete the unfinished files of killed runs in `folder`. Raises OSError."""
     for path in folder.glob("*.tmp-*"):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _verified(folder: Path, name: str, facts: Any) -> bytes:
-    # a manifest may come from anywhere: a name must not lead out of its folder
+    # the manifest is not trusted: a name must not lead out of the folder
     if not _FILE.fullmatch(name) or name == MANIFEST or not isinstance(facts, dict):
         raise DamagedError(f"{MANIFEST} names {name!r}")
     size = facts.get("bytes")
@@ -207,7 +210,7 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _hint(folder: Path, name: str) -> None:
+def _write_hint(folder: Path, name: str) -> None:
     temporary = folder / f".tmp-latest-{os.getpid()}"
     try:
         temporary.write_text(name + "\n")
@@ -217,13 +220,13 @@ def _hint(folder: Path, name: str) -> None:
 
 
 def _remove(path: Path) -> None:
-    # first out of the way by one rename, so that a kill in between leaves no half of a checkpoint under its name
+    # renamed first, so that a kill in between leaves no part of a checkpoint under its name
     aside = path.with_name(f".tmp-old-{path.name}-{os.getpid()}")
     os.replace(path, aside)
     shutil.rmtree(aside)
 
 
-def _listed(folder: Path) -> list[tuple[int, Path]]:
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
     if not folder.is_dir():
         return []
     return [(step, path) for path in folder.iterdir() if (step := _step(path)) is not None and path.is_dir()]

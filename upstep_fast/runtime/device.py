@@ -1,4 +1,4 @@
-"""Which device and which precision a run uses, resolved once and said aloud."""
+"""Device and precision of a run, resolved once."""
 
 from __future__ import annotations
 
@@ -16,66 +16,72 @@ _DTYPES = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": t
 
 @dataclass(frozen=True)
 class Compute:
-    """Where and how a run computes."""
+    """The device and precision of a run."""
 
     device: torch.device
     precision: str  # fp32, fp16, bf16 or fp8
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The autocast type; None: plain fp32."""
+        """The autocast dtype; None: fp32 without autocast."""
         return _DTYPES[self.precision]
 
     @property
     def fp8(self) -> bool:
-        """Whether frozen weights are in row-wise fp8; all else is in bf16."""
+        """True if frozen weights are in row-wise fp8 and everything else is in bf16."""
         return self.precision == "fp8"
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """Run matrix products in `precision`. To be entered after no_grad, which chooses the CPU's attention."""
+        """Return a context for matrix products in `precision`. Enter it after no_grad, which selects the CPU attention."""
         stack = contextlib.ExitStack()
         if self.dtype is not None:
             stack.enter_context(torch.autocast(self.device.type, dtype=self.dtype))
             if self.device.type == "cpu" and torch.is_grad_enabled():
-                # the fused attention's bf16 backward is slow on CPUs, and so are explicit products in fp32: forward and
-                # backward at [8, 12, 197, 64] take 65 and 81 ms, explicit products in bf16 36 (one thread of an Intel
-                # Xeon with AMX, torch 2.15). The fused forward alone is fast, so without gradients it stays
+                # the backward pass of fused attention in bf16 is slow on CPUs, and so are explicit products in fp32:
+                # forward and backward at [8, 12, 197, 64] take 65 and 81 ms, explicit products in bf16 36 ms (one
+                # thread of an Intel Xeon with AMX, torch 2.15). The fused forward pass alone is fast: it is kept
+                # where no gradients are needed
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-                before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()  # the CPU's too, whatever its name
-                stack.callback(torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp, before)
+                allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()  # applies to CPUs too
+                stack.callback(torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp, allowed)
                 torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(self.dtype == torch.bfloat16)
         return stack
 
 
 def resolve(device: str, precision: str) -> Compute:
-    """Turn "auto" into facts; under torchrun each process has a GPU of its own.
+    """Return the device and precision, with "auto" resolved; under torchrun each process gets its own GPU.
 
-    Raises ConfigError when the machine lacks what was asked for.
+    Raises ConfigError if the machine does not have the device or the precision.
     """
-    try:
-        found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    except RuntimeError as error:
-        raise ConfigError(f"device: {device!r} is not a device; use auto, cpu, cuda or cuda:N") from error
-    if found.type == "cuda" and found.index is None and distributed.launched():
-        found = torch.device("cuda", distributed.local_rank())
-    if found.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device: {found.type} is not supported; use auto, cpu, cuda or cuda:N")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device: {device} is not there ({torch.cuda.device_count()} GPUs found); use --device cpu")
+    resolved = _resolve_device(device)
     if precision == "auto":
-        return Compute(found, _fast_precision(found))
-    if precision == "fp16" and found.type == "cpu":
+        return Compute(resolved, _fast_precision(resolved))
+    if precision == "fp16" and resolved.type == "cpu":
         raise ConfigError("precision: fp16 needs a GPU; use bf16 or fp32 on a CPU")
-    if precision == "fp8" and (found.type == "cpu" or torch.cuda.get_device_capability(found) < (8, 9)):
-        raise ConfigError("precision: fp8 needs a GPU that multiplies it (Ada, Hopper or newer); use bf16")
-    if precision == "bf16" and found.type == "cuda" and torch.cuda.get_device_capability(found)[0] < 8:
-        raise ConfigError("precision: this GPU has no bf16 (it came with Ampere); use fp16 or fp32")
-    return Compute(found, precision)
+    if precision == "fp8" and (resolved.type == "cpu" or torch.cuda.get_device_capability(resolved) < (8, 9)):
+        raise ConfigError("precision: fp8 needs a GPU with fp8 matrix products (Ada, Hopper or newer); use bf16")
+    if precision == "bf16" and resolved.type == "cuda" and torch.cuda.get_device_capability(resolved)[0] < 8:
+        raise ConfigError("precision: bf16 needs an Ampere GPU or newer; use fp16 or fp32")
+    return Compute(resolved, precision)
+
+
+def _resolve_device(name: str) -> torch.device:
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError as error:
+        raise ConfigError(f"device: {name!r} is not a device; use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and device.index is None and distributed.launched():
+        device = torch.device("cuda", distributed.local_rank())
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: {device.type} is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device: {name} does not exist ({torch.cuda.device_count()} GPUs found); use --device cpu")
+    return device
 
 
 def _fast_precision(device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
-    # bf16 on a CPU pays only where it multiplies bf16 natively (AVX512-BF16 or AMX); elsewhere it is emulated
+    # on a CPU bf16 is faster only with native bf16 products (AVX512-BF16 or AMX); without them it is emulated
     native = any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return "bf16" if native else "fp32"

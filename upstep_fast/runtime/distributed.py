@@ -1,13 +1,13 @@
-"""Several processes as one run: the only user of torch.distributed.
+"""Data-parallel runs of several processes: the only user of torch.distributed.
 
-    torchrun --nproc-per-node N -m upstep_fast adapt ...       one process a GPU (NCCL), or on CPUs (gloo)
+    torchrun --nproc-per-node N -m upstep_fast adapt ...       one process per GPU (NCCL), or on CPUs (gloo)
 
-Each rank sees its slice of one global batch. What a decision depends on is summed over the ranks first, so all take
-the same one; gradients are averaged, so all make the same update. Alone, every function returns its input at once.
-What travels is tensors and JSON; nothing is unpickled.
+Each rank processes its slice of one global batch. Statistics that a decision depends on are summed over the ranks, so
+all ranks decide alike; gradients are averaged, so all ranks make one update. With one process every function returns
+its input. Only tensors and JSON are sent; nothing is unpickled.
 
-A rank that dies or hangs leaves the others waiting. Whoever waited in vain finds out who was the first cause
-(heartbeat.py), says so and ends, and torchrun ends the rest.
+A rank that dies or hangs leaves the others in a collective. After the timeout such a rank looks up the first cause
+(heartbeat.py), reports it and exits, and torchrun ends the rest.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from torch.distributed.rendezvous import rendezvous
 from upstep_fast.errors import ConfigError, Interrupted, RunFailedError, UpstepError
 from upstep_fast.runtime.heartbeat import Heartbeat
 
-START_SECONDS = 600.0  # the wait for others while models are loaded, images listed and kernels compiled
+START_SECONDS = 600.0  # timeout of collectives while models are loaded, images listed and kernels compiled
 
 
 class RankError(RunFailedError):
-    """Another rank is the cause."""
+    """A collective failed because of another rank."""
 
 
 class _Traffic:
-    """What went through collectives since it was last asked; and how many this rank entered in all."""
+    """Counters of this rank: collectives entered in total; bytes and seconds since the last call of `traffic`."""
 
     def __init__(self) -> None:
         self.entered, self.bytes, self.seconds = 0, 0, 0.0
@@ -50,32 +50,32 @@ _heartbeat: Heartbeat | None = None
 
 
 def launched() -> bool:
-    """Whether torchrun started this process."""
+    """Return True if torchrun started this process."""
     return dist.is_available() and dist.is_torchelastic_launched()
 
 
 def rank() -> int:
-    """This process's number."""
+    """Return this process's rank; 0 without torchrun."""
     return dist.get_rank() if _together() else int(os.environ["RANK"]) if launched() else 0
 
 
 def size() -> int:
-    """How many processes share the run; 1 until they have joined."""
+    """Return the number of processes in the run; 1 until they have joined."""
     return dist.get_world_size() if _together() else 1
 
 
 def local_rank() -> int:
-    """This process's number on this machine, which is that of its GPU."""
+    """Return this process's rank on this machine, which is the index of its GPU."""
     return int(os.environ["LOCAL_RANK"]) if launched() else 0
 
 
 def local_size() -> int:
-    """How many processes share this machine."""
+    """Return the number of this run's processes on this machine."""
     return int(os.environ["LOCAL_WORLD_SIZE"]) if launched() else 1
 
 
 def is_first() -> bool:
-    """Whether this process writes the files and speaks."""
+    """Return True on rank 0, the only rank that writes files and logs."""
     return rank() == 0
 
 
@@ -85,26 +85,27 @@ def _together() -> bool:
 
 @contextlib.contextmanager
 def joined(device: torch.device) -> Iterator[None]:
-    """Within this context the processes that torchrun started are one run, each on its `device`.
+    """Join the processes that torchrun started into one run within the context, each on its `device`.
 
-    An error that leaves it is noted for the other ranks, and marked as said where another was the first to note it.
+    An exception leaving the context is published to the other ranks; `already_reported` is set if another rank was
+    first.
     """
     global _heartbeat
     if not launched() or _together():
         yield
         return
     timeout = datetime.timedelta(seconds=START_SECONDS)
-    found, number, count = next(rendezvous("env://", timeout=timeout))
-    # torchrun keeps one store over restarts: without a name of its own an attempt meets the addresses of dead ranks
-    store = PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", found)
+    base_store, number, count = next(rendezvous("env://", timeout=timeout))
+    # torchrun keeps one store over restarts: without a prefix an attempt would read the addresses of dead ranks
+    store = PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", base_store)
     backend = "cpu:gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
-    # a connection of its own: another's wait must not hold it up
-    own = PrefixStore("upstep_fast", store.clone() if hasattr(store, "clone") else store)
-    with Heartbeat(own, number, count, lambda: _traffic.entered) as _heartbeat:
+    # its own connection: a wait on the shared one would delay the heartbeat
+    own_store = PrefixStore("upstep_fast", store.clone() if hasattr(store, "clone") else store)
+    with Heartbeat(own_store, number, count, lambda: _traffic.entered) as _heartbeat:
         try:
             yield
         except BaseException as error:
@@ -117,12 +118,12 @@ def joined(device: torch.device) -> Iterator[None]:
             raise
         finally:
             _heartbeat = None
-    # not after an error: that would wait for ranks that may be gone
+    # not after an exception: it would wait for ranks that may be gone
     dist.destroy_process_group()
 
 
 def limit_wait(seconds: float) -> None:
-    """From now on a rank that waits this long for the others gives up."""
+    """Set the timeout of every later collective, in seconds."""
     if size() > 1:
         timeout = datetime.timedelta(seconds=seconds)
         if hasattr(dist, "set_timeout"):
@@ -132,7 +133,7 @@ def limit_wait(seconds: float) -> None:
 
 
 def reduce(x: Tensor, op: str = "sum") -> Tensor:
-    """`x` reduced over the ranks in place by "sum", "max" or "min": bit for bit the same on each. Raises RankError."""
+    """Reduce `x` over the ranks in place by "sum", "max" or "min", bitwise equal on all; return it. Raises RankError."""
     if size() > 1:
         kind = getattr(dist.ReduceOp, op.upper())
         _enter(x, x.numel() * x.element_size(), lambda: dist.all_reduce(x, kind))
@@ -140,21 +141,21 @@ def reduce(x: Tensor, op: str = "sum") -> Tensor:
 
 
 def reducer() -> Callable[[Tensor, str], Tensor] | None:
-    """`reduce`; alone None, so that an op can take its shorter form."""
+    """Return `reduce`; None with one process, so that an op can use its shorter form."""
     return reduce if size() > 1 else None
 
 
 def gather_rows(x: Tensor, dim: int = 0) -> Tensor:
-    """The ranks' tensors, all of one shape, joined along `dim` in the order of the ranks. Raises RankError."""
+    """Concatenate the ranks' tensors, all of one shape, along `dim` in the order of the ranks. Raises RankError."""
     if size() == 1:
         return x
-    own, parts = x.contiguous(), [torch.empty_like(x) for _ in range(size())]
-    _enter(x, x.numel() * x.element_size() * size(), lambda: dist.all_gather(parts, own))
+    local, parts = x.contiguous(), [torch.empty_like(x) for _ in range(size())]
+    _enter(x, x.numel() * x.element_size() * size(), lambda: dist.all_gather(parts, local))
     return torch.cat(parts, dim)
 
 
 def gather_parts(x: Tensor) -> list[Tensor]:
-    """Every rank's tensor; they may differ in their first dimension. Raises RankError."""
+    """Return the tensors of all ranks; their first dimensions may differ. Raises RankError."""
     if size() == 1:
         return [x]
     lengths = gather_rows(torch.tensor([len(x)])).tolist()
@@ -164,7 +165,7 @@ def gather_parts(x: Tensor) -> list[Tensor]:
 
 
 def gather(value: Any) -> list[Any]:
-    """Every rank's `value`, which JSON can hold, in the order of the ranks. Raises RankError."""
+    """Return the values of all ranks (JSON types) in the order of the ranks. Raises RankError."""
     if size() == 1:
         return [value]
     raw = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -172,19 +173,18 @@ def gather(value: Any) -> list[Any]:
 
 
 def own_part(count: int) -> range:
-    """Which of `count` things in a row are this rank's."""
+    """Return this rank's contiguous part of `count` indices."""
     return range(count * rank() // size(), count * (rank() + 1) // size())
 
 
 def average_gradients(parameters: Sequence[nn.Parameter], numbers: Tensor) -> Tensor:
-    """Averages the gradients over the ranks, in place, and returns the averages of `numbers` [n]. Raises RankError.
+    """Average the gradients over the ranks in place, and return the averages of `numbers` [n]. Raises RankError.
 
-    All in one reduction, so that what is not finite on one rank is not finite on all. A parameter without a gradient
-    travels as zeros and stays without one.
+    One reduction holds all, so a value that is not finite on one rank is not finite on any. A parameter without a
+    gradient is sent as zeros and keeps no gradient.
 
-    Not DistributedDataParallel: adapters and head are a few MB, which leaves nothing worth hiding behind the backward
-    pass; a rank whose backward pass failed can still take part and say so, and nobody waits for it; and a step without
-    a backward pass is no special case.
+    Not DistributedDataParallel: adapters and head are a few MB, too little to overlap with the backward pass; a rank
+    whose backward pass failed can still take part and report it; and a step without a backward pass is no special case.
     """
     if size() == 1:
         return numbers
@@ -199,7 +199,7 @@ def average_gradients(parameters: Sequence[nn.Parameter], numbers: Tensor) -> Te
 
 
 def agree_on(facts: dict[str, Any]) -> None:
-    """Raise ConfigError naming the first of `facts` (nested dicts, as JSON can hold) that differs from rank 0's."""
+    """Raise ConfigError naming the first of `facts` (nested dicts of JSON types) that differs from rank 0's value."""
     first, *others = gather(facts)
     for number, other in enumerate(others, 1):
         if found := _difference(first, other):
@@ -211,19 +211,19 @@ def agree_on(facts: dict[str, Any]) -> None:
 
 
 def check_same(what: str, values: Sequence[float]) -> None:
-    """Raise RunFailedError with the smallest and largest value where the ranks' `values` are not the same."""
+    """Raise RunFailedError with the smallest and largest values if `values` differ between ranks."""
     if size() == 1:
         return
-    own = torch.tensor(list(values), dtype=torch.float64)
-    low, high = reduce(own.clone(), "min").tolist(), reduce(own.clone(), "max").tolist()
-    if repr(low) != repr(high):  # NaN equals itself here
+    local = torch.tensor(list(values), dtype=torch.float64)
+    low, high = reduce(local.clone(), "min").tolist(), reduce(local.clone(), "max").tolist()
+    if repr(low) != repr(high):  # repr: NaN is equal to NaN
         raise RunFailedError(f"ranks: {what} differ: {low} on one rank, {high} on another")
 
 
 def shard(vit: nn.Module, device: torch.device) -> None:
-    """Spreads the frozen weights of `vit` over the ranks' devices, block by block (FSDP2), from the CPU.
+    """Shard the frozen weights of `vit` over the ranks' devices, block by block (FSDP2), from the CPU.
 
-    Each is gathered while it is used. What is trained stays whole on every rank. Alone: nothing happens.
+    A block's weights are gathered while the block runs. Trained parameters are not sharded. No-op with one process.
     """
     if size() == 1:
         return
@@ -237,24 +237,24 @@ def shard(vit: nn.Module, device: torch.device) -> None:
     fully_shard(vit, mesh=mesh, ignored_params=trained)
     for method in ("forward_features", "forward_head"):
         register_fsdp_forward_method(vit, method)
-    # the class token is a view of the last block's output, and nobody writes into it
+    # the class token is a view of the last block's output, which no code writes to
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 def traffic(seconds: float) -> dict[str, float]:
-    """Bytes that this rank gave to collectives since the last call, and their share of `seconds`; {} alone.
+    """Return {"comm_bytes", "comm_share"}: bytes sent since the last call and the share of `seconds` that they took.
 
-    The share holds the wait for slower ranks. What FSDP2 gathers is not counted.
+    The share includes the wait for slower ranks. FSDP2's gathers are not counted. {} with one process.
     """
     if size() == 1:
         return {}
     for start, end in _traffic.events:
         end.synchronize()
         _traffic.seconds += start.elapsed_time(end) / 1e3
-    found = {"comm_bytes": _traffic.bytes, "comm_share": _traffic.seconds / seconds}
+    metrics = {"comm_bytes": _traffic.bytes, "comm_share": _traffic.seconds / seconds}
     _traffic.bytes, _traffic.seconds = 0, 0.0
     _traffic.events.clear()
-    return found
+    return metrics
 
 
 def _enter(x: Tensor, num_bytes: int, call: Callable[[], object]) -> None:
@@ -264,18 +264,18 @@ def _enter(x: Tensor, num_bytes: int, call: Callable[[], object]) -> None:
     if x.device.type == "cuda":
         events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         events[0].record()
-    began = time.perf_counter()
+    start_s = time.perf_counter()
     try:
         call()
     except RuntimeError as error:
-        waited = time.perf_counter() - began
+        waited = time.perf_counter() - start_s
         cause = _heartbeat.find_cause() if _heartbeat else "another rank failed"
         raise RankError(f"{cause} (noticed by rank {rank()} after {waited:.0f} s)") from error
     if events:
         events[1].record()
         _traffic.events.append(events)
     else:
-        _traffic.seconds += time.perf_counter() - began
+        _traffic.seconds += time.perf_counter() - start_s
 
 
 def _difference(a: Any, b: Any, name: str = "") -> tuple[str, Any, Any] | None:

@@ -95,14 +95,14 @@ def _locked(out: Path) -> Iterator[None]:
     Raises ConfigError naming the process that holds it.
     """
     path = out / LOCK
-    lock = FileLock(path)
+    lock, owner = FileLock(path), _owner(path)  # read first: some versions of filelock empty the file
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        owner = _owner(path) or "another process"
+        owner = owner or "another process"
         raise ConfigError(f"out: {out} is in use by {owner}; wait for it or choose another folder") from None
     try:
-        if owner := _owner(path):
+        if owner:
             log.warning("out: %s was left by %s, which is gone; taken over", path, owner)
         with contextlib.suppress(PermissionError):  # Windows: a locked file cannot be written or removed
             path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))

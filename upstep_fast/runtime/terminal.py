@@ -1,9 +1,8 @@
-"""How text looks: results go to stdout, messages to stderr; colours, boxes and moving bars to terminals only.
+"""Terminal output: results go to stdout, messages to stderr; only terminals get colors, boxes and progress bars.
 
-A stream is plain if --plain was given, if it is no terminal (a pipe, a file, a CI job) or if TERM is dumb: no colours,
-no moving bar, tables as Markdown in lines that are never wrapped. NO_COLOR (https://no-color.org) takes the colours
-alone.
---quiet leaves warnings, errors and results.
+A stream is plain with --plain, if it is not a terminal (a pipe, a file, a CI job) or if TERM is dumb: no colors, no
+progress bar, tables as Markdown in lines that are never wrapped. NO_COLOR (https://no-color.org) turns off colors only.
+--quiet suppresses everything but warnings, errors and results.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Style:
-    """What the command line asked for."""
+    """Output flags of the command line."""
 
     plain: bool = False
     quiet: bool = False
@@ -35,25 +34,25 @@ def set_style(*, plain: bool = False, quiet: bool = False) -> None:
 
 
 def is_quiet() -> bool:
-    """Whether only warnings, errors and results are wanted."""
+    """Return True if only warnings, errors and results are to be printed."""
     return _style.quiet
 
 
 def is_plain(*, stderr: bool = False) -> bool:
-    """Whether stdout (or stderr) gets plain text."""
+    """Return True if stdout (or stderr) gets plain text."""
     stream = sys.stderr if stderr else sys.stdout
     return _style.plain or not stream.isatty() or os.environ.get("TERM") == "dumb"
 
 
 def has_color(*, stderr: bool = False) -> bool:
-    """Whether colours may be written to stdout (or stderr)."""
+    """Return True if colors may be written to stdout (or stderr)."""
     return not is_plain(stderr=stderr) and not os.environ.get("NO_COLOR")
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A rich console on the stream as it is now."""
+    """Return a rich console on the current stdout (or stderr)."""
     if is_plain(stderr=stderr):
-        # rich would cut at 80 columns, and take FORCE_COLOR for a terminal
+        # rich would wrap at 80 columns and treat FORCE_COLOR as a terminal
         return Console(stderr=stderr, force_terminal=False, color_system=None, width=10_000)
     return Console(stderr=stderr)
 

@@ -1,4 +1,4 @@
-"""Times variants side by side, in turns."""
+"""Interleaved timing of variants."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
-    """One variant: milliseconds of its runs, and the largest memory it held beyond what was there before (GPU only)."""
+    """Timing of one variant: milliseconds per run, and the peak memory beyond what was allocated before (GPU only)."""
 
     name: str
     median_ms: float
@@ -26,7 +26,7 @@ class Timing:
 def alternate(
     variants: Mapping[str, Callable[[], object]], device: torch.device, *, runs: int, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Milliseconds of each run of each variant, taken in turns."""
+    """Return the milliseconds of each run of each variant. The variants take turns: drift affects all alike."""
     for _ in range(warmup):
         for run in variants.values():
             run()
@@ -51,8 +51,8 @@ def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
         end.record()
         end.synchronize()
         return start.elapsed_time(end)
-    # with one thread the process's own time is the run's, and a neighbour's work does not count
+    # with one thread the process's CPU time excludes the work of other processes
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    began = clock()
+    start_s = clock()
     run()
-    return 1e3 * (clock() - began)
+    return 1e3 * (clock() - start_s)
