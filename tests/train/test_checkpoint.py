@@ -130,7 +130,7 @@ def test_a_newer_format_is_refused_with_both_versions(folder):
     checkpoint.save(folder, 1, FILES, MANIFEST)
     path = checkpoint.save(folder, 2, FILES, MANIFEST)
     rewrite(path, lambda body: body.update(format=FORMAT + 6))
-    with pytest.raises(ConfigError, match=rf"format {FORMAT + 6}, this version .* reads up to {FORMAT}"):
+    with pytest.raises(ConfigError, match=rf"format {FORMAT + 6}, this version reads up to {FORMAT}"):
         checkpoint.newest(folder)
 
 

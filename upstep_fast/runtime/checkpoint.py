@@ -138,7 +138,7 @@ def newest(folder: Path) -> Checkpoint | None:
 
 
 def load(path: Path) -> Checkpoint:
-    """Return the checkpoint in folder `path`. Raises DamagedError, or ConfigError if its format is newer than FORMAT."""
+    """Return the checkpoint in folder `path`. Raises DamagedError; ConfigError if its format is newer than FORMAT."""
     try:
         body = json.loads(_read(path / MANIFEST, MAX_MANIFEST_BYTES))
         digest = body.pop("sha256")
@@ -153,7 +153,7 @@ def load(path: Path) -> Checkpoint:
         raise DamagedError(f"{MANIFEST} was not written by upstep_fast")
     if version > FORMAT:
         raise ConfigError(
-            f"resume: {path} has format {version}, this version of upstep_fast reads up to {FORMAT}; use a newer version"
+            f"resume: {path} has format {version}, this version reads up to {FORMAT}; use a newer upstep_fast"
         )
     if _step(path) != step:
         raise DamagedError(f"{MANIFEST} belongs to step {step}")

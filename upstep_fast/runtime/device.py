@@ -32,7 +32,7 @@ class Compute:
         return self.precision == "fp8"
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """Return a context for matrix products in `precision`. Enter it after no_grad, which selects the CPU attention."""
+        """Return a context for matrix products in `precision`. Enter it after no_grad, which selects CPU attention."""
         stack = contextlib.ExitStack()
         if self.dtype is not None:
             stack.enter_context(torch.autocast(self.device.type, dtype=self.dtype))

@@ -133,7 +133,7 @@ def limit_wait(seconds: float) -> None:
 
 
 def reduce(x: Tensor, op: str = "sum") -> Tensor:
-    """Reduce `x` over the ranks in place by "sum", "max" or "min", bitwise equal on all; return it. Raises RankError."""
+    """Reduce `x` over the ranks in place by "sum", "max" or "min", bitwise equal on all. Raises RankError."""
     if size() > 1:
         kind = getattr(dist.ReduceOp, op.upper())
         _enter(x, x.numel() * x.element_size(), lambda: dist.all_reduce(x, kind))
