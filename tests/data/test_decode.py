@@ -264,7 +264,7 @@ def test_min_side_decodes_large_jpegs_at_a_fraction():
 def test_the_fingerprint_moves_when_pixels_do(monkeypatch):
     """The same in another process; another for one level of one pixel's difference, or a filter of the decoder's."""
     here = decode_module.decoder_fingerprint()
-    code = "from upstep_fast.data.decode import decoder_fingerprint as f; print(f())"
+    code = "from upstep_fast.data.decode.image import decoder_fingerprint as f; print(f())"
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     reader, _, digest = here.partition(" ")
     assert here == there and reader in ("torchvision", "Pillow") and len(digest) == 64

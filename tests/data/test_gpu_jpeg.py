@@ -51,7 +51,7 @@ class StandIn:
 @pytest.fixture
 def stand_in(monkeypatch):
     made = StandIn()
-    monkeypatch.setattr(gpu_jpeg, "missing", lambda device: None)
+    monkeypatch.setattr(gpu_jpeg, "unsupported_reason", lambda device: None)
     monkeypatch.setattr(GpuReader, "_decode", lambda self, files: made(files))
     return made
 

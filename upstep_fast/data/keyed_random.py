@@ -1,4 +1,7 @@
-"""Random numbers that depend on nothing but their names: the same (seed, step, ...) gives the same number, anywhere."""
+"""Counter-based random numbers: pure functions of a key such as (seed, epoch, index), equal on any machine.
+
+splitmix64 (Steele, Lea, Flood 2014) chained over the parts of the key.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ _MASK = (1 << 64) - 1
 
 
 def uniform(*key: int) -> float:
-    """A number in [0, 1) that is a pure function of `key` (splitmix64 over the parts)."""
+    """Return a number in [0, 1) that is a pure function of `key`."""
     state = 0
     for part in key:
         state = _mix((state + (part & _MASK) + 0x9E3779B97F4A7C15) & _MASK)
@@ -16,7 +19,7 @@ def uniform(*key: int) -> float:
 
 
 def bits_array(*key: int | np.ndarray) -> np.ndarray:
-    """64 random bits for each entry of the key parts, broadcast against each other: uint64."""
+    """Return 64 random bits for each entry of the key's parts, broadcast against each other: uint64."""
     state = np.zeros((1,), np.uint64)
     for part in key:
         words = np.asarray(part).astype(np.uint64) if isinstance(part, np.ndarray) else np.uint64(part & _MASK)
@@ -29,7 +32,7 @@ def bits_array(*key: int | np.ndarray) -> np.ndarray:
 
 
 def uniform_array(*key: int | np.ndarray) -> np.ndarray:
-    """`uniform` for each entry of the key parts, broadcast against each other: float64, the same numbers."""
+    """Return `uniform` for each entry of the key's parts, broadcast against each other: float64, bit for bit."""
     return (bits_array(*key) >> np.uint64(11)) / float(1 << 53)
 
 

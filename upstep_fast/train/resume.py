@@ -89,7 +89,7 @@ def identify(config: AdaptConfig | FinetuneConfig, compute: Compute, source: Sou
             "precision": compute.precision,
             "ranks": distributed.size(),
             "decoder": decoder_fingerprint(),
-            **({"gpu_decoder": gpu_jpeg.name()} if getattr(config, "decode", "cpu") == "cuda" else {}),
+            **({"gpu_decoder": gpu_jpeg.decoder_name()} if getattr(config.data, "decode", "cpu") == "cuda" else {}),
             "views": made_by(device),
         },
         defaults=_defaults(config),

@@ -1,4 +1,4 @@
-"""Bytes to pixels."""
+"""Decoding: bytes to pixels."""
 
 from upstep_fast.data.decode.image import decode
 

@@ -1,6 +1,6 @@
-"""Images of any number of bands: .npy files, and TIFFs that Pillow cannot read, through tifffile.
+"""Images with any number of bands: .npy files, and through tifffile the TIFFs that Pillow cannot read.
 
-uint8 or uint16, of which the high byte is kept; [H, W], [H, W, C] or [C, H, W]. A TIFF's bands may be samples of one
+uint8, or uint16 of which the high byte is kept; [H, W], [H, W, C] or [C, H, W]. A TIFF's bands may be samples of one
 page, interleaved or planar, or pages of their own. Compressions other than deflate and LZMA need imagecodecs.
 """
 
@@ -22,7 +22,7 @@ BITS_PER_SAMPLE, SAMPLES_PER_PIXEL, EXTRA_SAMPLES, ALPHA = 258, 277, 338, (1, 2)
 
 
 def decode_npy(data: bytes | memoryview, channels: int, max_pixels: int) -> Tensor:
-    """uint8 [channels, H, W]. Raises BadImage, or what numpy raises for a broken header."""
+    """Decode a .npy file: uint8 [channels, H, W]. Raises BadImage, or numpy's error for a broken header."""
     file = io.BytesIO(data)
     shape, fortran_order, dtype = npy_header(file)
     _check(shape, dtype, channels, max_pixels)
@@ -34,16 +34,16 @@ def decode_npy(data: bytes | memoryview, channels: int, max_pixels: int) -> Tens
 
 
 def npy_header(file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, order and type of a .npy file; leaves `file` at its first value."""
+    """Return shape, whether the order is Fortran's, and dtype of a .npy file; leaves `file` at its first value."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     return read(file)
 
 
 def decode_tiff_bands(data: bytes | memoryview, channels: int, max_pixels: int) -> Tensor:
-    """uint8 [channels, H, W] of the first series of a TIFF, the bands as stored.
+    """Decode the first series of a TIFF, bands as stored: uint8 [channels, H, W].
 
-    Raises BadImage, or what tifffile raises for a broken file.
+    Raises BadImage, or tifffile's error for a broken file.
     """
     try:
         import tifffile
@@ -60,13 +60,13 @@ def decode_tiff_bands(data: bytes | memoryview, channels: int, max_pixels: int) 
 
 
 def tiff_bands(data: bytes | memoryview) -> tuple[int, bool]:
-    """How many samples a pixel of a TIFF has, and whether one of them is transparency; (0, False) if it is broken."""
+    """Return a TIFF's samples per pixel, and whether one of them is transparency; (0, False) if it is broken."""
     tags = _tags(data)
     return int(tags.get(SAMPLES_PER_PIXEL, (0,))[0]), any(kind in ALPHA for kind in tags.get(EXTRA_SAMPLES, ()))
 
 
 def tiff_bits(data: bytes | memoryview) -> int:
-    """Bits of a sample, the most of all bands; 0 if the file is broken."""
+    """Return the bits per sample of a TIFF, the most of all bands; 0 if it is broken."""
     return max(_tags(data).get(BITS_PER_SAMPLE, (0,)))
 
 
@@ -77,17 +77,17 @@ def _tags(data: bytes | memoryview) -> dict[int, tuple[int, ...]]:
         file.seek(directory.next)
         directory.load(file)
         defaults = {SAMPLES_PER_PIXEL: 1, BITS_PER_SAMPLE: 1, EXTRA_SAMPLES: ()}
-        found = {tag: directory.get(tag, default) for tag, default in defaults.items()}
-        return {tag: value if isinstance(value, tuple) else (value,) for tag, value in found.items()}
-    except Exception:  # whatever a broken directory provokes
+        values = {tag: directory.get(tag, default) for tag, default in defaults.items()}
+        return {tag: value if isinstance(value, tuple) else (value,) for tag, value in values.items()}
+    except Exception:  # Pillow raises many kinds on a broken directory
         return {}
 
 
 def _check(shape: tuple[int, ...], dtype: np.dtype, channels: int, max_pixels: int) -> None:
     if dtype.kind != "u" or dtype.itemsize > 2:
-        raise BadImage(f"an array of {dtype}; uint8 or uint16 is wanted")
+        raise BadImage(f"an array of {dtype}; convert it to uint8 or uint16")
     if len(shape) not in (2, 3) or 0 in shape:
-        raise BadImage(f"an array of shape {shape}; [H, W], [H, W, C] or [C, H, W] is wanted")
+        raise BadImage(f"an array of shape {shape}; use [H, W], [H, W, C] or [C, H, W]")
     if len(shape) == 3 and channels not in (shape[0], shape[2]):
         raise BadImage(f"an array of shape {shape}; {channels} channels were asked for")
     count = int(np.prod(shape, dtype=object))
@@ -96,14 +96,14 @@ def _check(shape: tuple[int, ...], dtype: np.dtype, channels: int, max_pixels: i
 
 
 def _check_page(page: Any, size: int, limit: int) -> None:
-    """All of a page's pieces lie in the file, and none unpacks to more than an image may have."""
+    """Raise BadImage if a strip or tile of a page lies outside the file or unpacks to more than `limit` values."""
     if page is None:
         raise BadImage("truncated TIFF: a page is missing")
     if int(np.prod(page.chunks, dtype=object)) > limit:
         raise BadImage(f"its tiles are of {page.chunks} values, above the limit of {limit}")
-    pieces = list(zip(page.dataoffsets, page.databytecounts, strict=False))
-    if len(pieces) != int(np.prod(page.chunked, dtype=object)) or any(
-        count <= 0 or offset + count > size for offset, count in pieces
+    chunks = list(zip(page.dataoffsets, page.databytecounts, strict=False))
+    if len(chunks) != int(np.prod(page.chunked, dtype=object)) or any(
+        count <= 0 or offset + count > size for offset, count in chunks
     ):
         raise BadImage("truncated TIFF: its data ends before its last pixel")
 

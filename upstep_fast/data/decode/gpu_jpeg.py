@@ -1,11 +1,11 @@
-"""JPEGs decoded by the GPU: nvJPEG through torchvision's `decode_jpegs_cuda`. By choice (`--decode cuda`) only.
+"""JPEGs decoded on the GPU: nvJPEG through torchvision's `decode_jpegs_cuda`, with `--decode cuda` only.
 
-Header first: format, limit of pixels and orientation are Pillow's, as everywhere. RGB files of full size whose end
-marker is there go to the GPU, a chunk at a time; the others, and what nvJPEG refuses, are decoded by the CPU, as
-`decode` does. Which one reads a file depends on the file alone, or a run could not be repeated.
+Pillow reads the header and decides on format, limit of pixels and orientation, as for the CPU. RGB files of full size
+that have an end marker go to the GPU, a chunk at a time; the CPU decodes other files and those that nvJPEG refuses, by
+`decode`. The choice depends on the file alone, or a run could not be repeated.
 
-nvJPEG promises no error for a file whose data ends early (libjpeg's reader raises), and its pixels are not libjpeg's:
-it may take for an image what `decode` refuses. So it is never chosen by itself.
+nvJPEG promises no error for a file whose data ends early (libjpeg's reader raises), and its pixels differ from
+libjpeg's: it may accept an image that `decode` refuses. So it is never the default.
 """
 
 from __future__ import annotations
@@ -28,41 +28,41 @@ _RGB = 3  # ImageReadMode.RGB
 
 
 class GpuReader:
-    """Decodes on one device, for several threads.
+    """Decoder of JPEGs on one device, for several threads.
 
     min_side: as `decode`; files that the CPU would decode at a fraction are left to it. `refused` counts the files that
-    the GPU was given and refused. Raises ConfigError where torchvision has no such reader.
+    the GPU refused. Raises ConfigError where torchvision has no such decoder.
     """
 
     def __init__(self, device: torch.device, *, min_side: int | None = None, max_pixels: int = MAX_PIXELS) -> None:
-        if why_not := missing(device):
-            raise ConfigError(f"decode: cuda cannot be used: {why_not}; use --decode cpu")
+        if reason := unsupported_reason(device):
+            raise ConfigError(f"decode: cuda cannot be used: {reason}; use --decode cpu")
         self.device, self.min_side, self.max_pixels = device, min_side, max_pixels
         self.refused = 0
-        self._lock, self._own = threading.Lock(), threading.local()
+        self._lock, self._local = threading.Lock(), threading.local()
 
     def read(self, files: Sequence[bytes | memoryview]) -> list[Tensor | None]:
-        """Pixels of each file, uint8 [3, H, W] on the device, complete; None: the CPU is to decode it."""
+        """Return the pixels of each file, uint8 [3, H, W] on the device, ready; None where the CPU has to decode it."""
         headers = [self._header(data) for data in files]
-        found: list[Tensor | None] = [None] * len(files)
-        chosen = [i for i, header in enumerate(headers) if header]
+        decoded: list[Tensor | None] = [None] * len(files)
+        on_gpu = [i for i, header in enumerate(headers) if header]
         with self._stream():
             images: Sequence[Tensor | None]
             try:
-                images = self._decode([files[i] for i in chosen])
-            except RuntimeError:  # of one of them, and none comes back: each by itself
-                images = [self._alone(files[i]) for i in chosen]
-            for i, image in zip(chosen, images, strict=True):
+                images = self._decode([files[i] for i in on_gpu])
+            except RuntimeError:  # one bad file fails the call: one call per file
+                images = [self._decode_one(files[i]) for i in on_gpu]
+            for i, image in zip(on_gpu, images, strict=True):
                 (width, height), orientation = headers[i]  # type: ignore[misc]
                 if image is not None and image.shape == (3, height, width):
-                    found[i] = upright(image, orientation)
+                    decoded[i] = upright(image, orientation)
                 else:
                     with self._lock:
                         self.refused += 1
-        return found
+        return decoded
 
     def _header(self, data: bytes | memoryview) -> tuple[tuple[int, int], int] | None:
-        """Size and orientation of a file that the GPU may have; None: the CPU's, whatever is the matter with it."""
+        """Return size and orientation of a file that the GPU may decode; None for all other files."""
         if bytes(data[:2]) != b"\xff\xd8" or b"\xff\xd9" not in bytes(data):
             return None
         try:
@@ -73,10 +73,10 @@ class GpuReader:
                 if self.min_side:
                     image.draft(image.mode, (self.min_side, self.min_side))
                 return (size, orientation_of(image)) if image.size == size else None
-        except Exception:  # the CPU's reader says what is wrong
+        except Exception:  # the CPU's decoder reports what is wrong
             return None
 
-    def _alone(self, data: bytes | memoryview) -> Tensor | None:
+    def _decode_one(self, data: bytes | memoryview) -> Tensor | None:
         try:
             return self._decode([data])[0]
         except RuntimeError:
@@ -88,24 +88,24 @@ class GpuReader:
 
     @contextlib.contextmanager
     def _stream(self) -> Iterator[None]:
-        """A stream of this thread's own, waited for at the end: the step's stream is never."""
+        """Run on a stream of this thread and wait for it at the end; the step's stream is not waited for."""
         if self.device.type != "cuda":
             yield
             return
-        if not hasattr(self._own, "stream"):
-            self._own.stream = torch.cuda.Stream(self.device)
-        with torch.cuda.stream(self._own.stream):
+        if not hasattr(self._local, "stream"):
+            self._local.stream = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(self._local.stream):
             yield
-        self._own.stream.synchronize()
+        self._local.stream.synchronize()
 
 
-def name() -> str:
-    """Who decodes, for what must be the same when a run goes on."""
+def decoder_name() -> str:
+    """Return the decoder's name and version, which must not change when a run is resumed."""
     return f"nvJPEG of torchvision {importlib.metadata.version('torchvision')}"
 
 
-def missing(device: torch.device) -> str | None:
-    """Why the GPU's reader cannot be used on `device`, or None."""
+def unsupported_reason(device: torch.device) -> str | None:
+    """Return why the GPU's decoder cannot be used on `device`, else None."""
     if device.type != "cuda":
         return f"the device is {device}"
     try:

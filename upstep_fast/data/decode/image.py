@@ -1,15 +1,14 @@
-"""From bytes to pixels: the only place where a bad image is met.
+"""Decoding of images to uint8 [C, H, W], upright, sRGB values as stored; every bad image is detected here.
 
-What comes out, whatever went in: uint8 [C, H, W], upright, sRGB values as stored.
     gray, palette, 1 bit        expanded to RGB
     alpha, transparent color   composited on white
     CMYK, YCbCr, LAB            converted by Pillow; ICC profiles are not applied
     16 bits a channel           the high byte
     animated                    the first frame
-    EXIF orientation            applied; a broken EXIF block counts as none
+    EXIF orientation            applied; a broken EXIF block is ignored
     .npy, TIFF of other bands   uint8 or uint16; [H, W], [H, W, C] or [C, H, W] (arrays.py)
 Refused, with a reason: pixels above `max_pixels` (from the header, before anything is decoded), truncated files, PNGs
-whose checksums are wrong, JPEGs that end early, floating point, and everything no reader understands.
+whose checksums are wrong, JPEGs that end early, floating point, and formats that no decoder knows.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ from upstep_fast.data.decode import jpeg
 from upstep_fast.data.decode.arrays import NPY, TIFF, decode_npy, decode_tiff_bands, tiff_bands
 from upstep_fast.errors import BadImage
 
-# files that are looked at; other names are no images
+# of files that are read; other names are no images
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".avif", ".npy")
-# Pillow's own limit for an error; a 27 kB PNG can claim more
+# Pillow's limit for an error; a 27 kB PNG can claim more
 MAX_PIXELS = 178_956_970
-# only readers that parse pixels: no PostScript, no fonts, nothing that starts a program
+# only decoders of pixels: no PostScript, no fonts, nothing that starts a program
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")
 
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -48,10 +47,11 @@ def decode(
     min_side: int | None = None,
     name: str = "",
 ) -> Tensor:
-    """Pixels of an encoded image, uint8 [channels, H, W].
+    """Decode an image to uint8 [channels, H, W].
 
-    channels: 3 = RGB, 1 = gray, 4 = RGBA as stored; any number for .npy and TIFF. min_side: a JPEG may be decoded at
-    1/2, 1/4 or 1/8 of its size as long as both sides keep this many pixels. Raises BadImage, and nothing else.
+    channels: 3: RGB, 1: gray, 4: RGBA as stored; any number for .npy and TIFF. min_side: a JPEG may be decoded at
+    1/2, 1/4 or 1/8 of its size as long as both sides keep this many pixels. name: for the error's text. Raises BadImage
+    only.
     """
     try:
         if len(data) == 0:
@@ -73,21 +73,17 @@ def decode(
             reason = f"a TIFF of {bands} bands, {channels} were asked for, or of a kind that Pillow does not read"
             raise BadImage(reason, name) from None
         raise BadImage(f"not an image in a known format ({_looks_like(bytes(data[:64]))})", name) from None
-    except (
-        Exception
-    ) as error:  # readers raise OSError, SyntaxError, struct.error, MemoryError, whatever the bytes provoke
-        raise BadImage(
-            f"cannot be decoded: {type(error).__name__}: {str(error)[:120]}".replace("\n", " "), name
-        ) from error
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, MemoryError and others
+        reason = f"cannot be decoded: {type(error).__name__}: {str(error)[:120]}".replace("\n", " ")
+        raise BadImage(reason, name) from error
 
 
 @functools.lru_cache
 def decoder_fingerprint() -> str:
-    """Who reads JPEGs here, and SHA-256 over the pixels of twenty pictures: written by this machine's libraries, read
-    by `decode`.
+    """Return the JPEG decoder's name and SHA-256 over twenty images, encoded by this machine's libraries, then decoded.
 
-    Another value means that images may be other pixels than before: another libjpeg, libwebp or Pillow (RELIABILITY
-    I7). A format that is not built in counts as that.
+    A change of value means that images may have other pixels than before: another libjpeg, libwebp or Pillow
+    (RELIABILITY I7). A format that is not built in has its error hashed.
     """
     y, x = np.mgrid[:48, :72]
     smooth = Image.fromarray(np.stack([x * 3, y * 5, x * y // 16], -1).astype(np.uint8))
@@ -114,44 +110,44 @@ def decoder_fingerprint() -> str:
         file = io.BytesIO()
         try:
             image.save(file, kind, **options)
-            found = decode(file.getvalue(), min_side=side)
-            digest.update(f"{kind} {tuple(found.shape)}".encode() + found.numpy().tobytes())
+            pixels = decode(file.getvalue(), min_side=side)
+            digest.update(f"{kind} {tuple(pixels.shape)}".encode() + pixels.numpy().tobytes())
         except (KeyError, OSError, BadImage) as error:
             digest.update(f"{kind} {type(error).__name__}".encode())
     return f"{'torchvision' if jpeg.reader() else 'Pillow'} {digest.hexdigest()}"
 
 
 def _decode_jpeg(data: bytes | memoryview, channels: int, max_pixels: int, min_side: int | None) -> Tensor:
-    """As Pillow decodes it, if the coded data reaches to the last pixel.
+    """Decode a JPEG. Raises BadImage if its coded data ends before the last pixel.
 
-    Where it does not, because a piece is missing or an end marker was put behind a cut, libjpeg fills the rest with
-    mid-gray and only warns. So an image that ends in mid-gray is decoded again with other bits behind its data: they
-    show where the data was too short, and are never looked at where it was not.
+    Where data is missing, also before an end marker, libjpeg fills the rest with mid-gray and only warns. So an image
+    that ends in mid-gray is decoded again with other bits appended to its data: they change pixels only where the data
+    was too short.
     """
     end = bytes(data).rfind(b"\xff\xd9")
     if end < 0:
         raise BadImage("truncated JPEG: no end marker")
     x = _decode_pillow(data, channels, max_pixels, min_side)
-    # of the upright image: any of its corners may be the last of the file
+    # the image is upright already: any corner may hold the file's last pixel
     corners = x[:, :: max(1, x.shape[1] - 1), :: max(1, x.shape[2] - 1)].flatten(1).T.tolist()
     if any(all(127 <= value <= 129 for value in corner) for corner in corners):
         padded = bytes(data[:end]) + b"\x2a\x95" * 256 + b"\xff\xd9"
-        # by Pillow alone: of bits it does not need, torchvision's reader complains on the console
-        x_alone, again = (_decode_pillow(d, channels, max_pixels, min_side, alone=True) for d in (data, padded))
-        if not torch.equal(x_alone, again):
+        # not by torchvision, whose decoder warns on the console about surplus bits
+        by_pillow, again = (_decode_pillow(d, channels, max_pixels, min_side, pillow_only=True) for d in (data, padded))
+        if not torch.equal(by_pillow, again):
             raise BadImage("truncated JPEG: its data ends before its last pixel")
     return x
 
 
 def _decode_pillow(
-    data: bytes | memoryview, channels: int, max_pixels: int, min_side: int | None, *, alone: bool = False
+    data: bytes | memoryview, channels: int, max_pixels: int, min_side: int | None, *, pillow_only: bool = False
 ) -> Tensor:
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         _check_pixels(*image.size, max_pixels)
         size = image.size
         if min_side:
             image.draft(image.mode, (min_side, min_side))
-        x = jpeg.pixels(data, image) if channels == 3 and image.size == size and not alone else None
+        x = jpeg.pixels(data, image) if channels == 3 and image.size == size and not pillow_only else None
         if x is None:
             image.load()
             array = torch.from_numpy(_to_array(image, channels))
@@ -161,7 +157,7 @@ def _decode_pillow(
 
 
 def _to_array(image: Image.Image, channels: int) -> np.ndarray:
-    """[H, W, channels] uint8, or [H, W] where all channels are the same."""
+    """Return [H, W, channels] uint8, or [H, W] where all channels are equal."""
     mode = image.mode
     if mode == "F":
         raise BadImage("floating-point pixels have no defined range; convert to 8 or 16 bits")
@@ -187,7 +183,7 @@ def _check_pixels(width: int, height: int, max_pixels: int) -> None:
 
 
 def _check_png(data: bytes | memoryview) -> None:
-    """Every chunk whole, its checksum right, IEND there: Pillow does not verify the checksums of pixel data."""
+    """Raise BadImage for cut chunks, wrong checksums and a missing IEND: Pillow does not verify those of pixel data."""
     view, at, kind = memoryview(data), len(_PNG), b""
     while kind != b"IEND":
         length = int.from_bytes(view[at : at + 4], "big")
@@ -201,15 +197,15 @@ def _check_png(data: bytes | memoryview) -> None:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """EXIF's, 1 where there is none."""
+    """Return EXIF's orientation, 1 to 8; 1 without one."""
     try:
         return int(image.getexif().get(_EXIF_ORIENTATION, 1))
-    except Exception:  # an EXIF block can be broken in any way; the pixels are good all the same
+    except Exception:  # a broken EXIF block says nothing about the pixels
         return 1
 
 
 def upright(x: Tensor, orientation: int) -> Tensor:
-    """Undoes EXIF orientation 1 to 8 on [C, H, W]; other values count as 1."""
+    """Undo EXIF orientation 1 to 8 on [C, H, W]; other values count as 1."""
     if orientation in (5, 6, 7, 8):
         x = x.transpose(1, 2)
     flips = {2: [2], 3: [1, 2], 4: [1], 6: [2], 7: [1, 2], 8: [1]}.get(orientation)

@@ -1,8 +1,7 @@
-"""JPEGs by torchvision's reader, libjpeg-turbo without Pillow's copies of the pixels.
+"""JPEGs decoded by torchvision: libjpeg-turbo without Pillow's copies of the pixels.
 
-It decodes what Pillow has opened: the header's checks, the orientation and every refusal stay Pillow's. Where the
-reader raises, Pillow decodes too and its verdict counts. Of what both take, the pixels are the same
-(tests/data/test_jpeg.py, also on damaged files).
+Pillow opens the file, checks its header and reads the orientation. Where torchvision raises, Pillow decodes and its
+verdict counts. Images that both accept have equal pixels (tests/data/test_jpeg.py, also on damaged files).
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ from PIL import Image
 from torch import Tensor
 
 log = logging.getLogger(__name__)
-MODES = {"RGB": 3, "L": 1}  # CMYK stays with Pillow, which knows Adobe's inverted one
+MODES = {"RGB": 3, "L": 1}  # CMYK is left to Pillow, which handles Adobe's inverted values
 _AS_STORED = 0  # ImageReadMode.UNCHANGED
 
 
 @functools.cache
 def reader() -> Callable[[Tensor], Tensor] | None:
-    """Torchvision's `decode_jpeg`, encoded uint8 [bytes] -> uint8 [C, H, W]; None where it has none.
+    """Return torchvision's `decode_jpeg`, encoded uint8 [bytes] -> uint8 [C, H, W]; None where it has none.
 
-    torchvision 0.29 calls its readers deprecated in favour of TorchCodec's, which is no dependency of this package. So
-    the op is called itself, without a warning an image; where a later torchvision has none, Pillow reads.
+    torchvision 0.29 deprecates its decoders in favor of TorchCodec, which is no dependency of this package. So the op
+    is called directly, without a warning per image; where a later torchvision has none, Pillow decodes.
     """
     file = io.BytesIO()
     Image.new("RGB", (8, 8)).save(file, "JPEG")
@@ -42,7 +41,7 @@ def reader() -> Callable[[Tensor], Tensor] | None:
 
 
 def pixels(data: bytes | memoryview, image: Image.Image) -> Tensor | None:
-    """Pixels of a JPEG that Pillow has opened but not decoded, uint8 [1 or 3, H, W]; None: Pillow is to decode it."""
+    """Decode a JPEG that Pillow has opened: uint8 [1 or 3, H, W]; None where Pillow has to decode it."""
     if image.format != "JPEG" or image.mode not in MODES or (read := reader()) is None:
         return None
     try:
@@ -53,4 +52,4 @@ def pixels(data: bytes | memoryview, image: Image.Image) -> Tensor | None:
 
 
 def _as_tensor(data: bytes | memoryview) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)  # torch warns of memory that it may not write to
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)  # a copy: torch warns about memory that is not writable

@@ -1,1 +1,1 @@
-"""Batches in order, read ahead and resumable."""
+"""Loading: decoded batches, read ahead, in an order that a resumed run repeats."""

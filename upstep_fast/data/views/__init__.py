@@ -1,4 +1,4 @@
-"""Random views of images, a pure function of (seed, epoch, index, view)."""
+"""Random views of images: pure functions of (seed, epoch, index, view)."""
 
 from upstep_fast.data.views.types import Views
 from upstep_fast.data.views.view_config import ViewConfig

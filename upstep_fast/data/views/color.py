@@ -1,7 +1,7 @@
-"""Color changes of a batch, with one factor a sample; the definitions are torchvision's v2 on floats in 0..1.
+"""Color changes of a batch with one factor per sample, as torchvision's v2 defines them on floats in 0..1.
 
-x: [N, C, H, W] fp32 in 0..1, changed in place and returned. factor: [N]. Saturation, hue and gray mean something for
-three channels only and leave other numbers of channels alone.
+x: [N, C, H, W] fp32 in 0..1, changed in place and returned. factor: [N]. Saturation, hue and gray need three channels
+and do not change images with other numbers of channels.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, as torchvision and Pillow
 
 
 def brightness(x: Tensor, factor: Tensor) -> Tensor:
-    """clamp(factor x)."""
-    return x.mul_(_wide(factor)).clamp_(0, 1)
+    """Compute clamp(factor x)."""
+    return x.mul_(_per_sample(factor)).clamp_(0, 1)
 
 
 def contrast(x: Tensor, factor: Tensor) -> Tensor:
-    """clamp(factor x + (1 - factor) m), m the mean of the gray image, one number a sample."""
+    """Compute clamp(factor x + (1 - factor) m), m the mean of the gray image, one number per sample."""
     means = x.mean((2, 3))
     mean = means @ means.new_tensor(GRAY) if x.shape[1] == 3 else means.mean(1)
-    return x.mul_(_wide(factor)).add_(_wide((1 - factor) * mean)).clamp_(0, 1)
+    return x.mul_(_per_sample(factor)).add_(_per_sample((1 - factor) * mean)).clamp_(0, 1)
 
 
 def saturation(x: Tensor, factor: Tensor) -> Tensor:
-    """clamp(factor x + (1 - factor) gray(x))."""
+    """Compute clamp(factor x + (1 - factor) gray(x))."""
     if x.shape[1] != 3:
         return x
-    other = gray(x).mul_(_wide(1 - factor))
-    return x.mul_(_wide(factor)).add_(other).clamp_(0, 1)
+    other = gray(x).mul_(_per_sample(1 - factor))
+    return x.mul_(_per_sample(factor)).add_(other).clamp_(0, 1)
 
 
 def hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue by `shift` of a full circle, through HSV."""
+    """Shift the hue by `shift` [N], a fraction of the full circle, in HSV."""
     if x.shape[1] != 3:
         return x
     r, g, b = x.unbind(1)
@@ -55,20 +55,20 @@ def hue(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def gray(x: Tensor) -> Tensor:
-    """[N, 3, H, W] -> [N, 1, H, W], a new tensor."""
+    """Return the luma of RGB images: [N, 3, H, W] -> [N, 1, H, W], a new tensor."""
     y = x[:, 0] * GRAY[0]
     return y.add_(x[:, 1], alpha=GRAY[1]).add_(x[:, 2], alpha=GRAY[2])[:, None]
 
 
 def solarize(x: Tensor, threshold: float = 128 / 255) -> Tensor:
-    """1 - x where x is at least `threshold`."""
+    """Return 1 - x where x is at least `threshold`, else x: a new tensor."""
     return torch.where(x >= threshold, 1 - x, x)
 
 
 def blur_kernel_size(size: int) -> int:
-    """A tenth of the side, odd, at least 3: SimCLR's rule."""
+    """Return SimCLR's kernel size: a tenth of the side, odd, at least 3 pixels."""
     return max(3, math.floor(size / 20) * 2 + 1)
 
 
-def _wide(factor: Tensor) -> Tensor:
+def _per_sample(factor: Tensor) -> Tensor:
     return factor.view(-1, 1, 1, 1)

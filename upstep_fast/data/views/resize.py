@@ -13,7 +13,7 @@ from upstep_fast.kernels.views import INTERPOLATIONS
 
 
 def resize(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
-    """uint8 [C, H, W] -> uint8 [C, *size]."""
+    """Resize an image, antialiased: uint8 [C, H, W] -> uint8 [C, *size]. Raises ValueError for `interpolation`."""
     check_interpolation(interpolation)
     if tuple(image.shape[1:]) == size:
         return image
@@ -21,7 +21,7 @@ def resize(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
 
 
 def eval_resize(image: Tensor, size: tuple[int, int], interpolation: str, crop_pct: float) -> Tensor:
-    """What timm's evaluation transform does: the short side to size / crop_pct, then the center. uint8 in and out."""
+    """Apply timm's evaluation transform: short side to size / crop_pct, center crop. uint8 [C, H, W] -> [C, *size]."""
     height, width = image.shape[1:]
     target = tuple(math.floor(s / crop_pct) for s in size)
     if target[0] == target[1]:
@@ -35,19 +35,19 @@ def eval_resize(image: Tensor, size: tuple[int, int], interpolation: str, crop_p
 
 
 def center_crop(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """torchvision's: the middle of [C, H, W], padded with 0 where the image is smaller."""
+    """Crop the middle of [C, H, W] as torchvision does, padded with 0 where the image is smaller."""
     height, width = image.shape[1:]
     if height < size[0] or width < size[1]:
-        top, left = (max(0, (s - have) // 2) for s, have in zip(size, (height, width), strict=True))
-        bottom, right = (max(0, (s - have + 1) // 2) for s, have in zip(size, (height, width), strict=True))
+        top, left = (max(0, (s - length) // 2) for s, length in zip(size, (height, width), strict=True))
+        bottom, right = (max(0, (s - length + 1) // 2) for s, length in zip(size, (height, width), strict=True))
         image = F.pad(image, (left, right, top, bottom))
         height, width = image.shape[1:]
-    top, left = (round((have - s) / 2.0) for s, have in zip(size, (height, width), strict=True))
+    top, left = (round((length - s) / 2.0) for s, length in zip(size, (height, width), strict=True))
     return image[:, top : top + size[0], left : left + size[1]]
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(images - mean) / std of every channel; images: [..., C, H, W] on a 0..1 scale, on any device."""
+    """Return (images - mean) / std of every channel; images: [..., C, H, W] on a 0..1 scale, on any device."""
     mean_C11, std_C11 = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (mean, std))
     return (images - mean_C11) / std_C11
 

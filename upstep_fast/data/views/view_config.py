@@ -1,4 +1,4 @@
-"""What may happen to a view: the configuration, and presets for kinds of images."""
+"""Configuration of random views, and presets for kinds of images."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class ViewConfig:
-    """What may happen to a view. Probabilities in 0..1; a factor f is drawn from [max(0, 1 - value), 1 + value]."""
+    """Random changes of a view. Probabilities in 0..1; a factor is drawn from [max(0, 1 - value), 1 + value]."""
 
     size: tuple[int, int] | int = 224  # (H, W) of a view, pixels
-    crop_scale: tuple[float, float] = (0.25, 1.0)  # area of the crop, as a part of the image
+    crop_scale: tuple[float, float] = (0.25, 1.0)  # area of the crop, as a fraction of the image
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width over height
     interpolation: str = "bilinear"
     flip: float = 0.5
     vertical_flip: float = 0.0
-    rotate90: float = 0.0  # probability of a turn by 90, 180 or 270 degrees; .75 makes all four equally likely
+    rotate90: float = 0.0  # probability of a rotation by 90, 180 or 270 degrees; 0.75 makes all four directions equal
     brightness: float = 0.4
     contrast: float = 0.4
     saturation: float = 0.2
-    hue: float = 0.0  # largest shift, as a part of the circle, up to .5
+    hue: float = 0.0  # largest shift, a fraction of the color circle, at most 0.5
     gray: float = 0.2
     blur: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels of the view
@@ -63,9 +63,9 @@ class ViewConfig:
 
     @property
     def min_side(self) -> int:
-        """Pixels that both sides of an image must keep for no crop to be smaller than the view.
+        """Least height and width of an image, in pixels, for which no crop is smaller than the view.
 
-        A JPEG of twice that size may be decoded at half of it (`decode(min_side=)`), and no view is blown up.
+        A JPEG of twice that size may be decoded at half of it (`decode(min_side=)`) without enlarging any crop.
         """
         narrow = min(self.crop_ratio[0], 1 / self.crop_ratio[1])
         return math.ceil(max(self.height, self.width) / math.sqrt(self.crop_scale[0] * narrow))
@@ -79,11 +79,11 @@ class ViewConfig:
 _ANY_DIRECTION = {"vertical_flip": 0.5, "rotate90": 0.75}
 PRESETS: dict[str, ViewConfig] = {
     "natural": ViewConfig(),
-    # from above there is no up
+    # seen from above, no direction is up
     "overhead": ViewConfig(**_ANY_DIRECTION),  # type: ignore[arg-type]
-    # stains carry meaning: little change of color, never gray
+    # stains carry meaning: small changes of color, never gray
     "microscopy": ViewConfig(**_ANY_DIRECTION, brightness=0.2, contrast=0.2, saturation=0.1, hue=0.02, gray=0.0),  # type: ignore[arg-type]
-    # text has a direction and a shape
+    # text has a direction and an aspect ratio
     "document": ViewConfig(
         crop_scale=(0.5, 1.0), crop_ratio=(0.9, 1.1), flip=0.0, brightness=0.2, contrast=0.2, blur=0.2
     ),

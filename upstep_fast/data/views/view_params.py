@@ -1,7 +1,6 @@
-"""What happens to each view, drawn: every number is uniform(seed, epoch, index, view, slot), with the slots below.
+"""Random parameters of views: every number is uniform(seed, epoch, index, view, slot), with the slots below.
 
-splitmix64 chained over its key (data/random.py): a view depends on nothing but its name, and any batch can be made
-again, on any machine.
+The numbers depend on their key alone (data/keyed_random.py), so that any batch can be computed again on any machine.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, BLUR, SIGMA, SOLARIZE, SLOTS = rang
 
 @dataclass(frozen=True)
 class ViewParams:
-    """What happens to N views; arrays of N. `image` says which image of the batch each is made of."""
+    """Parameters of N views, arrays [N]."""
 
-    image: np.ndarray
+    image: np.ndarray  # index in the batch
     top: np.ndarray  # of the crop, pixels
     left: np.ndarray
     height: np.ndarray
@@ -37,17 +36,17 @@ class ViewParams:
     brightness: np.ndarray  # factors
     contrast: np.ndarray
     saturation: np.ndarray
-    hue: np.ndarray  # part of the circle
+    hue: np.ndarray  # fraction of the color circle
     gray: np.ndarray  # bool
     sigma: np.ndarray  # of the blur, pixels; 0: none
     solarize: np.ndarray  # bool
 
-    def take(self, which: slice | np.ndarray) -> ViewParams:
-        """A part of the views."""
-        return ViewParams(*(getattr(self, field.name)[which] for field in dataclasses.fields(self)))
+    def subset(self, indices: slice | np.ndarray) -> ViewParams:
+        """Return the parameters of some of the views."""
+        return ViewParams(*(getattr(self, field.name)[indices] for field in dataclasses.fields(self)))
 
     def factors(self) -> np.ndarray:
-        """The colors and the blur as `kernels.views.make_views` takes them: [N, 7] fp32."""
+        """Return the color changes and the blur as `kernels.views.make_views` takes them: [N, 7] fp32."""
         columns = (
             *(self.brightness, self.contrast, self.saturation, self.hue, self.gray),
             *(self.sigma, self.solarize),
@@ -55,7 +54,7 @@ class ViewParams:
         return np.stack(columns, 1).astype(np.float32)
 
     def boxes(self) -> np.ndarray:
-        """The geometry as `kernels.views.make_views` takes it: [N, 6] int32."""
+        """Return the geometry as `kernels.views.make_views` takes it: [N, 6] int32."""
         turn = FLIP_Y * self.flip_y + FLIP_X * self.flip_x + TRANSPOSE * self.transpose
         return np.stack([self.image, self.top, self.left, self.height, self.width, turn], 1).astype(np.int32)
 
@@ -71,9 +70,9 @@ def draw_params(
     views: int,
     first: int = 0,
 ) -> ViewParams:
-    """Parameters of the views `first` to `first + views` of a batch: entry v B + b is view first + v of image b.
+    """Draw the parameters of the views `first` to `first + views`: entry v B + b is view first + v of image b.
 
-    heights, widths: [B] pixels. indices: [B], the images' places in the source.
+    heights, widths: [B] pixels. indices: [B], positions of the images in the source.
     """
     view = np.repeat(np.arange(first, first + views, dtype=np.uint64), len(indices))[:, None]
     index = np.tile(np.asarray(indices, np.uint64), views)[:, None]
@@ -86,6 +85,7 @@ def draw_params(
         low = max(0.0, 1 - value)
         return (low + u[:, slot] * (1 + value - low)).astype(np.float32)
 
+    # lizard forgives: one line per random parameter, in the order of the slots
     low, high = config.blur_sigma
     return ViewParams(
         image=np.tile(np.arange(len(indices)), views),
@@ -107,7 +107,7 @@ def draw_params(
 
 
 def _crops(config: ViewConfig, heights: np.ndarray, widths: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Torchvision's RandomResizedCrop.get_params for N images: top, left, height, width, each [N] int64."""
+    """Compute torchvision's RandomResizedCrop.get_params for N images: top, left, height, width, each [N] int64."""
     (low, high), ratio = config.crop_scale, config.crop_ratio
     area = (heights * widths)[:, None] * (low + u[:, :TRIES] * (high - low))
     log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
@@ -117,12 +117,12 @@ def _crops(config: ViewConfig, heights: np.ndarray, widths: np.ndarray, u: np.nd
     first = fits.argmax(1)[:, None]
     w, h = np.take_along_axis(w, first, 1)[:, 0], np.take_along_axis(h, first, 1)[:, 0]
     top, left = np.floor(u[:, TOP] * (heights - h + 1)), np.floor(u[:, LEFT] * (widths - w + 1))
-    # none of the tries fits: the largest central crop whose aspect is allowed
+    # where no try fits: the largest central crop whose aspect is allowed
     none = ~fits.any(1)
     aspect_in = widths / heights
     w_all = np.where(aspect_in > ratio[1], np.rint(heights * ratio[1]), widths)
     h_all = np.where(aspect_in < ratio[0], np.rint(widths / ratio[0]), heights)
-    # rounding must not leave the image, nor make a strip of nothing of a very thin one
+    # rounding must not leave the image, nor give a crop of a very thin one zero pixels
     w, h = np.where(none, np.clip(w_all, 1, widths), w), np.where(none, np.clip(h_all, 1, heights), h)
     top, left = np.where(none, (heights - h) // 2, top), np.where(none, (widths - w) // 2, left)
     return tuple(a.astype(np.int64) for a in (top, left, h, w))
