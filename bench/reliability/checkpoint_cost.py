@@ -28,6 +28,7 @@ from upstep_fast.runtime import checkpoint
 from upstep_fast.runtime.device import Compute, resolve
 from upstep_fast.runtime.machine import device_card
 from upstep_fast.train import adapt, resume, run_writer
+from upstep_fast.train.identity import Identity
 from upstep_fast.train.state import RunState, fresh_state
 
 
@@ -82,7 +83,7 @@ def one_save(name: str, saves: int = 7) -> dict[str, Any]:
     config = from_flat(AdaptConfig, model=name, data=("-",), out="-", steps=1)
     compute = resolve("cpu", "fp32")
     state = fresh(config, compute, name)
-    identity = resume.Identity({}, {}, {}, {})
+    identity = Identity({}, {}, {}, {})
     held: list[float] = []
     written: list[float] = []
     timed(checkpoint, "save", written)

@@ -91,7 +91,7 @@ def test_the_validator_judges_what_is_written(options, tmp_path, monkeypatch, ph
     held_out = open_source(photos)
     config = from_flat(AdaptConfig, **{**options, "data": ("",), "out": "", "adapter_ema": 0.9})
     compute = resolve("cpu", "fp32")
-    judge = validator.Validator(config, held_out, compute, tmp_path)
+    judge = validator.Validator(config, held_out, backbone.load(options["model"]), compute, tmp_path)
     looked = []
     monkeypatch.setattr(validator, "judge", lambda base, adapted: looked.append(adapted) or {})
     monkeypatch.setattr(validator, "predicted_gain", lambda scores: 1.0)

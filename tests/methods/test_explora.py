@@ -432,7 +432,7 @@ def test_two_processes_are_one_run(options, tmp_path, extra):
 
 
 def test_collapse_warns_and_then_ends_the_run(options, monkeypatch, tmp_path, caplog):
-    monkeypatch.setattr(trainer, "MAX_COLLAPSED_STEPS", 4)
+    monkeypatch.setattr(failures, "MAX_COLLAPSED_STEPS", 4)
     real = pooling.pooled
     monkeypatch.setattr("upstep_fast.methods.explora.tokens.pooled", lambda vit, x: 1e-6 * real(vit, x) + 1)
     with (

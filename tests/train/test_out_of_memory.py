@@ -18,6 +18,7 @@ from upstep_fast.runtime import checkpoint
 from upstep_fast.runtime.device import resolve
 from upstep_fast.train import loop as trainer
 from upstep_fast.train import step
+from upstep_fast.train.out_of_memory import is_out_of_memory
 from upstep_fast.train.state import fresh_state
 
 
@@ -159,11 +160,11 @@ def test_no_step_is_applied_in_part(options, monkeypatch, tmp_path, where):
 
 
 def test_the_hosts_memory_counts_too():
-    assert step.is_out_of_memory(
+    assert is_out_of_memory(
         RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
     )
-    assert step.is_out_of_memory(MemoryError())
-    assert not step.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 def build(options, **changes):

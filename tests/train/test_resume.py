@@ -22,7 +22,7 @@ from upstep_fast.methods.upstep.upstep import UpStep
 from upstep_fast.model import peft_format
 from upstep_fast.runtime import checkpoint
 from upstep_fast.train import loop as trainer
-from upstep_fast.train import resume
+from upstep_fast.train import identity, resume
 from upstep_fast.train.state import fresh_state
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=5)
@@ -301,7 +301,7 @@ def test_other_images_are_refused(options, photos, tmp_path):
 
 def test_another_environment_goes_on_and_says_what_is_not_exact(options, tmp_path, monkeypatch, caplog):
     interrupted(options, monkeypatch, step=7)
-    monkeypatch.setattr(resume, "__version__", "9.9")
+    monkeypatch.setattr(identity, "__version__", "9.9")
     with caplog.at_level("WARNING", logger="upstep_fast"):
         upstep_fast.adapt(**options, resume=True)
     assert "not bit for bit" in caplog.text and "is 9.9" in caplog.text
@@ -309,7 +309,7 @@ def test_another_environment_goes_on_and_says_what_is_not_exact(options, tmp_pat
 
 def test_a_decoder_that_reads_other_pixels_is_named(options, monkeypatch, caplog):
     interrupted(options, monkeypatch, step=7)
-    monkeypatch.setattr(resume, "decoder_fingerprint", lambda: "of another libjpeg")
+    monkeypatch.setattr(identity, "decoder_fingerprint", lambda: "of another libjpeg")
     with caplog.at_level("WARNING", logger="upstep_fast"):
         upstep_fast.adapt(**options, resume=True)
     assert "not bit for bit" in caplog.text and "is of another libjpeg" in caplog.text

@@ -176,9 +176,10 @@ def test_the_base_judged_against_itself_has_gained_nothing(options):
     from upstep_fast.runtime.device import resolve
 
     _, held_out = validator.hold_out(open_source(options["data"]), config)
-    judge = validator.Validator(config, held_out, resolve("cpu", "fp32"), options["out"])
-    base = judge._features(backbone.load(options["model"]).vit)
-    scores = validator.judge(judge._base, base)
+    model = backbone.load(options["model"])
+    judge = validator.Validator(config, held_out, model, resolve("cpu", "fp32"), options["out"])
+    base = judge._features(model.vit)
+    scores = validator.judge(judge._base_features, base)
     # CKA's square roots may cost its last bit
     assert abs(validator.predicted_gain(scores)) <= 2 * judgement.DRIFT * torch.finfo(torch.float64).eps
     assert scores["view_agreement"] == 0 and scores["base_overlap"] == 1

@@ -26,7 +26,8 @@ from upstep_fast.runtime import distributed
 from upstep_fast.runtime import run_folder as output
 from upstep_fast.runtime.atomic_file import write_atomic
 from upstep_fast.runtime.device import Compute, resolve
-from upstep_fast.train.loop import _train, num_workers
+from upstep_fast.train.batches import num_workers
+from upstep_fast.train.loop import needs_base, train
 from upstep_fast.train.memory.fit import settle
 from upstep_fast.train.state import AdaptResult
 from upstep_fast.train.validator import hold_out
@@ -89,10 +90,11 @@ def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
         for name in ("batch_size", "prototypes", "queue"):
             if (before := flat(asked)[name]) != (now := flat(config)[name]):
                 log.warning("%s: reduced from %d to the %d images there are", name, before, now)
-        result = _train(config, compute, source, held_out, backbone, out)
+        base = backbone.copy() if needs_base(config) else None  # training changes `backbone` in place
+        result = train(config, compute, source, held_out, backbone, base, out)
         if config.output.report_images and distributed.is_first():
             with torch.random.fork_rng(devices=[]):  # the caller's generator stays as it is
-                pictures.collect(config, compute, source, out)
+                pictures.collect(config, compute, source, out, backbone=base)
         return result
 
 

@@ -1,145 +1,87 @@
-"""What a run is between two steps, as a checkpoint holds it, and what must be the same to go on from one.
+"""Saving and restoring a run's state.
 
 A step is a pure function of the run's state, the configuration, the base model and the images: the order of images,
-their views, the start and a random gate are all drawn from (seed, step or index), so no state of a random generator
-is kept. A resumed run is bit for bit the unbroken one on the same machine, with the same versions, kernels and number
-of threads; where one of these differs it goes on all the same, and says so.
+their views, the initialization and a random gate are drawn from (seed, step or index), so no generator state is saved.
+A resumed run equals the uninterrupted one bit for bit on the same machine with the same versions, kernels and number of
+threads; if one of these differs, the run continues and the difference is logged (identity.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import logging
 import math
-import platform
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
-from upstep_fast.config.adapt import AdaptConfig
-from upstep_fast.config.files import renamed
-from upstep_fast.config.finetune import FinetuneConfig
-from upstep_fast.config.flat import defaults, flat
-from upstep_fast.data.decode import gpu_jpeg
-from upstep_fast.data.decode.image import decoder_fingerprint
-from upstep_fast.data.sources.source import Source
 from upstep_fast.errors import ConfigError, RunFailedError
 from upstep_fast.kernels import _autotune
 from upstep_fast.kernels import _dispatch as dispatch
-from upstep_fast.kernels.views.op import made_by
 from upstep_fast.methods.gate import GateState
 from upstep_fast.runtime import checkpoint as checkpoints
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime.checkpoint import Checkpoint
-from upstep_fast.runtime.device import Compute
-from upstep_fast.runtime.machine import package_version
+from upstep_fast.train.identity import Identity, check_same, manifest_entries
 from upstep_fast.train.state import RunState
-from upstep_fast.version import __version__
 
 log = logging.getLogger("upstep_fast")
 
 STATE = "state.safetensors"
-_SOMETIMES = ("optimizer.", "gradients.")  # parts of the state that are not there from the start
-# these may change between a run and its resume; model and data are compared by what they hold, not by their names
-_FREE = {
-    *("model", "data", "out", "overwrite", "resume", "checkpoint_every", "log_every", "num_workers"),
-    *("max_bad_fraction", "device", "debug", "tensorboard", "verify_resume", "auto_batch", "rank_timeout"),
-    *("memory_check", "report_images", "strength", "strength_first", "keep_checkpoints", "cuda_graphs"),
-}
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What a checkpoint belongs to, and where it was made; as JSON can hold it."""
-
-    config: dict[str, Any]
-    backbone: dict[str, Any]
-    data: dict[str, Any]
-    environment: dict[str, Any]
-    defaults: dict[str, Any] = field(default_factory=dict)  # of config: what a field was before it existed
-
-
-def manifest_entries(identity: Identity) -> dict[str, Any]:
-    """What a checkpoint holds of it."""
-    return {name: value for name, value in vars(identity).items() if name != "defaults"}
-
-
-def identify(config: AdaptConfig | FinetuneConfig, compute: Compute, source: Source, backbone_sha256: str) -> Identity:
-    """The identity of this run; backbone_sha256: the base model's fingerprint before it has adapters."""
-    device = compute.device
-    return Identity(
-        config=json.loads(json.dumps(flat(config))),
-        backbone={"name": config.model.name, "sha256": backbone_sha256},
-        data={"images": len(source), "sha256": source.fingerprint()},
-        environment={
-            "upstep_fast": __version__,
-            "torch": torch.__version__,
-            "triton": package_version("triton"),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(),
-            "precision": compute.precision,
-            "ranks": distributed.size(),
-            "decoder": decoder_fingerprint(),
-            **({"gpu_decoder": gpu_jpeg.decoder_name()} if getattr(config.data, "decode", "cpu") == "cuda" else {}),
-            "views": made_by(device),
-        },
-        defaults=_defaults(config),
-    )
-
-
-def agree(identity: Identity) -> None:
-    """Raise ConfigError naming the first thing in which a rank is not as rank 0: configuration, files, code."""
-    found = manifest_entries(identity)
-    # the number of the GPU, and what does not touch the result
-    found["config"] = {name: value for name, value in identity.config.items() if name != "device"}
-    found["environment"] = {k: v for k, v in identity.environment.items() if k not in ("device", "cpu", "threads")}
-    distributed.agree_on(found | {"code": _code()})
+_OPTIONAL = ("optimizer.", "gradients.")  # tensors that do not exist from the first step on
 
 
 def broadcast_tuned() -> None:
-    """Every rank computes from now on as rank 0 has measured to be fastest."""
-    if distributed.size() > 1 and (pins := distributed.gather(_autotune.tuned())[0]):
-        _autotune.set_tuned(pins)
+    """Set rank 0's autotuned choices on every rank. Collective."""
+    if distributed.size() > 1 and (tuned := distributed.gather(_autotune.tuned())[0]):
+        _autotune.set_tuned(tuned)
 
 
-def resume_from(state: RunState, folder: Path, identity: Identity) -> None:
-    """Put the newest whole checkpoint in `folder` into a fresh state, in place; says where the run goes on from.
+def find_checkpoint(folder: Path) -> Checkpoint | None:
+    """Return the newest readable checkpoint, or None after a warning. Collective.
 
-    Raises as `checkpoint.newest` and `restore` do.
+    Raises ConfigError if the ranks do not see equal files.
     """
     found = checkpoints.newest(folder)
     distributed.agree_on({"checkpoint": found and {"step": found.step, "files": found.manifest["files"]}})
     if found is None:
         log.warning("resume: no checkpoint in %s; starting from the beginning", folder)
-        return
-    restore(state, found, identity)
-    log.info("resume: going on after step %d of %d, from %s", found.step, identity.config["steps"], found.path)
+    return found
+
+
+def resume_from(state: RunState, folder: Path, identity: Identity) -> None:
+    """Restore the newest checkpoint in `folder` into a fresh state, in place, and log it.
+
+    Raises as `find_checkpoint` and `restore` do.
+    """
+    if (found := find_checkpoint(folder)) is not None:
+        restore(state, found, identity)
+        log.info("resume: going on after step %d of %d, from %s", found.step, identity.config["steps"], found.path)
 
 
 def save(state: RunState, folder: Path, identity: Identity, writer: checkpoints.Writer) -> None:
-    """Copy `state` and has it written while the run goes on. Raises OSError if the save before failed."""
+    """Copy `state` and write the copy in the background. Raises OSError if the previous save failed."""
     writer.save(folder, state.step, copied(state), manifest(state, identity))
 
 
 def copied(state: RunState) -> Callable[[], dict[str, bytes]]:
-    """Copy the state to the host. The function returned makes the checkpoint's files of the copy, at any time later:
-    the adapter as PEFT reads it, and every tensor of the state."""
+    """Copy the state to the host. Returns a function that makes the checkpoint's files from the copy, at any time.
+
+    The files are the adapter in PEFT's format and every tensor of the state.
+    """
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in _tensors(state).items()}
     adapter = state.method.result_files()
     return lambda: {**adapter, STATE: safetensors.torch.save(tensors)}
 
 
 def manifest(state: RunState, identity: Identity) -> dict[str, Any]:
-    """What the checkpoint says beside its tensors."""
+    """Return the checkpoint's manifest: everything but the tensors."""
     assert state.pending is None, "flush the pending step first"
     return {
         **manifest_entries(identity),
@@ -166,134 +108,122 @@ def restore(state: RunState, checkpoint: Checkpoint, identity: Identity) -> None
     """Put the state of `checkpoint` into a fresh one of the same configuration, in place.
 
     Raises ConfigError if it belongs to another model, data or configuration, RunFailedError if it cannot be read;
-    nothing is changed then.
+    `state` is unchanged then.
     """
     check_same(checkpoint, identity)
-    wanted = _tensors(state)
+    saved = _read(checkpoint)
+    if wrong := _misfits(state, saved.tensors):
+        raise ConfigError(f"resume: {checkpoint.path} does not fit this run: {'; '.join(sorted(wrong)[:5])}")
+    with torch.no_grad():
+        for name, tensor in _tensors(state).items():
+            tensor.copy_(saved.tensors[name])
+    restore_moments(state.method.named_parameters(), state.optimizer, saved.tensors)
     for name, parameter in state.method.named_parameters():
-        if parameter.requires_grad:
-            wanted |= {f"optimizer.{name}.{key}": tensor for key, tensor in _moments(parameter).items()}
-            wanted |= {f"gradients.{name}.sum": parameter}
+        if (gradient := saved.tensors.get(f"gradients.{name}.sum")) is not None:
+            state.gradients[name] = gradient.to(parameter.device)
+    if state.scaler.is_enabled():
+        state.scaler.load_state_dict(saved.scaler)
+    if saved.tuned:
+        _autotune.set_tuned(saved.tuned)
+    state.gate, state.step, state.loss, state.bad = saved.gate, checkpoint.step, saved.loss, saved.bad
+    state.accumulated, state.collapsed = saved.accumulated, saved.collapsed
+    state.method.num_microbatches = saved.num_microbatches
+    state.skipped.update(saved.skipped)
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """Content of a checkpoint; fields as in `RunState`."""
+
+    tensors: dict[str, Tensor]
+    gate: GateState
+    scaler: dict[str, Any]
+    loss: float
+    bad: list[dict[str, Any]]
+    accumulated: int
+    num_microbatches: int
+    collapsed: int
+    skipped: dict[str, str]
+    tuned: dict[str, str]
+
+
+def _read(checkpoint: Checkpoint) -> _Saved:
     try:
-        found = safetensors.torch.load(checkpoint.files[STATE])
         values, loader = checkpoint.manifest["state"], checkpoint.manifest["loader"]
-        gate = GateState.from_dict(values["gate"])
-        skipped = {str(name): str(reason) for name, reason in loader["skipped"].items()}
-        loss, bad = math.nan if values["loss"] is None else float(values["loss"]), list(values["bad"])
-        scaler, pins = dict(values["scaler"]), dict(checkpoint.manifest["pins"])
-        accumulated, passes = int(values.get("accumulated", 0)), int(values.get("passes", 1))
-        collapsed = int(values.get("collapsed", 0))
-        if loader["step"] != checkpoint.step or gate.step != checkpoint.step:
+        saved = _Saved(
+            tensors=safetensors.torch.load(checkpoint.files[STATE]),
+            gate=GateState.from_dict(values["gate"]),
+            scaler=dict(values["scaler"]),
+            loss=math.nan if values["loss"] is None else float(values["loss"]),
+            bad=list(values["bad"]),
+            accumulated=int(values.get("accumulated", 0)),
+            num_microbatches=int(values.get("passes", 1)),
+            collapsed=int(values.get("collapsed", 0)),
+            skipped={str(name): str(reason) for name, reason in loader["skipped"].items()},
+            tuned=dict(checkpoint.manifest["pins"]),
+        )
+        if loader["step"] != checkpoint.step or saved.gate.step != checkpoint.step:
             raise ValueError("its parts are of different steps")
     except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
         raise RunFailedError(
             f"resume: {checkpoint.path} is no checkpoint of a run ({type(error).__name__}: {error})"
         ) from error
-    # AdamW has moments of the parameters that it has moved: of each all or none
-    moved = {name.rpartition(".")[0] for name in found}
+    return saved
+
+
+def _misfits(state: RunState, tensors: dict[str, Tensor]) -> list[str]:
+    """Return what is missing, unknown or of another shape or dtype in a checkpoint's tensors."""
+    expected = _tensors(state)
+    for name, parameter in state.method.named_parameters():
+        if parameter.requires_grad:
+            # AdamW's state of a parameter once it has been updated
+            own = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+            expected |= {f"optimizer.{name}.{key}": tensor for key, tensor in own.items()}
+            expected |= {f"gradients.{name}.sum": parameter}
+    # the optional tensors of a parameter are there all or not at all
+    present = {name.rpartition(".")[0] for name in tensors}
     wrong = [
         f"{name} is not in it"
-        for name in wanted
-        if name not in found and (not name.startswith(_SOMETIMES) or name.rpartition(".")[0] in moved)
+        for name in expected
+        if name not in tensors and (not name.startswith(_OPTIONAL) or name.rpartition(".")[0] in present)
     ]
-    wrong += [f"{name} is unknown" for name in found if name not in wanted]
-    for name in wanted.keys() & found.keys():
-        have, want = ((list(t.shape), t.dtype) for t in (found[name], wanted[name]))
+    wrong += [f"{name} is unknown" for name in tensors if name not in expected]
+    for name in expected.keys() & tensors.keys():
+        have, want = ((list(t.shape), t.dtype) for t in (tensors[name], expected[name]))
         if have != want:
             wrong.append(f"{name} is {have[0]} {have[1]}, wanted {want[0]} {want[1]}")
-    if wrong:
-        raise ConfigError(f"resume: {checkpoint.path} does not fit this run: {'; '.join(sorted(wrong)[:5])}")
-    with torch.no_grad():
-        for name, tensor in _tensors(state).items():
-            tensor.copy_(found[name])
-    for name, parameter in state.method.named_parameters():
-        prefix = f"optimizer.{name}."
-        if moments := {key.removeprefix(prefix): t for key, t in found.items() if key.startswith(prefix)}:
-            state.optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}
-        if (waiting := found.get(f"gradients.{name}.sum")) is not None:
-            state.gradients[name] = waiting.to(parameter.device)
-    if state.scaler.is_enabled():
-        state.scaler.load_state_dict(scaler)
-    if pins:
-        _autotune.set_tuned(pins)
-    state.gate, state.step, state.loss, state.bad = gate, checkpoint.step, loss, bad
-    state.accumulated, state.method.num_microbatches, state.collapsed = accumulated, passes, collapsed
-    state.skipped.update(skipped)
+    return wrong
 
 
 def differences(a: RunState, b: RunState) -> list[str]:
-    """In what two states differ, bit for bit: names of tensors and numbers."""
+    """Return the names of tensors and numbers in which two states differ, bit for bit."""
     ours, theirs = ({k: t.detach().cpu().numpy().tobytes() for k, t in _tensors(s).items()} for s in (a, b))
-    found = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
-    return found + [name for name, value in _numbers(a).items() if repr(value) != repr(_numbers(b)[name])]
+    tensors = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+    return tensors + [name for name, value in _numbers(a).items() if repr(value) != repr(_numbers(b)[name])]
 
 
 def _tensors(state: RunState) -> dict[str, Tensor]:
     method = state.method
     tensors = {f"method.{name}": tensor for name, tensor in method.state_tensors().items()}
-    for name, parameter in method.named_parameters():
-        for key, value in state.optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{name}.{key}"] = value
-    waiting = {f"gradients.{name}.sum": tensor for name, tensor in state.gradients.items()}
-    return tensors | waiting | {"received": state.got_grad}
+    tensors |= moments(method.named_parameters(), state.optimizer)
+    tensors |= {f"gradients.{name}.sum": tensor for name, tensor in state.gradients.items()}
+    return tensors | {"received": state.got_grad}
 
 
-def _moments(parameter: Tensor) -> dict[str, Tensor]:
-    # what AdamW keeps of a parameter once it has moved it
-    return {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+def moments(parameters: Iterable[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimizer's tensors by `optimizer.PARAMETER.KEY`."""
+    return {
+        f"optimizer.{name}.{key}": value
+        for name, parameter in parameters
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
 
 
-def check_same(checkpoint: Checkpoint, identity: Identity) -> None:
-    """Raise ConfigError if `checkpoint` belongs to another run; warns where it was made in another environment."""
-    _refuse_another(checkpoint, identity)
-    _name_differences(checkpoint, identity)
-
-
-def _refuse_another(checkpoint: Checkpoint, identity: Identity) -> None:
-    then = checkpoint.manifest
-    cure = "use what it was made with, or start again with --overwrite"
-    try:
-        if then["backbone"]["sha256"] != identity.backbone["sha256"]:
-            raise ConfigError(
-                f"resume: {checkpoint.path} was made with another model ({then['backbone']['name']}), "
-                f"not {identity.backbone['name']}; {cure}"
-            )
-        if then["data"]["sha256"] != identity.data["sha256"]:
-            raise ConfigError(
-                f"resume: the images are not those of {checkpoint.path}: {then['data']['images']} then, "
-                f"{identity.data['images']} now, or other names or sizes; {cure}"
-            )
-        # a field that is newer than the checkpoint had its default
-        before = {name: identity.defaults.get(name) for name in identity.config} | renamed(then["config"])
-        changed = [
-            f"{name} was {value}, is {identity.config.get(name)}"
-            for name, value in before.items()
-            if name not in _FREE and value != identity.config.get(name)
-        ]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise RunFailedError(
-            f"resume: {checkpoint.path} is no checkpoint of a run ({type(error).__name__}: {error})"
-        ) from error
-    if changed:
-        raise ConfigError(
-            f"resume: {checkpoint.path} was made with another configuration: {'; '.join(changed)}; {cure}"
-        )
-
-
-def _defaults(config: AdaptConfig | FinetuneConfig) -> dict[str, Any]:
-    """The default of each field that has one, as JSON can hold it."""
-    return json.loads(json.dumps(defaults(type(config))))
-
-
-def _name_differences(checkpoint: Checkpoint, identity: Identity) -> None:
-    then, now = checkpoint.manifest.get("environment"), identity.environment
-    then = then if isinstance(then, dict) else {}
-    changed = [f"{name} was {then.get(name)}, is {value}" for name, value in now.items() if then.get(name) != value]
-    if changed:
-        log.warning("resume: not bit for bit the run it goes on from: %s", "; ".join(changed))
-
-
-def _code() -> str:
-    """SHA-256 of this package's source."""
-    files = sorted(Path(__file__).parents[1].rglob("*.py")) + sorted(Path(_autotune.__file__).parent.rglob("*.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+def restore_moments(
+    parameters: Iterable[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
+    """Set the optimizer's state, in place, to the tensors that `moments` returned, where there are any."""
+    for name, parameter in parameters:
+        prefix = f"optimizer.{name}."
+        if own := {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}:
+            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in own.items()}

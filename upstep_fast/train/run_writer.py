@@ -1,67 +1,138 @@
-"""What a run writes while it goes on: rows, the progress line, checkpoints. Rank 0 writes, the others keep still."""
+"""Files of a running adaptation: metrics rows, progress line, checkpoints and the adapter. Only rank 0 writes."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import time
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from torch import Tensor
+
 from upstep_fast.config.adapt import AdaptConfig
-from upstep_fast.methods.gate import GateState
+from upstep_fast.data.loading.loader import Batch, Loader
+from upstep_fast.data.sources.source import Source
+from upstep_fast.model import peft_format
 from upstep_fast.report.metrics import Metrics
 from upstep_fast.report.progress import Progress
 from upstep_fast.runtime import checkpoint, distributed
 from upstep_fast.runtime import run_folder as output
 from upstep_fast.train import resume
-from upstep_fast.train.resume import Identity
+from upstep_fast.train.failures import stop_if_bad, stop_if_collapsed
+from upstep_fast.train.identity import Identity
 from upstep_fast.train.state import RunState
+from upstep_fast.train.step import flush
 
 
 class RunWriter:
-    """The files of a run that goes on in `out`, from `state` on. A context; its methods raise OSError."""
+    """Writer of a run's files in `out`, from `state.step` on, as a context.
 
-    def __init__(self, config: AdaptConfig, state: RunState, out: Path, identity: Identity):
-        self._config, self._folder, self._identity = config, out / output.CHECKPOINTS, identity
+    A row whose step the device has not finished yet waits in a queue, together with its images' indices.
+    """
+
+    def __init__(
+        self, config: AdaptConfig, state: RunState, source: Source, loader: Loader, out: Path, identity: Identity
+    ):
+        self._config, self._state, self._source, self._loader = config, state, source, loader
+        self._out, self._identity = out, identity
+        self._rows: deque[tuple[dict[str, Any], Tensor]] = deque()
+        self.saved_step: int | None = None  # of the newest checkpoint of this process
         self._stack = contextlib.ExitStack()
         self._metrics: Metrics | None = None
         if distributed.is_first():
-            self._metrics = self._stack.enter_context(
-                Metrics(out / "metrics.jsonl", state.step, config.output.tensorboard)
-            )
+            tensorboard = config.output.tensorboard
+            self._metrics = self._stack.enter_context(Metrics(out / "metrics.jsonl", state.step, tensorboard))
             self._progress = self._stack.enter_context(Progress(config, state.gate))
             self._writer = self._stack.enter_context(checkpoint.Writer(config.checkpoints.keep))
 
-    def write(self, row: dict[str, Any], gate: GateState) -> None:
-        """Append a row to metrics.jsonl and moves the progress line. `other_s` loses what the step's halves took."""
+    def after_step(self, row: dict[str, Any], batch: Batch, began: float, *, save: bool, wait: bool) -> None:
+        """Write the rows that are complete, and a checkpoint if `save`; if `wait`, return once it is on disk.
+
+        row: metrics of the step, completed later by `step.flush` or the next step. began: `time.monotonic()` in seconds
+        before the batch was loaded. Raises RunFailedError if the disk refuses, or after too many bad steps.
+        """
+        if save:
+            flush(self._state)
+        seconds = max(1e-9, time.monotonic() - began)
+        row |= {
+            "images_per_s": self._config.optimization.batch_size / seconds,
+            "data_wait": self._loader.data_wait,
+            "other_s": seconds - self._loader.data_wait,  # forward_s and backward_s are subtracted once they are known
+            "epoch": batch.epoch,
+            "replaced": batch.replaced,
+            **distributed.traffic(seconds),
+        }
+        self._rows.append((row, batch.indices))
+        with output.writing(self._out):
+            while len(self._rows) > (self._state.pending is not None):
+                row, indices = self._rows.popleft()
+                self._write(row)
+                stop_if_bad(self._state, row, self._source, indices, self._out)
+                stop_if_collapsed(self._state, row, self._out)
+            if save:
+                self.save()
+            if wait:
+                self.wait()
+
+    def _write(self, row: dict[str, Any]) -> None:
         row["other_s"] = max(0.0, row["other_s"] - row["forward_s"] - row["backward_s"])
         if self._metrics:
-            self._progress.update(row, gate)
+            self._progress.update(row, self._state.gate)
             self._metrics.write(row)
 
-    def save(self, state: RunState) -> None:
-        """Begins a checkpoint; to be called on every rank, since each has met bad images of its own."""
+    def save(self) -> None:
+        """Start writing a checkpoint in the background. Collective: each rank has skipped images of its own."""
+        state = self._state
         for skipped in distributed.gather(state.skipped):
             state.skipped.update(skipped)
         if self._config.runtime.debug:
             digest = hashlib.sha256(resume.copied(state)()[resume.STATE]).hexdigest()
-            # 13 hexadecimal digits are a whole number that a float64 holds
+            # 13 hexadecimal digits are an integer that a float64 holds exactly
             distributed.check_same(f"step {state.step}: the state's digests", [int(digest[:13], 16)])
         if self._metrics:
             self._metrics.sync()
-            resume.save(state, self._folder, self._identity, self._writer)
+            resume.save(state, self._out / output.CHECKPOINTS, self._identity, self._writer)
+        self.saved_step = state.step
 
     def wait(self) -> None:
-        """Until the checkpoint is on disk."""
+        """Wait until the checkpoint is on disk. Raises OSError if it could not be written."""
         if self._metrics:
             self._writer.wait()
 
-    def read_back(self, step: int) -> checkpoint.Checkpoint:
-        """The checkpoint of `step`, once it is on disk, on every rank. Raises DamagedError."""
-        self.wait()
-        distributed.gather(None)  # the others read what rank 0 has written
-        return checkpoint.load(self._folder / f"step-{step:08d}")
+    def read_back(self) -> checkpoint.Checkpoint:
+        """Return the newest checkpoint, read from disk on every rank. Raises DamagedError."""
+        with output.writing(self._out):
+            self.wait()
+        distributed.gather(None)  # the other ranks read what rank 0 has written
+        return checkpoint.load(self._out / output.CHECKPOINTS / f"step-{self.saved_step:08d}")
+
+    @contextlib.contextmanager
+    def saves_on_exit(self) -> Iterator[None]:
+        """Write the adapter, the remaining rows and skipped.csv at the end of this context, whatever ends it."""
+        try:
+            yield
+        except BaseException:
+            # the user must see the first cause, not a full disk met afterwards
+            with contextlib.suppress(OSError):
+                self._write_remaining()
+            raise
+        with output.writing(self._out):
+            self._write_remaining()
+
+    def _write_remaining(self) -> None:
+        if not distributed.is_first():
+            return
+        with contextlib.suppress(RuntimeError):  # of a device that has failed
+            flush(self._state)
+            for row, _ in self._rows:
+                self._write(row)
+        if self._state.gate.num_updates:
+            peft_format.write_files(self._out / "adapter", self._state.method.result_files())
+        self._loader.write_skipped(self._out / "skipped.csv")
 
     def __enter__(self) -> Self:
         return self

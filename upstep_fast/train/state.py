@@ -1,4 +1,4 @@
-"""Training state: what a checkpoint holds, and how it starts."""
+"""State of a run between two steps: what a checkpoint holds, and how it is initialized."""
 
 from __future__ import annotations
 
@@ -24,46 +24,49 @@ from upstep_fast.runtime.device import Compute
 
 @dataclass(frozen=True)
 class PendingStep:
-    """What a step tells once the device has done it."""
+    """Results of a step that the device has not finished yet."""
 
-    row: dict[str, Any]  # of metrics.jsonl, to be filled in
-    numbers: Tensor  # fp32: the centre's magnitude; of open steps also loss, whether all was finite, and figures
-    figures: list[str]  # their names
+    row: dict[str, Any]  # of metrics.jsonl, to be completed
+    numbers: Tensor  # fp32: the center's magnitude; of update steps also loss, whether all was finite, and `metrics`
+    metrics: list[str]  # names of the method's metrics
     marks: list[Any]  # of the device's clock: begin, gate, end
 
 
 @dataclass
 class RunState:
-    """What changes from step to step. Nothing else may carry over from one step to the next."""
+    """Everything that changes from step to step. Nothing else may carry over from one step to the next."""
 
     method: Method
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    got_grad: Tensor  # [watched] bool, whether what must learn ever got a gradient other than 0
+    got_grad: Tensor  # [n] bool by `must_receive_grad`: a gradient other than 0 has arrived
     gate: GateState = field(default_factory=GateState)
-    step: int = 0  # the next one
-    loss: float = math.nan  # of the last open step
-    bad: list[dict[str, Any]] = field(default_factory=list)  # steps not applied since the last that was
-    skipped: SkippedImages = field(default_factory=SkippedImages)  # bad images met so far; shared with the loader
-    gradients: dict[str, Tensor] = field(default_factory=dict)  # of open steps that wait for more, by parameter
-    accumulated: int = 0  # of how many
-    collapsed: int = 0  # steps in a row whose features told images no longer apart
-    pending: PendingStep | None = None  # of the last step; none where a checkpoint is made
+    step: int = 0  # number of steps taken
+    loss: float = math.nan  # of the last update step
+    bad: list[dict[str, Any]] = field(default_factory=list)  # steps not applied since the last update
+    skipped: SkippedImages = field(default_factory=SkippedImages)  # unreadable images so far; shared with the loader
+    gradients: dict[str, Tensor] = field(default_factory=dict)  # accumulated, by parameter
+    accumulated: int = 0  # update steps in `gradients`
+    collapsed: int = 0  # steps in a row with collapsed features
+    pending: PendingStep | None = None  # the previous step; None where a checkpoint is made
 
 
 @dataclass(frozen=True)
 class AdaptResult:
-    """Where a finished run's files are and how it went."""
+    """Result of a finished run."""
 
     adapter: Path
     steps: int
-    opened: int
-    loss: float
+    opened: int  # update steps
+    loss: float  # of the last update step
     seconds: float
 
 
 def fresh_state(config: AdaptConfig, compute: Compute, backbone: backbones.Backbone) -> RunState:
-    """The state before the first step."""
+    """Return the state before the first step, on the device. `backbone` becomes the method's, in place.
+
+    Raises ConfigError for --cuda-graphs without a GPU.
+    """
     if config.memory.cuda_graphs and compute.device.type != "cuda":
         raise ConfigError(f"cuda_graphs: needs a GPU, the device is {compute.device}; leave it out")
     method = methods.build(backbone, config)
@@ -71,7 +74,7 @@ def fresh_state(config: AdaptConfig, compute: Compute, backbone: backbones.Backb
         distributed.shard(method.vit, compute.device)
     method = method.to(compute.device)
     if config.runtime.implementation != "reference" and not config.runtime.shard_weights:
-        assert config.memory.level != "auto"  # settled before the run began
+        assert config.memory.level != "auto"  # `memory.fit.settle` has chosen one
         method.accelerate(compute.dtype or torch.float32, config.memory.level, compute.fp8)
     return RunState(
         method=method,

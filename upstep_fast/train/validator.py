@@ -1,13 +1,13 @@
-"""Judges a run on unlabelled images that it does not train on: keeps the best adapter, stops early, refuses the worse.
+"""Validation without labels on held-out images: keeps the best adapter, stops early, refuses one that is clearly worse.
 
-Every --judge-every steps the scores of judgement.py are taken of the adapted model and of the base model, on the same
-two views of the same held-out images, and `predicted_gain` makes one number of them. The adapter with the largest one
-so far lies in OUT/best, every look in OUT/judgement.jsonl.
+Every --judge-every steps the adapted model is scored against the base model on the same two views of each held-out
+image (evaluation/label_free.py); `predicted_gain` sums the scores up in one number. The adapter with the largest
+predicted gain so far is in OUT/best, the history of all validations in OUT/judgement.jsonl.
 
-    the end    the best adapter becomes OUT/adapter; with --strength auto at the strength whose prediction is largest,
-               with --strength-first auto in a line over the blocks
-    a warning  if it is predicted to be no better than the base model, weak evidence (bench/results/quality.md)
-    refusal    if every look is clearly worse, OUT/adapter becomes OUT/adapter-refused and the run ends with exit code 4
+    at the end  the best adapter becomes OUT/adapter, at the strength with the largest predicted gain if --strength or
+                --strength-first is auto (strength.py)
+    a warning   if the best predicted gain is not above 0, weak evidence (bench/results/quality.md)
+    a refusal   if every validation is clearly worse: OUT/adapter becomes OUT/adapter-refused, exit code 4
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -30,23 +30,24 @@ from upstep_fast.data.views.view_config import view_config
 from upstep_fast.data.views.views import random_views
 from upstep_fast.errors import CheckFailedError, DataError
 from upstep_fast.evaluation.label_free import CLEARLY_WORSE, judge, predicted_gain
-from upstep_fast.model import backbone as backbones
 from upstep_fast.model import lora, peft_format, pooling
+from upstep_fast.model.backbone import Backbone
 from upstep_fast.runtime import distributed
+from upstep_fast.runtime import run_folder as output
 from upstep_fast.runtime.atomic_file import write_atomic
 from upstep_fast.runtime.device import Compute
 from upstep_fast.train.state import RunState
+from upstep_fast.train.strength import Gain
 
 log = logging.getLogger("upstep_fast")
 
-LOOKS, BEST, REFUSED = "judgement.jsonl", "best", "adapter-refused"
-LARGEST, SMALLEST, SHARE = 256, 16, 0.1  # held-out images: a tenth of the data, within these
-STRENGTHS = (0.25, 0.5, 0.75, 1.0)
-_VIEWS_SEED = 0x5EED  # of the held-out views, which are the same in every run
+HISTORY, BEST, REFUSED = "judgement.jsonl", "best", "adapter-refused"
+LARGEST, SMALLEST, SHARE = 256, 16, 0.1  # number of held-out images: SHARE of all, within these
+_VIEWS_SEED = 0x5EED  # of the held-out views; the same in every run
 
 
 def hold_out(source: Source, config: AdaptConfig) -> tuple[Source, Source | None]:
-    """What is trained on, and what is judged on; the second is None without --judge-every. Raises DataError."""
+    """Split the images into training and held-out ones; (source, None) without --judge-every. Raises DataError."""
     if not config.validation.every:
         return source, None
     order = sorted(range(len(source)), key=lambda index: uniform(config.runtime.seed, _VIEWS_SEED, index))
@@ -60,65 +61,85 @@ def hold_out(source: Source, config: AdaptConfig) -> tuple[Source, Source | None
     return subset(source, rest), subset(source, held_out)
 
 
-class Validator:
-    """Looks at a run now and then. Every rank looks, the first one writes."""
+class NoValidator:
+    """Stand-in for `Validator` without --judge-every: nothing is held out and no step ends the run."""
 
-    def __init__(self, config: AdaptConfig, held_out: Source, compute: Compute, out: Path):
-        self._config, self._compute, self._out = config, compute, out
-        base = backbones.load_from(config.model)
-        self._views = _views(held_out, base, config, compute)
-        self._base = self._features(base.vit.to(compute.device))
-        self._depth = len(base.vit.blocks)
-        self.history: dict[int, dict[str, Any]] = _read(out / LOOKS) if config.output.resume else {}
+    gain = None
+
+    def after_step(self, state: RunState) -> None:
+        """Do nothing."""
+
+    def should_stop(self, step: int) -> bool:
+        """Return False."""
+        return False
+
+    def settle(self) -> None:
+        """Do nothing."""
+
+
+class Validator:
+    """Validation of a running adaptation on held-out images. Every rank computes, rank 0 writes.
+
+    base: the base model without adapters; it is copied and stays as it is.
+    """
+
+    def __init__(self, config: AdaptConfig, held_out: Source, base: Backbone, compute: Compute, out: Path):
+        self._config, self._compute, self._out, self._base = config, compute, out, base
+        self._views = _held_out_views(held_out, base, config, compute)
+        self._base_features = self._features(base.copy().vit.to(compute.device))
+        self.history: dict[int, dict[str, Any]] = _read(out / HISTORY) if config.output.resume else {}
+
+    def after_step(self, state: RunState) -> None:
+        """Validate if it is due. Raises RunFailedError if the disk refuses."""
+        if self.is_due(state.step):
+            with output.writing(self._out):
+                self.validate(state)
 
     def is_due(self, step: int) -> bool:
-        """Whether to look after so many steps."""
+        """Return whether to validate after `step` steps."""
         assert self._config.optimization.steps is not None
         return step % self._config.validation.every == 0 or step == self._config.optimization.steps
 
     def validate(self, state: RunState) -> None:
-        """Judges the model as it is after `state.step` steps. Raises OSError."""
-        # rank 0's: the others may be off by a rounding, and all must stop together
+        """Score the model after `state.step` steps; write the history and, if it is the best, OUT/best.
+
+        Raises OSError.
+        """
+        # rank 0's scores: those of other ranks may differ by a rounding, and all ranks must stop together
         with state.method.weights_to_save() as vit:
-            scores = distributed.gather(judge(self._base, self._features(vit)))[0]
+            scores = distributed.gather(judge(self._base_features, self._features(vit)))[0]
         row = {"step": state.step, "predicted_gain": predicted_gain(scores), **scores}
-        before = self.best()
+        best = self.best()
         self.history[state.step] = row
         log.info("judge: step %d: predicted gain %+.2f on held-out images", state.step, row["predicted_gain"])
         if not distributed.is_first():
             return
-        if before is None or row["predicted_gain"] > before["predicted_gain"] or row["step"] == before["step"]:
+        if best is None or row["predicted_gain"] > best["predicted_gain"] or row["step"] == best["step"]:
             peft_format.write_files(self._out / BEST, state.method.result_files())
         rows = [self.history[step] for step in sorted(self.history)]
-        write_atomic(self._out / LOOKS, "".join(json.dumps(r) + "\n" for r in rows).encode())
+        write_atomic(self._out / HISTORY, "".join(json.dumps(r) + "\n" for r in rows).encode())
 
     def best(self) -> dict[str, Any] | None:
-        """The look with the largest prediction, the earliest of equals."""
+        """Return the validation with the largest predicted gain, the earliest of equals; None before the first."""
         return max(self.history.values(), key=lambda row: (row["predicted_gain"], -row["step"]), default=None)
 
     def should_stop(self, step: int) -> bool:
-        """Whether the last --judge-patience looks up to `step` brought nothing better."""
+        """Return whether the last --judge-patience validations up to `step` were no better than the best."""
         best, seen = self.best(), [s for s in self.history if s <= step]
         if best is None or not self._config.validation.patience:
             return False
         return sum(s > best["step"] for s in seen) >= self._config.validation.patience
 
     def settle(self) -> None:
-        """Put the best adapter in its place. Raises CheckFailedError if all are clearly worse than the base model."""
+        """Copy the best adapter to OUT/adapter.
+
+        Raises CheckFailedError if every validation is clearly worse than the base model.
+        """
         best, adapter = self.best(), self._out / "adapter"
         if best is None:
             return
         if best["predicted_gain"] < CLEARLY_WORSE:
-            refused = self._out / REFUSED
-            if distributed.is_first():
-                shutil.rmtree(refused, ignore_errors=True)
-                adapter.rename(refused)  # written just before, by rank 0 itself
-                shutil.rmtree(self._out / BEST, ignore_errors=True)
-            raise CheckFailedError(
-                "adapter: refused: on held-out images, without labels, every look is clearly worse than the base model "
-                f"(the best, at step {best['step']}: {best['predicted_gain']:+.2f}); use the base model, or try "
-                f"--preset gentle; the last adapter is in {refused}, the looks in {self._out / LOOKS}"
-            )
+            self._refuse(best)
         if best["predicted_gain"] <= 0:
             log.warning(
                 "judge: predicted gain %+.2f: perhaps no better than the base model; compare with `upstep-fast eval`",
@@ -126,34 +147,31 @@ class Validator:
             )
         if distributed.is_first():
             peft_format.write_files(adapter, {path.name: path.read_bytes() for path in (self._out / BEST).iterdir()})
-        if "auto" in (self._config.validation.strength, self._config.experimental.strength_first):
-            first, last = self._strongest(self._out / BEST)
-            log.info(
-                "judge: strength %g in the first block, %g in the last has the largest predicted gain", first, last
-            )
-            if distributed.is_first():
-                peft_format.scale_saved(adapter, peft_format.strength_by_depth(first, last, self._depth))
         log.info("judge: the adapter is that of step %d", best["step"])
 
-    def _strongest(self, folder: Path) -> tuple[float, float]:
-        """The best strengths of the first and the last block: one for all blocks, then another for the first."""
-        strength, first = self._config.validation.strength, self._config.experimental.strength_first
+    def _refuse(self, best: dict[str, Any]) -> NoReturn:
+        adapter, refused = self._out / "adapter", self._out / REFUSED
+        if distributed.is_first():
+            shutil.rmtree(refused, ignore_errors=True)
+            adapter.rename(refused)  # written just before, by rank 0 itself
+            shutil.rmtree(self._out / BEST, ignore_errors=True)
+        raise CheckFailedError(
+            "adapter: refused: on held-out images, without labels, every look is clearly worse than the base model "
+            f"(the best, at step {best['step']}: {best['predicted_gain']:+.2f}); use the base model, or try "
+            f"--preset gentle; the last adapter is in {refused}, the looks in {self._out / HISTORY}"
+        )
 
-        def gain(first: float, last: float) -> float:
-            vit = backbones.load_from(self._config.model).vit
-            of = peft_format.strength_by_depth(first, last, self._depth)
-            for name, adapter in peft_format.attach(vit, folder).items():
-                adapter.scale *= of(name)
-            return predicted_gain(judge(self._base, self._features(lora.merge(vit).to(self._compute.device))))
+    @property
+    def gain(self) -> Gain | None:
+        """Predicted gain of the best adapter at strengths (first block, last block); None without a best one."""
+        return None if self.best() is None else self._gain
 
-        distributed.gather(None)  # the others read what rank 0 has written
-        lasts = STRENGTHS if strength == "auto" else [float(strength)]
-        if isinstance(first, (float, int)):
-            return first, max(lasts, key=lambda last: gain(first, last))
-        last = max(lasts, key=lambda last: gain(last, last))
-        if first is None:
-            return last, last
-        return max(sorted({0.0, *STRENGTHS, last}), key=lambda first: gain(first, last)), last
+    def _gain(self, first: float, last: float) -> float:
+        vit = self._base.copy().vit
+        strength = peft_format.strength_by_depth(first, last, len(vit.blocks))
+        for name, adapter in peft_format.attach(vit, self._out / BEST).items():
+            adapter.scale *= strength(name)
+        return predicted_gain(judge(self._base_features, self._features(lora.merge(vit).to(self._compute.device))))
 
     @torch.no_grad()
     def _features(self, vit: nn.Module) -> Tensor:
@@ -162,13 +180,13 @@ class Validator:
         return torch.cat(parts).cpu().view(*self._views.shape[:2], -1)
 
 
-def _views(held_out: Source, base: backbones.Backbone, config: AdaptConfig, compute: Compute) -> Tensor:
+def _held_out_views(held_out: Source, base: Backbone, config: AdaptConfig, compute: Compute) -> Tensor:
     with Loader(
         held_out,
         batch_size=len(held_out),
         seed=_VIEWS_SEED,
         channels=len(base.mean),
-        max_bad_fraction=max(config.data.max_bad_fraction, 0.5),  # training says how much may be bad
+        max_bad_fraction=max(config.data.max_bad_fraction, 0.5),  # the limit holds for the training images
     ) as loader:
         batch = next(loader)
     # the default views whatever the run trains on, so that runs can be compared

@@ -40,14 +40,14 @@ from upstep_fast.runtime.atomic_file import write_atomic
 from upstep_fast.runtime.device import Compute, resolve
 from upstep_fast.runtime.machine import default_workers, peak_bytes
 from upstep_fast.runtime.signals import signals
-from upstep_fast.train import resume
+from upstep_fast.train.failures import MAX_BAD_STEPS
 from upstep_fast.train.finetune import classifier as finetuned
 from upstep_fast.train.finetune import feature_cache
 from upstep_fast.train.finetune import state as finetune_state
 from upstep_fast.train.finetune.feature_cache import Cached
 from upstep_fast.train.finetune.state import State
 from upstep_fast.train.finetune.step import balanced, make_logits, make_mixup, predict, top1, train_step
-from upstep_fast.train.loop import MAX_BAD_STEPS
+from upstep_fast.train.identity import Identity, identify
 from upstep_fast.version import __version__
 
 log = logging.getLogger("upstep_fast")
@@ -154,7 +154,7 @@ def make_reader(config: FinetuneConfig, backbone: Backbone, device: torch.device
 def _run(config: FinetuneConfig, compute: Compute, splits: Splits, backbone: Backbone, out: Path) -> FinetuneResult:
     if compute.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(compute.device)
-    identity = resume.identify(config, compute, splits.learn.source, backbones.fingerprint(backbone.vit))
+    identity = identify(config, compute, splits.learn.source, backbones.fingerprint(backbone.vit))
     settings = {name: value for name, value in identity.config.items() if name not in ("json", "cache", "adapter")}
     identity = replace(identity, config=settings)
     reader = make_reader(config, backbone, compute.device)
@@ -247,7 +247,7 @@ def _train(
     compute: Compute,
     reader: Reader,
     out: Path,
-    identity: resume.Identity,
+    identity: Identity,
 ) -> None:
     per_epoch = identity.data["images"] // config.optimization.batch_size
     steps, logits = config.optimization.epochs * per_epoch, make_logits(state.model, config)
@@ -262,7 +262,7 @@ def _train(
             if is_last:
                 if config.optimization.held_out:
                     accuracy = top1(*predict(state.model, choose(), compute, logits))
-                    state.remember(accuracy)
+                    state.end_epoch(accuracy)
                     row["held_out_top1"] = accuracy
                 else:
                     state.epoch += 1

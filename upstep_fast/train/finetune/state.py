@@ -1,4 +1,4 @@
-"""What a fine-tuning run is between two steps, as a checkpoint holds it (checkpoint.py)."""
+"""State of a fine-tuning run between two steps, and its checkpoints (runtime/checkpoint.py)."""
 
 from __future__ import annotations
 
@@ -15,28 +15,32 @@ from torch import Tensor, nn
 from upstep_fast.errors import ConfigError, RunFailedError
 from upstep_fast.runtime import checkpoint as checkpoints
 from upstep_fast.train.finetune.classifier import trained
-from upstep_fast.train.resume import STATE, Identity, check_same, manifest_entries
+from upstep_fast.train.identity import Identity, check_same, manifest_entries
+from upstep_fast.train.resume import STATE, find_checkpoint, moments, restore_moments
 
 log = logging.getLogger("upstep_fast")
 
 
 @dataclass
 class State:
-    """What changes from step to step."""
+    """Everything that changes from step to step."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    step: int = 0  # the next one
-    best: float = -1.0  # held-out accuracy in percent of the best epoch so far
+    step: int = 0  # number of steps taken
+    best: float = -1.0  # held-out accuracy of the best epoch so far, percent
     best_epoch: int = -1
     best_tensors: dict[str, Tensor] = field(default_factory=dict)
-    epoch: int = 0  # epochs done
+    epoch: int = 0  # number of finished epochs
     bad: int = 0  # steps in a row that were not applied
-    seconds: float = 0.0  # spent training so far
+    seconds: float = 0.0  # training time so far
 
-    def remember(self, accuracy: float) -> None:
-        """Take the held-out accuracy of the epoch that has ended; the first of equals is the best."""
+    def end_epoch(self, accuracy: float) -> None:
+        """Count the epoch and keep its weights if they are the best; the first of equals is kept.
+
+        accuracy: on held-out images, percent.
+        """
         if accuracy > self.best:
             self.best, self.best_epoch = accuracy, self.epoch
             self.best_tensors = {name: p.detach().clone() for name, p in trained(self.model).items()}
@@ -58,13 +62,13 @@ def save(state: State, folder: Path, identity: Identity, skipped: Mapping[str, s
 
 
 def resume_from(state: State, folder: Path, identity: Identity, skipped: dict[str, str]) -> None:
-    """Put the newest whole checkpoint into a fresh state, in place; says where the run goes on from.
+    """Restore the newest checkpoint in `folder` into a fresh state, in place, and log it.
 
-    Raises ConfigError if it belongs to another run, RunFailedError if it cannot be read.
+    skipped: updated with the images that the checkpoint names. Raises ConfigError if the checkpoint belongs to another
+    run, RunFailedError if it cannot be read.
     """
-    found = checkpoints.newest(folder)
+    found = find_checkpoint(folder)
     if found is None:
-        log.warning("resume: no checkpoint in %s; starting from the beginning", folder)
         return
     check_same(found, identity)
     try:
@@ -78,23 +82,18 @@ def resume_from(state: State, folder: Path, identity: Identity, skipped: dict[st
                 parameter.copy_(tensors[f"model.{name}"])
                 if f"best.{name}" in tensors:
                     state.best_tensors[name] = tensors[f"best.{name}"].to(parameter.device)
-                prefix = f"optimizer.{name}."
-                if moments := {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}:
-                    state.optimizer.state[parameter] = {k: t.to(parameter.device) for k, t in moments.items()}
+        restore_moments(trained(state.model).items(), state.optimizer, tensors)
         if state.scaler.is_enabled():
             state.scaler.load_state_dict(values["scaler"])
+    except ConfigError:
+        raise
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise RunFailedError(f"resume: {found.path} is no checkpoint of such a run ({error})") from error
     state.step = found.step
     log.info("resume: going on after step %d, from %s", found.step, found.path)
 
 
 def _tensors(state: State) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in trained(state.model).items():
-        tensors[f"model.{name}"] = parameter
-        for key, value in state.optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{name}.{key}"] = value
+    tensors: dict[str, Tensor] = {f"model.{name}": parameter for name, parameter in trained(state.model).items()}
+    tensors |= moments(trained(state.model).items(), state.optimizer)
     return tensors | {f"best.{name}": tensor for name, tensor in state.best_tensors.items()}

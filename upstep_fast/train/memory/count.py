@@ -36,6 +36,7 @@ from upstep_fast.kernels._dispatch import NAMESPACE
 from upstep_fast.kernels.attention.op import MAX_STORED
 from upstep_fast.model import backbone as backbones
 from upstep_fast.runtime.device import Compute
+from upstep_fast.train.step import forward_loss
 
 PARTS = ("weights", "folded", "adapters", "optimizer", "gradients", "views", "activations", "workspace")
 CUBLAS_BYTES = {
@@ -103,7 +104,7 @@ def count(config: AdaptConfig, compute: Compute, *, on: str | None = None, flops
         context = torch.autocast("cpu", dtype=compute.dtype) if stands_in and compute.dtype else compute.autocast()
         seen.part = "activations"
         with _counter(flops) as forward, context:
-            loss = open_loss(method, views, config)
+            loss = forward_loss(method, views, config)
         kept = seen.live["activations"]
         optimizer.zero_grad(set_to_none=True)
         seen.part = "workspace"
@@ -117,21 +118,6 @@ def count(config: AdaptConfig, compute: Compute, *, on: str | None = None, flops
     trained = sum(p.numel() for p in learned)
     waiting = (1 + DEPTH) * parts["views"] if on == "cuda" else 0
     return StepMemory(parts, kept, waiting, trained, forward.get_total_flops(), backward.get_total_flops())
-
-
-def open_loss(method: Any, views: Any, config: AdaptConfig) -> Tensor:
-    """The loss of an open step, as step.py's `forward` makes it; of one rank's sums, those of all are as large."""
-    if config.objective.layout == "symmetric":
-        learning, target = method.embed(views), None
-    else:
-        with torch.no_grad():
-            target = method.embed(views[:1])
-        if config.experimental.gate_unit == "image":
-            target = method.choose(target.with_global_stats(target.local_stats), 0)
-            learning = method.embed(views[1:, target.chosen])
-        else:
-            learning = method.embed(views[1:])
-    return method.loss(learning.with_global_stats(learning.local_stats), target)
 
 
 def hidden_bytes(shape: torch.Size, itemsize: int, on: str) -> int:

@@ -18,8 +18,9 @@ from upstep_fast.config.flat import replace_flat
 from upstep_fast.data.loading.loader import Batch
 from upstep_fast.model import backbone as backbones
 from upstep_fast.runtime.device import Compute
-from upstep_fast.train.memory.count import open_loss
 from upstep_fast.train.state import fresh_state
+from upstep_fast.train.step import forward_loss
+from upstep_fast.train.update import update
 
 CPU_IMAGES = 8  # of a calibrated step on a CPU, where a full batch may take minutes
 _COUNTED = "upstep_fast: the counted step"
@@ -60,6 +61,7 @@ def one_step(config: AdaptConfig, compute: Compute) -> tuple[Callable[[], None],
 
     Weights and images are random: they take the same time and memory as any.
     """
+    config = replace_flat(config, accumulate=1)  # each step updates
     backbone = backbones.load_from(config.model, pretrained=False)
     state = fresh_state(config, compute, backbone)
     image = torch.randint(256, (len(backbone.mean), *backbone.img_size), dtype=torch.uint8)
@@ -70,12 +72,9 @@ def one_step(config: AdaptConfig, compute: Compute) -> tuple[Callable[[], None],
         views = state.method.views(batch, compute.device)
         began = _now(compute)
         with compute.autocast():
-            loss = open_loss(state.method, views, config)
+            loss = forward_loss(state.method, views, config)
         middle = _now(compute)
-        state.optimizer.zero_grad(set_to_none=True)
-        state.scaler.scale(loss).backward()
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
+        update(loss, state, config)
         seconds.extend((middle - began, _now(compute) - middle))
 
     return take_step, seconds

@@ -1,0 +1,142 @@
+"""Identity of a run: what must be equal to resume from a checkpoint, and what is reported if it is not.
+
+Configuration, base model and data must be equal. The environment (versions, device, threads, decoder) decides only
+whether the resumed run is bit for bit the uninterrupted one; a difference is logged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.files import renamed
+from upstep_fast.config.finetune import FinetuneConfig
+from upstep_fast.config.flat import defaults, flat
+from upstep_fast.data.decode import gpu_jpeg
+from upstep_fast.data.decode.image import decoder_fingerprint
+from upstep_fast.data.sources.source import Source
+from upstep_fast.errors import ConfigError, RunFailedError
+from upstep_fast.kernels import _autotune
+from upstep_fast.kernels.views.op import made_by
+from upstep_fast.runtime import distributed
+from upstep_fast.runtime.checkpoint import Checkpoint
+from upstep_fast.runtime.device import Compute
+from upstep_fast.runtime.machine import package_version
+from upstep_fast.version import __version__
+
+log = logging.getLogger("upstep_fast")
+
+# flags that may change between a run and its resume; model and data are compared by content, not by name
+_FREE = {
+    *("model", "data", "out", "overwrite", "resume", "checkpoint_every", "log_every", "num_workers"),
+    *("max_bad_fraction", "device", "debug", "tensorboard", "verify_resume", "auto_batch", "rank_timeout"),
+    *("memory_check", "report_images", "strength", "strength_first", "keep_checkpoints", "cuda_graphs"),
+}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Run that a checkpoint belongs to and environment in which it was made, as JSON values."""
+
+    config: dict[str, Any]  # by flag
+    backbone: dict[str, Any]
+    data: dict[str, Any]
+    environment: dict[str, Any]
+    defaults: dict[str, Any] = field(default_factory=dict)  # by flag: value for checkpoints older than the flag
+
+
+def manifest_entries(identity: Identity) -> dict[str, Any]:
+    """Return the entries of a checkpoint's manifest that describe the run."""
+    return {name: value for name, value in vars(identity).items() if name != "defaults"}
+
+
+def identify(config: AdaptConfig | FinetuneConfig, compute: Compute, source: Source, backbone_sha256: str) -> Identity:
+    """Return the identity of this run. backbone_sha256: `backbone.fingerprint` of the base model without adapters."""
+    device, flags = compute.device, flat(config)
+    return Identity(
+        config=json.loads(json.dumps(flags)),
+        backbone={"name": config.model.name, "sha256": backbone_sha256},
+        data={"images": len(source), "sha256": source.fingerprint()},
+        environment={
+            "upstep_fast": __version__,
+            "torch": torch.__version__,
+            "triton": package_version("triton"),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "precision": compute.precision,
+            "ranks": distributed.size(),
+            "decoder": decoder_fingerprint(),
+            **({"gpu_decoder": gpu_jpeg.decoder_name()} if flags.get("decode") == "cuda" else {}),
+            "views": made_by(device),
+        },
+        defaults=json.loads(json.dumps(defaults(type(config)))),
+    )
+
+
+def agree(identity: Identity) -> None:
+    """Raise ConfigError naming the first entry in which a rank differs from rank 0: configuration, files or code."""
+    entries = manifest_entries(identity)
+    # the index of a rank's GPU, and what does not change the result, may differ
+    entries["config"] = {name: value for name, value in identity.config.items() if name != "device"}
+    entries["environment"] = {k: v for k, v in identity.environment.items() if k not in ("device", "cpu", "threads")}
+    distributed.agree_on(entries | {"code": _code()})
+
+
+def check_same(checkpoint: Checkpoint, identity: Identity) -> None:
+    """Raise ConfigError if `checkpoint` belongs to another run; log a warning if it is from another environment."""
+    _validate(checkpoint, identity)
+    then = checkpoint.manifest.get("environment")
+    then = then if isinstance(then, dict) else {}
+    changed = [
+        f"{name} was {then.get(name)}, is {value}"
+        for name, value in identity.environment.items()
+        if then.get(name) != value
+    ]
+    if changed:
+        log.warning("resume: not bit for bit the run it goes on from: %s", "; ".join(changed))
+
+
+def _validate(checkpoint: Checkpoint, identity: Identity) -> None:
+    saved = checkpoint.manifest
+    cure = "use what it was made with, or start again with --overwrite"
+    try:
+        if saved["backbone"]["sha256"] != identity.backbone["sha256"]:
+            raise ConfigError(
+                f"resume: {checkpoint.path} was made with another model ({saved['backbone']['name']}), "
+                f"not {identity.backbone['name']}; {cure}"
+            )
+        if saved["data"]["sha256"] != identity.data["sha256"]:
+            raise ConfigError(
+                f"resume: the images are not those of {checkpoint.path}: {saved['data']['images']} then, "
+                f"{identity.data['images']} now, or other names or sizes; {cure}"
+            )
+        # a flag that is newer than the checkpoint had its default
+        flags = {name: identity.defaults.get(name) for name in identity.config} | renamed(saved["config"])
+        changed = [
+            f"{name} was {value}, is {identity.config.get(name)}"
+            for name, value in flags.items()
+            if name not in _FREE and value != identity.config.get(name)
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RunFailedError(
+            f"resume: {checkpoint.path} is no checkpoint of a run ({type(error).__name__}: {error})"
+        ) from error
+    if changed:
+        raise ConfigError(
+            f"resume: {checkpoint.path} was made with another configuration: {'; '.join(changed)}; {cure}"
+        )
+
+
+def _code() -> str:
+    """Return the SHA-256 of this package's source."""
+    files = sorted(Path(__file__).parents[1].rglob("*.py")) + sorted(Path(_autotune.__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
