@@ -31,7 +31,7 @@ from upstep_fast.model import backbone, lora, peft_format, pooling
 from upstep_fast.model.export import export
 from upstep_fast.model.lora import LoraSpec
 from upstep_fast.runtime.device import resolve
-from upstep_fast.train import loop as trainer
+from upstep_fast.train import failures
 from upstep_fast.train.adapter_check import check_adapter
 from upstep_fast.train.state import fresh_state
 

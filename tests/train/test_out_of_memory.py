@@ -160,9 +160,7 @@ def test_no_step_is_applied_in_part(options, monkeypatch, tmp_path, where):
 
 
 def test_the_hosts_memory_counts_too():
-    assert is_out_of_memory(
-        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
-    )
+    assert is_out_of_memory(RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"))
     assert is_out_of_memory(MemoryError())
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 

@@ -21,8 +21,8 @@ from upstep_fast.errors import ConfigError, Interrupted, RunFailedError
 from upstep_fast.methods.upstep.upstep import UpStep
 from upstep_fast.model import peft_format
 from upstep_fast.runtime import checkpoint
-from upstep_fast.train import loop as trainer
 from upstep_fast.train import identity, resume
+from upstep_fast.train import loop as trainer
 from upstep_fast.train.state import fresh_state
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=5)
