@@ -25,7 +25,7 @@ from upstep_fast.data.sources.source import open_source
 from upstep_fast.data.views.view_config import view_config
 from upstep_fast.data.views.views import random_views
 from upstep_fast.evaluation import whitening
-from upstep_fast.evaluation.classifiers import knn_right, linear_probe
+from upstep_fast.evaluation.classifiers import knn_correct, linear_probe
 from upstep_fast.evaluation.features import Features, append_whitened, extract, unwhitened
 from upstep_fast.evaluation.label_free import judge
 from upstep_fast.evaluation.whitening import Whitening
@@ -133,7 +133,7 @@ def scores(job: Job, data: str, adapter: Path, work: Path, by_depth: bool = Fals
     result |= {kind: _accuracies(forms[kind], labels["data"], job.k) for kind in ("base", "base_whitened")}
     if job.source:
         forms = _forms(by, before["source"])
-        right_before = knn_right(*_sets(forms["base"], labels["source"]), SOURCE_K)
+        right_before = knn_correct(*_sets(forms["base"], labels["source"]), SOURCE_K)
         result["base"]["source"], result["n_source"] = _percent(right_before), len(right_before)
         result["base_whitened"]["source"] = knn_percent(forms["base_whitened"], labels["source"], SOURCE_K)
     if composites is not None:
@@ -155,7 +155,7 @@ def scores(job: Job, data: str, adapter: Path, work: Path, by_depth: bool = Fals
         if job.source and variant.measured != "gain":
             forms, at["source"] = _forms(by, before["source"], of(adapted, job.source)), {}
             for kind in KINDS:
-                right = knn_right(*_sets(forms[kind], labels["source"]), SOURCE_K)
+                right = knn_correct(*_sets(forms[kind], labels["source"]), SOURCE_K)
                 at["source"] |= {kind: _percent(right), f"{kind}_se": paired_error(right_before, right)}
         if composites is not None and variant.measured == "all":
             at["dense"] = dense.dense_score(adapted, *composites)
@@ -207,7 +207,7 @@ def _sets(x: list[Tensor], y: list[Tensor]) -> list[Features]:
 
 def knn_percent(x: list[Tensor], y: list[Tensor], k: int) -> float:
     """Accuracy of k-NN with the first of x and y as the bank, the second as the queries."""
-    return _percent(knn_right(*_sets(x, y), k))
+    return _percent(knn_correct(*_sets(x, y), k))
 
 
 def _percent(right: Tensor) -> float:

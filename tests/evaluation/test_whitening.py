@@ -79,7 +79,7 @@ def test_images_that_are_all_alike_have_nothing_to_whiten_and_it_is_said(caplog)
     for same in (x, x[:1], nearly):
         caplog.clear()
         both = whitening.append_whitened(same, whitening.fit(same))
-        assert f"the features of all {len(same)} images are alike" in caplog.text
+        assert f"the features of all {len(same)} images are equal" in caplog.text
         assert torch.equal(both[:, :8], same[:, 0] / 2**0.5) and not both[:, 8:].any()
 
 

@@ -1,4 +1,4 @@
-"""How good features are: k-NN, linear probe, whitening, label-free scores."""
+"""Quality of features: k-NN, linear probe, whitening and label-free scores."""
 
 from upstep_fast.evaluation.embeddings import embed
 from upstep_fast.evaluation.labelled import evaluate

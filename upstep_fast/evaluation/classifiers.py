@@ -11,37 +11,33 @@ from upstep_fast.evaluation.features import Features
 from upstep_fast.runtime import distributed
 
 KNN_TEMPERATURE = 0.07  # of the votes, as in DINO's k-NN
-
-
-PROBE_WEIGHTS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # L2 weights the probe chooses from, on a split of train
-
-
+PROBE_WEIGHTS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # L2 weights, chosen on a held-out part of train
 PROBE_HELD_OUT = 0.2
 
 
 def knn(train: Features, test: Features, k: int = 20) -> float:
-    """Top-1 accuracy in percent of a k-NN classifier, votes weighted by exp(similarity / 0.07).
+    """Return the top-1 accuracy in percent of a k-NN classifier; votes are weighted by exp(similarity / 0.07).
 
-    Both sets hold unit features and share their classes; k above the size of `train` is reduced to it.
+    train, test: unit features with the classes in one order. k is limited to the size of `train`.
     """
-    own = slice(distributed.rank(), None, distributed.size())
-    right = knn_right(train, Features(test.x[own], test.y[own], test.classes), k).sum()
-    return 100.0 * distributed.reduce(right).item() / len(test.y)
+    local = slice(distributed.rank(), None, distributed.size())
+    correct = knn_correct(train, Features(test.x[local], test.y[local], test.classes), k).sum()
+    return 100.0 * distributed.reduce(correct).item() / len(test.y)
 
 
-def knn_right(train: Features, test: Features, k: int = 20) -> Tensor:
-    """Which images of `test` the classifier of `knn` gets right, [N] bool; of one process."""
-    votes_of = F.one_hot(train.y, len(train.classes)).float()
-    right = []
+def knn_correct(train: Features, test: Features, k: int = 20) -> Tensor:
+    """Return which images of `test` the classifier of `knn` gets right, [N] bool; without communication."""
+    one_hot = F.one_hot(train.y, len(train.classes)).float()
+    correct = []
     for x, y in zip(test.x.split(1024), test.y.split(1024), strict=True):
         similarity, nearest = (x @ train.x.T).topk(min(k, len(train.x)), dim=1)
-        votes = (votes_of[nearest] * ((similarity - 1) / KNN_TEMPERATURE).exp()[..., None]).sum(1)
-        right.append(votes.argmax(1) == y)
-    return torch.cat(right)
+        votes = (one_hot[nearest] * ((similarity - 1) / KNN_TEMPERATURE).exp()[..., None]).sum(1)
+        correct.append(votes.argmax(1) == y)
+    return torch.cat(correct)
 
 
 def linear_probe(train: Features, test: Features, *, seed: int = 0) -> float:
-    """Top-1 accuracy in percent of logistic regression; its L2 weight is chosen on a split of `train`, not on test."""
+    """Return the top-1 accuracy in percent of logistic regression; its L2 weight is chosen on a part of `train`."""
     mean, std = train.x.mean(0), train.x.std(0).clamp_min(1e-6)
     x, x_test = (train.x - mean) / std, (test.x - mean) / std
     held_out = held_out_of(train.y, PROBE_HELD_OUT, seed)
@@ -53,13 +49,13 @@ def linear_probe(train: Features, test: Features, *, seed: int = 0) -> float:
             return _accuracy(model, x[held_out], train.y[held_out])
 
         best = max(PROBE_WEIGHTS, key=held_out_accuracy)
-    else:  # one image a class leaves nothing to choose on
+    else:  # with one image per class nothing can be held out
         best = PROBE_WEIGHTS[len(PROBE_WEIGHTS) // 2]
     return _accuracy(fit_logistic(x, train.y, classes, best), x_test, test.y)
 
 
 def fit_logistic(x: Tensor, y: Tensor, classes: int, l2: float, iterations: int = 100) -> nn.Linear:
-    """Minimises mean cross-entropy + l2/2 |W|^2 by L-BFGS. x: [N, D]; y: [N]."""
+    """Minimize mean cross-entropy + l2/2 |W|^2 by L-BFGS and return the model. x: [N, D]; y: [N] int64."""
     model = nn.Linear(x.shape[1], classes)
     nn.init.zeros_(model.weight)
     nn.init.zeros_(model.bias)

@@ -1,4 +1,4 @@
-"""Writes features of images to a file: upstep-fast embed."""
+"""The embed command: features of images, with their paths, as a file."""
 
 from __future__ import annotations
 
@@ -25,21 +25,41 @@ from upstep_fast.runtime.device import resolve
 
 
 def embed(model: str, data: str | Path | Sequence[str | Path], out: str | Path, **options: Any) -> Path:
-    """Write features of every image with its path; keywords are EmbedConfig's. Returns the file.
+    """Write the features of every image with its path to `out` and return `out`; keywords are EmbedConfig's.
 
-    [N, D] for features of width D, [N, 2 D] with ensemble; with a whitening three times as wide, or twice where the
-    model's features are the mean patch token.
+    Features of width D give [N, D], with ensemble [N, 2 D]; a whitening makes them three times as wide, or twice for
+    models whose features are the mean patch token. Raises UpstepError.
     """
     paths = (data,) if isinstance(data, (str, Path)) else data
     return run_embed(from_flat(EmbedConfig, model=model, data=tuple(str(p) for p in paths), out=str(out), **options))
 
 
 def run_embed(config: EmbedConfig) -> Path:
-    """As `embed`. Raises UpstepError."""
+    """Run the embed command, see `embed`. Raises UpstepError."""
     out = Path(config.out)
-    writers = {".npy": _write_npy, ".safetensors": _write_safetensors, ".parquet": _write_parquet}
-    if out.suffix not in writers:
-        raise ConfigError(f"out: {out.name} must end in {', '.join(writers)}")
+    _check_files(out, config)
+    compute = resolve(config.runtime.device, config.runtime.precision)
+    with distributed.joined(compute.device):
+        source, models = open_source(config.data.paths), load_models(config)
+        whitens = bool(config.whitening or config.fit_whitening)
+        fingerprints = _fingerprints(models, config) if whitens else {}
+        fitted = whitening.read(config.whitening, fingerprints) if config.whitening else {}
+        x, indices = extract(source, models, config, compute, patches=whitens)
+        if config.fit_whitening:
+            fitted = {name: whitening.fit(x[name]) for name in models}
+            if distributed.is_first():
+                whitening.write(config.fit_whitening, fitted, fingerprints)
+        features = append_whitened(x, fitted) if fitted else unwhitened(x)
+        kind = "ensemble" if config.ensemble else "adapted" if config.adapter else "base"
+        if distributed.is_first():
+            WRITERS[out.suffix](out, features[kind], [source.name(i) for i in indices])
+    return out
+
+
+def _check_files(out: Path, config: EmbedConfig) -> None:
+    """Raise ConfigError, before slow work, if `out` or the whitening file cannot be written."""
+    if out.suffix not in WRITERS:
+        raise ConfigError(f"out: {out.name} must end in {', '.join(WRITERS)}")
     files = {"out": out} | ({"fit_whitening": Path(config.fit_whitening)} if config.fit_whitening else {})
     if len({path.with_suffix("") for path in files.values()}) < len(files):
         raise ConfigError(f"fit_whitening: {config.fit_whitening} and --out {out} need names that differ")
@@ -48,40 +68,19 @@ def run_embed(config: EmbedConfig) -> Path:
             raise ConfigError(f"{field}: {path} exists; choose another name or add --overwrite")
         if not path.parent.is_dir():
             raise ConfigError(f"{field}: no folder {path.parent}")
-    compute = resolve(config.runtime.device, config.runtime.precision)
-    with distributed.joined(compute.device):
-        source, models = open_source(config.data.paths), load_models(config)
-        whitens = bool(config.whitening or config.fit_whitening)
-        fingerprints = _fingerprints(models, config) if whitens else {}
-        fitted = whitening.read(config.whitening, fingerprints) if config.whitening else {}
-        x, read = extract(source, models, config, compute, patches=whitens)
-        if config.fit_whitening:
-            fitted = {name: whitening.fit(x[name]) for name in models}
-            if distributed.is_first():
-                whitening.write(config.fit_whitening, fitted, fingerprints)
-        features = append_whitened(x, fitted) if fitted else unwhitened(x)
-        kind = "ensemble" if config.ensemble else "adapted" if config.adapter else "base"
-        if distributed.is_first():
-            writers[out.suffix](out, features[kind], [source.name(i) for i in read])
-    return out
 
 
 def _fingerprints(models: Mapping[str, Backbone], config: EmbedConfig) -> dict[str, str]:
-    """What tells the base model and the adapted one from others, whatever machine merges them."""
-    found = {"base": backbones.fingerprint(models["base"].vit)}
-    return found | ({"adapted": f"{found['base']} {peft_format.fingerprint(config.adapter)}"} if config.adapter else {})
-
-
-def _write_text(path: Path, text: str, field: str) -> None:
-    try:
-        path.write_text(text)
-    except OSError as error:
-        raise ConfigError(f"{field}: cannot write {path}: {error.strerror}") from error
+    """Return {"base": ..., "adapted": ...}; the second is of base model and adapter files, not of merged weights."""
+    base = backbones.fingerprint(models["base"].vit)
+    if config.adapter is None:
+        return {"base": base}
+    return {"base": base, "adapted": f"{base} {peft_format.fingerprint(config.adapter)}"}
 
 
 def _write_npy(out: Path, x: Tensor, names: list[str]) -> None:
     _write(out, lambda file: np.save(file, x.numpy()))
-    _write(out.with_suffix(".txt"), lambda file: file.write("".join(f"{n}\n" for n in names).encode()))
+    _write(out.with_suffix(".txt"), lambda file: file.write("".join(f"{name}\n" for name in names).encode()))
 
 
 def _write_safetensors(out: Path, x: Tensor, names: list[str]) -> None:
@@ -99,14 +98,19 @@ def _write_parquet(out: Path, x: Tensor, names: list[str]) -> None:
             "out: .parquet needs pyarrow; `pip install pyarrow`, or write .npy or .safetensors"
         ) from error
     column = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(x.numpy().ravel()), x.shape[1])
-    _write(
-        out,
-        lambda file: pyarrow.parquet.write_table(pyarrow.table({"path": names, "features": column}), file),
-    )
+    table = pyarrow.table({"path": names, "features": column})
+    _write(out, lambda file: pyarrow.parquet.write_table(table, file))
 
 
-def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def _write(path: Path, content: Callable[[BinaryIO], object]) -> None:
     try:
-        write_atomic(path, write)
+        write_atomic(path, content)
     except OSError as error:
         raise ConfigError(f"out: cannot write {path}: {error.strerror}") from error
+
+
+WRITERS: dict[str, Callable[[Path, Tensor, list[str]], None]] = {
+    ".npy": _write_npy,
+    ".safetensors": _write_safetensors,
+    ".parquet": _write_parquet,
+}

@@ -1,4 +1,4 @@
-"""Features of images by the base model, the adapted model and both (ensemble), plain or whitened."""
+"""Features of images by the base model, the adapted model and both (ensemble), unwhitened or whitened."""
 
 from __future__ import annotations
 
@@ -30,26 +30,27 @@ log = logging.getLogger("upstep_fast")
 
 @dataclass(frozen=True)
 class Features:
-    """Features of a labelled set of images."""
+    """Features of a labeled set of images."""
 
     x: Tensor  # [N, D] fp32, unit length
     y: Tensor  # [N] int64, index into `classes`
     classes: tuple[str, ...]
 
 
-Form = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]  # what `extract` found -> [N, *] by base, adapted, ensemble
+# {model: [N, P, D]} of `extract` -> {"base", "adapted", "ensemble": [N, ...]}
+Form = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Extracted:
-    """What `extract` found of a labelled set of images."""
+    """The result of `extract` on a labeled set of images."""
 
-    x: dict[str, Tensor]
-    y: Tensor
+    x: dict[str, Tensor]  # by model, [N, P, D]
+    y: Tensor  # [N] int64, index into `classes`
     classes: tuple[str, ...]
 
     def features(self, form: Form) -> dict[str, Features]:
-        """In one form, by "base", "adapted" and "ensemble"."""
+        """Return the features in one form, by "base", "adapted" and "ensemble"."""
         return {name: Features(x, self.y, self.classes) for name, x in form(self.x).items()}
 
 
@@ -75,15 +76,16 @@ def extract(
     compute: Compute,
     patches: bool = True,
 ) -> tuple[dict[str, Tensor], list[int]]:
-    """Run every model on every readable image. Returns {model: [N, P, D]} of unit length and the images' indices.
+    """Run every model on every readable image. Return {model: unit features [N, P, D]} and the indices read, [N].
 
-    patches: append the mean patch token (`pooling.pooled_and_patch_mean`); False: pooled features only, P = 1.
+    patches: append the mean patch token (`pooling.pooled_and_patch_mean`); False: pooled features only, P = 1. Under
+    torchrun each rank reads a part of the images, and all ranks return all features. Raises DataError.
     """
     base = models["base"]
     pool = pooling.pooled_and_patch_mean if patches else pooling.pooled_only
     runs = {name: _feature_function(model, config, compute, pool) for name, model in models.items()}
     rows: dict[str, list[Tensor]] = {name: [] for name in models}
-    read: list[int] = []
+    local_indices: list[int] = []
     skipped = SkippedImages()
     batches = load_images(
         source,
@@ -94,25 +96,30 @@ def extract(
         max_bad_fraction=config.data.max_bad_fraction,
         skipped=skipped,
     )
-    for indices, images in batches:
+    for batch_indices, images in batches:
         x = base.normalized(images.to(compute.device))
-        read += indices.tolist()
+        local_indices += batch_indices.tolist()
         for name, run in runs.items():
             with compute.autocast():
                 f = run(x)
             rows[name].append(F.normalize(f.float(), dim=-1).cpu())
+    indices = _gather_indices(local_indices, skipped, len(source))
+    return {name: _gather_features(rows[name], model, patches) for name, model in models.items()}, indices
+
+
+def _gather_indices(local: list[int], skipped: SkippedImages, count: int) -> list[int]:
     for name, reason in skipped.items():
         log.warning("skipped %s: %s", name, reason)
-    read = [index for part in distributed.gather(read) for index in part]
-    if not read:
-        raise DataError(
-            f"data: none of the {len(source)} images could be read; the first: {next(iter(skipped.items()))}"
-        )
-    # a rank without images has none to tell the shape of
-    num = {name: pooling.num_parts(model.vit) if patches else 1 for name, model in models.items()}
-    nothing = {name: torch.empty(0, num[name], model.width) for name, model in models.items()}
-    own = {name: torch.cat(parts) if parts else nothing[name] for name, parts in rows.items()}
-    return {name: torch.cat(distributed.gather_parts(x)) for name, x in own.items()}, read
+    indices = [index for part in distributed.gather(local) for index in part]
+    if not indices:
+        raise DataError(f"data: none of the {count} images could be read; the first: {next(iter(skipped.items()))}")
+    return indices
+
+
+def _gather_features(rows: list[Tensor], model: Backbone, patches: bool) -> Tensor:
+    # a rank that read no image still needs the shape
+    num = pooling.num_parts(model.vit) if patches else 1
+    return torch.cat(distributed.gather_parts(torch.cat(rows) if rows else torch.empty(0, num, model.width)))
 
 
 def _feature_function(
@@ -120,29 +127,31 @@ def _feature_function(
 ) -> Callable[[Tensor], Tensor]:
     vit = model.vit.to(compute.device).requires_grad_(False)
 
-    def by_the_model(images: Tensor) -> Tensor:
+    def reference(images: Tensor) -> Tensor:
         return pool(vit, vit.forward_features(images))
 
     if config.runtime.implementation == "reference":
-        return by_the_model
+        return reference
     dtype = compute.dtype or torch.float32
-    return engine.choose(vit, dtype, "fast", otherwise=by_the_model, fp8=compute.fp8, pool=pool)
+    return engine.choose(vit, dtype, "fast", otherwise=reference, fp8=compute.fp8, pool=pool)
 
 
 def unwhitened(x: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of what `extract` found the features as they are, [N, D], and their ensemble [N, 2 D]."""
+    """Return the unwhitened features [N, D] per model, and the ensemble [N, 2 D]. x: of `extract`."""
     return _with_ensemble({name: parts[:, 0].contiguous() for name, parts in x.items()})
 
 
 def append_whitened(x: Mapping[str, Tensor], fitted: Mapping[str, Whitening]) -> dict[str, Tensor]:
-    """Of what `extract` found the features with whitened ones beside them, and their ensemble."""
+    """Return the features with whitened ones appended, [N, (1 + P) D] per model, and the ensemble. x: of `extract`."""
     return _with_ensemble({name: whitening.append_whitened(x[name], by) for name, by in fitted.items()})
 
 
-def _with_ensemble(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    return found | ({"ensemble": ensemble(found["base"], found["adapted"])} if "adapted" in found else {})
+def _with_ensemble(features: dict[str, Tensor]) -> dict[str, Tensor]:
+    if "adapted" not in features:
+        return features
+    return features | {"ensemble": ensemble(features["base"], features["adapted"])}
 
 
 def ensemble(base: Tensor, adapted: Tensor) -> Tensor:
-    """Unit features side by side, of unit length again: their cosine is the mean of the two. [N, D] -> [N, 2 D]."""
+    """Concatenate unit features to unit length, [N, D] -> [N, 2 D]: the cosine of two ensembles is the mean of both."""
     return torch.cat([base, adapted], -1) / 2**0.5

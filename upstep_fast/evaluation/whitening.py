@@ -1,19 +1,18 @@
-"""Whitened features beside the features as they are: nearer neighbours on a new domain, without labels or training.
+"""Whitened features, appended to the unwhitened ones: better neighbors on a new domain, without labels or training.
 
-    x = f / |f|,  p = g / |g|                       unit: the features, D numbers, and the mean of the patch tokens
-    m = mean x,  C = mean (x - m)(x - m)^T          of N unlabelled images of the domain; of p likewise
+    x = f / |f|,  p = g / |g|                       unit vectors: the features, [D], and the mean patch token, [D]
+    m = mean x,  C = mean (x - m)(x - m)^T          over N unlabeled images of the domain; for p as for x
     S = (1 - rho) C + rho tr(C)/D I                 rho by OAS: the fewer images, the nearer to 1
-    w(x) = S^(-1/2) (x - m), made a unit vector     every direction of the domain counts alike
-    phi = [x / sqrt(2), w(x) / 2, w(p) / 2]         3 D numbers of unit length
+    w(x) = S^(-1/2) (x - m), made a unit vector     every direction of the domain has equal weight
+    phi = [x / sqrt(2), w(x) / 2, w(p) / 2]         [3 D], unit length
 
-A product phi . phi is half the cosine of the features as they are, half the mean of the whitened ones. Where the
-features are the mean patch token already, phi = [x, w(x)] / sqrt(2).
+A product phi . phi is half the cosine of the unwhitened features plus half the mean cosine of the whitened ones. If
+the features are the mean patch token already, phi = [x, w(x)] / sqrt(2).
 
-A pretrained model's few strong directions tell its own classes apart; on another domain the weak ones do as much.
-Whitened features alone lose on the model's own domain, beside the others they hardly do:
-bench/results/quality_five_sets.md.
-Whitening for retrieval: Jegou and Chum 2012; OAS: Chen et al. 2010, eq. 23 (as scikit-learn has it). Their place side
-by side is ours.
+The top principal directions separate the pretraining classes; on a new domain the small ones are as informative.
+Whitened features alone lose accuracy on the model's own domain, appended they hardly do: docs/quality_five_sets.md.
+Whitening for retrieval: Jegou and Chum 2012; OAS: Chen et al. 2010, eq. 23 (as in scikit-learn). Appending the
+whitened features is ours.
 """
 
 from __future__ import annotations
@@ -34,21 +33,21 @@ from upstep_fast.runtime.atomic_file import write_atomic
 
 log = logging.getLogger("upstep_fast")
 
-ALIKE = 1e-10  # spread of unit vectors, tr(C), below which only rounding tells them apart
+MIN_SPREAD = 1e-10  # of unit vectors, tr(C): below it they differ only by rounding
 
 
 @dataclass(frozen=True)
 class Whitening:
-    """What `fit` found of one model's features and, P = 2, its mean patch tokens."""
+    """The whitening of one model's features and, P = 2, its mean patch tokens."""
 
     mean: Tensor  # [P, D] fp32
     matrix: Tensor  # [P, D, D] fp32, S^(-1/2), symmetric
 
 
 def fit(x: Tensor) -> Whitening:
-    """Of unit vectors x [N, P, D]. Where all are alike, a warning says so, and the matrix is 0."""
-    found = [_fit(part) for part in x.unbind(1)]
-    return Whitening(*(torch.stack(tensors).float() for tensors in zip(*found, strict=True)))
+    """Fit a whitening to unit vectors x [N, P, D]. If all are equal, the matrix is 0 and a warning is logged."""
+    parts = [_fit(part) for part in x.unbind(1)]
+    return Whitening(*(torch.stack(tensors).float() for tensors in zip(*parts, strict=True)))
 
 
 def _fit(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,33 +55,33 @@ def _fit(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.double() - mean
     eigenvalues, vectors = torch.linalg.eigh(x.T @ x / len(x))
     eigenvalues = eigenvalues.clamp_min(0)
-    if eigenvalues.sum() < ALIKE:
-        log.warning("whitening: the features of all %d images are alike; nothing is whitened", len(x))
+    if eigenvalues.sum() < MIN_SPREAD:
+        log.warning("whitening: the features of all %d images are equal; nothing is whitened", len(x))
         return mean, torch.zeros_like(vectors)
     rho = shrinkage(eigenvalues, len(x))
     return mean, (vectors * ((1 - rho) * eigenvalues + rho * eigenvalues.mean()).rsqrt()) @ vectors.T
 
 
 def shrinkage(eigenvalues: Tensor, num: int) -> float:
-    """Rho of the oracle approximating shrinkage, 0 to 1, from the eigenvalues [D] of a covariance of `num` images."""
+    """Return rho of oracle approximating shrinkage, 0 to 1. eigenvalues: [D], of the covariance of `num` images."""
     squares, square = eigenvalues.square().mean() / len(eigenvalues), eigenvalues.mean().square()
     denominator = (num + 1) * (squares - square / len(eigenvalues))
     return min(1.0, float((squares + square) / denominator)) if denominator > 0 else 1.0
 
 
-def append_whitened(x: Tensor, by: Whitening) -> Tensor:
-    """phi: unit vectors [N, P, D], the features first -> [N, (1 + P) D], of unit length unless nothing is whitened."""
-    return torch.cat([x[:, 0], whitened(x, by).flatten(1) / x.shape[1] ** 0.5], -1) / 2**0.5
+def append_whitened(x: Tensor, fitted: Whitening) -> Tensor:
+    """Return phi: unit vectors [N, P, D], features first -> [N, (1 + P) D], of unit length unless the matrix is 0."""
+    return torch.cat([x[:, 0], whitened(x, fitted).flatten(1) / x.shape[1] ** 0.5], -1) / 2**0.5
 
 
-def whitened(x: Tensor, by: Whitening) -> Tensor:
-    """w: unit vectors [N, P, D] -> [N, P, D], each of unit length, or 0 where nothing is whitened."""
-    return F.normalize(torch.einsum("npd,pde->npe", x - by.mean, by.matrix), dim=-1)
+def whitened(x: Tensor, fitted: Whitening) -> Tensor:
+    """Return w: unit vectors [N, P, D] -> unit vectors [N, P, D], or 0 if the matrix is 0."""
+    return F.normalize(torch.einsum("npd,pde->npe", x - fitted.mean, fitted.matrix), dim=-1)
 
 
 def write(path: str | Path, fitted: Mapping[str, Whitening], fingerprints: Mapping[str, str]) -> None:
-    """Write whitenings and their models' fingerprints, by name ("base", "adapted"), as safetensors; or ConfigError."""
-    tensors = {f"{name}.{part}": x.contiguous() for name, by in fitted.items() for part, x in vars(by).items()}
+    """Write whitenings and model fingerprints, by name ("base", "adapted"), as safetensors. Raises ConfigError."""
+    tensors = {f"{name}.{part}": x.contiguous() for name, one in fitted.items() for part, x in vars(one).items()}
     try:
         write_atomic(Path(path), save(tensors, metadata=dict(fingerprints)))
     except OSError as error:
@@ -90,12 +89,12 @@ def write(path: str | Path, fitted: Mapping[str, Whitening], fingerprints: Mappi
 
 
 def read(path: str | Path, fingerprints: Mapping[str, str]) -> dict[str, Whitening]:
-    """What `write` wrote for these models. Raises ConfigError for a file that is none, or is of other models."""
+    """Read the whitenings of these models. Raises ConfigError if the file is damaged or was fitted to other models."""
     try:
         with safe_open(path, "pt") as file:
-            written = file.metadata() or {}
+            metadata = file.metadata() or {}
             for name, fingerprint in fingerprints.items():
-                if written.get(name) != fingerprint:
+                if metadata.get(name) != fingerprint:
                     raise ConfigError(
                         f"whitening: {path} was not fitted to this {name} model; fit one with --fit-whitening"
                     )

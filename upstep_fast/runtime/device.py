@@ -61,7 +61,7 @@ def resolve(device: str, precision: str) -> Compute:
     if precision == "fp8" and (resolved.type == "cpu" or torch.cuda.get_device_capability(resolved) < (8, 9)):
         raise ConfigError("precision: fp8 needs a GPU with fp8 matrix products (Ada, Hopper or newer); use bf16")
     if precision == "bf16" and resolved.type == "cuda" and torch.cuda.get_device_capability(resolved)[0] < 8:
-        raise ConfigError("precision: bf16 needs an Ampere GPU or newer; use fp16 or fp32")
+        raise ConfigError("precision: this GPU has no bf16, which needs Ampere or newer; use fp16 or fp32")
     return Compute(resolved, precision)
 
 
