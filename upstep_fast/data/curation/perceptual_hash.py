@@ -20,7 +20,7 @@ from upstep_fast.data.views.resize import resize
 
 SIDE, LOW = 32, 8
 NEAR = 2  # bits; as half of the bits are 1, the distance of two hashes is always even
-WINDOW = 64  # neighbours looked at, in each of the four orders
+WINDOW = 64  # neighbors compared, in each of the four orders
 
 
 def perceptual_hash(image: Tensor) -> int:

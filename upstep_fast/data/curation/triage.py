@@ -80,7 +80,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class _Features:
-    """What the rules need to know of an image."""
+    """Features of an image that the rules compare."""
 
     digest: bytes  # of the pixels
     hash: int  # perceptual, 64 bits

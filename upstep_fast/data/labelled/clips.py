@@ -233,7 +233,7 @@ def _readable(
     options: ReaderOptions,
     skipped: SkippedImages,
 ) -> list[tuple[int, list[Tensor]]]:
-    """Return the readable clips of a batch and add the others to `skipped`. Raises DataError for too many."""
+    """Return the readable clips of a batch and add bad ones to `skipped`. Raises DataError for too many."""
     good = []
     for index, frames in batch:
         if isinstance(frames, BadImage):

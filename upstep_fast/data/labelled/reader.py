@@ -11,7 +11,7 @@ from upstep_fast.data.views.view_config import ViewConfig
 
 @dataclass(frozen=True)
 class ReaderOptions:
-    """How images or clips become a model's input, and in which batches."""
+    """Options that turn images or clips into batches of a model's input."""
 
     size: tuple[int, int]  # of the model's input, pixels
     mean: tuple[float, ...]  # one per channel, on a 0..1 scale

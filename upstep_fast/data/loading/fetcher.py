@@ -20,7 +20,7 @@ MAX_DRAWS = 100  # replacements tried for one image
 
 @dataclass
 class Chunk:
-    """A part of a batch: decoded images with their indices, and the bad images that were met."""
+    """Part of a batch: decoded images with their indices, and bad images."""
 
     epoch: int
     num_chunks: int  # of this batch
@@ -79,7 +79,7 @@ class Fetcher:
     def _first_readable(
         self, epoch: int, position: int, gpu_images: dict[int, Tensor | None], chunk: Chunk
     ) -> tuple[int, Tensor] | None:
-        """Return the image at `position` or the first readable one drawn in its place; the others go to `chunk.bad`."""
+        """Return the image at `position` or the first readable one drawn in its place; bad ones go to `chunk.bad`."""
         index = position
         for draw in range(MAX_DRAWS):
             try:

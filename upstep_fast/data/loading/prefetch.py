@@ -26,7 +26,7 @@ DEPTH = 1  # batches whose views wait on the device
 
 @dataclass(frozen=True)
 class Ready(Generic[T]):
-    """An item and its views, which another CUDA stream may still be computing."""
+    """Item of a stream with its views, which another CUDA stream may still be computing."""
 
     item: T
     views: Any  # tensors in lists, tuples, dicts or dataclasses; without an event a function that computes them

@@ -1,4 +1,4 @@
-"""Some images of a source as a source of their own."""
+"""Subset of a source's images as a source."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from upstep_fast.data.sources.source import Source
 
 @dataclass(frozen=True, eq=False)
 class Subset:
-    """The part of a source that holds the images at `indices`, in that order."""
+    """Part that holds the images at `indices` of another source, in that order."""
 
     source: Source
     indices: np.ndarray  # [N] int64

@@ -1,4 +1,4 @@
-"""The views of a batch: what a loader hands to a training method."""
+"""Views of a batch, the input of a training method."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class Views:
     @classmethod
     def of(cls, pixels: Tensor, local: Tensor | None = None) -> Views:
         """Return views of pixels [V, B, C, H, W], which have their size."""
-        return cls(pixels, *pixels.shape[-2:], local)
+        height, width = pixels.shape[-2:]
+        return cls(pixels, height, width, local)
 
     @property
     def num_images(self) -> int:
@@ -43,7 +44,7 @@ class Views:
         return len(self.pixels)
 
     def __getitem__(self, key: Any) -> Views:
-        """Return some of the global views, with the local views of the same images."""
+        """Return some of the global views, with the local views of their images."""
         images = key[1] if isinstance(key, tuple) else slice(None)
         local = None if self.local is None else self.local[:, images]
         return dataclasses.replace(self, pixels=self.pixels[key], local=local)

@@ -80,13 +80,6 @@ def draw_params(
     top, left, height, width = _crops(config, np.tile(heights, views), np.tile(widths, views), u)
     # a quarter turn counter-clockwise is a left-right flip, then a transposition; three are an up-down flip, then it
     turns = np.where(u[:, ROTATE] < config.rotate90, 1 + np.floor(3 * u[:, TURNS]), 0)
-
-    def factor(slot: int, value: float) -> np.ndarray:
-        low = max(0.0, 1 - value)
-        return (low + u[:, slot] * (1 + value - low)).astype(np.float32)
-
-    # lizard forgives: one line per random parameter, in the order of the slots
-    low, high = config.blur_sigma
     return ViewParams(
         image=np.tile(np.arange(len(indices)), views),
         top=top,
@@ -96,14 +89,18 @@ def draw_params(
         flip_x=(u[:, FLIP] < config.flip) ^ np.isin(turns, (1, 2)),
         flip_y=(u[:, VERTICAL_FLIP] < config.vertical_flip) ^ np.isin(turns, (2, 3)),
         transpose=turns % 2 == 1,
-        brightness=factor(BRIGHTNESS, config.brightness),
-        contrast=factor(CONTRAST, config.contrast),
-        saturation=factor(SATURATION, config.saturation),
+        brightness=_between(u[:, BRIGHTNESS], max(0.0, 1 - config.brightness), 1 + config.brightness),
+        contrast=_between(u[:, CONTRAST], max(0.0, 1 - config.contrast), 1 + config.contrast),
+        saturation=_between(u[:, SATURATION], max(0.0, 1 - config.saturation), 1 + config.saturation),
         hue=((2 * u[:, HUE] - 1) * config.hue).astype(np.float32),
         gray=u[:, GRAY] < config.gray,
-        sigma=np.where(u[:, BLUR] < config.blur, low + u[:, SIGMA] * (high - low), 0.0).astype(np.float32),
+        sigma=_between(u[:, SIGMA], *config.blur_sigma) * (u[:, BLUR] < config.blur),
         solarize=u[:, SOLARIZE] < config.solarize,
     )
+
+
+def _between(u: np.ndarray, low: float, high: float) -> np.ndarray:
+    return (low + u * (high - low)).astype(np.float32)
 
 
 def _crops(config: ViewConfig, heights: np.ndarray, widths: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, ...]:

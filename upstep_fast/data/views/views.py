@@ -141,7 +141,7 @@ def _make(
     if made_by(device) == "cpp":
         return _make_compiled(images, params, config, mean, std, patch, dtype)
     step = min(count, max(1, CHUNK_BYTES // (4 * math.prod(shape))))
-    out = torch.empty(count, *shape, dtype=dtype)  # as images, or the same memory in the order of patches
+    out = torch.empty(count, *shape, dtype=dtype)  # as images; `cells`: this memory in the order of patches
     cells = out.view(in_patches(out, patch).shape) if patch else out
     room = None if cells is out and dtype == torch.float32 else torch.empty(step, *shape)
     for start in range(0, count, step):
@@ -188,19 +188,25 @@ def _make_fused(
 ) -> Tensor:
     """Compute views by the GPU's kernel."""
     boxes, factors = (torch.from_numpy(values).to(mean.device) for values in (p.boxes(), p.factors()))
-    options = {
-        "interpolation": config.interpolation,
-        "taps": _blur_size(config) if p.sigma.any() else (1, 1),
-        "patch": patch,
-        "dtype": dtype,
-    }
-    return make_views(*packed, boxes, factors, mean, std, config.height, config.width, **options)
+    return make_views(
+        *packed,
+        boxes,
+        factors,
+        mean,
+        std,
+        config.height,
+        config.width,
+        interpolation=config.interpolation,
+        taps=_blur_size(config) if p.sigma.any() else (1, 1),
+        patch=patch,
+        dtype=dtype,
+    )
 
 
 def _resize(images: Sequence[Tensor], p: ViewParams, config: ViewConfig, out: Tensor) -> None:
     """Write W_y x W_x^T of some views to out [n, C, H_out, W_out], in 0..1, on a CPU.
 
-    The method depends on an image's own size alone, or a view would change with the others of its batch.
+    The method depends on an image's own size alone, or a view would change with its batch.
     """
     large = np.array([images[i].shape[1] * images[i].shape[2] > MATMUL_PIXELS for i in p.image])
     if not large.any():
