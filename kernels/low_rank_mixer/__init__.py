@@ -1,4 +1,4 @@
-"""LoSA's low-rank mixers."""
+"""Low-rank mixers of LoSA."""
 
 from .op import low_rank_mixer, low_rank_mixer_reference
 

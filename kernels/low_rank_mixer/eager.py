@@ -1,6 +1,6 @@
-"""`low_rank_mixer` by the library's products: the form for CPUs, for clips and for whatever Triton does not take.
+"""Eager form of `low_rank_mixer`, by library products: for CPUs, for clips and for what Triton does not take.
 
-Of what is D wide, u alone is kept; the rest is computed again: two thin products and a norm a mixer.
+Of the tensors that are D wide only u is saved; backward computes the rest again: two thin products and a norm a mixer.
 """
 
 from __future__ import annotations
@@ -11,72 +11,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..layer_norm import eager as layer_norm_plain
+from ..layer_norm import eager as layer_norm_eager
 from ..layer_norm.op import layer_norm_backward, layer_norm_forward
+from .args import MixerArgs
 
 
-def forward(
-    b: Tensor,
-    a: Tensor,
-    axes: Sequence[str],
-    combine: str,
-    frames: int,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    factors: Sequence[Tensor],
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """What the op `low_rank_mixer` returns: out, u, b - a (empty unless gated) and each mixer's low."""
-    u = b + a if gate is None else torch.lerp(a, b, gate.sigmoid().to(b.dtype))
+def forward(b: Tensor, a: Tensor, args: MixerArgs) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Return (out, u, b - a, each mixer's low); b - a is empty unless gated."""
+    u = b + a if args.gate is None else torch.lerp(a, b, args.gate.sigmoid().to(b.dtype))
     lows: list[Tensor] = []
     delta: Tensor | None = None
-    for axis, (down, down_bias, up, up_bias) in zip(axes, fours(factors), strict=True):
+    for axis, (down, down_bias, up, up_bias) in zip(args.axes, args.fours, strict=True):
         x = u if delta is None else u + delta
-        lows.append(_project(_norm(x, eps)[0], down, down_bias, axis, frames))
+        lows.append(_project(_norm(x, args.eps)[0], down, down_bias, axis, args.frames))
         change = _spread(F.gelu(lows[-1]), up, up_bias, axis, u.shape)
         delta = change if delta is None else delta.add_(change)
     assert delta is not None
-    out = (delta if scale is None else delta * scale.to(delta.dtype)).add_(b if combine == "replace" else a)
-    return out, u, b.new_empty(0) if gate is None else b - a, lows
+    out = (delta if args.scale is None else delta * args.scale.to(delta.dtype)).add_(
+        b if args.combine == "replace" else a
+    )
+    return out, u, b.new_empty(0) if args.gate is None else b - a, lows
 
 
 def backward(
-    grad: Tensor,
-    u: Tensor,
-    difference: Tensor,
-    lows: Sequence[Tensor],
-    axes: Sequence[str],
-    combine: str,
-    frames: int,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    factors: Sequence[Tensor],
-    eps: float,
-    needs_da: bool,
+    grad: Tensor, u: Tensor, difference: Tensor, lows: Sequence[Tensor], args: MixerArgs, needs_da: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor]]:
-    """Gradients of a, gate, scale (None where there is none) and the factors."""
-    g, fours_ = grad.contiguous(), fours(factors)  # the norm's kernel reads it by rows
-    xs = [u]  # the mixers' inputs; the last change is wanted for the factor alone
-    delta: Tensor | None = None
-    for at in range(len(axes) - (scale is None)):
-        _, _, up, up_bias = fours_[at]
-        change = _spread(F.gelu(lows[at]), up, up_bias, axes[at], u.shape)
-        delta = change if delta is None else delta.add_(change)
-        xs.append(u + delta)
+    """Return the gradients of a, gate, scale (None where there is none) and of the factors."""
+    g, gate, scale = grad.contiguous(), args.gate, args.scale  # the norm's kernel reads g by rows
+    xs, delta = _mixer_inputs(u, lows, args)
     d_delta, d_scale = g, None
     if scale is not None:
         assert delta is not None
         d_delta, d_scale = g * scale.to(g.dtype), (g * delta).sum(dtype=wide_dtype(g)).to(scale.dtype)
-    # a plain sum: what goes round the adaptor is the gradient of delta, and the norms' backward adds it on the way
-    joined = combine == "sum" and scale is None
-    du = g if joined else torch.zeros_like(g)
+    # a plain sum: the gradient around the adaptor is that of delta, and the norms' backward adds it on the way
+    is_joined = args.combine == "sum" and scale is None
+    du = g if is_joined else torch.zeros_like(g)
     d_factors: list[Tensor] = []
-    for at in reversed(range(len(axes))):
+    for at in reversed(range(len(args.axes))):
         needs_dx = at > 0 or needs_da or gate is not None
-        x_hat, rstd = _norm(xs[at], eps)
-        d_change = du if joined else d_delta + du
-        d_hat, of_factors = _mixer_backward(d_change, x_hat, lows[at], fours_[at], axes[at], frames, needs_dx)
-        d_factors[:0] = of_factors
+        x_hat, rstd = _norm(xs[at], args.eps)
+        d_change = du if is_joined else d_delta + du
+        four, axis = args.fours[at], args.axes[at]
+        d_hat, d_four = _mixer_backward(d_change, x_hat, lows[at], four, axis, args.frames, needs_dx)
+        d_factors[:0] = d_four
         if d_hat is not None:
             du = _norm_backward(d_hat, x_hat, rstd, du)
     d_gate = None
@@ -86,13 +63,25 @@ def backward(
         du = du * (1 - share).to(du.dtype)
     if not needs_da:
         return None, d_gate, d_scale, d_factors
-    return du if joined or combine == "replace" else g + du, d_gate, d_scale, d_factors
+    return du if is_joined or args.combine == "replace" else g + du, d_gate, d_scale, d_factors
+
+
+def _mixer_inputs(u: Tensor, lows: Sequence[Tensor], args: MixerArgs) -> tuple[list[Tensor], Tensor | None]:
+    """Return the mixers' inputs, computed again, and the sum of the changes (with the last one only if scaled)."""
+    xs = [u]
+    delta: Tensor | None = None
+    for at in range(len(args.axes) - (args.scale is None)):
+        _, _, up, up_bias = args.fours[at]
+        change = _spread(F.gelu(lows[at]), up, up_bias, args.axes[at], u.shape)
+        delta = change if delta is None else delta.add_(change)
+        xs.append(u + delta)
+    return xs, delta
 
 
 def _mixer_backward(
     d: Tensor, x_hat: Tensor, low: Tensor, factors: Sequence[Tensor], axis: str, frames: int, needs_dx: bool
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """Gradients of x_hat and of (down, its bias, up, its bias), from that of the mixer's output."""
+    """Return the gradients of x_hat and of (W1, c1, W2, c2) from d, that of the mixer's output."""
     down, down_bias, up, up_bias = factors
     g = F.gelu(low)
     if axis == "channel":
@@ -113,42 +102,42 @@ def _mixer_backward(
 
 
 def _project(x_hat: Tensor, down: Tensor, bias: Tensor, axis: str, frames: int) -> Tensor:
-    """W1 x_hat + c1: [B T, N, r] along channels, else [P, r, Q] with the axis in the middle."""
+    """Compute W1 x_hat + c1: [B T, N, r] along channels, else [P, r, Q] with the axis in the middle."""
     if axis == "channel":
         return F.linear(x_hat, down.to(x_hat.dtype), bias.to(x_hat.dtype))
     return _left(down, _columns(x_hat, axis, frames), bias)
 
 
 def _spread(g: Tensor, up: Tensor, bias: Tensor, axis: str, shape: torch.Size) -> Tensor:
-    """W2 g + c2, in the shape of x."""
+    """Compute W2 g + c2 in `shape`."""
     if axis == "channel":
         return F.linear(g, up.to(g.dtype), bias.to(g.dtype))
     return _left(up, g, bias).view(shape)
 
 
 def _left(weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Weight [m, n] times each of x [P, n, Q], plus a bias a row."""
+    """Multiply weight [m, n] with each of x [P, n, Q] and add a bias a row."""
     weights = weight.to(x.dtype).expand(len(x), -1, -1)
     return torch.bmm(weights, x) if bias is None else torch.baddbmm(bias.to(x.dtype)[:, None], weights, x)
 
 
 def _columns(x: Tensor, axis: str, frames: int) -> Tensor:
-    """[B T, N, D] with the axis in the middle: tokens [B T, N, D], time [B, T, N D]."""
+    """View x [B T, N, D] with the axis in the middle: tokens [B T, N, D], time [B, T, N D]."""
     return x.reshape(-1, frames, x.shape[1] * x.shape[2]) if axis == "time" else x
 
 
 def _norm(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(x_hat, rstd [..., 1])."""
+    """Return (x_hat, rstd [..., 1])."""
     if not _has_kernel(x):
-        return layer_norm_plain.forward(x, eps)
-    done = layer_norm_forward(x, eps)
-    assert done.y is not None
-    return done.y, done.rstd[..., None]
+        return layer_norm_eager.forward(x, eps)
+    result = layer_norm_forward(x, eps)
+    assert result.y is not None
+    return result.y, result.rstd[..., None]
 
 
 def _norm_backward(d: Tensor, x_hat: Tensor, rstd: Tensor, around: Tensor) -> Tensor:
     if not _has_kernel(d):
-        return layer_norm_plain.backward(d, x_hat, rstd, around)
+        return layer_norm_eager.backward(d, x_hat, rstd, around)
     return layer_norm_backward(d, x_hat, rstd[..., 0], around)[0]
 
 
@@ -157,10 +146,5 @@ def _has_kernel(x: Tensor) -> bool:
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
-    """The type of sums over many tokens."""
+    """Return the type of sums over many tokens: fp32 or wider."""
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def fours(factors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-    """The factors, (down, its bias, up, its bias) a mixer."""
-    return [factors[i : i + 4] for i in range(0, len(factors), 4)]

@@ -1,10 +1,10 @@
-"""The mixers of one adaptor of LoSA's side network (arXiv 2402.02887, our reading), with a backward that keeps little.
+"""Mixers of one adaptor of LoSA's side network (arXiv 2402.02887, our reading), with a backward that saves little.
 
     u = b + a                           gated: s b + (1 - s) a, s = sigmoid(gate)
     x_0 = u;  x_{i+1} = x_i + c_i       c_i = W2 gelu(low_i) + c2, low_i = W1 norm(x_i) + c1, along the i-th axis
     out = a + scale sum c_i             replace: b + scale sum c_i
 
-b: a frozen block's output, a: what refines it so far, both [P, N, D]: P images (or frames), N tokens, D channels. An
+b: a frozen block's output, a: its refinement so far, both [P, N, D]: P images (or frames), N tokens, D channels. An
 axis is channel (n = D, W1 [r, D]) or token (n = N, W1 [s, N], one for all channels); of clips space (that is token) and
 time (n = T frames). norm: layer norm over D without scale and shift.
 
@@ -14,7 +14,7 @@ Backward, with g the gradient of out and d_i that of c_i, from the last mixer to
     d scale = sum g sum c_i             d gate = s (1 - s) sum du_0 (b - a)
     norm'(d) = rstd (d - mean d - x_hat mean(d x_hat)); along channels mean(d x_hat) = d_low (low - c1) / D
 
-Kept for backward: u, 2 D bytes a token in 16 bit (gated: b - a too), and low_i: r values a token along channels,
+Saved for backward: u, 2 D bytes a token in 16 bit (gated: b - a too), and low_i: r values a token along channels,
 s D / N along tokens. b gets no gradient.
 
 Bytes moved, in passes over [P, N, D] (thin reads of low and of the factors left out; channel, then token; combine sum):
@@ -41,15 +41,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._dispatch import NAMESPACE, choose, triton_unsupported_reason
-from . import eager as plain
-from . import triton as fused
-from . import triton_backward as fused_backward
+from . import eager, triton
+from .args import EPS, MixerArgs, fours, validate
 
-EPS = 1e-6  # of the bare norms, as timm's ViTs have it
-AXES = ("channel", "token", "space", "time")
-COMBINE = ("sum", "replace", "gated")
-_FUSED = (("channel",), ("channel", "token"))  # what the kernels mix
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FUSED = (("channel",), ("channel", "token"))  # axes of the Triton form
 
 
 def low_rank_mixer_reference(
@@ -62,12 +57,12 @@ def low_rank_mixer_reference(
     gate: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """The specification, in fp32 or wider; differentiable by autograd in everything. As `low_rank_mixer`."""
-    wide, P, N, D = torch.promote_types(b.dtype, torch.float32), *b.shape
+    """Compute the specification of `low_rank_mixer` (its arguments) in fp32 or wider; differentiable in everything."""
+    (P, N, D), wide = b.shape, torch.promote_types(b.dtype, torch.float32)
     b_, a_ = b.to(wide), a.to(wide)
     u = b_ + a_ if gate is None else a_ + gate.to(wide).sigmoid() * (b_ - a_)
     x = u
-    for axis, four in zip(axes, plain.fours(factors), strict=True):
+    for axis, four in zip(axes, fours(factors), strict=True):
         down, down_bias, up, up_bias = (t.to(wide) for t in four)
         x_hat = F.layer_norm(x, (D,), eps=EPS)
         # the axis goes last
@@ -79,22 +74,22 @@ def low_rank_mixer_reference(
     return ((b_ if combine == "replace" else a_) + delta).to(b.dtype)
 
 
-def _reason(x: Tensor, axes: Sequence[str], ranks: Sequence[int]) -> str | None:
-    """Why the kernels cannot take this problem, or None."""
+def _unsupported_reason(x: Tensor, args: MixerArgs) -> str | None:
+    """Return why the kernels cannot take x and this adaptor, or None."""
+    ranks = [len(down) for down in args.factors[::4]]
     if x.dtype == torch.float64:
         return "no float64 form"
-    if tuple(axes) not in _FUSED:
-        return f"forms for channel and for channel, token; got {', '.join(axes)}"
-    if max(ranks) > fused.MAX_RANK or min(ranks) == 0:
-        return f"ranks from 1 to {fused.MAX_RANK}, got {', '.join(map(str, ranks))}"
-    return None
+    if tuple(args.axes) not in _FUSED:
+        return f"forms for channel and for channel, token; got {', '.join(args.axes)}"
+    if max(ranks) > triton.MAX_RANK or min(ranks) == 0:
+        return f"ranks from 1 to {triton.MAX_RANK}, got {', '.join(map(str, ranks))}"
+    return triton_unsupported_reason(x)
 
 
-def _takes_triton(op: str, x: Tensor, axes: Sequence[str], ranks: Sequence[int]) -> bool:
-    why_not = _reason(x, axes, ranks) or triton_unsupported_reason(x)
+def _takes_triton(op: str, x: Tensor, args: MixerArgs) -> bool:
     # without tensor cores the products decide, and the library's are the better ones
     order = ("reference", "triton") if x.dtype == torch.float32 else ("triton", "reference")
-    reasons = {"triton": why_not, "reference": None}
+    reasons = {"triton": _unsupported_reason(x, args), "reference": None}
     return x.numel() > 0 and choose(op, x.device, {name: reasons[name] for name in order}) == "triton"
 
 
@@ -102,12 +97,11 @@ def _forward(
     b: Tensor, a: Tensor, axes: str, combine: str, frames: int, gate: Tensor | None, scale: Tensor | None,
     factors: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    """(out, u, b - a or empty, each mixer's low); axes: names between spaces."""
-    names = axes.split()
-    takes = _takes_triton("low_rank_mixer", b, names, [len(down) for down in factors[::4]])
-    run = fused.forward if takes else plain.forward
+    """Return (out, u, b - a or empty, each mixer's low); axes: names between spaces."""
+    args = MixerArgs(axes.split(), combine, frames, gate, scale, factors)
+    form = triton.forward if _takes_triton("low_rank_mixer", b, args) else eager.forward
     with torch.autocast(b.device.type, enabled=False):
-        return run(b, a, names, combine, frames, gate, scale, factors, EPS)
+        return form(b, a, args)
 
 
 _op = torch.library.custom_op(f"{NAMESPACE}::low_rank_mixer", _forward, mutates_args=())
@@ -128,12 +122,11 @@ def _gradients(
     grad: Tensor, u: Tensor, difference: Tensor, lows: list[Tensor], axes: str, combine: str, frames: int,
     gate: Tensor | None, scale: Tensor | None, factors: list[Tensor], needs_da: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    """Gradients of a, gate and scale (empty where not wanted) and of the factors."""
-    names = axes.split()
-    takes = _takes_triton("low_rank_mixer_backward", u, names, [len(down) for down in factors[::4]])
-    run = fused_backward.backward if takes else plain.backward
+    """Return the gradients of a, gate and scale (empty where there is none) and of the factors."""
+    args = MixerArgs(axes.split(), combine, frames, gate, scale, factors)
+    form = triton.backward if _takes_triton("low_rank_mixer_backward", u, args) else eager.backward
     with torch.autocast(u.device.type, enabled=False):
-        *narrow, d_factors = run(grad, u, difference, lows, names, combine, frames, gate, scale, factors, EPS, needs_da)
+        *narrow, d_factors = form(grad, u, difference, lows, args, needs_da)
     da, d_gate, d_scale = (u.new_empty(0) if d is None else d for d in narrow)
     return da, d_gate, d_scale, d_factors
 
@@ -170,7 +163,7 @@ _op.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _OnCpu(torch.autograd.Function):
-    """The same without the wrapping of a library's op, a tenth of a small adaptor's time on a CPU."""
+    """Autograd function without the wrapping of a torch.library op, a tenth of a small adaptor's time on a CPU."""
 
     @staticmethod
     def forward(ctx, *inputs):
@@ -182,8 +175,8 @@ class _OnCpu(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        *others, of_factors = _backward(ctx, grad, gradients=_gradients)
-        return *others, *of_factors
+        *others, d_factors = _backward(ctx, grad, gradients=_gradients)
+        return *others, *d_factors
 
 
 def low_rank_mixer(
@@ -196,7 +189,7 @@ def low_rank_mixer(
     gate: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """One adaptor: the refinement after it, [P, N, D] in the dtype of b, differentiable in all but b.
+    """Apply one adaptor: returns the refinement after it, [P, N, D] in the dtype of b, differentiable in all but b.
 
     b, a: [P, N, D] in fp16, bf16, fp32 or fp64, any strides; b must need no gradient. axes: some of channel, token,
     space, time, in the order in which they are mixed. factors: for each axis of length n four of them, (W1 [r, n],
@@ -204,41 +197,8 @@ def low_rank_mixer(
     gated wants `gate`, a scalar. scale: a scalar, or None for 1. frames: T; P is a multiple of it.
     Products in the dtype of b, with or without autocast; sums in fp32. Raises ValueError for what does not fit.
     """
-    if message := _complaint(b, a, axes, factors, combine, frames, gate, scale):
-        raise ValueError(f"low_rank_mixer: {message}")
+    validate(b, a, MixerArgs(axes, combine, frames, gate, scale, factors))
     inputs = b, a, " ".join(axes), combine, frames, gate, scale
     if b.device.type == "cpu" and not torch.compiler.is_compiling():
         return _OnCpu.apply(*inputs, *factors)
     return _op(*inputs, list(factors))[0]
-
-
-def _complaint(b, a, axes, factors, combine, frames, gate, scale) -> str | None:
-    if b.dim() != 3 or b.dtype not in _DTYPES:
-        return f"b must be [P, N, D] in fp16, bf16, fp32 or fp64, got {list(b.shape)} in {b.dtype}"
-    if b.requires_grad:
-        return "b must need no gradient (it is a frozen block's output), got one that does: detach it"
-    if not axes or not set(axes) <= set(AXES):
-        return f"axes must be one or more of {', '.join(AXES)}, got {', '.join(map(repr, axes)) or 'none'}"
-    if combine not in COMBINE:
-        return f"combine must be one of {', '.join(COMBINE)}, got {combine!r}"
-    if (combine == "gated") != (gate is not None):
-        got = "no gate" if gate is None else "a gate"
-        return f"gate must be given for combine 'gated' and for no other, got {got} for {combine!r}"
-    if frames < 1 or b.shape[0] % frames:
-        return f"frames must divide the {b.shape[0]} of b's first dimension, got {frames}"
-    if len(factors) != 4 * len(axes):
-        return f"factors must be 4 for each of {len(axes)} axes, got {len(factors)}"
-    wanted: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
-        ("a", a, tuple(b.shape)), ("gate", gate, ()), ("scale", scale, ())
-    ]  # fmt: skip
-    lengths = {"channel": b.shape[2], "time": frames}
-    for axis, four in zip(axes, plain.fours(factors), strict=True):
-        n, r = lengths.get(axis, b.shape[1]), four[0].shape[0] if four[0].dim() else 1
-        shapes = (("W1", (r, n)), ("c1", (r,)), ("W2", (n, r)), ("c2", (n,)))
-        wanted += [(f"{name} of {axis}", t, shape) for t, (name, shape) in zip(four, shapes, strict=True)]
-    for name, t, shape in wanted:
-        dtypes = (b.dtype,) if name == "a" else (b.dtype, torch.float32)
-        if t is not None and (t.shape != shape or t.dtype not in dtypes or t.device != b.device):
-            want = f"{list(shape)} in {' or '.join(map(str, dict.fromkeys(dtypes)))} on {b.device}"
-            return f"{name} must be {want} to fit b, got {list(t.shape)} in {t.dtype} on {t.device}"
-    return None

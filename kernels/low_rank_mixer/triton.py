@@ -1,222 +1,118 @@
-"""The Triton form of `low_rank_mixer`, forward: images, channels first, then tokens or nothing. Formulas there.
-
-    rows      u = b + a;  low = W1 norm(u) + c1 of the channels;  the statistics of x = u + h, or without tokens out
-    columns   low = W1 norm(x) + c1 of the tokens;  out
-
-A change is a product of two thin matrices, so a tile of it is made where it is wanted and never stored:
-
-    h [n, d] = gelu(low) [n, r] W2^T [r, d] + c2 [d]      of the channels (c_ in the kernels), rank R
-    t [n, d] = W2 [n, s] gelu(low) [s, d] + c2 [n]        of the tokens (t_), rank S
-
-A rows kernel owns some tokens n with all D channels (norms, sums over channels), a columns kernel some channels d with
-all N tokens. p: image. Ranks are padded to 16 at least.
-"""
+"""Triton form of `low_rank_mixer`: launchers of kernels.py and kernels_backward.py."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._tiles import tile
-from .._triton import INTERPRET, tl, triton
+from .._triton import INTERPRET, triton
+from .args import MixerArgs
+from .kernels import columns_fwd_kernel, rows_fwd_kernel
+from .kernels_backward import columns_bwd_kernel, rows_bwd_kernel
 
 MAX_RANK = 32  # beyond it the backward kernels spill registers
 
 
-@triton.jit
-def normal_share(x):
-    """P(x) of a normal variable below x."""
-    return 0.5 + 0.5 * tl.erf(0.7071067811865476 * x)
-
-
-@triton.jit
-def dot(left, right, acc, UPCAST_DOT: tl.constexpr):
-    """Acc + left right, in fp32."""
-    if UPCAST_DOT:
-        left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, right, acc, input_precision="ieee")
-
-
-@triton.jit
-def product(left, right, UPCAST_DOT: tl.constexpr):
-    """Left right, in fp32."""
-    return dot(left, right, tl.zeros((left.shape[0], right.shape[1]), tl.float32), UPCAST_DOT)
-
-
-@triton.jit
-def thin(like, source, i, j, rows, columns, stride_i, stride_j, GELU: tl.constexpr = False):
-    """source[i, j] in the type of `like`, 0 outside [rows, columns]; GELU: x P(x) of that."""
-    at = source + i[:, None] * stride_i + j[None, :] * stride_j
-    value = tl.load(at, mask=(i < rows)[:, None] & (j < columns)[None, :], other=0.0)
-    if GELU:
-        value = value.to(tl.float32)
-        value *= normal_share(value)
-    return value.to(like.dtype.element_ty)
-
-
-@triton.jit
-def vector(source, i, size):
-    """source[i] in fp32, 0 outside."""
-    return tl.load(source + i, mask=i < size, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def merged_moments(mean, square, x, mask, seen, D):
-    """Mean, and sum of squares about it, of `seen` columns and those of x (Chan, Golub, LeVeque 1983)."""
-    count = tl.minimum(D - seen, x.shape[1]).to(tl.float32)
-    here = tl.sum(tl.where(mask, x, 0.0), 1) / count
-    off = tl.where(mask, x - here[:, None], 0.0)
-    gap, share = here - mean, count / (seen + count)
-    return mean + gap * share, square + tl.sum(off * off, 1) + gap * gap * (seen * share)
-
-
-@triton.jit
-def rstd_of(square, D, eps):
-    """1 / sqrt(variance + eps), from the sum of squares about the mean."""
-    return tl.div_rn(1.0, tl.sqrt_rn(square / D + eps))
-
-
-@triton.jit
-def _tile_of_u(b, a, like, at, mask, share, GATED: tl.constexpr):
-    """U as it is kept, and b - a."""
-    b_b = tl.load(b + at, mask=mask, other=0.0).to(tl.float32)
-    b_a = tl.load(a + at, mask=mask, other=0.0).to(tl.float32)
-    difference = b_b - b_a
-    if GATED:
-        b_u = b_a + share * difference
-    else:
-        b_u = b_a + b_b
-    return b_u.to(like.dtype.element_ty), difference
-
-
-@triton.jit
-def _rows_fwd_kernel(
-    b, a, u, difference, out, base, stats, gate, scale, c_low, c_down, c_down_bias, c_up, c_bias,
-    N, D, R, cells, eps,
-    GATED: tl.constexpr, SCALED: tl.constexpr, TOKENS: tl.constexpr, UPCAST_DOT: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    tiles = tl.cdiv(N, BLOCK_N)
-    p = (tl.program_id(0) // tiles).to(tl.int64)
-    n, r = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
-    row, image = p * N, p * N * D
-    share = 1.0
-    if GATED:
-        share = 1.0 / (1.0 + tl.exp(-tl.load(gate).to(tl.float32)))
-    mean, square = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
-    for d0 in tl.range(0, D, BLOCK_D):
-        d = d0 + tl.arange(0, BLOCK_D)
-        mask, at = (n < N)[:, None] & (d < D)[None, :], n[:, None] * D + d[None, :]
-        b_u, b_difference = _tile_of_u(b + image, a + image, u, at, mask, share, GATED)
-        tl.store(u + image + at, b_u, mask=mask)
-        if GATED:
-            tl.store(difference + image + at, b_difference.to(u.dtype.element_ty), mask=mask)
-        mean, square = merged_moments(mean, square, b_u.to(tl.float32), mask, d0, D)
-    rstd = rstd_of(square, D, eps)
-
-    acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-    for d0 in tl.range(0, D, BLOCK_D):
-        d = d0 + tl.arange(0, BLOCK_D)
-        mask, at = (n < N)[:, None] & (d < D)[None, :], n[:, None] * D + d[None, :]
-        x, _ = _tile_of_u(b + image, a + image, u, at, mask, share, GATED)
-        x_hat = tl.where(mask, (x.to(tl.float32) - mean[:, None]) * rstd[:, None], 0.0).to(u.dtype.element_ty)
-        acc = dot(x_hat, thin(u, c_down, d, r, D, R, 1, D), acc, UPCAST_DOT)
-    b_low = (acc + vector(c_down_bias, r, R)[None, :]).to(u.dtype.element_ty)
-    ranks = (n < N)[:, None] & (r < R)[None, :]
-    tl.store(c_low + row * R + n[:, None] * R + r[None, :], b_low, mask=ranks)
-    b_g = b_low.to(tl.float32)
-    b_g = (b_g * normal_share(b_g)).to(u.dtype.element_ty)
-
-    mean, square = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
-    for d0 in tl.range(0, D, BLOCK_D):
-        d = d0 + tl.arange(0, BLOCK_D)
-        mask, at = (n < N)[:, None] & (d < D)[None, :], n[:, None] * D + d[None, :]
-        h = product(b_g, thin(u, c_up, r, d, R, D, 1, R), UPCAST_DOT) + vector(c_bias, d, D)[None, :]
-        if TOKENS:
-            x, _ = _tile_of_u(b + image, a + image, u, at, mask, share, GATED)
-            mean, square = merged_moments(mean, square, x.to(tl.float32) + h, mask, d0, D)
-        else:
-            if SCALED:
-                h *= tl.load(scale).to(tl.float32)
-            h += tl.load(base + image + at, mask=mask, other=0.0).to(tl.float32)
-            tl.store(out + image + at, h.to(out.dtype.element_ty), mask=mask)
-    if TOKENS:
-        tl.store(stats + row + n, mean, mask=n < N)
-        tl.store(stats + cells + row + n, rstd_of(square, D, eps), mask=n < N)
-
-
-@triton.jit
-def _columns_fwd_kernel(
-    u, out, base, stats, scale, c_low, c_up, c_bias, t_low, t_down, t_down_bias, t_up, t_bias,
-    N, D, R, S, cells,
-    SCALED: tl.constexpr, UPCAST_DOT: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    tiles = tl.cdiv(D, BLOCK_D)
-    p = (tl.program_id(0) // tiles).to(tl.int64)
-    d = tl.program_id(0) % tiles * BLOCK_D + tl.arange(0, BLOCK_D)
-    r, s = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_S)
-    row, image = p * N, p * N * D
-    b_up, b_bias = thin(u, c_up, r, d, R, D, 1, R), vector(c_bias, d, D)[None, :]
-    acc = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
-    for n0 in tl.range(0, N, BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
-        mask, at = (n < N)[:, None] & (d < D)[None, :], n[:, None] * D + d[None, :]
-        h = product(thin(u, c_low + row * R, n, r, N, R, R, 1, True), b_up, UPCAST_DOT) + b_bias
-        x = tl.load(u + image + at, mask=mask, other=0.0).to(tl.float32) + h
-        mean, rstd = vector(stats + row, n, N)[:, None], vector(stats + cells + row, n, N)[:, None]
-        x_hat = tl.where(mask, (x - mean) * rstd, 0.0).to(u.dtype.element_ty)
-        acc = dot(thin(u, t_down, s, n, S, N, N, 1), x_hat, acc, UPCAST_DOT)
-    b_low = (acc + vector(t_down_bias, s, S)[:, None]).to(u.dtype.element_ty)
-    ranks = (s < S)[:, None] & (d < D)[None, :]
-    tl.store(t_low + p * S * D + s[:, None] * D + d[None, :], b_low, mask=ranks)
-    b_g = b_low.to(tl.float32)
-    b_g = (b_g * normal_share(b_g)).to(u.dtype.element_ty)
-    for n0 in tl.range(0, N, BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
-        mask, at = (n < N)[:, None] & (d < D)[None, :], n[:, None] * D + d[None, :]
-        change = product(thin(u, c_low + row * R, n, r, N, R, R, 1, True), b_up, UPCAST_DOT) + b_bias
-        change += product(thin(u, t_up, n, s, N, S, S, 1), b_g, UPCAST_DOT) + vector(t_bias, n, N)[:, None]
-        if SCALED:
-            change *= tl.load(scale).to(tl.float32)
-        change += tl.load(base + image + at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out + image + at, change.to(out.dtype.element_ty), mask=mask)
-
-
-def block_sizes(op: str, x: Tensor, R: int, S: int) -> dict[str, int]:
-    """Tile sizes and padded ranks of the two axes."""
-    row = "low_rank_mixer_fp32" if x.element_size() == 4 else "low_rank_mixer_wide" if max(R, S) > 16 else op
-    return {
-        **tile(row, x.device),
-        **{f"BLOCK_{n}": max(16, 1 << (k - 1).bit_length()) for n, k in (("R", R), ("S", S))},
-    }
-
-
-def forward(b, a, axes, combine, frames, gate, scale, factors, eps):
-    """As `low_rank_mixer_plain.forward`."""
+def forward(b: Tensor, a: Tensor, args: MixerArgs) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Return (out, u, b - a or empty, each mixer's low), as eager.forward."""
     (P, N, D), b, a = b.shape, b.contiguous(), a.contiguous()
-    factors = [t.contiguous() for t in factors]
-    tokens, R, S = len(axes) > 1, len(factors[0]), len(factors[-4])
+    factors, gate, scale = [t.contiguous() for t in args.factors], args.gate, args.scale
+    has_tokens, R, S = len(args.axes) > 1, len(factors[0]), len(factors[-4])
     out, u, difference = torch.empty_like(b), torch.empty_like(b), b.new_empty(0 if gate is None else b.shape)
-    lows = [b.new_empty(P, N, R), b.new_empty(P, S, D)][: len(axes)]
-    stats = b.new_empty(2, P * N if tokens else 0, dtype=torch.float32)
-    base, at_gate, at_scale = (
-        (b if combine == "replace" else a),
-        (b if gate is None else gate),
-        (b if scale is None else scale),
-    )
-    sizes = {"SCALED": scale is not None, "UPCAST_DOT": INTERPRET, **block_sizes("low_rank_mixer", b, R, S)}
-    rows = {name: value for name, value in sizes.items() if name != "BLOCK_S"}
+    lows = [b.new_empty(P, N, R), b.new_empty(P, S, D)][: len(args.axes)]
+    stats = b.new_empty(2, P * N if has_tokens else 0, dtype=torch.float32)
+    base, at_scale = b if args.combine == "replace" else a, b if scale is None else scale
+    sizes = _sizes("low_rank_mixer", b, R, S) | {"SCALED": scale is not None}
+    row_sizes = {name: value for name, value in sizes.items() if name != "BLOCK_S"}
     with torch.cuda.device_of(b):
-        _rows_fwd_kernel[(P * triton.cdiv(N, sizes["BLOCK_N"]),)](
-            b, a, u, difference, out, base, stats, at_gate, at_scale, lows[0], *factors[:4],
-            N, D, R, P * N, eps,
-            GATED=gate is not None, TOKENS=tokens, **rows,
+        rows_fwd_kernel[(P * triton.cdiv(N, sizes["BLOCK_N"]),)](
+            b, a, u, difference, out, base, stats, b if gate is None else gate, at_scale, lows[0], *factors[:4],
+            N, D, R, P * N, args.eps,
+            GATED=gate is not None, TOKENS=has_tokens, **row_sizes,
         )  # fmt: skip
-        if tokens:
-            _columns_fwd_kernel[(P * triton.cdiv(D, sizes["BLOCK_D"]),)](
+        if has_tokens:
+            columns_fwd_kernel[(P * triton.cdiv(D, sizes["BLOCK_D"]),)](
                 u, out, base, stats, at_scale, lows[0], *factors[2:4], lows[1], *factors[4:],
                 N, D, R, S, P * N,
                 **sizes,
             )  # fmt: skip
     return out, u, difference, lows
+
+
+def backward(
+    grad: Tensor, u: Tensor, difference: Tensor, lows: Sequence[Tensor], args: MixerArgs, needs_da: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor]]:
+    """Return the gradients of a, gate, scale (None where there is none) and of the factors, as eager.backward."""
+    (P, N, D), grad, u, difference = u.shape, grad.contiguous(), u.contiguous(), difference.contiguous()
+    factors, lows = [t.contiguous() for t in args.factors], [t.contiguous() for t in lows]
+    gate, scale, has_tokens, R, S = args.gate, args.scale, len(args.axes) > 1, len(factors[0]), len(factors[-4])
+    c_low, (c_down, c_down_bias, c_up, c_bias) = lows[0], factors[:4]
+    t_low, (t_down, _, t_up, t_bias) = lows[-1], factors[-4:]  # without tokens never read
+    t_dlow, t_dlow_sum = _token_low_gradients(grad, t_low, t_up, scale) if has_tokens else (u, u)
+    sizes = _sizes("low_rank_mixer_backward", u, R, S) | {"SCALED": scale is not None, "TOKENS": has_tokens}
+    num_n, num_d = triton.cdiv(N, sizes["BLOCK_N"]), triton.cdiv(D, sizes["BLOCK_D"])
+    splits = max(1, min(P, 2 * _processors(u.device) // num_d))
+    channel_shares, token_shares = _shares(u, splits, R, D), _shares(u, P if has_tokens else 0, S, N)
+    stats, sums = (u.new_empty(shape, dtype=torch.float32) for shape in ((6, P * N), (2, num_n * P)))
+    c_dlow, da = torch.empty_like(c_low), u.new_empty(u.shape if needs_da else 0)
+    at_scale = u if scale is None else scale
+    with torch.cuda.device_of(u):
+        rows_bwd_kernel[(num_n * P,)](
+            grad, u, difference, da, stats, sums, *token_shares, u if gate is None else gate, at_scale,
+            c_low, c_dlow, c_down, c_down_bias, c_down.to(u.dtype).sum(1, dtype=torch.float32), c_up, c_bias,
+            t_low, t_dlow, t_dlow_sum, t_down, t_up, t_bias, N, D, R, S, P * N, args.eps,
+            FINAL=needs_da or gate is not None or scale is not None, WRITE=needs_da,
+            GATED=gate is not None, REPLACE=args.combine == "replace", **sizes,
+        )  # fmt: skip
+        columns_bwd_kernel[(num_d * splits,)](
+            grad, u, stats, *channel_shares, at_scale, c_low, c_dlow, c_up, c_bias, t_dlow, t_down,
+            P, N, D, R, S, P * N, **sizes,
+        )  # fmt: skip
+    d_factors = _factor_gradients(channel_shares, c_dlow.sum((0, 1), dtype=torch.float32))
+    d_factors += _factor_gradients(token_shares, t_dlow_sum.sum(0)) if has_tokens else []
+    d_gate, d_scale = _scalar_gradients(sums, gate, scale)
+    return da if needs_da else None, d_gate, d_scale, [d.to(f.dtype) for d, f in zip(d_factors, factors, strict=True)]
+
+
+def _token_low_gradients(grad: Tensor, t_low: Tensor, t_up: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Compute d_low [P, S, D] of the tokens and its sums over D."""
+    weights = (t_up if scale is None else scale * t_up).to(grad.dtype).T.expand(len(grad), -1, -1)
+    t_dlow = torch.ops.aten.gelu_backward(torch.bmm(weights, grad), t_low)
+    return t_dlow, t_dlow.sum(2, dtype=torch.float32)
+
+
+def _shares(u: Tensor, count: int, rank: int, length: int) -> list[Tensor]:
+    """Return empty shares of the gradients of W1, W2 and c2."""
+    return [u.new_empty(count, *shape, dtype=torch.float32) for shape in ((rank, length), (length, rank), (length,))]
+
+
+def _factor_gradients(shares: Sequence[Tensor], d_down_bias: Tensor) -> list[Tensor]:
+    """Add up the shares, in their order: gradients of W1, c1, W2, c2."""
+    d_down, d_up, d_bias = (share.sum(0) for share in shares)
+    return [d_down, d_down_bias, d_up, d_bias]
+
+
+def _scalar_gradients(sums: Tensor, gate: Tensor | None, scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    d_scale, d_gate = sums.sum(1)
+    if gate is not None:
+        share = gate.sigmoid()
+        d_gate = (share * (1 - share) * d_gate).to(gate.dtype)
+    return None if gate is None else d_gate, None if scale is None else d_scale.to(scale.dtype)
+
+
+def _sizes(op: str, x: Tensor, R: int, S: int) -> dict[str, Any]:
+    """Return tile sizes, padded ranks of the two axes and UPCAST_DOT."""
+    row = "low_rank_mixer_fp32" if x.element_size() == 4 else "low_rank_mixer_wide" if max(R, S) > 16 else op
+    padded = {f"BLOCK_{n}": max(16, 1 << (k - 1).bit_length()) for n, k in (("R", R), ("S", S))}
+    return {**tile(row, x.device), **padded, "UPCAST_DOT": INTERPRET}
+
+
+@functools.lru_cache
+def _processors(device: torch.device) -> int:
+    """Return the number of a GPU's processors; in the interpreter few, so that a program meets more than one image."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from upstep_fast.kernels.low_rank_mixer.triton import forward
-from upstep_fast.kernels.low_rank_mixer.triton_backward import backward
+from upstep_fast.kernels.low_rank_mixer.args import MixerArgs
+from upstep_fast.kernels.low_rank_mixer.triton import backward, forward
 
 AXES = {"C": ("channel",), "CT": ("channel", "token")}
 
@@ -18,10 +18,11 @@ def _case(launch, order, dtype, rank=16, tokens=197, width=768, combine="sum", s
         lengths = [width if axis == "channel" else tokens for axis in axes]
         factors = [wide.new_empty(shape) for n in lengths for shape in ((rank, n), (rank,), (n, rank), (n,))]
         gate, scale = wide if combine == "gated" else None, wide if scaled else None
+        args = MixerArgs(axes, combine, 1, gate, scale, factors)
         if launch is forward:
-            return forward(b, b, axes, combine, 1, gate, scale, factors, 1e-6)
+            return forward(b, b, args)
         lows = [b.new_empty((128, tokens, rank) if axis == "channel" else (128, rank, width)) for axis in axes]
-        return backward(b, b, b, lows, axes, combine, 1, gate, scale, factors, 1e-6, True)
+        return backward(b, b, b, lows, args, True)
 
     return run
 

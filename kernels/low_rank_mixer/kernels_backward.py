@@ -1,14 +1,14 @@
-"""The Triton form of `low_rank_mixer`, backward; the formulas there, names and tiles as in low_rank_mixer_triton.py.
+"""Triton kernels of `low_rank_mixer`, backward; op.py has the formulas, names and tiles are those of kernels.py.
 
     library   d_low = gelu'(low) W2^T (scale g) of the tokens, in thin products
     rows      W1, W2, c2 of the tokens;  d_low of the channels;  da
     columns   W1, W2, c2 of the channels
 
-With x = u + h what the tokens mix, x_hat its norm and q = d_low x_hat^T [s, n] the part of an image in d W1:
+With x = u + h the input of the tokens' mixer, x_hat its norm and q = d_low x_hat^T [s, n] the part of an image in d W1:
 
     dt [n, d] = W1^T [n, s] d_low [s, d]                         of x_hat
     dx        = rstd (dt - mean dt - x_hat mean(dt x_hat))       D mean dt = W1^T sum_d d_low; D mean(dt x_hat) = W1^T q
-    dh        = scale g + dx                                     of h, what the channels add
+    dh        = scale g + dx                                     of h, the change by the channels
     du_0      = dx + rstd (du - mean du - u_hat mean(du u_hat))  du = d_low W1 of the channels, that of u_hat
 
 Gradients of factors are written in shares (of the tokens one an image, of the channels one a program, which takes
@@ -17,22 +17,18 @@ some of the images), and the shares are added in their order: no atomics.
 
 from __future__ import annotations
 
-import functools
-
-import torch
-
-from .._triton import INTERPRET, tl, triton
-from .triton import block_sizes, dot, merged_moments, normal_share, product, rstd_of, thin, vector
+from .._triton import tl, triton
+from .kernels import dot, merged_moments, normal_share, product, rstd_of, thin, vector
 
 
 @triton.jit
 def _norm_backward(d, x_hat, rstd, mean_d, mean_dx):
-    """The gradient of a norm's input, from that of x_hat and the means of it and of its product with x_hat."""
+    """Compute the gradient of a norm's input from d, that of x_hat, and the means of d and of d x_hat."""
     return rstd[:, None] * (d - mean_d[:, None] - x_hat * mean_dx[:, None])
 
 
 @triton.jit
-def _rows_bwd_kernel(
+def rows_bwd_kernel(
     grad, u, difference, da, stats, sums, share_down, share_up, share_bias, gate, scale,
     c_low, c_dlow, c_down, c_down_bias, c_down_sum, c_up, c_bias, t_low, t_dlow, t_dlow_sum, t_down, t_up, t_bias,
     N, D, R, S, cells, eps,
@@ -40,7 +36,8 @@ def _rows_bwd_kernel(
     GATED: tl.constexpr, SCALED: tl.constexpr, REPLACE: tl.constexpr, UPCAST_DOT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """FINAL: da if WRITE, and the sums for scale and gate."""
+    """Compute the channels' d_low and the tokens' shares; FINAL: da if WRITE, and the sums for scale and gate."""
+    # lizard forgives: long, as statistics and thin products of a row stay in one program's registers over four passes
     tiles = tl.cdiv(N, BLOCK_N)
     p = (tl.program_id(0) // tiles).to(tl.int64)
     n = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -147,12 +144,14 @@ def _rows_bwd_kernel(
 
 
 @triton.jit
-def _columns_bwd_kernel(
+def columns_bwd_kernel(
     grad, u, stats, share_down, share_up, share_bias, scale, c_low, c_dlow, c_up, c_bias, t_dlow, t_down,
     P, N, D, R, S, cells,
     TOKENS: tl.constexpr, SCALED: tl.constexpr, UPCAST_DOT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
+    """Add up the gradients of the channels' W1, W2 and c2 over some images, for some channels."""
+    # lizard forgives: long, as one program holds three sums in its registers
     tiles, splits = tl.cdiv(D, BLOCK_D), tl.num_programs(0) // tl.cdiv(D, BLOCK_D)
     split = (tl.program_id(0) // tiles).to(tl.int64)
     d = tl.program_id(0) % tiles * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -189,63 +188,3 @@ def _columns_bwd_kernel(
     tl.store(share_down + split * R * D + r[:, None] * D + d[None, :], acc_down, mask=ranks)
     tl.store(share_up + split * R * D + d[:, None] * R + r[None, :], acc_up, mask=mask)
     tl.store(share_bias + split * D + d, acc_bias, mask=d < D)
-
-
-@functools.lru_cache
-def _processors(device: torch.device) -> int:
-    """Of a GPU; in the interpreter few, so that a program meets more than one image."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
-
-
-def backward(grad, u, difference, lows, axes, combine, frames, gate, scale, factors, eps, needs_da):
-    """As `low_rank_mixer_plain.backward`."""
-    (P, N, D), grad, u, difference = u.shape, grad.contiguous(), u.contiguous(), difference.contiguous()
-    factors, lows = [t.contiguous() for t in factors], [t.contiguous() for t in lows]
-    tokens, R, S = len(axes) > 1, len(factors[0]), len(factors[-4])
-    c_low, (c_down, c_down_bias, c_up, c_bias) = lows[0], factors[:4]
-    t_low, (t_down, _, t_up, t_bias) = lows[-1], factors[-4:]  # without tokens never read
-    t_dlow = t_dlow_sum = u
-    if tokens:
-        weights = (t_up if scale is None else scale * t_up).to(u.dtype).T.expand(P, -1, -1)
-        t_dlow = torch.ops.aten.gelu_backward(torch.bmm(weights, grad), t_low)
-        t_dlow_sum = t_dlow.sum(2, dtype=torch.float32)
-    sizes = {"SCALED": scale is not None, "UPCAST_DOT": INTERPRET, "TOKENS": tokens}
-    sizes |= block_sizes("low_rank_mixer_backward", u, R, S)
-    num_n, num_d = triton.cdiv(N, sizes["BLOCK_N"]), triton.cdiv(D, sizes["BLOCK_D"])
-    splits = max(1, min(P, 2 * _processors(u.device) // num_d))
-
-    def shares(splits, rank, length):
-        return [
-            u.new_empty(splits, *shape, dtype=torch.float32) for shape in ((rank, length), (length, rank), (length,))
-        ]
-
-    of_channels, of_tokens = shares(splits, R, D), shares(P if tokens else 0, S, N)
-    stats, sums = (u.new_empty(shape, dtype=torch.float32) for shape in ((6, P * N), (2, num_n * P)))
-    c_dlow, da = torch.empty_like(c_low), u.new_empty(u.shape if needs_da else 0)
-    at_scale = u if scale is None else scale
-    with torch.cuda.device_of(u):
-        _rows_bwd_kernel[(num_n * P,)](
-            grad, u, difference, da, stats, sums, *of_tokens, u if gate is None else gate, at_scale,
-            c_low, c_dlow, c_down, c_down_bias, c_down.to(u.dtype).sum(1, dtype=torch.float32), c_up, c_bias,
-            t_low, t_dlow, t_dlow_sum, t_down, t_up, t_bias,
-            N, D, R, S, P * N, eps,
-            FINAL=needs_da or gate is not None or scale is not None, WRITE=needs_da,
-            GATED=gate is not None, REPLACE=combine == "replace", **sizes,
-        )  # fmt: skip
-        _columns_bwd_kernel[(num_d * splits,)](
-            grad, u, stats, *of_channels, at_scale, c_low, c_dlow, c_up, c_bias, t_dlow, t_down,
-            P, N, D, R, S, P * N,
-            **sizes,
-        )  # fmt: skip
-    d_down, d_up, d_bias = (share.sum(0) for share in of_channels)
-    d_factors = [d_down, c_dlow.sum((0, 1), dtype=torch.float32), d_up, d_bias]
-    if tokens:
-        d_down, d_up, d_bias = (share.sum(0) for share in of_tokens)
-        d_factors += [d_down, t_dlow_sum.sum(0), d_up, d_bias]
-    d_factors = [d.to(f.dtype) for d, f in zip(d_factors, factors, strict=True)]
-    d_scale, d_gate = sums.sum(1)
-    if gate is not None:
-        share = gate.sigmoid()
-        d_gate = (share * (1 - share) * d_gate).to(gate.dtype)
-    narrow = (None if gate is None else d_gate, None if scale is None else d_scale.to(scale.dtype))
-    return da if needs_da else None, *narrow, d_factors
