@@ -83,7 +83,9 @@ def test_the_benchmarks_are_collected_and_the_stored_run_names_them():
     command = [sys.executable, "-m", "pytest", "bench", "--collect-only", "-q", "--benchmark-only"]
     found = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240)
     names = set(re.findall(r"^bench/.*::.*$", found.stdout, re.M))
-    timed = {f"bench/{path.name}" for path in (root / "bench").glob("bench_*.py") if "def test_" in path.read_text()}
+    timed = {
+        str(path.relative_to(root)) for path in (root / "bench").rglob("bench_*.py") if "def test_" in path.read_text()
+    }
     assert {name.split("::")[0] for name in names} == timed, found.stdout + found.stderr
     if not torch.cuda.is_available():  # whose shapes are larger
         stored = json.loads((root / "bench/results/pytest_cpu2.json").read_text())["benchmarks"]

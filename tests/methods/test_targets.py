@@ -46,7 +46,7 @@ def assigned(z, method, *more):
     """float64 targets of each view of z, balanced over `more` rows too."""
     prototypes = F.normalize(method.prototypes.double(), dim=-1)
     rows = [torch.cat([view, *(x[v] for x in more)]).double() for v, view in enumerate(z)]
-    c = method.config
+    c = method.config.objective
     return torch.stack(
         [sinkhorn(r @ prototypes.T, c.epsilon, c.sinkhorn_iterations)[: z.shape[1]] for r in rows]
     ), prototypes

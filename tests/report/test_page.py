@@ -247,7 +247,7 @@ def test_commands_shown_are_commands(tmp_path, monkeypatch, capsys):
             seen.add(name)
             if name in classes:
                 config = parse.parse(classes[name], rest, prog=name)
-                assert name == "adapt" or (config.arch, config.img_size) == ("vit_tiny_patch16_224", 64)
+                assert name == "adapt" or (config.model.arch, config.model.img_size) == ("vit_tiny_patch16_224", 64)
     assert seen == {"eval", "embed", "export", "adapt", "report"}
 
 
@@ -351,7 +351,7 @@ def test_tensorboard_holds_what_metrics_jsonl_holds(tmp_path):
 
 
 def test_tensorboard_that_is_not_there_is_said_before_the_run(monkeypatch):
-    from upstep_fast.config import adapt as config
+    from upstep_fast.config import training as config
 
     monkeypatch.setattr(config.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"tensorboard.*pip install"):
