@@ -71,7 +71,7 @@ def test_what_cannot_be_captured_is_refused(model, photos, tmp_path, extra, mess
 def test_a_model_the_engine_cannot_run_is_refused():
     vit = torch.nn.Linear(2, 2)
     with pytest.raises(ConfigError, match="cuda_graphs: only the engine is captured, and it cannot run this model"):
-        engine.choose(vit, torch.float32, "fast", otherwise=vit, graphs=True)
+        engine.make_features(vit, torch.float32, "fast", fallback=vit, graphs=True)
 
 
 @pytest.mark.gpu

@@ -7,7 +7,7 @@ from torch import nn
 
 from upstep_fast.engine import vit as engine
 from upstep_fast.engine.fold import unsupported_blocks
-from upstep_fast.engine.packing import draw_path, pack, sizes_of, unpack
+from upstep_fast.engine.packing import drop_path_scale, pack, sizes_of, unpack
 from upstep_fast.methods.explora import unfreeze as explora
 from upstep_fast.methods.explora.tokens import Encoder, embed, seen
 from upstep_fast.model import lora
@@ -129,7 +129,7 @@ def test_one_draw_a_sequence():
     x = [torch.ones(40, 3, 2), torch.ones(60, 5, 2)]
     path, sizes = timm.layers.DropPath(0.5), sizes_of(x)
     torch.manual_seed(0)
-    keep = draw_path(path, pack(x), sizes)
+    keep = drop_path_scale(path, pack(x), sizes)
     assert keep.shape == (40 * 3 + 60 * 5, 1)
     for group in unpack(keep, sizes):
         assert (group == group[:, :1]).all() and set(group.unique().tolist()) == {0.0, 2.0}

@@ -42,7 +42,7 @@ def test_a_pair_is_turned_as_a_complex_number_is(half):
         assert torch.allclose(after[:, prefix:, :2], before[:, prefix:, :2] * turns, atol=1e-12)
         assert torch.equal(after[:, :prefix], before[:, :prefix]) and torch.equal(after[:, :, 2], before[:, :, 2])
         start += count * n
-    assert torch.allclose(apply_rope(z.clone(), HEADS, rotary, tables, sizes, back=True), y, atol=1e-12)
+    assert torch.allclose(apply_rope(z.clone(), HEADS, rotary, tables, sizes, inverse=True), y, atol=1e-12)
 
 
 @pytest.mark.parametrize("memory", ["fast", "balanced", "lean"])
@@ -112,7 +112,7 @@ def test_several_sizes_in_one_pass(memory):
         assert relative(ours, theirs) < 1e-5
     for ours, theirs in zip(gradients_of(together()), gradients_of(expected), strict=True):
         assert relative(ours, theirs) < 1e-4
-    with pytest.raises(ValueError, match="rotary positions, and none were given"):
+    with pytest.raises(ValueError, match="rotary positions, and no tables were given"):
         run.through_blocks([run.embed(x) for x in crops])
 
 

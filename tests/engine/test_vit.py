@@ -110,8 +110,8 @@ def test_fp8_is_the_same_at_every_memory_level(memory):
 def test_an_adapter_survives_beside_fp8_weights():
     # merged into e4m3 an adapter this small would be rounded away
     vit, _ = model(targets=("q", "v"))
-    ready = engine.build(vit, torch.bfloat16, fp8=True).ready()[0]
-    qkv, x = ready.merged[0], torch.randn(64, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    merged = engine.build(vit, torch.bfloat16, fp8=True).merge_adapters()[0]
+    qkv, x = merged.projections[0], torch.randn(64, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
     a, shift, b = qkv.factors
     b = 0.2 * b
     with_adapter = replace(qkv, factors=(a, shift, b)).product(x).double()

@@ -1,38 +1,39 @@
-"""One pre-norm ViT block with frozen weights: forward, hand-written backward, and what is kept between them.
+"""One pre-norm ViT block with frozen weights: forward, hand-written backward, and the tensors saved between them.
 
-The residual stream travels as a sum x + delta, delta being the last branch, so that the addition is part of the next
-norm. With h the bare normalisation (scale and shift are folded into the weights, fold.py; a trained norm has its own):
+The residual stream is passed as a sum x + delta, with delta the output of the last branch, so that the next norm's
+kernel does the addition. h is normalized without scale and shift: those of frozen norms are folded into the weights
+(fold.py), trained norms keep theirs.
 
     h1 = norm(x + delta)
-    y  = h1 (Wqkv + s B A)^T + c     the adapter merged into the weight: rounded once a step
-    z  = y, or with q and k normalised (heads.py) and turned (rotary.py)
+    y  = h1 (Wqkv + s B A)^T + c     the adapter merged into the weight, rounded once per step
+    z  = rope(qk_norm(y))            where the model has them
     o  = softmax(q k^T / sqrt(d)) v
     p  = o Wproj^T + c               middle = x + delta + p
     h2 = norm(middle)
-    u  = h2 W1^T + c;  g = gelu(u) (or gated, hidden.py);  m = g W2^T + c
+    u  = h2 W1^T + c;  g = gelu(u) (or gated, mlp.py);  m = g W2^T + c
     returns (middle, m)
 
-Backward, with the gradient of the new stream given (frozen weights need no gradient: one product each, not two):
+Backward, given the gradients of middle and m (frozen weights need none: one product instead of two):
 
-    du = (dm W2) gelu'(u)            d_middle = d_stream + norm'(du W1)
-    dy = attention'(d_middle Wproj)  d_before = d_middle + norm'(dy (Wqkv + s B A))
+    du = (dm W2) gelu'(u)            d_middle += norm'(du W1)
+    dy = attention'(d_middle Wproj)  d_x = d_middle + norm'(dy (Wqkv + s B A))
     S = h1 A^T + A beta              d(s B) = dy^T S;  dS = dy s B;  dA = dS^T h1;  d(A beta) = sum dS
 
-A norm before proj (EVA-02 CLIP, BEiT-3) stands between o and its product, computed again in backward.
+A norm before proj (EVA-02 CLIP, BEiT-3) is computed again in backward.
 
-Kept for backward, in values a token of width D, at level
+Saved for backward, in values per token of width D, by memory level:
 
-    fast       h1, y, o, h2, u       1 + 3 + 1 + 1 + 4 D    u as one byte an entry in fused form: 16 D bytes in all
-    balanced   all but y             computed again from h1: an eighth of the products more
-    lean       x + delta             1 D, and everything is computed again
+    fast       h1, y, o, h2, u       1 + 3 + 1 + 1 + 4 D    u as one byte per entry in fused form: 16 D bytes in total
+    balanced   all but y             y is computed again from h1: an eighth more matrix products
+    lean       x + delta             1 D; everything is computed again
 
-and the norms' and the softmax's statistics.
+and the statistics of the norms and of the softmax.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,31 +41,40 @@ from torch import Tensor, nn
 
 from upstep_fast.engine.fold import FoldedBlock, FoldedLinear
 from upstep_fast.engine.merge import MergedBlock, factors_of
-from upstep_fast.engine.mlp import hidden, hidden_backward, hidden_forward, linear_hidden
+from upstep_fast.engine.mlp import activation, activation_backward, activation_forward, linear_activation
 from upstep_fast.engine.norm_gelu import norm, norm_backward
-from upstep_fast.engine.packing import Sizes, attend, attend_backward
-from upstep_fast.engine.plain_block import run_plain, take
+from upstep_fast.engine.packing import Sizes, attend, attend_backward, scale_branch
+from upstep_fast.engine.plain_block import run_plain_block, select_tokens
 from upstep_fast.engine.projections import Quantized, dequantized
 from upstep_fast.engine.qk_norm import qk_norm, qk_norm_backward
 from upstep_fast.engine.rotary import Ropes, apply_rope
 
 Memory = Literal["fast", "balanced", "lean"]
-Run = Callable[[Tensor, Tensor | None, int], tuple[Tensor, Tensor]]
-_FORGOTTEN: dict[str, tuple[str, ...]] = {"fast": (), "balanced": ("y",)}
+RunFolded = Callable[[Tensor, Tensor | None, int], tuple[Tensor, Tensor]]  # x, delta, index of the block -> x, delta
+_RECOMPUTED: dict[str, tuple[str, ...]] = {"fast": (), "balanced": ("y",)}
+
+
+class BlockContext(NamedTuple):
+    """A merged block and the layout of its tokens."""
+
+    merged: MergedBlock
+    drop_scale: tuple[Tensor | None, Tensor | None]  # factor of each branch by drop path; None: no drop path
+    sizes: Sizes
+    ropes: Ropes
 
 
 def run_blocks(
     x: Tensor,
     blocks: Sequence[FoldedBlock | nn.Module],
-    run: Run,
+    run: RunFolded,
     sizes: Sizes = None,
-    wanted: Tensor | None = None,
+    indices: Tensor | None = None,
     ropes: Ropes = None,
 ) -> Tensor:
-    """x: [B, N, D] in the compute type -> the same, after all blocks; those that are not folded run as they are.
+    """Run all blocks on x [B, N, D] in the compute type; blocks that are not folded run by their own modules.
 
-    run: (x, delta, index) -> (x, delta) for a folded block. sizes: x holds several groups as rows [T, D] (packed.py).
-    wanted: [M], the only tokens to give back, as rows [M, D]. ropes: the rotary table of each group (rotary.py).
+    run: runs a folded block. sizes: x holds several groups as rows [T, D] (packing.py). indices: [M] int64, return only
+    these tokens, as rows [M, D]. ropes: the rotary table of each group (rotary.py).
     """
     delta: Tensor | None = None
     last = len(blocks) - 1
@@ -73,172 +83,182 @@ def run_blocks(
             x, delta = run(x, delta, index)
         else:
             with torch.autocast(x.device.type, dtype=x.dtype, enabled=x.dtype != torch.float32):
-                x, delta, taken = x if delta is None else x + delta, None, wanted if index == last else None
-                x = run_plain(block, x, sizes, taken, ropes).to(x.dtype)
+                x, delta, selected = x if delta is None else x + delta, None, indices if index == last else None
+                x = run_plain_block(block, x, sizes, selected, ropes).to(x.dtype)
     x = x if delta is None else x + delta
-    return x if wanted is None or not isinstance(blocks[last], FoldedBlock) else take(x, wanted)
+    return x if indices is None or not isinstance(blocks[last], FoldedBlock) else select_tokens(x, indices)
 
 
 def run_block(
     x: Tensor,
     delta: Tensor | None,
-    ready: MergedBlock,
+    merged: MergedBlock,
     memory: Memory = "fast",
     sizes: Sizes = None,
     ropes: Ropes = None,
 ) -> tuple[Tensor, Tensor]:
-    """The stream x + delta, [B, N, D] in the compute type, after the block, as a sum again.
+    """Run a block on the stream x + delta, [B, N, D] in the compute type. Returns the new stream as such a sum.
 
-    Differentiable in x, in delta, in the adapters and in the norms that are trained. sizes, ropes: as for `run_blocks`.
+    Differentiable in x, in delta, in the adapters and in trained norms. sizes, ropes: as for `run_blocks`.
     """
-    keep = ready.block.draw_paths(x, sizes)
+    context = BlockContext(merged, merged.block.drop_path_scales(x, sizes), sizes, ropes)
     if torch.is_grad_enabled():
-        trained = ready.block.trained()
+        trained = merged.block.trained_tensors()
         if any(t.requires_grad for t in (x, *trained)):
-            return _Block.apply(x, delta, ready, memory, keep, sizes, ropes, *trained)
-    return _forward(x, delta, ready, ready.trained, keep, sizes, ropes, None)[:2]
+            return _Block.apply(x, delta, context, memory, *trained)
+    return _forward(x, delta, context, merged.trained, None)[:2]
 
 
 class _Block(torch.autograd.Function):
-    """The hand-written pair; what is trained comes as tensors so that autograd carries on behind them."""
+    """Forward and backward of a block; trained tensors are arguments, so that autograd continues behind them."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        delta: Tensor | None,
-        ready: MergedBlock,
-        memory: Memory,
-        keep: Any,
-        sizes: Sizes,
-        ropes: Ropes,
-        *trained: Tensor,
+        ctx: Any, x: Tensor, delta: Tensor | None, context: BlockContext, memory: Memory, *trained: Tensor
     ) -> tuple[Tensor, Tensor]:
-        kept: dict[str, Tensor] = {}
-        middle, m, before = _forward(x, delta, ready, trained, keep, sizes, ropes, kept)
+        saved: dict[str, Tensor] = {}
+        middle, m, stream = _forward(x, delta, context, trained, saved)
         if memory == "lean":
-            kept = {"before": before}
-        for name in _FORGOTTEN.get(memory, ()):
-            del kept[name]
-        ctx.ready, ctx.names, ctx.has_delta = ready, list(kept), delta is not None
-        ctx.keep, ctx.sizes, ctx.ropes = keep, sizes, ropes
-        # the adapters are among them: autograd raises if they, and with them the merged weights, change before backward
-        ctx.save_for_backward(*kept.values(), *trained, *ready.block.sources())
+            saved = {"stream": stream}
+        for name in _RECOMPUTED.get(memory, ()):
+            del saved[name]
+        ctx.context, ctx.names, ctx.has_delta = context, list(saved), delta is not None
+        # with the adapters' parameters among them, autograd raises if they (and the merged weights) change in between
+        ctx.save_for_backward(*saved.values(), *trained, *context.merged.block.trainable_parameters())
         return middle, m
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         d_middle, d_m = grads
         values = ctx.saved_tensors
-        kept = dict(zip(ctx.names, values, strict=False))
-        trained = values[len(kept) : len(values) - len(ctx.ready.block.sources())]
-        if "before" in kept:
-            before, kept = kept["before"], {}
-            _forward(before, None, ctx.ready, trained, ctx.keep, ctx.sizes, ctx.ropes, kept)
-        needs_dx = ctx.needs_input_grad[0]
-        dx, d_trained = _backward(d_middle, d_m, ctx.ready, trained, ctx.keep, ctx.sizes, ctx.ropes, kept, needs_dx)
-        return dx, dx if ctx.has_delta else None, None, None, None, None, None, *d_trained
+        saved = dict(zip(ctx.names, values, strict=False))
+        trained = values[len(saved) : len(values) - len(ctx.context.merged.block.trainable_parameters())]
+        if "stream" in saved:
+            stream, saved = saved["stream"], {}
+            _forward(stream, None, ctx.context, trained, saved)
+        dx, d_trained = _backward(d_middle, d_m, ctx.context, trained, saved, ctx.needs_input_grad[0])
+        return dx, dx if ctx.has_delta else None, None, None, *d_trained
 
 
 def _forward(
-    x: Tensor,
-    delta: Tensor | None,
-    ready: MergedBlock,
-    trained: Sequence[Tensor],
-    keep: tuple[Tensor | None, Tensor | None],
-    sizes: Sizes,
-    ropes: Ropes,
-    kept: dict[str, Tensor] | None,
+    x: Tensor, delta: Tensor | None, context: BlockContext, trained: Sequence[Tensor], saved: dict[str, Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(middle, m, the stream before the block); fills `kept` if it is given."""
-    block, (qkv, proj, fc1, fc2) = ready.block, ready.merged
-    h1, before, rstd1, rows = norm(x, delta, block.eps[0], block.fused, block.fp8, block.rms)
+    """Return (middle, m, the stream x + delta); put the tensors for backward into `saved` if given."""
+    merged, drop_scale, sizes, ropes = context
+    block, (qkv, proj, fc1, fc2) = merged.block, merged.projections
+    h1, stream, rstd1, rows = norm(x, delta, block.eps[0], block.fused, block.fp8, block.rms)
     y = qkv.product(_affine(rows, block, 0, trained))
-    if kept is None:
+    if saved is None:
         del h1, rows
     z = apply_rope(qk_norm(y, block.heads, block.head_norm), block.heads, block.rotary, ropes, sizes)
     o, lse = attend(z, block.heads, sizes)
-    p = _scaled(proj.product(_normed(o, block)[0]), keep[0])
-    h2, middle, rstd2, rows = norm(before, p, block.eps[1], block.fused, block.fp8, block.rms)
+    p = scale_branch(proj.product(_inner_norm(o, block)[0]), drop_scale[0])
+    h2, middle, rstd2, rows = norm(stream, p, block.eps[1], block.fused, block.fp8, block.rms)
     rows = _affine(rows, block, 1, trained)
     g: Tensor | Quantized
-    if kept is None:
-        g = linear_hidden(rows, fc1, block)
+    if saved is None:
+        g = linear_activation(rows, fc1, block)
     else:
-        g, of_u = hidden_forward(fc1.product(rows), block)
-        kept |= {"h1": h1, "rstd1": rstd1, "y": y, "o": o, "lse": lse, "h2": h2, "rstd2": rstd2, "u": of_u}
-    return middle, _scaled(fc2.product(g), keep[1]), before
+        g, saved_u = activation_forward(fc1.product(rows), block)
+        saved |= {"h1": h1, "rstd1": rstd1, "y": y, "o": o, "lse": lse, "h2": h2, "rstd2": rstd2, "u": saved_u}
+    return middle, scale_branch(fc2.product(g), drop_scale[1]), stream
 
 
 def _backward(
     d_middle: Tensor,
     d_m: Tensor,
-    ready: MergedBlock,
+    context: BlockContext,
     trained: Sequence[Tensor],
-    keep: tuple[Tensor | None, Tensor | None],
-    sizes: Sizes,
-    ropes: Ropes,
-    kept: dict[str, Tensor],
+    saved: dict[str, Tensor],
     needs_dx: bool,
 ) -> tuple[Tensor | None, list[Tensor]]:
-    block, (qkv, proj, fc1, fc2) = ready.block, ready.merged
-    h1, rstd1, o, lse, h2, rstd2, u = (kept[name] for name in ("h1", "rstd1", "o", "lse", "h2", "rstd2", "u"))
+    """Return the gradients of the stream (None unless `needs_dx`) and of `trained`."""
+    block = context.merged.block
     factors = factors_of(block, trained)
-    d_of: dict[str, tuple[Tensor, ...]] = {}
+    d_middle, rows, d_mlp, d_norm2 = _mlp_backward(d_middle, d_m, context, trained, saved)
+    dx, d_attention, d_norm1 = _attention_backward(d_middle, rows, context, trained, saved, needs_dx)
+    d_adapters = d_mlp | d_attention
+    return dx, [*(d for name in factors for d in d_adapters[name]), *d_norm1, *d_norm2]
 
-    d_m = _scaled(d_m, keep[1])
+
+_AdapterGrads = dict[str, tuple[Tensor, ...]]  # of (A, A beta, s B) by projection
+
+
+def _mlp_backward(
+    d_middle: Tensor, d_m: Tensor, context: BlockContext, trained: Sequence[Tensor], saved: dict[str, Tensor]
+) -> tuple[Tensor, Tensor | Quantized, _AdapterGrads, tuple[Tensor, ...]]:
+    """Return the gradient of middle, that gradient as input of a product, and those of the adapters and the norm."""
+    block, (_, _, fc1, fc2) = context.merged.block, context.merged.projections
+    h2, u, factors = saved["h2"], saved["u"], factors_of(block, trained)
+    d_adapters: _AdapterGrads = {}
+    d_m = scale_branch(d_m, context.drop_scale[1])
     if "fc2" in factors:
-        d_of["fc2"] = adapter_gradients(d_m, hidden(u, block), block.fc2, factors["fc2"])
-    du = hidden_backward(fc2.input_gradient(d_m), u, block, block.fp8 and "fc1" not in factors)
+        d_adapters["fc2"] = adapter_gradients(d_m, activation(u, block), block.fc2, factors["fc2"])
+    du = activation_backward(fc2.input_gradient(d_m), u, block, block.fp8 and "fc1" not in factors)
     if "fc1" in factors:
         h2_affine = dequantized(_affine(h2, block, 1, trained))
-        d_of["fc1"] = adapter_gradients(dequantized(du), h2_affine, block.fc1, factors["fc1"])
-    d_h2, d_norm2 = _affine_backward(fc1.input_gradient(du), h2, block, 1, trained)
-    del du
-    d_middle, rows = norm_backward(d_h2, h2, rstd2, d_middle, block.fused, block.fp8, block.rms)
-    d_p = _scaled(d_middle, keep[0])
-    o_hat, o_rstd = _normed(o, block)
+        d_adapters["fc1"] = adapter_gradients(dequantized(du), h2_affine, block.fc1, factors["fc1"])
+    d_h2, d_norm = _affine_backward(fc1.input_gradient(du), h2, block, 1, trained)
+    del du  # the largest tensor of the block, before the norm makes new ones
+    d_middle, rows = norm_backward(d_h2, h2, saved["rstd2"], d_middle, block.fused, block.fp8, block.rms)
+    return d_middle, rows, d_adapters, d_norm
+
+
+def _attention_backward(
+    d_middle: Tensor,
+    rows: Tensor | Quantized,
+    context: BlockContext,
+    trained: Sequence[Tensor],
+    saved: dict[str, Tensor],
+    needs_dx: bool,
+) -> tuple[Tensor | None, _AdapterGrads, tuple[Tensor, ...]]:
+    """Return the gradients of the stream, of the adapters and of the norm; rows: d_middle as input of a product."""
+    merged, drop_scale, sizes, ropes = context
+    block, (qkv, proj, _, _) = merged.block, merged.projections
+    h1, o, lse, factors = saved["h1"], saved["o"], saved["lse"], factors_of(block, trained)
+    d_adapters: _AdapterGrads = {}
+    d_p = scale_branch(d_middle, drop_scale[0])
+    o_hat, o_rstd = _inner_norm(o, block)
     if "proj" in factors:
-        d_of["proj"] = adapter_gradients(d_p, o_hat, block.proj, factors["proj"])
+        d_adapters["proj"] = adapter_gradients(d_p, o_hat, block.proj, factors["proj"])
     h1_affine = dequantized(_affine(h1, block, 0, trained))
-    y = kept["y"] if "y" in kept else qkv.product(h1_affine)
+    y = saved["y"] if "y" in saved else qkv.product(h1_affine)
     z = qk_norm(y, block.heads, block.head_norm)
-    if z is not kept.get("y"):  # where q and k are not normalised, y was turned in its own place, and kept so
+    if z is not saved.get("y"):  # without QK-norm RoPE was applied to y in place, and y was saved so
         z = apply_rope(z, block.heads, block.rotary, ropes, sizes)
-    d_o = proj.input_gradient(rows if keep[0] is None else d_p)
+    d_o = proj.input_gradient(rows if drop_scale[0] is None else d_p)
     if o_rstd is not None:
         d_o, _ = norm_backward(d_o, o_hat, o_rstd, None, block.fused, rms=block.rms)
     dz = attend_backward(d_o, z, o, lse, block.heads, sizes)
-    dz = apply_rope(dz, block.heads, block.rotary, ropes, sizes, back=True)
+    dz = apply_rope(dz, block.heads, block.rotary, ropes, sizes, inverse=True)
     dy = qk_norm_backward(dz, y, block.heads, block.head_norm)
     if "qkv" in factors:
-        d_of["qkv"] = adapter_gradients(dy, h1_affine, block.qkv, factors["qkv"])
-    dx: Tensor | None = None
-    d_norm1: tuple[Tensor, ...] = ()
-    if needs_dx or block.norms[0] is not None:
-        d_h1, d_norm1 = _affine_backward(qkv.input_gradient(dy), h1, block, 0, trained)
-        dx = norm_backward(d_h1, h1, rstd1, d_middle, block.fused, rms=block.rms)[0] if needs_dx else None
-    return dx, [*(d for name in factors for d in d_of[name]), *d_norm1, *d_norm2]
+        d_adapters["qkv"] = adapter_gradients(dy, h1_affine, block.qkv, factors["qkv"])
+    if not needs_dx and block.norms[0] is None:
+        return None, d_adapters, ()
+    d_h1, d_norm = _affine_backward(qkv.input_gradient(dy), h1, block, 0, trained)
+    dx = norm_backward(d_h1, h1, saved["rstd1"], d_middle, block.fused, rms=block.rms)[0] if needs_dx else None
+    return dx, d_adapters, d_norm
 
 
 def adapter_gradients(
     dy: Tensor, h: Tensor, linear: FoldedLinear, factors: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of (A [T, r, K], A beta [T, r], s B [T, n, r]) in fp32, from dy [..., N] and the input h [..., K]."""
+    """Return the gradients of (A [T, r, K], A beta [T, r], s B [T, n, r]) in fp32; dy: [..., N], h: [..., K]."""
     a, shift, b = (f.detach() for f in factors)
     dy, h = dy.flatten(0, -2), h.flatten(0, -2)
     low = F.linear(h, a.flatten(0, 1).to(h.dtype), shift.flatten().to(h.dtype))  # [M, T r]
-    rows, r = b.shape[1:]
+    num_rows, r = b.shape[1:]
     d_low, d_b = torch.empty_like(low), torch.empty_like(b)
     for t, part in enumerate(linear.parts):
-        dy_part, own = dy[:, part * rows : (part + 1) * rows], slice(t * r, (t + 1) * r)
-        d_b[t] = dy_part.T @ low[:, own]
-        d_low[:, own] = dy_part @ b[t].to(dy.dtype)
+        dy_part, columns = dy[:, part * num_rows : (part + 1) * num_rows], slice(t * r, (t + 1) * r)
+        d_b[t] = dy_part.T @ low[:, columns]
+        d_low[:, columns] = dy_part @ b[t].to(dy.dtype)
     return (d_low.T @ h).float().view_as(a), d_low.float().sum(0).view_as(shift), d_b
 
 
 def _scale_and_shift(block: FoldedBlock, which: int, trained: Sequence[Tensor]) -> Sequence[Tensor] | None:
-    """(gamma, beta) of a norm that is trained; they stand last in `trained`, two each."""
+    """Return (gamma, beta) of norm `which` (0 or 1) if it is trained; they stand last in `trained`, two per norm."""
     if block.norms[which] is None:
         return None
     after = 2 if which == 0 and block.norms[1] is not None else 0
@@ -246,6 +266,7 @@ def _scale_and_shift(block: FoldedBlock, which: int, trained: Sequence[Tensor]) 
 
 
 def _affine(x_hat: Tensor | Quantized, block: FoldedBlock, which: int, trained: Sequence[Tensor]) -> Tensor | Quantized:
+    """Apply the scale and shift of norm `which` if it is trained."""
     pair = _scale_and_shift(block, which, trained)
     if pair is None:
         return x_hat
@@ -256,22 +277,18 @@ def _affine(x_hat: Tensor | Quantized, block: FoldedBlock, which: int, trained: 
 def _affine_backward(
     d: Tensor, x_hat: Tensor, block: FoldedBlock, which: int, trained: Sequence[Tensor]
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The gradient of x_hat, and of (gamma, beta) if they are trained."""
+    """Return the gradients of x_hat and of (gamma, beta); the latter is empty for a frozen norm."""
     pair = _scale_and_shift(block, which, trained)
     if pair is None:
         return d, ()
     rows = tuple(range(d.dim() - 1))
-    of_pair = ((d * x_hat).sum(rows, dtype=torch.float32), d.sum(rows, dtype=torch.float32))
-    return d * pair[0].to(d.dtype), of_pair
+    d_pair = ((d * x_hat).sum(rows, dtype=torch.float32), d.sum(rows, dtype=torch.float32))
+    return d * pair[0].to(d.dtype), d_pair
 
 
-def _normed(o: Tensor, block: FoldedBlock) -> tuple[Tensor, Tensor | None]:
-    """(what proj takes, rstd) where a norm stands before it; else (o, None)."""
+def _inner_norm(o: Tensor, block: FoldedBlock) -> tuple[Tensor, Tensor | None]:
+    """Apply the norm before proj, if there is one. Returns (input of proj, rstd or None)."""
     if block.inner_eps[0] is None:
         return o, None
     o_hat, _, rstd, _ = norm(o, None, block.inner_eps[0], block.fused, rms=block.rms)
     return o_hat, rstd
-
-
-def _scaled(branch: Tensor, keep: Tensor | None) -> Tensor:
-    return branch if keep is None else branch * keep

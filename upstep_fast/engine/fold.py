@@ -1,17 +1,17 @@
-"""Folds what is frozen into as few weights as possible.
+"""Folds the frozen norms, LayerScale and projections of a block into four matrices.
 
-A block's norms, LayerScale and projections are frozen, so with x_hat = (x - mean) rstd the bare normalisation,
+With x_hat = (x - mean) rstd, normalized without scale and shift,
 
     W (gamma x_hat + beta) + b        =  (W gamma) x_hat + (W beta + b)               norm into qkv and fc1
     ls (W y + b)                      =  (ls W) y + ls b                              LayerScale into proj and fc2
-    s B A (gamma x_hat + beta)        =  (s B) ((A gamma) x_hat + A beta)             the adapter alike, kept apart
+    s B A (gamma x_hat + beta)        =  (s B) ((A gamma) x_hat + A beta)             the adapter, kept separate
     ls s B A y                        =  (ls s B) A y
 
-Matrices whose outputs stand side by side (q, k and v, or a gated MLP's two, where timm keeps them apart) become one,
-with their adapters as parts of it.
+Matrices whose outputs are concatenated (q, k and v, or the two of a gated MLP, where timm keeps them separate) become
+one, with their adapters as parts of it.
 
-The adapter's side is made of autograd operations on its own parameters, so what is learnt through the folded form is
-the adapter of the original model. Folding is exact up to rounding; it is done in fp32 and cast once.
+The adapter's factors are computed by autograd operations on its parameters, so training the folded form trains the
+adapter of the original model. Folding is exact up to rounding; it is done in fp32 and cast once.
 """
 
 from __future__ import annotations
@@ -26,33 +26,36 @@ import torch.nn.functional as F
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
-from upstep_fast.engine.packing import Sizes, draw_path
+from upstep_fast.engine.packing import Sizes, drop_path_scale
 from upstep_fast.engine.projections import Fp8Weight, to_fp8
 from upstep_fast.engine.qk_norm import HeadNorm
 from upstep_fast.engine.rotary import Rotary
-from upstep_fast.engine.timm_blocks import Vit, block_unsupported_reason, norm_kind, parts_of
+from upstep_fast.engine.timm_blocks import Vit, block_parts, block_unsupported_reason, norm_kind
 from upstep_fast.model.lora import LoraLinear
 
 
 @dataclass(frozen=True)
 class FoldedLinear:
-    """A frozen projection with its norm and LayerScale folded in, and the adapters on it, if any."""
+    """A frozen projection with its norm and LayerScale folded in, and its adapters, if any."""
 
     weight: Tensor | Fp8Weight  # [N, K], compute type or fp8
     bias: Tensor  # [N], compute type
-    norm: tuple[Tensor, Tensor] | None  # gamma, beta [K] that were folded in
+    norm: tuple[Tensor, Tensor] | None  # gamma, beta [K] of the folded norm
     layer_scale: Tensor | None  # [N]
     adapters: tuple[LoraLinear, ...] = ()
-    parts: tuple[int, ...] = ()  # for each of their T parts, which rows it adds to, in blocks of n
+    parts: tuple[int, ...] = ()  # for each of their T parts, the block of n rows it adds to
 
     def adapter_factors(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """(A [T, r, K], A beta [T, r], s B [T, n, r]) in fp32, folded; differentiable in the adapters' parameters."""
+        """Return the folded (A [T, r, K], A beta [T, r], s B [T, n, r]) in fp32; None without adapters.
+
+        Differentiable in the adapters' parameters.
+        """
         if not self.adapters:
             return None
-        # several adapters (of q, k and v apart) may differ in rank: zeros add nothing
+        # separate adapters of q, k and v may differ in rank: pad with zeros
         r = max(adapter.r for adapter in self.adapters)
-        a = _joined([F.pad(m.lora_a, (0, 0, 0, r - m.r)) if m.r < r else m.lora_a for m in self.adapters])
-        b = _joined([m.scale * (F.pad(m.lora_b, (0, r - m.r)) if m.r < r else m.lora_b) for m in self.adapters])
+        a = _concatenated([F.pad(m.lora_a, (0, 0, 0, r - m.r)) if m.r < r else m.lora_a for m in self.adapters])
+        b = _concatenated([m.scale * (F.pad(m.lora_b, (0, r - m.r)) if m.r < r else m.lora_b) for m in self.adapters])
         shift = torch.zeros(a.shape[:2], device=a.device)
         if self.norm is not None:
             gamma, beta = self.norm
@@ -64,56 +67,60 @@ class FoldedLinear:
 
 @dataclass(frozen=True)
 class FoldedBlock:
-    """One pre-norm block, ready to run: x + proj(attention(qkv(norm x))), then x + fc2(gelu(fc1(norm x)))."""
+    """A folded pre-norm block: x + proj(attention(qkv(norm x))), then x + fc2(gelu(fc1(norm x)))."""
 
     heads: int
     rms: bool  # the norms are RMSNorm
     eps: tuple[float, float]  # of the two norms
-    inner_eps: tuple[float | None, float | None]  # of the norms before proj and before fc2; None: there is none
-    head_norm: HeadNorm | None  # of q and k
-    rotary: Rotary | None  # how q and k are turned
+    inner_eps: tuple[float | None, float | None]  # of the norms before proj and before fc2; None: no norm
+    head_norm: HeadNorm | None  # QK-norm
+    rotary: Rotary | None  # rotation of q and k
     activation: str  # erf, tanh, quick or swiglu
     qkv: FoldedLinear
     proj: FoldedLinear
     fc1: FoldedLinear
     fc2: FoldedLinear
-    norms: tuple[nn.LayerNorm | None, nn.LayerNorm | None] = (None, None)  # those that are trained, hence not folded
-    paths: tuple[nn.Module, nn.Module] = (nn.Identity(), nn.Identity())  # drop path of the two branches
-    fused: bool = False  # norms and GELU by the kernels; else by the library (pieces.py)
+    norms: tuple[nn.LayerNorm | None, nn.LayerNorm | None] = (None, None)  # trained norms, which are not folded
+    drop_paths: tuple[nn.Module, nn.Module] = (nn.Identity(), nn.Identity())  # of the two branches
+    fused: bool = False  # norms and GELU by our kernels; else by torch (norm_gelu.py)
 
     @property
     def fp8(self) -> bool:
-        """Whether the frozen weights are in fp8 (precision.py)."""
+        """True if the frozen weights are in fp8 (projections.py)."""
         return isinstance(self.fc1.weight, Fp8Weight)
 
     @property
     def linears(self) -> dict[str, FoldedLinear]:
-        """By name, in the order in which they run."""
+        """The projections by name, in the order in which they run."""
         return {"qkv": self.qkv, "proj": self.proj, "fc1": self.fc1, "fc2": self.fc2}
 
     @property
-    def keeps_byte(self) -> bool:
-        """Whether GELU's derivative is kept as one byte; an adapter on fc2, or a norm before it, needs GELU's value."""
+    def saves_byte(self) -> bool:
+        """True if GELU's derivative is saved as one byte; an adapter on fc2, or a norm before it, needs u itself."""
         return self.fused and self.activation != "swiglu" and not self.fc2.adapters and self.inner_eps[1] is None
 
-    def trained(self) -> list[Tensor]:
-        """(A, A beta, s B) by adapted projection, then (gamma, beta) of each trained norm; differentiable, fp32."""
+    def trained_tensors(self) -> list[Tensor]:
+        """Return (A, A beta, s B) of each adapted projection, then (gamma, beta) of each trained norm.
+
+        In fp32; differentiable in `trainable_parameters`.
+        """
         factors = [f for linear in self.linears.values() for f in (linear.adapter_factors() or ())]
         return factors + [p for norm in self.norms if norm is not None for p in (norm.weight, norm.bias)]
 
-    def sources(self) -> list[nn.Parameter]:
-        """The parameters behind `trained`."""
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters from which `trained_tensors` are computed."""
         adapters = [adapter for linear in self.linears.values() for adapter in linear.adapters]
-        own = [p for adapter in adapters for p in (adapter.lora_a, adapter.lora_b)]
-        return own + [p for norm in self.norms if norm is not None for p in (norm.weight, norm.bias)]
+        factors = [p for adapter in adapters for p in (adapter.lora_a, adapter.lora_b)]
+        return factors + [p for norm in self.norms if norm is not None for p in (norm.weight, norm.bias)]
 
-    def draw_paths(self, x: Tensor, sizes: Sizes) -> tuple[Tensor | None, Tensor | None]:
-        """The factors of the two branches (`packed.draw_path`)."""
-        return draw_path(self.paths[0], x, sizes), draw_path(self.paths[1], x, sizes)
+    def drop_path_scales(self, x: Tensor, sizes: Sizes) -> tuple[Tensor | None, Tensor | None]:
+        """Draw the factors of the two branches (`packing.drop_path_scale`)."""
+        first, second = self.drop_paths
+        return drop_path_scale(first, x, sizes), drop_path_scale(second, x, sizes)
 
 
 def unsupported_reason(vit: nn.Module) -> str | None:
-    """Why the engine cannot run this model, or None if it can run at least some of its blocks."""
+    """Return why the engine cannot run this model; None if it can run at least one of its blocks."""
     if not isinstance(vit, Vit):
         return f"it is a {type(vit).__name__}"
     if isinstance(vit, Eva) and vit.rope_mixed:
@@ -128,31 +135,31 @@ def unsupported_reason(vit: nn.Module) -> str | None:
 
 @torch.no_grad()
 def fold(vit: Vit, dtype: torch.dtype, fused: bool | None = None, fp8: bool = False) -> list[FoldedBlock | nn.Module]:
-    """The blocks of `vit`, folded in `dtype`; adapters and trained norms are referred to, not copied.
+    """Fold the blocks of `vit` in `dtype`; adapters and trained norms are referenced, not copied.
 
-    A block that cannot be folded, or whose weights are trained, is given back as it is. fused: norms and GELU by the
-    kernels; None: in 16 bit on a GPU. fp8: frozen weights in row-wise fp8 (precision.py), dtype bf16. Raises
+    A block that cannot be folded, or whose weights are trained, is returned as it is. fused: norms and GELU by our
+    kernels; None: in 16 bit on a GPU. fp8: frozen weights in row-wise fp8 (projections.py), dtype bf16. Raises
     ValueError if no block can be folded.
     """
     reason = unsupported_reason(vit)
     if reason:
         raise ValueError(f"engine: cannot fold this model: {reason}")
-    turned = getattr(vit, "rope", None) is not None
+    has_rope = getattr(vit, "rope", None) is not None
     unfolded = unsupported_blocks(vit)
     return [
-        block if index in unfolded else _fold_block(block, dtype, fused, fp8, turned)
+        block if index in unfolded else _fold_block(block, dtype, fused, fp8, has_rope)
         for index, block in enumerate(vit.blocks)
     ]
 
 
 def unsupported_blocks(vit: Vit) -> dict[int, str]:
-    """The blocks that run as they are beside folded ones, with the reason."""
+    """Return the reasons of the blocks that cannot be folded, by index."""
     reasons = {index: block_unsupported_reason(block) for index, block in enumerate(vit.blocks)}
     return {index: reason for index, reason in reasons.items() if reason}
 
 
-def _fold_block(block: Any, dtype: torch.dtype, fused: bool | None, fp8: bool, turned: bool) -> FoldedBlock:
-    parts, attention = parts_of(block), block.attn
+def _fold_block(block: Any, dtype: torch.dtype, fused: bool | None, fp8: bool, has_rope: bool) -> FoldedBlock:
+    parts, attention = block_parts(block), block.attn
     norms: tuple[Any, Any] = parts.norms
     if fused is None:
         fused = norms[0].weight.device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
@@ -164,14 +171,14 @@ def _fold_block(block: Any, dtype: torch.dtype, fused: bool | None, fp8: bool, t
         eps=(norms[0].eps, norms[1].eps),
         inner_eps=(_eps(parts.inner_norms[0]), _eps(parts.inner_norms[1])),
         head_norm=_head_norm(parts.head_norms),
-        rotary=Rotary(attention.num_prefix_tokens, attention.rotate_half) if turned else None,
+        rotary=Rotary(attention.num_prefix_tokens, attention.rotate_half) if has_rope else None,
         activation=parts.activation,
-        qkv=fold_linear(parts.qkv, norm=None if trained[0] else norms[0], own_bias=parts.qkv_bias),
+        qkv=fold_linear(parts.qkv, norm=None if trained[0] else norms[0], separate_bias=parts.qkv_bias),
         proj=fold_linear((parts.proj,), norm=parts.inner_norms[0], layer_scale=parts.layer_scales[0]),
         fc1=fold_linear(parts.fc1, norm=None if trained[1] else norms[1]),
         fc2=fold_linear((parts.fc2,), norm=parts.inner_norms[1], layer_scale=parts.layer_scales[1]),
         norms=(trained[0], trained[1]),
-        paths=(block.drop_path1, block.drop_path2),
+        drop_paths=(block.drop_path1, block.drop_path2),
         fused=fused,
     )
 
@@ -181,7 +188,7 @@ def _eps(norm: Any) -> float | None:
 
 
 def _affine(norm: Any) -> tuple[Tensor, Tensor] | None:
-    """(gamma, beta) in fp32; RMSNorm has no beta."""
+    """Return (gamma, beta) in fp32, with beta zero for RMSNorm."""
     kind = norm_kind(norm)
     if kind is None:
         return None
@@ -204,27 +211,31 @@ def _fold_linear(
     fp8: bool,
     norm: nn.Module | None = None,
     layer_scale: Tensor | None = None,
-    own_bias: Tensor | None = None,
+    separate_bias: Tensor | None = None,
 ) -> FoldedLinear:
     bases: list[Any] = [module.base if isinstance(module, LoraLinear) else module for module in modules]
-    weight = _joined([base.weight.float() for base in bases])
-    bias = (_joined([_bias(base) for base in bases]) if own_bias is None else own_bias).float()
+    weight = _concatenated([base.weight.float() for base in bases])
+    bias = (_concatenated([_bias(base) for base in bases]) if separate_bias is None else separate_bias).float()
     scale = None if layer_scale is None else layer_scale.float()
     affine = None if norm is None else _affine(norm)
     if affine is not None:
         weight, bias = weight * affine[0], bias + weight @ affine[1]
     if scale is not None:
         weight, bias = weight * scale[:, None], bias * scale
-    # one matrix brings its parts; of several each is a part
+    folded = to_fp8(weight) if fp8 else weight.to(dtype)
+    return FoldedLinear(folded, bias.to(dtype), affine, scale, *_adapters(modules))
+
+
+def _adapters(modules: Sequence[nn.Module]) -> tuple[tuple[LoraLinear, ...], tuple[int, ...]]:
+    """Return the adapters and their parts: those of a single matrix, or the index of each of several matrices."""
     adapters = {index: module for index, module in enumerate(modules) if isinstance(module, LoraLinear)}
     parts = tuple(adapters) if len(modules) > 1 else tuple(p for module in adapters.values() for p in module.parts)
-    folded = to_fp8(weight) if fp8 else weight.to(dtype)
-    return FoldedLinear(folded, bias.to(dtype), affine, scale, tuple(adapters.values()), parts)
+    return tuple(adapters.values()), parts
 
 
 def _bias(linear: nn.Linear) -> Tensor:
     return linear.bias if linear.bias is not None else linear.weight.new_zeros(len(linear.weight))
 
 
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
+def _concatenated(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))

@@ -1,7 +1,7 @@
-"""Forward only: base features, evaluation, steps known to be skipped, teachers. Nothing is kept.
+"""Forward without gradients: base features, evaluation, skipped steps, teachers. Nothing is saved.
 
 On a GPU the whole model is one compiled graph, replayed as a CUDA graph (torch.compile, reduce-overhead: max-autotune
-would take minutes before the first image); on a CPU it runs as it is unless compilation is asked for.
+would take minutes before the first image); on a CPU it is compiled only on request.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from upstep_fast.engine.fold import FoldedBlock
 from upstep_fast.engine.merge import MergedBlock
 from upstep_fast.engine.rotary import Ropes
 
-Map = Callable[[Tensor], Tensor]
+TensorFunction = Callable[[Tensor], Tensor]
 
 
 def make_forward_only(
     blocks: Sequence[FoldedBlock | nn.Module],
-    ready: Callable[[], dict[int, MergedBlock]],
-    embed: Map,
+    merge_adapters: Callable[[], dict[int, MergedBlock]],
+    embed: TensorFunction,
     ropes: Callable[[Tensor], Ropes],
-    head: Map,
+    head: TensorFunction,
     device: torch.device,
     compiled: bool | None = None,
-) -> Map:
-    """Images [B, C, H, W] -> features [B, D] in fp32, without gradients.
+) -> TensorFunction:
+    """Return a function from images [B, C, H, W] to features [B, D] in fp32, without gradients.
 
-    ready: the folded blocks with their adapters merged (merge.py). embed: images -> tokens [B, N, D] in the compute
-    type. ropes: images -> rotary tables (rotary.py). head: tokens after the last block -> features. compiled: None: on
-    a GPU.
+    merge_adapters: gives the folded blocks with their adapters merged (merge.py). embed: images -> tokens [B, N, D] in
+    the compute type. ropes: images -> rotary tables (rotary.py). head: tokens after the last block -> features.
+    compiled: use torch.compile; None: on a GPU.
     """
 
-    def forward(images: Tensor, now: dict[int, MergedBlock], tables: Ropes) -> Tensor:
+    def forward(images: Tensor, merged: dict[int, MergedBlock], tables: Ropes) -> Tensor:
         def run(x: Tensor, delta: Tensor | None, index: int) -> tuple[Tensor, Tensor]:
-            return run_block(x, delta, now[index], ropes=tables)
+            return run_block(x, delta, merged[index], ropes=tables)
 
         return head(run_blocks(embed(images), blocks, run, ropes=tables))
 
@@ -47,8 +47,7 @@ def make_forward_only(
 
     @torch.no_grad()
     def features(images: Tensor) -> Tensor:
-        # a CUDA graph writes every result to the same place
-        found = call(images, ready(), ropes(images))
-        return found.clone() if compiled else found
+        result = call(images, merge_adapters(), ropes(images))
+        return result.clone() if compiled else result  # a CUDA graph writes every result to the same memory
 
     return features

@@ -1,6 +1,6 @@
-"""Adapters merged into the frozen weights, once a step; every path of the engine multiplies by these.
+"""Merges adapters into the frozen weights, once per step; every path of the engine multiplies by the result.
 
-Merging keeps the adapter in fp32 and rounds W + s B A once, as mixed-precision training does to every weight each step.
+Merging keeps the adapter in fp32 and rounds W + s B A once, as mixed-precision training rounds every weight each step.
 """
 
 from __future__ import annotations
@@ -17,50 +17,50 @@ from upstep_fast.engine.projections import Fp8Projection, Fp8Weight, MergedProje
 
 @dataclass(frozen=True)
 class MergedBlock:
-    """A folded block with its adapters merged, and what of it is trained: `FoldedBlock.trained`, without gradients."""
+    """A folded block with its adapters merged; trained: `FoldedBlock.trained_tensors`, detached."""
 
     block: FoldedBlock
-    merged: list[Projection]  # qkv, proj, fc1, fc2
+    projections: list[Projection]  # qkv, proj, fc1, fc2
     trained: list[Tensor]
 
     def update(self, new: MergedBlock) -> None:
-        """Write `new` into the same memory, which a CUDA graph reads."""
-        for before, now in zip(self.merged, new.merged, strict=True):
-            if isinstance(before, MergedProjection) and isinstance(now, MergedProjection):
-                _copy((before.weight, before.bias), (now.weight, now.bias))
-            elif isinstance(before, Fp8Projection) and isinstance(now, Fp8Projection):
-                _copy(before.factors or (), now.factors or ())
+        """Copy `new` into the memory of this block, which a CUDA graph reads."""
+        for old, update in zip(self.projections, new.projections, strict=True):
+            if isinstance(old, MergedProjection) and isinstance(update, MergedProjection):
+                _copy((old.weight, old.bias), (update.weight, update.bias))
+            elif isinstance(old, Fp8Projection) and isinstance(update, Fp8Projection):
+                _copy(old.factors or (), update.factors or ())
         _copy(self.trained, new.trained)
 
 
 def make_merger(blocks: Sequence[FoldedBlock | nn.Module]) -> Callable[[], dict[int, MergedBlock]]:
-    """A function that gives every folded block, by its index, with its adapters merged as they are now.
+    """Return a function that merges the adapters as they are now; it gives every folded block by its index.
 
-    What is trained is merged at every call: fused optimizers do not move version counters (torch 2.15), so a change
-    cannot be seen. What is frozen is merged again when its version has moved.
+    Trained adapters are merged at every call: fused optimizers do not move version counters (torch 2.15), so a change
+    cannot be detected. Frozen ones are merged again when their version has moved.
     """
-    ready: dict[int, MergedBlock] = {}
-    versions: list[int] = []
+    merged: dict[int, MergedBlock] = {}
+    merged_versions: list[int] = []
 
     def refresh() -> dict[int, MergedBlock]:
         folded = {index: block for index, block in enumerate(blocks) if isinstance(block, FoldedBlock)}
-        sources = [p for block in folded.values() for p in block.sources()]
-        now = [p._version for p in sources]
-        if not ready or now != versions or any(p.requires_grad for p in sources):
+        parameters = [p for block in folded.values() for p in block.trainable_parameters()]
+        versions = [p._version for p in parameters]
+        if not merged or versions != merged_versions or any(p.requires_grad for p in parameters):
             for index, block in folded.items():
-                new = _merge_block(block, ready.get(index))
-                ready.setdefault(index, new).update(new)
-            versions[:] = now
-        return ready
+                new = _merge_block(block, merged.get(index))
+                merged.setdefault(index, new).update(new)
+            merged_versions[:] = versions
+        return merged
 
     return refresh
 
 
 def merge(linear: FoldedLinear, factors: Sequence[Tensor] | None, into: Projection | None = None) -> Projection:
-    """W + s B A and b + s B (A beta), added in fp32 and rounded once; apart where W is in fp8.
+    """Compute W + s B A and b + s B (A beta) in fp32, rounded once; where W is in fp8, keep the adapter separate.
 
-    factors: (A, A beta, s B) or None. into: an earlier result for `linear`, whose memory is written to; of a merged
-    weight only the rows that an adapter adds to.
+    factors: (A, A beta, s B) or None. into: an earlier result for `linear`, whose memory is written to, only in the
+    rows that an adapter adds to.
     """
     if isinstance(linear.weight, Fp8Weight):
         low = None if factors is None else [f.detach().to(linear.bias.dtype) for f in factors]
@@ -81,29 +81,29 @@ def merge(linear: FoldedLinear, factors: Sequence[Tensor] | None, into: Projecti
 def merge_all(
     block: FoldedBlock, trained: Sequence[Tensor], into: Sequence[Projection | None] = (None,) * 4
 ) -> list[Projection]:
-    """The block's four projections. trained: what `FoldedBlock.trained` gives; into: as for `merge`."""
+    """Merge the block's four projections. trained: of `FoldedBlock.trained_tensors`; into: as for `merge`."""
     factors = factors_of(block, trained)
     pairs = zip(block.linears.items(), into, strict=True)
-    return [merge(linear, factors.get(name), before) for (name, linear), before in pairs]
+    return [merge(linear, factors.get(name), old) for (name, linear), old in pairs]
 
 
 def factors_of(block: FoldedBlock, trained: Sequence[Tensor]) -> dict[str, Sequence[Tensor]]:
-    """(A, A beta, s B) by projection, for those with an adapter; they stand first in `trained`, three each."""
+    """Return (A, A beta, s B) of the projections with an adapter; they stand first in `trained`, three each."""
     names = [name for name, linear in block.linears.items() if linear.adapters]
     return {name: trained[3 * i : 3 * i + 3] for i, name in enumerate(names)}
 
 
-def _copy(before: Sequence[Tensor], now: Sequence[Tensor]) -> None:
-    for tensor, value in zip(before, now, strict=True):
+def _copy(old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
+    for tensor, value in zip(old, new, strict=True):
         # a frozen weight or a parameter itself needs no copy, which would count as a change of it; data_ptr() warns on
         # fake tensors
         if not torch._C._is_alias_of(tensor, value):  # type: ignore[attr-defined]
             tensor.copy_(value)
 
 
-def _merge_block(block: FoldedBlock, before: MergedBlock | None) -> MergedBlock:
+def _merge_block(block: FoldedBlock, old: MergedBlock | None) -> MergedBlock:
     # in fp32 whatever autocast the caller is in
     with torch.autocast(block.qkv.bias.device.type, enabled=False):
-        trained = [tensor.detach() for tensor in block.trained()]
-        merged = merge_all(block, trained, before.merged) if before else merge_all(block, trained)
-        return MergedBlock(block, merged, trained)
+        trained = [tensor.detach() for tensor in block.trained_tensors()]
+        projections = merge_all(block, trained, old.projections) if old else merge_all(block, trained)
+        return MergedBlock(block, projections, trained)

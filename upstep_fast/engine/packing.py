@@ -1,9 +1,9 @@
-"""Sequences of several lengths as one tensor: products, norms and GELU run over all tokens, attention length by length.
+"""Packs sequences of several lengths: products, norms and GELU run over all tokens, attention per length.
 
     groups [B_1, N_1, D], [B_2, N_2, D], ...   <->   rows [sum of B_g N_g, D], and sizes (B_g, N_g)
 
-Attention within each group is attention under a block-diagonal mask over the rows, and needs no mask. A group alone
-stays [B, N, D] as it is; its sizes are None.
+Attention per group equals attention over all rows under a block-diagonal mask, and needs no mask. A single group is
+not packed: it stays [B, N, D], with sizes None.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ Sizes = Sequence[tuple[int, int]] | None
 
 
 def sizes_of(groups: Sequence[Tensor]) -> Sizes:
-    """(sequences, tokens in each) of every group [B, N, D]."""
+    """Return (B, N) of every group [B, N, D]; None for a single group."""
     return None if len(groups) == 1 else [(len(group), group.shape[1]) for group in groups]
 
 
 def pack(groups: Sequence[Tensor]) -> Tensor:
-    """Group [B, N, *] -> rows [T, *]; a group alone as it is."""
+    """Pack groups [B, N, *] into rows [T, *]; a single group is returned as it is."""
     return groups[0] if len(groups) == 1 else torch.cat([group.flatten(0, 1) for group in groups])
 
 
 def unpack(rows: Tensor, sizes: Sizes) -> list[Tensor]:
-    """What `pack` was given, as views."""
+    """Split rows [T, *] into groups [B, N, *], as views: the inverse of `pack`."""
     if sizes is None:
         return [rows]
     parts = rows.split([batch * tokens for batch, tokens in sizes])
@@ -37,13 +37,13 @@ def unpack(rows: Tensor, sizes: Sizes) -> list[Tensor]:
 
 
 def attend(y: Tensor, heads: int, sizes: Sizes) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt d) v within each sequence: packed qkv [..., 3 D] -> (o [..., D], lse [..., H])."""
+    """Compute attention within each sequence: packed qkv [..., 3 D] -> (o [..., D], lse [..., H])."""
     outputs = [attention_forward(part.unflatten(-1, (3, heads, -1))) for part in unpack(y, sizes)]
     return pack([o.flatten(2) for o, _ in outputs]), pack([lse.mT for _, lse in outputs])
 
 
 def attend_backward(d_o: Tensor, y: Tensor, o: Tensor, lse: Tensor, heads: int, sizes: Sizes) -> Tensor:
-    """The gradient of y, from that of o and what `attend` took and gave."""
+    """Return the gradient of y, from that of o [..., D] and the input and outputs of `attend`."""
     groups = zip(*(unpack(rows, sizes) for rows in (d_o, y, o, lse)), strict=True)
     gradients = []
     for d_part, y_part, o_part, lse_part in groups:
@@ -53,12 +53,17 @@ def attend_backward(d_o: Tensor, y: Tensor, o: Tensor, lse: Tensor, heads: int, 
     return pack(gradients)
 
 
-def draw_path(path: torch.nn.Module, x: Tensor, sizes: Sizes) -> Tensor | None:
-    """The factor of drop path, 0 or 1 / (1 - p), one draw a sequence by timm's own module; None: nothing drops.
+def drop_path_scale(drop_path: torch.nn.Module, x: Tensor, sizes: Sizes) -> Tensor | None:
+    """Draw drop path's factor per sequence, 0 or 1 / (1 - p), by timm's module; None where nothing is dropped.
 
-    [T, 1] for rows, the same for all tokens of a sequence; [B, 1, 1] for a group alone.
+    Returns [T, 1] for rows (equal for all tokens of a sequence), [B, 1, 1] for a single group.
     """
-    if not path.training or not getattr(path, "drop_prob", None):
+    if not drop_path.training or not getattr(drop_path, "drop_prob", None):
         return None
-    draws = [path(group.new_ones(len(group), 1, 1)) for group in unpack(x, sizes)]
+    draws = [drop_path(group.new_ones(len(group), 1, 1)) for group in unpack(x, sizes)]
     return draws[0] if sizes is None else pack([d.expand(*size, 1) for d, size in zip(draws, sizes, strict=True)])
+
+
+def scale_branch(branch: Tensor, drop_scale: Tensor | None) -> Tensor:
+    """Multiply a branch by its factor of `drop_path_scale`, if any."""
+    return branch if drop_scale is None else branch * drop_scale

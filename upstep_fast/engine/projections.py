@@ -1,11 +1,11 @@
-"""A frozen projection with its adapter, ready to multiply: in the compute type, or in row-wise fp8.
+"""A frozen projection with its adapter, in the compute type or in row-wise fp8.
 
     compute type   y = x W^T + c, the adapter merged into W              dx = dy W
     fp8            y = Q(x) Q(W)^T + c + (x A^T + A beta) (s B)^T        dx = Q(dy) Q(W^T)^T + (dy s B) A
-                   the adapter apart in bf16: merged into fp8 it would be rounded away
+                   the adapter stays separate, in bf16: merged into fp8 it would be rounded away
 
-Q: e4m3 with one scale a row (kernels/quantize.py). Hopper's row-wise product wants W and W^T apart, each with its own
-scales, so fp8 weights take as many bytes as bf16 ones: it buys time, not memory.
+Q: e4m3 with one scale per row (kernels/quantize.py). Hopper's row-wise product needs separate copies of W and W^T, each
+with its own scales, so fp8 weights take as many bytes as bf16 ones: fp8 saves time, not memory.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from upstep_fast.kernels.quantize import quantize
 
 @dataclass(frozen=True)
 class Quantized:
-    """Rows [..., K] in e4m3 with scales [..., 1], as the pass that made them gave them; and in the compute type."""
+    """Rows [..., K] in e4m3 with scales [..., 1], and the values they were quantized from."""
 
     q: Tensor
     scale: Tensor
-    dequantized: Tensor | None  # None where nobody wants it
+    dequantized: Tensor | None  # in the compute type; None where only an fp8 product uses the rows
 
 
 @dataclass(frozen=True)
 class Fp8Weight:
-    """A frozen weight [N, K] for the product forward, and its transpose [K, N] for the one backward."""
+    """A frozen weight [N, K] for the forward product, and its transpose [K, N] for the backward one."""
 
     q: Tensor
     scale: Tensor  # [N, 1]
@@ -48,28 +48,28 @@ class MergedProjection:
     bias: Tensor  # [N]
 
     def product(self, x: Tensor | Quantized) -> Tensor:
-        """[..., K] -> [..., N]."""
+        """Multiply by the weight: x [..., K] -> [..., N]."""
         assert isinstance(x, Tensor)
         return F.linear(x, self.weight, self.bias)
 
     def input_gradient(self, dy: Tensor | Quantized) -> Tensor:
-        """[..., N] -> [..., K]."""
+        """Multiply by the transpose: dy [..., N] -> [..., K]."""
         assert isinstance(dy, Tensor)
         return dy @ self.weight
 
 
 @dataclass(frozen=True)
 class Fp8Projection:
-    """The frozen weight in fp8, and the adapter beside it."""
+    """The frozen weight in fp8 and a separate adapter."""
 
     weight: Fp8Weight
     bias: Tensor  # [N], compute type
     factors: Sequence[Tensor] | None  # (A [T, r, K], A beta [T, r], s B [T, n, r]), compute type
-    parts: Sequence[int]  # which rows of the output, in blocks of n, each of the T parts adds to
+    parts: Sequence[int]  # for each of the T adapter parts, the block of n output rows it adds to
 
     def product(self, x: Tensor | Quantized) -> Tensor:
-        """[..., K] -> [..., N]."""
-        y = _scaled(x, self.weight.q, self.weight.scale, self.bias)
+        """Multiply by the weight: x [..., K] -> [..., N]."""
+        y = _scaled_mm(x, self.weight.q, self.weight.scale, self.bias)
         if self.factors is not None:
             a, shift, b = self.factors
             low = F.linear(dequantized(x), a.flatten(0, 1), shift.flatten()).unflatten(-1, shift.shape)
@@ -78,8 +78,8 @@ class Fp8Projection:
         return y
 
     def input_gradient(self, dy: Tensor | Quantized) -> Tensor:
-        """[..., N] -> [..., K]."""
-        dx = _scaled(dy, self.weight.q_t, self.weight.scale_t, None)
+        """Multiply by the transpose: dy [..., N] -> [..., K]."""
+        dx = _scaled_mm(dy, self.weight.q_t, self.weight.scale_t, None)
         if self.factors is not None:
             a, _, b = self.factors
             for t, rows in enumerate(self._rows(b)):
@@ -94,19 +94,19 @@ Projection = MergedProjection | Fp8Projection
 
 
 def to_fp8(weight: Tensor) -> Fp8Weight:
-    """weight: [N, K], fp32."""
+    """Quantize a weight [N, K], fp32."""
     return Fp8Weight(*quantize(weight), *quantize(weight.T.contiguous()))
 
 
 def dequantized(x: Tensor | Quantized) -> Tensor:
-    """The rows in the compute type."""
+    """Return rows [..., K] in the compute type."""
     if isinstance(x, Tensor):
         return x
-    assert x.dequantized is not None, "engine: rows that an adapter wants were given in fp8 alone"
+    assert x.dequantized is not None, "engine: an adapter needs these rows, which exist in fp8 only"
     return x.dequantized
 
 
-def _scaled(x: Tensor | Quantized, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+def _scaled_mm(x: Tensor | Quantized, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     q, scale = quantize(x) if isinstance(x, Tensor) else (x.q, x.scale)
     y = scaled_mm(q.flatten(0, -2), scale.flatten(0, -2), weight, weight_scale, bias, torch.bfloat16)
     return y.view(*q.shape[:-1], -1)

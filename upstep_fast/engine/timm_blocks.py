@@ -1,7 +1,7 @@
-"""What a block of timm is made of, whichever of its classes it is, and why the engine cannot run one.
+"""The parts of timm's transformer blocks under one set of names, and reasons why the engine cannot run a block.
 
-`Block` (timm's VisionTransformer) and `EvaBlock` (its Eva: EVA-02, DINOv3, ViTs with rotary positions) are the same
-pre-norm block; they name their parts differently, and keep what is here one matrix as one or several.
+`Block` (of VisionTransformer) and `EvaBlock` (of Eva: EVA-02, DINOv3, ViTs with rotary positions) are both pre-norm
+blocks; they name their parts differently, and may keep q, k and v, or the two halves of SwiGLU, in separate matrices.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ ACTIVATIONS = {"GELU": "erf", "GELUTanh": "tanh", "QuickGELU": "quick"}
 
 
 @dataclass(frozen=True)
-class Parts:
-    """The modules of a block. A projection is one matrix, or several whose outputs stand side by side."""
+class BlockParts:
+    """The modules of a block. A projection is one matrix, or several whose outputs are concatenated."""
 
     norms: tuple[nn.Module, nn.Module]
     qkv: tuple[nn.Module, ...]
-    qkv_bias: Tensor | None  # where it stands beside the matrix
+    qkv_bias: Tensor | None  # where it is not a part of the Linear
     proj: nn.Module
     fc1: tuple[nn.Module, ...]  # of a gated MLP: the gate's rows first
     fc2: nn.Module
     head_norms: tuple[nn.Module, nn.Module]  # of q and of k; mostly Identity
-    inner_norms: tuple[nn.Module, nn.Module]  # of the attention's output, of what goes into fc2; mostly Identity
+    inner_norms: tuple[nn.Module, nn.Module]  # of the inputs of proj and of fc2; mostly Identity
     layer_scales: tuple[Tensor | None, Tensor | None]
     activation: str  # erf, tanh, quick or swiglu
 
     @property
     def projections(self) -> list[Any]:
-        """All matrices."""
+        """All Linears and LoraLinears."""
         return [*self.qkv, self.proj, *self.fc1, self.fc2]
 
 
-def parts_of(block: Any) -> Parts:
-    """The parts of a block for which `block_unsupported_reason` has no reason."""
+def block_parts(block: Any) -> BlockParts:
+    """Return the parts of a block; its `block_unsupported_reason` must be None."""
     attention, mlp = block.attn, block.mlp
-    return Parts(
+    return BlockParts(
         norms=(block.norm1, block.norm2),
         qkv=_qkv(attention),
         qkv_bias=_qkv_bias(attention),
@@ -63,14 +63,14 @@ def parts_of(block: Any) -> Parts:
 
 
 def grid_of(vit: Any, images: Tensor) -> tuple[int, int]:
-    """Patches down and across: of images [B, C, H, W], or the model's own for what comes as patches [B, N, C P P]."""
+    """Return the number of patches (down, across) of images [B, C, H, W]; of patches [B, N, C P P] the model's own."""
     embed = vit.patch_embed
     size: tuple[int, int] = embed.dynamic_feat_size(images.shape[-2:]) if images.dim() == 4 else embed.grid_size
     return size[0], size[1]
 
 
 def norm_kind(norm: nn.Module) -> str | None:
-    """Layer or rms, where it has all that the engine wants of it; else None."""
+    """Return "layer" or "rms" for a norm that the engine can fold, else None."""
     if isinstance(norm, nn.LayerNorm) and norm.bias is not None:
         return "layer"
     is_rms = isinstance(norm, RmsNorm | RmsNormFp32 | nn.RMSNorm)
@@ -78,68 +78,76 @@ def norm_kind(norm: nn.Module) -> str | None:
 
 
 def block_unsupported_reason(block: Any) -> str | None:
-    """Why the engine cannot run this block, as the rest of a sentence, or None if it can."""
-    return next(_reasons(block), None)
+    """Return why the engine cannot run this block, as the rest of a sentence; None if it can."""
+    return next(_unsupported_reasons(block), None)
 
 
-def _reasons(block: Any) -> Iterator[str]:
+def _unsupported_reasons(block: Any) -> Iterator[str]:
+    """Yield the reasons; those after the first hold only if the earlier ones do not."""
+    yield from _structure_reasons(block)
+    parts = block_parts(block)
+    yield from _norm_reasons(parts)
+    yield from _training_reasons(block, parts)
+
+
+def _structure_reasons(block: Any) -> Iterator[str]:
     if type(block) not in (Block, EvaBlock):
         yield f"is a {type(block).__name__}, not a pre-norm Block"
-        return
     attention, mlp = block.attn, block.mlp
     if not all(isinstance(module, nn.Linear | LoraLinear) for module in _qkv(attention)):
         yield "has no matrices of q, k and v"
-        return
     if getattr(attention, "num_kv_groups", 1) > 1:
         yield "shares k and v among heads"
     if getattr(attention, "gate", None) is not None:
         yield "has gated attention"
-    gated = type(mlp) is SwiGLU or (type(mlp) is GluMlp and not mlp.gate_last)
-    if type(mlp) is not Mlp and not gated:
+    is_gated = type(mlp) is SwiGLU or (type(mlp) is GluMlp and not mlp.gate_last)
+    if type(mlp) is not Mlp and not is_gated:
         yield f"has a {type(mlp).__name__}, not a plain or SwiGLU MLP"
-        return
-    if not isinstance(mlp.act, nn.SiLU) if gated else type(mlp.act).__name__ not in ACTIVATIONS:
+    if not isinstance(mlp.act, nn.SiLU) if is_gated else type(mlp.act).__name__ not in ACTIVATIONS:
         yield f"has the activation {type(mlp.act).__name__}"
-    parts = parts_of(block)
-    inner, at_heads = _real(parts.inner_norms), _real(parts.head_norms)
-    for norm in (*parts.norms, *inner, *at_heads):
+
+
+def _norm_reasons(parts: BlockParts) -> Iterator[str]:
+    inner, qk = _without_identity(parts.inner_norms), _without_identity(parts.head_norms)
+    for norm in (*parts.norms, *inner, *qk):
         if norm_kind(norm) is None:
             yield f"has the norm {type(norm).__name__}"
     if len({norm_kind(norm) for norm in (*parts.norms, *inner)}) > 1:
         yield "has LayerNorm and RMSNorm"
-    if at_heads and (len(at_heads) == 1 or len({(norm_kind(norm), norm.eps) for norm in at_heads}) > 1):
-        yield "normalises q and k in two ways"
-    for norm in (*(parts.norms if norm_kind(parts.norms[0]) == "rms" else ()), *inner, *at_heads):
+    if qk and (len(qk) == 1 or len({(norm_kind(norm), norm.eps) for norm in qk}) > 1):
+        yield "normalizes q and k in two ways"
+    for norm in (*(parts.norms if norm_kind(parts.norms[0]) == "rms" else ()), *inner, *qk):
         if any(p.requires_grad for p in norm.parameters()):
             yield "trains a norm that the engine only folds"
+
+
+def _training_reasons(block: Any, parts: BlockParts) -> Iterator[str]:
     for linear in parts.projections:
         base: Any = linear.base if isinstance(linear, LoraLinear) else linear
         if any(p.requires_grad for p in base.parameters()):
             yield "trains its weights"
-    if any(p is not None and p.requires_grad for p in (getattr(attention, f"{of}_bias", None) for of in "qv")):
+    if any(p is not None and p.requires_grad for p in (getattr(block.attn, f"{of}_bias", None) for of in "qv")):
         yield "trains the bias of q or v"
-    for scale in parts.layer_scales:
-        if scale is not None and scale.requires_grad:
-            yield "trains its LayerScale"
-    drop: Any
-    for drop in (attention.attn_drop, attention.proj_drop, mlp.drop1, mlp.drop2):
-        if block.training and drop.p:
-            yield "drops values while training"
+    if any(scale is not None and scale.requires_grad for scale in parts.layer_scales):
+        yield "trains its LayerScale"
+    dropouts: list[Any] = [block.attn.attn_drop, block.attn.proj_drop, block.mlp.drop1, block.mlp.drop2]
+    if block.training and any(dropout.p for dropout in dropouts):
+        yield "drops values while training"
 
 
-def _real(norms: tuple[nn.Module, ...]) -> list[Any]:
+def _without_identity(norms: tuple[nn.Module, ...]) -> list[Any]:
     return [norm for norm in norms if not isinstance(norm, nn.Identity)]
 
 
 def _qkv(attention: Any) -> tuple[nn.Module, ...]:
-    """One matrix, or one each for q, k and v."""
-    one = getattr(attention, "qkv", None)
-    apart: Any = (getattr(attention, f"{part}_proj", None) for part in "qkv")
-    return (one,) if one is not None else tuple(apart)
+    """Return the fused matrix, or the three of q, k and v."""
+    fused = getattr(attention, "qkv", None)
+    separate: Any = (getattr(attention, f"{part}_proj", None) for part in "qkv")
+    return (fused,) if fused is not None else tuple(separate)
 
 
 def _qkv_bias(attention: Any) -> Tensor | None:
-    """Timm's EvaAttention has parameters for q and v beside a fused qkv, and zeros for k."""
+    """Return the bias that timm's EvaAttention keeps outside a fused qkv: parameters for q and v, zeros for k."""
     if getattr(attention, "q_bias", None) is None:
         return None
     return torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])

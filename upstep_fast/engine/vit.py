@@ -1,4 +1,4 @@
-"""The whole ViT on the engine: patch embedding, folded blocks, final norm and pooling."""
+"""The ViT on the engine: patch embedding, folded blocks, final norm and pooling."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from upstep_fast.engine.inference import make_forward_only
 from upstep_fast.engine.merge import MergedBlock, make_merger
 from upstep_fast.engine.packing import pack, sizes_of, unpack
 from upstep_fast.engine.rotary import Ropes, make_ropes, without_rope
-from upstep_fast.engine.stale_check import watch
+from upstep_fast.engine.stale_check import make_stale_check
 from upstep_fast.engine.timm_blocks import Vit, grid_of
 from upstep_fast.errors import ConfigError
 from upstep_fast.kernels.patchify import patchify
@@ -32,25 +32,24 @@ Pool = Callable[[Vit, Tensor], Tensor]  # tokens after the final norm -> feature
 
 @dataclass(frozen=True)
 class EngineViT:
-    """A frozen ViT in the engine's form, with the adapters of the original model."""
+    """A folded ViT; its adapters are those of the original model."""
 
     vit: Vit
     blocks: list[FoldedBlock | nn.Module]
     dtype: torch.dtype
     memory: Memory
     check_unchanged: Callable[[], None]  # raises RuntimeError if `vit` is not what was folded
-    ready: Callable[[], dict[int, MergedBlock]]  # the folded blocks with the adapters merged as they are now
-    embed: Callable[[Tensor], Tensor]  # images, or their patches -> tokens [B, N, D] in `dtype`
-    ropes: Callable[[Tensor], Ropes]  # the same -> their rotary table; None: the model has none
+    merge_adapters: Callable[[], dict[int, MergedBlock]]  # merges the adapters as they are now
+    embed: Callable[[Tensor], Tensor]  # images or their patches -> tokens [B, N, D] in `dtype`
+    ropes: Callable[[Tensor], Ropes]  # images or their patches -> rotary tables; None: the model has none
     forward_only: Callable[[Tensor], Tensor]
     head: Callable[[Tensor], Tensor]  # tokens after the last block -> features
 
     def features(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W], normalised, or their patches -> [B, D] fp32, differentiable in what is trained.
+        """Return the features [B, D] in fp32 of normalized images [B, C, H, W] or their patches [B, N, C P P].
 
-        What `build` was given as `pool` makes them, by default as the model's own classifier sees them.
-
-        Without gradients it takes the forward-only path (forward.py).
+        Pooled by `pool` of `build`. Differentiable in trained parameters; without gradients the forward-only path runs
+        (inference.py). Raises RuntimeError if the model was changed after folding.
         """
         if not torch.is_grad_enabled():
             self.check_unchanged()
@@ -58,26 +57,29 @@ class EngineViT:
         return self.head(self.through_blocks([self.embed(images)], self.ropes(images))[0])
 
     def through_blocks(self, groups: Sequence[Tensor], ropes: Ropes = None) -> list[Tensor]:
-        """Tokens [B, N, D] of each group as they enter the first block -> as they leave the last, in `dtype`.
+        """Run all blocks on the tokens [B, N, D] of each group. Returns the tokens after the last block, in `dtype`.
 
-        Groups may differ in B and N, as crops of several sizes do; all take one pass (packed.py). ropes: the rotary
-        table of each. Raises ValueError where the model needs them and they are not given.
+        Groups may differ in B and N, as crops of several sizes do; they are packed into one pass (packing.py). ropes:
+        the rotary table of each group. Raises ValueError where the model needs tables and `ropes` is None.
         """
         return unpack(self.rows_through_blocks(groups, ropes=ropes), sizes_of(groups))
 
     def rows_through_blocks(
-        self, groups: Sequence[Tensor], wanted: Tensor | None = None, ropes: Ropes = None
+        self, groups: Sequence[Tensor], indices: Tensor | None = None, ropes: Ropes = None
     ) -> Tensor:
-        """The same as `pack` lays them out; or only `wanted`, [M] places among the tokens of all groups: [M, D]."""
+        """Run `through_blocks` and return rows [T, D] as `pack` lays them out, or only those at `indices`: [M, D].
+
+        indices: [M] int64, among the tokens of all groups.
+        """
         self.check_unchanged()
-        ready, sizes = self.ready(), sizes_of(groups)
+        merged, sizes = self.merge_adapters(), sizes_of(groups)
 
         def run(x: Tensor, delta: Tensor | None, index: int) -> tuple[Tensor, Tensor]:
-            return run_block(x, delta, ready[index], self.memory, sizes, ropes)
+            return run_block(x, delta, merged[index], self.memory, sizes, ropes)
 
         x = pack(groups).to(self.dtype)
-        with torch.autocast(x.device.type, enabled=False):  # the engine chooses its own types
-            return run_blocks(x, self.blocks, run, sizes, wanted, ropes)
+        with torch.autocast(x.device.type, enabled=False):  # the engine sets its own dtypes
+            return run_blocks(x, self.blocks, run, sizes, indices, ropes)
 
 
 def build(
@@ -90,20 +92,20 @@ def build(
     fp8: bool = False,
     pool: Pool = pooled,
 ) -> EngineViT:
-    """Folds `vit` for training or for features in `dtype`. Raises ValueError if the engine cannot run it.
+    """Fold `vit` for training or for features in `dtype`. Raises ValueError if the engine cannot run it.
 
-    fused, fp8: as for `fold`; compiled: the forward-only path, as for `make_forward_only`; pool: makes the features.
+    fused, fp8: as for `fold`. compiled: as for `make_forward_only`. pool: tokens after the final norm -> features.
     """
     blocks = fold(vit, dtype, fused, fp8)
     tokens, ropes = partial(embed, without_rope(vit), dtype=dtype), make_ropes(vit)
     device = next(vit.parameters()).device
-    ready, last = make_merger(blocks), partial(head, vit, pool=pool)
-    forward_only = make_forward_only(blocks, ready, tokens, ropes, last, device, compiled)
-    return EngineViT(vit, blocks, dtype, memory, watch(vit), ready, tokens, ropes, forward_only, last)
+    merger, last = make_merger(blocks), partial(head, vit, pool=pool)
+    forward_only = make_forward_only(blocks, merger, tokens, ropes, last, device, compiled)
+    return EngineViT(vit, blocks, dtype, memory, make_stale_check(vit), merger, tokens, ropes, forward_only, last)
 
 
 def embed(vit: Vit, images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Patches, prefix tokens and positions: images [B, C, H, W], or their patches -> tokens [B, N, D] in `dtype`."""
+    """Embed images [B, C, H, W] or their patches, with prefix tokens and positions: tokens [B, N, D] in `dtype`."""
     with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
         patches = patch_embed(vit, images)
         x = vit._pos_embed(patches)[0] if isinstance(vit, Eva) else vit.patch_drop(vit._pos_embed(patches))
@@ -111,46 +113,45 @@ def embed(vit: Vit, images: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def head(vit: Vit, x: Tensor, pool: Pool = pooled) -> Tensor:
-    """Final norm and pooling, in fp32: tokens [B, N, D] -> features [B, D], or as `pool` makes them."""
+    """Apply the final norm and pool, in fp32: tokens [B, N, D] -> features [B, D] (the shape is that of `pool`)."""
     with torch.autocast(x.device.type, enabled=False):
         return pool(vit, vit.norm(x.float()))
 
 
-def choose(
+def make_features(
     vit: nn.Module,
     dtype: torch.dtype,
     memory: Memory,
-    otherwise: Callable[[Tensor], Tensor],
+    fallback: Callable[[Tensor], Tensor],
     fp8: bool = False,
     graphs: bool = False,
     pool: Pool = pooled,
 ) -> Callable[[Tensor], Tensor]:
-    """The engine's `features` if it can run `vit`, else `otherwise`, compiled on a GPU; with a line that says why.
+    """Return the engine's `features` if it can run `vit`, else `fallback`, compiled on a GPU; the reason is logged.
 
-    graphs: replayed as CUDA graphs (graphs.py). pool: as for `build`; `otherwise` does the same.
-    Raises ConfigError for a model the engine cannot run with them.
+    graphs: replay as CUDA graphs (cuda_graphs.py). pool: as for `build`; `fallback` must pool so too. Raises
+    ConfigError if `graphs` is set and the engine cannot run the model.
     """
     reason = unsupported_reason(vit)
     if reason is None:
         assert isinstance(vit, Vit)
-        for index, why in unsupported_blocks(vit).items():
-            log.info("engine: block %d runs as it is, since it %s", index, why)
+        for index, block_reason in unsupported_blocks(vit).items():
+            log.info("engine: block %d is not folded, since it %s", index, block_reason)
         built = build(vit, dtype, memory, fp8=fp8, pool=pool)
         return graphed(vit, built.features, built.check_unchanged) if graphs else built.features
     if graphs:
         raise ConfigError(f"cuda_graphs: only the engine is captured, and it cannot run this model: {reason}")
     is_cuda = next(vit.parameters()).device.type == "cuda"
     log.warning("engine: running the plain model%s instead, since %s", " under torch.compile" * is_cuda, reason)
-    return torch.compile(otherwise) if is_cuda else otherwise
+    return torch.compile(fallback) if is_cuda else fallback
 
 
 def patch_embed(vit: Vit, images: Tensor) -> Tensor:
-    """The strided convolution of the patch embedding as one matrix product: [B, C, H, W] -> [B, N, D].
+    """Compute the patch embedding as one matrix product: [B, C, H, W] -> [B, N, D].
 
-    Models that take images of any size get [B, H / P, W / P, D].
-
-    Where a patch is as far from the next as it is large, which is what PatchEmbed always does, both are the same sum.
-    Images may come as what `patchify` makes of them, [B, N, C P P], already rounded to the product's type.
+    Models that take images of any size get [B, H / P, W / P, D]. PatchEmbed's convolution has a stride equal to its
+    kernel size, so the product is the same sum. images may also be patches of `patchify`, [B, N, C P P], already
+    rounded to the dtype of the product.
     """
     side = _side_of_square_patches(vit)
     if not side:
@@ -162,7 +163,7 @@ def patch_embed(vit: Vit, images: Tensor) -> Tensor:
 
 
 def patch_side(vit: nn.Module) -> int:
-    """P, the side of the patches that the engine's `features` takes in place of images; 0: it takes images only."""
+    """Return the side P of the patches that the engine's `features` takes instead of images; 0: images only."""
     return _side_of_square_patches(vit) if isinstance(vit, Vit) and unsupported_reason(vit) is None else 0
 
 
@@ -170,5 +171,5 @@ def _side_of_square_patches(vit: Vit) -> int:
     embed = vit.patch_embed
     down, across = embed.proj.weight.shape[2:]
     ordered = (embed.flatten or vit.dynamic_img_size) and not getattr(embed, "dynamic_img_pad", False)
-    # of a size that it does not divide the convolution leaves the last rows out
+    # if the patch does not divide the image, the convolution ignores the last rows
     return down if ordered and down == across and not any(side % down for side in embed.img_size) else 0

@@ -235,16 +235,16 @@ def make_stream(vit: nn.Module, dtype: torch.dtype, fp8: bool = False) -> Stream
 
 def _stream_engine(built: engine.EngineViT, images: Tensor, tap: Callable[[int, Tensor], None]) -> None:
     kind, dtype = images.device.type, built.dtype
-    ready = built.ready()
+    merged = built.merge_adapters()
     block: Any
     delta: Tensor | None = None
     with torch.no_grad():
         x, ropes = built.embed(images), built.ropes(images)
     for index, block in enumerate(built.blocks):
         with torch.no_grad():
-            if index in ready:
+            if index in merged:
                 with torch.autocast(kind, enabled=False):  # the engine chooses its own types
-                    x, delta = run_block(x, delta, ready[index], ropes=ropes)
+                    x, delta = run_block(x, delta, merged[index], ropes=ropes)
                     b = x + delta
             else:
                 with torch.autocast(kind, dtype=dtype, enabled=dtype != torch.float32):

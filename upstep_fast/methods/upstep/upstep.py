@@ -93,8 +93,8 @@ class UpStep(nn.Module):
 
         To be called once the module is on its device, since the frozen weights are folded into copies.
         """
-        self.features = engine.choose(
-            self.vit, dtype, memory, otherwise=self.features, fp8=fp8, graphs=self.config.memory.cuda_graphs
+        self.features = engine.make_features(
+            self.vit, dtype, memory, fallback=self.features, fp8=fp8, graphs=self.config.memory.cuda_graphs
         )
         # the base model is the plain one, and patches do not say how large their image is
         needs_base = self.config.objective.distil != "off" or self.config.experimental.base_targets
