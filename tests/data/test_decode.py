@@ -1,4 +1,4 @@
-"""Decode: every format and fault of RELIABILITY I1 to I4 and I7. The fixtures are made here, none are stored."""
+"""Decoding: every format and fault of RELIABILITY I1 to I4 and I7. All fixtures are generated, none are stored."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RED, BLUE = (200, 30, 10), (10, 40, 220)
 
 
 def picture(width: int = 60, height: int = 40) -> Image.Image:
-    """Smooth and asymmetric: no flip or turn of it is itself, and JPEG keeps it within a few levels."""
+    """Return a smooth image without symmetry: flips and rotations change it, JPEG keeps it within a few levels."""
     y, x = np.mgrid[:height, :width]
     return Image.fromarray(np.stack([x * 4, y * 6, (x + y) * 2], -1).astype(np.uint8))
 
@@ -76,7 +76,7 @@ def test_lossy_formats_give_nearly_the_pixels(kind):
     assert (got - pixels(picture()).int()).abs().float().mean() < 2
 
 
-def test_memoryview_is_taken_as_bytes():
+def test_memoryview_decodes_as_bytes():
     assert torch.equal(decode(memoryview(VALID["png"])), decode(VALID["png"]))
 
 
@@ -233,7 +233,7 @@ def test_four_bands_are_bands_and_transparency_is_transparency():
     assert torch.equal(decode(tiff(array, photometric="rgb", extrasamples=["unspecified"])), want[:3])
 
 
-def test_what_cannot_be_had_of_a_tiff_is_said(monkeypatch):
+def test_unsupported_tiffs_name_the_reason(monkeypatch):
     array = np.zeros((30, 20, 5), np.uint8)
     with pytest.raises(BadImage, match="a TIFF of 5 bands, 3 were asked for"):
         decode(tiff(array, planarconfig="contig"))
@@ -261,8 +261,8 @@ def test_min_side_decodes_large_jpegs_at_a_fraction():
     assert ((decode(data, min_side=280).float() - want).abs() < 6).float().mean() > 0.9
 
 
-def test_the_fingerprint_moves_when_pixels_do(monkeypatch):
-    """The same in another process; another for one level of one pixel's difference, or a filter of the decoder's."""
+def test_decoder_fingerprint_changes_with_pixels(monkeypatch):
+    """It is equal in another process, and changes with one level of one pixel or with a filter of the decoder."""
     here = decode_module.decoder_fingerprint()
     code = "from upstep_fast.data.decode.image import decoder_fingerprint as f; print(f())"
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
@@ -319,7 +319,7 @@ def test_truncated_files_are_refused(kind, percent, record_property):
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "progressive", "png"])
-def test_no_prefix_of_a_file_is_taken_for_it(kind, record_property):
+def test_every_prefix_of_a_file_is_refused(kind, record_property):
     data = VALID[kind]
     for length in range(len(data)):
         with pytest.raises(BadImage):
@@ -328,7 +328,7 @@ def test_no_prefix_of_a_file_is_taken_for_it(kind, record_property):
 
 
 def test_a_cut_jpeg_with_an_end_marker_is_refused():
-    """libjpeg fills such an image with gray and only warns: half of the picture would train in silence."""
+    """libjpeg fills such an image with gray and only warns: without a check it would be trained on."""
     noise = np.random.default_rng(1).integers(0, 255, (64, 64, 3), np.uint8)
     data = encoded(Image.fromarray(noise).resize((256, 256)), "JPEG", quality=90)
     for percent in (30, 50, 80, 95):
@@ -338,14 +338,14 @@ def test_a_cut_jpeg_with_an_end_marker_is_refused():
         decode(data[: len(data) // 2] + data[len(data) * 3 // 4 :])
 
 
-def test_a_jpeg_that_is_gray_at_its_end_is_no_cut_one():
+def test_a_jpeg_that_ends_in_gray_is_accepted():
     image = picture()
     image.paste((128, 128, 128), (0, 20, 60, 40))
     assert decode(encoded(image, "JPEG", quality=95)).shape == (3, 40, 60)
     assert decode(encoded(Image.new("RGB", (33, 17), (128, 128, 128)), "JPEG")).shape == (3, 17, 33)
 
 
-def test_a_flipped_bit_in_a_png_is_seen(record_property):
+def test_a_flipped_bit_in_a_png_is_detected(record_property):
     data = VALID["png"]
     bits = range(0, 8 * len(data), 7)
     for bit in bits:
@@ -389,7 +389,7 @@ def _mutate(data: bytes, edits: list[tuple[int, int, bytes]]) -> bytes:
 
 
 def _check_mutation(kind: str, edits: list[tuple[int, int, bytes]]) -> bool:
-    """A changed file is refused, or gives a whole image: no crash, no hang, no other exception. Whether it is taken."""
+    """Check that a mutated file is refused or decodes to a complete image; return whether it decodes."""
     data = _mutate(VALID[kind], edits)
     start = time.perf_counter()
     try:
@@ -413,7 +413,7 @@ slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
 def _mutations(record_property, **options):
-    """Tries mutated files and records how many were refused, and how many were taken for an image."""
+    """Decode mutated files and record how many were refused and how many accepted."""
     taken: list[bool] = []
 
     @settings(deadline=None, suppress_health_check=slow, **options)

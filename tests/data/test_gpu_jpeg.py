@@ -1,4 +1,4 @@
-"""JPEGs by the GPU: what it is given and what becomes of what it refuses, by a stand-in; the reader itself on a GPU."""
+"""JPEGs on the GPU: which files it gets and where refused ones go, with a fake decoder; the real one on a GPU."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def encoded(i: int = 0, kind: str = "JPEG", mode: str = "RGB", size=(60, 40), **
 
 
 class StandIn:
-    """In place of torchvision's op: libjpeg's pixels, one level brighter; one refused file refuses its batch."""
+    """Fake of torchvision's op: libjpeg's pixels, one level brighter; one refused file fails its batch."""
 
     def __init__(self) -> None:
         self.calls: list[int] = []
@@ -49,14 +49,14 @@ class StandIn:
 
 
 @pytest.fixture
-def stand_in(monkeypatch):
+def fake_decoder(monkeypatch):
     made = StandIn()
     monkeypatch.setattr(gpu_jpeg, "unsupported_reason", lambda device: None)
     monkeypatch.setattr(GpuReader, "_decode", lambda self, files: made(files))
     return made
 
 
-def test_without_a_gpu_it_is_refused_with_the_cure(tmp_path):
+def test_without_a_gpu_the_error_names_the_cure(tmp_path):
     (tmp_path / "a.jpg").write_bytes(encoded())
     with pytest.raises(ConfigError, match="decode: cuda cannot be used: the device is cpu; use --decode cpu"):
         Loader(open_source(tmp_path), batch_size=1, seed=0, decode="cuda", device=CPU)
@@ -64,8 +64,8 @@ def test_without_a_gpu_it_is_refused_with_the_cure(tmp_path):
         Loader(open_source(tmp_path), batch_size=1, seed=0, decode="cuda", device=CPU, channels=4)
 
 
-def test_what_the_gpu_is_given(stand_in):
-    """RGB JPEGs of full size and within the limit, whose end marker is there; nothing else."""
+def test_files_sent_to_the_gpu(fake_decoder):
+    """Only RGB JPEGs of full size, within the limit of pixels, with an end marker."""
     exif = Image.Exif()
     exif[0x0112] = 6
     good = [encoded(), encoded(1, progressive=True), encoded(2, exif=exif)]
@@ -76,19 +76,19 @@ def test_what_the_gpu_is_given(stand_in):
     reader = GpuReader(CPU, min_side=100, max_pixels=1_000_000)
     found = reader.read([*good, *others])
     assert [x is not None for x in found] == [True] * 3 + [False] * len(others)
-    assert stand_in.calls == [3] and reader.refused == 0
+    assert fake_decoder.calls == [3] and reader.refused == 0
     for image, data in zip(found, good, strict=False):
         assert torch.equal(image, decode(data) + 1)
     assert found[2].shape == (3, 60, 40), "EXIF's turn is undone"
 
 
-def test_what_the_gpu_refuses_goes_to_the_cpu_and_is_counted(stand_in, tmp_path, caplog):
+def test_files_refused_by_the_gpu_are_decoded_by_the_cpu_and_counted(fake_decoder, tmp_path, caplog):
     files = [encoded(i) for i in range(8)]
     for i, data in enumerate(files):
         (tmp_path / f"{i}.jpg").write_bytes(data)
     (tmp_path / "8.png").write_bytes(encoded(8, "PNG"))
     (tmp_path / "9.jpg").write_bytes(files[0][:300])
-    stand_in.refuses = files[5]
+    fake_decoder.refuses = files[5]
     options = {"batch_size": 5, "seed": 0, "decode": "cuda", "device": CPU, "max_bad_fraction": 0.5}
     seen = {}
     for workers in (0, 3):
@@ -96,7 +96,7 @@ def test_what_the_gpu_refuses_goes_to_the_cpu_and_is_counted(stand_in, tmp_path,
             for _ in range(4):  # two epochs: the second one from the cache
                 batch = next(loader)
                 for index, image in zip(batch.indices.tolist(), batch.images, strict=True):
-                    assert torch.equal(seen.setdefault(index, image), image), "by the file, whoever its neighbours are"
+                    assert torch.equal(seen.setdefault(index, image), image), "the decoder depends on the file alone"
         # threads that want one file at once decode it each: in its batch, and as what stands in for the broken file
         (refused,) = re.findall(r"the GPU refused (\d+) JPEGs, the CPU decoded them", caplog.text)
         assert refused == "1" or (workers and refused == "2")
@@ -107,15 +107,15 @@ def test_what_the_gpu_refuses_goes_to_the_cpu_and_is_counted(stand_in, tmp_path,
         assert torch.equal(image, decode((tmp_path / open_source(tmp_path).name(index)).read_bytes()) + brighter)
 
 
-def test_the_command_has_it_by_choice_only():
+def test_cuda_decoding_is_off_by_default():
     flags = ["--model", "m", "--data", "d", "--out", "o"]
     assert parse(AdaptConfig, flags, "adapt").data.decode == "cpu"
     assert parse(AdaptConfig, [*flags, "--decode", "cuda"], "adapt").data.decode == "cuda"
 
 
 @pytest.mark.gpu
-def test_the_reader_on_a_gpu():
-    """Within a few levels of libjpeg's, whose chroma is interpolated otherwise; a batch is its files one by one."""
+def test_the_decoder_on_a_gpu():
+    """Pixels are within a few levels of libjpeg's, which interpolates chroma differently; batching changes nothing."""
     exif = Image.Exif()
     exif[0x0112] = 6
     files = [encoded(i, quality=95, subsampling=s, size=(500 - i, 375)) for i, s in enumerate((0, 1, 2))]
@@ -136,8 +136,8 @@ def test_the_reader_on_a_gpu():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("percent", [1, 50, 80, 99])
-def test_what_a_gpu_says_of_cut_files(percent, record_property):
-    """Not promised: recorded, for docs/data.md."""
+def test_truncated_files_on_a_gpu(percent, record_property):
+    """Recorded for docs/data.md; nothing is promised."""
     data = encoded(quality=95, size=(500, 375))
     cut = data[: len(data) * percent // 100] + b"\xff\xd9"
     found = GpuReader(torch.device("cuda")).read([cut])[0]

@@ -1,4 +1,4 @@
-"""Triage and channel statistics: what is planted is found, and nothing else; oracles by others."""
+"""Triage and channel statistics, against planted images and independent implementations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import upstep_fast
-from upstep_fast.data.curation import curate as survey
+from upstep_fast.data.curation import curate
 from upstep_fast.data.curation import perceptual_hash as phash
 from upstep_fast.data.curation.curate import channel_statistics
 from upstep_fast.data.curation.perceptual_hash import near, perceptual_hash
@@ -29,7 +29,7 @@ from upstep_fast.train import loop as trainer
 
 
 def picture(seed: int, height: int = 60, width: int = 80) -> Image.Image:
-    """Smooth patches of color, another for every seed."""
+    """Return smooth patches of color that depend on the seed."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(1, 3, 6, 8, generator=generator)
     x = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic")[0].clamp(0, 1)
@@ -38,7 +38,7 @@ def picture(seed: int, height: int = 60, width: int = 80) -> Image.Image:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """40 pictures of their own, and beside them everything that triage looks for; names sort after the pictures'."""
+    """Folder of 40 different images and of everything that triage finds, with names that sort after the images'."""
     root = tmp_path / "images"
     root.mkdir()
     for i in range(40):
@@ -63,7 +63,7 @@ def by_name(source, rows: dict[int, str]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("num_workers", [0, 3])
-def test_what_is_planted_is_found_and_nothing_else(folder, num_workers):
+def test_triage_finds_every_planted_image_and_no_other(folder, num_workers):
     source = open_source(folder)
     verdict = triage(source, num_workers=num_workers)
     left_out, listed = by_name(source, verdict.left_out), by_name(source, verdict.listed)
@@ -86,7 +86,7 @@ def test_what_is_planted_is_found_and_nothing_else(folder, num_workers):
     assert Verdict.from_dict(json.loads(json.dumps(verdict.to_dict()))) == verdict
 
 
-def test_unreadable_images_are_the_loaders(folder):
+def test_unreadable_images_are_left_to_the_loader(folder):
     (folder / "05.png").write_bytes(b"<html>")
     verdict = triage(open_source(folder), max_bad_fraction=0.05)
     assert verdict.counts["unreadable"] == 1 and len(verdict.left_out) == 4
@@ -94,7 +94,7 @@ def test_unreadable_images_are_the_loaders(folder):
         triage(open_source(folder), max_bad_fraction=0.01)
 
 
-def test_the_rest_is_a_source_of_its_own(folder):
+def test_kept_images_form_a_source(folder):
     source = open_source(folder)
     verdict = triage(source)
     kept = subset(source, verdict.kept(len(source)), verdict.problems(source))
@@ -107,7 +107,7 @@ def test_the_rest_is_a_source_of_its_own(folder):
     assert not reasons["copy_of_file.png"].startswith("kept")
 
 
-def test_classes_of_the_rest(tmp_path):
+def test_classes_of_kept_images(tmp_path):
     for i, name in enumerate(("a/1", "a/2", "b/3", "b/4")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         picture(0 if i in (0, 2) else i).save(tmp_path / f"{name}.png")
@@ -119,7 +119,7 @@ def test_classes_of_the_rest(tmp_path):
 # near copies
 
 
-def test_the_hash_is_that_of_the_transform():
+def test_perceptual_hash_is_that_of_the_dct():
     dct = pytest.importorskip("scipy.fft").dctn
     x = decode(_png(picture(3)))
     gray = torch.nn.functional.interpolate(x[None], size=(32, 32), mode="bilinear", antialias=True)[0].double()
@@ -129,7 +129,7 @@ def test_the_hash_is_that_of_the_transform():
     assert perceptual_hash(x) == int(bits, 2) and perceptual_hash(x).bit_count() == 32
 
 
-def test_near_finds_what_a_search_over_all_pairs_finds():
+def test_near_equals_a_search_over_all_pairs():
     rng = np.random.default_rng(0)
     hashes = rng.integers(0, 1 << 64, 400, dtype=np.uint64)
     for i in range(200, 400):  # half of them changed by 0 to 4 bits
@@ -179,7 +179,7 @@ def test_a_million_hashes_are_searched_in_a_minute(record_property):
 
 
 def test_statistics_are_those_of_all_pixels(tmp_path):
-    """Of images of one size: numpy's over all pixels. A small image counts as much as a large one."""
+    """For images of one size they equal numpy's over all pixels; a small image has the weight of a large one."""
     for i in range(20):
         picture(i).save(tmp_path / f"{i:02}.png")
     source = open_source(tmp_path)
@@ -216,18 +216,18 @@ def options(model, folder, tmp_path):
     )  # fmt: skip
 
 
-def test_a_run_leaves_them_out_lists_them_and_a_resume_does_not_look_again(options, tmp_path, monkeypatch, capsys):
+def test_a_run_applies_triage_and_a_resume_reuses_the_verdict(options, tmp_path, monkeypatch, capsys):
     upstep_fast.adapt(**options)
     out = tmp_path / "out"
     rows = dict(list(csv.reader((out / "skipped.csv").open()))[1:])
     assert len(rows) == 10 and sum(reason.startswith("kept: ") for reason in rows.values()) == 6
-    found = json.loads((out / survey.TRIAGE).read_text())["found"]
+    found = json.loads((out / curate.TRIAGE).read_text())["found"]
     assert found["counts"]["exact copies"] == 2 and len(found["left_out"]) == 4
     saved = tomllib.loads((out / "config.toml").read_text())
-    statistics = json.loads((out / survey.STATISTICS).read_text())["found"]
+    statistics = json.loads((out / curate.STATISTICS).read_text())["found"]
     assert saved["model"]["mean"] == statistics["mean"] and saved["model"]["std"] == statistics["std"]
     assert saved["data"]["mean_std"] == "given"
-    # the same run stopped in the middle and resumed: the same adapter, nothing decoded for a second verdict
+    # a run that is stopped in the middle and resumed gives an equal adapter without a second triage
     options["out"] = tmp_path / "again"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         real = trainer.step
@@ -242,28 +242,28 @@ def test_a_run_leaves_them_out_lists_them_and_a_resume_does_not_look_again(optio
         upstep_fast.adapt(**options, checkpoint_every=2)
 
     def never(*_, **__):
-        raise AssertionError("looked again")
+        raise AssertionError("inspected again")
 
-    monkeypatch.setattr(survey, "triage", never)
-    monkeypatch.setattr(survey, "channel_statistics", never)
+    monkeypatch.setattr(curate, "triage", never)
+    monkeypatch.setattr(curate, "channel_statistics", never)
     upstep_fast.adapt(**options, checkpoint_every=2, resume=True)
     name = "adapter/adapter_model.safetensors"
     assert (out / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
-def test_the_cache_is_of_these_images_alone(options, folder, tmp_path):
+def test_cached_verdicts_depend_on_the_images(options, folder, tmp_path):
     upstep_fast.adapt(**options)
     picture(99).save(folder / "one_more.png")
     shutil.copy(folder / "one_more.png", folder / "one_more_copy.png")
     upstep_fast.adapt(**options, overwrite=True)
-    found = json.loads((tmp_path / "out" / survey.TRIAGE).read_text())["found"]
+    found = json.loads((tmp_path / "out" / curate.TRIAGE).read_text())["found"]
     assert found["counts"]["exact copies"] == 3 and found["counts"]["images"] == 52
-    (tmp_path / "out" / survey.TRIAGE).write_text('{"of": 3')  # damaged: looked at again
+    (tmp_path / "out" / curate.TRIAGE).write_text('{"of": 3')  # damaged: inspected again
     upstep_fast.adapt(**options, overwrite=True)
-    assert json.loads((tmp_path / "out" / survey.TRIAGE).read_text())["found"] == found
+    assert json.loads((tmp_path / "out" / curate.TRIAGE).read_text())["found"] == found
 
 
-def test_nothing_left_is_refused_before_the_folder_is_touched(options, tmp_path, monkeypatch):
+def test_a_source_without_usable_images_is_refused_before_the_folder_is_touched(options, tmp_path, monkeypatch):
     for path in list(options["data"].iterdir()):
         path.unlink()
     for i in range(5):
@@ -273,15 +273,17 @@ def test_nothing_left_is_refused_before_the_folder_is_touched(options, tmp_path,
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("a stranger's")
-    monkeypatch.setattr(survey, "triage", lambda *_, **__: pytest.fail("looked at images for a folder it may not use"))
+    monkeypatch.setattr(
+        curate, "triage", lambda *_, **__: pytest.fail("inspected images for a folder that it may not use")
+    )
     with pytest.raises(ConfigError, match="not empty"):
         upstep_fast.adapt(**options)
 
 
-def test_without_the_flags_nothing_is_looked_at(options, tmp_path):
+def test_without_the_flags_no_image_is_inspected(options, tmp_path):
     del options["triage"], options["mean_std"]
     upstep_fast.adapt(**options)
-    assert not (tmp_path / "out" / survey.TRIAGE).exists() and not (tmp_path / "out" / survey.STATISTICS).exists()
+    assert not (tmp_path / "out" / curate.TRIAGE).exists() and not (tmp_path / "out" / curate.STATISTICS).exists()
     assert (tmp_path / "out" / "skipped.csv").read_text() == "name,reason\n"
     with pytest.raises(ConfigError, match="mean_std"):
         upstep_fast.adapt(**options, overwrite=True, mean_std="auto", mean=(0.5,))

@@ -1,4 +1,4 @@
-"""torchvision's JPEG reader against Pillow: one verdict and the same pixels, on whole files and on damaged ones."""
+"""torchvision's JPEG decoder against Pillow: equal verdicts and equal pixels, on intact and on damaged files."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def by_pillow(data: bytes, **options) -> torch.Tensor | str:
 
 
 def difference(data: bytes) -> float | None:
-    """Mean absolute difference in levels; None where both refuse, for the same reason."""
+    """Return the mean absolute difference in levels; None where both refuse with equal reasons."""
     ours, theirs = verdict(data), by_pillow(data)
     if isinstance(theirs, str):
         assert ours == theirs
@@ -73,20 +73,20 @@ def difference(data: bytes) -> float | None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pixels_are_pillows(kind):
-    """libjpeg's decoding is exact but for its builds' arithmetic: a level at most."""
+def test_pixels_equal_pillows(kind):
+    """Builds of libjpeg differ in arithmetic by at most one level."""
     ours, theirs = verdict(KINDS[kind]), by_pillow(KINDS[kind])
     assert ours.shape == theirs.shape and (ours.int() - theirs.int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-def test_other_channels_are_pillows_alone(channels):
+def test_other_channels_are_left_to_pillow(channels):
     for kind in ("4:2:0", "gray"):
         ours, theirs = (f(KINDS[kind], channels=channels) for f in (verdict, by_pillow))
         assert ours.shape == (channels, 40, 60) and torch.equal(ours, theirs)
 
 
-def test_what_is_read_by_whom(monkeypatch):
+def test_which_decoder_reads_which_file(monkeypatch):
     seen = []
     monkeypatch.setattr(jpeg, "reader", lambda: lambda encoded: seen.append(len(encoded)) or torch.zeros(0))
     for kind in ("CMYK", "two pictures"):
@@ -103,7 +103,7 @@ def test_what_is_read_by_whom(monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cut_file_is_refused(kind):
-    """As by Pillow, also where an end marker was put behind the cut."""
+    """Also where an end marker follows the cut."""
     data = KINDS[kind]
     for percent in (1, 50, 80, 99):
         piece = data[: len(data) * percent // 100]
@@ -112,7 +112,7 @@ def test_a_cut_file_is_refused(kind):
             assert isinstance(verdict(piece), str), percent
 
 
-def test_the_fingerprint_says_who_reads(monkeypatch):
+def test_decoder_fingerprint_names_the_decoder(monkeypatch):
     here = decode_module.decoder_fingerprint()
     monkeypatch.setattr(jpeg, "reader", lambda: None)
     there = decode_module.decoder_fingerprint.__wrapped__()
@@ -120,7 +120,7 @@ def test_the_fingerprint_says_who_reads(monkeypatch):
 
 
 def _compare(record_property, **options):
-    """Mutated files: one verdict, for one reason, one size, pixels within a level on average."""
+    """Compare verdict, reason, size and pixels (one level on average) on mutated files."""
     found: list[float | None] = []
 
     @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], **options)
@@ -137,16 +137,16 @@ def _compare(record_property, **options):
     record_property("mutations_with_other_pixels", sum(d > 0 for d in taken))
 
 
-def test_mutated_files_are_judged_alike(record_property):
+def test_mutated_files_have_equal_verdicts(record_property):
     _compare(record_property, max_examples=300, derandomize=True)
 
 
 @pytest.mark.long
-def test_mutated_files_are_judged_alike_long(record_property):
+def test_mutated_files_have_equal_verdicts_long(record_property):
     _compare(record_property, max_examples=10_000)
 
 
-def test_an_image_that_ends_in_gray_says_nothing_on_the_console(capfd):
+def test_an_image_that_ends_in_gray_prints_nothing(capfd):
     gray = encoded(Image.new("RGB", (40, 24), (128, 128, 128)), "JPEG")
     assert decode(gray).shape == (3, 24, 40)
     assert capfd.readouterr().err == ""

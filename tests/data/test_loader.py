@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from upstep_fast.data.loading import fetcher as fetch
+from upstep_fast.data.loading import fetcher
 from upstep_fast.data.loading import loader as loaders
 from upstep_fast.data.loading.loader import Loader, load_images, permutation
 from upstep_fast.data.loading.ordered_map import ahead, ordered_map
@@ -26,7 +26,7 @@ from upstep_fast.errors import DataError
 
 
 def write_images(root: Path, count: int, size: tuple[int, int] = (12, 10)) -> Path:
-    """Image i has the color (i, i // 256, 0), so that it can be told from its pixels."""
+    """Write images whose number can be read from their pixels: image i has the color (i, i // 256, 0)."""
     root.mkdir(parents=True, exist_ok=True)
     for i in range(count):
         Image.new("RGB", size, (i % 256, i // 256, 0)).save(root / f"{i:05d}.png", compress_level=0)
@@ -38,11 +38,11 @@ def spoil(root: Path, *which: int) -> None:
         (root / f"{i:05d}.png").write_bytes(b"" if i % 2 else b"<html>not found</html>")
 
 
-def shown(batch) -> list[int]:
+def numbers(batch) -> list[int]:
     return [int(image[0, 0, 0]) + 256 * int(image[1, 0, 0]) for image in batch.images]
 
 
-def taken(loader: Loader, steps: int) -> list:
+def take(loader: Loader, steps: int) -> list:
     with loader:
         return [next(loader) for _ in range(steps)]
 
@@ -59,13 +59,13 @@ def images(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
 def test_an_epoch_visits_every_image_once(images, num_workers):
     source = open_source(images)
-    batches = taken(Loader(source, batch_size=10, seed=3, num_workers=num_workers), 10)
+    batches = take(Loader(source, batch_size=10, seed=3, num_workers=num_workers), 10)
     for epoch in (0, 1):
         part = batches[5 * epoch : 5 * epoch + 5]
         assert sorted(i for b in part for i in b.indices.tolist()) == list(range(50))
         assert {b.epoch for b in part} == {epoch}
     for batch in batches:
-        assert shown(batch) == batch.indices.tolist()
+        assert numbers(batch) == batch.indices.tolist()
         assert batch.replaced == 0 and batch.indices.dtype == torch.int64
         assert all(image.dtype == torch.uint8 and image.shape == (3, 10, 12) for image in batch.images)
     assert [b.indices.tolist() for b in batches[:5]] != [b.indices.tolist() for b in batches[5:]]
@@ -73,13 +73,13 @@ def test_an_epoch_visits_every_image_once(images, num_workers):
 
 def test_the_number_of_workers_changes_nothing(images):
     source = open_source(images)
-    runs = [taken(Loader(source, batch_size=7, seed=1, num_workers=n), 15) for n in (0, 2, 5)]
+    runs = [take(Loader(source, batch_size=7, seed=1, num_workers=n), 15) for n in (0, 2, 5)]
     for a, b, c in zip(*runs, strict=True):
         assert a.indices.tolist() == b.indices.tolist() == c.indices.tolist()
         assert all(torch.equal(x, y) for x, y in zip(a.images, b.images, strict=True))
 
 
-def test_permutations_are_fair():
+def test_permutations_are_uniform():
     n, epochs = 20, 4000
     place = np.stack([permutation(n, 0, e) for e in range(epochs)])
     assert (np.sort(place, 1) == np.arange(n)).all()
@@ -93,8 +93,8 @@ def test_permutations_are_fair():
 @pytest.mark.parametrize("step", [0, 1, 6, 7, 8, 23])
 def test_resume_at_any_step_is_exact(images, step):
     source = open_source(images)
-    unbroken = taken(Loader(source, batch_size=7, seed=9, num_workers=2), 30)
-    resumed = taken(Loader(source, batch_size=7, seed=9, num_workers=2, start_step=step), 5)
+    unbroken = take(Loader(source, batch_size=7, seed=9, num_workers=2), 30)
+    resumed = take(Loader(source, batch_size=7, seed=9, num_workers=2, start_step=step), 5)
     loader = Loader(source, batch_size=7, seed=9, num_workers=2)
     with loader:
         next(loader)
@@ -119,14 +119,14 @@ def test_resume_far_into_a_large_source_takes_under_a_second():
 
 def test_ranks_share_a_batch_without_overlap(images):
     source = open_source(images)
-    whole = taken(Loader(source, batch_size=12, seed=0), 6)
-    parts = [taken(Loader(source, batch_size=12, seed=0, rank=r, world_size=3), 6) for r in range(3)]
+    whole = take(Loader(source, batch_size=12, seed=0), 6)
+    parts = [take(Loader(source, batch_size=12, seed=0, rank=r, world_size=3), 6) for r in range(3)]
     for step, want in enumerate(whole):
         assert want.indices.tolist() == [i for part in parts for i in part[step].indices.tolist()]
 
 
 def test_without_drop_last_the_rest_is_a_smaller_batch(images):
-    batches = taken(Loader(open_source(images), batch_size=20, seed=0, drop_last=False), 4)
+    batches = take(Loader(open_source(images), batch_size=20, seed=0, drop_last=False), 4)
     assert [len(b.images) for b in batches] == [20, 20, 10, 20] and [b.epoch for b in batches] == [0, 0, 0, 1]
     with Loader(open_source(images), batch_size=80, seed=0, drop_last=False) as loader:
         assert len(next(loader).images) == 50
@@ -157,7 +157,7 @@ def test_bad_images_are_replaced_counted_and_listed(tmp_path, num_workers):
     spoil(tmp_path / "i", 4, 17, 33)
     options = {"batch_size": 10, "seed": 2, "num_workers": num_workers, "max_bad_fraction": 0.1}
     loader = Loader(source, **options)
-    batches = taken(loader, 10)
+    batches = take(loader, 10)
     for epoch in (0, 1):
         part = batches[5 * epoch : 5 * epoch + 5]
         assert sum(b.replaced for b in part) == 3
@@ -165,20 +165,20 @@ def test_bad_images_are_replaced_counted_and_listed(tmp_path, num_workers):
         got = [i for b in part for i in b.indices.tolist()]
         changed = [i for i, j in zip(planned, got, strict=True) if i != j]
         assert sorted(changed) == [4, 17, 33] and not {4, 17, 33} & set(got)
-    assert all(shown(b) == b.indices.tolist() for b in batches)
+    assert all(numbers(b) == b.indices.tolist() for b in batches)
     assert {Path(name).name: reason for name, reason in loader.skipped.items()} == {
         "00004.png": "not an image in a known format (it holds HTML or XML)",
         "00017.png": "the file is empty",
         "00033.png": "the file is empty",
     }
-    # the same again, also when the run is resumed and nothing is known yet of what is bad
-    again = taken(Loader(source, **{**options, "start_step": 7}), 3)
+    # equal in a repeated run, and in a resumed one that has not met the bad images yet
+    again = take(Loader(source, **{**options, "start_step": 7}), 3)
     assert [b.indices.tolist() for b in again] == [b.indices.tolist() for b in batches[7:]]
     assert [b.replaced for b in again] == [b.replaced for b in batches[7:]]
 
 
 def test_replacements_are_spread_over_the_source(tmp_path):
-    """Not the neighbour: over many epochs the stand-ins for one image are drawn from all the others alike."""
+    """Over many epochs an image's replacements are uniform over all other images."""
     source = open_source(write_images(tmp_path / "i", 20))
     spoil(tmp_path / "i", 5)
     with Loader(source, batch_size=20, seed=0, max_bad_fraction=0.1) as loader:
@@ -209,7 +209,7 @@ def test_too_many_bad_images_end_the_run(tmp_path, num_workers):
 
 @pytest.mark.parametrize("num_workers", [0, 1, 4])
 def test_the_run_ends_at_the_batch_that_has_one_too_many(tmp_path, num_workers):
-    """Batches decoded ahead do not count before they are reached: the same end with any number of threads."""
+    """Bad images of batches decoded ahead do not count yet: the end does not depend on the number of threads."""
     source = open_source(write_images(tmp_path / "i", 60))
     order = permutation(60, 0, 0)
     spoil(tmp_path / "i", *order[[2, 33, 34, 52, 53]].tolist())  # two may be bad: the third is in the fourth batch
@@ -293,7 +293,7 @@ def test_an_error_in_a_worker_is_raised_and_does_not_hang(images):
 
 
 def test_views_made_by_the_loader_are_those_of_the_batch(images):
-    """On a CPU nothing is made ahead: the same code, one call of make_views a batch."""
+    """On a CPU no views are computed ahead: one call of make_views per batch."""
     calls = []
 
     def make(batch):
@@ -312,7 +312,7 @@ def test_views_made_by_the_loader_are_those_of_the_batch(images):
 
 @pytest.mark.gpu
 def test_views_are_made_on_a_stream_of_their_own(images):
-    """Ahead of time, the same as made in line, whole when the step's stream reads them, errors in their turn."""
+    """Computed ahead of time: equal to those computed in line, complete when the step reads them, errors in order."""
     device = torch.device("cuda")
 
     def make(batch):
@@ -335,7 +335,7 @@ def test_views_are_made_on_a_stream_of_their_own(images):
     assert not data_threads()
 
 
-def test_ahead_keeps_the_order_the_depth_and_the_turn_of_an_error():
+def test_ahead_keeps_order_depth_and_the_place_of_an_error():
     made, closed = [], []
 
     def items():
@@ -361,7 +361,7 @@ def test_ahead_keeps_the_order_the_depth_and_the_turn_of_an_error():
     assert not data_threads() and list(ahead((i for i in range(3)), 1)) == [0, 1, 2]
 
 
-def test_ordered_map_keeps_the_order_and_the_limit():
+def test_ordered_map_keeps_order_and_limit():
     running, most, started = 0, 0, 0
     lock = threading.Lock()
 
@@ -387,7 +387,7 @@ def test_ordered_map_keeps_the_order_and_the_limit():
     done.close()
 
 
-def test_waiting_is_measured(images):
+def test_data_wait_is_measured(images):
     class Gated:
         problems = ()
         open, read_so_far = threading.Event(), 0
@@ -417,13 +417,13 @@ def test_waiting_is_measured(images):
 
 def test_small_sources_are_decoded_once(images, monkeypatch):
     read = []
-    real = fetch.read_image
-    monkeypatch.setattr(fetch, "read_image", lambda s, i, **k: (read.append(i), real(s, i, **k))[1])
-    taken(Loader(open_source(images), batch_size=10, seed=0), 20)
+    real = fetcher.read_image
+    monkeypatch.setattr(fetcher, "read_image", lambda s, i, **k: (read.append(i), real(s, i, **k))[1])
+    take(Loader(open_source(images), batch_size=10, seed=0), 20)
     assert sorted(read) == list(range(50))
     read.clear()
     monkeypatch.setattr(loaders, "CACHE_BYTES", 10 * 3 * 12 * 10)  # room for ten images
-    taken(Loader(open_source(images), batch_size=10, seed=0), 20)
+    take(Loader(open_source(images), batch_size=10, seed=0), 20)
     assert len(read) == 50 + 3 * 40
 
 
@@ -457,7 +457,7 @@ def test_large_jpegs_are_decoded_at_a_fraction_for_small_views(tmp_path):
     Image.new("RGB", (1600, 1200), (9, 90, 200)).save(tmp_path / "large.jpg")
     source = open_source(tmp_path)
     for side, want in ((None, (1200, 1600)), (150, (150, 200)), (151, (300, 400)), (600, (600, 800))):
-        image = taken(Loader(source, batch_size=1, seed=0, min_side=side), 1)[0].images[0]
+        image = take(Loader(source, batch_size=1, seed=0, min_side=side), 1)[0].images[0]
         assert image.shape[1:] == want
     # a crop of the least area and the narrowest shape still has as many pixels as the view
     config = ViewConfig(size=224, crop_scale=(0.25, 1.0), crop_ratio=(3 / 4, 4 / 3))
@@ -469,7 +469,7 @@ def test_large_jpegs_are_decoded_at_a_fraction_for_small_views(tmp_path):
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(("size", "crop_pct"), [(64, 1.0), (64, 0.875), (96, 0.95), ((48, 80), 0.9)])
-def test_evaluation_images_are_timms(tmp_path, shared, size, crop_pct, interpolation):
+def test_evaluation_images_equal_timms(tmp_path, shared, size, crop_pct, interpolation):
     from timm.data import create_transform
 
     rng = np.random.default_rng(0)

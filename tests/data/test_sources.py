@@ -435,7 +435,7 @@ def test_truncated_and_damaged_tars_keep_what_is_whole(tmp_path):
     assert len(source) == 3 and "bad tar header" in source.problems[0][1]
 
 
-def test_what_is_no_tar_is_refused(tmp_path):
+def test_other_files_are_refused_as_tars(tmp_path):
     (tmp_path / "text.tar").write_bytes(b"hello " * 200)
     with pytest.raises(DataError, match="not a tar file"):
         open_source(tmp_path / "text.tar")
@@ -478,7 +478,7 @@ def test_the_real_tars(shared):
 # Hugging Face data sets
 
 
-def test_a_data_set_on_disk(tmp_path):
+def test_a_dataset_on_disk(tmp_path):
     datasets = pytest.importorskip("datasets")
     image = write_tree(tmp_path, {"x.png": b"not decoded here"}) / "x.png"
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
@@ -492,7 +492,7 @@ def test_a_data_set_on_disk(tmp_path):
 
 @pytest.mark.parametrize("columns", ["as datasets writes them", "bytes and path", "bytes"])
 def test_parquet_files_on_disk(tmp_path, monkeypatch, columns):
-    """A folder of parquet files, as a hub repository is, and one such file; also without datasets' own schema."""
+    """A folder of parquet files, as on the hub, and a single file; also without datasets' schema."""
     datasets, parquet = pytest.importorskip("datasets"), pytest.importorskip("pyarrow.parquet")
     pa = pytest.importorskip("pyarrow")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

@@ -1,4 +1,4 @@
-"""Views: each operation against torchvision's v2, the drawn parameters against its distributions, and repeatability."""
+"""Views: operations and distributions of parameters against torchvision's v2, and repeatability."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ STILL = ViewConfig(**{**dataclasses.asdict(PRESETS["none"]), **PLAIN})  # nothin
 
 @pytest.fixture(params=["cpp", "reference"])
 def implementation(request):
-    """The compiled op, and torch alone."""
+    """Run by the compiled op, and by torch."""
     needs(request.param)
     with forced(request.param):
         yield
@@ -49,7 +49,7 @@ def pictures(sizes=SIZES) -> list[torch.Tensor]:
     return [noise(3, h, w, seed=i) for i, (h, w) in enumerate(sizes)]
 
 
-def drawn(config: ViewConfig, images: list[torch.Tensor], **key) -> ViewParams:
+def params_of(config: ViewConfig, images: list[torch.Tensor], **key) -> ViewParams:
     heights, widths = (np.array([i.shape[axis] for i in images]) for axis in (1, 2))
     key = {"seed": 0, "epoch": 0, "indices": np.arange(len(images)), "views": 2} | key
     return draw_params(config, heights, widths, **key)
@@ -69,7 +69,7 @@ def test_crop_and_resize_are_torchvisions(monkeypatch, size, interpolation, way)
         vertical_flip=0.5, **turns,
     )  # fmt: skip
     images = pictures()
-    params = drawn(config, images, views=4)
+    params = params_of(config, images, views=4)
     with forced(implementation):
         got = random_views(images, config, seed=0, epoch=0, indices=range(len(images)), views=4).flatten(0, 1)
     for n, image in enumerate(params.image):
@@ -90,7 +90,7 @@ def test_resize_weights_are_a_partition_of_one():
 
 @both_ways
 def test_quarter_turns_are_torchs():
-    """All four turns appear, each equally often, and are those of torch.rot90."""
+    """All four rotations are equally frequent and equal torch.rot90's."""
     image = noise(3, 8, 8)
     config = dataclasses.replace(STILL, size=8, rotate90=0.75)
     got = random_views([image] * 400, config, seed=0, epoch=0, indices=range(400), views=1)[0]
@@ -139,7 +139,7 @@ def test_gray_solarize_and_blur_are_torchvisions():
 def test_the_whole_pipeline_is_the_steps_in_order():
     config = ViewConfig(size=32, hue=0.1, blur=0.5, solarize=0.3, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
     images = pictures()
-    p = drawn(config, images)
+    p = params_of(config, images)
     got = random_views(images, config, seed=0, epoch=0, indices=range(len(images)), views=2).flatten(0, 1)
     for n, image in enumerate(p.image):
         x = torchvision_view(images[image], p, n, config) / 255
@@ -158,7 +158,7 @@ def test_the_whole_pipeline_is_the_steps_in_order():
 # the random numbers
 
 
-def test_arrays_and_numbers_are_drawn_alike():
+def test_uniform_array_equals_uniform():
     index, slot = np.array([[0], [7], [2**40]]), np.arange(5)
     got = uniform_array(3, 11, index, 1, slot)
     want = [[uniform(3, 11, int(i), 1, int(s)) for s in slot] for i in index[:, 0]]
@@ -200,7 +200,7 @@ def test_crops_have_torchvisions_distribution(height, width):
 
 @both_ways
 def test_views_have_the_moments_of_torchvisions_pipeline():
-    """Mean and mean square over many views of a few images, of pixels at the corners, the edges and the middle."""
+    """Mean and mean square over many views of a few images, at pixels of corners, edges and center."""
     config = ViewConfig(size=16, **PLAIN)
     base = [torch.nn.functional.interpolate(noise(1, 3, 6, 8, seed=i).float(), (48, 64))[0].byte() for i in range(4)]
     count = 1500
@@ -249,7 +249,7 @@ DISTRIBUTIONS = {
 @both_ways
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_each_operation_has_torchvisions_distribution(name):
-    """Over many views of a picture the mean and mean square of its pixels are torchvision's, to 4.5 standard errors."""
+    """Over many views the mean and mean square of the pixels are within 4.5 standard errors of torchvision's."""
     fields, transform = DISTRIBUTIONS[name]
     size = (60, 80) if "crop" in name else (16, 16)  # without a crop nothing is resized
     config = dataclasses.replace(
@@ -273,13 +273,13 @@ def test_each_operation_has_torchvisions_distribution(name):
 
 
 @both_ways
-def test_a_batch_can_be_made_again_and_a_sample_alone():
+def test_a_batch_can_be_repeated_and_a_sample_computed_alone():
     images, config = pictures(), ViewConfig(size=24, blur=0.5, solarize=0.5, hue=0.1)
     indices = [50, 3, 2**33, 7, 0, 1, 12, 9]
     first = random_views(images, config, seed=5, epoch=2, indices=indices, views=3)
     assert torch.equal(first, random_views(images, config, seed=5, epoch=2, indices=indices, views=3))
     alone = random_views(images[3:4], config, seed=5, epoch=2, indices=[7], views=3)
-    # the same parameters; padding may change how a product is summed
+    # equal parameters; padding may change the order of a sum
     assert (alone[:, 0] - first[:, 3]).abs().max() < 1e-4
     for change in ({"seed": 6}, {"epoch": 3}, {"indices": [i + 100 for i in indices]}):
         key = {"seed": 5, "epoch": 2, "indices": indices} | change
@@ -296,7 +296,7 @@ def test_more_views_leave_the_first_ones_alone():
 
 @both_ways
 def test_global_and_local_views():
-    """The globals are random_views' own; the locals are as if drawn alone under their own numbers."""
+    """Global views equal those of random_views; local views equal views drawn alone under their numbers."""
     images, config = pictures(), ViewConfig(size=24, hue=0.1, blur=0.3)
     local = local_config(config, (8, 12), (0.05, 0.2))
     key = {"seed": 3, "epoch": 1, "indices": range(8)}
@@ -305,7 +305,7 @@ def test_global_and_local_views():
     assert torch.equal(large, random_views(images, config, **key))
     # views 2 to 6 of the local recipe: not the numbers of the globals
     assert (small - random_views(images, local, **key, views=7)[2:]).abs().max() < 1e-5
-    p = drawn(local, [noise(3, 100, 100)] * 500, indices=np.arange(500), views=1, first=2)
+    p = params_of(local, [noise(3, 100, 100)] * 500, indices=np.arange(500), views=1, first=2)
     area = p.height * p.width / 1e4
     assert area.min() > 0.04 and area.max() < 0.21 and abs(area.mean() - 0.125) < 0.01
 
@@ -332,7 +332,7 @@ def test_constant_images_stay_finite():
 
 
 @both_ways
-def test_none_is_the_normalized_middle():
+def test_preset_none_only_normalizes():
     image = noise(3, 20, 20)
     got = random_views([image], dataclasses.replace(PRESETS["none"], size=20), seed=0, epoch=0, indices=[0], views=2)
     want = tv.normalize(image / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -346,7 +346,7 @@ def test_presets_run(name):
     assert random_views(pictures(), config, seed=0, epoch=0, indices=range(8)).isfinite().all()
 
 
-def test_the_default_is_the_recipe_of_the_prototype():
+def test_the_default_is_that_of_the_prototype():
     config = PRESETS["natural"]
     assert (config.crop_scale, config.crop_ratio, config.interpolation) == ((0.25, 1.0), (3 / 4, 4 / 3), "bilinear")
     assert (config.flip, config.brightness, config.contrast, config.saturation) == (0.5, 0.4, 0.4, 0.2)
@@ -413,12 +413,12 @@ def from_flags(flags: str, size: int = 20) -> ViewConfig:
 @both_ways
 @pytest.mark.parametrize("flags", SWITCHES)
 def test_every_operation_is_switched_by_its_flag(flags):
-    """Alone it is torchvision's within 2/255; without it the picture is left as it is."""
+    """Alone it is within 2/255 of torchvision's; without it the image does not change."""
     image = noise(3, 20, 20)
     plain, config = from_flags(STILL_FLAGS), from_flags(f"{STILL_FLAGS} {flags}")
     key = {"seed": 4, "epoch": 0, "indices": [0], "views": 1}
     assert (random_views([image], plain, **key)[0, 0] - image / 255).abs().max() < 1e-6
-    want = SWITCHES[flags](image / 255, drawn(config, [image], seed=4, views=1))
+    want = SWITCHES[flags](image / 255, params_of(config, [image], seed=4, views=1))
     got = random_views([image], config, **key)[0, 0]
     assert (got - want).abs().max() <= 2 / 255 and (got - image / 255).abs().max() > 0.02
 
@@ -432,7 +432,7 @@ def test_flags_override_their_preset_and_nothing_else(name):
     assert from_flags(f"--preset-views {name} --interpolation bicubic").interpolation == "bicubic"
 
 
-def test_presets_say_what_their_images_allow():
+def test_presets_fit_their_kind_of_image():
     assert PRESETS["overhead"].vertical_flip == 0.5 and PRESETS["overhead"].rotate90 == 0.75
     assert PRESETS["microscopy"].gray == 0 and PRESETS["microscopy"].rotate90 == 0.75
     assert PRESETS["document"].flip == PRESETS["document"].vertical_flip == PRESETS["document"].rotate90 == 0
@@ -443,13 +443,13 @@ def test_presets_say_what_their_images_allow():
 
 @pytest.mark.parametrize("blur", [0.0, 0.5])
 @pytest.mark.parametrize("channels", [3, 1])
-def test_the_kernels_way_is_the_cpus(channels, blur):
-    """What runs on a GPU, here by the kernels' references: within a level of the way the CPU goes."""
+def test_kernel_references_agree_with_the_cpu(channels, blur):
+    """The GPU path with the kernels' references is within one level of the CPU path."""
     config = ViewConfig(
         size=32, hue=0.1, blur=blur, solarize=0.3, rotate90=0.5, mean=(0.5, 0.4, 0.3)[:channels], std=(0.2,) * channels
     )
     images = [noise(channels, h, w, seed=i) for i, (h, w) in enumerate(SIZES)]
-    p, cpu = drawn(config, images), torch.device("cpu")
+    p, cpu = params_of(config, images), torch.device("cpu")
     with forced("reference"):
         want = views._make(images, None, p, config, cpu)
         got = views._make(images, views.pack(images, cpu), p, config, cpu)
@@ -460,7 +460,7 @@ def test_the_kernels_way_is_the_cpus(channels, blur):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_the_gpu_makes_the_same_views(interpolation):
+def test_gpu_views_agree_with_cpu_views(interpolation):
     config = ViewConfig(size=32, interpolation=interpolation, hue=0.1, blur=0.5, rotate90=0.5)
     images = pictures()
     key = {"seed": 1, "epoch": 4, "indices": range(len(images)), "views": 2}
@@ -473,7 +473,7 @@ def test_the_gpu_makes_the_same_views(interpolation):
 @both_ways
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("blur", [0.0, 0.5])
-def test_patches_are_those_of_the_pictures(monkeypatch, blur, dtype):
+def test_patches_hold_the_pixels_of_the_views(monkeypatch, blur, dtype):
     monkeypatch.setattr(views, "CHUNK_BYTES", 3 * 4 * 3 * 16 * 24)  # three views at a time
     config = ViewConfig(size=(16, 24), blur=blur)
     images = pictures()
@@ -483,7 +483,7 @@ def test_patches_are_those_of_the_pictures(monkeypatch, blur, dtype):
     assert got.shape == (2, len(images), 6, 3 * 64) and got.dtype == dtype
     assert torch.equal(got.flatten(0, 1), patchify(plain.flatten(0, 1), 8, dtype))
     packed = views.pack(images, torch.device("cpu"))  # the kernel's way
-    p = drawn(config, images, seed=1, epoch=4)
+    p = params_of(config, images, seed=1, epoch=4)
     plain = views._make(images, packed, p, config, torch.device("cpu"))
     assert torch.equal(views._make(images, packed, p, config, torch.device("cpu"), 8, dtype), patchify(plain, 8, dtype))
 
