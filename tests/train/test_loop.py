@@ -10,13 +10,13 @@ import torch
 import upstep_fast
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.flat import from_flat
+from upstep_fast.config.resolve import resolve as resolve_length
 from upstep_fast.errors import CheckFailedError, ConfigError, Interrupted, RunFailedError
 from upstep_fast.methods import gate, registry
 from upstep_fast.methods.schedules import warmup_cosine
 from upstep_fast.methods.upstep.upstep import UpStep
 from upstep_fast.model import backbone, lora, peft_format, pooling
 from upstep_fast.runtime.device import resolve
-from upstep_fast.train import adapt
 from upstep_fast.train import state as run_state
 from upstep_fast.train import step as steps
 from upstep_fast.train.state import fresh_state
@@ -272,10 +272,10 @@ def test_overwrite_replaces_an_earlier_run(options, tmp_path):
 
 def test_length_by_epochs_and_by_default(options):
     config = from_flat(AdaptConfig, **{**options, "data": ("d",), "out": "o", "steps": None})
-    assert adapt.fit_to_data(config, 24).optimization.steps == 400
-    assert adapt.fit_to_data(config, 8000).optimization.steps == 10_000
+    assert resolve_length(config, 24).config.optimization.steps == 400
+    assert resolve_length(config, 8000).config.optimization.steps == 10_000
     by_epochs = from_flat(AdaptConfig, **{**options, "data": ("d",), "out": "o", "steps": None, "epochs": 2.5})
-    assert adapt.fit_to_data(by_epochs, 80).optimization.steps == 25
+    assert resolve_length(by_epochs, 80).config.optimization.steps == 25
 
 
 def test_the_global_random_state_is_the_callers(options):

@@ -18,6 +18,7 @@ from rich.table import Table
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.flat import replace_flat
 from upstep_fast.config.plan import PlanConfig, to_bytes
+from upstep_fast.config.resolve import resolve as resolve_length
 from upstep_fast.data.loading.loader import CACHE_BYTES
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import ConfigError
@@ -131,9 +132,8 @@ def _length(config: PlanConfig, result: dict[str, Any]) -> dict[str, Any]:
     """How many steps, as far as that is known, and how long they take with none and with half of them skipped."""
     steps, seconds = config.optimization.steps, result["seconds"]
     if steps is None and config.data.paths:
-        from upstep_fast.train.adapt import fit_to_data
-
-        steps = fit_to_data(config, len(open_source(config.data.paths, split="train"))).optimization.steps
+        num_images = len(open_source(config.data.paths, split="train"))
+        steps = resolve_length(config, num_images).config.optimization.steps
     if steps is None or seconds is None:
         return {"steps": steps, "total_seconds": None}
     half = steps * (seconds["open"] + seconds["skipped"]) / 2

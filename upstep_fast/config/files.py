@@ -42,7 +42,7 @@ def flatten_tables(values: Mapping[str, Any], config_class: type) -> dict[str, A
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and key in groups(config_class):
-            names = {path[-1]: flag for flag, path in paths(config_class).items() if path[0] == key}
+            names: dict[Any, str] = {path[-1]: flag for flag, path in paths(config_class).items() if path[0] == key}
             found |= {names.get(field.replace("-", "_"), field): inner for field, inner in value.items()}
         else:
             found[key] = value
@@ -108,8 +108,8 @@ def renamed(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 def to_toml(config: Any) -> str:
     """Return the configuration as TOML, one table per group; fields that are None are left out."""
-    flags, tables = flat(config), {name: list[str]() for name in ("", *groups(type(config)))}
-    for name, path in paths(type(config)).items():
+    flags, tables = flat(config), {name: list[str]() for name in ("", *groups(config.__class__))}
+    for name, path in paths(config.__class__).items():
         if flags[name] is not None:
             line = f"{path[-1]} = {json.dumps(flags[name], ensure_ascii=False)}"
             tables[path[0] if len(path) == 2 else ""].append(line)

@@ -55,7 +55,7 @@ def paths(config_class: Any) -> dict[str, tuple[str, ...]]:
 
 def flat(config: Any) -> dict[str, Any]:
     """Return {flag: value} of every field."""
-    return {name: functools.reduce(getattr, path, config) for name, path in paths(type(config)).items()}
+    return {name: functools.reduce(getattr, path, config) for name, path in paths(config.__class__).items()}
 
 
 def defaults(config_class: type) -> dict[str, Any]:

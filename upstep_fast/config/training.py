@@ -90,6 +90,13 @@ class OptimizationConfig:
         if self.steps is not None and self.epochs is not None:
             raise ConfigError("steps and epochs: give one of them, not both")
 
+    @property
+    def num_steps(self) -> int:
+        """Number of steps of a resolved configuration. Raises ValueError before `config.resolve.resolve`."""
+        if self.steps is None:
+            raise ValueError("steps: not resolved yet; they depend on the number of images")
+        return self.steps
+
 
 @dataclass(frozen=True)
 class MemoryConfig:

@@ -25,8 +25,7 @@ class Progress:
 
     def __init__(self, config: AdaptConfig, state: GateState):
         run = config.optimization
-        assert run.steps is not None
-        self._steps, self._every, self._batch = run.steps, config.output.log_every, run.batch_size
+        self._steps, self._every, self._batch = run.num_steps, config.output.log_every, run.batch_size
         self._start, self._waited, self._loss = time.monotonic(), 0.0, math.nan
         self._first = self._done = state.step
         self._task: TaskID | None = None

@@ -12,20 +12,20 @@ import torch
 
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.files import from_options, of_method
-from upstep_fast.config.flat import flat, replace_flat
+from upstep_fast.config.flat import replace_flat
 from upstep_fast.config.presets import with_preset
+from upstep_fast.config.resolve import resolve
 from upstep_fast.data.curation.curate import survey
 from upstep_fast.data.sources.source import open_source
-from upstep_fast.errors import ConfigError
 from upstep_fast.kernels import _dispatch as dispatch
 from upstep_fast.model import backbone as backbones
 from upstep_fast.report import image_panels as pictures
 from upstep_fast.report import page as html_report
 from upstep_fast.report.logs import train_log
-from upstep_fast.runtime import distributed
+from upstep_fast.runtime import device, distributed
 from upstep_fast.runtime import run_folder as output
 from upstep_fast.runtime.atomic_file import write_atomic
-from upstep_fast.runtime.device import Compute, resolve
+from upstep_fast.runtime.device import Compute
 from upstep_fast.train.batches import num_workers
 from upstep_fast.train.loop import needs_base, train
 from upstep_fast.train.memory.fit import settle
@@ -48,7 +48,7 @@ def adapt(**options: Any) -> AdaptResult:
 
 def run(config: AdaptConfig) -> AdaptResult:
     """One adaptation, from configuration to adapter. Raises UpstepError with the exit code of what went wrong."""
-    compute = resolve(config.runtime.device, config.runtime.precision)
+    compute = device.resolve(config.runtime.device, config.runtime.precision)
     with distributed.joined(compute.device):
         return _run(config, compute)
 
@@ -73,7 +73,8 @@ def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
         mean, std = surveyed.statistics
         config = replace_flat(config, mean_std="given", mean=mean, std=std)
         backbone = replace(backbone, mean=mean, std=std)
-    asked, config = config, settle(fit_to_data(config, len(source)), compute)
+    resolved = resolve(config, len(source), distributed.size())
+    config = settle(resolved.config, compute)
     implementation = None if config.runtime.implementation == "auto" else config.runtime.implementation
     with dispatch.forced(implementation), contextlib.ExitStack() as stack:
         out = Path(config.output.out)
@@ -87,28 +88,11 @@ def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
         versions = f"upstep-fast {__version__}, torch {torch.__version__}"
         ranks = f", {distributed.size()} ranks" if distributed.size() > 1 else ""
         log.info("%s, %s in %s%s", versions, compute.device, compute.precision, ranks)
-        for name in ("batch_size", "prototypes", "queue"):
-            if (before := flat(asked)[name]) != (now := flat(config)[name]):
-                log.warning("%s: reduced from %d to the %d images there are", name, before, now)
+        for name, (requested, possible) in resolved.reduced.items():
+            log.warning("%s: reduced from %d to the %d images there are", name, requested, possible)
         base = backbone.copy() if needs_base(config) else None  # training changes `backbone` in place
         result = train(config, compute, source, held_out, backbone, base, out)
         if config.output.report_images and distributed.is_first():
             with torch.random.fork_rng(devices=[]):  # the caller's generator stays as it is
                 pictures.collect(config, compute, source, out, backbone=base)
         return result
-
-
-def fit_to_data(config: AdaptConfig, num_images: int) -> AdaptConfig:
-    """The configuration with length resolved and batch and prototypes reduced to what the data can fill."""
-    ranks, run = distributed.size(), config.optimization
-    if run.batch_size % ranks:
-        raise ConfigError(f"batch_size: {run.batch_size} images do not divide over {ranks} ranks; take a multiple")
-    batch = min(run.batch_size, num_images) // ranks * ranks
-    if batch < 2:
-        raise ConfigError(f"data: {num_images} image found, adaptation needs at least {max(2, ranks)}")
-    steps, epochs = run.steps, run.epochs
-    if steps is None:
-        by_default = max(400, 10 * (num_images // batch))
-        steps = by_default if epochs is None else max(1, round(epochs * num_images / batch))
-    prototypes, queue = min(config.objective.prototypes, num_images), min(config.experimental.queue, num_images)
-    return replace_flat(config, batch_size=batch, prototypes=prototypes, queue=queue, steps=steps, epochs=None)

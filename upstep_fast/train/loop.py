@@ -48,8 +48,7 @@ def train(
     rule, state = gate_rule(config), fresh_state(config, compute, backbone)
     if config.output.resume:
         resume.resume_from(state, out / output.CHECKPOINTS, identity)
-    began, first_step, num_steps = time.monotonic(), state.step, config.optimization.steps
-    assert num_steps is not None
+    began, first_step, num_steps = time.monotonic(), state.step, config.optimization.num_steps
     every_steps, every_seconds = parse_interval(config.checkpoints.every)
     validator = Validator(config, held_out, base, compute, out) if held_out and base else NoValidator()
     with (

@@ -97,8 +97,7 @@ class Validator:
 
     def is_due(self, step: int) -> bool:
         """Return whether to validate after `step` steps."""
-        assert self._config.optimization.steps is not None
-        return step % self._config.validation.every == 0 or step == self._config.optimization.steps
+        return step % self._config.validation.every == 0 or step == self._config.optimization.num_steps
 
     def validate(self, state: RunState) -> None:
         """Score the model after `state.step` steps; write the history and, if it is the best, OUT/best.

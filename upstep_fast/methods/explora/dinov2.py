@@ -114,15 +114,14 @@ class ExploraDinov2(nn.Module):
     def schedule(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Learning rate, weight decay, the teacher's temperature and momentum of this step."""
         c, run = self.config.dinov2, self.config.optimization
-        assert run.steps is not None
-        lr = run.lr * warmup_cosine(step, run.steps, run.warmup)
-        stands_still = step < (c.freeze_last_layer * run.steps if c.freeze_last_layer < 1 else c.freeze_last_layer)
+        lr = run.lr * warmup_cosine(step, run.num_steps, run.warmup)
+        stands_still = step < (c.freeze_last_layer * run.num_steps if c.freeze_last_layer < 1 else c.freeze_last_layer)
         for group in optimizer.param_groups:
             group["lr"] = 0.0 if group["last"] and stands_still else lr
-            group["weight_decay"] = cosine(step, run.steps, run.weight_decay, c.weight_decay_end) * group["decays"]
+            group["weight_decay"] = cosine(step, run.num_steps, run.weight_decay, c.weight_decay_end) * group["decays"]
         start, end = c.teacher_temperature_start, c.teacher_temperature
-        self.temperature = linear_warmup(step, run.steps, c.teacher_warmup, start, end)
-        self.momentum = cosine(step, run.steps, c.momentum, 1.0)
+        self.temperature = linear_warmup(step, run.num_steps, c.teacher_warmup, start, end)
+        self.momentum = cosine(step, run.num_steps, c.momentum, 1.0)
 
     def views(self, batch: Batch, device: torch.device) -> Crops:
         """The crops of a batch and the masks of the global ones."""

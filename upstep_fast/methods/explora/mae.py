@@ -163,9 +163,8 @@ class ExploraMae(nn.Module):
     def schedule(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Set the learning rate of this step."""
         run = self.config.optimization
-        assert run.steps is not None
         for group in optimizer.param_groups:
-            group["lr"] = run.lr * warmup_cosine(step, run.steps, run.warmup)
+            group["lr"] = run.lr * warmup_cosine(step, run.num_steps, run.warmup)
 
     def views(self, batch: Batch, device: torch.device) -> Shown:
         """One crop of each image and its masking noise."""

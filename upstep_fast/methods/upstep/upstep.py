@@ -124,10 +124,9 @@ class UpStep(nn.Module):
     def schedule(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Set the learning rate of this step, and the base model's share in its targets."""
         run, base_targets = self.config.optimization, self.config.experimental.base_targets
-        assert run.steps is not None
         for group in optimizer.param_groups:
-            group["lr"] = run.lr * warmup_cosine(step, run.steps, run.warmup)
-        self.base_share = max(0.0, 1 - step / (base_targets * run.steps)) if base_targets else 0.0
+            group["lr"] = run.lr * warmup_cosine(step, run.num_steps, run.warmup)
+        self.base_share = max(0.0, 1 - step / (base_targets * run.num_steps)) if base_targets else 0.0
         self._fresh = None
 
     def views(self, batch: Batch, device: torch.device) -> Tensor | Crops:
