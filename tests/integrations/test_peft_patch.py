@@ -92,7 +92,7 @@ def test_outputs_gradients_and_exact_revert(make):
     keys = list(model.state_dict())
     wanted = run(model, x)
     handle = patch(model)
-    assert handle.left_alone == ()
+    assert handle.unsupported == ()
     assert len(handle.patched) == sum(name.endswith(".lora_A.default") for name, _ in model.named_modules()) > 0
     assert_runs_ours(model, x, len(handle.patched))
     assert_same(model, x, wanted)
@@ -168,8 +168,8 @@ def test_left_alone_with_the_reason(config, why):
     model, x = adapted(**config)
     wanted = run(model, x)
     with patch(model) as handle:
-        assert handle.left_alone and all(why in reason for _, reason in handle.left_alone)
-        assert len(handle.left_alone) + len(handle.patched) == sum(
+        assert handle.unsupported and all(why in reason for _, reason in handle.unsupported)
+        assert len(handle.unsupported) + len(handle.patched) == sum(
             name.endswith("lora_A") for name, _ in model.named_modules()
         )
         assert_same(model, x, wanted)
@@ -179,7 +179,7 @@ def test_patching_twice_leaves_the_layers_to_the_first():
     model, _ = adapted()
     first = patch(model)
     second = patch(model)
-    assert second.patched == () and {why for _, why in second.left_alone} == {"its forward is already replaced"}
+    assert second.patched == () and {why for _, why in second.unsupported} == {"its forward is already replaced"}
     second.revert()
     assert all("forward" in vars(model.get_submodule(name)) for name in first.patched)
 

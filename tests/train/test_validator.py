@@ -213,3 +213,18 @@ def test_an_adapter_that_is_a_little_worse_by_prediction_is_kept_with_a_warning(
     predictions(monkeypatch, [-14.9, -20.0])
     result = upstep_fast.adapt(**options)
     assert result.adapter.is_dir() and "predicted gain -14.90: perhaps no better" in caplog.text
+
+
+def test_a_run_reads_the_base_model_once(options, monkeypatch):
+    reads, real = [], backbone.load
+
+    def load(*args, **kwargs):
+        reads.append(kwargs.get("pretrained", True))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(backbone, "load", load)
+    more = {"strength": "auto", "report_images": True, "verify_resume": 2, "checkpoint_every": 4}
+    result = upstep_fast.adapt(**options | more)
+    out = result.adapter.parent
+    assert looks(out) and (out / "pictures.json").is_file()
+    assert reads.count(True) == 1

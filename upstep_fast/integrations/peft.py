@@ -1,18 +1,19 @@
-"""Runs the LoRA layers of any PEFT model through `kernels.lora_linear`, and gives them back untouched.
+"""Runs the LoRA layers of any PEFT model through `kernels.lora_linear`, reversibly.
 
-    handle = patch(model)          # timm, Hugging Face, an LLM: whatever PEFT adapted
-    handle.left_alone              # [(layer, why)]
+    handle = patch(model)          # timm, Hugging Face, an LLM: any model with a PEFT adapter
+    handle.unsupported             # [(layer, reason)]
     handle.revert()                # or `with patch(model): ...`
 
-Only `forward` of single layers is replaced, on the instance: modules, parameters and state-dict keys stay PEFT's.
-Each call looks at the layer's state first; what is not covered (adapters disabled, merged, several active, hooks)
-goes through PEFT's own forward, said once for each reason.
+Only `forward` of single layers is replaced, on the instance: modules, parameters and state-dict keys stay PEFT's. Each
+call checks the layer's state first; an unsupported state (adapters disabled, merged, several active, hooks) runs PEFT's
+own forward, and each reason is logged once.
 """
 
 from __future__ import annotations
 
 import logging
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,17 +27,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Patched:
-    """What `patch` did. patched: names of the layers; left_alone: (name, why) of PEFT's other LoRA layers."""
+    """The result of `patch`: names of the patched layers, and (name, reason) of PEFT's other LoRA layers."""
 
     patched: tuple[str, ...]
-    left_alone: tuple[tuple[str, str], ...]
+    unsupported: tuple[tuple[str, str], ...]
     _methods: tuple[types.MethodType, ...]
 
     def revert(self) -> None:
-        """Put PEFT's own forward back; a second call does nothing."""
+        """Restore PEFT's own forward; a second call does nothing."""
         for method in self._methods:
             layer: Any = method.__self__
-            # a forward that someone else put in its place since is theirs to remove
+            # a forward that someone else installed since then is theirs to remove
             if vars(layer).get("forward") == method:
                 del layer.forward
 
@@ -48,50 +49,63 @@ class Patched:
 
 
 def patch(model: nn.Module, *, strategy: str | None = None) -> Patched:
-    """Replace the forward of every PEFT LoRA Linear in `model` that `lora_linear` covers.
+    """Replace the forward of every PEFT LoRA Linear in `model` that `lora_linear` supports.
 
-    Covered: a plain nn.Linear base, frozen, with one active adapter, not merged, no variant (DoRA, aLoRA, ...), no
-    bias of its own, no hooks inside; dropout is kept, with the mask of `lora_linear` instead of torch's.
-    strategy: as in `lora_linear`. Adapters in fp32 on a 16-bit base are multiplied in 16 bit, with fp32 sums and
-    gradients. Raises ImportError without PEFT.
+    Supported: a plain, frozen nn.Linear base with one active adapter that is not merged, no variant (DoRA, aLoRA, ...),
+    without a bias and without hooks inside. Dropout masks are drawn by `lora_linear` instead of torch. strategy: as in
+    `lora_linear`. Adapters in fp32 on a 16-bit base are multiplied in 16 bit, with fp32 sums and gradients. Raises
+    ImportError without PEFT.
     """
     from peft.tuners.lora import LoraLayer
-    from peft.tuners.lora.layer import Linear
 
+    forward = _make_forward(strategy)
     methods: list[types.MethodType] = []
     patched: list[str] = []
-    left_alone: list[tuple[str, str]] = []
-    said: set[str] = set()
-
-    def forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        why = "called with more than one tensor" if args or kwargs else _not_covered(self) or _misfit(self, x)
-        if why is not None:
-            if why not in said and not torch.compiler.is_compiling():
-                said.add(why)
-                _log.warning("PEFT's own forward runs where a layer is not covered: %s", why)
-            return type(self).forward(self, x, *args, **kwargs)
-        return _lora_forward(self, x, strategy)
-
+    unsupported: list[tuple[str, str]] = []
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
-        why: str | None
-        if type(layer) is not Linear:
-            why = f"the layer is {type(layer).__module__}.{type(layer).__qualname__}, not lora.Linear"
-        elif "forward" in vars(layer):
-            why = "its forward is already replaced"
-        else:
-            why = _not_covered(layer)
-        if why is not None:
-            left_alone.append((name, why))
+        reason = _unpatchable_reason(layer)
+        if reason is not None:
+            unsupported.append((name, reason))
             continue
         # a bound method, not a closure over the layer: copy.deepcopy then binds the copy's forward to the copy
         method = types.MethodType(forward, layer)
         layer.forward = method
         methods.append(method)
         patched.append(name)
-    _log.info("patched %d PEFT LoRA layers, left %d alone", len(patched), len(left_alone))
-    return Patched(tuple(patched), tuple(left_alone), tuple(methods))
+    _log.info("patched %d PEFT LoRA layers, left %d unchanged", len(patched), len(unsupported))
+    return Patched(tuple(patched), tuple(unsupported), tuple(methods))
+
+
+def _make_forward(strategy: str | None) -> Callable[..., Tensor]:
+    """Return the forward of patched layers, which logs each reason for PEFT's own forward once."""
+    logged: set[str] = set()
+
+    def forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs:
+            reason: str | None = "called with more than one tensor"
+        else:
+            reason = _unsupported_reason(self) or _dtype_reason(self, x)
+        if reason is None:
+            return _lora_forward(self, x, strategy)
+        if reason not in logged and not torch.compiler.is_compiling():
+            logged.add(reason)
+            _log.warning("PEFT's own forward runs where a layer is not supported: %s", reason)
+        return type(self).forward(self, x, *args, **kwargs)
+
+    return forward
+
+
+def _unpatchable_reason(layer: nn.Module) -> str | None:
+    """Return why `patch` must skip this LoRA layer, or None."""
+    from peft.tuners.lora.layer import Linear
+
+    if type(layer) is not Linear:
+        return f"the layer is {type(layer).__module__}.{type(layer).__qualname__}, not lora.Linear"
+    if "forward" in vars(layer):
+        return "its forward is already replaced"
+    return _unsupported_reason(layer)
 
 
 def _lora_forward(layer: Any, x: Tensor, strategy: str | None) -> Tensor:
@@ -109,8 +123,8 @@ def _lora_forward(layer: Any, x: Tensor, strategy: str | None) -> Tensor:
     )
 
 
-def _not_covered(layer: Any) -> str | None:
-    """Why this layer, as it stands now, must run PEFT's forward, or None."""
+def _unsupported_reason(layer: Any) -> str | None:
+    """Return why this layer, in its present state, must run PEFT's forward, or None."""
     if layer.disable_adapters:
         return "its adapters are disabled"
     if layer.merged:
@@ -123,8 +137,11 @@ def _not_covered(layer: Any) -> str | None:
         return "its adapter is a variant of LoRA (DoRA or another)"
     if layer.lora_bias.get(name):
         return "its adapter has a bias"
-    base, a, b, dropout = layer.base_layer, layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
-    if type(base) is not nn.Linear or type(a) is not nn.Linear or type(b) is not nn.Linear:
+    return _module_reason(layer.base_layer, layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name])
+
+
+def _module_reason(base: Any, a: nn.Module, b: nn.Module, dropout: nn.Module) -> str | None:
+    if not all(type(linear) is nn.Linear for linear in (base, a, b)):
         return f"its base is {type(base).__qualname__}, not a plain nn.Linear"
     if type(dropout) not in (nn.Identity, nn.Dropout):
         return f"its dropout is {type(dropout).__qualname__}"
@@ -135,18 +152,18 @@ def _not_covered(layer: Any) -> str | None:
     return None
 
 
-def _misfit(layer: Any, x: Tensor) -> str | None:
-    """Why these dtypes must run PEFT's forward, or None."""
+def _dtype_reason(layer: Any, x: Tensor) -> str | None:
+    """Return why the dtypes of x and the layer must run PEFT's forward, or None."""
     base = layer.base_layer.weight.dtype
     if torch.is_autocast_enabled(x.device.type):
         compute = torch.get_autocast_dtype(x.device.type)
-        return "float64 under autocast" if torch.float64 in (x.dtype, base) else _bad_adapter(layer, compute)
+        return "float64 under autocast" if torch.float64 in (x.dtype, base) else _adapter_dtype_reason(layer, compute)
     if x.dtype != base:
         return f"x is {x.dtype} and the base weight {base}"
-    return _bad_adapter(layer, x.dtype)
+    return _adapter_dtype_reason(layer, x.dtype)
 
 
-def _bad_adapter(layer: Any, compute: torch.dtype) -> str | None:
+def _adapter_dtype_reason(layer: Any, compute: torch.dtype) -> str | None:
     (name,) = _active(layer)
     for adapter in (layer.lora_A[name].weight, layer.lora_B[name].weight):
         if adapter.dtype not in (compute, torch.float32):
