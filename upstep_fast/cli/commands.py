@@ -131,13 +131,15 @@ def _adapt(config: Any) -> None:
     from upstep_fast.report.next_steps import embed_command
     from upstep_fast.report.run_record import read_config
     from upstep_fast.runtime.distributed import is_first
+    from upstep_fast.runtime.terminal import format_duration
     from upstep_fast.train.adapt import run
 
     result, out = run(config), Path(config.output.out)
     if not is_first():
         return
+    duration = format_duration(result.seconds)
     print(
-        f"adapter: {result.adapter}  ({result.steps} steps, {result.opened} with an update, {result.seconds:,.0f} s)\n"
+        f"adapter: {result.adapter}  ({result.steps} steps, {result.opened} with an update, {duration})\n"
         f"report: {out / 'report.html'}\n"
         f"next: {embed_command(read_config(out), out)}"
     )
@@ -154,11 +156,12 @@ def _eval(config: Any) -> None:
 
 
 def _finetune(config: Any) -> None:
+    from upstep_fast.runtime.terminal import format_duration
     from upstep_fast.train.finetune.run import run
 
     done = run(config)
     print(
-        f"model: {done.model}  ({done.epochs} epochs, {done.figures['seconds']:,.0f} s, "
+        f"model: {done.model}  ({done.epochs} epochs, {format_duration(done.figures['seconds'])}, "
         f"{done.figures['trainable_parameters']:,} trainable parameters)\n"
         f"test: top-1 {done.figures['top1']:.1f}, balanced {done.figures['balanced']:.1f}\n"
         f"next: upstep_fast.load_finetuned({str(done.model)!r})"

@@ -174,15 +174,9 @@ def _lines(result: dict[str, Any]) -> list[str]:
     else:
         lines.append(f"time: not known, there is no {result['device']} device here")
     if total := result["total_seconds"]:
-        half, whole = _time(total["half_skipped"]), _time(total["no_skips"])
+        half, whole = (terminal.format_duration(total[name]) for name in ("half_skipped", "no_skips"))
         lines.append(f"{result['steps']:,} steps: {half} if half of them are skipped, {whole} if none")
     flags = f"--memory {result['memory']} --batch-size {result['batch_size']}"
     if result["accumulate"] > 1:
         flags += f" --accumulate {result['accumulate']}"
     return [*lines, f"for adapt: {flags}"]
-
-
-def _time(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

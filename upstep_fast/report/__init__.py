@@ -1,1 +1,1 @@
-"""What a run says and shows: logs, metrics, tables, report.html."""
+"""Output of a run: log, metrics, progress line, tables and report.html."""

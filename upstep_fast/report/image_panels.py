@@ -156,24 +156,23 @@ def _checked(content: dict[str, Any]) -> ImagePanels:
     count = len(names)
     if not 0 < count <= MAX_IMAGES or len(thumbs) != count:
         raise ValueError
-
-    def index(value: Any) -> int:
-        if not isinstance(value, int) or not 0 <= value < count:
+    queries = _checked_indices(content["queries"][:QUERIES], count)
+    points, near = {}, {}
+    for when in ("before", "after"):
+        points[when] = [[float(v) for v in point] for point in content["points"][when]]
+        near[when] = [_checked_indices(row[:NEIGHBORS], count) for row in content["neighbours"][when][:QUERIES]]
+        if len(points[when]) != count or len(near[when]) != len(queries):
             raise ValueError
-        return value
-
-    points = {when: [[float(v) for v in point] for point in content["points"][when]] for when in ("before", "after")}
-    for rows in points.values():
-        if len(rows) != count or not all(len(p) == 2 and all(map(math.isfinite, p)) for p in rows):
+        if not all(len(point) == 2 and all(map(math.isfinite, point)) for point in points[when]):
             raise ValueError
-    queries = [index(i) for i in content["queries"][:QUERIES]]
-    near = {
-        when: [[index(i) for i in row[:NEIGHBORS]] for row in content["neighbours"][when][:QUERIES]] for when in points
-    }
-    if any(len(rows) != len(queries) for rows in near.values()):
-        raise ValueError
     odd = {str(name): _checked_thumb(thumb) for name, thumb in list(content["odd"].items())[:MAX_ODD]}
     return ImagePanels(names, thumbs, points, queries, near, odd)
+
+
+def _checked_indices(values: list[Any], count: int) -> list[int]:
+    if not all(isinstance(value, int) and 0 <= value < count for value in values):
+        raise ValueError
+    return list(values)
 
 
 def _checked_thumb(value: Any) -> str:

@@ -16,12 +16,12 @@ from upstep_fast.runtime import distributed, terminal
 log = logging.getLogger("upstep_fast")
 
 
-# the progress lines in train.log; on the console they have a form of their own
+# progress lines for train.log only: the console shows them as a bar or as plain lines
 steps_log = logging.getLogger("upstep_fast.steps")
 
 
 def setup_logging(debug: bool = False) -> None:
-    """Messages of this package go to stderr: plain lines to a pipe, coloured ones to a terminal."""
+    """Send this package's messages to stderr: plain lines to a pipe, colored ones to a terminal."""
     handler: logging.Handler
     if terminal.is_plain(stderr=True):
         handler = logging.StreamHandler(sys.stderr)
@@ -29,9 +29,9 @@ def setup_logging(debug: bool = False) -> None:
     else:
         console = terminal.console(stderr=True)
         handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
-    # on the handler: train.log gets everything
+    # a level of the handler, not the logger: train.log gets everything
     handler.setLevel(logging.WARNING if terminal.is_quiet() else logging.NOTSET)
-    if not distributed.is_first():  # what all ranks say is said once
+    if not distributed.is_first():  # each message is logged once, not once per rank
         handler.setLevel(logging.CRITICAL)
     logger = logging.getLogger("upstep_fast")
     logger.handlers[:] = [handler]
@@ -41,10 +41,10 @@ def setup_logging(debug: bool = False) -> None:
 
 @contextlib.contextmanager
 def train_log(path: Path) -> Iterator[None]:
-    """Within this context messages go to the end of `path` too, and so does the error that ends it."""
+    """Append messages within the context to `path` too, and the exception that ends it."""
     handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    # on a full disk the log falls behind; what must be there, the metrics, says so
+    # a full disk must not stop the log: the metrics, which are required, raise
     handler.handleError = lambda record: None  # type: ignore[method-assign]
     log.addHandler(handler)
     steps_log.addHandler(handler)
@@ -54,8 +54,8 @@ def train_log(path: Path) -> Iterator[None]:
     except BaseException as error:
         level = logging.WARNING if isinstance(error, (Interrupted, KeyboardInterrupt)) else logging.ERROR
         trace = None if isinstance(error, UpstepError) else (type(error), error, error.__traceback__)
-        text = f"{type(error).__name__}: {error}"
-        handler.handle(log.makeRecord(log.name, level, __file__, 0, "%s", (text,), trace))
+        message = f"{type(error).__name__}: {error}"
+        handler.handle(log.makeRecord(log.name, level, __file__, 0, "%s", (message,), trace))
         raise
     finally:
         log.removeHandler(handler)

@@ -1,4 +1,4 @@
-"""What a run says while it runs: messages, metrics.jsonl, TensorBoard's events and one progress line."""
+"""Metrics of each step: metrics.jsonl and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ steps_log.propagate = False
 
 
 class Metrics:
-    """metrics.jsonl: one object a step; numbers that are not finite are written as null.
+    """Writer of metrics.jsonl, one object per step; numbers that are not finite are written as null.
 
-    step: the first to be written; rows of earlier steps are kept, those of a run that was killed after its last
+    step: of the first row to write. Rows of earlier steps are kept; rows that a killed run wrote after its last
     checkpoint are cut off.
-    tensorboard: every number also goes, under the same name, to an event file beside it.
+    tensorboard: also write every number, under its name, to an event file in the folder.
     """
 
     def __init__(self, path: Path, step: int = 0, tensorboard: bool = False):
-        # unbuffered: a killed run loses no line, and a full disk is met where the line is written
+        # unbuffered: a killed run loses no line, and a full disk raises where the line is written
         self._file = path.open("r+b" if step and path.exists() else "wb", buffering=0)
         self._file.truncate(_bytes_of_rows(path, step))
         self._file.seek(0, os.SEEK_END)
@@ -31,11 +31,11 @@ class Metrics:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            # a killed run's events of steps that are taken again are hidden
+            # hides a killed run's events of steps that are repeated
             self._board = SummaryWriter(str(path.parent), purge_step=step)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one line and hands it to the system at once. Raises OSError if the disk refuses."""
+        """Append a row to metrics.jsonl without buffering. Raises OSError."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         left = memoryview((json.dumps(clean) + "\n").encode())
         while left:
@@ -45,7 +45,7 @@ class Metrics:
                 self._board.add_scalar(name, value, row["step"])
 
     def sync(self) -> None:
-        """Force what was written to disk. Raises OSError."""
+        """Flush the rows to disk (fsync). Raises OSError."""
         os.fsync(self._file.fileno())
 
     def __enter__(self) -> Metrics:

@@ -1,4 +1,4 @@
-"""The progress line of a run."""
+"""Progress line of a run."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from upstep_fast.runtime import terminal
 
 
 class Progress:
-    """The progress line: step, time left, images/s, loss, centre magnitude, skipped and data-wait percentages.
+    """Progress line: step, images/s, loss, center length, skipped steps, time spent waiting for data, time left.
 
-    A moving bar on a terminal; one line every `log_every` steps elsewhere; in train.log alone if quiet.
+    A bar on a terminal, a line every `log_every` steps otherwise; with --quiet the lines go to train.log only.
     """
 
     def __init__(self, config: AdaptConfig, state: GateState):
@@ -41,21 +41,22 @@ class Progress:
         self._bar = Bar(*columns, console=terminal.console(stderr=True), disable=self._plain or self._quiet)
 
     def update(self, row: dict[str, Any], state: GateState) -> None:
-        """Take one row of metrics."""
+        """Show one row of metrics."""
         self._done += 1
         self._waited += row["data_wait"]
         self._loss = row["loss"] if row["loss"] is not None else self._loss
         seconds = max(1e-9, time.monotonic() - self._start)
         rate = (self._done - self._first) * self._batch / seconds
+        skipped, waited = 1 - state.num_updates / state.step, self._waited / seconds
         text = (
-            f"{rate:,.0f} images/s  loss {self._loss:.3f}  centre {row['center']:.3f}  "
-            f"skipped {100 * (1 - state.num_updates / state.step):.0f}%  data wait {100 * self._waited / seconds:.0f}%"
+            f"{rate:,.0f} images/s  loss {self._loss:.3f}  center {row['center']:.3f}  "
+            f"skipped {100 * skipped:.0f} %  data wait {100 * waited:.0f} %"
         )
         assert self._task is not None
         self._bar.update(self._task, advance=1, description=text)
         if self._done % self._every == 0 or self._done == self._steps:
             left = seconds / (self._done - self._first) * (self._steps - self._done)
-            line = f"step {self._done}/{self._steps}  {text}  left {left:,.0f} s"
+            line = f"step {self._done}/{self._steps}  {text}  left {terminal.format_duration(left)}"
             steps_log.info("%s", line)
             if self._plain and not self._quiet:
                 print(line, file=sys.stderr, flush=True)

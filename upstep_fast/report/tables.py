@@ -1,4 +1,4 @@
-"""Result tables printed by eval and bench."""
+"""Result tables of eval and bench."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from upstep_fast.runtime import terminal
 
 
 def print_scores(result: dict[str, Any]) -> None:
-    """The table of `evaluate`, in percent, with the change against the base model's features as they are."""
+    """Print the result of `evaluate` in percent, with changes in points from the base model's unwhitened features."""
     table = Table(title=f"{result['n_train']} train, {result['n_test']} test images, k = {result['k']}")
     table.add_column("features")
     kinds = [kind for kind in ("base", "adapted", "ensemble") if kind in result]
@@ -26,15 +26,17 @@ def print_scores(result: dict[str, Any]) -> None:
     for kind in kinds:
         cells = []
         for title, row in columns.items():
-            plain = columns[title.removesuffix(", whitened")]
-            change = "" if kind == "base" and row is plain else f" ({row[kind] - plain['base']:+.1f})"
+            unwhitened = columns[title.removesuffix(", whitened")]
+            # + 0.0 turns -0.0 into 0.0
+            points = round(row[kind] - unwhitened["base"], 1) + 0.0
+            change = "" if kind == "base" and row is unwhitened else f" ({points:+.1f})"
             cells.append(f"{row[kind]:.1f}{change}")
         table.add_row(kind, *cells)
     terminal.show(table)
 
 
 def print_timings(result: dict[str, Any]) -> None:
-    """The table of `benchmark.run`: medians with quartiles, ratios against the first variant."""
+    """Print the result of `benchmark.run`: medians with quartiles, and speed-ups over the first variant."""
     card = result["device"]
     for kind in ("backward", "forward"):
         table = Table(

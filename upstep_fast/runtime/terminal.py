@@ -57,6 +57,14 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr)
 
 
+def format_duration(seconds: float) -> str:
+    """Return a duration as text: "45 s", "12 min" or "2 h 10 min"."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def show(table: Table) -> None:
     """Print a table to stdout."""
     if is_plain():
