@@ -77,11 +77,11 @@ def without_copies_and_blanks(
     key = {"rules": VERSION, "data": source.fingerprint(), "channels": channels}
 
     def inspect() -> Verdict:
-        log.info("triage: looking at %s images", f"{len(source):,}")
+        log.info("triage: inspecting %s images", f"{len(source):,}")
         options: dict[str, Any] = {"num_workers": num_workers, "max_bad_fraction": max_bad_fraction}
         return triage(source, channels=channels, **options)
 
-    verdict, text = _once(folder / TRIAGE, key, inspect, Verdict.to_dict, Verdict.from_dict)
+    verdict, text = _reuse_or_compute(folder / TRIAGE, key, inspect, Verdict.to_dict, Verdict.from_dict)
     log.info("triage: %s", verdict)
     kept = verdict.kept(len(source))
     if len(kept) < 2:
@@ -108,9 +108,9 @@ def mean_and_std(
             raise ValueError("not one value per channel")
         return floats
 
-    statistics, text = _once(folder / STATISTICS, key, measure, dict, checked)
+    statistics, text = _reuse_or_compute(folder / STATISTICS, key, measure, dict, checked)
     words = {name: " ".join(f"{v:.4f}" for v in values) for name, values in statistics.items()}
-    log.info("mean of the images %s, std %s", words["mean"], words["std"])
+    log.info("channel mean %s, std %s", words["mean"], words["std"])
     return tuple(statistics["mean"]), tuple(statistics["std"]), text
 
 
@@ -147,7 +147,7 @@ def channel_statistics(
     return tuple(round(float(v), 5) for v in mean), tuple(round(float(v), 5) for v in std)
 
 
-def _once(
+def _reuse_or_compute(
     path: Path, key: dict[str, Any], make: Callable[[], T], pack: Callable[[T], dict], unpack: Callable[[dict], T]
 ) -> tuple[T, bytes]:
     """Return the value that `path` holds under `key`, or else that of `make`, and the file's text with it."""

@@ -35,7 +35,10 @@ def reader() -> Callable[[Tensor], Tensor] | None:
         read = functools.partial(torch.ops.image.decode_jpeg, mode=_AS_STORED, apply_exif_orientation=False)
         read(_as_tensor(file.getvalue()))
     except Exception as error:  # no package, no library, no op, another signature
-        log.info("decode: Pillow reads JPEGs, torchvision cannot here (%s)", str(error).partition("\n")[0][:120])
+        log.info(
+            "decode: JPEGs are decoded by Pillow, torchvision's decoder is not available (%s)",
+            str(error).partition("\n")[0][:120],
+        )
         return None
     return read
 
