@@ -12,6 +12,7 @@ from typing import Any
 
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.flat import flat, from_flat, groups, paths
+from upstep_fast.config.value_types import check_types
 from upstep_fast.errors import ConfigError
 
 RENAMED_FLAGS = {"grey": "gray"}  # old name: new name; accepted on the command line, in TOML files and as keywords
@@ -43,7 +44,7 @@ def flatten_tables(values: Mapping[str, Any], config_class: type) -> dict[str, A
     for key, value in values.items():
         if isinstance(value, dict) and key in groups(config_class):
             names: dict[Any, str] = {path[-1]: flag for flag, path in paths(config_class).items() if path[0] == key}
-            found |= {names.get(field.replace("-", "_"), field): inner for field, inner in value.items()}
+            found |= {names.get(str(field).replace("-", "_"), str(field)): inner for field, inner in value.items()}
         else:
             found[key] = value
     return found
@@ -67,13 +68,16 @@ def from_options(config_class: type, options: Mapping[str, Any], where: str) -> 
     required = [name for name in ("model", "data", "out") if name in paths(config_class)]
     if missing := [name for name in required if name not in options]:
         raise ConfigError(f"{where}: {', '.join(missing)} must be given")
-    data = options["data"]
-    sources = [data] if isinstance(data, (str, Path)) else data
+    if isinstance(options["data"], (str, Path)):
+        options["data"] = (options["data"],)
+    check_types(options, config_class, where)
     # a TOML file's lists are the tuples of the fields
-    fields = {
-        name: str(v) if isinstance(v, Path) else tuple(v) if isinstance(v, list) else v for name, v in options.items()
-    }
-    return from_flat(config_class, **fields | {"data": tuple(str(source) for source in sources)})
+    fields = {name: tuple(map(_plain, v)) if isinstance(v, (list, tuple)) else _plain(v) for name, v in options.items()}
+    return from_flat(config_class, **fields)
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
 
 
 def known_flag(key: str, config_class: type, where: str) -> str:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, Unpack
 
 import numpy as np
 from torch import Tensor
 
 from upstep_fast.config.evaluate import EmbedConfig
-from upstep_fast.config.flat import from_flat
+from upstep_fast.config.files import from_options
+from upstep_fast.config.options import EmbedOptions
+from upstep_fast.config.signatures import with_keywords
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import ConfigError
 from upstep_fast.evaluation import whitening
@@ -24,14 +26,16 @@ from upstep_fast.runtime.atomic_file import write_atomic
 from upstep_fast.runtime.device import resolve
 
 
-def embed(model: str, data: str | Path | Sequence[str | Path], out: str | Path, **options: Any) -> Path:
-    """Write the features of every image with its path to `out` and return `out`; keywords are EmbedConfig's.
+@with_keywords(EmbedConfig)
+def embed(
+    model: str | Path, data: str | Path | Sequence[str | Path], out: str | Path, **keywords: Unpack[EmbedOptions]
+) -> Path:
+    """Write the features of every image with its path to `out` and return `out`; keywords: `upstep-fast embed --help`.
 
     Features of width D give [N, D], with ensemble [N, 2 D]; a whitening makes them three times as wide, or twice for
     models whose features are the mean patch token. Raises UpstepError.
     """
-    paths = (data,) if isinstance(data, (str, Path)) else data
-    return run_embed(from_flat(EmbedConfig, model=model, data=tuple(str(p) for p in paths), out=str(out), **options))
+    return run_embed(from_options(EmbedConfig, {"model": model, "data": data, "out": out, **keywords}, "embed"))
 
 
 def run_embed(config: EmbedConfig) -> Path:

@@ -7,10 +7,12 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from upstep_fast.config.evaluate import EvalConfig
-from upstep_fast.config.flat import from_flat
+from upstep_fast.config.files import from_options
+from upstep_fast.config.options import EvaluateOptions
+from upstep_fast.config.signatures import with_keywords
 from upstep_fast.data.labelled.splits import train_and_test
 from upstep_fast.errors import ConfigError
 from upstep_fast.evaluation import whitening
@@ -25,35 +27,22 @@ log = logging.getLogger("upstep_fast")
 Measure = Callable[[Features, Features], float]  # train, test -> percent
 
 
+@with_keywords(EvalConfig)
 def evaluate(
-    model: str,
+    model: str | Path,
     data: str | Path | Sequence[str | Path],
-    *,
-    adapter: str | Path | None = None,
-    source: str | Path | None = None,
-    k: int = 20,
-    **options: Any,
+    **keywords: Unpack[EvaluateOptions],
 ) -> dict[str, Any]:
-    """Measure k-NN and linear-probe accuracy of base, adapted and ensemble features; keywords are EvalConfig's.
+    """Measure k-NN and linear-probe accuracy of base, adapted and ensemble features.
 
-    data, source: folders with train/CLASS/... and test/CLASS/... . Returns percentages,
+    Keywords are the flags of `upstep-fast eval --help`. data, source: folders with train/CLASS/... and
+    test/CLASS/... . Returns percentages,
     {"base": {"knn", "knn_whitened", "linear", "linear_whitened"}, "adapted": {...}, "ensemble": {...},
     "source": {"base", "adapted", "ensemble"}, "source_whitened": {...}, "n_train", "n_test", "k"}; "adapted" and
     "ensemble" only with an adapter, the "source" entries only with a source. whitened: whitened features are appended
     (whitening.py), fitted to train. Raises UpstepError.
     """
-    paths = (data,) if isinstance(data, (str, Path)) else data
-    return run(
-        from_flat(
-            EvalConfig,
-            model=model,
-            data=tuple(str(p) for p in paths),
-            adapter=None if adapter is None else str(adapter),
-            source=None if source is None else str(source),
-            k=k,
-            **options,
-        )
-    )
+    return run(from_options(EvalConfig, {"model": model, "data": data, **keywords}, "evaluate"))
 
 
 def run(config: EvalConfig) -> dict[str, Any]:

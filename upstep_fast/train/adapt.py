@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import torch
 
 from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.explora import Dinov2Config, MaeConfig
 from upstep_fast.config.files import from_options, of_method
 from upstep_fast.config.flat import replace_flat
+from upstep_fast.config.options import AdaptOptions
 from upstep_fast.config.presets import with_preset
 from upstep_fast.config.resolve import resolve
+from upstep_fast.config.signatures import with_keywords
 from upstep_fast.data.curation.curate import survey
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.kernels import _dispatch as dispatch
@@ -36,12 +40,16 @@ from upstep_fast.version import __version__
 log = logging.getLogger("upstep_fast")
 
 
-def adapt(**options: Any) -> AdaptResult:
-    """Adapts `model` to the images in `data` and writes the adapter to `out`.
+@with_keywords(AdaptConfig, Dinov2Config, MaeConfig)
+def adapt(
+    model: str | Path, data: str | Path | Sequence[str | Path], out: str | Path, **keywords: Unpack[AdaptOptions]
+) -> AdaptResult:
+    """Adapt `model` to the images in `data` and write the adapter to the folder `out`.
 
-    Keywords are the fields of AdaptConfig, with method="explora" those of Dinov2Config, or MaeConfig (objective="mae").
+    Keywords are the flags of `upstep-fast adapt --help-all`. The defaults shown are UpStep's; method="explora" has
+    its own. Raises UpstepError.
     """
-    options = with_preset(options)
+    options = with_preset({"model": model, "data": data, "out": out, **keywords})
     config_class = of_method(AdaptConfig, options.get("method"), options.get("objective"))
     return run(from_options(config_class, options, "adapt"))
 

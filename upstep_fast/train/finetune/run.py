@@ -9,10 +9,10 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from torch import Tensor
 from upstep_fast.config.files import from_options
 from upstep_fast.config.finetune import FinetuneConfig
 from upstep_fast.config.flat import replace_flat
+from upstep_fast.config.options import FinetuneOptions
+from upstep_fast.config.signatures import with_keywords
 from upstep_fast.data.labelled.batches import Reader
 from upstep_fast.data.labelled.clips import train_and_test_clips
 from upstep_fast.data.labelled.reader import ReaderOptions
@@ -75,9 +77,16 @@ class Splits:
     test: Labelled
 
 
-def finetune(**options: Any) -> FinetuneResult:
-    """Trains a classifier on labelled images and writes it to `out`; keywords are FinetuneConfig's fields."""
-    return run(from_options(FinetuneConfig, options, "finetune"))
+@with_keywords(FinetuneConfig)
+def finetune(
+    model: str | Path, data: str | Path | Sequence[str | Path], out: str | Path, **keywords: Unpack[FinetuneOptions]
+) -> FinetuneResult:
+    """Train a classifier on labeled images and write it to the folder `out`.
+
+    data: a folder with train/CLASS/... and test/CLASS/... . Keywords are the flags of `upstep-fast finetune
+    --help-all`. Raises UpstepError.
+    """
+    return run(from_options(FinetuneConfig, {"model": model, "data": data, "out": out, **keywords}, "finetune"))
 
 
 def run(config: FinetuneConfig) -> FinetuneResult:

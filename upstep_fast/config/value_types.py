@@ -1,0 +1,74 @@
+"""Types of the values that a Python call gives, checked before anything runs."""
+
+from __future__ import annotations
+
+import numbers
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Union
+
+from upstep_fast.config.flat import groups, paths
+from upstep_fast.errors import ConfigError
+
+_WANTED: dict[Any, str] = {int: "an integer", float: "a number", bool: "True or False", str: "text", type(None): "None"}
+_PLACES = {
+    "model": "a model's name: a timm name, local-dir:PATH, hf-hub:NAME or a checkpoint file",
+    "data": "a path or several: folders, .tar files, text lists or hf:NAME",
+    "out": "a path",
+}
+
+
+def check_types(options: Mapping[str, Any], config_class: type, where: str) -> None:
+    """Raise ConfigError naming the first keyword whose value has a wrong type, with what it got and may be."""
+    hints = {config_class: typing.get_type_hints(config_class)}
+    for name, value in options.items():
+        *group, field = paths(config_class)[name]
+        holder = groups(config_class)[group[0]] if group else config_class
+        if holder not in hints:
+            hints[holder] = typing.get_type_hints(holder)
+        kind = hints[holder][field]
+        if not _fits(value, kind):
+            raise ConfigError(f"{where}: {name}: got {_described(value)}, must be {_PLACES.get(name) or _wanted(kind)}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, part) for part in arguments)
+    if origin is Literal:
+        return any(value is choice or (isinstance(value, str) and value == choice) for choice in arguments)
+    if origin is tuple:
+        if not isinstance(value, (tuple, list)):
+            return False
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return all(_fits(item, arguments[0]) for item in value)
+        return len(value) == len(arguments) and all(map(_fits, value, arguments))
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    if kind in (int, float):
+        return isinstance(value, numbers.Integral if kind is int else numbers.Real)
+    return isinstance(value, (str, Path) if kind is str else kind)
+
+
+def _wanted(kind: Any) -> str:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_wanted(part) for part in arguments)
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, arguments))}" if len(arguments) > 1 else repr(arguments[0])
+    if origin is tuple:
+        several = {str: "texts", int: "integers", float: "numbers"}[arguments[0]]
+        return f"a list of {several}" if arguments[-1] is Ellipsis else f"{len(arguments)} {several}"
+    return _WANTED.get(kind, str(kind))
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, (str, int, float, type(None))):
+        return repr(value)
+    if isinstance(value, (list, tuple)):
+        if all(isinstance(item, (str, int, float)) for item in value):
+            return repr(list(value))
+        return f"a list with an object of type {next(type(i).__name__ for i in value if not isinstance(i, (str, int)))}"
+    return f"an object of type {type(value).__name__}"
