@@ -1,4 +1,4 @@
-"""Help with examples, suggestions for misspelt flags, completion, and every exit code that docs/cli.md lists."""
+"""Help with examples, suggestions for misspelt flags, completion, and every exit code that docs/reference.md lists."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def adapt(capsys, model, data, out, *more):
 
 
 def test_the_documented_codes_are_those_of_the_errors():
-    listed = re.findall(r"^\| (\d+) \|", (ROOT / "docs/cli.md").read_text(), re.M)
+    listed = re.findall(r"^\| (\d+) \|", (ROOT / "docs/reference.md").read_text(), re.M)
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
     raised = {kind.exit_code for kind in kinds if issubclass(kind, errors.UpstepError)}
     assert {int(code) for code in listed} == raised | {0}

@@ -30,7 +30,7 @@ from upstep_fast.cli.parse import parse as parse_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PAGES += sorted((ROOT / "bench/results").glob("*.md"))
+PAGES += [ROOT / "tests/asks.md", *sorted((ROOT / "bench/results").glob("*.md"))]
 MODEL = assets()[0]
 
 # in commands and in python blocks, in this order
@@ -210,7 +210,7 @@ def test_examples_of_the_help_are_valid(workplace, adapted):
 
 
 def test_every_command_is_in_the_table_of_commands():
-    table = re.search(r"^\| command \| does \|\n(.*?)\n\n", (ROOT / "docs/cli.md").read_text(), re.S | re.M)
+    table = re.search(r"^\| command \| does \|\n(.*?)\n\n", (ROOT / "docs/reference.md").read_text(), re.S | re.M)
     assert table
     listed = re.findall(r"^\| `(\w+)` \|", table[1], re.M)
     assert sorted(listed) == sorted(cli.COMMANDS)

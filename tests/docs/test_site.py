@@ -17,7 +17,7 @@ from upstep_fast import kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PAGES += sorted((ROOT / "bench/results").glob("*.md"))
+PAGES += [ROOT / "tests/asks.md", *sorted((ROOT / "bench/results").glob("*.md"))]
 
 
 def build(config: Path, site: Path) -> subprocess.CompletedProcess[str]:
@@ -78,10 +78,10 @@ def test_files_named_in_the_text_exist():
 def test_every_public_name_is_in_the_reference(site):
     import upstep_fast
 
-    text = (ROOT / "docs/api.md").read_text()
+    text = (ROOT / "docs/reference.md").read_text()
     for name in set(upstep_fast.__all__) - {"__version__", "kernels"}:
         assert re.search(rf"^::: upstep_fast\.{name}$", text, re.M), name
-    page = (site / "api.html").read_text()
+    page = (site / "reference.html").read_text()
     for name in kernels.__all__:
         if callable(getattr(kernels, name)) and name[0].islower():
             assert f"upstep_fast.kernels.{name}" in text, name
@@ -90,7 +90,7 @@ def test_every_public_name_is_in_the_reference(site):
 
 
 def test_every_documented_op_has_a_docstring_and_a_formula():
-    api = (ROOT / "docs/api.md").read_text()
+    api = (ROOT / "docs/reference.md").read_text()
     formulas = (ROOT / "docs/kernels.md").read_text()
     for module, name in re.findall(r"^::: kernels\.(\w+)\.(\w+)$", api, re.M):
         op = ROOT / "kernels" / module
@@ -132,7 +132,7 @@ def test_files_of_results_named_in_the_docs_exist():
 
 
 def test_every_ask_has_a_row_and_every_test_it_names_exists():
-    rows = re.findall(r"^\| (\d+) \|(.*)\|(.*)\|(.*)\|$", (ROOT / "docs/asks.md").read_text(), re.M)
+    rows = re.findall(r"^\| (\d+) \|(.*)\|(.*)\|(.*)\|$", (ROOT / "tests/asks.md").read_text(), re.M)
     assert [int(number) for number, *_ in rows] == list(range(1, 43))
     for number, ask, done, shown in rows:
         assert ask.strip() and done.strip(), number

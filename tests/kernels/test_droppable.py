@@ -15,7 +15,7 @@ from upstep_fast.kernels import _dispatch
 from upstep_fast.kernels.lora_linear import lora_linear, lora_linear_reference
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = re.findall(r"^## (.+?)\n.*?```python\n(.*?)```", (ROOT / "docs/drop-in.md").read_text(), re.S | re.M)
+EXAMPLES = re.findall(r"^### (.+?)\n.*?```python\n(.*?)```", (ROOT / "docs/kernels.md").read_text(), re.S | re.M)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_no_file_names_the_package():
 @pytest.mark.parametrize(("title", "code"), EXAMPLES, ids=[title for title, _ in EXAMPLES])
 def test_example_of_the_docs(title, code):
     torch.manual_seed(0)
-    exec(compile(code, f"docs/drop-in.md: {title}", "exec"), {"__name__": "example"})
+    exec(compile(code, f"docs/kernels.md: {title}", "exec"), {"__name__": "example"})
 
 
 def test_the_docs_have_both_layers():

@@ -1,4 +1,4 @@
-"""metrics.jsonl keeps the schema that docs/logs.md promises."""
+"""metrics.jsonl keeps the schema that docs/reference.md promises."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_the_schema_refuses_what_it_should(change):
 
 
 def test_the_page_lists_the_schema():
-    page = (ROOT / "docs/logs.md").read_text()
+    page = (ROOT / "docs/reference.md").read_text()
     listed = re.findall(r"^\| `(\w+)` \| ([\w ]+) \| (.*) \|$", page, re.M)
     parts = SCHEMA["properties"].items()
     types = [part["type"] if isinstance(part["type"], str) else " or ".join(part["type"]) for _, part in parts]

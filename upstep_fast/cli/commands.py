@@ -3,7 +3,7 @@
     upstep-fast COMMAND [--config FILE.toml] [--quiet] [--plain] [--flag value ...]
 
 A file given with --config is read first and flags override it. Exit codes: 0 done, 1 failed, 2 usage or
-configuration, 3 data unusable, 4 adapter or quality check failed, 75 interrupted (docs/cli.md).
+configuration, 3 data unusable, 4 adapter or quality check failed, 75 interrupted (docs/reference.md).
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ class GateConfig:
 
 @dataclass(frozen=True)
 class ExperimentalConfig:
-    """Parts of UpStep that have brought no gain in our measurements (docs/quality.md)."""
+    """Parts of UpStep that have brought no gain in our measurements (bench/results/quality.md)."""
 
     queue: int = 0
     """Length of SwAV's feature queue, for small batches; 0: off."""

@@ -10,7 +10,8 @@ A product phi . phi is half the cosine of the unwhitened features plus half the 
 the features are the mean patch token already, phi = [x, w(x)] / sqrt(2).
 
 The top principal directions separate the pretraining classes; on a new domain the small ones are as informative.
-Whitened features alone lose accuracy on the model's own domain, appended they hardly do: docs/quality_five_sets.md.
+Whitened features alone lose accuracy on the model's own domain, appended they hardly do:
+bench/results/quality_five_sets.md.
 Whitening for retrieval: Jegou and Chum 2012; OAS: Chen et al. 2010, eq. 23 (as in scikit-learn). Appending the
 whitened features is ours.
 """
