@@ -1,4 +1,4 @@
-// The centre vector on the GPU: kernels on raw pointers, no torch header. Formulas: kernels/center_vector.py.
+// The center vector on the GPU: kernels on raw pointers, no torch header. Formulas: kernels/center_vector.py.
 //
 // forward   A team of threads (a warp for d <= 1024, else the block) takes one image at a time: all its views, each
 //           element read once and kept in registers. Teams of a block add up in a fixed tree, blocks leave partial
@@ -20,7 +20,7 @@ template <int THREADS, int TEAM> __device__ __forceinline__ double team_sum(doub
   else return block_sum<double, THREADS>(x, slots);
 }
 
-// what the sums of a whole batch lead to: s, |s|, the decision, the running centre; called by all threads of one block
+// what the sums of a whole batch lead to: s, |s|, the decision, the running center; called by all threads of one block
 struct Finish {
   const double* state;  // null: leave the sums as they are
   Gate gate;

@@ -1,4 +1,4 @@
-// The centre vector on the CPU. Sums are taken over chunks of images whose number depends on the shape alone, and the
+// The center vector on the CPU. Sums are taken over chunks of images whose number depends on the shape alone, and the
 // chunks are added in order, so the result does not depend on the number of threads.
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>

@@ -13,7 +13,7 @@
 
 namespace upstep {
 
-// cells of the state, float64; the running centre [d] follows them
+// cells of the state, float64; the running center [d] follows them
 enum Cell { kStep, kOpen, kFinite, kMagnitude, kUnbiasedSquare, kReference, kSpread, kDebt, kOpened, kSkips,
             kView1, kView2, kTicket, kHead };
 
@@ -30,7 +30,7 @@ struct Gate {
   double beta;         // memory of the "ema" reference
   double rate;         // fraction of open steps the "quantile" rule aims at
   int64_t max_skips;   // in a row; the step after them is open
-  double center_beta;  // memory of the running centre
+  double center_beta;  // memory of the running center
   int64_t* flag;       // host memory the device can write, or null
 };
 
@@ -53,7 +53,7 @@ UPSTEP_HOST_DEVICE bool passes(const Gate& gate, const double* state, const Magn
   return gate.open_when_low ? m <= reference : m >= reference;
 }
 
-// Writes the head of `next` from the head of `state`; returns the word for the flag. The running centre is the caller's.
+// Writes the head of `next` from the head of `state`; returns the word for the flag. The running center is the caller's.
 UPSTEP_HOST_DEVICE int64_t decide(const Gate& gate, const double* state, const Magnitudes& now, double* next) {
   for (int i = 0; i < kHead; ++i) next[i] = state[i];
   const bool is_finite = std::isfinite(now.m) && std::isfinite(now.view1) && std::isfinite(now.view2);
@@ -93,7 +93,7 @@ UPSTEP_HOST_DEVICE int64_t decide(const Gate& gate, const double* state, const M
   return flag_word(static_cast<int64_t>(next[kStep]), is_finite, is_open);
 }
 
-// One cell of the running centre; a statistic that is not finite leaves it alone, the first finite one is taken whole.
+// One cell of the running center; a statistic that is not finite leaves it alone, the first finite one is taken whole.
 UPSTEP_HOST_DEVICE double moved_center(const Gate& gate, const double* state, const double* next, double running,
                                        double s) {
   if (next[kFinite] == 0) return running;

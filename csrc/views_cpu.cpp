@@ -1,5 +1,5 @@
 // Random views on the CPU: one view at a time, in fp32, in memory that stays in the cache. The formula: kernels/views.
-// Every sum has a fixed order, so a view does not depend on the number of threads nor on its neighbours.
+// Every sum has a fixed order, so a view does not depend on the number of threads nor on its neighbors.
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -166,7 +166,7 @@ UPSTEP_CLONES void hue_row(float* r, float* g, float* b, int count, float shift)
   for (int i = 0; i < count; ++i) {
     const float red = r[i], green = g[i], blue = b[i];
     const float value = std::max(std::max(red, green), blue), chroma = value - std::min(std::min(red, green), blue);
-    const float scale = 1 / std::max(chroma, 1e-12f);  // grey pixels: every difference below is 0
+    const float scale = 1 / std::max(chroma, 1e-12f);  // gray pixels: every difference below is 0
     const float last = green == value ? (blue - red) * scale + 2 : (red - green) * scale + 4;
     const float h = (red == value ? (green - blue) * scale : last) + 6 * shift;
     r[i] = hue_channel(h, value, chroma, 5), g[i] = hue_channel(h, value, chroma, 3);
@@ -174,7 +174,7 @@ UPSTEP_CLONES void hue_row(float* r, float* g, float* b, int count, float shift)
   }
 }
 
-UPSTEP_CLONES void grey_row(float* r, float* g, float* b, int count) {
+UPSTEP_CLONES void gray_row(float* r, float* g, float* b, int count) {
   for (int i = 0; i < count; ++i) r[i] = g[i] = b[i] = kLuma[0] * r[i] + kLuma[1] * g[i] + kLuma[2] * b[i];
 }
 
@@ -217,7 +217,7 @@ class Maker {
         float *r = row(0, y), *g = row(1, y), *b = row(2, y);
         if (f[2] != 1) saturation_row(r, g, b, a.width, f[2]);
         if (f[3] != 0) hue_row(r, g, b, a.width, f[3]);
-        if (f[4] != 0) grey_row(r, g, b, a.width);
+        if (f[4] != 0) gray_row(r, g, b, a.width);
       }
     }
     if (f[5] > 0 && (a.half_y || a.half_x)) blur(f[5]);

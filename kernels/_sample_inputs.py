@@ -110,10 +110,10 @@ def _quantize(ops: ModuleType) -> SampleInputs:
 
 def _scored_sinkhorn(ops: ModuleType) -> SampleInputs:
     def of(op: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
-        return lambda z, centres: torch.cat(op(z, centres, 0.05, 3))
+        return lambda z, centers: torch.cat(op(z, centers, 0.05, 3))
 
-    z, centres = (torch.nn.functional.normalize(t, dim=1) for t in _normals((40, 16), (24, 16)))
-    return SampleInputs(of(ops.scored_sinkhorn), of(ops.scored_sinkhorn_reference), (z, centres), (0, 1))
+    z, centers = (torch.nn.functional.normalize(t, dim=1) for t in _normals((40, 16), (24, 16)))
+    return SampleInputs(of(ops.scored_sinkhorn), of(ops.scored_sinkhorn_reference), (z, centers), (0, 1))
 
 
 def _sinkhorn(ops: ModuleType) -> SampleInputs:

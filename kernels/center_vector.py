@@ -1,7 +1,7 @@
-"""The centre vector of a batch of embeddings, and the gate's decision from it.
+"""The center vector of a batch of embeddings, and the gate's decision from it.
 
     z_r = u_r / |u_r|           unit rows, fp32; a zero row stays zero, and an infinite one becomes NaN
-    s   = mean_r z_r            the centre vector; s_v, that of view v alone
+    s   = mean_r z_r            the center vector; s_v, that of view v alone
     m   = |s|                   its magnitude, which `gate` compares with a reference: open or skip
     dL/du_r = (g_r - z_r (z_r . g_r)) / |u_r|   with g_r = dL/dz_r + dL/ds / rows: a penalty on s adds one vector to all
 

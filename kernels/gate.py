@@ -1,4 +1,4 @@
-"""The gate on the device: update this step or skip it, decided from the centre vector.
+"""The gate on the device: update this step or skip it, decided from the center vector.
 
     m       |s|, the magnitude of the batch's mean unit embedding
     open    m <= reference where update_when is "low", m >= reference where it is "high"; always on the first step
@@ -11,7 +11,7 @@
               spread: running mean, .9, of |m - m before|; debt: steps open more often than `rate` so far, at most 20,
               of those that the rule decided itself
     views   m of the second view, compared with m of the first
-    s_bar   center_beta * s_bar + (1 - center_beta) * s, the running centre
+    s_bar   center_beta * s_bar + (1 - center_beta) * s, the running center
 
 The first finite m and s are taken whole; those that are not finite are counted and leave reference and s_bar alone.
 What the rules mean and which claims stand behind them: METHODS 1.6 (our readings; the paper's rule is not published).
@@ -89,7 +89,7 @@ def finish_reference(
     max_skips: int = 16,
     center_beta: float = 0.9,
 ) -> tuple[Tensor, Tensor]:
-    """From the sums of a batch to its centre [d] and the next state: the specification, without a host sync."""
+    """From the sums of a batch to its center [d] and the next state: the specification, without a host sync."""
     num_images, square = sums[-1], sums[-2] / sums[-1]
     centers = sums[:-2].view(num_views, -1) / num_images
     s = centers.mean(0)

@@ -49,7 +49,7 @@ def _patchify_kernel(
     P: tl.constexpr, INVERSE: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """One channel of BLOCK_G neighbouring patches; INVERSE moves from patches to images."""
+    """One channel of BLOCK_G neighboring patches; INVERSE moves from patches to images."""
     strip, gx = tl.program_id(0), tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
     c, gy, b = strip % C, strip // C % GH, (strip // (C * GH)).to(tl.int64)
     e = tl.arange(0, BLOCK_P)

@@ -4,10 +4,10 @@
     q     = e4m3(x * (1 / scale))              [M, K]            x ~ q * scale
 
 M rows, K columns. The floor gives a row of zeros q = 0 and a finite scale. A NaN or an infinity makes its row's scale
-non-finite, so the whole row dequantises to non-finite values and cannot pass unseen.
+non-finite, so the whole row dequantizes to non-finite values and cannot pass unseen.
 
 `scale` has the shape that torch._scaled_mm takes for row-wise scales of its left operand.
-No gradient: weights that are quantised are frozen, and the engine's backward is written by hand.
+No gradient: weights that are quantized are frozen, and the engine's backward is written by hand.
 Bytes moved: x once in, q once out (1 byte a cell); eager reads x twice and writes it once more between.
 """
 

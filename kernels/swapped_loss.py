@@ -5,7 +5,7 @@
     loss = mean_b (m log sum_k e + sum_k q (peak - scores) / temperature)
     d loss / d scores = (weight e - q) / (temperature B)        weight [B] = m / sum_k e
 
-B samples, K centres. Rows of q may have any sum m: for V views, the targets of all the others in one call,
+B samples, K centers. Rows of q may have any sum m: for V views, the targets of all the others in one call,
     swapped_cross_entropy(scores.flatten(0, 1), ((q.sum(0) - q) / (V - 1)).flatten(0, 1), temperature)
 
 Kept for backward: scores, targets, and peak and weight [B] in fp32; never the log-probabilities. (A single
@@ -198,7 +198,7 @@ def swapped_cross_entropy(scores: Tensor, targets: Tensor, temperature: float) -
 
 def _complaint(scores: Tensor, targets: Tensor, temperature: float) -> str | None:
     if scores.dim() != 2 or scores.numel() == 0:
-        return f"scores must be [samples, centres], at least one of each, got shape {list(scores.shape)}"
+        return f"scores must be [samples, centers], at least one of each, got shape {list(scores.shape)}"
     if targets.shape != scores.shape:
         return f"targets must have the shape of scores, {list(scores.shape)}, got {list(targets.shape)}"
     for name, t in (("scores", scores), ("targets", targets)):

@@ -1,4 +1,4 @@
-"""center_vector: unit rows, centre, running centre and gate against the plain torch sequence.
+"""center_vector: unit rows, center, running center and gate against the plain torch sequence.
 
     pytest bench/kernels/bench_center_vector.py --benchmark-only --benchmark-group-by=group --benchmark-json=FILE
 
@@ -75,7 +75,7 @@ def variant(name: str, u: Tensor) -> Callable[[], object]:
 
 def check(name: str, got, u: Tensor) -> None:
     wanted = cv.center_vector_reference(u.double(), new_gate_state(u.shape[1], DEVICE), num_views=VIEWS)
-    for what, a, b in (("z", got[0], wanted.z), ("centre", got[1], wanted.center)):
+    for what, a, b in (("z", got[0], wanted.z), ("center", got[1], wanted.center)):
         error = float((a - b).norm() / b.norm())
         assert error < 4e-7, f"{name}: {what} is wrong (error {error:.1e}); no time given"
 

@@ -18,7 +18,7 @@ def forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def backward(d: Tensor, x_hat: Tensor, rstd: Tensor, around: Tensor | None) -> Tensor:
     """The gradient of x from that of x_hat, plus `around`, which goes round the norm; [..., K]."""
-    # the library's op, told that its input was already normalised: mean 0, rstd 1
+    # the library's op, told that its input was already normalized: mean 0, rstd 1
     zero, one = (torch.full_like(rstd, value, dtype=d.dtype) for value in (0.0, 1.0))
     dx, _, _ = torch.ops.aten.native_layer_norm_backward(
         d, x_hat, x_hat.shape[-1:], zero, one, None, None, [True, False, False]

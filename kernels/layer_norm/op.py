@@ -14,7 +14,7 @@ Backward, with g = dy (* weight) + ds A:
 
 Kept for backward: bare: y = x_hat and rstd (2 K + 4 bytes a token in 16 bit). With a weight: h, mean and rstd.
 Bytes moved an entry in 16 bit: forward 2 in, 2 out (+ 2 + 2 with a residual, + 1 for q); backward 4 in, 2 out
-(+ 2 with dh). Eager makes passes of their own of the sum, the product with A^T and the quantisation.
+(+ 2 with dh). Eager makes passes of their own of the sum, the product with A^T and the quantization.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .triton import outputs, wide_dtype
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-class Normalised(NamedTuple):
+class Normalized(NamedTuple):
     """What one pass over x [..., K] gave; None where not asked for."""
 
     y: Tensor | None
@@ -181,14 +181,14 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     x: fp16, bf16, fp32 or fp64; weight, bias: [K], in the dtype of x or in fp32 (then so are their gradients).
     Returns the dtype of x, with or without autocast; statistics are in fp32. Raises ValueError for what does not fit.
     """
-    return _normalise("layer_norm", x, None, weight, bias, None, eps)[0]
+    return _normalize("layer_norm", x, None, weight, bias, None, eps)[0]
 
 
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
     """(layer_norm(h, weight, bias, eps), h) with h = x + residual, in one pass. Arguments as `layer_norm`."""
-    return _normalise("add_layer_norm", x, residual, weight, bias, None, eps)[:2]
+    return _normalize("add_layer_norm", x, residual, weight, bias, None, eps)[:2]
 
 
 def layer_norm_forward(
@@ -199,18 +199,18 @@ def layer_norm_forward(
     lora_a: Tensor | None = None,
     keep: bool = True,
     fp8: bool = False,
-) -> Normalised:
+) -> Normalized:
     """The bare form and all that one pass can give with it; gradients reach x, residual and lora_a.
 
     x, residual: [..., K]; lora_a: [R, K] in the dtype of x: also s = y lora_a^T [..., R].
     keep: whether y is wanted (`layer_norm_backward` takes it). fp8: also q [..., K] in e4m3 with scale [..., 1].
     Raises ValueError for what does not fit.
     """
-    y, h, mean, rstd, s, q, scale = _normalise(
+    y, h, mean, rstd, s, q, scale = _normalize(
         "layer_norm_forward", x, residual, None, None, lora_a, eps, keep=keep, fp8=fp8
     )
     s = None if lora_a is None else s
-    return Normalised(y if keep else None, h, mean, rstd, s, q.view(E4M3) if fp8 else None, scale if fp8 else None)
+    return Normalized(y if keep else None, h, mean, rstd, s, q.view(E4M3) if fp8 else None, scale if fp8 else None)
 
 
 def layer_norm_backward(
@@ -238,7 +238,7 @@ def layer_norm_backward(
     return dx.view(grad.shape), q.view(E4M3).view(grad.shape), scale.view(*grad.shape[:-1], 1)
 
 
-def _normalise(op, x, residual, weight, bias, lora_a, eps, keep=True, fp8=False) -> tuple[Tensor, ...]:
+def _normalize(op, x, residual, weight, bias, lora_a, eps, keep=True, fp8=False) -> tuple[Tensor, ...]:
     if message := _complaint(x, residual, weight, bias, lora_a, eps, fp8):
         raise ValueError(f"{op}: {message}")
     K, lead = x.shape[-1], x.shape[:-1]

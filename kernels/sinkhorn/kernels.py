@@ -1,4 +1,4 @@
-"""The passes of `sinkhorn` over scores [B, K], and of `scored_sinkhorn` over what makes them: Triton functions.
+"""Triton functions: the passes of `sinkhorn` over scores [B, K], and the product of `scored_sinkhorn`.
 
 A pass is run by all programs of a grid. Between two of them stands a barrier, or the end of a launch.
 """
@@ -12,7 +12,7 @@ LOWEST = tl.constexpr(-3.4e38)  # below any score, yet finite: -inf - -inf would
 
 @triton.jit
 def _load_scores(scores, row, k, B, K, stride_b, stride_k, BLOCK_B: tl.constexpr):
-    """[BLOCK_B, BLOCK_K] in fp32, -inf outside the matrix."""
+    """Load [BLOCK_B, BLOCK_K] in fp32, -inf outside the matrix."""
     b = row + tl.arange(0, BLOCK_B)
     at = scores + b.to(tl.int64)[:, None] * stride_b + k.to(tl.int64)[None, :] * stride_k
     return tl.load(at, mask=(b < B)[:, None] & (k < K)[None, :], other=float("-inf")).to(tl.float32)
@@ -20,7 +20,7 @@ def _load_scores(scores, row, k, B, K, stride_b, stride_k, BLOCK_B: tl.constexpr
 
 @triton.jit
 def _exponent(x, peak, share, inverse):
-    """T in powers of two."""
+    """Compute t in powers of two."""
     return (x - peak[None, :]) * inverse + share[None, :]
 
 
@@ -35,7 +35,7 @@ def _load_columns(peak, share, k, K):
 def columns_pass(
     scores, part_peak, part_sum, inverse, B, K, stride_b, stride_k, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """Of the rows of this program: every column's largest score and sum exp((score - it) / epsilon)."""
+    """Compute each column's largest score and sum exp((score - it) / epsilon) over the rows of this program."""
     step = tl.num_programs(0) * BLOCK_B
     for first in tl.range(0, K, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
@@ -57,63 +57,83 @@ def rows_pass(
     scores, q, part_sum, rows, peak, share, inverse, B, K, stride_b, stride_k,
     STORE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, FITS: tl.constexpr,
 ):  # fmt: skip
-    """softmax_k(t): stored as Q, or its column sums over the rows of this program."""
+    """Compute softmax_k(t) and store it as Q (STORE), or its column sums over the rows of this program."""
     start, step = tl.program_id(0) * BLOCK_B, tl.num_programs(0) * BLOCK_B
     out = part_sum + tl.program_id(0).to(tl.int64) * K
     if FITS:
-        # a row at a time in registers; the next ones are on their way meanwhile
-        k = tl.arange(0, BLOCK_K)
+        _whole_rows(
+            scores, q, out, peak, share, inverse, B, K, stride_b, stride_k, start, step, STORE, BLOCK_B, BLOCK_K
+        )
+    else:
+        _rows_by_blocks(
+            scores, q, out, rows, peak, share, inverse, B, K, stride_b, stride_k, start, step, STORE, BLOCK_B, BLOCK_K
+        )
+
+
+@triton.jit
+def _whole_rows(
+    scores, q, out, peak, share, inverse, B, K, stride_b, stride_k, start, step,
+    STORE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Run `rows_pass` with BLOCK_B rows at a time in registers, while the next ones are loaded."""
+    k = tl.arange(0, BLOCK_K)
+    b_peak, b_share = _load_columns(peak, share, k, K)
+    total = tl.zeros((BLOCK_K,), tl.float32)
+    x = _load_scores(scores, start, k, B, K, stride_b, stride_k, BLOCK_B)
+    for row in tl.range(start, B, step):
+        following = _load_scores(scores, row + step, k, B, K, stride_b, stride_k, BLOCK_B)
+        t = _exponent(x, b_peak, b_share, inverse)
+        e = tl.exp2(t - tl.maximum(tl.max(t, 1), LOWEST)[:, None])
+        b = row + tl.arange(0, BLOCK_B)
+        b_q = e * (1.0 / tl.sum(e, 1))[:, None]
+        if STORE:
+            at = q + b.to(tl.int64)[:, None] * K + k[None, :]
+            tl.store(at, b_q, mask=(b < B)[:, None] & (k < K)[None, :])
+        else:
+            total += tl.sum(tl.where((b < B)[:, None], b_q, 0.0), 0)
+        x = following
+    if not STORE:
+        tl.store(out + k, total, mask=k < K)
+
+
+@triton.jit
+def _rows_by_blocks(
+    scores, q, out, rows, peak, share, inverse, B, K, stride_b, stride_k, start, step,
+    STORE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Run `rows_pass` in two sweeps; `rows` [2, B] holds the largest t of a row, and 1 / sum exp(t - it)."""
+    for row in tl.range(start, B, step):
+        b = row + tl.arange(0, BLOCK_B)
+        top = tl.full((BLOCK_B,), LOWEST, tl.float32)
+        total = tl.zeros((BLOCK_B,), tl.float32)
+        for first in tl.range(0, K, BLOCK_K):
+            k = first + tl.arange(0, BLOCK_K)
+            b_peak, b_share = _load_columns(peak, share, k, K)
+            x = _load_scores(scores, row, k, B, K, stride_b, stride_k, BLOCK_B)
+            t = _exponent(x, b_peak, b_share, inverse)
+            higher = tl.maximum(top, tl.max(t, 1))
+            total = total * tl.exp2(top - higher) + tl.sum(tl.exp2(t - higher[:, None]), 1)
+            top = higher
+        tl.store(rows + b, top, mask=b < B)
+        tl.store(rows + B + b, 1.0 / total, mask=b < B)
+    tl.debug_barrier()
+    for first in tl.range(0, K, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
         b_peak, b_share = _load_columns(peak, share, k, K)
         total = tl.zeros((BLOCK_K,), tl.float32)
-        x = _load_scores(scores, start, k, B, K, stride_b, stride_k, BLOCK_B)
         for row in tl.range(start, B, step):
-            following = _load_scores(scores, row + step, k, B, K, stride_b, stride_k, BLOCK_B)
-            t = _exponent(x, b_peak, b_share, inverse)
-            e = tl.exp2(t - tl.maximum(tl.max(t, 1), LOWEST)[:, None])
             b = row + tl.arange(0, BLOCK_B)
-            b_q = e * (1.0 / tl.sum(e, 1))[:, None]
+            x = _load_scores(scores, row, k, B, K, stride_b, stride_k, BLOCK_B)
+            top = tl.load(rows + b, mask=b < B, other=0.0)
+            b_q = tl.exp2(_exponent(x, b_peak, b_share, inverse) - top[:, None])
+            b_q *= tl.load(rows + B + b, mask=b < B, other=0.0)[:, None]
             if STORE:
                 at = q + b.to(tl.int64)[:, None] * K + k[None, :]
                 tl.store(at, b_q, mask=(b < B)[:, None] & (k < K)[None, :])
             else:
-                total += tl.sum(tl.where((b < B)[:, None], b_q, 0.0), 0)
-            x = following
+                total += tl.sum(b_q, 0)
         if not STORE:
             tl.store(out + k, total, mask=k < K)
-    else:
-        # rows [2, B]: the largest t of a row, and 1 / sum exp(t - it)
-        for row in tl.range(start, B, step):
-            b = row + tl.arange(0, BLOCK_B)
-            top = tl.full((BLOCK_B,), LOWEST, tl.float32)
-            total = tl.zeros((BLOCK_B,), tl.float32)
-            for first in tl.range(0, K, BLOCK_K):
-                k = first + tl.arange(0, BLOCK_K)
-                b_peak, b_share = _load_columns(peak, share, k, K)
-                x = _load_scores(scores, row, k, B, K, stride_b, stride_k, BLOCK_B)
-                t = _exponent(x, b_peak, b_share, inverse)
-                higher = tl.maximum(top, tl.max(t, 1))
-                total = total * tl.exp2(top - higher) + tl.sum(tl.exp2(t - higher[:, None]), 1)
-                top = higher
-            tl.store(rows + b, top, mask=b < B)
-            tl.store(rows + B + b, 1.0 / total, mask=b < B)
-        tl.debug_barrier()
-        for first in tl.range(0, K, BLOCK_K):
-            k = first + tl.arange(0, BLOCK_K)
-            b_peak, b_share = _load_columns(peak, share, k, K)
-            total = tl.zeros((BLOCK_K,), tl.float32)
-            for row in tl.range(start, B, step):
-                b = row + tl.arange(0, BLOCK_B)
-                x = _load_scores(scores, row, k, B, K, stride_b, stride_k, BLOCK_B)
-                top = tl.load(rows + b, mask=b < B, other=0.0)
-                b_q = tl.exp2(_exponent(x, b_peak, b_share, inverse) - top[:, None])
-                b_q *= tl.load(rows + B + b, mask=b < B, other=0.0)[:, None]
-                if STORE:
-                    at = q + b.to(tl.int64)[:, None] * K + k[None, :]
-                    tl.store(at, b_q, mask=(b < B)[:, None] & (k < K)[None, :])
-                else:
-                    total += tl.sum(b_q, 0)
-            if not STORE:
-                tl.store(out + k, total, mask=k < K)
 
 
 @triton.jit
@@ -121,7 +141,7 @@ def sum_pass(
     part_peak, part_sum, peak, share, total_out, inverse, num_parts, K,
     FIRST: tl.constexpr, SPLIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The programs' parts, in their order, to the sums of the columns; SPLIT: stored, else taken into `share`."""
+    """Add up the programs' parts, in their order, to the sums of the columns; SPLIT: stored, else put into `share`."""
     for first in tl.range(tl.program_id(0) * BLOCK_C, K, tl.num_programs(0) * BLOCK_C):
         k = first + tl.arange(0, BLOCK_C)
         top = tl.full((BLOCK_C,), LOWEST, tl.float32)
@@ -173,7 +193,7 @@ def scores_pass(
     z, c, scores, part_peak, part_sum, inverse, B, K, D, stride_zb, stride_zd, stride_ck, stride_cd,
     UPCAST_DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Scores [B, K] = z c^T, a tile at a time; of every BLOCK_M rows what `columns_pass` gives of a program's."""
+    """Compute scores [B, K] = z c^T by tiles, and of each BLOCK_M rows the parts that `columns_pass` gives."""
     num_n = tl.cdiv(K, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tl.cdiv(B, BLOCK_M) * num_n, tl.num_programs(0)):
         part, first = tile // num_n, tile % num_n * BLOCK_N

@@ -1,4 +1,4 @@
-"""The Triton form of `sinkhorn`: one resident grid runs all passes, or each pass is a launch."""
+"""Triton form of `sinkhorn`: one resident grid runs all passes, or each pass is a launch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def after_first_pass(
     inverse, iterations, num_first, num_parts, B, K, stride_b, stride_k,
     FITS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """All that follows the columns' `num_first` parts, in the same launch."""
+    """Run all passes after the first, which left `num_first` parts of the columns, in the launch of the first."""
     barrier(arrived, 1)
     sum_pass(
         part_peak, part_sum, peak, share, share, inverse, num_first, K, True, False, BLOCK_P, BLOCK_C
@@ -76,8 +76,8 @@ def _sinkhorn_kernel(
         )  # fmt: skip
 
 
-class Cut(NamedTuple):
-    """Of scores [..., B, K] into the programs of a resident grid."""
+class Partition(NamedTuple):
+    """Partition of scores [..., B, K] into the programs of a resident grid."""
 
     block_b: int
     block_k: int
@@ -87,15 +87,15 @@ class Cut(NamedTuple):
 
     @property
     def options(self) -> dict[str, int | bool]:
-        """The constants and options of a launch."""
+        """Constants and options of a launch."""
         return {
             "BLOCK_B": self.block_b, "BLOCK_K": self.block_k, "BLOCK_P": 32, "BLOCK_C": 32,
             "num_warps": self.num_warps, "maxnreg": 128, "enable_fp_fusion": True,
         }  # fmt: skip
 
 
-def cut(scores: Tensor, *, tiles: int = 1, fewest_warps: int = 1) -> Cut:
-    """How problems are cut; tiles: for how many programs there is work in the first pass of one."""
+def partition(scores: Tensor, *, tiles: int = 1, fewest_warps: int = 1) -> Partition:
+    """Partition the problems; tiles: number of programs for which the first pass of a problem has work."""
     (V, B, K), cells = _sizes(scores), tile("sinkhorn", scores.device)
     block_k = min(triton.next_power_of_2(K), cells["BLOCK"])
     resident = _resident_warps(scores.device) // V
@@ -104,19 +104,19 @@ def cut(scores: Tensor, *, tiles: int = 1, fewest_warps: int = 1) -> Cut:
     block_b = min(max(1, triton.next_power_of_2(size // block_k + 1) // 2), triton.next_power_of_2(B))
     num_warps = min(max(block_b * block_k // 512, fewest_warps), 16)
     most = resident // num_warps
-    return Cut(block_b, block_k, num_warps, min(max(triton.cdiv(B, block_b), tiles), max(most, 1)), most > 0)
+    return Partition(block_b, block_k, num_warps, min(max(triton.cdiv(B, block_b), tiles), max(most, 1)), most > 0)
 
 
 def launch(
     passes: Sequence[str], scores: Tensor, epsilon: float, peak: Tensor, share: Tensor, *,
     iterations: int = 1, q: Tensor | None = None, total: Tensor | None = None,
-    by: Cut | None = None, parts: tuple[Tensor, Tensor] | None = None,
+    by: Partition | None = None, parts: tuple[Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
     """Launch `passes` one after another. A "sum" ends the pass before it, in `total` if given, else in `share`.
 
-    parts: those of the first pass, of a launch before this one, by the same cut: then the first pass here is a "sum".
+    parts: of the first pass, left by an earlier launch with the same partition; then the first of `passes` is a "sum".
     """
-    (V, B, K), by = _sizes(scores), by or cut(scores)
+    (V, B, K), by = _sizes(scores), by or partition(scores)
     fits = by.block_k >= K
     part_peak, part_sum = parts or (scores.new_empty(V, by.num_parts, K, dtype=torch.float32) for _ in range(2))
     rows = room_for_rows(scores, by, peak)
@@ -135,66 +135,66 @@ def launch(
             )  # fmt: skip
 
 
-def room_for_rows(scores: Tensor, by: Cut, unused: Tensor) -> Tensor:
-    """[V, 2, B] where a row does not fit a program, else `unused`."""
+def room_for_rows(scores: Tensor, by: Partition, unused: Tensor) -> Tensor:
+    """Return an empty [V, 2, B] where a row does not fit a program, else `unused`."""
     V, B, K = _sizes(scores)
     return unused if by.block_k >= K else scores.new_empty(V, 2, B, dtype=torch.float32)
 
 
 def _sizes(scores: Tensor) -> tuple[int, int, int]:
-    """V problems, B samples, K centres."""
+    """Return (V problems, B samples, K centers)."""
     return scores.shape[0] if scores.dim() == 3 else 1, scores.shape[-2], scores.shape[-1]
 
 
 @functools.lru_cache
 def _resident_warps(device: torch.device) -> int:
-    """Warps of 128 registers a thread that the device holds at once; in the interpreter, those of three programs."""
+    """Return the number of warps, 128 registers a thread, that the device holds at once; interpreter: 48."""
     if device.type != "cuda":
         return 48
     return 16 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def like_scores(scores: Tensor, *_: object) -> Tensor:
-    """Empty, of that shape, in fp32."""
+    """Return an empty fp32 tensor of the shape of `scores`."""
     return scores.new_empty(scores.shape, dtype=torch.float32)
 
 
 def two_columns(scores: Tensor, *_: object) -> tuple[Tensor, ...]:
-    """Two empty [..., K] in fp32."""
+    """Return two empty fp32 tensors [..., K]."""
     return tuple(scores.new_empty(*scores.shape[:-2], scores.shape[-1], dtype=torch.float32) for _ in range(2))
 
 
 def assignments(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
-    """Q [..., B, K]; in one launch, unless there are more problems than the device holds."""
+    """Compute Q [..., B, K], in one launch unless there are more problems than the device holds."""
     peak, share = two_columns(scores)
-    q, by = like_scores(scores), cut(scores)
+    q, by = like_scores(scores), partition(scores)
     # programs run in turn in the interpreter, where none may wait for the next
-    passes = ["all"] if by.resident and not INTERPRET else by_turns(iterations)
+    passes = ["all"] if by.resident and not INTERPRET else pass_names(iterations)
     launch(passes, scores, epsilon, peak, share, iterations=iterations, q=q, by=by)
     return q
 
 
-def by_turns(iterations: int) -> list[str]:
-    """The passes, a launch each."""
+def pass_names(iterations: int) -> list[str]:
+    """Return the names of the passes when each is a launch."""
     return ["columns", "sum", *["rows", "sum"] * (iterations - 1), "assign"]
 
 
 def columns(scores: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """(peak, sum) of every column, [..., K] each."""
+    """Compute (peak, sum) of every column, [..., K] each."""
     peak, total = two_columns(scores)
     launch(["columns", "sum"], scores, epsilon, peak, peak, total=total)
     return peak, total
 
 
 def rows(scores: Tensor, epsilon: float, peak: Tensor, share: Tensor) -> Tensor:
-    """The columns' sums [..., K] after the rows were brought to 1."""
+    """Compute the columns' sums [..., K] after scaling the rows to sum to 1."""
     total = torch.empty_like(peak)
     launch(["rows", "sum"], scores, epsilon, peak, share, total=total)
     return total
 
 
 def assign(scores: Tensor, epsilon: float, peak: Tensor, share: Tensor) -> Tensor:
-    """Q [..., B, K] from the columns' peaks and shares."""
+    """Compute Q [..., B, K] from the columns' peaks and shares."""
     q = like_scores(scores)
     launch(["assign"], scores, epsilon, peak, share, q=q)
     return q

@@ -10,7 +10,7 @@ from ..patchify import patchify_reference
 
 FLIP_Y, FLIP_X, TRANSPOSE = 1, 2, 4  # bits of a view's turn
 # columns of `factors`, in the order in which they are applied, and their number
-BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY, SIGMA, SOLARIZE, FACTORS = range(8)
+BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, SIGMA, SOLARIZE, FACTORS = range(8)
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2, as torchvision and Pillow
 THRESHOLD = 128 / 255  # of solarize
 
@@ -21,7 +21,7 @@ def views_reference(
 ) -> Tensor:  # fmt: skip
     """The specification. Arguments as `views.make_views`; in fp32, or fp64 under a default of fp64."""
     x = crop_resize(pixels, places, boxes, len(mean), height, width, interpolation)
-    x = recolour(x, factors)
+    x = recolor(x, factors)
     sigma = factors[:, SIGMA].to(x.dtype)
     if (sigma > 0).any():
         x[sigma > 0] = blur(x[sigma > 0], sigma[sigma > 0], taps)
@@ -76,23 +76,23 @@ def _cubic(t: Tensor, a: float = -0.5) -> Tensor:
     return torch.where(t < 1, near, torch.where(t < 2, far, 0.0))
 
 
-def recolour(x: Tensor, factors: Tensor) -> Tensor:
-    """Brightness, contrast, saturation, hue and grey of views [N, C, H, W] in 0..1, in their precision: torchvision's.
+def recolor(x: Tensor, factors: Tensor) -> Tensor:
+    """Brightness, contrast, saturation, hue and gray of views [N, C, H, W] in 0..1, in their precision: torchvision's.
 
     The last three are for three channels; others keep theirs, and their luma is the channels' mean.
     """
-    b, c, s, h, grey = factors.to(x.dtype)[:, : GREY + 1, None, None, None].unbind(1)
+    b, c, s, h, gray = factors.to(x.dtype)[:, : GRAY + 1, None, None, None].unbind(1)
     x = (b * x).clamp(0, 1)
     x = (c * x + (1 - c) * _luma(x).mean((2, 3), keepdim=True)).clamp(0, 1)
     if x.shape[1] == 3:
         x = (s * x + (1 - s) * _luma(x)).clamp(0, 1)
         x = torch.where(h != 0, _turn_hue(x, h[:, 0]), x)
-        x = torch.where(grey != 0, _luma(x), x)
+        x = torch.where(gray != 0, _luma(x), x)
     return x
 
 
 def finish(x: Tensor, factors: Tensor, mean: Tensor, std: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
-    """Solarize, normalise, cast, and patches if asked for."""
+    """Solarize, normalize, cast, and patches if asked for."""
     x = torch.where((factors[:, SOLARIZE, None, None, None] != 0) & (x >= THRESHOLD), 1 - x, x)
     x = (x - mean.to(x.dtype)[:, None, None]) / std.to(x.dtype)[:, None, None]
     return patchify_reference(x, patch, dtype) if patch else x.to(dtype)
@@ -127,7 +127,7 @@ def _turn_hue(x: Tensor, shift: Tensor) -> Tensor:
     r, g, b = x.unbind(1)
     value = x.amax(1)
     chroma = value - x.amin(1)
-    scale = 1 / chroma.clamp_min(1e-12)  # grey pixels: every difference below is 0
+    scale = 1 / chroma.clamp_min(1e-12)  # gray pixels: every difference below is 0
     h = torch.where(r == value, (g - b) * scale, torch.where(g == value, (b - r) * scale + 2, (r - g) * scale + 4))
     channels = []
     for n in (5, 3, 1):  # value - chroma clamp(min(k, 4 - k), 0, 1), k = (n + h) mod 6

@@ -1,15 +1,15 @@
-"""Random views of uint8 images of any sizes: crop, resize, turn, colours, blur, normalise, cast, patches, in one pass.
+"""Random views of uint8 images of any sizes: crop, resize, turn, colors, blur, normalize, cast, patches, in one pass.
 
     x = T(W_y x_0 W_x^T) / 255      x_0: the crop of image i(n), a channel
         W[j, k] = f((k + 1/2 - m_j) / max(s, 1)) / sum,   m_j = s (j + 1/2),   s = length / size
     x <- clamp(b x);  x <- clamp(c x + (1 - c) mean(g(x)));  x <- clamp(s x + (1 - s) g(x));  x <- hue(x, h)
-    x <- g(x) if grey;  x <- G_sigma * x if sigma > 0;  x <- 1 - x where x >= 128 / 255 if solarize
+    x <- g(x) if gray;  x <- G_sigma * x if sigma > 0;  x <- 1 - x where x >= 128 / 255 if solarize
     out = (x - mean) / std
 
 f is a triangle (bilinear) or Keys' cubic with a = -1/2 (bicubic; values are clamped between the passes, as on uint8),
 taken over the pixels inside the crop: torch.nn.functional.interpolate(antialias=True), and Pillow. T mirrors and
 transposes. g(x) = .2989 r + .587 g + .114 b, its mean is of the whole view; hue turns the hue by h of a circle, through
-HSV; G is a Gaussian with reflected edges: torchvision's. Saturation, hue and grey are for three channels.
+HSV; G is a Gaussian with reflected edges: torchvision's. Saturation, hue and gray are for three channels.
 
 Shapes: N views of B images, C channels, H x W pixels. The images lie one behind the other in `pixels`, each in its own
 memory order, so a batch goes to the device in one copy. out is [N, C, H, W], or with patch = P what `patchify` gives:
@@ -17,9 +17,9 @@ memory order, so a batch goes to the device in one copy. out is [N, C, H, W], or
 
 One launch. The contrast needs the mean of the finished crop, so a view is made in two passes, by one program: the
 resized crop waits in the result's own memory. Bytes a value of a result in 16 bit, beside the crop's own: 6 (out, in,
-out), and 8 more where it is blurred (its colours out; in and out along rows; in along columns). To make the pixels
+out), and 8 more where it is blurred (its colors out; in and out along rows; in along columns). To make the pixels
 around a tile again instead would move none of these 8, but resize 2.8 times as many (32 x 32 tiles, 11 pixels around).
-A launch for each of crop, mean, colours and blur would move 16, and 72 with blur. No gradient.
+A launch for each of crop, mean, colors and blur would move 16, and 72 with blur. No gradient.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def make_views(
     first pixel and its strides over channels, rows and columns. boxes: [N, 6] int32, of each view the image, top, left,
     height and width of the crop in pixels, and its turn: the sum of FLIP_Y and FLIP_X (mirrored up-down, left-right)
     and TRANSPOSE (then transposed; square views only). factors: [N, 7] fp32, of each view the factors of brightness,
-    contrast and saturation, the turn of the hue as a part of the circle, whether it is made grey (0 or 1), sigma of
+    contrast and saturation, the turn of the hue as a part of the circle, whether it is made gray (0 or 1), sigma of
     the blur in pixels (0: none) and whether it is solarized. mean, std: of each of C channels. taps: of the blur, rows
     and columns, odd; (1, 1): no view is blurred. patch: P, the side of a patch; 0: as pictures. dtype: fp32, fp16 or
     bf16.

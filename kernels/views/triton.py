@@ -1,9 +1,9 @@
 """Random views in Triton, in one launch: a program makes a view from its crop to its patches. See views.py.
 
     1  crop, resize        -> room        the sum for the contrast's mean on the way
-    2  colours up to grey  -> out         solarized, normalised, cast; blurred views: -> room, then
+    2  colors up to gray  -> out         solarized, normalized, cast; blurred views: -> room, then
     3  blur along rows     -> scratch
-    4  blur along columns  -> out         solarized, normalised, cast
+    4  blur along columns  -> out         solarized, normalized, cast
 
 `room` is the result's own memory: a view waits there, in 16 bits as fixed point (1/65535), until its mean is known.
 All that crosses programs is nothing, so no program waits for another: the step's kernels run beside this one.
@@ -126,9 +126,9 @@ def _hue_channel(h, value, chroma, n):
 
 
 @triton.jit
-def _coloured(red, green, blue, row):
-    """Saturation, hue and grey of `factors`' row."""
-    saturation, shift, is_grey = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4) != 0
+def _colored(red, green, blue, row):
+    """Saturation, hue and gray of `factors`' row."""
+    saturation, shift, is_gray = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4) != 0
     luma = (1 - saturation) * (0.2989 * red + 0.587 * green + 0.114 * blue)
     red, green = _clamp(saturation * red + luma), _clamp(saturation * green + luma)
     blue = _clamp(saturation * blue + luma)
@@ -141,12 +141,12 @@ def _coloured(red, green, blue, row):
         red, green = _hue_channel(h, value, chroma, 5), _hue_channel(h, value, chroma, 3)
         blue = _hue_channel(h, value, chroma, 1)
     luma = 0.2989 * red + 0.587 * green + 0.114 * blue
-    return tl.where(is_grey, luma, red), tl.where(is_grey, luma, green), tl.where(is_grey, luma, blue)
+    return tl.where(is_gray, luma, red), tl.where(is_gray, luma, green), tl.where(is_gray, luma, blue)
 
 
 @triton.jit
 def _finish(out, x, c, row, mean, std, mask):
-    """Solarized, normalised and cast, to its place in the result."""
+    """Solarized, normalized and cast, to its place in the result."""
     threshold = tl.where(tl.load(row + 6) != 0, 128 / 255, 2.0)  # 2: above all
     x = tl.where(x >= threshold, 1 - x, x)
     x = (x - tl.load(mean + c)) / tl.load(std + c)
@@ -155,7 +155,7 @@ def _finish(out, x, c, row, mean, std, mask):
 
 @triton.jit
 def _pass_on(out, room, x, c, row, mean, std, mask, is_blurred, FIXED: tl.constexpr):
-    """A coloured pixel is the result, or waits for the blur."""
+    """A colored pixel is the result, or waits for the blur."""
     if is_blurred:
         _keep(room, x, mask, FIXED)
     else:
@@ -206,7 +206,7 @@ def _views_kernel(
             red = _clamp(contrast * _clamp(b * _kept(room + cell, mask, FIXED)) + level)
             green = _clamp(contrast * _clamp(b * _kept(room + plane + cell, mask, FIXED)) + level)
             blue = _clamp(contrast * _clamp(b * _kept(room + 2 * plane + cell, mask, FIXED)) + level)
-            red, green, blue = _coloured(red, green, blue, row)
+            red, green, blue = _colored(red, green, blue, row)
             _pass_on(out + cell, room + cell, red, 0, row, mean, std, mask, is_blurred, FIXED)
             cell += plane
             _pass_on(out + cell, room + cell, green, 1, row, mean, std, mask, is_blurred, FIXED)

@@ -38,7 +38,7 @@ def device(request) -> str:
 
 
 def embeddings(rows: int, d: int, dtype: torch.dtype = torch.float32, device: str = "cpu", pull: float = 0.5) -> Tensor:
-    """Rows of many lengths about a common direction, so that the centre is neither 0 nor 1 long."""
+    """Rows of many lengths about a common direction, so that the center is neither 0 nor 1 long."""
     generator = torch.Generator().manual_seed(rows * 4099 + d)
     lengths = torch.rand(rows, 1, generator=generator) + 0.5
     common = torch.randn(1, d, generator=generator)
@@ -191,7 +191,7 @@ def test_distance_of_views_is_the_shortness_of_their_mean(device):
     torch.testing.assert_close(distance, 4 * (1 - sums[-2] / sums[-1]), rtol=1e-6, atol=1e-6)
 
 
-def test_centre_and_spread_add_up(device):
+def test_center_and_spread_add_up(device):
     """E|z_bar|^2 = |s|^2 + tr Cov(z_bar)."""
     u = embeddings(60, 6, device=device)
     z, sums, _ = cv.center_vector_partial(u, num_views=2)
@@ -265,7 +265,7 @@ def test_gate_decides_as_the_rule_on_the_host(device, rule, update_when):
     assert rule == "none" or 20 < sum(opened) < 100  # both answers were met
 
 
-def test_running_centre(device):
+def test_running_center(device):
     beta, state, want = 0.7, new_gate_state(5, device), None
     for step in range(4):
         out = cv.center_vector_update(embeddings(8, 5, device=device, pull=step), state, center_beta=beta)
@@ -393,7 +393,7 @@ def test_compiles_whole(device):
         torch.testing.assert_close(u.grad, leaf.grad)
 
 
-def test_only_z_and_centre_carry_gradient():
+def test_only_z_and_center_carry_gradient():
     u = embeddings(6, 4).requires_grad_()
     out = cv.center_vector_update(u, new_gate_state(4))
     assert [t.requires_grad for t in out] == [True, True, False, False]

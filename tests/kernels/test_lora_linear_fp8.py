@@ -1,4 +1,4 @@
-"""lora_linear_fp8: the quantised product to the rounding of its sums, the adapter untouched by fp8."""
+"""lora_linear_fp8: the quantized product to the rounding of its sums, the adapter untouched by fp8."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SMALL_SWEEP = {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
 
 
 def tensors(M=70, K=48, N=96, r=5, dtype=torch.bfloat16, rows=None, device="cpu"):
-    """x, quantised weight, its scales, bias, lora_a, lora_b, a gradient of y; and the wide weight."""
+    """x, quantized weight, its scales, bias, lora_a, lora_b, a gradient of y; and the wide weight."""
     generator = torch.Generator().manual_seed(M + K)
     adapted = N if rows is None else sum(stop - start for start, stop in rows)
     shapes = ((M, K), (N, K), (N,), (r * len(rows or [0]), K), (adapted, r), (M, N))
@@ -41,19 +41,19 @@ def with_gradients(function, x, w, w_scale, b, lora_a, lora_b, g, **kwargs) -> l
 
 
 def check(strategy, given, **kwargs) -> None:
-    """Against fp64 on the same quantised numbers; eager is the same formula on the widened weight."""
+    """Against fp64 on the same quantized numbers; eager is the same formula on the widened weight."""
     x, w, w_scale, *rest = given
     wide = [x.double(), w, w_scale.double(), *(t.double() for t in rest)]
     oracle = with_gradients(lora_linear_fp8_reference, *wide, scale=0.7, **kwargs)
     with guarded_outputs():
         got = with_gradients(lora_linear_fp8, *map(surrounded, given), scale=0.7, strategy=strategy, **kwargs)
-    widened, quantised = dequantize(w, w_scale, x.dtype), dequantize(*quantize(x), x.dtype)
+    widened, quantized = dequantize(w, w_scale, x.dtype), dequantize(*quantize(x), x.dtype)
     plain = with_gradients(
         lambda x, w, _, *adapter, **kw: lora_linear(x, w, *adapter, strategy="split", **kw),
-        quantised, widened, None, *rest, scale=0.7, **kwargs,
+        quantized, widened, None, *rest, scale=0.7, **kwargs,
     )  # fmt: skip
     for name, g, o, p in zip(NAMES, got, oracle, plain, strict=True):
-        # eager's dx and adapter gradients do not see the quantisation of x but through da
+        # eager's dx and adapter gradients do not see the quantization of x but through da
         assert_matches(g, o, None if name == "da" else p, name=f"{strategy} {name}")
 
 
@@ -84,7 +84,7 @@ def test_the_adapters_part_never_sees_fp8():
     assert_matches(y, oracle, 0.7 * (x @ lora_a.T) @ lora_b.T)
 
 
-def test_transposed_weight_gives_the_quantised_gradient():
+def test_transposed_weight_gives_the_quantized_gradient():
     given, wide = tensors()
     lora_a, lora_b, g = given[-3:]
     w_t = quantize(wide.T.contiguous())

@@ -75,7 +75,7 @@ def test_ties_go_to_the_even_code():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dequantised_error(dtype):
+def test_dequantized_error(dtype):
     x = rows(37, 200, dtype)
     back = dequantize(*quantize(x), torch.float64)
     floor = x.double().abs().amax(1, keepdim=True) / 448 * 2**-10  # half the step of the subnormals

@@ -55,12 +55,12 @@ def test_gradient_reaches_both_from_the_scores_alone(dtype):
     scores, q = scored_sinkhorn(z, c, 0.05, 3)
     assert not q.requires_grad
     got = torch.autograd.grad((scores * weight).sum() + q.sum(), (z, c))
-    for name, grad, left, right in (("z", got[0], weight, c), ("centres", got[1], weight.T, z)):
+    for name, grad, left, right in (("z", got[0], weight, c), ("centers", got[1], weight.T, z)):
         eager = (left @ right.detach().float()).to(dtype)
         assert_matches(grad, left.double() @ right.detach().double(), eager, name=name)
 
 
-def test_frozen_centres_get_no_gradient():
+def test_frozen_centers_get_no_gradient():
     z, c = embeddings(6, 5, 4)
     scored_sinkhorn(z.requires_grad_(), c, 0.05, 3)[0].sum().backward()
     torch.testing.assert_close(z.grad, c.sum(0).expand(6, 4))
@@ -93,8 +93,8 @@ def test_compiles_whole_and_runs_under_autocast():
     ("z", "c", "epsilon", "iterations", "message"),
     [
         ((3,), (5, 4), 0.05, 3, r"z must be \[samples, width\].*got \[3\]"),
-        ((3, 4), (5, 3), 0.05, 3, r"centres must be \[centres, 4\].*got \[5, 3\]"),
-        ((3, 4), (0, 4), 0.05, 3, r"at least one centre, got \[0, 4\]"),
+        ((3, 4), (5, 3), 0.05, 3, r"centers must be \[centers, 4\].*got \[5, 3\]"),
+        ((3, 4), (0, 4), 0.05, 3, r"at least one center, got \[0, 4\]"),
         ((3, 4), (5, 4), 0.0, 3, "epsilon must be a finite number above 0, got 0.0"),
         ((3, 4), (5, 4), 0.05, 0, "iterations must be at least 1.*got 0"),
     ],
@@ -105,7 +105,7 @@ def test_bad_input_is_named(z, c, epsilon, iterations, message):
 
 
 def test_unlike_dtypes_are_named():
-    with pytest.raises(ValueError, match=r"centres must be torch.float32 on cpu as z is, got torch.float16"):
+    with pytest.raises(ValueError, match=r"centers must be torch.float32 on cpu as z is, got torch.float16"):
         scored_sinkhorn(torch.zeros(3, 4), torch.zeros(5, 4).half(), 0.05, 3)
 
 

@@ -133,7 +133,7 @@ def test_collapsed_batch_is_exactly_uniform():
 @pytest.mark.parametrize(
     ("epsilon", "iterations", "limit"), [(0.05, 3, 0.01), (0.05, 10, 1e-6), (0.03, 10, 2e-3), (0.01, 100, 1e-5)]
 )
-def test_centres_are_used_alike(epsilon, iterations, limit):
+def test_centers_are_used_alike(epsilon, iterations, limit):
     g = torch.Generator().manual_seed(0)
     z, c = (F.normalize(torch.randn(n, 128, generator=g), dim=1) for n in (256, 300))
     columns = sinkhorn(z @ c.T, epsilon, iterations).sum(0) * 300 / 256
@@ -199,7 +199,7 @@ def test_nan_gives_nan(split):
     assert q.isnan().all()
 
 
-def test_forbidden_centres_get_nothing():
+def test_forbidden_centers_get_nothing():
     scores = cosines(32, 20)
     scores[:5, 7] = -math.inf
     q = sinkhorn(scores, 0.05, 3)
@@ -214,7 +214,7 @@ def test_empty_batch_is_empty():
     ("scores", "epsilon", "iterations", "message"),
     [
         (torch.zeros(3), 0.05, 3, r"scores must be .*got shape \[3\]"),
-        (torch.zeros(3, 0), 0.05, 3, r"at least one centre, got shape \[3, 0\]"),
+        (torch.zeros(3, 0), 0.05, 3, r"at least one center, got shape \[3, 0\]"),
         (torch.zeros(2, 3, 4, 5), 0.05, 3, r"got shape \[2, 3, 4, 5\]"),
         (torch.zeros(3, 4, dtype=torch.int64), 0.05, 3, "scores must be fp16, bf16 or fp32, got torch.int64"),
         (torch.zeros(3, 4), 0.0, 3, "epsilon must be a finite number above 0, got 0.0"),
@@ -281,7 +281,7 @@ def test_interpreted(dtype, layout):
 def test_interpreted_at_any_shape(B, K, epsilon, seed):
     scores = surrounded(cosines(B, K, seed))
     with pytest.MonkeyPatch.context() as patch, _dispatch.forced("triton"), guarded_outputs():
-        # 64 scores a block: one chunk of centres or several, one block of rows or several to a program
+        # 64 scores a block: one chunk of centers or several, one block of rows or several to a program
         patch.setitem(_tiles.TILES, "sinkhorn", {None: {"BLOCK": 64, "SMALL_BLOCK": 64}})
         patch.setattr(fused, "_resident_warps", lambda device: 4)
         q = sinkhorn(scores, epsilon, 2)
@@ -306,7 +306,7 @@ def test_interpreted_in_one_launch(small_tiles, monkeypatch):
 def test_interpreted_problems_are_apart(small_tiles, shape, warps, monkeypatch):
     monkeypatch.setattr(fused, "_resident_warps", lambda device: warps)
     scores = problems(*shape)
-    assert fused.cut(scores).resident == (warps > 3)
+    assert fused.partition(scores).resident == (warps > 3)
     for of in (scores, scores.transpose(1, 2)):
         with _dispatch.forced("triton"), guarded_outputs():
             q = sinkhorn(surrounded(of), 0.05, 2)
@@ -350,7 +350,7 @@ def test_interpreted_nan_gives_nan(small_tiles, K):
 
 
 @pytest.mark.interp
-def test_interpreted_forbidden_centres_get_nothing(small_tiles):
+def test_interpreted_forbidden_centers_get_nothing(small_tiles):
     scores = cosines(9, 40)
     scores[:5, 7] = -math.inf
     with _dispatch.forced("triton"):

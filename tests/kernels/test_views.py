@@ -16,11 +16,11 @@ from upstep_fast.kernels import _native, patchify
 from upstep_fast.kernels._dispatch import forced
 from upstep_fast.kernels._native import native_unsupported_reason
 from upstep_fast.kernels.views import make_views
-from upstep_fast.kernels.views.eager import FACTORS, SIGMA, blur, crop_resize, finish, recolour, views_reference
+from upstep_fast.kernels.views.eager import FACTORS, SIGMA, blur, crop_resize, finish, recolor, views_reference
 
 SIZES = [(64, 64), (50, 80), (10, 7), (100, 33), (1, 1), (1, 300), (300, 1), (120, 200)]
 SMALL = [(12, 15), (1, 1), (1, 40), (6, 5)]  # the interpreter is slow
-# brightness, contrast, saturation, hue, grey, sigma, solarize
+# brightness, contrast, saturation, hue, gray, sigma, solarize
 STILL = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
 ROWS = torch.tensor(
     [
@@ -60,11 +60,11 @@ def problem(size, interpolation, channels=3, sizes=SIZES):
     return images, params, (*pack(images, torch.device("cpu")), boxes, factors, mean, std)
 
 
-def torchvision_colours(x: torch.Tensor, factors: list[float]) -> torch.Tensor:
-    b, c, s, h, grey, sigma, solarize = factors
+def torchvision_colors(x: torch.Tensor, factors: list[float]) -> torch.Tensor:
+    b, c, s, h, gray, sigma, solarize = factors
     x = tv.adjust_contrast(tv.adjust_brightness(x, b), c)
     x = tv.adjust_hue(tv.adjust_saturation(x, s), h)
-    x = tv.rgb_to_grayscale(x, 3) if grey else x
+    x = tv.rgb_to_grayscale(x, 3) if gray else x
     x = tv.gaussian_blur(x, list(TAPS[::-1]), [sigma, sigma]) if sigma else x
     return tv.solarize(x, 128 / 255) if solarize else x
 
@@ -83,17 +83,17 @@ def test_the_references_crop_is_torchvisions(size, interpolation):
         assert (got[n] * 255 - want).abs().max() <= 2, n
 
 
-def test_the_references_colours_are_torchvisions():
+def test_the_references_colors_are_torchvisions():
     x = torch.rand(len(ROWS), 3, 20, 30, generator=torch.Generator().manual_seed(0))
     x[:, :, 0, :15] = torch.tensor([0.0, 1.0]).repeat(8)[:15]
-    x[:, :, 1] = 0.3  # grey pixels
+    x[:, :, 1] = 0.3  # gray pixels
     mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.25])
-    got = recolour(x, ROWS)
+    got = recolor(x, ROWS)
     blurred = ROWS[:, SIGMA] > 0
     got[blurred] = blur(got[blurred], ROWS[blurred, SIGMA], TAPS)
     got = finish(got, ROWS, mean, std, 0, torch.float32)
     for n, factors in enumerate(ROWS.tolist()):
-        want = tv.normalize(torchvision_colours(x[n], factors), mean.tolist(), std.tolist())
+        want = tv.normalize(torchvision_colors(x[n], factors), mean.tolist(), std.tolist())
         assert (got[n] - want).abs().max() < 5e-5, n
 
 
@@ -109,7 +109,7 @@ def test_the_whole_is_torchvisions_on_uint8(implementation):
         got = make_views(pixels, places, boxes, factors, [0.0] * 3, [1.0] * 3, *size, taps=TAPS)
     config = ViewConfig(size=size, interpolation=interpolation)
     for n, image in enumerate(params.image):
-        want = torchvision_colours(torchvision_view(images[image], params, n, config) / 255, factors[n].tolist())
+        want = torchvision_colors(torchvision_view(images[image], params, n, config) / 255, factors[n].tolist())
         assert (got[n] - want).abs().max() <= 2 / 255, n
 
 
@@ -159,7 +159,7 @@ def _check_kernel(case, device: str, sizes, implementation="triton") -> None:
     error = (results[0].double() - want).abs()
     # a position of 300 pixels is known to 2e-5 in fp32, and in Triton a view in 16 bit waits as fixed point three times
     limit = 2e-5 if dtype == torch.float32 or implementation == "cpp" else 2e-5 + 1.5 / 65535
-    limit *= 1.4 * 1.3 / float(rest[3].min())  # what the largest factors and the normalisation make of it
+    limit *= 1.4 * 1.3 / float(rest[3].min())  # what the largest factors and the normalization make of it
     # the interpreter truncates when it stores bf16, where a GPU rounds
     step = torch.finfo(dtype).eps * (1 if interpreting() and dtype == torch.bfloat16 else 0.5)
     assert (error <= limit + step * want.abs()).all(), (error - step * want.abs()).max() / limit
@@ -174,7 +174,7 @@ def test_the_compiled_op(case):
     _check_kernel(case, "cpu", SIZES, "cpp")
 
 
-def test_the_compiled_op_depends_on_neither_threads_nor_neighbours():
+def test_the_compiled_op_depends_on_neither_threads_nor_neighbors():
     needs("cpp")
     _, _, (pixels, places, boxes, factors, mean, std) = problem((24, 24), "bicubic")
     threads, options = torch.get_num_threads(), {"interpolation": "bicubic", "taps": TAPS}
