@@ -10,6 +10,8 @@ import os
 from types import SimpleNamespace
 from typing import Any
 
+from torch import Tensor
+
 MISSING: str | None = None  # why Triton cannot be used, or None
 
 try:
@@ -28,4 +30,10 @@ except ImportError as error:
 # constexpr and widen the operands to fp32 when it is set.
 INTERPRET = MISSING is None and os.environ.get("TRITON_INTERPRET") == "1"
 
-__all__ = ["INTERPRET", "MISSING", "tl", "triton"]
+
+def pointers(stand_in: Tensor, *tensors: Tensor | None) -> list[Tensor]:
+    """Return `tensors` for a launch, with `stand_in`, which the kernel does not read, for each None."""
+    return [stand_in if t is None else t for t in tensors]
+
+
+__all__ = ["INTERPRET", "MISSING", "pointers", "tl", "triton"]

@@ -1,4 +1,4 @@
-"""The bare layer norm by the library's own ops, for CPUs and for fp32; `layer_norm.py` has the kernels and formulas."""
+"""Eager form of the bare layer norm, by the library's ops, for CPUs and for fp32; op.py has the formulas."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(x_hat, rstd) of x [..., K]; rstd [..., 1] in fp32 or wider."""
+    """Return (x_hat, rstd) of x [..., K]; rstd [..., 1] in fp32 or wider."""
     # a CPU gives the statistics in the type of the weight: without one they would be rounded to bf16
     width = x.shape[-1:]
     weight = x.new_ones(width, dtype=torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else None
@@ -17,7 +17,7 @@ def forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def backward(d: Tensor, x_hat: Tensor, rstd: Tensor, around: Tensor | None) -> Tensor:
-    """The gradient of x from that of x_hat, plus `around`, which goes round the norm; [..., K]."""
+    """Return the gradient of x [..., K] from d, that of x_hat, plus `around`, the gradient that bypasses the norm."""
     # the library's op, told that its input was already normalized: mean 0, rstd 1
     zero, one = (torch.full_like(rstd, value, dtype=d.dtype) for value in (0.0, 1.0))
     dx, _, _ = torch.ops.aten.native_layer_norm_backward(

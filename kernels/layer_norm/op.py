@@ -1,4 +1,4 @@
-"""Layer norm, bare or with a trained scale and shift, with what a frozen block wants in the same pass.
+"""Layer norm, bare or with a trained scale and shift, and in the same pass the other products of a frozen block.
 
     h     = x + residual                          the new residual stream, rounded to the dtype of x
     x_hat = (h - mean) * rstd                     mean and rstd = 1 / sqrt(var + eps) over the row, in fp32
@@ -9,12 +9,12 @@
 M tokens, K width, R rank. Bare is the form of a frozen model whose scale and shift are folded into the next weight.
 
 Backward, with g = dy (* weight) + ds A:
-    dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat)) + dh          the same for x and residual
+    dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat)) + dh          for x and for residual
     dweight = sum dy * x_hat    dbias = sum dy    dA = ds^T y
 
-Kept for backward: bare: y = x_hat and rstd (2 K + 4 bytes a token in 16 bit). With a weight: h, mean and rstd.
+Saved for backward: bare: y = x_hat and rstd (2 K + 4 bytes a token in 16 bit). With a weight: h, mean and rstd.
 Bytes moved an entry in 16 bit: forward 2 in, 2 out (+ 2 + 2 with a residual, + 1 for q); backward 4 in, 2 out
-(+ 2 with dh). Eager makes passes of their own of the sum, the product with A^T and the quantization.
+(+ 2 with dh). Eager makes separate passes for the sum, the product with A^T and the quantization.
 """
 
 from __future__ import annotations
@@ -28,15 +28,14 @@ from torch import Tensor
 
 from .._dispatch import NAMESPACE, choose
 from ..quantize import E4M3, native_fp8, quantize_reference, row_unsupported_reason
-from .triton import backward as _backward_triton
-from .triton import forward as _forward_triton
-from .triton import outputs, wide_dtype
+from . import triton
+from .triton import Outputs, outputs, wide_dtype
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Normalized(NamedTuple):
-    """What one pass over x [..., K] gave; None where not asked for."""
+    """Results of one pass over x [..., K]; None where not requested."""
 
     y: Tensor | None
     h: Tensor
@@ -54,7 +53,7 @@ def layer_norm_reference(
     eps: float = 1e-6,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The specification: (y, h), with statistics in fp32 or wider; differentiable by autograd."""
+    """Compute the specification, (y, h), with statistics in fp32 or wider; differentiable by autograd."""
     h, wide = x if residual is None else x + residual, wide_dtype(x)
     scale, shift = (None if t is None else t.to(wide) for t in (weight, bias))
     return F.layer_norm(h.to(wide), h.shape[-1:], scale, shift, eps).to(x.dtype), h
@@ -63,7 +62,7 @@ def layer_norm_reference(
 def layer_norm_backward_reference(
     grad: Tensor, x_hat: Tensor, rstd: Tensor, weight: Tensor | None = None, grad_h: Tensor | None = None
 ) -> Tensor:
-    """Dx of the formula above, in fp32 or wider, rounded to the dtype of `grad`."""
+    """Compute dx of the formula above in fp32 or wider, rounded to the dtype of `grad`."""
     wide = wide_dtype(grad)
     g, x_hat = grad.to(wide) if weight is None else grad.to(wide) * weight.to(wide), x_hat.to(wide)
     dx = g - g.mean(-1, keepdim=True) - x_hat * (g * x_hat).mean(-1, keepdim=True)
@@ -72,24 +71,25 @@ def layer_norm_backward_reference(
 
 
 def _takes_triton(op: str, x: Tensor) -> bool:
-    why_not = "no float64 form" if x.dtype == torch.float64 else row_unsupported_reason(x.shape[1], x)
-    return x.numel() > 0 and choose(op, x.device, {"triton": why_not, "reference": None}) == "triton"
+    reason = "no float64 form" if x.dtype == torch.float64 else row_unsupported_reason(x.shape[1], x)
+    return x.numel() > 0 and choose(op, x.device, {"triton": reason, "reference": None}) == "triton"
 
 
 @torch.library.custom_op(f"{NAMESPACE}::layer_norm", mutates_args=())
 def _op(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, lora_a: Tensor | None,
-    eps: float, keep: bool, fp8: bool,
+    eps: float, save_y: bool, fp8: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return (y, h, mean, rstd, s, q, scale), of size 0 where not requested; q as bytes."""
     if _takes_triton("layer_norm", x):
-        return _forward_triton(x, residual, weight, bias, lora_a, eps, keep, fp8, native_fp8(x.device))
-    y, h, mean, rstd, s, q, scale = outputs(x, residual, lora_a, keep, fp8)
+        return triton.forward(x, residual, weight, bias, lora_a, eps, save_y, fp8, native_fp8(x.device))
+    y, h, mean, rstd, s, q, scale = outputs(x, residual, lora_a, save_y, fp8)
     with torch.autocast(x.device.type, enabled=False):
         value, total = layer_norm_reference(x, weight, bias, eps, residual)
         wide = total.to(wide_dtype(x))
         mean.copy_(wide.mean(1))
         rstd.copy_((wide.var(1, correction=0) + eps).rsqrt())
-        if keep:
+        if save_y:
             y.copy_(value)
         if residual is not None:
             h.copy_(total)
@@ -103,22 +103,22 @@ def _op(
 
 
 @_op.register_fake
-def _(x, residual, weight, bias, lora_a, eps, keep, fp8):
-    return outputs(x, residual, lora_a, keep, fp8)
+def _(x, residual, weight, bias, lora_a, eps, save_y, fp8):
+    return outputs(x, residual, lora_a, save_y, fp8)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::layer_norm_backward", mutates_args=())
 def _backward_op(
-    grad: Tensor, kept: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, grad_h: Tensor | None,
+    grad: Tensor, saved: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, grad_h: Tensor | None,
     sums: bool, fp8: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dx, dweight, dbias, q, scale): the sums, in fp32, are empty unless `sums`; q and scale unless `fp8`."""
+    """Return (dx, dweight, dbias, q, scale): the sums, in fp32, are empty unless `sums`; q and scale unless `fp8`."""
     if _takes_triton("layer_norm_backward", grad):
         device = grad.device
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-        return _backward_triton(grad, kept, mean, rstd, weight, grad_h, sums, fp8, native_fp8(device), processors)
-    dx, dweight, dbias, q, scale = _gradients(grad, kept, mean, rstd, weight, grad_h, sums, fp8)
-    x_hat = kept if weight is None else (kept.to(wide_dtype(grad)) - mean[:, None]) * rstd[:, None]
+        return triton.backward(grad, saved, mean, rstd, weight, grad_h, sums, fp8, native_fp8(device), processors)
+    dx, dweight, dbias, q, scale = _gradients(grad, saved, mean, rstd, weight, grad_h, sums, fp8)
+    x_hat = saved if weight is None else (saved.to(wide_dtype(grad)) - mean[:, None]) * rstd[:, None]
     dx.copy_(layer_norm_backward_reference(grad, x_hat, rstd, weight, grad_h))
     if sums:
         torch.sum(grad.to(wide_dtype(grad)) * x_hat, 0, out=dweight)
@@ -131,7 +131,11 @@ def _backward_op(
 
 
 @_backward_op.register_fake
-def _gradients(grad, kept, mean, rstd, weight, grad_h, sums, fp8):
+def _gradients(
+    grad: Tensor, saved: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, grad_h: Tensor | None,
+    sums: bool, fp8: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return empty outputs."""
     M, K = grad.shape
     return (
         grad.new_empty(M, K),
@@ -146,27 +150,27 @@ def _setup_context(ctx, inputs, output):
     x, residual, weight, bias, lora_a = inputs[:5]
     y, h, mean, rstd = output[:4]
     ctx.set_materialize_grads(False)
-    kept = y if weight is None else x if residual is None else h
-    ctx.save_for_backward(kept, mean, rstd, weight, lora_a)
+    saved = y if weight is None else x if residual is None else h
+    ctx.save_for_backward(saved, mean, rstd, weight, lora_a)
     ctx.has_residual = residual is not None
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx, grad, grad_h, _mean, _rstd, grad_s, *_):
-    kept, mean, rstd, weight, lora_a = ctx.saved_tensors
+    saved, mean, rstd, weight, lora_a = ctx.saved_tensors
     need_x, need_residual, need_weight, need_bias, need_a = ctx.needs_input_grad[:5]
     dx = dweight = dbias = da = None
-    # the stand-ins of outputs that were not asked for may be used too, by who takes all outputs alike
+    # a caller that uses all outputs alike may send gradients of those that were not requested, too
     grad_h = grad_h if ctx.has_residual else None
     if grad_s is not None and lora_a is not None:
         through_s = grad_s.to(lora_a.dtype) @ lora_a
-        grad = through_s.to(kept.dtype) if grad is None else grad + through_s
-        da = grad_s.T @ kept if need_a else None
+        grad = through_s.to(saved.dtype) if grad is None else grad + through_s
+        da = grad_s.T @ saved if need_a else None
     if grad is None:
         dx = grad_h
-    elif need_x or need_residual or need_weight or need_bias:
+    elif any(ctx.needs_input_grad[:4]):
         sums = need_weight or need_bias
-        dx, dweight, dbias, _, _ = _backward_op(grad, kept, mean, rstd, weight, grad_h, sums, False)
+        dx, dweight, dbias, _, _ = _backward_op(grad, saved, mean, rstd, weight, grad_h, sums, False)
         dweight = dweight.to(weight.dtype) if need_weight else None
         dbias = dbias.to(ctx.bias_dtype) if need_bias else None
     return dx if need_x else None, dx if need_residual else None, dweight, dbias, da, None, None, None
@@ -175,11 +179,71 @@ def _backward(ctx, grad, grad_h, _mean, _rstd, grad_s, *_):
 _op.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _normalize(
+    op: str,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    eps: float,
+    save_y: bool = True,
+    fp8: bool = False,
+) -> Outputs:
+    """Validate the arguments of `op` and run it; results in the shape of x, of size 0 where not requested."""
+    if reason := _unsupported_options(x, weight, bias, eps, fp8) or _unsupported_tensors(
+        x, residual, weight, bias, lora_a
+    ):
+        raise ValueError(f"{op}: {reason}")
+    K, lead = x.shape[-1], x.shape[:-1]
+    residual_MK = None if residual is None else _rows(residual, K)
+    save_y = save_y or (torch.is_grad_enabled() and x.requires_grad)
+    y, h, mean, rstd, s, q, scale = _op(_rows(x, K), residual_MK, weight, bias, lora_a, float(eps), save_y, fp8)
+    h = x if residual is None else h.view(x.shape)
+    shapes = ((y, save_y, K), (s, lora_a is not None, -1), (q, fp8, K), (scale, fp8, 1))
+    y, s, q, scale = (
+        t.view(*lead, t.shape[-1] if last < 0 else last) if is_requested else t for t, is_requested, last in shapes
+    )
+    return y, h, mean.view(lead), rstd.view(lead), s, q, scale
+
+
+def _rows(x: Tensor, K: int) -> Tensor:
+    return x.reshape(math.prod(x.shape[:-1]), K)
+
+
+def _unsupported_options(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, fp8: bool) -> str | None:
+    if x.dtype not in _DTYPES[: 3 if fp8 else 4] or x.dim() == 0:
+        return f"x must be [..., K] in fp16, bf16, fp32{'' if fp8 else ' or fp64'}, got {list(x.shape)} in {x.dtype}"
+    if not eps > 0:
+        return f"eps must be above 0, got {eps}"
+    if bias is not None and weight is None:
+        return "bias wants a weight, got None"
+    return None
+
+
+def _unsupported_tensors(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, lora_a: Tensor | None
+) -> str | None:
+    K, either = x.shape[-1], (x.dtype, torch.float32)
+    rank = lora_a.shape[0] if lora_a is not None and lora_a.dim() == 2 else 1
+    expected: tuple[tuple[str, Tensor | None, tuple[int, ...], tuple[torch.dtype, ...]], ...] = (
+        ("residual", residual, tuple(x.shape), (x.dtype,)),
+        ("weight", weight, (K,), either),
+        ("bias", bias, (K,), either),
+        ("lora_a", lora_a, (rank, K), (x.dtype,)),
+    )
+    for name, t, shape, dtypes in expected:
+        if t is not None and (t.shape != shape or t.dtype not in dtypes or t.device != x.device):
+            want = f"{list(shape)} in {' or '.join(map(str, dict.fromkeys(dtypes)))} on {x.device}"
+            return f"{name} must be {want} to fit x, got {list(t.shape)} in {t.dtype} on {t.device}"
+    return None
+
+
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
-    """(x - mean) / sqrt(var + eps) [* weight [+ bias]] over the last dimension of x [..., K].
+    """Compute (x - mean) / sqrt(var + eps) [* weight [+ bias]] over the last dimension of x [..., K].
 
     x: fp16, bf16, fp32 or fp64; weight, bias: [K], in the dtype of x or in fp32 (then so are their gradients).
-    Returns the dtype of x, with or without autocast; statistics are in fp32. Raises ValueError for what does not fit.
+    Returns the dtype of x, with or without autocast; statistics are in fp32. Raises ValueError for unfit arguments.
     """
     return _normalize("layer_norm", x, None, weight, bias, None, eps)[0]
 
@@ -187,8 +251,9 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """(layer_norm(h, weight, bias, eps), h) with h = x + residual, in one pass. Arguments as `layer_norm`."""
-    return _normalize("add_layer_norm", x, residual, weight, bias, None, eps)[:2]
+    """Compute (layer_norm(h, weight, bias, eps), h) with h = x + residual in one pass. Arguments as `layer_norm`."""
+    y, h, *_ = _normalize("add_layer_norm", x, residual, weight, bias, None, eps)
+    return y, h
 
 
 def layer_norm_forward(
@@ -197,26 +262,26 @@ def layer_norm_forward(
     *,
     residual: Tensor | None = None,
     lora_a: Tensor | None = None,
-    keep: bool = True,
+    save_y: bool = True,
     fp8: bool = False,
 ) -> Normalized:
-    """The bare form and all that one pass can give with it; gradients reach x, residual and lora_a.
+    """Compute the bare form and all results of its pass; gradients reach x, residual and lora_a.
 
     x, residual: [..., K]; lora_a: [R, K] in the dtype of x: also s = y lora_a^T [..., R].
-    keep: whether y is wanted (`layer_norm_backward` takes it). fp8: also q [..., K] in e4m3 with scale [..., 1].
-    Raises ValueError for what does not fit.
+    save_y: whether to return y (`layer_norm_backward` takes it). fp8: also q [..., K] in e4m3 with scale [..., 1].
+    Raises ValueError for arguments that do not fit.
     """
     y, h, mean, rstd, s, q, scale = _normalize(
-        "layer_norm_forward", x, residual, None, None, lora_a, eps, keep=keep, fp8=fp8
+        "layer_norm_forward", x, residual, None, None, lora_a, eps, save_y=save_y, fp8=fp8
     )
-    s = None if lora_a is None else s
-    return Normalized(y if keep else None, h, mean, rstd, s, q.view(E4M3) if fp8 else None, scale if fp8 else None)
+    codes, scales = (q.view(E4M3), scale) if fp8 else (None, None)
+    return Normalized(y if save_y else None, h, mean, rstd, None if lora_a is None else s, codes, scales)
 
 
 def layer_norm_backward(
     grad: Tensor, x_hat: Tensor, rstd: Tensor, grad_h: Tensor | None = None, *, fp8: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(dx, q, scale) of the bare form, for a backward written by hand.
+    """Return (dx, q, scale) of the bare form, for a backward written by hand.
 
     grad: of x_hat, [..., K]; x_hat and rstd [...] as `layer_norm_forward` gave them; grad_h: of the residual stream,
     added in the same pass. fp8: also dx in e4m3 with row scales; else q and scale are None.
@@ -229,49 +294,11 @@ def layer_norm_backward(
         if t is not None and (t.shape != shape or t.device != grad.device):
             want, got = f"{list(shape)} on {grad.device}", f"{list(t.shape)} on {t.device}"
             raise ValueError(f"layer_norm_backward: {name} must be {want} to fit grad, got {got}")
-    flat = (None if t is None else _rows(t.detach(), grad.shape[-1]) for t in (grad, x_hat, grad_h))
-    grad_MK, x_hat_MK, grad_h_MK = flat
+    K = grad.shape[-1]
+    grad_MK, x_hat_MK = _rows(grad.detach(), K), _rows(x_hat.detach(), K)
+    grad_h_MK = None if grad_h is None else _rows(grad_h.detach(), K)
     rstd = rstd.detach().reshape(-1)
     dx, _, _, q, scale = _backward_op(grad_MK, x_hat_MK, rstd, rstd, None, grad_h_MK, False, fp8)
     if not fp8:
         return dx.view(grad.shape), None, None
     return dx.view(grad.shape), q.view(E4M3).view(grad.shape), scale.view(*grad.shape[:-1], 1)
-
-
-def _normalize(op, x, residual, weight, bias, lora_a, eps, keep=True, fp8=False) -> tuple[Tensor, ...]:
-    if message := _complaint(x, residual, weight, bias, lora_a, eps, fp8):
-        raise ValueError(f"{op}: {message}")
-    K, lead = x.shape[-1], x.shape[:-1]
-    flat = None if residual is None else _rows(residual, K)
-    keep = keep or (torch.is_grad_enabled() and x.requires_grad)
-    y, h, mean, rstd, s, q, scale = _op(_rows(x, K), flat, weight, bias, lora_a, float(eps), keep, fp8)
-    h = x if residual is None else h.view(x.shape)
-    shapes = ((y, keep, K), (s, lora_a is not None, -1), (q, fp8, K), (scale, fp8, 1))
-    y, s, q, scale = (t.view(*lead, t.shape[-1] if last < 0 else last) if given else t for t, given, last in shapes)
-    return y, h, mean.view(lead), rstd.view(lead), s, q, scale
-
-
-def _rows(x: Tensor, K: int) -> Tensor:
-    return x.reshape(math.prod(x.shape[:-1]), K)
-
-
-def _complaint(x, residual, weight, bias, lora_a, eps, fp8) -> str | None:
-    if x.dtype not in _DTYPES[: 3 if fp8 else 4] or x.dim() == 0:
-        return f"x must be [..., K] in fp16, bf16, fp32{'' if fp8 else ' or fp64'}, got {list(x.shape)} in {x.dtype}"
-    if not eps > 0:
-        return f"eps must be above 0, got {eps}"
-    if bias is not None and weight is None:
-        return "bias wants a weight, got None"
-    K, either = x.shape[-1], (x.dtype, torch.float32)
-    rank = lora_a.shape[0] if lora_a is not None and lora_a.dim() == 2 else 1
-    wanted = (
-        ("residual", residual, x.shape, (x.dtype,)),
-        ("weight", weight, (K,), either),
-        ("bias", bias, (K,), either),
-        ("lora_a", lora_a, (rank, K), (x.dtype,)),
-    )
-    for name, t, shape, dtypes in wanted:
-        if t is not None and (t.shape != tuple(shape) or t.dtype not in dtypes or t.device != x.device):
-            want = f"{list(shape)} in {' or '.join(map(str, dict.fromkeys(dtypes)))} on {x.device}"
-            return f"{name} must be {want} to fit x, got {list(t.shape)} in {t.dtype} on {t.device}"
-    return None

@@ -1,4 +1,4 @@
-"""The Triton form of `layer_norm`: one kernel forward, one backward, a block of whole rows a program."""
+"""Triton form of `layer_norm`: one kernel forward, one backward, a block of whole rows a program."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._tiles import row_tile
-from .._triton import INTERPRET, tl, triton
+from .._triton import INTERPRET, pointers, tl, triton
 from ..quantize import e4m3_codes, row_scales
 
 # beyond these s is a product of its own: 16 rows, or A's rows, would not fit a program
@@ -26,9 +26,11 @@ def _layer_norm_fwd_kernel(
     x, residual, weight, bias, a, y, h, mean, rstd, s, q, scale,
     M, K, R, eps,
     HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, LORA: tl.constexpr,
-    KEEP: tl.constexpr, FP8: tl.constexpr, NATIVE_FP8: tl.constexpr, UPCAST_DOT: tl.constexpr,
+    STORE_Y: tl.constexpr, FP8: tl.constexpr, NATIVE_FP8: tl.constexpr, UPCAST_DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
+    """Normalize BLOCK_M whole rows of x (+ residual); s, q and their scale in the same pass."""
+    # lizard forgives: long, as the rows stay in the registers of one program
     m, k = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     start = m.to(tl.int64)[:, None] * K
     mask = (m < M)[:, None] & (k < K)[None, :]
@@ -45,7 +47,7 @@ def _layer_norm_fwd_kernel(
         b_y *= tl.load(weight + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
     if HAS_BIAS:
         b_y += tl.load(bias + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
-    if KEEP:
+    if STORE_Y:
         tl.store(y + start + k[None, :], b_y.to(y.dtype.element_ty), mask=mask)
     if FP8:
         b_scale, b_inverse = row_scales(b_y)
@@ -70,13 +72,13 @@ def _layer_norm_fwd_kernel(
 
 @triton.jit
 def _layer_norm_bwd_kernel(
-    grad, kept, mean, rstd, weight, grad_h, dx, dweight, dbias, q, scale,
+    grad, saved, mean, rstd, weight, grad_h, dx, dweight, dbias, q, scale,
     M, K,
     BARE: tl.constexpr, HAS_GRAD_H: tl.constexpr, SUMS: tl.constexpr,
     FP8: tl.constexpr, NATIVE_FP8: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dx, and with SUMS each program's share of dweight and dbias [programs, K]. BARE: `kept` is x_hat, else h."""
+    """Compute dx, and with SUMS a share of dweight and dbias [programs, K]. BARE: `saved` is x_hat, else h."""
     k = tl.arange(0, BLOCK_K)
     if not BARE:
         b_w = tl.load(weight + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
@@ -86,7 +88,7 @@ def _layer_norm_bwd_kernel(
         at = m.to(tl.int64)[:, None] * K + k[None, :]
         mask = (m < M)[:, None] & (k < K)[None, :]
         b_g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
-        b_x = tl.load(kept + at, mask=mask, other=0.0).to(tl.float32)
+        b_x = tl.load(saved + at, mask=mask, other=0.0).to(tl.float32)
         b_rstd = tl.load(rstd + m, mask=m < M, other=0.0)[:, None]
         if not BARE:
             b_x = tl.where(mask, (b_x - tl.load(mean + m, mask=m < M, other=0.0)[:, None]) * b_rstd, 0.0)
@@ -108,31 +110,56 @@ def _layer_norm_bwd_kernel(
         tl.store(dbias + at, sum_b, mask=k < K)
 
 
-def forward(x, residual, weight, bias, lora_a, eps, keep, fp8, native):
-    """What the op `layer_norm` returns; native: the GPU itself rounds to e4m3."""
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # y, h, mean, rstd, s, q, scale
+
+
+def forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    eps: float,
+    save_y: bool,
+    fp8: bool,
+    native: bool,
+) -> Outputs:
+    """Return the outputs of the op `layer_norm`; native: the GPU itself rounds to e4m3."""
     (M, K), R = x.shape, 0 if lora_a is None else lora_a.shape[0]
-    fused = 0 < R <= MAX_FUSED_RANK and K <= MAX_FUSED_WIDTH
-    x, residual, weight, bias, a = (None if t is None else t.contiguous() for t in (x, residual, weight, bias, lora_a))
-    y, h, mean, rstd, s, q, scale = outputs(x, residual, a, keep or (R > 0 and not fused), fp8)
-    tiles = row_tile("layer_norm", x.device, K, fewest=16 if fused else 1)
+    is_fused = 0 < R <= MAX_FUSED_RANK and K <= MAX_FUSED_WIDTH
+    x = x.contiguous()
+    y, h, mean, rstd, s, q, scale = outputs(x, residual, lora_a, save_y or (R > 0 and not is_fused), fp8)
+    residual_, weight_, bias_, a = (t.contiguous() for t in pointers(x, residual, weight, bias, lora_a))
+    tiles = row_tile("layer_norm", x.device, K, fewest=16 if is_fused else 1)
     with torch.cuda.device_of(x):
         _layer_norm_fwd_kernel[(triton.cdiv(M, tiles["BLOCK_M"]),)](
-            x, x if residual is None else residual, x if weight is None else weight, x if bias is None else bias,
-            a if fused else x, y, h, mean, rstd, s, q, scale,
+            x, residual_, weight_, bias_, a if is_fused else x, y, h, mean, rstd, s, q, scale,
             M, K, R, eps,
-            HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, LORA=fused,
-            KEEP=y.numel() > 0, FP8=fp8, NATIVE_FP8=native, UPCAST_DOT=INTERPRET,
-            BLOCK_R=max(16, 1 << max(R - 1, 0).bit_length()) if fused else 16, CHUNK=64, **tiles,
+            HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, LORA=is_fused,
+            STORE_Y=y.numel() > 0, FP8=fp8, NATIVE_FP8=native, UPCAST_DOT=INTERPRET,
+            BLOCK_R=max(16, 1 << max(R - 1, 0).bit_length()) if is_fused else 16, CHUNK=64, **tiles,
         )  # fmt: skip
-    if R and not fused:
+    if R and not is_fused:
         torch.mm(y, a.T, out=s)
-    return y if keep else x.new_empty(0), h, mean, rstd, s, q, scale
+    return y if save_y else x.new_empty(0), h, mean, rstd, s, q, scale
 
 
-def backward(grad, kept, mean, rstd, weight, grad_h, sums, fp8, native, processors):
-    """What the op `layer_norm_backward` returns."""
+def backward(
+    grad: Tensor,
+    saved: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    grad_h: Tensor | None,
+    sums: bool,
+    fp8: bool,
+    native: bool,
+    processors: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the outputs of the op `layer_norm_backward`; processors: of the GPU."""
     (M, K), tiles = grad.shape, row_tile("layer_norm", grad.device, grad.shape[1])
-    grad, kept, weight, grad_h = (None if t is None else t.contiguous() for t in (grad, kept, weight, grad_h))
+    grad, saved = grad.contiguous(), saved.contiguous()
+    weight_, grad_h_ = (t.contiguous() for t in pointers(grad, weight, grad_h))
     blocks = triton.cdiv(M, tiles["BLOCK_M"])
     programs = min(blocks, 4 * processors) if sums else blocks
     dx, q = torch.empty_like(grad), grad.new_empty(grad.shape if fp8 else 0, dtype=torch.uint8)
@@ -140,8 +167,7 @@ def backward(grad, kept, mean, rstd, weight, grad_h, sums, fp8, native, processo
     shares = grad.new_empty(2, programs if sums else 0, K, dtype=torch.float32)
     with torch.cuda.device_of(grad):
         _layer_norm_bwd_kernel[(programs,)](
-            grad, kept, mean, rstd, grad if weight is None else weight, grad if grad_h is None else grad_h,
-            dx, shares[0], shares[1], q, scale,
+            grad, saved, mean, rstd, weight_, grad_h_, dx, shares[0], shares[1], q, scale,
             M, K,
             BARE=weight is None, HAS_GRAD_H=grad_h is not None, SUMS=sums, FP8=fp8, NATIVE_FP8=native, **tiles,
         )  # fmt: skip
@@ -149,11 +175,11 @@ def backward(grad, kept, mean, rstd, weight, grad_h, sums, fp8, native, processo
     return dx, dweight, dbias, q, scale
 
 
-def outputs(x, residual, lora_a, keep, fp8):
-    """y, h, mean, rstd, s, q (its bytes: autograd cannot add fp8), scale: empty where not asked for."""
+def outputs(x: Tensor, residual: Tensor | None, lora_a: Tensor | None, save_y: bool, fp8: bool) -> Outputs:
+    """Return empty y, h, mean, rstd, s, q (bytes: autograd cannot add fp8) and scale; size 0 where not requested."""
     M, K = x.shape
     return (
-        x.new_empty((M, K) if keep else 0),
+        x.new_empty((M, K) if save_y else 0),
         x.new_empty(0 if residual is None else (M, K)),
         x.new_empty(M, dtype=wide_dtype(x)),
         x.new_empty(M, dtype=wide_dtype(x)),
@@ -164,5 +190,5 @@ def outputs(x, residual, lora_a, keep, fp8):
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
-    """fp32, or the type of x if that is wider."""
+    """Return fp32, or the type of x if that is wider."""
     return torch.promote_types(x.dtype, torch.float32)

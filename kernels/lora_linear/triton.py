@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .._tiles import tile
-from .._triton import INTERPRET, triton
+from .._triton import INTERPRET, pointers, triton
 from .args import LoraArgs
 from .eager import drop_threshold
 from .kernels import lora_linear_kernel, lora_linear_sweep
@@ -162,7 +162,7 @@ def _launch(
     if tma is None:
         tma = _has_tma(x.device) and _fits_tma(x) and _fits_tma(w.T if is_transposed else w)
     blocks = triton.cdiv(M, tiles["BLOCK_M"]) * triton.cdiv(N, tiles["BLOCK_N"])
-    bias_, a_, b_, s_, seed_ = _pointers(x, bias, a, b, s, seed)
+    bias_, a_, b_, s_, seed_ = pointers(x, bias, a, b, s, seed)
     with torch.cuda.device_of(x):
         lora_linear_kernel[(min(blocks, _num_programs(x.device)),)](
             _descriptor(x, x_block) if tma else x, _descriptor(w.T if is_transposed else w, w_block) if tma else w,
@@ -186,11 +186,6 @@ def _blocks(w: Tensor, tiles: dict[str, int]) -> tuple[list[int], list[int], boo
     return [m, k], [k, n] if is_transposed else [n, k], is_transposed
 
 
-def _pointers(stand_in: Tensor, *tensors: Tensor | None) -> list[Tensor]:
-    """Return `tensors` with `stand_in`, which is not read, for each None."""
-    return [stand_in if t is None else t for t in tensors]
-
-
 def _sweep(
     g: Tensor,
     b: Tensor | None,
@@ -207,7 +202,7 @@ def _sweep(
     tiles = dict(tile("lora_linear_sweep" if g.element_size() == 2 else "lora_linear_sweep_fp32", g.device))
     programs = min(triton.cdiv(M, tiles["BLOCK_M"]), _num_programs(g.device))
     q = g.new_empty(programs if s is not None else 0, N, R, dtype=torch.float32)
-    b_, s_, p_, seed_ = _pointers(g, b, s, p, seed)
+    b_, s_, p_, seed_ = pointers(g, b, s, p, seed)
     threshold, _ = _drop_numbers(dropout)
     with torch.cuda.device_of(g):
         lora_linear_sweep[(programs,)](

@@ -107,7 +107,7 @@ def check_forward(t: dict[str, Tensor | None], rank: int) -> None:
     with guarded_outputs():
         guarded = (surrounded(x), surrounded(residual), surrounded(a))
         out = layer_norm_forward(guarded[0], EPS, residual=guarded[1], lora_a=guarded[2], fp8=True)
-        without = layer_norm_forward(surrounded(x), EPS, residual=surrounded(residual), keep=False, fp8=True)
+        without = layer_norm_forward(surrounded(x), EPS, residual=surrounded(residual), save_y=False, fp8=True)
         dx, q, scale = layer_norm_backward(
             surrounded(t["grad"]), surrounded(out.y), surrounded(out.rstd), surrounded(t["grad_h"]), fp8=True
         )
