@@ -35,7 +35,11 @@ PAGE = RESULTS / "reliability_figures.md"
 SAVES = RESULTS / "checkpoint_cost_cpu2.json"  # bench/reliability/checkpoint_cost.py
 BEGIN, END = "<!-- figures: written by make figures -->", "<!-- end of figures -->"
 
-COVERED = {"gate": "gate.py", "checkpoint": "checkpoint.py", "loader": "data/loader.py"}
+COVERED = {
+    "gate": "methods/gate.py",
+    "checkpoint": "runtime/checkpoint.py",
+    "loader": "data/loading/loader.py",
+}
 
 
 @dataclass(frozen=True)
