@@ -62,6 +62,7 @@ def patch(model: nn.Module, *, strategy: str | None = None) -> Patched:
     methods: list[types.MethodType] = []
     patched: list[str] = []
     unsupported: list[tuple[str, str]] = []
+    layer: Any
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
@@ -97,7 +98,7 @@ def _make_forward(strategy: str | None) -> Callable[..., Tensor]:
     return forward
 
 
-def _unpatchable_reason(layer: nn.Module) -> str | None:
+def _unpatchable_reason(layer: Any) -> str | None:
     """Return why `patch` must skip this LoRA layer, or None."""
     from peft.tuners.lora.layer import Linear
 

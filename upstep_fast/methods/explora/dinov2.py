@@ -32,7 +32,7 @@ from upstep_fast.methods.explora import unfreeze as explora
 from upstep_fast.methods.explora.crops import Crops
 from upstep_fast.methods.explora.dino_head import Head, scores
 from upstep_fast.methods.explora.teacher import averaged, copied, own_weights, teacher_of
-from upstep_fast.methods.explora.tokens import Encoder, embed, grid_of, seen
+from upstep_fast.methods.explora.tokens import Encoder, embed, seen
 from upstep_fast.methods.losses import dino
 from upstep_fast.methods.schedules import cosine, linear_warmup, warmup_cosine
 from upstep_fast.model import lora
@@ -65,7 +65,7 @@ class ExploraDinov2(nn.Module):
         self.config, self.num_microbatches = config, 1
         self.recipes = crops.recipes(config, backbone)
         vit: Any = backbone.vit
-        self.grid = grid_of(vit, *backbone.img_size)
+        self.grid = tuple(vit.patch_embed.grid_size)
         size = (backbone.width, config.objective.head_hidden, config.objective.head_dim, config.objective.prototypes)
         # parts of torch.nn draw from the global generator: set it for this block only
         with torch.random.fork_rng(devices=[]):

@@ -33,7 +33,7 @@ from upstep_fast.errors import ConfigError
 from upstep_fast.methods import trainable
 from upstep_fast.methods.embeddings import Embeddings, embedded
 from upstep_fast.methods.explora import unfreeze as explora
-from upstep_fast.methods.explora.tokens import Encoder, embed, grid_of
+from upstep_fast.methods.explora.tokens import Encoder, embed
 from upstep_fast.methods.losses import mae
 from upstep_fast.methods.schedules import warmup_cosine
 from upstep_fast.model import lora
@@ -114,7 +114,7 @@ class ExploraMae(nn.Module):
         )
         vit: Any = backbone.vit
         self.patch: tuple[int, int] = tuple(vit.patch_embed.patch_size)
-        self.grid = grid_of(vit, *backbone.img_size)
+        self.grid = tuple(vit.patch_embed.grid_size)
         pixels = self.patch[0] * self.patch[1] * vit.patch_embed.proj.in_channels
         # parts of torch.nn draw from the global generator: set it for this block only
         with torch.random.fork_rng(devices=[]):

@@ -21,12 +21,6 @@ from upstep_fast.engine.vit import EngineViT, build
 from upstep_fast.model.pooling import pooled
 
 
-def grid_of(vit: Any, height: int, width: int) -> tuple[int, int]:
-    """How many patches an image of this size has, down and across."""
-    down, across = vit.patch_embed.patch_size
-    return height // down, width // across
-
-
 def positions(vit: Any, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """The position embeddings of the prefix tokens [1, P or 0, D] and of a grid of patches [1, N, D].
 
@@ -54,11 +48,11 @@ def embed(
 
     masked: [B, N] bool, patches that `mask_token` [D] stands in for. keep: [B, n], the only patches taken, by place.
     """
-    x = vit.patch_embed.proj(images).flatten(2).transpose(1, 2)
-    x = vit.patch_embed.norm(x)
+    patches = vit.patch_embed.proj(images)  # [B, D, down, across]
+    x = vit.patch_embed.norm(patches.flatten(2).transpose(1, 2))
     if masked is not None and mask_token is not None:
         x = torch.where(masked[..., None], mask_token.to(x.dtype), x)
-    of_prefix, of_patches = positions(vit, grid_of(vit, *images.shape[-2:]))
+    of_prefix, of_patches = positions(vit, tuple(patches.shape[-2:]))
     x = x + of_patches
     if keep is not None:
         x = x.gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))
