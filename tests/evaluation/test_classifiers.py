@@ -14,14 +14,14 @@ from upstep_fast.evaluation.features import Features, ensemble
 
 def clusters(n, classes=5, width=12, noise=0.9, seed=0):
     g = torch.Generator().manual_seed(seed)
-    centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(9))
+    centers = torch.randn(classes, width, generator=torch.Generator().manual_seed(9))
     y = torch.randint(classes, (n,), generator=g)
-    x = F.normalize(centres[y] + noise * torch.randn(n, width, generator=g), dim=-1)
+    x = F.normalize(centers[y] + noise * torch.randn(n, width, generator=g), dim=-1)
     return Features(x, y, tuple("abcde"[:classes]))
 
 
 @pytest.mark.parametrize("k", [1, 5, 20])
-def test_knn_is_scikit_learns(k):
+def test_knn_matches_scikit_learn(k):
     train, test = clusters(400), clusters(150, seed=1)
 
     def votes(distance):  # Euclidean distance of unit vectors: similarity = 1 - d^2 / 2
@@ -33,13 +33,13 @@ def test_knn_is_scikit_learns(k):
     assert knn(train, test, k) == pytest.approx(expected, abs=1e-3)
 
 
-def test_knn_takes_no_more_neighbours_than_there_are():
+def test_knn_limits_k_to_the_bank():
     train, test = clusters(8), clusters(20, seed=1)
     assert knn(train, test, k=20) == knn(train, test, k=8)
 
 
 @pytest.mark.parametrize("l2", [1e-4, 1e-2])
-def test_logistic_regression_is_scikit_learns(l2):
+def test_logistic_regression_matches_scikit_learn(l2):
     train = clusters(300)
     ours = fit_logistic(train.x, train.y, 5, l2, iterations=500)
     # scikit-learn minimises sum CE + |W|^2 / (2 C)

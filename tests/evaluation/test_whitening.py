@@ -1,4 +1,4 @@
-"""Whitened features beside the others against scikit-learn, their identities, and the file they are kept in."""
+"""Whitened features against scikit-learn, their identities, and the whitening file."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from upstep_fast.train.adapt import adapt
 
 
 def unit(n, width=24, seed=0):
-    """Unit vectors that spread tenfold as much in some directions as in others, around a mean that is not 0."""
+    """Return unit vectors with a nonzero mean that vary about ten times more in some directions than in others."""
     g = torch.Generator().manual_seed(seed)
     return F.normalize(torch.randn(n, width, generator=g) * torch.linspace(0.3, 1, width) + 0.3, dim=-1)
 
@@ -30,7 +30,7 @@ def parts(n, seed=0):
 
 
 @pytest.mark.parametrize("n", [2, 10, 400])
-def test_the_covariance_is_scikit_learns_oas(n):
+def test_the_covariance_matches_scikit_learns_oas(n):
     x = parts(n)
     found = whitening.fit(x)
     assert found.mean.shape == (2, 24) and found.matrix.shape == (2, 24, 24)
@@ -44,7 +44,7 @@ def test_the_covariance_is_scikit_learns_oas(n):
         assert whitening.shrinkage(eigenvalues, n) == pytest.approx(oracle.shrinkage_, rel=1e-6)
 
 
-def test_of_many_images_every_direction_spreads_alike():
+def test_with_many_images_the_whitened_covariance_is_the_identity():
     x = unit(20_000)
     found = whitening.fit(x[:, None])
     covariance = torch.cov(((x - found.mean[0]) @ found.matrix[0]).double().T)
@@ -54,7 +54,7 @@ def test_of_many_images_every_direction_spreads_alike():
 
 
 @pytest.mark.parametrize("num", [1, 2])
-def test_similarity_is_half_that_of_the_features_and_half_the_whitened_ones(num):
+def test_similarity_is_half_unwhitened_and_half_whitened(num):
     x, queries = parts(300)[:, :num], parts(7, seed=1)[:, :num]
     by = whitening.fit(x)
     both = whitening.append_whitened(queries, by)
@@ -66,14 +66,14 @@ def test_similarity_is_half_that_of_the_features_and_half_the_whitened_ones(num)
     assert (both @ both.T - expected).abs().max() < 1e-5
 
 
-def test_a_turned_space_has_the_same_similarities():
+def test_similarities_are_invariant_to_rotation():
     x = parts(300)
     turn = torch.linalg.qr(torch.randn(24, 24, generator=torch.Generator().manual_seed(3)))[0]
     found, turned = (whitening.append_whitened(y, whitening.fit(y)) for y in (x, x @ turn))
     assert (found @ found.T - turned @ turned.T).abs().max() < 1e-4
 
 
-def test_images_that_are_all_alike_have_nothing_to_whiten_and_it_is_said(caplog):
+def test_equal_features_are_not_whitened_and_a_warning_is_logged(caplog):
     x = F.normalize(torch.ones(5, 2, 8), dim=-1)
     nearly = F.normalize(x + 1e-7 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)), dim=-1)
     for same in (x, x[:1], nearly):
@@ -83,7 +83,7 @@ def test_images_that_are_all_alike_have_nothing_to_whiten_and_it_is_said(caplog)
         assert torch.equal(both[:, :8], same[:, 0] / 2**0.5) and not both[:, 8:].any()
 
 
-def test_the_ensemble_has_all_side_by_side():
+def test_the_ensemble_concatenates_all_features():
     x = {"base": parts(50), "adapted": parts(50, seed=1)}
     by = {name: whitening.fit(value) for name, value in x.items()}
     found = append_whitened(x, by)
@@ -98,7 +98,7 @@ def test_the_ensemble_has_all_side_by_side():
 
 
 @pytest.mark.parametrize(("pool", "num"), [("token", 2), ("avg", 1), ("map", 2)])
-def test_the_engine_gives_the_parts_that_the_model_gives(pool, num):
+def test_the_engine_pools_as_the_model_does(pool, num):
     torch.manual_seed(0)
     options = dict(img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=3)
     vit = VisionTransformer(global_pool=pool, class_token=pool == "token", **options).eval().requires_grad_(False)
@@ -134,14 +134,14 @@ def common(adapter):
     return dict(adapter=adapter, device="cpu", precision="fp32")
 
 
-def test_queries_are_whitened_as_the_bank_was(model, photos, common, tmp_path):
+def test_queries_are_whitened_as_the_bank(model, photos, common, tmp_path):
     def features(name, **more):
         return load_file(embed(model, photos, tmp_path / f"{name}.safetensors", **common | more))["features"]
 
-    as_they_are, kept = features("plain"), str(tmp_path / "whitening.safetensors")
-    D = as_they_are.shape[1]
+    unwhitened_features, kept = features("plain"), str(tmp_path / "whitening.safetensors")
+    D = unwhitened_features.shape[1]
     bank = features("bank", fit_whitening=kept)
-    assert bank.shape == (24, 3 * D) and (bank[:, :D] * 2**0.5 - as_they_are).abs().max() < 1e-6
+    assert bank.shape == (24, 3 * D) and (bank[:, :D] * 2**0.5 - unwhitened_features).abs().max() < 1e-6
     assert bank.norm(dim=-1) == pytest.approx(torch.ones(24), abs=1e-5)
     by = whitening.read(kept, {"base": backbone.fingerprint(backbone.load(model).vit)})["base"]
     again = features("again", whitening=kept)
@@ -154,7 +154,7 @@ def test_queries_are_whitened_as_the_bank_was(model, photos, common, tmp_path):
     assert (of_base[:, D : 2 * D] - whitened / 2).abs().max() < 1e-5
 
 
-def test_a_whitening_of_another_model_or_a_broken_file_is_named(model, photos, adapter, tmp_path):
+def test_a_whitening_of_another_model_or_a_damaged_file_is_refused(model, photos, adapter, tmp_path):
     def refused(file, match, **more):
         with pytest.raises(ConfigError, match=match):
             embed(model, photos, tmp_path / "out.npy", whitening=str(file), device="cpu", **more)
@@ -170,7 +170,7 @@ def test_a_whitening_of_another_model_or_a_broken_file_is_named(model, photos, a
     refused(tmp_path / "nothing", "cannot be read")
 
 
-def test_the_file_is_asked_for_before_any_image_is_read(model, photos, tmp_path):
+def test_whitening_files_are_checked_before_images_are_read(model, photos, tmp_path):
     there = tmp_path / "there"
     there.write_bytes(b"precious")
     for path, match in ((there, "fit_whitening: .* exists"), (tmp_path / "no" / "w", "fit_whitening: no folder")):

@@ -1,4 +1,4 @@
-"""The pictures of the report: right by other people's tools, harmless, small, and the same on every look."""
+"""Image panels of the report: compared with scikit-learn, escaped, small and deterministic."""
 
 import base64
 import io
@@ -20,10 +20,8 @@ from sklearn.neighbors import NearestNeighbors
 import upstep_fast
 from upstep_fast.config.flat import from_flat
 from upstep_fast.data.loading.skipped import write_skipped
-from upstep_fast.report import charts, neighbors, run_record
-from upstep_fast.report import image_panels as pictures
-from upstep_fast.report import page as html_report
-from upstep_fast.report import pca_plot as projection
+from upstep_fast.report import charts, image_panels, neighbors, pca_plot, run_record
+from upstep_fast.report import page as report_page
 from upstep_fast.report.charts import Bar
 
 ROWS = [dict(step=i, loss=5.0, center=0.5, open=i % 2 == 0, lr=1e-3, bad=None, images_per_s=10.0, data_wait=0.1,
@@ -36,29 +34,29 @@ def some_features(n=40, d=12):
     return torch.nn.functional.normalize(x, dim=-1)
 
 
-def test_the_projection_is_scikit_learns():
+def test_pca_matches_scikit_learn():
     x = some_features()
-    ours, theirs = projection.principal(x).numpy(), PCA(2, svd_solver="full").fit_transform(x.double().numpy())
+    ours, theirs = pca_plot.principal(x).numpy(), PCA(2, svd_solver="full").fit_transform(x.double().numpy())
     # an axis has no direction of its own
     for axis in range(2):
         sign = np.sign(ours[:, axis] @ theirs[:, axis])
         np.testing.assert_allclose(ours[:, axis], sign * theirs[:, axis], atol=1e-9)
 
 
-def test_the_projection_does_not_depend_on_the_sign_that_svd_chose():
+def test_pca_does_not_depend_on_the_signs_of_svd():
     x = some_features()
-    turned = projection.principal(torch.cat([x[20:], x[:20]]))
-    torch.testing.assert_close(torch.cat([turned[20:], turned[:20]]), projection.principal(x), atol=1e-9, rtol=0)
+    turned = pca_plot.principal(torch.cat([x[20:], x[:20]]))
+    torch.testing.assert_close(torch.cat([turned[20:], turned[:20]]), pca_plot.principal(x), atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("x", [torch.ones(5, 3), torch.ones(1, 3), torch.eye(2), torch.tensor([[1.0], [2.0], [3.0]])])
 def test_features_without_two_directions_have_points(x):
-    points = projection.principal(x)
+    points = pca_plot.principal(x)
     assert points.shape == (len(x), 2) and points.isfinite().all()
-    assert "nan" not in projection.plot(points.tolist(), points.tolist(), ["n"] * len(x))
+    assert "nan" not in pca_plot.plot(points.tolist(), points.tolist(), ["n"] * len(x))
 
 
-def test_neighbours_are_scikit_learns():
+def test_neighbors_match_scikit_learn():
     x = some_features()
     queries = [0, 7, 39]
     theirs = NearestNeighbors(n_neighbors=6, metric="cosine").fit(x.numpy()).kneighbors(x[queries].numpy())[1]
@@ -70,24 +68,25 @@ def test_neighbours_are_scikit_learns():
 
 
 def test_the_images_are_spread_evenly():
-    assert pictures.spread(5, 512) == [0, 1, 2, 3, 4]
-    assert pictures.spread(1000, 4) == [0, 250, 500, 750] and pictures.spread(0, 8) == []
-    assert len(set(pictures.spread(1465, 512))) == 512
+    assert image_panels.spread(5, 512) == [0, 1, 2, 3, 4]
+    assert image_panels.spread(1000, 4) == [0, 250, 500, 750] and image_panels.spread(0, 8) == []
+    assert len(set(image_panels.spread(1465, 512))) == 512
 
 
-def test_a_thumbnail_is_the_image_made_small():
+def test_a_thumbnail_is_a_small_copy_of_the_image():
     image = torch.zeros(3, 100, 50, dtype=torch.uint8)
     image[0, :50] = 255
-    small = np.asarray(Image.open(io.BytesIO(base64.b64decode(pictures.thumbnail(image)))).convert("RGB")).astype(int)
+    data = io.BytesIO(base64.b64decode(image_panels.thumbnail(image)))
+    small = np.asarray(Image.open(data).convert("RGB")).astype(int)
     assert small.shape == (64, 32, 3)
     assert np.abs(small[8] - [255, 0, 0]).max() < 24 and small[-8].max() < 24
     for channels in (1, 2, 5):
-        assert pictures.thumbnail(torch.zeros(channels, 8, 8, dtype=torch.uint8))
+        assert image_panels.thumbnail(torch.zeros(channels, 8, 8, dtype=torch.uint8))
 
 
-def test_a_dot_stands_where_its_point_is_and_keeps_its_colour():
+def test_a_dot_has_the_place_and_color_of_its_point():
     points = [[0.0, 0.0], [1.0, 2.0], [4.0, 1.0]]
-    svg = projection.plot(points, [[3.0, 0], [2.0, 0], [1.0, 0]], ["a", "<b>", "c"])
+    svg = pca_plot.plot(points, [[3.0, 0], [2.0, 0], [1.0, 0]], ["a", "<b>", "c"])
     dots = re.findall(r'class="dot c(\d)" cx="([\d.]+)" cy="([\d.]+)"', svg)
     x, y = ([float(d[i]) for d in dots] for i in (1, 2))
     assert x[0] < x[1] < x[2] and x[1] - x[0] == pytest.approx((x[2] - x[0]) / 4, abs=0.1)
@@ -105,7 +104,7 @@ def test_bars_and_their_errors_have_their_lengths():
     assert "base: 50.0 ± 10.0" in svg
 
 
-def test_the_time_of_the_steps_is_split(tmp_path):
+def test_time_shares_of_the_steps(tmp_path):
     folder = a_run(tmp_path)
     shares = run_record.time_shares(run_record.read_record(folder))
     assert shares == pytest.approx({"data": 0.1, "forward": 0.2, "backward": 0.6, "gaps": 0.1})
@@ -125,7 +124,7 @@ def a_run(folder, rows=ROWS):
 
 @pytest.fixture(scope="module")
 def finished(model, photos, tmp_path_factory):
-    """A real run whose data hold copies, a blank image and one that is broken."""
+    """A real run on data with copies, a blank image and a damaged one."""
     folder = tmp_path_factory.mktemp("run")
     data = folder / "photos"
     shutil.copytree(photos, data)
@@ -137,21 +136,21 @@ def finished(model, photos, tmp_path_factory):
     return folder
 
 
-def test_a_run_has_its_pictures(finished):
-    found = pictures.read_panels(finished / "out")
+def test_a_run_writes_image_panels(finished):
+    found = image_panels.read_panels(finished / "out")
     # 24 photographs; triage left the copy and the blank one out
     assert found is not None and len(found.names) == 24 and len(found.queries) == 8
     assert found.points["before"] != found.points["after"]
     assert all(len(row) == 5 for rows in found.neighbours.values() for row in rows)
     odd = {name.rsplit("/", 1)[-1] for name in found.odd}
     assert {"blank.png", "copy.png"} <= odd and "broken.png" not in odd
-    assert (finished / "out" / pictures.NAME).stat().st_size < 200_000
+    assert (finished / "out" / image_panels.NAME).stat().st_size < 200_000
 
 
-def test_the_page_is_made_again_without_model_and_images(finished, tmp_path):
+def test_the_page_is_rendered_again_without_model_and_images(finished, tmp_path):
     shutil.copytree(finished / "out", tmp_path / "moved")
     before = (tmp_path / "moved" / "report.html").read_text()
-    after = html_report.write(tmp_path / "moved").read_text()
+    after = report_page.write(tmp_path / "moved").read_text()
 
     def but_for_the_folder(page):
         for folder in (tmp_path / "moved", finished / "out"):
@@ -164,7 +163,7 @@ def test_the_page_is_made_again_without_model_and_images(finished, tmp_path):
     assert after.count('class="hover"') == 2 * 24 and "copy" in after and len(after) < 3e6
 
 
-def test_a_second_look_finds_the_same(finished, monkeypatch):
+def test_image_panels_are_deterministic(finished, monkeypatch):
     from upstep_fast.config.adapt import AdaptConfig
     from upstep_fast.config.files import read_toml
     from upstep_fast.data.sources.source import open_source
@@ -173,25 +172,25 @@ def test_a_second_look_finds_the_same(finished, monkeypatch):
     values = read_toml(finished / "out" / "config.toml", AdaptConfig)
     config = from_flat(AdaptConfig, **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     source, compute = open_source(config.data.paths), resolve("cpu", "fp32")
-    looks = [pictures.compute_panels(config, compute, source, finished / "out") for _ in range(2)]
-    assert looks[0] == looks[1] and looks[0].odd == pictures.read_panels(finished / "out").odd
-    # what goes wrong is said and ends nothing
-    monkeypatch.setattr(pictures, "compute_panels", lambda *a, **k: 1 / 0)
-    pictures.collect(config, compute, source, finished / "out")
+    looks = [image_panels.compute_panels(config, compute, source, finished / "out") for _ in range(2)]
+    assert looks[0] == looks[1] and looks[0].odd == image_panels.read_panels(finished / "out").odd
+    # an error is logged and does not end the run
+    monkeypatch.setattr(image_panels, "compute_panels", lambda *a, **k: 1 / 0)
+    image_panels.collect(config, compute, source, finished / "out")
 
 
-def test_no_pictures_on_request(model, photos, tmp_path):
+def test_image_panels_can_be_turned_off(model, photos, tmp_path):
     options = dict(model=model, data=photos, out=tmp_path, steps=2, batch_size=8, prototypes=8, precision="fp32")
     upstep_fast.adapt(**options, device="cpu", report_images=False)
-    assert not (tmp_path / pictures.NAME).exists()
+    assert not (tmp_path / image_panels.NAME).exists()
     assert "Nearest neighbors" not in (tmp_path / "report.html").read_text()
 
 
 def good():
-    thumb = pictures.thumbnail(torch.zeros(3, 8, 8, dtype=torch.uint8))
+    thumb = image_panels.thumbnail(torch.zeros(3, 8, 8, dtype=torch.uint8))
     near = {"before": [[1]], "after": [[0]]}
     points = {"before": [[0.0, 1.0], [2.0, 1.0]], "after": [[0.0, 1.0], [2.0, 1.0]]}
-    return pictures.ImagePanels(["a", "b"], [thumb, thumb], points, [0], near, {"a": thumb})
+    return image_panels.ImagePanels(["a", "b"], [thumb, thumb], points, [0], near, {"a": thumb})
 
 
 @pytest.mark.parametrize(
@@ -210,22 +209,22 @@ def good():
         dict(names=None),
     ],
 )
-def test_a_broken_file_is_no_pictures(tmp_path, wrong):
-    (tmp_path / pictures.NAME).write_text(json.dumps(vars(good())))
-    assert pictures.read_panels(tmp_path) == good()
-    (tmp_path / pictures.NAME).write_text(json.dumps(vars(replace(good(), **wrong))))
-    assert pictures.read_panels(tmp_path) is None
-    (tmp_path / pictures.NAME).write_text("[1, 2")
-    assert pictures.read_panels(tmp_path) is None and pictures.read_panels(tmp_path / "none") is None
+def test_a_damaged_file_gives_no_image_panels(tmp_path, wrong):
+    (tmp_path / image_panels.NAME).write_text(json.dumps(vars(good())))
+    assert image_panels.read_panels(tmp_path) == good()
+    (tmp_path / image_panels.NAME).write_text(json.dumps(vars(replace(good(), **wrong))))
+    assert image_panels.read_panels(tmp_path) is None
+    (tmp_path / image_panels.NAME).write_text("[1, 2")
+    assert image_panels.read_panels(tmp_path) is None and image_panels.read_panels(tmp_path / "none") is None
 
 
-def test_names_of_strangers_are_text(tmp_path):
+def test_untrusted_names_are_escaped(tmp_path):
     bad = '"><script>alert(1)</script>'
     folder = a_run(tmp_path)
     found = replace(good(), names=[bad, "b"], odd={bad: good().odd["a"]})
-    (folder / pictures.NAME).write_text(json.dumps(vars(found)))
+    (folder / image_panels.NAME).write_text(json.dumps(vars(found)))
     write_skipped(folder / "skipped.csv", [(bad, bad)])
-    page = html_report.write(folder).read_text()
+    page = report_page.write(folder).read_text()
     assert "<script" not in page and str(escape(bad)) in page
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)[1]
     assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -234,7 +233,7 @@ def test_names_of_strangers_are_text(tmp_path):
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
-def test_a_browser_shows_it(finished, tmp_path):
+def test_a_browser_shows_the_page(finished, tmp_path):
     browser = os.environ.get("UPSTEP_FAST_CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip("no Chromium here (set UPSTEP_FAST_CHROMIUM to one)")
@@ -244,5 +243,5 @@ def test_a_browser_shows_it(finished, tmp_path):
     subprocess.run([browser, *flags, url], check=True, timeout=120, cwd=tmp_path)
     pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
     assert pixels.shape[:2] == (3000, 1180)
-    # thumbnails are drawn: many colours that the page's own palette does not have
+    # thumbnails are drawn: many colors that the page's own palette does not have
     assert len(np.unique(pixels.reshape(-1, 3) // 32, axis=0)) > 60

@@ -1,4 +1,4 @@
-"""metrics.jsonl keeps the schema that docs/reference.md promises."""
+"""metrics.jsonl follows the schema in docs/reference.md."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ def test_rows_of_finetune_fit_too(model, tmp_path):
     from upstep_fast.cli.commands import main
 
     for part in ("train", "test"):
-        for name, colour in (("red", (200, 0, 0)), ("blue", (0, 0, 200))):
+        for name, color in (("red", (200, 0, 0)), ("blue", (0, 0, 200))):
             (tmp_path / "labelled" / part / name).mkdir(parents=True)
             for i in range(6):
-                Image.new("RGB", (32, 32), colour).save(tmp_path / "labelled" / part / name / f"{i}.png")
+                Image.new("RGB", (32, 32), color).save(tmp_path / "labelled" / part / name / f"{i}.png")
     paths = ["--data", str(tmp_path / "labelled"), "--out", str(tmp_path / "out")]
     more = ["--epochs", "2", "--batch-size", "4", "--device", "cpu"]
     with pytest.raises(SystemExit) as stop:

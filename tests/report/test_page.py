@@ -1,4 +1,4 @@
-"""The report: what it shows is what the run wrote, and no text of a run can be more than text."""
+"""The report: its numbers are those that the run wrote, and every text is escaped."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ from upstep_fast.data.loading.skipped import write_skipped
 from upstep_fast.errors import ConfigError, Interrupted
 from upstep_fast.report import accuracy, charts, logs
 from upstep_fast.report import metrics as report
-from upstep_fast.report import page as html_report
+from upstep_fast.report import page as report_page
 from upstep_fast.report.charts import Line
 from upstep_fast.report.next_steps import embed_command, next_steps
 from upstep_fast.report.run_record import number, read_record
@@ -45,7 +45,7 @@ HOSTILE = (
 
 @pytest.fixture(autouse=True)
 def own_logger():
-    """The commands set the package's logger up for the process; here every test has it bare."""
+    """Reset the package's logger, which the commands configure for the process."""
     logger = logging.getLogger("upstep_fast")
     before = logger.handlers[:], logger.level, logger.propagate
     logger.handlers[:], logger.propagate = [], True
@@ -54,7 +54,7 @@ def own_logger():
 
 
 class Page(HTMLParser):
-    """Every element, attribute and text; asserts that what is opened is closed, in order."""
+    """Elements, attributes and texts of a page; asserts that every element is closed, in order."""
 
     def __init__(self, source):
         super().__init__()
@@ -124,14 +124,14 @@ def make_run(folder, rows, *, skipped=(), scores=None, log="", **options):
 
 
 def page_of(folder):
-    return Page(html_report.write(folder).read_text(encoding="utf-8"))
+    return Page(report_page.write(folder).read_text(encoding="utf-8"))
 
 
 def check_harmless(page):
     assert not {"script", "img", "iframe", "link", "object", "a", "form"} & set(page.tags)
     names = {name for name, _ in page.attributes}
     assert not {name for name in names if name.startswith("on")} and not {"src", "srcset", "style"} & names
-    # thumbnails alone: their own bytes, or another's by its number
+    # only thumbnails: their bytes, or a reference by number
     for name, value in page.attributes:
         assert name != "href" or re.fullmatch(r"#t\d+|data:image/webp;base64,[A-Za-z0-9+/=]+", value)
 
@@ -166,16 +166,16 @@ def test_nothing_is_loaded_or_run_and_names_are_only_text(tmp_path):
         model=HOSTILE[1],
         data=HOSTILE,
     )
-    source = html_report.write(folder).read_text(encoding="utf-8")
+    source = report_page.write(folder).read_text(encoding="utf-8")
     page = Page(source)
     check_harmless(page)
     assert "Content-Security-Policy" in source and "default-src 'none'" in source
     assert not re.search(r"https?://|url\(|@import", source)
     for name in HOSTILE[:4]:
         assert [name, name] in page.rows
-    # what would turn a line around or hide is spelt out
+    # characters that reverse or hide text are replaced by their codes
     assert all(c.isprintable() or c == "\n" for c in page.text) and "\\u{202e}" in page.text
-    check_harmless(Page(html_report.comparison_page([read_record(folder)] * 2)))
+    check_harmless(Page(report_page.comparison_page([read_record(folder)] * 2)))
 
 
 @pytest.mark.parametrize(
@@ -297,19 +297,19 @@ def test_command_errors(tmp_path, capsys):
         ReportConfig(dirs=())
 
 
-def test_written_after_a_run_however_it_ends(tmp_path, caplog):
+def test_the_report_is_written_however_the_run_ends(tmp_path, caplog):
     folder = make_run(tmp_path / "run", [row(0)], steps=9)
     for error in (Interrupted("stopped"), ValueError("first"), KeyboardInterrupt()):
-        with pytest.raises(type(error)) as caught, html_report.written_after(folder):
+        with pytest.raises(type(error)) as caught, report_page.written_after(folder):
             raise error
         assert caught.value is error and (folder / "report.html").exists()
         (folder / "report.html").unlink()
-    # a page that cannot be made is said, and hides neither an error nor a success
+    # a failure to write the page is logged, and hides neither an error nor a success
     (folder / "config.toml").unlink()
     with caplog.at_level(logging.WARNING, logger="upstep_fast"):
-        with pytest.raises(ValueError, match="first"), html_report.written_after(folder):
+        with pytest.raises(ValueError, match="first"), report_page.written_after(folder):
             raise ValueError("first")
-        with html_report.written_after(folder):
+        with report_page.written_after(folder):
             pass
     assert caplog.text.count("report: not written") == 2
 
@@ -330,7 +330,7 @@ def test_train_log_has_messages_and_the_error_that_ended_the_run(tmp_path):
     assert "not this" not in path.read_text() and not any(isinstance(h, logging.FileHandler) for h in log.handlers)
 
 
-def test_a_full_disk_does_not_speak_through_the_log(capsys):
+def test_the_log_ignores_a_full_disk(capsys):
     with logs.train_log("/dev/full"):
         logging.getLogger("upstep_fast").error("x" * 100_000)
     assert "Logging error" not in capsys.readouterr().err
@@ -341,7 +341,7 @@ def test_tensorboard_holds_what_metrics_jsonl_holds(tmp_path):
     with report.Metrics(tmp_path / "metrics.jsonl", tensorboard=True) as metrics:
         for i in range(3):
             metrics.write(row(i, loss=None if i == 1 else math.nan if i == 2 else 5.5))
-    # as a run that was killed after two steps and goes on
+    # as a run that was killed after two steps and resumed
     with report.Metrics(tmp_path / "metrics.jsonl", 2, tensorboard=True) as metrics:
         metrics.write(row(2, loss=4.5))
     events = accumulator.EventAccumulator(str(tmp_path)).Reload()
@@ -350,7 +350,7 @@ def test_tensorboard_holds_what_metrics_jsonl_holds(tmp_path):
     assert "bad" not in events.Tags()["scalars"] and "step" not in events.Tags()["scalars"]
 
 
-def test_tensorboard_that_is_not_there_is_said_before_the_run(monkeypatch):
+def test_missing_tensorboard_is_reported_before_the_run(monkeypatch):
     from upstep_fast.config import training as config
 
     monkeypatch.setattr(config.importlib.util, "find_spec", lambda name: None)
@@ -454,7 +454,7 @@ def test_a_run_that_fails_keeps_its_error_and_has_a_report(options, monkeypatch)
     page = Page((out / "report.html").read_text(encoding="utf-8"))
     assert "not finished" in page.texts and page.tiles["steps"] == "2 of 4" and "the first error" in page.text
     assert "ERROR MemoryError: the first error" in (out / "train.log").read_text()
-    # and where no page can be made, the error is still the first one
-    monkeypatch.setattr(html_report, "write", lambda folder: 1 / 0)
+    # and if the page cannot be rendered, the run's error is still raised
+    monkeypatch.setattr(report_page, "write", lambda folder: 1 / 0)
     with pytest.raises(MemoryError, match="the first error"):
         upstep_fast.adapt(**options, overwrite=True)

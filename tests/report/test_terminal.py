@@ -1,4 +1,4 @@
-"""What a person, a pipe and a CI job see: colours on terminals only, nothing but results when quiet."""
+"""Output to terminals, pipes and CI jobs: colors on terminals only, nothing but results with --quiet."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 FAST = "--steps 3 --batch-size 8 --prototypes 8 --head-hidden 32 --head-dim 16 --device cpu --precision fp32"
-COLOUR = re.compile(rb"\x1b\[[0-9;]*(?:3[0-7]|4[0-7]|9[0-7])[0-9;]*m")
+COLOR = re.compile(rb"\x1b\[[0-9;]*(?:3[0-7]|4[0-7]|9[0-7])[0-9;]*m")
 ERASE = b"\x1b[2K"  # a line is drawn again: the bar moves
 MESSAGES = ("INFO", "step 3/3")
 
 
 @pytest.fixture
 def adapt(model, photos, tmp_path):
-    """Arguments of a short run, with one log line a step."""
+    """Arguments of a short run with one log line per step."""
     return ["adapt", "--model", model, "--data", photos, "--out", tmp_path / "out", "--log-every", "1", *FAST.split()]
 
 
@@ -38,7 +38,7 @@ def on_pipes(cwd: Path, *args, **more: str) -> tuple[int, str, str]:
 
 
 def on_a_terminal(cwd: Path, *args, **more: str) -> tuple[int, bytes]:
-    """Exit code and everything that came out of a pseudo-terminal."""
+    """Return the exit code and the output of a command on a pseudo-terminal."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         command(*args), cwd=cwd, env=environment(**more), stdin=theirs, stdout=theirs, stderr=theirs
@@ -65,15 +65,15 @@ def test_a_pipe_gets_plain_lines(adapt, tmp_path):
     assert "adapter:" in out and "step 1/3" not in out
 
 
-def test_a_terminal_gets_colours_and_a_bar(adapt, tmp_path):
+def test_a_terminal_gets_colors_and_a_bar(adapt, tmp_path):
     code, seen = on_a_terminal(tmp_path, *adapt)
-    assert code == 0 and COLOUR.search(seen) and ERASE in seen
+    assert code == 0 and COLOR.search(seen) and ERASE in seen
     assert b"step 3/3" not in seen
 
 
-def test_no_color_keeps_the_bar_without_colours(adapt, tmp_path):
+def test_no_color_keeps_the_bar_without_colors(adapt, tmp_path):
     code, seen = on_a_terminal(tmp_path, *adapt, NO_COLOR="1")
-    assert code == 0 and not COLOUR.search(seen) and ERASE in seen
+    assert code == 0 and not COLOR.search(seen) and ERASE in seen
 
 
 def test_plain_on_a_terminal(adapt, tmp_path):
@@ -104,8 +104,8 @@ def test_quiet_does_not_hide_errors_and_warnings(adapt, tmp_path):
 @pytest.mark.parametrize("args", [["adapt", "--help"], ["adapt", "--lr", "fast"]], ids=["help", "usage error"])
 def test_help_and_usage_errors_follow_the_same_rules(tmp_path, args):
     code, seen = on_a_terminal(tmp_path, *args)
-    assert code == (0 if "--help" in args else 2) and COLOUR.search(seen)
-    assert not COLOUR.search(on_a_terminal(tmp_path, *args, NO_COLOR="1")[1])
+    assert code == (0 if "--help" in args else 2) and COLOR.search(seen)
+    assert not COLOR.search(on_a_terminal(tmp_path, *args, NO_COLOR="1")[1])
     for flags, more in ((["--plain"], {}), ([], {"TERM": "dumb"})):
         assert b"\x1b" not in on_a_terminal(tmp_path, *args, *flags, **more)[1]
     assert "\x1b" not in "".join(on_pipes(tmp_path, *args)[1:])

@@ -21,15 +21,15 @@ def next_steps(record: Record) -> list[tuple[str, str]]:
         command = ["upstep-fast", "adapt", "--config", str(out / "config.toml"), "--resume"]
         return [(f"The run stopped after {done:,} of {steps:,} steps. Continue:", shlex.join(command)), *_hints(record)]
     model, adapter, scores = _model(record.config), ["--adapter", str(out / "adapter")], str(out / "eval.json")
-    found = []
+    suggestions = []
     if record.scores is None:
         reason = "Measure the accuracy, if you have labeled images as train/CLASS/… and test/CLASS/…:"
         command = ["upstep-fast", "eval", *model, "--data", "LABELED_FOLDER", *adapter, "--json", scores]
-        found.append((reason, f"{shlex.join(command)}\n{shlex.join(['upstep-fast', 'report', str(out)])}"))
+        suggestions.append((reason, f"{shlex.join(command)}\n{shlex.join(['upstep-fast', 'report', str(out)])}"))
     export = ["upstep-fast", "export", *model, *adapter, "--format", "timm", "--out", str(out / "exported")]
-    found.append(("Write the features of your images:", embed_command(record.config, out)))
-    found.append(("Export the adapted model for timm:", shlex.join(export)))
-    return found + _hints(record)
+    suggestions.append(("Write the features of your images:", embed_command(record.config, out)))
+    suggestions.append(("Export the adapted model for timm:", shlex.join(export)))
+    return suggestions + _hints(record)
 
 
 def embed_command(config: Mapping[str, Any], out: Path) -> str:

@@ -137,7 +137,7 @@ def _accuracies(record: Record) -> dict[str, str]:
 
 def _time_shares(record: Record) -> dict[str, Any] | None:
     shares = time_shares(record)
-    names = {"data": "waiting for images", "gaps": "between these"}
+    names = {"data": "waiting for images", "gaps": "other"}
     labels = [f"{names.get(label, label)} {100 * share:.1f} %" for label, share in shares.items()]
     return {"chart": Markup(share_bar(list(shares.items()))), "labels": labels} if shares else None
 
@@ -160,11 +160,11 @@ def _charts(records: Sequence[Record], names: Sequence[str]) -> list[tuple[str, 
     """Return (title, unit, chart) of the metrics over steps, one line per run."""
 
     def lines(column: str, factor: float = 1.0) -> list[Line]:
-        found = []
+        curves = []
         for name, record in zip(names, records, strict=True):
             steps = [float(row["step"]) for row in record.rows]
-            found.append(Line(name, steps, [None if v is None else factor * v for v in record.column(column)]))
-        return found
+            curves.append(Line(name, steps, [None if v is None else factor * v for v in record.column(column)]))
+        return curves
 
     skipped = [(float(row["step"]), row.get("open") is False) for row in records[0].rows] if len(records) == 1 else []
     strip = " Strip: steps skipped by the gate." if any(is_skipped for _, is_skipped in skipped) else ""

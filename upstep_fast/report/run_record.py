@@ -80,22 +80,22 @@ def read_config(folder: Path) -> dict[str, Any]:
 def summary(record: Record) -> dict[str, str]:
     """Return the outcome of a run as label -> text; the numbers are those of metrics.jsonl."""
     rows, batch = record.rows, number(record.config.get("batch_size"))
-    found = {
+    tiles = {
         "steps": f"{len(rows):,}" + (f" of {record.steps:,}" if record.steps else ""),
         "steps with an update": f"{updates(record):,}",
     }
     if batch:
-        found["images seen"] = f"{len(rows) * batch:,.0f}"
+        tiles["images seen"] = f"{len(rows) * batch:,.0f}"
     for label, name in (("loss", "loss"), ("center length", "center")):
         if values := [v for v in record.column(name) if v is not None]:
-            found[f"{label}, first and last"] = f"{values[0]:.4g} → {values[-1]:.4g}"
+            tiles[f"{label}, first and last"] = f"{values[0]:.4g} → {values[-1]:.4g}"
     if rates := [v for v in record.column("images_per_s") if v is not None]:
         rate = statistics.median(rates)
-        found["images/s, median"] = f"{rate:,.0f}" if rate >= 1000 else f"{rate:.4g}"
+        tiles["images/s, median"] = f"{rate:,.0f}" if rate >= 1000 else f"{rate:.4g}"
     if (share := waiting_share(record)) is not None:
-        found["time waiting for images"] = f"{100 * share:.1f} %"
+        tiles["time waiting for images"] = f"{100 * share:.1f} %"
     bad = bad_steps(record)
-    return found | ({"steps not applied (not finite)": f"{bad:,}"} if bad else {})
+    return tiles | ({"steps not applied (not finite)": f"{bad:,}"} if bad else {})
 
 
 def updates(record: Record) -> int:

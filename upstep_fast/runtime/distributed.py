@@ -202,8 +202,8 @@ def agree_on(facts: dict[str, Any]) -> None:
     """Raise ConfigError naming the first of `facts` (nested dicts of JSON types) that differs from rank 0's value."""
     first, *others = gather(facts)
     for number, other in enumerate(others, 1):
-        if found := _difference(first, other):
-            name, here, there = found
+        if difference := _difference(first, other):
+            name, here, there = difference
             raise ConfigError(
                 f"ranks: rank {number} differs from rank 0: {name} is {_short(there)}, rank 0 has {_short(here)}; "
                 "start all ranks with the same command, files and versions"
@@ -281,8 +281,8 @@ def _enter(x: Tensor, num_bytes: int, call: Callable[[], object]) -> None:
 def _difference(a: Any, b: Any, name: str = "") -> tuple[str, Any, Any] | None:
     if isinstance(a, dict) and isinstance(b, dict):
         for key in a | b:
-            if found := _difference(a.get(key), b.get(key), f"{name}.{key}".lstrip(".")):
-                return found
+            if difference := _difference(a.get(key), b.get(key), f"{name}.{key}".lstrip(".")):
+                return difference
         return None
     return None if a == b else (name, a, b)
 
