@@ -27,6 +27,7 @@ from upstep_fast.cli import benchmark
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.flat import from_flat
 from upstep_fast.config.tools import BenchConfig
+from upstep_fast.data.views.types import Views
 from upstep_fast.model import backbone
 from upstep_fast.runtime import machine, timing
 from upstep_fast.runtime.device import Compute, resolve
@@ -104,7 +105,7 @@ def step_rows(options: dict[str, Any], skipped: float, compute: Compute, runs: i
         )
         loaded = backbone.load(options["model"], img_size=options["img_size"], pretrained=False)
         state = fresh_state(config, compute, loaded)
-        views = torch.randn(2, config.optimization.batch_size, 3, *loaded.img_size, device=compute.device)
+        views = Views.of(torch.randn(2, config.optimization.batch_size, 3, *loaded.img_size, device=compute.device))
         tasks[name] = partial(_steps, state, views, trainer.gate_rule(config), config, compute)
     times = timing.alternate(tasks, compute.device, runs=runs)
     rows = []
@@ -117,7 +118,7 @@ def step_rows(options: dict[str, Any], skipped: float, compute: Compute, runs: i
     return rows
 
 
-def _steps(state: Any, views: torch.Tensor, rule: Any, config: AdaptConfig, compute: Compute) -> None:
+def _steps(state: Any, views: Views, rule: Any, config: AdaptConfig, compute: Compute) -> None:
     for _ in range(STEPS):
         step(state, views, rule, config, compute)
     flush(state)

@@ -9,7 +9,7 @@ from upstep_fast.engine import vit as engine
 from upstep_fast.engine.fold import unsupported_blocks
 from upstep_fast.engine.packing import drop_path_scale, pack, sizes_of, unpack
 from upstep_fast.methods.explora import unfreeze as explora
-from upstep_fast.methods.explora.tokens import Encoder, embed, seen
+from upstep_fast.methods.explora.tokens import Encoder, embed, encode
 from upstep_fast.model import lora
 from upstep_fast.model.pooling import features, pooled
 
@@ -118,7 +118,7 @@ def test_features_and_some_patches_are_those_of_a_pass_over_all_tokens(variant, 
     expected_grads = gradients(vit, expected)
     encoder = Encoder(vit)
     assert encoder.accelerate(torch.float32, memory) is None
-    got = seen(vit, encoder, [embed(vit, x) for x in crops], places)
+    got = encode(vit, encoder, [embed(vit, x) for x in crops], places)
     for ours, theirs in zip(got, expected, strict=True):
         assert relative(ours, theirs) < 1e-5
     for name, gradient in gradients(vit, got).items():

@@ -11,6 +11,7 @@ from engine_models import ROTARY, VARIANTS, gradients, kept_bytes, model, relati
 from timm.layers import DropPath
 
 from upstep_fast.data.loading.loader import Batch
+from upstep_fast.data.views.types import Views
 from upstep_fast.data.views.views import random_views
 from upstep_fast.engine import fold
 from upstep_fast.engine import vit as engine
@@ -331,13 +332,13 @@ def test_upstep_takes_its_views_as_patches_where_nothing_needs_pictures(implemen
     images = [torch.randint(256, (3, 70, 90), dtype=torch.uint8) for _ in range(4)]
     batch = Batch(images, torch.arange(4), 0, 0)
     views = method.views(batch, torch.device("cpu"))
-    pictures = random_views(images, method.recipes[0][0], seed=config.runtime.seed, epoch=0, indices=range(4))
-    assert views.shape == ((2, 4, 64, 3 * 64) if wants else pictures.shape)
-    assert torch.equal(method.images(views), pictures[0])
+    pictures = random_views(images, method.view_configs[0][0], seed=config.runtime.seed, epoch=0, indices=range(4))
+    assert views.pixels.shape == ((2, 4, 64, 3 * 64) if wants else pictures.shape)
+    assert torch.equal(method.first_view(views), pictures[0])
     for passes in (1, 2):
         method.num_microbatches = passes
         z = method.embed(views).z.detach()
-        assert torch.equal(z, method.embed(pictures).z.detach()) and torch.isfinite(z).all()
+        assert torch.equal(z, method.embed(Views.of(pictures)).z.detach()) and torch.isfinite(z).all()
 
 
 @pytest.mark.long

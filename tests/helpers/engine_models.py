@@ -8,6 +8,7 @@ import torch
 import upstep_fast
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.flat import from_flat
+from upstep_fast.data.views.types import Views
 from upstep_fast.engine import vit as engine
 from upstep_fast.model import backbone, lora
 from upstep_fast.model.pooling import features
@@ -133,6 +134,6 @@ def trajectory(implementation, steps, precision="fp32", **options):
     rule, rows = trainer.gate_rule(config), []
     for t in range(steps):
         images = torch.randn(2, 8, 3, 64, 64, generator=torch.Generator().manual_seed(t)).to(compute.device)
-        rows.append(trainer.step(state, images, rule, config, compute))
+        rows.append(trainer.step(state, Views.of(images), rule, config, compute))
     flush(state)
     return rows

@@ -11,7 +11,7 @@ from upstep_fast.config.flat import from_flat
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import ConfigError
 from upstep_fast.methods.upstep.adapter_ema import Average
-from upstep_fast.methods.upstep.upstep import UpStep
+from upstep_fast.methods.upstep.extended import ExtendedUpStep
 from upstep_fast.model import backbone, peft_format
 from upstep_fast.runtime.device import resolve
 from upstep_fast.train import validator
@@ -25,13 +25,13 @@ def options(options):
 
 def states(monkeypatch):
     """The factors after each update, and a look at the method."""
-    found, real = [], UpStep.after_update
+    found, real = [], ExtendedUpStep.after_update
 
     def after_update(self, applied):
         real(self, applied)
         found.append((self, [p.detach().double().clone() for p in self.adapter_parameters()]))
 
-    monkeypatch.setattr(UpStep, "after_update", after_update)
+    monkeypatch.setattr(ExtendedUpStep, "after_update", after_update)
     return found
 
 
@@ -80,8 +80,8 @@ def test_the_run_itself_does_not_change(options, tmp_path):
 
 
 def test_a_step_that_is_not_applied_does_not_count(options, monkeypatch, tmp_path):
-    real, calls = UpStep.loss, iter(range(100))
-    monkeypatch.setattr(UpStep, "loss", lambda *a: real(*a) * (float("nan") if next(calls) == 2 else 1))
+    real, calls = ExtendedUpStep.loss, iter(range(100))
+    monkeypatch.setattr(ExtendedUpStep, "loss", lambda *a: real(*a) * (float("nan") if next(calls) == 2 else 1))
     upstep_fast.adapt(**options, adapter_ema=0.9, gate="none")
     state = load_file(tmp_path / "out/checkpoints/step-00000006/state.safetensors")
     assert state["method.average.updates"].item() == 5

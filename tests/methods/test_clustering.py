@@ -119,8 +119,8 @@ def penalty(form, centre, running=None, base=None, magnitude=0.2):
     return clustering.cvr_penalty(
         form,
         centre,
-        running_centre=zero if running is None else running,
-        base_centre=zero if base is None else base,
+        running_center=zero if running is None else running,
+        base_center=zero if base is None else base,
         running_magnitude=torch.tensor(magnitude),
     ).item()
 
@@ -157,6 +157,6 @@ def test_kmeans_prototypes_find_the_clusters():
     z = F.normalize(
         centres.repeat(50, 1) + 0.05 * torch.randn(300, 6, generator=torch.Generator().manual_seed(0)), dim=-1
     )
-    c = clustering.kmeans_prototypes(z, 12, torch.Generator().manual_seed(0))
+    c = clustering.spherical_kmeans(z, 12, torch.Generator().manual_seed(0))
     assert ((c @ centres.T).max(0).values > 0.98).all()
     torch.testing.assert_close(c.norm(dim=-1), torch.ones(12))

@@ -9,9 +9,10 @@ import torch
 import upstep_fast
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.flat import from_flat
+from upstep_fast.data.views.types import Views
 from upstep_fast.errors import ConfigError
+from upstep_fast.methods import build
 from upstep_fast.methods.losses.distillation import distillation_loss, sharpen
-from upstep_fast.methods.upstep.upstep import UpStep
 from upstep_fast.model import backbone, lora, pooling
 
 
@@ -79,15 +80,15 @@ def options(options):
 @pytest.mark.parametrize("form", ["feature", "relational"])
 def test_the_loss_compares_with_the_base_model_on_the_same_views(options, form):
     config = from_flat(AdaptConfig, **{**options, "data": ("",), "out": ""}, distil=form, distil_weight=0.7)
-    method = UpStep(backbone.load(options["model"]), config, 8)
+    method = build(backbone.load(options["model"]), config)
     method.accelerate(torch.float32)
-    views = torch.randn(2, 6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randn(2, 6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for adapter in method.adapters.values():
             adapter.lora_b.normal_(generator=torch.Generator().manual_seed(1))
-    adapted = pooling.features(method.vit, views.flatten(0, 1))
-    base = pooling.features(backbone.load(options["model"]).vit, views.flatten(0, 1))
-    learning = method.embed(views)
+    adapted = pooling.features(method.vit, pixels.flatten(0, 1))
+    base = pooling.features(backbone.load(options["model"]).vit, pixels.flatten(0, 1))
+    learning = method.embed(Views.of(pixels))
     with_penalty = method.loss(learning)
     method.config = from_flat(AdaptConfig, **{**options, "data": ("",), "out": ""})
     expected = 0.7 * distillation_loss(form, adapted, base, 0.1)
@@ -95,7 +96,7 @@ def test_the_loss_compares_with_the_base_model_on_the_same_views(options, form):
     assert (with_penalty - method.loss(learning)).item() == pytest.approx(expected.item(), rel=1e-3)
     with_penalty.backward()
     # what the engine held for the backward pass is still the adapted model
-    again = method.embed(views)
+    again = method.embed(Views.of(pixels))
     again_gradient = torch.autograd.grad(method.loss(again) + expected.detach(), method.adapter_parameters()[0])
     assert all(g.isfinite().all() for g in again_gradient)
 

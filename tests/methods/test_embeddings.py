@@ -1,11 +1,11 @@
-"""Unit embeddings and their centre, and what several ranks make of theirs."""
+"""Unit embeddings and their center, and what several ranks make of theirs."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from upstep_fast.kernels import _dispatch as dispatch
-from upstep_fast.methods.embeddings import embedded
+from upstep_fast.methods.embeddings import unit_embeddings
 
 
 @pytest.mark.parametrize("implementation", [None, "reference"])
@@ -15,18 +15,18 @@ def test_values_and_gradients_are_the_formulas(views, dtype, implementation):
     u = (3 * torch.randn(views, 7, 12)).to(dtype).requires_grad_()
     weights = torch.randn(views, 7, 12)
     with dispatch.forced(implementation):
-        found = embedded(u)
-        ((found.z * weights).sum() + found.centre.square().sum()).backward()
-    assert found.z.dtype == found.centre.dtype == found.magnitudes.dtype == torch.float32
+        found = unit_embeddings(u)
+        ((found.z * weights).sum() + found.center.square().sum()).backward()
+    assert found.z.dtype == found.center.dtype == found.magnitudes.dtype == torch.float32
     wide = u.detach().double().requires_grad_()
     z = F.normalize(wide, dim=-1)
-    centre = z.mean((0, 1))
-    ((z * weights).sum() + centre.square().sum()).backward()
-    of_views = z.mean(1).norm(dim=-1)
+    center = z.mean((0, 1))
+    ((z * weights).sum() + center.square().sum()).backward()
+    view_lengths = z.mean(1).norm(dim=-1)
     for ours, theirs in (
         (found.z, z),
-        (found.centre, centre),
-        (found.magnitudes, torch.cat([centre.norm()[None], of_views])),
+        (found.center, center),
+        (found.magnitudes, torch.cat([center.norm()[None], view_lengths])),
         (found.local_stats, torch.cat([z.sum(1).flatten(), z.new_tensor([7.0])])),
     ):
         torch.testing.assert_close(ours.detach().double(), theirs.detach(), rtol=1e-6, atol=1e-6)
@@ -35,8 +35,8 @@ def test_values_and_gradients_are_the_formulas(views, dtype, implementation):
 
 def test_the_centre_of_two_ranks_is_that_of_all_images():
     u = torch.randn(2, 8, 5)
-    parts = [embedded(part) for part in u.chunk(2, dim=1)]
-    whole, sums = embedded(u), sum(part.local_stats for part in parts)
+    parts = [unit_embeddings(part) for part in u.chunk(2, dim=1)]
+    whole, stats = unit_embeddings(u), sum(part.local_stats for part in parts)
     for part in parts:
-        torch.testing.assert_close(part.with_global_stats(sums).centre, whole.centre)
-        torch.testing.assert_close(part.with_global_stats(sums).magnitudes, whole.magnitudes)
+        torch.testing.assert_close(part.with_global_stats(stats).center, whole.center)
+        torch.testing.assert_close(part.with_global_stats(stats).magnitudes, whole.magnitudes)

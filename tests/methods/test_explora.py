@@ -26,7 +26,8 @@ from upstep_fast.methods.explora import crops as explora_crops
 from upstep_fast.methods.explora import tokens as explora_tokens
 from upstep_fast.methods.explora import unfreeze as explora
 from upstep_fast.methods.explora.dinov2 import ExploraDinov2
-from upstep_fast.methods.explora.mae import Decoder, ExploraMae
+from upstep_fast.methods.explora.mae import ExploraMae
+from upstep_fast.methods.explora.mae_decoder import Decoder
 from upstep_fast.model import backbone, lora, peft_format, pooling
 from upstep_fast.model.export import export
 from upstep_fast.model.lora import LoraSpec
@@ -213,12 +214,12 @@ def test_masks_are_rectangles_of_the_wanted_share_and_depend_on_names_alone(opti
     assert np.mean(shares) > 17
     assert explora_tokens.block_mask((8, 8), 0, np.random.default_rng(0)).sum() == 0
     one, again = (state.method.views(a_batch(), CPU.device) for _ in range(2))
-    assert torch.equal(one.masked, again.masked) and torch.equal(one.whole, again.whole)
+    assert torch.equal(one.masked, again.masked) and torch.equal(one.pixels, again.pixels)
     half = state.method.views(a_batch(4), CPU.device)
     assert torch.equal(half.masked, one.masked[:, :4]) and torch.equal(half.local, one.local[:, :4])
     masks = [explora_crops.mask(state.method.config, state.method.grid, 0, index, 0) for index in range(400)]
     of_crop = one.masked.flatten(0, 1)
-    assert one.places.tolist() == of_crop.flatten().nonzero().flatten().tolist()
+    assert one.indices.tolist() == of_crop.flatten().nonzero().flatten().tolist()
     assert one.weights.sum().item() == pytest.approx(of_crop.any(1).sum().item())
     assert 0.4 < np.mean([mask.any() for mask in masks]) < 0.6
 
@@ -229,13 +230,13 @@ def test_masked_patches_are_not_seen(options):
     crops = state.method.views(a_batch(), CPU.device)
     view, image, patch = crops.masked.nonzero()[0].tolist()
     row, column = 8 * (patch // 4), 8 * (patch % 4)
-    changed = crops.whole.clone()
+    changed = crops.pixels.clone()
     changed[view, image, :, row : row + 8, column : column + 8] += 5
     with torch.no_grad():
-        before, after = (state.method.embed(replace(crops, whole=x)) for x in (crops.whole, changed))
-        assert torch.equal(before.of_crops, after.of_crops)
-        seen = replace(crops, whole=changed, masked=torch.zeros_like(crops.masked))
-        assert not torch.equal(state.method.embed(seen).of_crops, after.of_crops)
+        before, after = (state.method.embed(replace(crops, pixels=x)) for x in (crops.pixels, changed))
+        assert torch.equal(before.extras.features, after.extras.features)
+        seen = replace(crops, pixels=changed, masked=torch.zeros_like(crops.masked))
+        assert not torch.equal(state.method.embed(seen).extras.features, after.extras.features)
 
 
 def test_the_mae_encoder_sees_the_shown_patches_alone(options):
@@ -243,11 +244,11 @@ def test_the_mae_encoder_sees_the_shown_patches_alone(options):
     views = state.method.views(a_batch(), CPU.device)
     with torch.no_grad():
         before = state.method.embed(views)
-        changed = views.crops.clone()
-        patch = before.hidden[0].nonzero()[0].item()
+        changed = views.pixels.clone()
+        patch = before.extras.masked[0].nonzero()[0].item()
         changed[0, 0, :, 8 * (patch // 4) : 8 * (patch // 4) + 8, 8 * (patch % 4) : 8 * (patch % 4) + 8] *= -1
-        after = state.method.embed(type(views)(changed, views.noise))
-        assert before.tokens.shape[1] == 1 + 4 and torch.equal(before.tokens, after.tokens)
+        after = state.method.embed(replace(views, pixels=changed))
+        assert before.extras.tokens.shape[1] == 1 + 4 and torch.equal(before.extras.tokens, after.extras.tokens)
         assert not torch.equal(state.method.loss(before), state.method.loss(after))
 
 
@@ -308,15 +309,15 @@ def test_centres_follow_the_teachers_mean_scores(options):
     _, state = state_of(options, centring="softmax", mask_probability=1.0)
     method = state.method
     crops = method.views(a_batch(), CPU.device)
-    tokens = backbone_tokens(method.teacher, crops.whole.flatten(0, 1))
+    tokens = backbone_tokens(method.teacher, crops.pixels.flatten(0, 1))
     of_class = method.teacher_head(pooling.pooled(method.teacher, tokens)).mean(0)
     of_patch = method.teacher_head(tokens[:, 1:][crops.masked.flatten(0, 1)]).mean(0)
     for applied, share in ((False, 0.0), (True, 0.1), (True, 0.19)):
         method.loss(method.embed(crops))
         method.momentum = 1.0  # the teacher stands still
         method.after_update(torch.tensor(applied))
-        assert torch.allclose(method.class_centre, share * of_class, atol=1e-5)
-        assert torch.allclose(method.patch_centre, share * of_patch, atol=1e-5)
+        assert torch.allclose(method.class_center, share * of_class, atol=1e-5)
+        assert torch.allclose(method.patch_center, share * of_patch, atol=1e-5)
 
 
 def backbone_tokens(vit, images):

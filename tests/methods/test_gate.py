@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from upstep_fast.methods.gate import GateRule, GateState, choose_images, decide, known_ahead
+from upstep_fast.methods.gate import GateRule, GateState, decide, known_ahead, select_images
 
 
 def simulate(rule: GateRule, drift: float = 0.0, steps: int = 4000, noise: float = 0.01) -> list[bool]:
@@ -185,16 +185,16 @@ def test_state_round_trips_through_json():
 
 def test_images_that_add_least_or_most_to_the_centre_learn():
     added = torch.tensor([0.3, -0.2, 0.9, 0.1, 0.5, 0.0])
-    assert choose_images("quantile", added, 0.5, "low", 0, 0).tolist() == [1, 3, 5]
-    assert choose_images("quantile", added, 0.5, "high", 0, 0).tolist() == [0, 2, 4]
-    assert choose_images("quantile", added, 1.0, "low", 0, 0).tolist() == list(range(6))
-    assert choose_images("quantile", added, 0.0, "low", 0, 0).tolist() == [1]
+    assert select_images("quantile", added, 0.5, "low", 0, 0).tolist() == [1, 3, 5]
+    assert select_images("quantile", added, 0.5, "high", 0, 0).tolist() == [0, 2, 4]
+    assert select_images("quantile", added, 1.0, "low", 0, 0).tolist() == list(range(6))
+    assert select_images("quantile", added, 0.0, "low", 0, 0).tolist() == [1]
 
 
 def test_a_random_choice_of_images_depends_on_seed_and_step_and_leaves_none_out():
-    draws = [choose_images("random", torch.zeros(10), 0.4, "low", 0, step) for step in range(500)]
-    again = choose_images("random", torch.rand(10), 0.4, "high", 0, 7)
-    assert draws[7].tolist() == again.tolist() != choose_images("random", torch.zeros(10), 0.4, "low", 1, 7).tolist()
+    draws = [select_images("random", torch.zeros(10), 0.4, "low", 0, step) for step in range(500)]
+    again = select_images("random", torch.rand(10), 0.4, "high", 0, 7)
+    assert draws[7].tolist() == again.tolist() != select_images("random", torch.zeros(10), 0.4, "low", 1, 7).tolist()
     counts = torch.bincount(torch.cat(draws), minlength=10)
     assert all(len(set(d.tolist())) == 4 for d in draws)
     # 200 of 500 expected, one standard deviation is 11

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from upstep_fast.methods.explora.mae import sincos_positions
+from upstep_fast.methods.explora.mae_decoder import sincos_positions
 from upstep_fast.methods.losses import mae
 
 
@@ -36,7 +36,7 @@ def test_the_loss_by_hand():
 
 def test_targets_without_normalisation_are_the_pixels():
     x = images(1, 1, 4, 4)
-    assert torch.equal(mae.pixel_targets(x, (2, 2), normalise=False), mae.patchify(x, (2, 2)))
+    assert torch.equal(mae.pixel_targets(x, (2, 2), normalize=False), mae.patchify(x, (2, 2)))
 
 
 @pytest.mark.parametrize(("patches", "hidden", "shown"), [(196, 0.75, 49), (64, 0.75, 16), (4, 0.9, 1), (4, 0.99, 1)])

@@ -14,8 +14,8 @@ from upstep_fast.config.flat import from_flat
 from upstep_fast.data.loading.loader import Batch
 from upstep_fast.data.views.views import multi_crop
 from upstep_fast.errors import ConfigError
-from upstep_fast.methods.upstep.multicrop import take_any_size
-from upstep_fast.methods.upstep.upstep import UpStep
+from upstep_fast.methods.upstep.dynamic_size import allow_any_size
+from upstep_fast.methods.upstep.extended import ExtendedUpStep
 from upstep_fast.model import backbone, pooling
 
 
@@ -27,7 +27,7 @@ def options(options):
 def build(options, **changes):
     """A method whose adapters are far from the base model, and the views of a batch of six images."""
     config = from_flat(AdaptConfig, **{**options, "data": ("",), "out": "", **changes})
-    method = UpStep(backbone.load(options["model"]), config, 8)
+    method = ExtendedUpStep(backbone.load(options["model"]), config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for adapter in method.adapters.values():
@@ -45,28 +45,28 @@ def cross_entropy(q, z, method):
 
 def test_views_are_global_and_local_crops_that_draw_numbers_of_their_own(options):
     method, views, images = build(options)
-    assert views.whole.shape == (2, 6, 3, 32, 32) and views.local.shape == (3, 6, 3, 16, 16)
-    expected = multi_crop(images, method.recipes, seed=0, epoch=0, indices=range(6))
-    assert torch.equal(views.whole, expected[0]) and torch.equal(views.local, expected[1])
-    assert torch.equal(views.whole, build(options, local_views=0)[1])
-    assert method.recipes[1][0].crop_scale == (0.05, 0.25)
+    assert views.pixels.shape == (2, 6, 3, 32, 32) and views.local.shape == (3, 6, 3, 16, 16)
+    expected = multi_crop(images, method.view_configs, seed=0, epoch=0, indices=range(6))
+    assert torch.equal(views.pixels, expected[0]) and torch.equal(views.local, expected[1])
+    assert torch.equal(views.pixels, build(options, local_views=0)[1].pixels)
+    assert method.view_configs[1][0].crop_scale == (0.05, 0.25)
     assert build(options, local_size=8)[1].local.shape[-2:] == (8, 8)
     some = views[1:, torch.tensor([4, 1])]
-    assert torch.equal(some.whole, views.whole[1:, [4, 1]]) and torch.equal(some.local, views.local[:, [4, 1]])
+    assert torch.equal(some.pixels, views.pixels[1:, [4, 1]]) and torch.equal(some.local, views.local[:, [4, 1]])
 
 
 @pytest.mark.parametrize("layout", ["symmetric", "asymmetric"])
 def test_the_loss_is_the_mean_over_all_pairs_of_a_target_and_another_view(options, layout):
     method, views, _ = build(options, layout=layout, cvr="off")
-    z = [F.normalize(method.head(pooling.features(method.vit, x)), dim=-1) for x in (*views.whole, *views.local)]
+    z = [F.normalize(method.head(pooling.features(method.vit, x)), dim=-1) for x in (*views.pixels, *views.local)]
     if layout == "symmetric":
         learning = method.embed(views)
         loss = method.loss(learning)
-        targets = {v: q.double() for v, q in enumerate(method._targets(learning, scores(method, z[:2]), None, None))}
+        targets = {v: q.double() for v, q in enumerate(method._targets(learning, scores(method, z[:2]), None))}
     else:
         target, learning = method.embed(views[:1]), method.embed(views[1:])
         loss = method.loss(learning, target)
-        targets = {0: method._targets(target, scores(method, z[:1]), None, None)[0].double()}
+        targets = {0: method._targets(target, scores(method, z[:1]), None)[0].double()}
     pairs = [cross_entropy(q, z[w], method) for v, q in targets.items() for w in range(5) if w != v]
     assert loss.item() == pytest.approx(torch.stack(pairs).mean().item(), rel=1e-5)
 
@@ -97,17 +97,19 @@ def test_a_model_of_any_size_is_timms(model):
     x, small = torch.randn(2, 3, 32, 32), torch.randn(2, 3, 16, 24)
     own, dynamic = timm.create_model(model, pretrained=True), timm.create_model(model, True, dynamic_img_size=True)
     before = own.eval().forward_features(x)
-    take_any_size(own, "m")
+    allow_any_size(own, "m")
     assert torch.equal(own.forward_features(x), before)
     assert torch.equal(own.forward_features(small), dynamic.eval().forward_features(small))
     with pytest.raises(ConfigError, match="local_views: m is a Linear"):
-        take_any_size(torch.nn.Linear(1, 1), "m")
+        allow_any_size(torch.nn.Linear(1, 1), "m")
 
 
 def test_closed_steps_do_not_run_them(options, monkeypatch):
     seen = []
-    real = UpStep._with_local
-    monkeypatch.setattr(UpStep, "_with_local", lambda self, *args: (seen.append(len(args[1])), real(self, *args))[1])
+    real = ExtendedUpStep._with_local
+    monkeypatch.setattr(
+        ExtendedUpStep, "_with_local", lambda self, *args: (seen.append(len(args[1])), real(self, *args))[1]
+    )
     upstep_fast.adapt(**options, gate="alternate")
     rows = [json.loads(line) for line in (options["out"] / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 4 and seen == [3] * sum(row["open"] for row in rows) == [3, 3]
@@ -115,9 +117,9 @@ def test_closed_steps_do_not_run_them(options, monkeypatch):
 
 def test_images_that_the_gate_leaves_out_leave_out_their_local_views(options, monkeypatch):
     seen = []
-    real = UpStep._with_local
+    real = ExtendedUpStep._with_local
     monkeypatch.setattr(
-        UpStep, "_with_local", lambda self, *args: (seen.append(args[1].shape[:2]), real(self, *args))[1]
+        ExtendedUpStep, "_with_local", lambda self, *args: (seen.append(args[1].shape[:2]), real(self, *args))[1]
     )
     upstep_fast.adapt(**options, gate="quantile", gate_unit="image", layout="asymmetric", gate_rate=0.25)
     assert seen == [(3, 2)] * 4

@@ -10,12 +10,13 @@ from references.upstep import sinkhorn
 import upstep_fast
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.flat import from_flat
+from upstep_fast.data.views.types import Views
 from upstep_fast.errors import ConfigError
 from upstep_fast.kernels.sinkhorn import sinkhorn as sinkhorn_op
+from upstep_fast.methods import build as build_method
 from upstep_fast.methods import gate
 from upstep_fast.methods.losses import clustering
 from upstep_fast.methods.upstep import upstep
-from upstep_fast.methods.upstep.upstep import UpStep
 from upstep_fast.model import backbone, pooling
 from upstep_fast.runtime.device import resolve
 from upstep_fast.train import loop as trainer
@@ -31,7 +32,7 @@ def options(options):
 def build(options, **changes):
     """A method whose adapters are far from the base model."""
     config = from_flat(AdaptConfig, **{**options, "data": ("",), "out": "", **changes})
-    method = UpStep(backbone.load(options["model"]), config, 8)
+    method = build_method(backbone.load(options["model"]), config)
     with torch.no_grad():
         for adapter in method.adapters.values():
             adapter.lora_b.normal_(generator=torch.Generator().manual_seed(1))
@@ -81,7 +82,7 @@ def test_targets_are_balanced_over_the_queue_and_the_loss_is_the_batchs(options)
     method = build(options, queue=20)
     queue = F.normalize(draw(2, 20, 16, seed=3), dim=-1)
     method.queue.copy_(queue)
-    learning = method.embed(draw(2, 6, 3, 32, 32))
+    learning = method.embed(Views.of(draw(2, 6, 3, 32, 32)))
     q, prototypes = assigned(learning.z.detach(), method, queue)
     assert method.loss(learning).item() == pytest.approx(swapped(learning.z, q, prototypes).item(), rel=1e-5)
     alone, _ = assigned(learning.z.detach(), method)
@@ -96,13 +97,13 @@ def test_the_queue_starts_full_and_takes_in_what_made_targets_on_open_steps(opti
     state = fresh_state(config, compute := resolve("cpu", "fp32"), backbone.load(options["model"]))
     method, views = state.method, 2 if layout == "symmetric" else 1
     assert method.needs_init
-    first = [draw(2, 8, 3, 32, 32, seed=seed) for seed in (0, 1)]
+    first = [Views.of(draw(2, 8, 3, 32, 32, seed=seed)) for seed in (0, 1)]
     method.initialize_from_data(iter(first))
     with torch.no_grad():
         z = torch.cat([method.embed(x).z for x in first], 1)
     torch.testing.assert_close(method.queue, z[:views, :10])
     for number in range(3):  # open, closed, open
-        before, x = method.queue.clone(), draw(2, 4, 3, 32, 32, seed=10 + number)
+        before, x = method.queue.clone(), Views.of(draw(2, 4, 3, 32, 32, seed=10 + number))
         with torch.no_grad():
             z = method.embed(x).z[:views]
         row = steps.step(state, x, trainer.gate_rule(config), config, compute)
@@ -120,14 +121,14 @@ def test_a_small_data_set_shortens_the_queue(options, caplog):
 @pytest.mark.parametrize("layout", ["symmetric", "asymmetric"])
 def test_targets_of_the_base_model_are_mixed_in_early(options, layout):
     method = build(options, base_targets=0.5, steps=8, layout=layout)
-    base_vit, views = backbone.load(options["model"]).vit, draw(2, 6, 3, 32, 32)
+    base_vit, views = backbone.load(options["model"]).vit, Views.of(draw(2, 6, 3, 32, 32))
     optimizer = torch.optim.SGD(method.adapter_parameters(), lr=0.0)
     losses = []
     for step, share in ((0, 1.0), (1, 0.75), (3, 0.25), (4, 0.0), (7, 0.0)):
         method.schedule(optimizer, step)
         assert method.base_share == share
         with torch.no_grad():
-            f = pooling.features(base_vit, views.flatten(0, 1))
+            f = pooling.features(base_vit, views.pixels.flatten(0, 1))
             base = F.normalize(method.head(f), dim=-1).view(2, 6, -1)
         both = method.embed(views)
         z = both.z.detach()
@@ -152,8 +153,8 @@ def test_disagreement_of_equal_orthogonal_and_opposite_views():
 
 def test_the_loss_as_statistic_is_the_clustering_loss(options):
     method = build(options, gate_statistic="loss", gate="ema")
-    learning = method.embed(draw(2, 6, 3, 32, 32))
-    found = learning.with_global_stats(learning.local_stats)
+    learning = method.embed(Views.of(draw(2, 6, 3, 32, 32)))
+    found = method.with_global_stats(learning, learning.local_stats)
     q, prototypes = assigned(learning.z.detach(), method)
     assert found.magnitudes.shape == (4,) and not found.magnitudes.requires_grad
     assert found.magnitudes[3].item() == pytest.approx(swapped(learning.z, q, prototypes).item(), rel=1e-5)
@@ -199,7 +200,7 @@ def test_wrong_values_are_one_line(options):
 
 @pytest.mark.parametrize(("form", "power"), [("sq", 2), ("norm", 1)])
 def test_the_penalty_on_features_is_on_their_mean(options, form, power):
-    views = draw(2, 6, 3, 32, 32)
+    views = Views.of(draw(2, 6, 3, 32, 32))
 
     def loss(**changes):
         method = build(options, **changes)
@@ -207,7 +208,7 @@ def test_the_penalty_on_features_is_on_their_mean(options, form, power):
 
     plain, method = loss(cvr="off")
     found, penalised = loss(cvr=form, cvr_on="features", cvr_weight=2.0)
-    f = F.normalize(pooling.features(method.vit, views.flatten(0, 1)).double(), dim=-1)
+    f = F.normalize(pooling.features(method.vit, views.pixels.flatten(0, 1)).double(), dim=-1)
     assert (found - plain).item() == pytest.approx(2 * f.mean(0).norm().item() ** power, rel=1e-4)
     head = [
         torch.autograd.grad(x, list(m.head.parameters()), retain_graph=True)

@@ -25,6 +25,7 @@ from upstep_fast.data.labelled import video
 from upstep_fast.data.labelled.splits import held_out, train_and_test
 from upstep_fast.errors import ConfigError, DataError, Interrupted, RunFailedError
 from upstep_fast.methods.supervised.baselines import Baseline, layer_of, parameter_groups, set_drop_path
+from upstep_fast.methods.trainable import trained
 from upstep_fast.model import backbone as backbones
 from upstep_fast.model import lora, peft_format
 from upstep_fast.runtime.device import resolve
@@ -107,7 +108,7 @@ def test_a_run_learns_and_what_it_writes_can_be_loaded(options, labelled, tmp_pa
     # loaded again it gives what was measured
     net = upstep_fast.load_finetuned(result.model)
     assert net.classes == tuple(COLORS) and not net.training
-    count = sum(p.numel() for name, p in finetuned.trained(build(options, method)).items())
+    count = sum(p.numel() for name, p in trained(build(options, method)).items())
     assert count == figures["trainable_parameters"]
     config = from_flat(FinetuneConfig, **{**options, **more, "data": (str(labelled),), "out": "o", "json": None})
     one, (_, test) = backbones.load(options["model"]), train_and_test(config.data.paths, "finetune")
@@ -124,7 +125,7 @@ def build(options, method="losa", **more):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_only_what_the_method_names_learns(options, method):
-    learning = set(finetuned.trained(build(options, method)))
+    learning = set(trained(build(options, method)))
     assert {"head.weight", "head.bias"} <= learning
     others = learning - {"head.weight", "head.bias"}
     if method == "linear":
@@ -148,14 +149,14 @@ def test_the_best_epoch_by_the_held_out_part_is_kept(options, tmp_path, monkeypa
     remember = finetuning.State.remember
 
     def spy(state, accuracy):
-        at_epoch[state.epoch] = {n: p.detach().clone() for n, p in finetuned.trained(state.model).items()}
+        at_epoch[state.epoch] = {n: p.detach().clone() for n, p in trained(state.model).items()}
         remember(state, accuracy)
 
     monkeypatch.setattr(finetuning, "top1", measured)
     monkeypatch.setattr(finetuning.State, "remember", spy)
     result = upstep_fast.finetune(**{**options, "epochs": 9}, patience=2)
     assert (result.epochs, result.best_epoch) == (4, 1)
-    saved = finetuned.trained(upstep_fast.load_finetuned(result.model).requires_grad_(True))
+    saved = trained(upstep_fast.load_finetuned(result.model).requires_grad_(True))
     for name, value in at_epoch[1].items():
         assert torch.equal(saved[name], value)
     assert any(not torch.equal(at_epoch[1][name], at_epoch[3][name]) for name in at_epoch[1])

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.flat import from_flat
+from upstep_fast.data.views.types import Views
 from upstep_fast.model import backbone
 from upstep_fast.runtime.device import resolve
 from upstep_fast.train import loop as trainer
@@ -68,7 +69,7 @@ def build(model, **changes):
 @pytest.mark.parametrize("cvr", ["sq", "ema"])
 def test_a_step_waits_once(model, layout, rule, cvr):
     config, compute, state = build(model, layout=layout, gate=rule, cvr=cvr, clip=1.0)
-    images = torch.randn(2, 8, 3, 32, 32)
+    images = Views.of(torch.randn(2, 8, 3, 32, 32))
     for _ in range(4):
         assert waits(lambda: step(state, images, trainer.gate_rule(config), config, compute)) == ["tolist"]
     assert state.gate.num_updates and state.pending is not None
@@ -85,7 +86,7 @@ def test_a_wait_is_seen():
 
 def test_what_a_step_tells_comes_with_the_next(model):
     config, compute, state = build(model)
-    images, rule = torch.randn(2, 8, 3, 32, 32), trainer.gate_rule(config)
+    images, rule = Views.of(torch.randn(2, 8, 3, 32, 32)), trainer.gate_rule(config)
     first = step(state, images, rule, config, compute)
     assert first["open"] and first["loss"] is None and first["center"] is None
     step(state, images, rule, config, compute)

@@ -11,6 +11,7 @@ import upstep_fast
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.flat import from_flat
 from upstep_fast.config.resolve import resolve as resolve_length
+from upstep_fast.data.views.types import Views
 from upstep_fast.errors import CheckFailedError, ConfigError, Interrupted, RunFailedError
 from upstep_fast.methods import gate, registry
 from upstep_fast.methods.schedules import warmup_cosine
@@ -99,7 +100,7 @@ def test_every_gate_runs(options, tmp_path, rule):
 
 def build(options, **extra):
     config = from_flat(AdaptConfig, **{**options, "data": ("d",), "out": "o", **extra})
-    method = UpStep(backbone.load(options["model"]), config, config.objective.prototypes)
+    method = UpStep(backbone.load(options["model"]), config)
     return config, method
 
 
@@ -138,9 +139,9 @@ def test_a_closed_step_keeps_no_graph(options, layout):
     compute = resolve("cpu", "fp32")
     state = fresh_state(config, compute, backbone.load(config.model.name))
     state.gate = gate.GateState(step=1, reference=-1.0)
-    images = torch.randn(2, 4, 3, 32, 32)
+    images = Views.of(torch.randn(2, 4, 3, 32, 32))
     is_open, learning, _, _ = steps.forward(state, images, gate.GateRule("ema"), config, compute)
-    assert not is_open and not learning.z.requires_grad and not learning.centre.requires_grad
+    assert not is_open and not learning.z.requires_grad and not learning.center.requires_grad
     is_open, learning, target, _ = steps.forward(state, images, gate.GateRule("none"), config, compute)
     assert is_open and learning.z.requires_grad
     assert (target is None) == (layout == "symmetric") and (target is None or not target.z.requires_grad)
@@ -152,7 +153,7 @@ def test_a_gate_known_ahead_runs_its_skipped_steps_without_gradients(options):
     state = fresh_state(config, compute, backbone.load(config.model.name))
     method, real = state.method, state.method.embed
     method.embed = lambda views: (recorded.append(torch.is_grad_enabled()), real(views))[1]
-    images = torch.randn(2, 4, 3, 32, 32)
+    images = Views.of(torch.randn(2, 4, 3, 32, 32))
     for _ in range(4):
         *_, state.gate = steps.forward(state, images, gate.GateRule("alternate"), config, compute)
     assert recorded == [True, False, True, False]
@@ -292,8 +293,8 @@ def test_the_engine_sees_every_step_of_the_optimizer(options, monkeypatch):
 
     def embed(self, views):
         found = real(self, views)
-        pictures = torch.cat([self.images(view[None]) for view in views])
-        plain = self.head(pooling.features(self.vit, pictures)).view(*views.shape[:2], -1)
+        pictures = torch.cat([self.first_view(views[v : v + 1]) for v in range(2)])
+        plain = self.head(pooling.features(self.vit, pictures)).view(2, views.num_images, -1)
         differences.append((found.z - torch.nn.functional.normalize(plain, dim=-1)).abs().max().item())
         return found
 

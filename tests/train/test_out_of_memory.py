@@ -9,6 +9,7 @@ from torch import nn
 import upstep_fast
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.flat import from_flat
+from upstep_fast.data.views.types import Views
 from upstep_fast.errors import Interrupted, RunFailedError
 from upstep_fast.methods import gate
 from upstep_fast.methods.microbatch import in_microbatches
@@ -175,7 +176,7 @@ def test_an_update_is_that_of_the_mean_gradient_of_its_open_steps(options, monke
     """Oracle: autograd's gradients of each batch alone, at the weights before the update."""
     config, compute, state = build(options, accumulate=3, gate="none", clip=0.0)
     rule, learned = trainer.gate_rule(config), {n: p for n, p in state.method.named_parameters() if p.requires_grad}
-    batches = torch.randn(3, 2, 8, 3, 32, 32)
+    batches = [Views.of(pixels) for pixels in torch.randn(3, 2, 8, 3, 32, 32)]
     wanted = {}
     for images in batches:
         loss = state.method.loss(state.method.embed(images))
@@ -200,7 +201,7 @@ def test_an_update_is_that_of_the_mean_gradient_of_its_open_steps(options, monke
 
 def test_closed_and_bad_steps_do_not_count_towards_an_update(options, monkeypatch):
     config, compute, state = build(options, accumulate=2, gate="alternate")
-    rule, images = trainer.gate_rule(config), torch.randn(2, 8, 3, 32, 32)
+    rule, images = trainer.gate_rule(config), Views.of(torch.randn(2, 8, 3, 32, 32))
     real, count = UpStep.loss, iter(range(100))
     monkeypatch.setattr(UpStep, "loss", lambda self, *a: real(self, *a) * (float("nan") if next(count) == 1 else 1))
     rows = [step.step(state, images, rule, config, compute) for _ in range(6)]

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upstep_fast.methods.losses.clustering import kmeans_prototypes
+from upstep_fast.methods.losses.clustering import spherical_kmeans
 
 NEIGHBORS = 10  # of the overlaps
 # DRIFT: the weight whose predictions rank the study's adapters best on both sets. CLEARLY_WORSE: 1.5 times the lowest
@@ -96,7 +96,7 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
 
 def clusters(x: Tensor, num: int, seed: int) -> Tensor:
     """Return clusters by spherical k-means from a random start, [N] int64 in 0 .. num - 1. num: at most N."""
-    centers = kmeans_prototypes(x.float(), num, torch.Generator().manual_seed(seed))
+    centers = spherical_kmeans(x.float(), num, torch.Generator().manual_seed(seed))
     return (x.float() @ centers.T).argmax(1)
 
 

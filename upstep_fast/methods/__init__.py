@@ -1,6 +1,7 @@
-"""What is learned; one package a method."""
+"""Adaptation methods; one package each."""
 
-from upstep_fast.methods.method import Embeddings, Method
+from upstep_fast.methods.embeddings import Embeddings
+from upstep_fast.methods.method import Method
 from upstep_fast.methods.registry import build
 
 __all__ = ["Embeddings", "Method", "build"]

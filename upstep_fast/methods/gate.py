@@ -1,6 +1,6 @@
 """Update this step or skip it: a pure rule and its state.
 
-The rule compares m, the magnitude of the batch's centre vector, with a reference (METHODS 1.6: the paper's own rule
+The rule compares m, the magnitude of the batch's center vector, with a reference (METHODS 1.6: the paper's own rule
 is not published; these are our readings of it). With update_when "low" a step is open where m does not exceed the
 reference, with "high" where it does not fall below.
 
@@ -54,7 +54,7 @@ class GateRule(GateConfig):
     """The configured rule with its seed and experimental variants."""
 
     seed: int = 0
-    unit: Literal["step", "image"] = "step"  # image: every step is open, choose_images says for whom
+    unit: Literal["step", "image"] = "step"  # image: every step is open, select_images says for whom
     statistic: Literal["center", "loss", "disagreement"] = "center"  # what stands for m
 
     @property
@@ -90,7 +90,7 @@ class GateState:
 def decide(rule: GateRule, state: GateState, views: Sequence[float]) -> tuple[bool, GateState]:
     """Whether this step is open, and the state after it.
 
-    views: the centre's magnitude over the whole batch, followed by that of each view where the rule is "views", and
+    views: the center's magnitude over the whole batch, followed by that of each view where the rule is "views", and
     by the rule's statistic where that is another.
     """
     m = views[0] if rule.statistic == "center" else views[-1]
@@ -114,7 +114,7 @@ def known_ahead(rule: GateRule, state: GateState) -> bool | None:
     return decide(rule, state, (0.0,))[0]
 
 
-def choose_images(
+def select_images(
     rule: Rule, added: Tensor, rate: float, update_when: Literal["low", "high"], seed: int, step: int
 ) -> Tensor:
     """The gate on images instead of steps: a fraction `rate` of a batch learns, at least one image.

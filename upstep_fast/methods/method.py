@@ -1,14 +1,23 @@
-"""The protocol between a method and the training loop."""
+"""The base class of adaptation methods: the interface between a method and the training loop."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.data.views.types import Views
+from upstep_fast.data.views.view_config import ViewConfig
+from upstep_fast.kernels.patchify import unpatchify_reference
+from upstep_fast.methods import trainable
+from upstep_fast.methods.embeddings import Embeddings
+from upstep_fast.methods.schedules import warmup_cosine
+from upstep_fast.model import lora
 from upstep_fast.model.lora import LoraLinear
 
 if TYPE_CHECKING:
@@ -16,99 +25,112 @@ if TYPE_CHECKING:
     from upstep_fast.engine.block import Memory
 
 
-class Embeddings(Protocol):
-    """What `embed` returns: enough for the gate and the metrics, and what `loss` wants of it."""
-
-    @property
-    def magnitudes(self) -> Tensor:
-        """[1 + V] fp32, detached: the centre's magnitude, then that of each view's centre."""
-
-    @property
-    def local_stats(self) -> Tensor:
-        """[n] fp32, detached: what the gate's statistics are made of, of this rank; to be summed over the ranks."""
-
-    def with_global_stats(self, stats: Tensor) -> Any:
-        """The same with the statistics of all ranks' images. Losses are means over the ranks."""
-
-    def detach(self) -> Any:
-        """The same without gradients, for a step that is skipped."""
-
-
-class Method(Protocol):
-    """An nn.Module that holds the adapted model and all that training changes. In the order of one step:
+class Method(nn.Module, ABC):
+    """The adapted model with all that training changes. Calls in the order of one step:
 
     `schedule`, `views`, `embed`, the gate; on an update step `loss`, backward, the optimizer, `after_update`;
-    `update_running_stats`.
+    `update_running_stats`. The defaults are those of a method without running values, teacher or data-dependent init.
+
+    config: of the run. view_configs: the kinds of views, the global ones first, and the number of each.
     """
 
     vit: Any
-    adapters: dict[str, LoraLinear]
-    num_microbatches: int  # of the model over a batch; more take less memory and give the same result (microbatch.py)
+    adapters: dict[str, LoraLinear]  # by module name
+    embedding_dim: int  # d of `Embeddings.z`
+    num_microbatches: int  # of a batch's forward pass; more need less memory, with equal results (microbatch.py)
+    names_on_disk: ClassVar[dict[str, str]] = {}  # tensors of a checkpoint whose attribute has another name
 
-    def to(self, device: torch.device) -> Self:
-        """Move everything to the device."""
+    def __init__(self, config: AdaptConfig, view_configs: list[tuple[ViewConfig, int]]):
+        super().__init__()
+        self.config, self.view_configs, self.num_microbatches = config, view_configs, 1
+        self.patch_size, self.view_dtype = 0, torch.float32  # of views laid out as patches; 0: images
 
+    @abstractmethod
     def accelerate(self, dtype: torch.dtype, memory: Memory = "fast", fp8: bool = False) -> None:
-        """Run what it can on the engine from now on; called once, on the device."""
+        """Run the backbone on the engine in `dtype`, where the engine can. Called once, on the final device."""
 
     @property
     def needs_init(self) -> bool:
-        """Whether `initialize_from_data` must see views of the data before the first step."""
+        """True if `initialize_from_data` must see views of the data before the first step."""
+        return False
 
-    def initialize_from_data(self, views: Iterable[Any]) -> None:
-        """Set what is computed once."""
+    def initialize_from_data(self, views: Iterable[Views]) -> None:
+        """Compute what depends on the data and is fixed from then on. views: of some batches."""
 
     def schedule(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Set the learning rates and whatever else depends on the step; group 0 has the rate that is reported."""
+        """Set the learning rates, and whatever else depends on the step; group 0 has the rate that is logged."""
+        run = self.config.optimization
+        for group in optimizer.param_groups:
+            group["lr"] = run.lr * warmup_cosine(step, run.num_steps, run.warmup)
 
-    def views(self, batch: Batch, device: torch.device) -> Any:
-        """The views of a batch that `embed` wants, drawn from (seed, epoch, index) alone."""
+    @abstractmethod
+    def views(self, batch: Batch, device: torch.device) -> Views:
+        """Return the views of a batch that `embed` takes, a function of (seed, epoch, index) alone."""
 
     @property
-    def min_side(self) -> int | None:
+    def min_side(self) -> int:
         """Pixels that `views` needs of an image's sides; larger JPEGs may be decoded at a fraction of their size."""
+        return max(config.min_side for config, _ in self.view_configs)
 
-    def images(self, views: Any) -> Tensor:
-        """Of these views one per image, [B, C, H, W], for a look at the features."""
+    def first_view(self, views: Views) -> Tensor:
+        """Return the first view of each image as an image, [B, C, H, W] in fp32."""
+        if not views.is_patches:
+            return views.pixels[0]
+        return unpatchify_reference(views.pixels[0], self.patch_size, views.height, views.width, torch.float32)
 
-    def embed(self, views: Any) -> Any:
-        """The forward pass that the gate looks at: an `Embeddings`."""
+    @abstractmethod
+    def embed(self, views: Views) -> Embeddings[Any]:
+        """Run the forward pass that the gate and `loss` look at."""
 
-    def num_stats(self, views: int) -> int:
-        """The length of `Embeddings.local_stats` for so many views."""
+    def num_stats(self, num_views: int) -> int:
+        """Return the length of `Embeddings.local_stats` for `num_views` views."""
+        return num_views * self.embedding_dim + 1
 
-    def loss(self, student: Any, teacher: Any = None) -> Tensor:
-        """The objective of an open step, a scalar in fp32; of several ranks, the mean over them is the whole's."""
+    def with_global_stats(self, embeddings: Embeddings[Any], stats: Tensor) -> Embeddings[Any]:
+        """Return `embeddings` with the statistics of all ranks' images. stats: `local_stats` summed over the ranks."""
+        return embeddings.with_global_stats(stats)
+
+    @abstractmethod
+    def loss(self, student: Embeddings[Any], teacher: Embeddings[Any] | None = None) -> Tensor:
+        """Return the objective of an update step, a scalar in fp32. The mean over the ranks is the whole batch's."""
 
     def metrics(self) -> dict[str, Any]:
-        """More numbers of the last `loss` for metrics.jsonl: Python's, or scalars on the device, which can wait."""
+        """Return more metrics of the last `loss`: numbers, or scalars on the device, which are read later."""
+        return {}
 
     def after_update(self, applied: Tensor) -> None:
-        """Called after a step of the optimizer. applied: bool scalar on the device, False if no weight moved."""
+        """Follow a step of the optimizer. applied: bool scalar on the device, False if no weight changed."""
 
-    def update_running_stats(self, embedded: Any) -> None:
-        """Called at the end of every step, skipped ones and those that are not finite too."""
+    def update_running_stats(self, embeddings: Embeddings[Any]) -> None:
+        """Update running values at the end of every step, skipped and non-finite ones included."""
 
     def collapsed(self, row: dict[str, Any]) -> str | None:
-        """A word on why features tell images no longer apart, if so; row: the step's, with `center` and figures."""
+        """Return the reason if the features have collapsed, else None. row: metrics of the step."""
+        return None
 
+    @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """AdamW's groups."""
+        """Return AdamW's parameter groups."""
 
+    @abstractmethod
     def gradient_parts(self) -> list[tuple[list[nn.Parameter], float]]:
-        """What trains, in parts, each with the largest norm of its gradient; 0: not clipped."""
+        """Return the trained parameters in parts, each with the largest norm of its gradient; 0: not clipped."""
 
     def must_receive_grad(self) -> dict[str, nn.Parameter]:
-        """What must have received a gradient by the end, by the name that an error message gives it."""
+        """Return the parameters that must have received a gradient by the end, by their name in error messages."""
+        return trainable.must_receive_grad(self.vit, self.adapters)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds beside the optimizer's moments; they are read and written in place."""
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """As nn.Module."""
+        """Return a checkpoint's tensors besides the optimizer's moments, by name; resuming writes to them in place."""
+        tensors = trainable.trained(self) | dict(self.named_buffers(recurse=False))
+        return {self.names_on_disk.get(name, name): tensor for name, tensor in tensors.items()}
 
     def weights_to_save(self) -> AbstractContextManager[nn.Module]:
-        """Within this context: the model with the weights that `result_files` writes."""
+        """Return a context within which the model that it yields has the weights that `result_files` writes."""
+        return nullcontext(self.vit)
 
     def result_files(self) -> dict[str, bytes]:
-        """The files of the adapter folder, by name."""
+        """Return the files of the adapter folder by name, as PEFT reads them."""
+        with self.weights_to_save() as vit:
+            adapters = self.adapters if vit is self.vit else lora.find(vit)
+            return trainable.result_files(vit, adapters, self.config.model.name, trainable.trained(self.vit))

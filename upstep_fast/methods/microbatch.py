@@ -1,4 +1,4 @@
-"""Gradient caching: a batch that memory does not hold at once, in micro-batches."""
+"""Gradient caching: the forward and backward of a batch that memory does not hold at once, in micro-batches."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from torch.utils.checkpoint import checkpoint
 
 
 def in_microbatches(features: Callable[[Tensor], Tensor], images: Tensor, num_microbatches: int) -> Tensor:
-    """`features(images)`, [B, D], computed in `num_microbatches` parts of the batch.
+    """Return `features(images)`, [N, D], computed in `num_microbatches` parts of the N images.
 
-    The values and gradients are those of one pass; the memory is that of one part.
-
-    The forward passes keep nothing; in backward each part is computed again with what it needs for its gradient
-    (GradCache, Gao et al. 2021). Losses over the whole batch, Sinkhorn's and the centre's, see all of it.
+    Values and gradients are those of one pass, memory is that of one part: the forward passes keep no activations, and
+    backward computes each part again (GradCache, Gao et al. 2021). Losses over the whole batch, as Sinkhorn's and the
+    center's, see all of it.
     """
     if num_microbatches == 1:
         return features(images)

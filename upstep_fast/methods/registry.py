@@ -10,8 +10,9 @@ from upstep_fast.model.backbone import Backbone
 
 
 def build(backbone: Backbone, config: AdaptConfig) -> Method:
-    """The method that the configuration names, on the CPU. Puts its adapters on `backbone`, in place."""
+    """Build the method that the configuration names, on the CPU. Puts its adapters on `backbone`, in place."""
     from upstep_fast.config.explora import Dinov2Config, MaeConfig
+    from upstep_fast.methods.upstep.extended import ExtendedUpStep, has_additions
     from upstep_fast.methods.upstep.upstep import UpStep
 
     if isinstance(config, Dinov2Config):
@@ -22,9 +23,9 @@ def build(backbone: Backbone, config: AdaptConfig) -> Method:
         from upstep_fast.methods.explora.mae import ExploraMae
 
         return ExploraMae(backbone, config)
-    return UpStep(backbone, config, config.objective.prototypes)
+    return ExtendedUpStep(backbone, config) if has_additions(config) else UpStep(backbone, config)
 
 
 def make_optimizer(method: Method, config: AdaptConfig) -> torch.optim.Optimizer:
-    """AdamW over the method's groups."""
+    """Return AdamW over the method's parameter groups."""
     return torch.optim.AdamW(method.parameter_groups(), lr=config.optimization.lr, betas=(0.9, 0.999), fused=True)

@@ -1,4 +1,4 @@
-"""Which parameters train, which must receive a gradient, and the adapter files written from them."""
+"""What of a model trains: adapters or weights, and the adapter files written from them."""
 
 from __future__ import annotations
 
@@ -6,22 +6,46 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from upstep_fast.model import peft_format
-from upstep_fast.model.lora import LoraLinear
+from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.errors import ConfigError
+from upstep_fast.model import lora, peft_format
+from upstep_fast.model.lora import LoraLinear, LoraSpec
+
+
+def prepare(vit: nn.Module, config: AdaptConfig) -> dict[str, LoraLinear]:
+    """Put adapters on all blocks of `vit` or its last ones, or make every weight train (--tune full), in place.
+
+    Returns the adapters by module name. Raises ConfigError for more blocks than there are.
+    """
+    if config.lora.tune == "full":
+        vit.requires_grad_(True)
+        for name in ("head", "head_dist"):  # a classifier behind the features, which learns nothing here
+            getattr(vit, name, nn.Identity()).requires_grad_(False)
+        return {}
+    depth = len(vit.blocks)  # type: ignore[arg-type]
+    num = depth if config.lora.blocks is None else config.lora.blocks
+    if num > depth:
+        raise ConfigError(f"lora_blocks: got {num}, but {config.model.name} has {depth} blocks")
+    return lora.inject(vit, LoraSpec.from_config(config.lora), leave_out=range(depth - num))
 
 
 def trained(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that train, by name."""
+    """Return the parameters that train, by name."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def decays(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: matrices alone, as DINOv2 and MAE have it."""
+    """Return True if weight decay applies to the parameter: to matrices alone, as in DINOv2 and MAE."""
     return parameter.dim() >= 2 and not name.endswith(("bias", "cls_token", "pos_embed", "mask_token"))
 
 
-def must_receive_grad(vit: nn.Module, adapters: dict[str, LoraLinear]) -> dict[str, nn.Parameter]:
-    """What must receive a gradient: each adapter's B, and all that trains beside the adapters."""
+def by_decay(named: Mapping[str, nn.Parameter]) -> dict[bool, list[nn.Parameter]]:
+    """Split parameters into those with weight decay (True) and those without (False)."""
+    return {d: [p for name, p in named.items() if decays(name, p) == d] for d in (True, False)}
+
+
+def must_receive_grad(vit: nn.Module, adapters: Mapping[str, LoraLinear]) -> dict[str, nn.Parameter]:
+    """Return what must receive a gradient: each adapter's B, and all that trains besides the adapters."""
     others = {name: p for name, p in trained(vit).items() if not name.endswith(("lora_a", "lora_b"))}
     return {name: adapter.lora_b for name, adapter in adapters.items()} | others
 
@@ -29,9 +53,9 @@ def must_receive_grad(vit: nn.Module, adapters: dict[str, LoraLinear]) -> dict[s
 def result_files(
     vit: nn.Module, adapters: Mapping[str, LoraLinear], base_model: str, names: Iterable[str]
 ) -> dict[str, bytes]:
-    """The adapter folder: LoRA, the modules that were trained whole, and bare parameters in a file of their own.
+    """Return the adapter folder: LoRA, the fully trained modules, and bare parameters in a file of their own.
 
-    names: of the trained parameters, those of the adapters too.
+    names: of the trained parameters, those of the adapters included.
     """
     fully_trained = sorted(name for name in names if not name.endswith(("lora_a", "lora_b")))
     parameters = {name: vit.get_parameter(name) for name in fully_trained}

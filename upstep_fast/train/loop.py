@@ -95,7 +95,7 @@ def _finish(
     """Check the adapter, put the best one in its place and scale it. Raises CheckFailedError, RunFailedError."""
     distributed.limit_wait(distributed.START_SECONDS)
     with state.method.weights_to_save():
-        check_adapter(state, state.method.images(next(loader).views), compute, out)
+        check_adapter(state, state.method.first_view(next(loader).views), compute, out)
     with output.writing(out):
         validator.settle()
         apply_strength(config, validator.gain, out / "adapter", len(state.method.vit.blocks))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import torch
 
 from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.data.views.types import Views
 from upstep_fast.errors import RunFailedError
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime.device import Compute
@@ -25,7 +25,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
-def halve_microbatch(state: RunState, views: Any, config: AdaptConfig, compute: Compute) -> None:
+def halve_microbatch(state: RunState, views: Views, config: AdaptConfig, compute: Compute) -> None:
     """Double the number of micro-batches. Collective.
 
     Raises RunFailedError without --auto-batch, or where a micro-batch is a single view already.
@@ -33,7 +33,7 @@ def halve_microbatch(state: RunState, views: Any, config: AdaptConfig, compute: 
     method = state.method
     if compute.device.type == "cuda":
         torch.cuda.empty_cache()
-    if not config.memory.auto_batch or 2 * method.num_microbatches > 2 * len(method.images(views)):
+    if not config.memory.auto_batch or 2 * method.num_microbatches > 2 * views.num_images:
         raise RunFailedError(explanation(state, views, config, compute))
     method.num_microbatches *= 2
     log.warning(
@@ -43,9 +43,8 @@ def halve_microbatch(state: RunState, views: Any, config: AdaptConfig, compute: 
     )
 
 
-def explanation(state: RunState, views: Any, config: AdaptConfig, compute: Compute) -> str:
+def explanation(state: RunState, views: Views, config: AdaptConfig, compute: Compute) -> str:
     """Return the error message: what did not fit, and the cure."""
-    height, width = state.method.images(views).shape[-2:]
     taken = ""
     if compute.device.type == "cuda":
         total = torch.cuda.get_device_properties(compute.device).total_memory
@@ -61,6 +60,6 @@ def explanation(state: RunState, views: Any, config: AdaptConfig, compute: Compu
     ]
     return (
         f"step {state.step}: out of memory on {compute.device}{taken} with {config.optimization.batch_size} images of "
-        f"{height} x {width}{over}{passes} and --memory {config.memory.level}; {' or '.join(c for c in cures if c)}; "
-        "no step was applied in part"
+        f"{views.height} x {views.width}{over}{passes} and --memory {config.memory.level}; "
+        f"{' or '.join(c for c in cures if c)}; no step was applied in part"
     )

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.data.views.types import Views
 from upstep_fast.errors import RunFailedError
 from upstep_fast.methods import Embeddings, Method
 from upstep_fast.methods import gate as gates
@@ -37,7 +38,7 @@ log = logging.getLogger("upstep_fast")
 
 def step(
     state: RunState,
-    views: Any,
+    views: Views,
     rule: gates.GateRule,
     config: AdaptConfig,
     compute: Compute,
@@ -93,7 +94,7 @@ class _Attempt:
 
 def _attempt(
     state: RunState,
-    views: Any,
+    views: Views,
     rule: gates.GateRule,
     config: AdaptConfig,
     compute: Compute,
@@ -171,7 +172,7 @@ def _seconds(begin: Any, end: Any) -> float:
 
 def forward(
     state: RunState,
-    views: Any,
+    views: Views,
     rule: gates.GateRule,
     config: AdaptConfig,
     compute: Compute,
@@ -184,8 +185,8 @@ def forward(
     """
     method, gate = state.method, state.gate
 
-    def embed(views: Any) -> Embeddings:
-        return _with_global_stats(lambda: method.embed(views), method.num_stats(len(views)), compute, requests)
+    def embed(views: Views) -> Embeddings:
+        return _with_global_stats(method, views, compute, requests)
 
     def decide(embeddings: Embeddings) -> bool:
         nonlocal gate
@@ -198,12 +199,12 @@ def forward(
     return is_open, student, teacher, gate
 
 
-def forward_loss(method: Method, views: Any, config: AdaptConfig) -> Tensor:
+def forward_loss(method: Method, views: Views, config: AdaptConfig) -> Tensor:
     """Return the loss of an update step over the images of one process, a scalar in fp32."""
 
-    def embed(views: Any) -> Embeddings:
+    def embed(views: Views) -> Embeddings:
         embeddings = method.embed(views)
-        return embeddings.with_global_stats(embeddings.local_stats)
+        return method.with_global_stats(embeddings, embeddings.local_stats)
 
     _, student, teacher = _embed(method, views, config, embed, lambda embeddings: True, 0)
     return method.loss(student, teacher)
@@ -211,7 +212,7 @@ def forward_loss(method: Method, views: Any, config: AdaptConfig) -> Tensor:
 
 def _embed(
     method: Method,
-    views: Any,
+    views: Views,
     config: AdaptConfig,
     embed: Callable[[Any], Embeddings],
     decide: Callable[[Embeddings], bool],
@@ -230,8 +231,8 @@ def _embed(
         if not decide(teacher):
             return False, teacher, None
         if config.experimental.gate_unit == "image":
-            teacher = method.choose(teacher, step)  # type: ignore[attr-defined]
-            return True, embed(views[1:, teacher.chosen]), teacher
+            teacher, selected = method.select_images(teacher, step)  # type: ignore[operator]
+            return True, embed(views[1:, selected]), teacher
         return True, embed(views[1:]), teacher
     with torch.set_grad_enabled(with_grad):
         student = embed(views)
@@ -240,20 +241,19 @@ def _embed(
     return False, student.detach(), None  # nothing kept for a backward pass outlives the decision
 
 
-def _with_global_stats(
-    embed: Callable[[], Embeddings], num_stats: int, compute: Compute, requests: StopRequests | None
-) -> Embeddings:
+def _with_global_stats(method: Method, views: Views, compute: Compute, requests: StopRequests | None) -> Embeddings:
     """Return the embeddings with the statistics of all ranks; reduces stop requests and memory flags on the way."""
     local: Embeddings | None = None
+    num_stats = method.num_stats(len(views))
     try:
-        local = embed()
+        local = method.embed(views)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
     if distributed.size() == 1:
         if local is None:
             raise OutOfMemoryError
-        return local.with_global_stats(local.local_stats)
+        return method.with_global_stats(local, local.local_stats)
     stats = torch.zeros(num_stats, device=compute.device) if local is None else local.local_stats
     flags = [*(requests.local_flags() if requests else [0.0] * NUM_FLAGS), float(local is None)]
     reduced = distributed.reduce(torch.cat([stats, stats.new_tensor(flags)]))
@@ -262,7 +262,7 @@ def _with_global_stats(
         requests.set_reduced(flags)
     if num_short or local is None:
         raise OutOfMemoryError
-    return local.with_global_stats(reduced[:num_stats])
+    return method.with_global_stats(local, reduced[:num_stats])
 
 
 def _decide(

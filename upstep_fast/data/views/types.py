@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 from torch.utils import _pytree
@@ -25,10 +25,10 @@ class Views:
     local: Tensor | None = None  # [n, B, C, h, w]
 
     @classmethod
-    def of(cls, pixels: Tensor, local: Tensor | None = None) -> Views:
-        """Return views of pixels [V, B, C, H, W], which have their size."""
+    def of(cls, pixels: Tensor, local: Tensor | None = None, **more: Any) -> Self:
+        """Return views of pixels [V, B, C, H, W], which have their size. more: fields of a subclass."""
         height, width = pixels.shape[-2:]
-        return cls(pixels, height, width, local)
+        return cls(pixels=pixels, height=height, width=width, local=local, **more)
 
     @property
     def num_images(self) -> int:
@@ -49,19 +49,25 @@ class Views:
         local = None if self.local is None else self.local[:, images]
         return dataclasses.replace(self, pixels=self.pixels[key], local=local)
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Views:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """Return the views with `function` applied to each tensor."""
         return _pytree.tree_map(function, self)
 
 
-def _flatten(views: Views) -> tuple[list[Any], Any]:
-    tensors = [views.pixels] if views.local is None else [views.pixels, views.local]
-    return tensors, (views.height, views.width)
+def register_views(cls: type[Views]) -> None:
+    """Make `Views` or a subclass a pytree node: the tensors are its leaves, the other fields its context."""
+
+    def flatten(views: Views) -> tuple[list[Any], Any]:
+        values = {field.name: getattr(views, field.name) for field in dataclasses.fields(views)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        others = {name: value for name, value in values.items() if name not in tensors}
+        return list(tensors.values()), (tuple(tensors), tuple(others.items()))
+
+    def unflatten(tensors: Any, context: Any) -> Views:
+        names, others = context
+        return cls(**dict(zip(names, tensors, strict=True)), **dict(others))
+
+    _pytree.register_pytree_node(cls, flatten, unflatten)
 
 
-def _unflatten(tensors: Any, size: Any) -> Views:
-    pixels, *local = tensors
-    return Views(pixels, *size, *local)
-
-
-_pytree.register_pytree_node(Views, _flatten, _unflatten)
+register_views(Views)

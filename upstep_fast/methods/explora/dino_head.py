@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Head(nn.Module):
-    """[*, D] -> [*, K], cosines against K prototypes of a bottleneck behind an MLP of three layers."""
+    """DINO's head, [*, D] -> [*, K]: an MLP of three layers, a bottleneck, cosines with K prototypes."""
 
     def __init__(self, width: int, hidden: int, bottleneck: int, prototypes: int):
         super().__init__()
@@ -23,14 +23,14 @@ class Head(nn.Module):
         self.prototypes = nn.Parameter(torch.randn(prototypes, bottleneck) / bottleneck**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [*, D] -> scores [*, K], each a cosine."""
+        """Return scores [*, K] of x [*, D], each a cosine."""
         return F.linear(F.normalize(self.mlp(x), dim=-1, eps=1e-6), F.normalize(self.prototypes, dim=-1).to(x.dtype))
 
 
 def scores(head: Head, patch_head: Head | None, classes: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Of class tokens [*, D] and patches [M, D]: [*, K] and [M, K]. A head that serves both runs once."""
+    """Return scores [*, K] and [M, K] of class tokens [*, D] and patches [M, D]. A head for both runs once."""
     if patch_head is not None:
         return head(classes), patch_head(patches)
     flat = classes.flatten(0, -2)
-    of_classes, of_patches = head(torch.cat([flat, patches])).split([len(flat), len(patches)])
-    return of_classes.view(*classes.shape[:-1], -1), of_patches
+    class_scores, patch_scores = head(torch.cat([flat, patches])).split([len(flat), len(patches)])
+    return class_scores.view(*classes.shape[:-1], -1), patch_scores

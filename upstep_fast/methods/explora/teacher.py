@@ -1,4 +1,4 @@
-"""The teacher of DINOv2's objective: a copy of the student that follows it, and shares what is frozen.
+"""The teacher of DINOv2's objective: a moving average of the student that shares its frozen weights.
 
 average of factors:   A, B and all that trains, one by one; the teacher keeps adapters of its own
 average of products:  W + s B A; the teacher has plain matrices instead, since such an average has no factors
@@ -16,30 +16,30 @@ from upstep_fast.methods import trainable
 from upstep_fast.model.lora import LoraLinear
 
 
-def teacher_of(vit: Any, ema: Literal["factors", "products"]) -> Any:
-    """A copy of `vit` with its own adapters and trained parts. Frozen weights are the student's tensors, not copies."""
-    teacher = copied(vit)
+def make_teacher(vit: Any, ema: Literal["factors", "products"]) -> Any:
+    """Copy `vit` with adapters and trained parts of its own. Frozen weights are the student's tensors, not copies."""
+    teacher = copy_module(vit)
     if ema == "products":
-        _give_own_weights(teacher)
+        _replace_adapters(teacher)
     return teacher
 
 
-def copied(module: Any) -> Any:
-    """A copy with what trains copied, and frozen parameters shared."""
+def copy_module(module: Any) -> Any:
+    """Copy a module: its trained parameters are cloned, its frozen ones shared."""
     # by clone: deepcopy gives fake tensors a storage that is not the one they then use (torch 2.15)
-    own = {id(p): nn.Parameter(p.detach().clone()) if p.requires_grad else p for p in module.parameters()}
-    return copy.deepcopy(module, own)
+    memo = {id(p): nn.Parameter(p.detach().clone()) if p.requires_grad else p for p in module.parameters()}
+    return copy.deepcopy(module, memo)
 
 
-def averaged(mine: nn.Module | None, theirs: nn.Module | None) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
-    """(the teacher's, the student's) of all that is averaged one by one in a module and its copy, if there is one."""
-    if mine is not None and theirs is not None:
-        own = dict(mine.named_parameters())
-        yield from ((own[name], p) for name, p in trainable.trained(theirs).items() if name in own)
+def averaged_pairs(teacher: nn.Module | None, student: nn.Module | None) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+    """Yield (the teacher's, the student's) of each parameter that is averaged by itself; nothing without a module."""
+    if teacher is not None and student is not None:
+        averages = dict(teacher.named_parameters())
+        yield from ((averages[name], p) for name, p in trainable.trained(student).items() if name in averages)
 
 
-def _give_own_weights(teacher: nn.Module) -> None:
-    # an average of products is no product of factors: the teacher's adapted matrices become plain ones of its own
+def _replace_adapters(teacher: nn.Module) -> None:
+    """Put plain matrices in the place of the teacher's adapters: an average of products has no factors."""
     for name, module in list(teacher.named_modules()):
         if isinstance(module, LoraLinear):
             linear = copy.copy(module.base)
@@ -49,5 +49,5 @@ def _give_own_weights(teacher: nn.Module) -> None:
 
 
 def own_weights(teacher: nn.Module, adapters: Iterable[str]) -> list[nn.Parameter]:
-    """The matrices that hold an average of products."""
+    """Return the matrices that hold an average of products. adapters: the student's, by name."""
     return [teacher.get_parameter(f"{name}.weight") for name in adapters]

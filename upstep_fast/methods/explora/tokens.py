@@ -22,7 +22,7 @@ from upstep_fast.model.pooling import pooled
 
 
 def positions(vit: Any, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The position embeddings of the prefix tokens [1, P or 0, D] and of a grid of patches [1, N, D].
+    """Return the position embeddings of the prefix tokens [1, P or 0, D] and of a grid of patches [1, N, D].
 
     Another grid than the model's own gets them interpolated, bicubic, as timm does.
     """
@@ -42,24 +42,24 @@ def embed(
     *,
     masked: Tensor | None = None,
     mask_token: Tensor | None = None,
-    keep: Tensor | None = None,
+    visible: Tensor | None = None,
 ) -> Tensor:
-    """What goes into the first block: images [B, C, H, W], of any size -> [B, P + N, D], P prefix tokens.
+    """Embed images [B, C, H, W], of any size, as the first block's input: [B, P + N, D], P prefix tokens.
 
-    masked: [B, N] bool, patches that `mask_token` [D] stands in for. keep: [B, n], the only patches taken, by place.
+    masked: [B, N] bool, patches that `mask_token` [D] replaces. visible: [B, n], indices of the only patches taken.
     """
     patches = vit.patch_embed.proj(images)  # [B, D, down, across]
     x = vit.patch_embed.norm(patches.flatten(2).transpose(1, 2))
     if masked is not None and mask_token is not None:
         x = torch.where(masked[..., None], mask_token.to(x.dtype), x)
-    of_prefix, of_patches = positions(vit, tuple(patches.shape[-2:]))
-    x = x + of_patches
-    if keep is not None:
-        x = x.gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))
+    prefix_positions, patch_positions = positions(vit, tuple(patches.shape[-2:]))
+    x = x + patch_positions
+    if visible is not None:
+        x = x.gather(1, visible[..., None].expand(-1, -1, x.shape[-1]))
     prefix = [token.expand(len(x), -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
     if prefix:
         joined = torch.cat(prefix, 1)
-        x = torch.cat([(joined + of_prefix if of_prefix.shape[1] else joined).to(x.dtype), x], 1)
+        x = torch.cat([(joined + prefix_positions if prefix_positions.shape[1] else joined).to(x.dtype), x], 1)
     return vit.norm_pre(x)
 
 
@@ -71,14 +71,14 @@ class Encoder:
         self._engine: EngineViT | None = None
 
     def accelerate(self, dtype: torch.dtype, memory: Memory, fp8: bool = False) -> str | None:
-        """Folds the frozen blocks for the engine. Returns why it cannot, if it cannot."""
+        """Fold the frozen blocks for the engine. Returns the reason if the engine cannot run them, else None."""
         reason = unsupported_reason(self.vit)
         if reason is None:
             self._engine = build(self.vit, dtype, memory, fp8=fp8)
         return reason
 
     def __call__(self, *groups: Tensor) -> list[Tensor]:
-        """Tokens [B, N, D] of each group -> the same after the final norm.
+        """Run tokens [B, N, D] of each group through the blocks and the final norm; shapes stay.
 
         Groups may differ in B and N: the engine takes all in one pass (engine/packed.py), the plain model one by one.
         """
@@ -87,31 +87,31 @@ class Encoder:
         with torch.autocast(groups[0].device.type, enabled=False):
             return [self.vit.norm(group.float()) for group in self._engine.through_blocks(groups)]
 
-    def some(self, groups: Sequence[Tensor], wanted: Tensor) -> Tensor:
-        """The same, but only the tokens `wanted`, [M] places among those of all groups in order: [M, D]."""
+    def at(self, groups: Sequence[Tensor], indices: Tensor) -> Tensor:
+        """Return the output tokens at `indices`, [M], among those of all groups in order: [M, D]."""
         if self._engine is None:
-            return torch.cat([group.flatten(0, 1) for group in self(*groups)])[wanted]
-        with torch.autocast(wanted.device.type, enabled=False):
-            return self.vit.norm(self._engine.rows_through_blocks(groups, wanted).float())
+            return torch.cat([group.flatten(0, 1) for group in self(*groups)])[indices]
+        with torch.autocast(indices.device.type, enabled=False):
+            return self.vit.norm(self._engine.rows_through_blocks(groups, indices).float())
 
 
-def seen(vit: Any, encoder: Encoder, groups: Sequence[Tensor], places: Tensor) -> tuple[Tensor, Tensor]:
-    """Features [S, D] of the S sequences of all groups, and [M, D] of some patches of the first group.
+def encode(vit: Any, encoder: Encoder, groups: Sequence[Tensor], patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Return features [S, D] of the S sequences of all groups, and tokens [M, D] of some patches of the first group.
 
-    groups: [B, P + N, D] each, as `embed` gives them; places: [M], among the B N patches of the first. Where the
-    features are class tokens, the engine is told that it needs no others.
+    groups: [B, P + N, D] each, as `embed` gives them; patches: [M] indices among the B N patches of the first group.
+    Where the features are class tokens, the engine computes no other tokens of the last block.
     """
     prefix = vit.num_prefix_tokens
     if vit.global_pool != "token" or vit.attn_pool is not None:
         tokens = encoder(*groups)
-        return torch.cat([pooled(vit, group) for group in tokens]), tokens[0][:, prefix:].flatten(0, 1)[places]
-    before, wanted = 0, []
+        return torch.cat([pooled(vit, group) for group in tokens]), tokens[0][:, prefix:].flatten(0, 1)[patches]
+    start, class_tokens = 0, []
     for group in groups:
-        wanted.append(before + group.shape[1] * torch.arange(len(group), device=group.device))
-        before += len(group) * group.shape[1]
-    image = places // (groups[0].shape[1] - prefix)
-    rows = encoder.some(groups, torch.cat([*wanted, places + prefix * (image + 1)]))
-    num_sequences = len(rows) - len(places)
+        class_tokens.append(start + group.shape[1] * torch.arange(len(group), device=group.device))
+        start += len(group) * group.shape[1]
+    image = patches // (groups[0].shape[1] - prefix)
+    rows = encoder.at(groups, torch.cat([*class_tokens, patches + prefix * (image + 1)]))
+    num_sequences = len(rows) - len(patches)
     return pooled(vit, rows[:num_sequences, None]), rows[num_sequences:]
 
 
@@ -119,7 +119,7 @@ MIN_BLOCK, MIN_ASPECT, TRIES = 4, 0.3, 10  # patches; height over width; as DINO
 
 
 def block_mask(grid: tuple[int, int], count: int, random: np.random.Generator) -> np.ndarray:
-    """A mask of at most `count` patches made of rectangles: [down, across] bool (BEiT, Bao et al. 2022)."""
+    """Draw a mask of at most `count` patches made of rectangles: [down, across] bool (BEiT, Bao et al. 2022)."""
     mask = np.zeros(grid, bool)
     left = count
     while left > 0 and (taken := _add_rectangle(mask, left, random)):
@@ -128,6 +128,7 @@ def block_mask(grid: tuple[int, int], count: int, random: np.random.Generator) -
 
 
 def _add_rectangle(mask: np.ndarray, at_most: int, random: np.random.Generator) -> int:
+    """Add a random rectangle to `mask`, in place. Returns the number of patches added; 0 if none fits."""
     down, across = mask.shape
     for _ in range(TRIES):
         area = random.uniform(min(MIN_BLOCK, at_most), at_most)
@@ -136,9 +137,9 @@ def _add_rectangle(mask: np.ndarray, at_most: int, random: np.random.Generator) 
         if h >= down or w >= across:
             continue
         top, left = int(random.integers(down - h + 1)), int(random.integers(across - w + 1))
-        place = mask[top : top + h, left : left + w]
-        fresh = place.size - int(place.sum())
-        if 0 < fresh <= at_most:
-            place[:] = True
-            return fresh
+        rectangle = mask[top : top + h, left : left + w]
+        added = rectangle.size - int(rectangle.sum())
+        if 0 < added <= at_most:
+            rectangle[:] = True
+            return added
     return 0

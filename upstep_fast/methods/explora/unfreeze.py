@@ -1,9 +1,7 @@
-"""ExPLoRA (arXiv 2406.10973): a model goes on with its own pretraining objective on the images of a new domain.
+"""The parts of a model that ExPLoRA trains (arXiv 2406.10973), for both objectives.
 
-    trained: U blocks whole; LoRA on q and v of the others; every norm; the class token; the objective's own heads
-    frozen:  patch embedding and positions (unless asked for), k, the projections and MLPs of the other blocks
-
-What is here serves both objectives (explora_dinov2.py, explora_mae.py): what trains, and what is saved of it.
+trained: U blocks fully; LoRA on q and v of the others; every norm; the class token; the objective's own heads
+frozen:  patch embedding and positions (unless asked for), k, the projections and MLPs of the other blocks
 """
 
 from __future__ import annotations
@@ -28,23 +26,26 @@ log = logging.getLogger("upstep_fast")
 
 
 def unfrozen_blocks(unfreeze: str, depth: int) -> tuple[int, ...]:
-    """The blocks that `unfreeze` names ("last", "first,last", "0,11") in a model of `depth` blocks, sorted."""
-    found = set()
+    """Return the blocks that `unfreeze` names ("last", "first,last", "0,11") in a model of `depth` blocks, sorted.
+
+    Raises ConfigError for a block that is not there, and if no block is left for LoRA.
+    """
+    blocks = set()
     for part in unfreeze.split(","):
         index = {"first": 0, "last": depth - 1}.get(part.strip())
         index = int(part) if index is None else index
         if index >= depth:
             raise ConfigError(f"unfreeze: there is no block {index}; this model has blocks 0 to {depth - 1}")
-        found.add(index)
-    if len(found) == depth:
+        blocks.add(index)
+    if len(blocks) == depth:
         raise ConfigError(f"unfreeze: {unfreeze} leaves no block for LoRA; name fewer of the {depth}")
-    return tuple(sorted(found))
+    return tuple(sorted(blocks))
 
 
 def lora_spec(config: ExploraConfig) -> LoraSpec:
-    """The adapter that this configuration asks for: alpha 1, as the authors' code has it, or r."""
-    preset = {"faithful": 1.0, "customary": float(config.lora.r)}[config.explora.alpha]
-    return LoraSpec.from_config(config.lora, alpha=preset)
+    """Return the adapters that the configuration asks for: alpha 1, as in the authors' code, or the rank."""
+    alpha = {"faithful": 1.0, "customary": float(config.lora.r)}[config.explora.alpha]
+    return LoraSpec.from_config(config.lora, alpha=alpha)
 
 
 def extend(
@@ -56,27 +57,27 @@ def extend(
     patch_embed: bool = False,
     positions: bool = False,
 ) -> dict[str, LoraLinear]:
-    """Freezes `vit`, in place, but for what ExPLoRA trains. Returns the adapters by module name.
+    """Freeze `vit`, in place, except for what ExPLoRA trains. Returns the adapters by module name.
 
-    blocks: trained whole. spec: the adapters on the others; None: none (the published ablation "U = [L], no LoRA").
+    blocks: fully trained. spec: the adapters on the others; None: none (the published ablation "U = [L], no LoRA").
     """
     vit.requires_grad_(False)
     adapters = {} if spec is None else lora.inject(vit, spec, leave_out=blocks)
-    whole: list[Any] = [vit.blocks[index] for index in blocks]  # type: ignore[index]
-    whole += [module for name, module in vit.named_modules() if "norm" in name.rpartition(".")[2]]
+    modules: list[Any] = [vit.blocks[index] for index in blocks]  # type: ignore[index]
+    modules += [module for name, module in vit.named_modules() if "norm" in name.rpartition(".")[2]]
     if patch_embed:
-        whole.append(vit.patch_embed)
-    for module in whole:
+        modules.append(vit.patch_embed)
+    for module in modules:
         module.requires_grad_(True)
     bare = {"cls_token": class_token, "pos_embed": positions}
-    for name, asked in bare.items():
-        if asked and isinstance(parameter := getattr(vit, name, None), nn.Parameter):
+    for name, is_trained in bare.items():
+        if is_trained and isinstance(parameter := getattr(vit, name, None), nn.Parameter):
             parameter.requires_grad_(True)
     return adapters
 
 
 def prepare(backbone: Backbone, config: ExploraConfig) -> dict[str, LoraLinear]:
-    """`extend` as the configuration asks. Raises ConfigError for a model that ExPLoRA's forward pass cannot run."""
+    """Call `extend` as the configuration asks. Raises ConfigError for a model that ExPLoRA cannot run."""
     vit: Any = backbone.vit
     if not isinstance(vit, VisionTransformer):
         kind = type(vit).__name__
@@ -94,7 +95,7 @@ def prepare(backbone: Backbone, config: ExploraConfig) -> dict[str, LoraLinear]:
 
 
 def accelerate(encoder: Encoder, dtype: torch.dtype, memory: Memory, fp8: bool) -> bool:
-    """Run the encoder's frozen blocks on the engine from now on; where it cannot, says why and returns False."""
+    """Run the encoder's frozen blocks on the engine. Returns False, and logs the reason, where the engine cannot."""
     if reason := encoder.accelerate(dtype, memory, fp8):
         log.warning("engine: running the plain model instead, since %s", reason)
         return False

@@ -18,9 +18,9 @@ from torch import Tensor
 EPS = 1e-8  # of KoLeo's distances and norms
 
 
-def softmax_targets(scores: Tensor, centre: Tensor, temperature: float) -> Tensor:
-    """softmax((t - c) / tau): scores [M, K], centre [K] -> [M, K] fp32. Against the trivial answer of one prototype."""
-    return F.softmax((scores.float() - centre) / temperature, dim=-1)
+def softmax_targets(scores: Tensor, center: Tensor, temperature: float) -> Tensor:
+    """softmax((t - c) / tau): scores [M, K], center [K] -> [M, K] fp32. Against the trivial answer of one prototype."""
+    return F.softmax((scores.float() - center) / temperature, dim=-1)
 
 
 def class_token_loss(student: Tensor, targets: Tensor, temperature: float) -> Tensor:

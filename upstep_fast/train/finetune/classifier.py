@@ -24,6 +24,7 @@ from upstep_fast.config.flat import flat, from_flat
 from upstep_fast.errors import ConfigError
 from upstep_fast.methods.supervised.baselines import Baseline
 from upstep_fast.methods.supervised.losa import Losa, LosaSpec
+from upstep_fast.methods.trainable import trained
 from upstep_fast.model import backbone as backbones
 from upstep_fast.model import lora, peft_format
 from upstep_fast.model.backbone import Backbone
@@ -67,11 +68,6 @@ def load_backbone(config: FinetuneConfig) -> Backbone:
         lora.merge(backbone.vit)
         backbone.vit.requires_grad_(False)
     return backbone
-
-
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What is learnt, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def save(folder: Path, tensors: Mapping[str, Tensor], config: FinetuneConfig, classes: tuple[str, ...]) -> None:

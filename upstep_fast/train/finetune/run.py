@@ -32,6 +32,7 @@ from upstep_fast.errors import ConfigError, DataError, Interrupted, RunFailedErr
 from upstep_fast.kernels import _dispatch as dispatch
 from upstep_fast.methods.supervised.baselines import parameter_groups
 from upstep_fast.methods.supervised.losa import Losa
+from upstep_fast.methods.trainable import trained
 from upstep_fast.model import backbone as backbones
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.report.logs import train_log
@@ -173,7 +174,7 @@ def _run(config: FinetuneConfig, compute: Compute, splits: Splits, backbone: Bac
     state = fresh_state(model, config, compute)
     if config.output.resume:
         finetune_state.resume_from(state, out / output.CHECKPOINTS, identity, reader.skipped)
-    count = sum(p.numel() for p in finetuned.trained(model).values())
+    count = sum(p.numel() for p in trained(model).values())
     log.info("%s: %d trainable parameters, %d images", config.method, count, len(splits.learn.y))
     learn, choose = _sources(model, splits, config, compute, reader, out)
     try:
@@ -183,7 +184,7 @@ def _run(config: FinetuneConfig, compute: Compute, splits: Splits, backbone: Bac
             write_skipped(out / "skipped.csv", [*splits.learn.source.problems, *reader.skipped.items()])
     if state.best_tensors:
         with torch.no_grad():
-            for name, parameter in finetuned.trained(model).items():
+            for name, parameter in trained(model).items():
                 parameter.copy_(state.best_tensors[name])
     predicted, truth = predict(model, _in_order(splits.test, reader), compute)
     figures = {
@@ -194,7 +195,7 @@ def _run(config: FinetuneConfig, compute: Compute, splits: Splits, backbone: Bac
         "peak_bytes": peak_bytes(compute.device),
     }
     with output.writing(out):
-        tensors: dict[str, Tensor] = dict(finetuned.trained(model))
+        tensors: dict[str, Tensor] = dict(trained(model))
         finetuned.save(out / MODEL, tensors, config, splits.learn.classes)
         text = (json.dumps(figures, indent=2) + "\n").encode()
         write_atomic(out / RESULT, text)

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from upstep_fast.errors import ConfigError, RunFailedError
+from upstep_fast.methods.trainable import trained
 from upstep_fast.runtime import checkpoint as checkpoints
-from upstep_fast.train.finetune.classifier import trained
 from upstep_fast.train.identity import Identity, check_same, manifest_entries
 from upstep_fast.train.resume import STATE, find_checkpoint, moments, restore_moments
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from upstep_fast.config.finetune import FinetuneConfig
 from upstep_fast.errors import DataError
 from upstep_fast.methods.schedules import warmup_cosine
+from upstep_fast.methods.trainable import trained
 from upstep_fast.runtime.device import Compute
-from upstep_fast.train.finetune.classifier import trained
 from upstep_fast.train.finetune.state import State
 
 
