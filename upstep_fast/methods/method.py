@@ -26,10 +26,11 @@ if TYPE_CHECKING:
 
 
 class Method(nn.Module, ABC):
-    """The adapted model with all that training changes. Calls in the order of one step:
+    """The adapted model with all that training changes.
 
-    `schedule`, `views`, `embed`, the gate; on an update step `loss`, backward, the optimizer, `after_update`;
-    `update_running_stats`. The defaults are those of a method without running values, teacher or data-dependent init.
+    Calls in the order of one step: `schedule`, `views`, `embed`, the gate; on an update step `loss`, backward, the
+    optimizer, `after_update`; `update_running_stats`. The defaults are those of a method without running values,
+    teacher or data-dependent initialization.
 
     config: of the run. view_configs: the kinds of views, the global ones first, and the number of each.
     """

@@ -6,7 +6,7 @@ import math
 
 
 def warmup_cosine(step: int, steps: int, warmup: float) -> float:
-    """Factor on the peak learning rate: linear warm-up, then cosine to 0. Skipped steps advance it too.
+    """Return the factor on the peak learning rate: linear warm-up, then cosine to 0. Skipped steps advance it too.
 
     warmup: a fraction of `steps` below 1, a number of steps from 1 on.
     """
@@ -17,12 +17,12 @@ def warmup_cosine(step: int, steps: int, warmup: float) -> float:
 
 
 def cosine(step: int, steps: int, start: float, end: float) -> float:
-    """From `start` at step 0 to `end` at the last step, by half a cosine."""
+    """Return the value at `step` of half a cosine from `start` at step 0 to `end` at the last step."""
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * step / max(1, steps - 1)))
 
 
 def linear_warmup(step: int, steps: int, warmup: float, start: float, end: float) -> float:
-    """From `start` in a straight line to `end`, which it has from the end of the warm-up on.
+    """Return the value at `step` of a line from `start` to `end`, constant after the warm-up.
 
     warmup: a fraction of `steps` below 1, a number of steps from 1 on.
     """

@@ -19,7 +19,7 @@ class Head(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)  # DINOv2 truncates it at 100 standard deviations
                 nn.init.zeros_(module.bias)
-        # of unit length in use: weight normalisation with its length fixed at 1
+        # of unit length in use: weight normalization with its length fixed at 1
         self.prototypes = nn.Parameter(torch.randn(prototypes, bottleneck) / bottleneck**0.5)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -19,15 +19,18 @@ EPS = 1e-8  # of KoLeo's distances and norms
 
 
 def softmax_targets(scores: Tensor, center: Tensor, temperature: float) -> Tensor:
-    """softmax((t - c) / tau): scores [M, K], center [K] -> [M, K] fp32. Against the trivial answer of one prototype."""
+    """Return softmax((t - c) / tau), [M, K] fp32; centering prevents collapse to one prototype.
+
+    scores: t [M, K]; center: c [K].
+    """
     return F.softmax((scores.float() - center) / temperature, dim=-1)
 
 
 def class_token_loss(student: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """DINO: each of the student's views predicts the targets of every other view.
+    """Compute DINO's loss: each of the student's views predicts the targets of every other view.
 
     student: [V, B, K] scores, its first G views those that made `targets` [G, B, K]. Returns a scalar in fp32: the mean
-    over the V G - G pairs of different views, as DINOv2 weighs global and local crops.
+    over the V G - G pairs of different views, as DINOv2 weights global and local crops.
     """
     log_p = F.log_softmax(student.float() / temperature, dim=-1)
     num_views, num_global = len(student), len(targets)
@@ -38,7 +41,7 @@ def class_token_loss(student: Tensor, targets: Tensor, temperature: float) -> Te
 
 
 def patch_loss(student: Tensor, targets: Tensor, weights: Tensor, num_images: int, temperature: float) -> Tensor:
-    """iBOT, on the masked patches of a batch alone.
+    """Compute iBOT's loss on the masked patches of a batch.
 
     student, targets: [M, K]; weights: [M], 1 / (masked patches of the patch's image). Returns a scalar in fp32: the
     sum over patches over `num_images`, images without a masked patch counted, as DINOv2 does.
@@ -48,7 +51,7 @@ def patch_loss(student: Tensor, targets: Tensor, weights: Tensor, num_images: in
 
 
 def koleo(x: Tensor) -> Tensor:
-    """-mean log of each feature's distance to its nearest neighbour. x: [B, D], B of at least 2; a scalar in fp32."""
+    """Return -mean log of each feature's distance to its nearest neighbor, a scalar in fp32. x: [B, D], B >= 2."""
     with torch.autocast(x.device.type, enabled=False):
         x = F.normalize(x.float(), dim=-1, eps=EPS)
         with torch.no_grad():
@@ -58,5 +61,5 @@ def koleo(x: Tensor) -> Tensor:
 
 
 def entropy(p: Tensor) -> Tensor:
-    """Mean entropy of the rows of p [M, K], as a part of the largest, ln K: 1 says nothing about any image."""
+    """Return the mean entropy of the rows of p [M, K], as a fraction of the largest, ln K; 1: all rows uniform."""
     return torch.special.entr(p).sum(-1).mean() / torch.log(torch.tensor(float(p.shape[-1])))

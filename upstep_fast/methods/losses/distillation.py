@@ -1,13 +1,13 @@
-"""Staying close to the base model: penalties on the distance between adapted and base features of the same views.
+"""Distillation from the base model: penalties on the distance between adapted and base features of the views.
 
     f, g      [N, D]   features of N views by the adapted and by the base model; g carries no gradient
 
     feature      1 - mean_i cos(f_i, g_i)
     relational   mean_i KL( softmax_j cos(g_i, g_j) / T  ||  softmax_j cos(f_i, f_j) / T ),  j over the N - 1 others
 
-The relational form leaves the features free to turn as a whole: only who resembles whom is kept (relational knowledge
-distillation, Park 2019; similarities as distributions, Passalis and Tefas 2018). That either helps UpStep is our
-conjecture, measured in bench/results/quality.md.
+The relational form allows a rotation of all features: it only keeps similarities (relational knowledge distillation,
+Park 2019; similarities as distributions, Passalis and Tefas 2018). Ours, not the paper's; measured in
+bench/results/quality.md.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Distil = Literal["off", "feature", "relational"]
 
 
 def distillation_loss(form: Distil, adapted: Tensor, base: Tensor, temperature: float) -> Tensor:
-    """The penalty, a scalar in fp32. adapted: [N, D] with gradient; base: [N, D]; of any length; N of at least 2."""
+    """Compute the penalty, a scalar in fp32. adapted: [N, D] with gradient; base: [N, D]; N of at least 2."""
     f, g = F.normalize(adapted.float(), dim=-1), F.normalize(base.detach().float(), dim=-1)
     if form == "feature":
         return 1 - (f * g).sum(-1).mean()
@@ -32,12 +32,12 @@ def distillation_loss(form: Distil, adapted: Tensor, base: Tensor, temperature: 
 
 
 def _of_others(x: Tensor) -> Tensor:
-    """[N, N] without its diagonal: [N, N - 1]. Of a mask only the device would know how many values it leaves."""
+    """Remove the diagonal of [N, N]: [N, N - 1]. By shape, since a mask would make the host wait for the device."""
     return x.flatten()[1:].view(len(x) - 1, len(x) + 1)[:, :-1].reshape(len(x), -1)
 
 
 def sharpen(targets: Tensor, power: float) -> Tensor:
-    """q^power over its sum, row by row (the target sharpening of MSN, Assran 2022, with T = 1 / power). q: [..., K]."""
+    """Return q^power over its sum, row by row (target sharpening of MSN, Assran 2022, T = 1 / power). q: [..., K]."""
     if power == 1:
         return targets
     raised = targets**power

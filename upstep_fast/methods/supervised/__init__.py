@@ -1,1 +1,1 @@
-"""Methods that learn from labels: LoSA and the baselines beside it."""
+"""Methods that learn from labels: LoSA and the baselines."""

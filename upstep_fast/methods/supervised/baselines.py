@@ -1,4 +1,4 @@
-"""The baselines of supervised fine-tuning: a linear layer on frozen features, LoRA in the backbone, all of it.
+"""Baselines of supervised fine-tuning: a linear layer on frozen features, LoRA, or full fine-tuning.
 
     logits = head(features(image))              linear: features fixed; lora: with LoRA; full: everything trains
     lr of layer i of L + 2 = lr decay^(L+1-i)   0: what comes before the blocks, i: block i - 1, L + 1: norm and head
@@ -26,7 +26,7 @@ HEAD_STD = 0.02
 
 
 class Baseline(nn.Module):
-    """A backbone, of which nothing, adapters or everything trains, and a linear head: images to logits."""
+    """A backbone (frozen, with LoRA, or fully trained) and a linear head: images to logits."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Baseline(nn.Module):
             self.features = engine.make_features(self.vit, dtype, "fast", fallback=self.features, fp8=fp8)
 
     def train(self, mode: bool = True) -> Baseline:
-        """A frozen backbone stays as it is evaluated; one that trains drops paths and nothing else."""
+        """Set the mode of drop path and the head; the rest of the backbone stays in eval mode."""
         super().train(mode)
         self.vit.eval()
         for module in self.vit.modules():
@@ -68,25 +68,25 @@ class Baseline(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: [B, C, H, W] or [B, T, C, H, W], normalised -> logits [B, classes]."""
+        """Return logits [B, classes] of normalized images [B, C, H, W] or clips [B, T, C, H, W]."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.method != "linear"):
             pooled = self.features(images.flatten(0, 1) if self.frames > 1 else images)
         return self.logits_of(pooled.unflatten(0, (-1, self.frames)))
 
     @torch.no_grad()
     def frozen(self, images: Tensor) -> Tensor:
-        """What never changes of these images under `linear`: their features, [B, T, D] fp32."""
+        """Return the frozen part of `linear`'s forward pass: features [B, T, D] fp32."""
         pooled = self.features(images.flatten(0, 1) if self.frames > 1 else images)
         return pooled.float().unflatten(0, (-1, self.frames))
 
     def logits_of(self, frozen: Tensor) -> Tensor:
-        """`forward` from what `frozen` gave."""
+        """Return `forward` of images from their `frozen` part."""
         with torch.autocast(frozen.device.type, enabled=False):
             return self.head(frozen.float().mean(1))
 
 
 def set_drop_path(vit: Any, rate: float) -> None:
-    """Stochastic depth that rises linearly over the blocks to `rate`, in place, as timm does."""
+    """Set stochastic depth that rises linearly over the blocks to `rate`, in place, as timm does."""
     count = len(vit.blocks)
     for index, block in enumerate(vit.blocks):
         for name in ("drop_path1", "drop_path2"):
@@ -97,9 +97,9 @@ def set_drop_path(vit: Any, rate: float) -> None:
 def parameter_groups(
     model: nn.Module, depth: int, *, weight_decay: float, layer_decay: float, taps: tuple[int, ...] = ()
 ) -> list[dict[str, Any]]:
-    """AdamW's groups of what trains: `scale` is a layer's factor on the learning rate; decay on matrices alone.
+    """Return AdamW's groups: `scale` is a layer's factor on the learning rate; weight decay on matrices alone.
 
-    taps: the blocks that adaptors 0, 1, ... sit beside.
+    taps: the blocks that feed LoSA's adaptors 0, 1, ...
     """
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
@@ -119,7 +119,7 @@ def parameter_groups(
 
 
 def layer_of(name: str, depth: int, taps: tuple[int, ...] = ()) -> int:
-    """0: before the blocks; i: block i - 1, or the adaptor beside it; depth + 1: what comes after the blocks."""
+    """Return the layer of a parameter: 0 before the blocks, i in block i - 1 or its adaptor, depth + 1 behind them."""
     if match := re.match(r"vit\.blocks\.(\d+)\.", name):
         return int(match[1]) + 1
     if match := re.match(r"side\.adaptors\.(\d+)\.", name):

@@ -1,4 +1,4 @@
-"""LoSA (arXiv 2402.02887): a light network beside a frozen backbone refines its features; nothing is learnt through it.
+"""LoSA (arXiv 2402.02887): a small side network refines a frozen backbone's features, without backward through it.
 
 b_l is the output of block l, of the L that are tapped. Our reading (the paper's equations could not be read, METHODS
 section 3); a mixer is low-rank along one axis, W1 [r, n], W2 [n, r]:
@@ -6,18 +6,18 @@ section 3); a mixer is low-rank along one axis, W1 [r, n], W2 [n, r]:
     mix(x)  = W2 gelu(W1 norm(x) + c1) + c2         channel: n = D; token: n = N, shared over channels
     u_l     = b_l + a_{l-1}                         gated: s_l b_l + (1 - s_l) a_{l-1}, s_l = sigmoid(g_l)
     h       = mix_channel(u_l)
-    delta_l = h + mix_token(u_l + h)                the order can be turned round
+    delta_l = h + mix_token(u_l + h)                the order can be swapped
     a_l     = a_{l-1} + alpha_l delta_l             replace: b_l + alpha_l delta_l
     z       = b_L + a_L                             replace: a_L
     logits  = head(pool(norm_backbone(z)))
 
 a_0 = 0 and W2 = c1 = c2 = 0 at the start, so z = b_L: training starts as a linear probe. norm is without scale and
 shift, which W1 of the channels could take over. Clips: the token axis is two, space (the tokens of a frame) and time
-(the frames at one place), mixed one after the other, and a_0 is a learnt position in time [T, 1, D], 0 at the start.
+(the frames at one place), mixed one after the other, and a_0 is a learned position in time [T, 1, D], 0 at the start.
 
-Memory: one adaptor keeps u_l (2 D bytes a token in 16 bit; gated b_l - a_{l-1} as well) and W1 norm(x), that is r
-values a token for channels and r D / N for tokens; the norms and everything of width D are computed again. Each
-adaptor runs as soon as its block has, so no more than one block's activations live beside these.
+Memory: one adaptor keeps u_l (2 D bytes per token in 16 bit; gated: b_l - a_{l-1} as well) and W1 norm(x), which is r
+values per token for channels and r D / N for tokens; the norms and all values of width D are recomputed. Each adaptor
+runs right after its block, so at most one block's activations are held besides.
 """
 
 from __future__ import annotations
@@ -47,21 +47,21 @@ Stream = Callable[[Tensor, Callable[[int, Tensor], None]], None]
 
 @dataclass(frozen=True)
 class LosaSpec:
-    """The side network's form."""
+    """The shape of the side network."""
 
     rank: int = 16
     token_rank: int = 16  # 0: no mixing of tokens
     combine: Combine = "sum"
-    order: Literal["channel", "token"] = "channel"  # which mixer is first
+    order: Literal["channel", "token"] = "channel"  # the first mixer
     every: int = 1  # tap every k-th block, counted from the last
     learn_scale: bool = False
 
     def taps(self, depth: int) -> tuple[int, ...]:
-        """The tapped blocks, from 0; the last always is."""
+        """Return the indices of the tapped blocks; the last block always is one."""
         return tuple(range(depth - 1, -1, -self.every))[::-1]
 
     def mixers(self, clips: bool) -> tuple[str, ...]:
-        """The axes an adaptor mixes, in order."""
+        """Return the axes that an adaptor mixes, in order."""
         tokens = () if not self.token_rank else ("space", "time") if clips else ("token",)
         return ("channel", *tokens) if self.order == "channel" else (*tokens, "channel")
 
@@ -78,7 +78,7 @@ class Mixer(nn.Module):
 
 
 class Adaptor(nn.Module):
-    """The mixers beside one block, in order, and what weighs them."""
+    """The mixers of one block, in order, with their weights."""
 
     def __init__(self, spec: LosaSpec, lengths: dict[str, int]):
         super().__init__()
@@ -89,7 +89,7 @@ class Adaptor(nn.Module):
         self.scale = nn.Parameter(torch.ones(())) if spec.learn_scale else None
 
     def forward(self, b: Tensor, a: Tensor, frames: int) -> Tensor:
-        """a_l from b_l and a_{l-1}, [B T, N, D] in the compute type."""
+        """Compute a_l from b_l and a_{l-1}, [B T, N, D] in the compute type."""
         mixers: Any = self.mixers.values()
         factors = [p for m in mixers for p in (m.down, m.down_bias, m.up, m.up_bias)]
         return low_rank_mixer(b, a, tuple(self.mixers), factors, self.combine, frames, self.gate, self.scale)
@@ -111,23 +111,23 @@ class SideNetwork(nn.Module):
         self.positions = nn.Parameter(torch.zeros(frames, 1, width)) if frames > 1 else None
 
     def start(self, b: Tensor) -> Tensor:
-        """a_0: 0, or the positions in time. b: [B T, N, D]."""
+        """Return a_0: 0, or the positions in time. b: [B T, N, D]."""
         if self.positions is None:
             return b.new_zeros(()).expand_as(b)
         return self.positions.to(b.dtype).repeat(len(b) // self.frames, 1, 1).expand_as(b)
 
     def step(self, level: int, b: Tensor, a: Tensor | None) -> Tensor:
-        """A after the adaptor of tap `level`; a: None at the first."""
+        """Compute a_l with the adaptor of tap `level`. a: a_{l-1}; None at the first tap."""
         if b.shape[1] != self.tokens and self.spec.token_rank:
             raise ValueError(f"losa: {b.shape[1]} tokens, but tokens are mixed for {self.tokens}; see `resample`")
         return self.adaptors[level](b, self.start(b) if a is None else a, self.frames)
 
     def refined(self, last: Tensor, a: Tensor) -> Tensor:
-        """z, [B T, N, D], from b_L and a_L."""
+        """Compute z [B T, N, D] from b_L and a_L."""
         return a if self.spec.combine == "replace" else last + a
 
     def forward(self, taps: Tensor) -> Tensor:
-        """Z from stored activations [K, B T, N, D]."""
+        """Compute z from stored activations of the K taps, [K, B T, N, D]."""
         a: Tensor | None = None
         for level, b in enumerate(taps):
             a = self.step(level, b, a)
@@ -136,15 +136,15 @@ class SideNetwork(nn.Module):
 
     @torch.no_grad()
     def resample(self, old: tuple[int, int], new: tuple[int, int], prefix: int) -> None:
-        """Make the token mixers fit another grid of patches, in place; says so.
+        """Fit the token mixers to another grid of patches, in place, and log it.
 
-        They then see the new tokens resampled to the old grid (W1 M) and give back their answer resampled to the new
-        one (U W2), M and U being antialiased bilinear interpolation; class and register tokens stay as they are.
+        Their input is the new tokens resampled to the old grid (W1 M), their output is resampled to the new one (U W2);
+        M and U are antialiased bilinear interpolation. Class and register tokens are not resampled.
         """
         if old == new:
             return
         log.warning(
-            "losa: the mixing of tokens was learnt on %d x %d patches and is interpolated to %d x %d", *old, *new
+            "losa: the mixing of tokens was learned on %d x %d patches and is interpolated to %d x %d", *old, *new
         )
         down, up = _resampling(new, old, prefix), _resampling(old, new, prefix)  # [N_old, N_new], [N_new, N_old]
         self.tokens = prefix + new[0] * new[1]
@@ -157,7 +157,7 @@ class SideNetwork(nn.Module):
 
 
 def _resampling(source: tuple[int, int], target: tuple[int, int], prefix: int) -> Tensor:
-    """The matrix [prefix + target, prefix + source] that resamples a grid of values; the prefix goes through."""
+    """Return the matrix [prefix + target, prefix + source] that resamples a grid of values and keeps the prefix."""
     count = source[0] * source[1]
     grids = torch.eye(count).view(count, 1, *source)
     resized = F.interpolate(grids, size=target, mode="bilinear", antialias=True, align_corners=False)
@@ -179,17 +179,17 @@ class Losa(nn.Module):
         self.stream: Stream = partial(stream_plain, vit, None)
 
     def accelerate(self, dtype: torch.dtype, fp8: bool = False) -> None:
-        """Run the frozen blocks on the engine in `dtype` from now on; to be called on the final device."""
+        """Run the frozen blocks on the engine in `dtype`; to be called on the final device."""
         self.stream = make_stream(self.vit, dtype, fp8)
 
     def train(self, mode: bool = True) -> Losa:
-        """The backbone stays as it is evaluated."""
+        """Set the mode of the side network and the head; the backbone stays in eval mode."""
         super().train(mode)
         self.vit.eval()
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: [B, C, H, W] or [B, T, C, H, W], normalised -> logits [B, classes]."""
+        """Return logits [B, classes] of normalized images [B, C, H, W] or clips [B, T, C, H, W]."""
         a: Tensor | None = None
         last: Tensor | None = None
 
@@ -204,7 +204,7 @@ class Losa(nn.Module):
 
     @torch.no_grad()
     def frozen(self, images: Tensor) -> Tensor:
-        """What never changes of these images: the tapped activations, [B, T, K, N, D] in the compute type."""
+        """Return the frozen part of `forward`: the tapped activations, [B, T, K, N, D] in the compute type."""
         taps: list[Tensor] = []
         self.stream(
             images.flatten(0, 1) if self.frames > 1 else images,
@@ -213,7 +213,7 @@ class Losa(nn.Module):
         return torch.stack(taps, 1).unflatten(0, (-1, self.frames))
 
     def logits_of(self, frozen: Tensor) -> Tensor:
-        """`forward` from what `frozen` gave."""
+        """Return `forward` of images from their `frozen` part."""
         return self._classify(self.side(frozen.flatten(0, 1).transpose(0, 1)))
 
     def _classify(self, z: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ class Losa(nn.Module):
 
 
 def make_stream(vit: nn.Module, dtype: torch.dtype, fp8: bool = False) -> Stream:
-    """Run a frozen ViT without gradient and hands every block's output, [B, N, D] in `dtype`, to a function."""
+    """Return a function that runs a frozen ViT and passes each block's output, [B, N, D] in `dtype`, to a callback."""
     reason = unsupported_reason(vit)
     if reason is None:
         return partial(_stream_engine, engine.build(vit, dtype, fp8=fp8))  # type: ignore[arg-type]
@@ -243,7 +243,7 @@ def _stream_engine(built: engine.EngineViT, images: Tensor, tap: Callable[[int, 
     for index, block in enumerate(built.blocks):
         with torch.no_grad():
             if index in merged:
-                with torch.autocast(kind, enabled=False):  # the engine chooses its own types
+                with torch.autocast(kind, enabled=False):  # the engine selects its dtypes
                     x, delta = run_block(x, delta, merged[index], ropes=ropes)
                     b = x + delta
             else:
@@ -254,16 +254,16 @@ def _stream_engine(built: engine.EngineViT, images: Tensor, tap: Callable[[int, 
 
 
 def stream_plain(vit: Any, dtype: torch.dtype | None, images: Tensor, tap: Callable[[int, Tensor], None]) -> None:
-    """The same by the plain model, whatever its blocks are. dtype: None: that of the autocast around it, else fp32."""
+    """Run the plain model and pass each block's output to `tap`. dtype None: that of an outer autocast, or fp32."""
     kind = images.device.type
     if dtype is None:
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
 
     def hook(index: int, module: nn.Module, args: Any, output: Tensor) -> None:
-        with torch.set_grad_enabled(learning):
+        with torch.set_grad_enabled(with_grad):
             tap(index, output.to(dtype))
 
-    learning = torch.is_grad_enabled()
+    with_grad = torch.is_grad_enabled()
     hooks = [block.register_forward_hook(partial(hook, index)) for index, block in enumerate(vit.blocks)]
     try:
         with torch.no_grad(), torch.autocast(kind, dtype=dtype, enabled=dtype != torch.float32):

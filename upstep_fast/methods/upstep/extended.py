@@ -2,7 +2,7 @@
 
     distil                  L + w distance(features, base model's features)                 losses/distillation.py
     local_views             small crops that predict the targets of the global views (SwAV's multi-crop)
-    experimental options    without gain in our measurements (docs/quality.md):
+    experimental options    without gain in our measurements (bench/results/quality.md):
       queue                 targets balanced over embeddings of earlier steps as well (SwAV)
       base_targets          q = (1 - w) q_adapted + w q_base, w from 1 to 0 over the first part of the run
       adapter_ema           an average of the adapter over the updates is saved in place of the last one
