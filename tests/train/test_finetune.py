@@ -31,8 +31,10 @@ from upstep_fast.model import lora, peft_format
 from upstep_fast.runtime.device import resolve
 from upstep_fast.train.finetune import classifier as finetuned
 from upstep_fast.train.finetune import feature_cache
+from upstep_fast.train.finetune import loop as finetune_loop
 from upstep_fast.train.finetune import run as finetuning
 from upstep_fast.train.finetune import step as finetune_step
+from upstep_fast.train.finetune.state import State
 
 COLORS = {"ash": (0.8, 0.3, 0.3), "birch": (0.3, 0.8, 0.3), "cedar": (0.3, 0.3, 0.8)}
 
@@ -100,7 +102,7 @@ def test_a_run_learns_and_what_it_writes_can_be_loaded(options, labelled, tmp_pa
     result = upstep_fast.finetune(**{**options, **more})
     figures = json.loads((tmp_path / "scores.json").read_text())
     assert set(figures) == {"top1", "balanced", "trainable_parameters", "seconds", "peak_bytes"}
-    assert figures == result.figures and figures["peak_bytes"] > 1e6 and figures["seconds"] > 0
+    assert figures == result.metrics and figures["peak_bytes"] > 1e6 and figures["seconds"] > 0
     assert figures["top1"] > 66  # of three classes
     written = rows(tmp_path / "out")
     first, last = ([row["loss"] for row in written][i] for i in (slice(0, 3), slice(-3, None)))
@@ -146,14 +148,15 @@ def test_the_best_epoch_by_the_held_out_part_is_kept(options, tmp_path, monkeypa
             return 10.0
         return next(accuracies)
 
-    remember = finetuning.State.remember
+    end_epoch = State.end_epoch
 
     def spy(state, accuracy):
         at_epoch[state.epoch] = {n: p.detach().clone() for n, p in trained(state.model).items()}
-        remember(state, accuracy)
+        end_epoch(state, accuracy)
 
-    monkeypatch.setattr(finetuning, "top1", measured)
-    monkeypatch.setattr(finetuning.State, "remember", spy)
+    for module in (finetuning, finetune_loop):
+        monkeypatch.setattr(module, "top1", measured)
+    monkeypatch.setattr(State, "end_epoch", spy)
     result = upstep_fast.finetune(**{**options, "epochs": 9}, patience=2)
     assert (result.epochs, result.best_epoch) == (4, 1)
     saved = trained(upstep_fast.load_finetuned(result.model).requires_grad_(True))
@@ -175,7 +178,7 @@ def test_the_test_split_chooses_nothing(options, tmp_path, labelled):
     ]
     a, b = ((result.model / finetuned.WEIGHTS).read_bytes() for result in results)
     assert a == b
-    assert results[0].figures["top1"] + results[1].figures["top1"] <= 100.001
+    assert results[0].metrics["top1"] + results[1].metrics["top1"] <= 100.001
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -189,10 +192,10 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(options, tmp_path, method, monke
             signal.raise_signal(signal.SIGTERM)
         return train_step(state, *args)
 
-    monkeypatch.setattr(finetuning, "train_step", stopping)
+    monkeypatch.setattr(finetune_loop, "train_step", stopping)
     with pytest.raises(Interrupted, match=r"stopped after 6 of 9 steps.*--resume"):
         upstep_fast.finetune(**options, **extra)
-    monkeypatch.setattr(finetuning, "train_step", train_step)
+    monkeypatch.setattr(finetune_loop, "train_step", train_step)
     again = upstep_fast.finetune(**options, **extra, resume=True)
     a, b = ((result.model / finetuned.WEIGHTS).read_bytes() for result in (whole, again))
     assert a == b
@@ -273,10 +276,10 @@ def test_loading_at_another_size_says_so(options, caplog):
 
 def test_clips_tell_an_order_of_frames(options, clips, tmp_path):
     extra = dict(data=clips, frames=4, epochs=25, lr=2e-2, batch_size=8, preset_views="none", held_out=0.0, patience=0)
-    figures = upstep_fast.finetune(**{**options, **extra}, cache="memory").figures
+    figures = upstep_fast.finetune(**{**options, **extra}, cache="memory").metrics
     assert figures["top1"] == 100
     # without time a bag of frames is the same for both classes
-    linear = upstep_fast.finetune(**{**options, **extra, "out": tmp_path / "linear"}, method="linear").figures
+    linear = upstep_fast.finetune(**{**options, **extra, "out": tmp_path / "linear"}, method="linear").metrics
     assert linear["top1"] < 90
     net = upstep_fast.load_finetuned(tmp_path / "out" / "model")
     assert net(torch.randn(2, 4, 3, 32, 32)).shape == (2, 2)
@@ -330,7 +333,7 @@ def test_video_files(options, clips, tmp_path, monkeypatch, library):
     assert [tuple(f.shape) for f in frames] == [(3, 36, 36)] * 2 and frames[0].dtype == torch.uint8
     assert frames[1].float().mean() - frames[0].float().mean() == pytest.approx(180, abs=15)
     extra = dict(data=folder, frames=4, epochs=20, lr=2e-2, preset_views="none", held_out=0.0)
-    assert upstep_fast.finetune(**{**options, **extra}, cache="memory").figures["top1"] == 100
+    assert upstep_fast.finetune(**{**options, **extra}, cache="memory").metrics["top1"] == 100
 
 
 def test_video_files_without_a_library(clips, tmp_path, monkeypatch):
@@ -470,7 +473,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_ends_the_run(options, tmp
         assert torch.equal(state.model.head.weight, before["w"])
         return row
 
-    monkeypatch.setattr(finetuning, "train_step", bad)
+    monkeypatch.setattr(finetune_loop, "train_step", bad)
     with pytest.raises(RunFailedError, match="step 2: the loss is nan, 3 in a row"):
         upstep_fast.finetune(**options)
     assert [row["loss"] for row in rows(tmp_path / "out")] == [None] * 3
@@ -555,7 +558,7 @@ def test_base_tiny_on_hand_signs(shared, tmp_path):
         epochs=6,
     )
     top1 = {
-        method: upstep_fast.finetune(**common, out=tmp_path / method, method=method).figures["top1"]
+        method: upstep_fast.finetune(**common, out=tmp_path / method, method=method).metrics["top1"]
         for method in ("linear", "losa")
     }
     assert top1["losa"] > top1["linear"] + 5 and top1["linear"] > 60

@@ -286,7 +286,7 @@ def test_the_commands_json_and_table_agree(capsys):
     plan.run(parse(PlanConfig, flags, "upstep-fast plan"))
     shown = capsys.readouterr().out
     for part, size in result["parts"].items():
-        assert any(part in line and memory_fit.gigabytes(size) in line for line in shown.splitlines())
+        assert any(part in line and machine.format_bytes(size) in line for line in shown.splitlines())
     assert "for adapt: --memory fast --batch-size 8" in shown
 
 

@@ -161,9 +161,9 @@ def _finetune(config: Any) -> None:
 
     done = run(config)
     print(
-        f"model: {done.model}  ({done.epochs} epochs, {format_duration(done.figures['seconds'])}, "
-        f"{done.figures['trainable_parameters']:,} trainable parameters)\n"
-        f"test: top-1 {done.figures['top1']:.1f}, balanced {done.figures['balanced']:.1f}\n"
+        f"model: {done.model}  ({done.epochs} epochs, {format_duration(done.metrics['seconds'])}, "
+        f"{done.metrics['trainable_parameters']:,} trainable parameters)\n"
+        f"test: top-1 {done.metrics['top1']:.1f}, balanced {done.metrics['balanced']:.1f}\n"
         f"next: upstep_fast.load_finetuned({str(done.model)!r})"
     )
 

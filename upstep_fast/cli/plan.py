@@ -24,9 +24,10 @@ from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import ConfigError
 from upstep_fast.runtime import machine, terminal
 from upstep_fast.runtime.device import Compute, resolve
+from upstep_fast.runtime.machine import format_bytes
 from upstep_fast.train.memory import count as step_memory
 from upstep_fast.train.memory import measure as calibrate
-from upstep_fast.train.memory.fit import LEVELS, MARGIN, chooser, fit, gigabytes
+from upstep_fast.train.memory.fit import LEVELS, MARGIN, chooser, fit
 
 CONTEXT_BYTES = 600 << 20  # of a whole GPU, what CUDA and its kernels hold before the first tensor
 # share of a large product's rate that a whole step reaches: 392 of 790 TFLOP/s for ViT-L/14 on an H200
@@ -147,24 +148,24 @@ def show(result: dict[str, Any]) -> None:
     for column in ("part", "memory", "share"):
         table.add_column(column, justify="left" if column == "part" else "right")
     for part, size in result["parts"].items():
-        table.add_row(part, gigabytes(size), f"{100 * size / result['peak_bytes']:.0f} %")
-    table.add_row("peak", gigabytes(result["peak_bytes"]), "100 %")
+        table.add_row(part, format_bytes(size), f"{100 * size / result['peak_bytes']:.0f} %")
+    table.add_row("peak", format_bytes(result["peak_bytes"]), "100 %")
     terminal.show(table)
     print("\n".join(_lines(result)))
 
 
 def _lines(result: dict[str, Any]) -> list[str]:
-    levels = ", ".join(f"{level} {gigabytes(size)}" for level, size in result["levels"].items())
+    levels = ", ".join(f"{level} {format_bytes(size)}" for level, size in result["levels"].items())
     lines = [f"peak by memory level: {levels}"]
     needed, free = result["needed_bytes"], result["free_bytes"]
     if free is not None:
         verdict = "fits" if needed <= free else "does not fit"
-        lines.append(f"{verdict}: {gigabytes(needed)} with a tenth to spare, {gigabytes(free)} there")
-    lines.append(f"beside it, in host memory: up to {gigabytes(result['host_cache_bytes'])} of decoded images")
+        lines.append(f"{verdict}: {format_bytes(needed)} with a tenth to spare, {format_bytes(free)} there")
+    lines.append(f"beside it, in host memory: up to {format_bytes(result['host_cache_bytes'])} of decoded images")
     if measured := result["measured"]:
         real, planned = measured["peak_bytes"], measured["planned_bytes"]
-        ratio = f"{gigabytes(planned)} were planned, {100 * (planned / real - 1):+.1f} %"
-        lines.append(f"measured with {measured['batch']} images: {gigabytes(real)}; {ratio}")
+        ratio = f"{format_bytes(planned)} were planned, {100 * (planned / real - 1):+.1f} %"
+        lines.append(f"measured with {measured['batch']} images: {format_bytes(real)}; {ratio}")
     if seconds := result["seconds"]:
         rate = f"{result['batch_size'] / seconds['open']:,.3g} images/s"
         lines.append(

@@ -64,6 +64,11 @@ def extra_peak_bytes(run: Callable[[], object], device: torch.device) -> int | N
     return peak_bytes(device) - allocated
 
 
+def format_bytes(size: float) -> str:
+    """Return a number of bytes in GB (1e9), below 0.1 GB in MB (1e6)."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
 def device_card(device: torch.device) -> dict[str, Any]:
     """Return the facts that a measurement must be quoted with: processor, threads, versions and GPU."""
     card: dict[str, Any] = {

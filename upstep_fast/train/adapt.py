@@ -1,10 +1,10 @@
-"""Adapts a pretrained ViT to unlabelled images: from configuration to adapter."""
+"""Adaptation of a pretrained ViT to unlabeled images: from configuration to adapter."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
@@ -20,9 +20,10 @@ from upstep_fast.config.presets import with_preset
 from upstep_fast.config.resolve import resolve
 from upstep_fast.config.signatures import with_keywords
 from upstep_fast.data.curation.curate import survey
-from upstep_fast.data.sources.source import open_source
+from upstep_fast.data.sources.source import Source, open_source
 from upstep_fast.kernels import _dispatch as dispatch
 from upstep_fast.model import backbone as backbones
+from upstep_fast.model.backbone import Backbone
 from upstep_fast.report import image_panels as pictures
 from upstep_fast.report import page as html_report
 from upstep_fast.report.logs import train_log
@@ -55,7 +56,7 @@ def adapt(
 
 
 def run(config: AdaptConfig) -> AdaptResult:
-    """One adaptation, from configuration to adapter. Raises UpstepError with the exit code of what went wrong."""
+    """Run one adaptation. Raises UpstepError, with the exit code of the command line."""
     compute = device.resolve(config.runtime.device, config.runtime.precision)
     with distributed.joined(compute.device):
         return _run(config, compute)
@@ -65,6 +66,32 @@ def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
     source = open_source(config.data.paths, split="train")
     source, held_out = hold_out(source, config)
     backbone = backbones.load_from(config.model)
+    config, source, backbone, files = _survey(config, source, backbone)
+    resolved = resolve(config, len(source), distributed.size())
+    config = settle(resolved.config, compute)
+    implementation = None if config.runtime.implementation == "auto" else config.runtime.implementation
+    with dispatch.forced(implementation), contextlib.ExitStack() as stack:
+        out = Path(config.output.out)
+        if distributed.is_first():
+            stack.enter_context(output.lock_run_folder(config))
+            with output.writing(out):
+                for name, text in files.items():
+                    write_atomic(out / name, text)
+            stack.enter_context(html_report.written_after(out))
+            stack.enter_context(train_log(out / "train.log"))
+        _log_start(resolved.reduced, compute)
+        base = backbone.copy() if needs_base(config) else None  # training changes `backbone` in place
+        result = train(config, compute, source, held_out, backbone, base, out)
+        if config.output.report_images and distributed.is_first():
+            with torch.random.fork_rng(devices=[]):  # the caller's generator stays as it is
+                pictures.collect(config, compute, source, out, backbone=base)
+        return result
+
+
+def _survey(
+    config: AdaptConfig, source: Source, backbone: Backbone
+) -> tuple[AdaptConfig, Source, Backbone, dict[str, bytes]]:
+    """Apply --triage and --mean-std auto. Returns config, source and backbone after them, and files for `out`."""
     if config.data.triage and distributed.is_first():
         output.check(config)
     surveyed = survey(
@@ -76,31 +103,17 @@ def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
         num_workers=num_workers(config),
         max_bad_fraction=config.data.max_bad_fraction,
     )
-    source = surveyed.source
     if surveyed.statistics is not None:  # in the saved configuration: a resumed run, and the next command, repeat them
         mean, std = surveyed.statistics
         config = replace_flat(config, mean_std="given", mean=mean, std=std)
         backbone = replace(backbone, mean=mean, std=std)
-    resolved = resolve(config, len(source), distributed.size())
-    config = settle(resolved.config, compute)
-    implementation = None if config.runtime.implementation == "auto" else config.runtime.implementation
-    with dispatch.forced(implementation), contextlib.ExitStack() as stack:
-        out = Path(config.output.out)
-        if distributed.is_first():
-            stack.enter_context(output.lock_run_folder(config))
-            with output.writing(out):
-                for name, text in surveyed.files.items():
-                    write_atomic(out / name, text)
-            stack.enter_context(html_report.written_after(out))
-            stack.enter_context(train_log(out / "train.log"))
-        versions = f"upstep-fast {__version__}, torch {torch.__version__}"
-        ranks = f", {distributed.size()} ranks" if distributed.size() > 1 else ""
-        log.info("%s, %s in %s%s", versions, compute.device, compute.precision, ranks)
-        for name, (requested, possible) in resolved.reduced.items():
-            log.warning("%s: reduced from %d to the %d images there are", name, requested, possible)
-        base = backbone.copy() if needs_base(config) else None  # training changes `backbone` in place
-        result = train(config, compute, source, held_out, backbone, base, out)
-        if config.output.report_images and distributed.is_first():
-            with torch.random.fork_rng(devices=[]):  # the caller's generator stays as it is
-                pictures.collect(config, compute, source, out, backbone=base)
-        return result
+    return config, surveyed.source, backbone, surveyed.files
+
+
+def _log_start(reduced: Mapping[str, tuple[int, int]], compute: Compute) -> None:
+    """Log versions, device and ranks, and what the data has reduced: name -> (requested, possible)."""
+    versions = f"upstep-fast {__version__}, torch {torch.__version__}"
+    ranks = f", {distributed.size()} ranks" if distributed.size() > 1 else ""
+    log.info("%s, %s in %s%s", versions, compute.device, compute.precision, ranks)
+    for name, (requested, possible) in reduced.items():
+        log.warning("%s: reduced from %d to the %d images there are", name, requested, possible)

@@ -1,4 +1,4 @@
-"""Whether a trained adapter is one: it received gradients, moved, is finite and changes the features."""
+"""Sanity checks of a trained adapter: it received gradients, moved, is finite and changes the features."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from upstep_fast.train.state import RunState
 
 @torch.no_grad()
 def check_adapter(state: RunState, images: Tensor, compute: Compute, out: Path) -> None:
-    """Raise CheckFailedError unless every adapter got a gradient, moved, and changes the features.
+    """Raise CheckFailedError unless every adapter got a gradient, moved, is finite, and changes the features.
 
-    images: [B, C, H, W].
+    images: [B, C, H, W], normalized; the first 32 are used.
     """
     method = state.method
     for name, got in zip(method.must_receive_grad(), state.got_grad.tolist(), strict=True):
         if not got:
             raise CheckFailedError(
-                f"adapter: {name} never received a gradient; the adapter in {out} is kept for a look"
+                f"adapter: {name} never received a gradient; the adapter in {out} is kept for inspection"
             )
     for name, adapter in method.adapters.items():
         for part, b in zip(adapter.parts, adapter.lora_b, strict=True):
@@ -31,7 +31,7 @@ def check_adapter(state: RunState, images: Tensor, compute: Compute, out: Path) 
                 raise CheckFailedError(f"adapter: lora_B of {name}, part {part}, is all zero after training; see {out}")
             if not b.isfinite().all():
                 raise CheckFailedError(f"adapter: lora_B of {name}, part {part}, is not finite; see {out}")
-    if not method.adapters:  # every weight was trained: there is no base model left to compare with
+    if not method.adapters:  # fully trained: there is no base model left to compare with
         return
     with compute.autocast():
         adapted = pooling.features(method.vit, images[:32])

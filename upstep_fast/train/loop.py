@@ -20,7 +20,7 @@ from upstep_fast.runtime.signals import signals
 from upstep_fast.train import resume
 from upstep_fast.train.adapter_check import check_adapter
 from upstep_fast.train.batches import initial_views, make_loader
-from upstep_fast.train.identity import agree, identify
+from upstep_fast.train.identity import Identity, agree, identify
 from upstep_fast.train.replay_check import ReplayCheck
 from upstep_fast.train.run_writer import RunWriter
 from upstep_fast.train.state import AdaptResult, RunState, fresh_state
@@ -38,17 +38,14 @@ def train(
     base: Backbone | None,
     out: Path,
 ) -> AdaptResult:
-    """Adapt `backbone` in place to the images of `source` and write the run's files to `out`.
+    """Adapt `backbone` in place to the images of `source` and write the run's files to `out`. Collective.
 
     held_out: images to validate on, None without --judge-every. base: a copy of `backbone`, where one is needed
-    (`needs_base`). Collective. Raises UpstepError.
+    (`needs_base`). Raises UpstepError.
     """
-    identity = identify(config, compute, source, backbones.fingerprint(backbone.vit))
-    agree(identity)
-    rule, state = gate_rule(config), fresh_state(config, compute, backbone)
-    if config.output.resume:
-        resume.resume_from(state, out / output.CHECKPOINTS, identity)
-    began, first_step, num_steps = time.monotonic(), state.step, config.optimization.num_steps
+    # lizard forgives: one screen, from the batch to the checkpoint in the order in which they happen
+    identity, state = _start(config, compute, source, backbone, out)
+    began, first_step, num_steps, rule = time.monotonic(), state.step, config.optimization.num_steps, gate_rule(config)
     every_steps, every_seconds = parse_interval(config.checkpoints.every)
     validator = Validator(config, held_out, base, compute, out) if held_out and base else NoValidator()
     with (
@@ -59,8 +56,7 @@ def train(
         replay = ReplayCheck(config, compute, source, base, rule, identity, writer)
         with writer.saves_on_exit():
             if state.step == 0 and state.method.needs_init:
-                with compute.autocast():
-                    state.method.initialize_from_data(initial_views(config, source, state, compute))
+                _initialize(config, compute, source, state)
             while state.step < num_steps and not validator.should_stop(state.step):
                 began_step = time.monotonic()
                 batch = next(loader)
@@ -82,6 +78,23 @@ def train(
                     )
         _finish(config, compute, state, loader, validator, out)
     return AdaptResult(out / "adapter", state.step, state.gate.num_updates, state.loss, time.monotonic() - began)
+
+
+def _start(
+    config: AdaptConfig, compute: Compute, source: Source, backbone: Backbone, out: Path
+) -> tuple[Identity, RunState]:
+    """Return the identity of the run, equal on all ranks, and its state: fresh, or restored with --resume."""
+    identity = identify(config, compute, source, backbones.fingerprint(backbone.vit))
+    agree(identity)
+    state = fresh_state(config, compute, backbone)
+    if config.output.resume:
+        resume.resume_from(state, out / output.CHECKPOINTS, identity)
+    return identity, state
+
+
+def _initialize(config: AdaptConfig, compute: Compute, source: Source, state: RunState) -> None:
+    with compute.autocast():
+        state.method.initialize_from_data(initial_views(config, source, state, compute))
 
 
 def _finish(

@@ -52,13 +52,22 @@ def step(
     changes no weight, moment or running statistic on any rank. If memory runs out, the step is repeated in smaller
     micro-batches with --auto-batch; otherwise RunFailedError is raised.
     """
-    method = state.method
-    method.schedule(state.optimizer, state.step)
+    state.method.schedule(state.optimizer, state.step)
     while (attempt := _attempt(state, views, rule, config, compute, requests)) is None:
         state.optimizer.zero_grad(set_to_none=True)
         halve_microbatch(state, views, config, compute)
     state.gate = attempt.gate
-    method.update_running_stats(attempt.student)
+    state.method.update_running_stats(attempt.student)
+    state.pending = _pending_step(state, attempt, config)
+    state.step += 1
+    row = state.pending.row
+    if distributed.size() > 1:  # all ranks must agree on a step before the next
+        flush(state)
+    return row
+
+
+def _pending_step(state: RunState, attempt: _Attempt, config: AdaptConfig) -> PendingStep:
+    """Return the row of the step, with None for what is still on the device, and the numbers to complete it with."""
     row = {
         "step": state.step,
         "loss": None,
@@ -69,15 +78,11 @@ def step(
     }
     if config.optimization.accumulate > 1:
         row["updated"] = attempt.updated
-    metrics = method.metrics() if attempt.is_open else {}
+    metrics = state.method.metrics() if attempt.is_open else {}
     names = [name for name, value in metrics.items() if isinstance(value, Tensor)]
     row |= {name: None if name in names else value for name, value in metrics.items()}
     numbers = torch.stack([x.detach().float() for x in [*attempt.results, *(metrics[name] for name in names)]])
-    state.pending = PendingStep(row, numbers, names, attempt.marks)
-    state.step += 1
-    if distributed.size() > 1:  # all ranks must agree on a step before the next
-        flush(state)
-    return row
+    return PendingStep(row, numbers, names, attempt.marks)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A fine-tuned classifier on disk: what was trained, and all that is needed to build the rest again.
+"""A fine-tuned classifier on disk: the trained tensors, and the settings from which the rest is rebuilt.
 
 folder/config.json            the base model, the method's settings, class names, SHA-256 of the tensors
 folder/trained.safetensors    the side network, LoRA or the backbone, and the head
@@ -43,7 +43,7 @@ _MODEL = ("model", "arch", "img_size", "in_chans", "mean", "std", "min_matched")
 
 
 def build(backbone: Backbone, config: FinetuneConfig, classes: int) -> Losa | Baseline:
-    """The classifier that the configuration names, on the CPU, drawn from its seed."""
+    """Return the untrained classifier of this configuration, on the CPU, initialized from its seed."""
     frames = config.frames or 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.runtime.seed)
@@ -55,13 +55,13 @@ def build(backbone: Backbone, config: FinetuneConfig, classes: int) -> Losa | Ba
 
 
 def losa_spec(config: FinetuneConfig) -> LosaSpec:
-    """The side network that the configuration asks for."""
+    """Return the settings of the side network."""
     own = vars(config.losa)
     return LosaSpec(**own | {"token_rank": own["rank"] if own["token_rank"] is None else own["token_rank"]})
 
 
 def load_backbone(config: FinetuneConfig) -> Backbone:
-    """The base model, with the adapter merged if there is one."""
+    """Return the base model, with the adapter merged if there is one. Raises ConfigError."""
     backbone = backbones.load_from(config.model)
     if config.adapter is not None:
         peft_format.attach(backbone.vit, config.adapter)
@@ -95,11 +95,11 @@ def save(folder: Path, tensors: Mapping[str, Tensor], config: FinetuneConfig, cl
 def load_finetuned(
     folder: str | Path, *, model: str | None = None, img_size: int | tuple[int, int] | None = None
 ) -> nn.Module:
-    """The classifier in `folder` (OUT/model of finetune): normalised images [B, C, H, W] to logits [B, classes].
+    """Return the classifier saved in `folder` (OUT/model of finetune), in eval mode, fp32, on the CPU.
 
-    Clips are [B, T, C, H, W]. In eval mode, fp32, on the CPU; `.classes` holds the names of the classes, in order.
-    model: where the base model lies now, if it was moved. img_size: another input size; where LoSA mixes tokens, that
-    is interpolated, and said. Raises ConfigError if the folder or the model cannot be used.
+    It maps normalized images [B, C, H, W], or clips [B, T, C, H, W], to logits [B, classes]; `.classes` holds the class
+    names in order. model: new location of the base model, if it was moved. img_size: another input size in pixels;
+    weights of LoSA that mix tokens are interpolated. Raises ConfigError if the folder or the model cannot be used.
     """
     folder = Path(folder)
     values, tensors = _read(folder)
@@ -117,18 +117,17 @@ def load_finetuned(
     backbone = load_backbone(config)
     grid = backbone.vit.patch_embed.grid_size
     net = build(backbone, config, len(classes))
-    wanted = trained(net)
-    wrong = sorted(wanted.keys() ^ tensors.keys()) + [
-        name for name in wanted.keys() & tensors.keys() if wanted[name].shape != tensors[name].shape
+    parameters = trained(net)
+    wrong = sorted(parameters.keys() ^ tensors.keys()) + [
+        name for name in parameters.keys() & tensors.keys() if parameters[name].shape != tensors[name].shape
     ]
     if wrong:
         raise ConfigError(f"{folder} does not fit the model {config.model.name}: {', '.join(wrong[:5])}")
     with torch.no_grad():
-        for name, parameter in wanted.items():
+        for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
     if img_size is not None:
-        size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
-        backbone.vit.set_input_size(img_size=size)
+        backbone.vit.set_input_size(img_size=(img_size, img_size) if isinstance(img_size, int) else img_size)
         if isinstance(net, Losa):
             net.side.resample(grid, backbone.vit.patch_embed.grid_size, backbone.vit.num_prefix_tokens)
     net.classes = classes  # type: ignore[assignment]

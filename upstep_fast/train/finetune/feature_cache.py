@@ -1,4 +1,4 @@
-"""Frozen activations, computed once: with images that do not change an epoch then costs what is trained alone."""
+"""Cache of frozen activations: with images that do not change, an epoch runs only the trained part."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from upstep_fast.data.labelled.splits import Labelled
 from upstep_fast.data.loading.loader import permutation
 from upstep_fast.errors import ConfigError
 from upstep_fast.runtime.device import Compute
-from upstep_fast.runtime.machine import free_bytes
+from upstep_fast.runtime.machine import format_bytes, free_bytes
 
 log = logging.getLogger("upstep_fast")
 
@@ -27,13 +27,13 @@ FILE = "features.bin"
 
 @dataclass(frozen=True)
 class Cached:
-    """What the frozen part gives for some images, and their classes."""
+    """Outputs of the frozen part for n images, and their classes."""
 
     frozen: Tensor  # [n, T, ...], in memory or in a file
     y: Tensor  # [n] int64
 
     def training(self, batch_size: int, seed: int, step: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches from `step` on, without end, in the order in which the images would have come."""
+        """Yield batches (frozen, y) from `step` on, without end, in the order of `Reader.training`."""
         per_epoch = len(self.y) // batch_size
         while True:
             epoch, at = divmod(step, per_epoch)
@@ -42,16 +42,16 @@ class Cached:
             step += 1
 
     def in_order(self, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """Everything once."""
+        """Yield every (frozen, y) once, in batches."""
         for frozen, y in zip(self.frozen.split(batch_size), self.y.split(batch_size), strict=True):
             yield frozen.to(device), y
 
 
 def fill(model: Any, parts: list[Labelled], reader: Reader, compute: Compute, where: str, folder: Path) -> list[Cached]:
-    """The frozen activations of every readable image of each part.
+    """Compute the frozen activations of every readable image of each part.
 
-    model: Losa, or Baseline with `linear`. where: memory or disk, a file in `folder`. The size is said first; raises
-    ConfigError if it does not fit.
+    model: Losa, or Baseline with `linear`. where: "memory", or "disk" for a file in `folder`. Logs the size first.
+    Raises ConfigError if it does not fit.
     """
     shape = (1,) if reader.options.frames is None else (1, reader.options.frames)
     with compute.autocast():
@@ -59,15 +59,15 @@ def fill(model: Any, parts: list[Labelled], reader: Reader, compute: Compute, wh
     counts = [len(part.y) for part in parts]
     size = sum(counts) * one.numel() * one.element_size()
     free = free_bytes(torch.device("cpu")) if where == "memory" else shutil.disk_usage(folder).free
-    known = "an unknown amount is" if free is None else f"{_gigabytes(free)} are"
-    log.info("cache: %s of frozen activations in %s, %s free", _gigabytes(size), where, known)
+    known = "an unknown amount is" if free is None else f"{format_bytes(free)} are"
+    log.info("cache: %s of frozen activations in %s, %s free", format_bytes(size), where, known)
     if free is not None and size > free:
         other = "--cache disk, --losa-every 2 or --cache off" if where == "memory" else "--losa-every 2 or --cache off"
         raise ConfigError(
-            f"cache: {_gigabytes(size)} do not fit into {where} with {_gigabytes(free)} free; use {other}"
+            f"cache: {format_bytes(size)} do not fit into {where} with {format_bytes(free)} free; use {other}"
         )
     store = _allocate(sum(counts) * one.numel(), one.dtype, where, folder).view(-1, *one.shape[1:])
-    found = []
+    cached = []
     for part, room in zip(parts, store.split(counts), strict=True):
         read: list[Tensor] = []
         count = 0
@@ -76,8 +76,8 @@ def fill(model: Any, parts: list[Labelled], reader: Reader, compute: Compute, wh
                 room[count : count + len(x)] = model.frozen(x).to(store.device)
             read.append(indices)
             count += len(x)
-        found.append(Cached(room[:count], part.y[torch.cat(read)] if read else part.y[:0]))
-    return found
+        cached.append(Cached(room[:count], part.y[torch.cat(read)] if read else part.y[:0]))
+    return cached
 
 
 def _allocate(count: int, dtype: torch.dtype, where: str, folder: Path) -> Tensor:
@@ -85,7 +85,7 @@ def _allocate(count: int, dtype: torch.dtype, where: str, folder: Path) -> Tenso
         return torch.empty(count, dtype=dtype)
     path = folder / FILE
     try:
-        with open(path, "wb") as file:  # taken now: a disk that fills up later would kill the process
+        with open(path, "wb") as file:  # allocated now: a disk that fills up later would kill the process
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
             else:  # macOS and Windows
@@ -94,9 +94,5 @@ def _allocate(count: int, dtype: torch.dtype, where: str, folder: Path) -> Tenso
         path.unlink(missing_ok=True)
         raise ConfigError(f"cache: cannot write {path}: {error.strerror}; use --cache memory or off") from error
     store = torch.from_file(str(path), shared=True, size=count, dtype=dtype)
-    path.unlink()  # the mapping keeps it; however the run ends, nothing is left behind
+    path.unlink()  # the mapping keeps the data; nothing is left behind, however the run ends
     return store
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"

@@ -1,4 +1,4 @@
-"""One step of fine-tuning, and how its results are measured."""
+"""One step of fine-tuning, and the accuracy of predictions."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ def train_step(
     compute: Compute,
     steps: int,
 ) -> dict[str, Any]:
-    """One step, in place; what metrics.jsonl says of it. A loss or gradient that is not finite changes no weight.
+    """Take one step of `steps`, in place. Returns the row of metrics.jsonl.
 
-    Random numbers (drop path, mixup) are drawn from (seed, step), so that a resumed run draws the same.
+    x, y: a batch and its classes [B]. mix: from `make_mixup`. A loss or gradient that is not finite changes no weight.
+    Random numbers (drop path, mixup) are drawn from (seed, step), so that a resumed run draws equal ones.
     """
     lr = config.optimization.lr
     assert lr is not None
@@ -50,52 +51,52 @@ def train_step(
             out = logits(x)
         smoothing = config.regularization.label_smoothing if mix is None else 0.0  # timm's mixup smooths by itself
         loss = F.cross_entropy(out.float(), target, label_smoothing=smoothing)
-    bad = None if math.isfinite(loss.item()) else f"the loss is {loss.item()}"
-    if bad is None:
-        state.scaler.scale(loss).backward()
-        state.scaler.unscale_(state.optimizer)
-        parameters = [p for p in trained(state.model).values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if math.isfinite(norm.item()):
-            if config.optimization.clip:
-                torch.nn.utils.clip_grads_with_norm_(parameters, config.optimization.clip, norm)
-            state.scaler.step(state.optimizer)
-        elif not state.scaler.is_enabled() or state.scaler.get_scale() < 1:
-            bad = "a gradient is not finite"
-        if state.scaler.is_enabled():
-            state.scaler.update()
+    value = loss.item()
+    bad = _update(state, loss, config.optimization.clip) if math.isfinite(value) else f"the loss is {value}"
     state.bad = state.bad + 1 if bad else 0
-    row = {
-        "step": state.step,
-        "epoch": state.epoch,
-        "loss": loss.item(),
-        "lr": lr * factor,
-        "bad": bad,
-    }
+    row = {"step": state.step, "epoch": state.epoch, "loss": value, "lr": lr * factor, "bad": bad}
     state.step += 1
     return row
 
 
+def _update(state: State, loss: Tensor, clip: float) -> str | None:
+    """Run backward and one step of the optimizer. Returns why no weight was changed, None if they were."""
+    scaler, reason = state.scaler, None
+    scaler.scale(loss).backward()
+    scaler.unscale_(state.optimizer)
+    parameters = [p for p in trained(state.model).values() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if math.isfinite(norm.item()):
+        if clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        scaler.step(state.optimizer)
+    elif not scaler.is_enabled() or scaler.get_scale() < 1:  # under fp16 an overflow is how the scale is found
+        reason = "a gradient is not finite"
+    if scaler.is_enabled():
+        scaler.update()
+    return reason
+
+
 def make_logits(model: Any, config: FinetuneConfig) -> Callable[[Tensor], Tensor]:
-    """The model on what the batches hold: images, or frozen activations."""
+    """Return the function from a batch (images, or cached frozen activations) to logits [B, K]."""
     return model if config.cache == "off" else model.logits_of
 
 
 def make_mixup(config: FinetuneConfig, classes: int) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None:
-    """(x, y, step) -> x and soft targets [B, K] by timm's Mixup, which draws from (seed, step); None if it is off."""
+    """Return timm's Mixup as (x, y, step) -> (x, soft targets [B, K]), drawn from (seed, step); None if it is off."""
     own = config.regularization
     if not own.mixup and not own.cutmix:
         return None
     timms = Mixup(own.mixup, own.cutmix, label_smoothing=own.label_smoothing, num_classes=classes)
 
     def mix(x: Tensor, y: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        before = np.random.get_state()
+        caller = np.random.get_state()
         np.random.seed((config.runtime.seed * 1_000_003 + step) % 2**32)  # timm draws from numpy's global generator
         try:
             flat, target = timms(x.flatten(1, -3), y)  # a clip is mixed like an image of T C channels
             return flat.view_as(x), target
         finally:
-            np.random.set_state(before)
+            np.random.set_state(caller)
 
     return mix
 
@@ -107,7 +108,7 @@ def predict(
     compute: Compute,
     logits: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Predicted and true classes of everything in `batches`, [n] int64 each, on the CPU."""
+    """Return the predicted and the true classes of all batches, [n] int64 on the CPU. Raises DataError if none."""
     model.eval()
     predicted, truth = [], []
     for x, y in batches:
@@ -120,10 +121,10 @@ def predict(
 
 
 def top1(predicted: Tensor, truth: Tensor) -> float:
-    """Accuracy in percent."""
+    """Return the accuracy in percent."""
     return 100.0 * float((predicted == truth).float().mean())
 
 
 def balanced(predicted: Tensor, truth: Tensor) -> float:
-    """Mean of the classes' accuracies in percent, over the classes that occur."""
+    """Return the mean accuracy of the classes that occur, in percent."""
     return sum(top1(predicted[truth == c], truth[truth == c]) for c in truth.unique()) / len(truth.unique())

@@ -1,13 +1,13 @@
-"""What one training step holds in memory, part by part, counted on tensors that have shapes but no bytes.
+"""Memory of one training step by category, counted on tensors that have shapes but no bytes.
 
-The step itself runs, on PyTorch's fake tensors: the same code as in training decides what is kept, so whatever a memory
-level, a layout or another model changes is counted without a formula of its own. Every storage that an operator
-returns counts from its creation to its release:
+The training code itself runs on PyTorch's fake tensors and decides what is saved for backward, so memory levels,
+layouts and models need no formulas of their own. Every storage that an operator returns counts from its creation to its
+release:
 
     live(t) = sum of the bytes of all storages alive at t            peak = max over t of live(t)
 
-What an operator takes for itself while it runs is not seen from outside; for attention, the one where it matters, it
-is added by hand (`hidden_bytes`), and for cuBLAS as a constant.
+Temporary memory inside an operator is invisible from outside; that of attention, the only one that matters, is added by
+a formula (`hidden_bytes`), that of cuBLAS as a constant.
 """
 
 from __future__ import annotations
@@ -47,56 +47,39 @@ CUBLAS_BYTES = {
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes at the moment of an open step when most are held; FLOPs of its two halves."""
+    """Peak bytes of an update step by category, and FLOPs of its forward and backward half."""
 
-    parts: dict[str, int]  # by PARTS; their sum is the peak
-    kept: int  # activations kept for backward when the forward ends
-    waiting: int  # views of the next batches, made ahead on a GPU (data/prefetch.py); beside the peak
-    trained: int  # values that learn
+    parts: dict[str, int]  # bytes by PARTS at the peak
+    kept: int  # bytes of activations saved for backward
+    waiting: int  # bytes of prefetched views on a GPU (data/loading/prefetch.py), beyond the peak
+    trained: int  # number of trained values
     forward_flops: int
     backward_flops: int
 
     @property
     def peak(self) -> int:
-        """Bytes."""
+        """Bytes at the peak."""
         return sum(self.parts.values())
 
 
 def count(config: AdaptConfig, compute: Compute, *, on: str | None = None, flops: bool = False) -> StepMemory:
     """Count an update step of one batch; no weight is loaded or allocated, nothing is computed.
 
-    on: "cuda" or "cpu", what the step is to run on; None: compute.device. flops: count them too, which takes longer.
-    Raises ConfigError for an unknown model.
+    on: "cuda" or "cpu", the device of the counted step; None: compute.device. flops: count FLOPs too, which takes
+    longer. Raises ConfigError for an unknown model.
     """
-    on, config = on or compute.device.type, replace_flat(config, cuda_graphs=False)  # which hold what a step holds
-    # autograd cannot run backward for a device that is not there: a CPU stands in
+    on, config = on or compute.device.type, replace_flat(config, cuda_graphs=False)  # graphs hold what a step holds
+    # autograd cannot run backward for a device that is absent: a CPU stands in
     stands_in = on == "cuda" and not torch.cuda.is_available()
     device = torch.device("cpu" if stands_in else on)
     with torch.device("meta"):
         backbone = backbones.load_from(config.model, pretrained=False)
     seen = _Storages(on, _library_bytes(compute) if on == "cuda" else 0)
-    # one mode for both parts: another would take the first one's tensors for real ones and copy them
+    # one mode for both parts: a second mode would take the first one's tensors for real ones and copy them
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    # what the engine leaves to torch.compile is counted as it runs without: an upper bound
+    # what the engine leaves to torch.compile is counted in eager mode: an upper bound
     with fake, seen, device, torch.compiler.set_stance("force_eager"):
-        seen.part = "weights"
-        without_bytes(backbone.vit)
-        seen.part = "adapters"
-        method = methods.build(backbone, config)
-        seen.part = "folded"
-        if config.runtime.implementation != "reference":
-            method.accelerate(compute.dtype or torch.float32, config.memory.level, compute.fp8)  # type: ignore[arg-type]
-        if stands_in and compute.dtype is not None:
-            _fuse(method)
-        learned = [p for group in method.parameter_groups() for p in group["params"]]
-        # the first step has neither gradients nor moments: the counted one is a later one
-        seen.part = "gradients"
-        for parameter in learned:
-            parameter.grad = torch.empty_like(parameter)
-            parameter.register_post_accumulate_grad_hook(lambda p: seen.rename(p.grad, "gradients"))
-        seen.part = "optimizer"
-        optimizer = torch.optim.AdamW(method.parameter_groups(), fused=True)
-        optimizer.step()
+        method, optimizer = _prepare(backbone, config, compute, seen, stands_in)
     likes = _view_shapes(method, len(backbone.mean), config.optimization.batch_size)
     with fake, seen, device, torch.compiler.set_stance("force_eager"):
         seen.part = "views"
@@ -105,27 +88,51 @@ def count(config: AdaptConfig, compute: Compute, *, on: str | None = None, flops
         seen.part = "activations"
         with _counter(flops) as forward, context:
             loss = forward_loss(method, views, config)
-        kept = seen.live["activations"]
+        saved = seen.live["activations"]
         optimizer.zero_grad(set_to_none=True)
         seen.part = "workspace"
         with _counter(flops) as backward, torch.autograd.set_multithreading_enabled(False):
             loss.backward()
         optimizer.step()
     parts = {part: seen.at_peak[part] for part in PARTS}
-    # what the forward makes and drops again is workspace, not kept
-    parts["workspace"] += max(0, parts["activations"] - kept)
-    parts["activations"] = min(parts["activations"], kept)
-    trained = sum(p.numel() for p in learned)
+    # activations that the forward pass frees again are workspace
+    parts["workspace"] += max(0, parts["activations"] - saved)
+    parts["activations"] = min(parts["activations"], saved)
+    trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     waiting = (1 + DEPTH) * parts["views"] if on == "cuda" else 0
-    return StepMemory(parts, kept, waiting, trained, forward.get_total_flops(), backward.get_total_flops())
+    return StepMemory(parts, saved, waiting, trained, forward.get_total_flops(), backward.get_total_flops())
+
+
+def _prepare(
+    backbone: backbones.Backbone, config: AdaptConfig, compute: Compute, seen: _Storages, stands_in: bool
+) -> tuple[Any, torch.optim.Optimizer]:
+    """Return the method, with gradients, and its optimizer, with moments: the first step has neither."""
+    seen.part = "weights"
+    without_bytes(backbone.vit)
+    seen.part = "adapters"
+    method = methods.build(backbone, config)
+    seen.part = "folded"
+    if config.runtime.implementation != "reference":
+        method.accelerate(compute.dtype or torch.float32, config.memory.level, compute.fp8)  # type: ignore[arg-type]
+    if stands_in and compute.dtype is not None:
+        _fuse(method)
+    seen.part = "gradients"
+    for group in method.parameter_groups():
+        for parameter in group["params"]:
+            parameter.grad = torch.empty_like(parameter)
+            parameter.register_post_accumulate_grad_hook(lambda p: seen.rename(p.grad, "gradients"))
+    seen.part = "optimizer"
+    optimizer = torch.optim.AdamW(method.parameter_groups(), fused=True)
+    optimizer.step()
+    return method, optimizer
 
 
 def hidden_bytes(shape: torch.Size, itemsize: int, on: str) -> int:
-    """What attention's backward holds for itself beside its result; shape: of packed qkv, [B, T, 3, H, d].
+    """Return the temporary bytes of attention's backward. shape: of packed qkv, [B, T, 3, H, d].
 
-    CPU: dq, dk and dv apart in fp32; in 16 bit also fp32 copies of qkv, o and their gradients (kernels/attention),
-    or of short sequences copies of qkv and the gradient in bf16, with scores in fp32, P and dS.
-    GPU: dq, dk and dv apart, and the library's fp32 sum of dq over tiles of 128 tokens.
+    CPU: separate dq, dk and dv in fp32; in 16 bit also fp32 copies of qkv, o and their gradients (kernels/attention),
+    or for short sequences copies of qkv and the gradient in bf16, with scores in fp32, P and dS.
+    GPU: separate dq, dk and dv, and the library's fp32 sum of dq over tiles of 128 tokens.
     """
     images, tokens, _, heads, width = shape
     values = images * tokens * heads * width
@@ -138,7 +145,10 @@ def hidden_bytes(shape: torch.Size, itemsize: int, on: str) -> int:
 
 
 class _Storages(TorchDispatchMode):
-    """Follows every storage that appears while this is active, under the part that was current then."""
+    """Dispatch mode that tracks every new storage under the current category, `part`.
+
+    on: "cuda" or "cpu". library: bytes of the libraries' workspace.
+    """
 
     def __init__(self, on: str, library: int):
         super().__init__()
@@ -150,7 +160,7 @@ class _Storages(TorchDispatchMode):
         self.live["workspace"] = library
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """Run the operator and takes note of what it returned."""
+        """Run the operator and track the storages of its results."""
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
@@ -160,11 +170,11 @@ class _Storages(TorchDispatchMode):
         return out
 
     def rename(self, tensor: Tensor | None, part: str) -> None:
-        """What `tensor` holds belongs to another part."""
+        """Move the storage of `tensor` to another category."""
         key = tensor.untyped_storage()._cdata if tensor is not None else 0
         if key in self._known:
-            before, size = self._known[key]
-            self.live[before] -= size
+            previous, size = self._known[key]
+            self.live[previous] -= size
             self.live[part] += size
             self._known[key] = part, size
 
@@ -188,8 +198,8 @@ class _Storages(TorchDispatchMode):
 
 
 def without_bytes(vit: nn.Module) -> None:
-    """Put tensors of the current device and mode in the place of those on "meta", frozen."""
-    # to_empty would swap tensors, which fake ones refuse
+    """Replace frozen "meta" tensors by tensors of the current device and mode, in place."""
+    # `to_empty` swaps tensors, which fake tensors refuse
     for module in vit.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -201,7 +211,10 @@ def without_bytes(vit: nn.Module) -> None:
 
 
 def _view_shapes(method: Any, channels: int, batch: int) -> Any:
-    """The views of `batch` images without bytes: each side is a line in the batch, drawn through 2 and 3 images."""
+    """Return the views of `batch` images as meta tensors.
+
+    Each side is linear in the number of images; the line is taken through those of 2 and 3 images.
+    """
 
     def views_of(count: int) -> Any:
         images = [torch.zeros(channels, 64, 64, dtype=torch.uint8)] * count
@@ -215,15 +228,15 @@ def _view_shapes(method: Any, channels: int, batch: int) -> Any:
 
 
 def _fuse(method: Any) -> None:
-    # on a GPU the engine takes the fused form by itself
+    # on a GPU the engine chooses the fused form itself
     engine = getattr(getattr(method, "features", None), "__self__", None)
     if isinstance(engine, EngineViT):
         fused = [replace(block, fused=True) if isinstance(block, FoldedBlock) else block for block in engine.blocks]
         engine.blocks[:] = fused
 
 
-def _counter(wanted: bool) -> FlopCounterMode | _NoCounter:
-    return FlopCounterMode(display=False, custom_mapping=_ATTENTION_FLOPS) if wanted else _NoCounter()
+def _counter(is_on: bool) -> FlopCounterMode | _NoCounter:
+    return FlopCounterMode(display=False, custom_mapping=_ATTENTION_FLOPS) if is_on else _NoCounter()
 
 
 class _NoCounter(contextlib.nullcontext):
@@ -235,13 +248,13 @@ class _NoCounter(contextlib.nullcontext):
 
 
 def _attention_flops(qkv_shape: Any, *args: Any, **kwargs: Any) -> int:
-    """Two products forward: q k^T and P v. qkv_shape: [B, T, 3, H, d]."""
+    """Return the FLOPs of the forward pass, two products: q k^T and P v. qkv_shape: [B, T, 3, H, d]."""
     images, tokens, _, heads, width = qkv_shape
     return 4 * images * tokens**2 * heads * width
 
 
 def _attention_backward_flops(grad_shape: Any, qkv_shape: Any, *args: Any, **kwargs: Any) -> int:
-    """Five products: S again, dP, dq, dk, dv."""
+    """Return the FLOPs of the backward pass, five products: S again, dP, dq, dk, dv."""
     return 5 * _attention_flops(qkv_shape) // 2
 
 

@@ -1,8 +1,8 @@
-"""Which memory level and batch fit, and what is refused before it starts.
+"""Choice of the memory level and the batch that fit, before a run starts.
 
-    needed = 1.1 x counted peak           the count is held to 10% of the real peak (tests/train/test_memory.py)
+    needed = 1.1 x counted peak           the count is within 10 % of the real peak (tests/train/test_memory.py)
 
-The first of fast, balanced and lean that fits keeps the batch; where lean does not, the batch becomes smaller.
+The first of fast, balanced and lean that fits keeps the batch; if lean does not fit, the batch is reduced.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from upstep_fast.engine.block import Memory
 from upstep_fast.errors import ConfigError, UpstepError
 from upstep_fast.runtime import distributed, machine
 from upstep_fast.runtime.device import Compute
+from upstep_fast.runtime.machine import format_bytes
 from upstep_fast.runtime.run_folder import CONFIG
 from upstep_fast.train.memory import count as step_memory
 from upstep_fast.train.memory.count import StepMemory
@@ -35,7 +36,7 @@ MARGIN = 1.1
 
 @dataclass(frozen=True)
 class Choice:
-    """A way to run: its memory level and how many images a device takes at once."""
+    """Memory level and number of images per step and device, with the memory they take."""
 
     memory: Memory
     batch_size: int
@@ -43,15 +44,15 @@ class Choice:
 
     @property
     def needed(self) -> int:
-        """Bytes to have at hand."""
+        """Free bytes that the run needs, margin included."""
         return round(MARGIN * self.step.peak) + self.step.waiting
 
 
-Chooser = Callable[[Memory, int], Choice]  # counts a level and a batch
+Chooser = Callable[[Memory, int], Choice]  # (level, batch) -> counted choice
 
 
 def chooser(config: AdaptConfig, compute: Compute, on: str | None = None) -> Chooser:
-    """Count this run at other levels and batches; each is counted once."""
+    """Return a function that counts this run at a level and a batch; each pair is counted once. on: see `count`."""
     counted: dict[tuple[Memory, int], Choice] = {}
 
     def choose(memory: Memory, batch: int) -> Choice:
@@ -64,10 +65,10 @@ def chooser(config: AdaptConfig, compute: Compute, on: str | None = None) -> Cho
 
 
 def fit(choose: Chooser, batch: int, limit: int | None) -> Choice:
-    """The fastest level at which `batch` fits in `limit` bytes, or the largest batch that fits at the last level.
+    """Return the fastest level at which `batch` fits in `limit` bytes, or the largest batch that fits the last level.
 
-    limit: None: not known, so the first level. The batch found is within an eighth of the largest. Raises ConfigError
-    if not even two images fit.
+    limit: None if unknown, which returns the first level. The batch is within an eighth of the largest. Raises
+    ConfigError if not even two images fit.
     """
     if limit is None:
         return choose(LEVELS[0], batch)
@@ -77,12 +78,12 @@ def fit(choose: Chooser, batch: int, limit: int | None) -> Choice:
     fits, too_large = choose(LEVELS[-1], 2), batch
     if fits.needed > limit:
         raise ConfigError(
-            f"memory: two images at level {LEVELS[-1]} need {gigabytes(fits.needed)}, there are {gigabytes(limit)}; "
-            "take a smaller model or --img-size"
+            f"memory: two images at level {LEVELS[-1]} need {format_bytes(fits.needed)}, "
+            f"{format_bytes(max(0, limit))} are free; take a smaller model or --img-size"
         )
     while too_large - fits.batch_size > max(1, fits.batch_size // 8):
         middle = (fits.batch_size + too_large) // 2
-        # whole eights, as kernels like them
+        # a multiple of eight: kernels are faster
         middle = middle - middle % 8 if middle - middle % 8 > fits.batch_size else middle
         choice = choose(LEVELS[-1], middle)
         fits, too_large = (choice, too_large) if choice.needed <= limit else (fits, middle)
@@ -90,9 +91,9 @@ def fit(choose: Chooser, batch: int, limit: int | None) -> Choice:
 
 
 def settle(config: AdaptConfig, compute: Compute) -> AdaptConfig:
-    """Before a run starts: `memory` "auto" becomes a level, and what cannot fit is refused.
+    """Return the configuration with `memory` "auto" replaced by a level. Collective.
 
-    Raises ConfigError naming the level and the batch that would fit.
+    Raises ConfigError, naming the level and the batch that would fit, if the run does not fit.
     """
     is_checked = config.memory.check and not config.memory.auto_batch
     if not is_checked and config.memory.level != "auto":
@@ -100,31 +101,31 @@ def settle(config: AdaptConfig, compute: Compute) -> AdaptConfig:
     if config.output.resume and config.memory.level == "auto" and (level := _level_of(Path(config.output.out))):
         config = replace_flat(config, memory=level)
     first = LEVELS[0] if config.memory.level == "auto" else config.memory.level
-    # the ranks take the same decision
-    world_size, found = distributed.size(), distributed.gather(machine.free_bytes(compute.device))
-    free = min(found, key=lambda value: math.inf if value is None else value)
+    # all ranks decide by the least free memory
+    world_size, free_by_rank = distributed.size(), distributed.gather(machine.free_bytes(compute.device))
+    free = min(free_by_rank, key=lambda value: math.inf if value is None else value)
     if free is None:
-        log.warning("memory: how much is free is not known here, so it is not checked")
+        log.warning("memory: the free memory is unknown here, so it is not checked")
         return replace_flat(config, memory=first)
-    # on a CPU the loader's cache is in the same memory
+    # on a CPU the loader's cache shares the memory
     limit = free - (CACHE_BYTES if compute.device.type == "cpu" else 0)
     batch = max(2, config.optimization.batch_size // world_size)
     choose = chooser(config, compute)
     try:
         choice = choose(first, batch)
         if choice.needed > limit:
-            choice = _instead(config, choose, choice, limit, world_size)
+            choice = _replacement(config, choose, choice, limit, world_size)
     except UpstepError:
         raise
     except Exception as error:  # a model that cannot be counted may still run
         log.warning("memory: not checked (%s: %s)", type(error).__name__, str(error).split("\n")[0])
         return replace_flat(config, memory=first)
-    log.info("memory: level %s, %s at most, %s free", choice.memory, gigabytes(choice.step.peak), gigabytes(free))
+    log.info("memory: level %s, %s at most, %s free", choice.memory, format_bytes(choice.step.peak), format_bytes(free))
     return replace_flat(config, memory=choice.memory)
 
 
-def _instead(config: AdaptConfig, choose: Chooser, choice: Choice, limit: int, world_size: int) -> Choice:
-    """What takes the place of a choice that does not fit; raises ConfigError if that is for the user to decide."""
+def _replacement(config: AdaptConfig, choose: Chooser, choice: Choice, limit: int, world_size: int) -> Choice:
+    """Return what replaces a choice that does not fit. Raises ConfigError if the user must decide."""
     try:
         best: Choice | None = fit(choose, choice.batch_size, limit)
     except ConfigError:
@@ -136,18 +137,15 @@ def _instead(config: AdaptConfig, choose: Chooser, choice: Choice, limit: int, w
     cure = "not even two images would: take a smaller model or --img-size"
     if best is not None:
         cure = f"--memory {best.memory} --batch-size {best.batch_size * world_size} would"
+    sizes = f"they need {format_bytes(choice.needed)}, {format_bytes(max(0, limit))} are free"
     raise ConfigError(
-        f"memory: {config.optimization.batch_size} images a step at level {choice.memory} do not fit: they need "
-        f"{gigabytes(choice.needed)}, {gigabytes(max(0, limit))} are free; {cure}; --no-memory-check starts anyway"
+        f"memory: {config.optimization.batch_size} images a step at level {choice.memory} do not fit: {sizes}; {cure}; "
+        "--no-memory-check starts anyway"
     )
 
 
-def gigabytes(size: float) -> str:
-    """Bytes as people read them."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
-
-
 def _level_of(out: Path) -> Any:
+    """Return the level of the run in `out`, None if there is none."""
     try:
         level = flatten_tables(tomllib.loads((out / CONFIG).read_text()), AdaptConfig).get("memory")
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What a step really takes on this machine: the allocator's own peak, seconds forward and backward, what is free."""
+"""Measurement of real steps on this machine: the allocator's peak, and the seconds of forward and backward."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from upstep_fast.train.state import fresh_state
 from upstep_fast.train.step import forward_loss
 from upstep_fast.train.update import update
 
-CPU_IMAGES = 8  # of a calibrated step on a CPU, where a full batch may take minutes
+CPU_IMAGES = 8  # of a measured step on a CPU, where a full batch may take minutes
 _COUNTED = "upstep_fast: the counted step"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One real open step with random weights and images."""
+    """One real update step with random weights and images."""
 
     batch: int
     peak_bytes: int  # model, optimizer and views included
@@ -37,7 +37,7 @@ class Measured:
 
 
 def measure(config: AdaptConfig, compute: Compute, *, cpu_images: int = CPU_IMAGES) -> Measured:
-    """Take two open steps, the second counted, and a third that is timed. At most `cpu_images` at once on a CPU."""
+    """Take three update steps: the second's memory is counted, the third is timed. On a CPU of at most `cpu_images`."""
     on_cpu = compute.device.type == "cpu"
     if on_cpu:
         config = replace_flat(config, batch_size=min(config.optimization.batch_size, cpu_images))
@@ -57,9 +57,9 @@ def measure(config: AdaptConfig, compute: Compute, *, cpu_images: int = CPU_IMAG
 
 
 def one_step(config: AdaptConfig, compute: Compute) -> tuple[Callable[[], None], list[float]]:
-    """A function that takes an open step, views included, and the list to which it adds seconds forward and backward.
+    """Return a function that takes an update step, views included, and the list of seconds that it appends to.
 
-    Weights and images are random: they take the same time and memory as any.
+    Each call appends two times: forward with the loss, and backward with the update. Weights and images are random.
     """
     config = replace_flat(config, accumulate=1)  # each step updates
     backbone = backbones.load_from(config.model, pretrained=False)
@@ -86,18 +86,18 @@ def _peak_of_cpu() -> Iterator[list[int]]:
 
     The allocator reports its total since the profiler began, so everything must be allocated within the context.
     """
-    found: list[int] = []
+    peak: list[int] = []
     with tempfile.TemporaryDirectory() as folder:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            yield found
+            yield peak
         profiler.export_chrome_trace(f"{folder}/trace.json")
         events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
     span = next(e for e in events if e.get("name") == _COUNTED and e.get("ph") == "X")
     memory = [(e["ts"], e["args"]) for e in events if e.get("name") == "[memory]"]
-    # the allocator's total goes on from an earlier profile of this process
-    before = memory[0][1]["Total Allocated"] - memory[0][1]["Bytes"]
+    # the allocator's total continues from an earlier profile of this process
+    start = memory[0][1]["Total Allocated"] - memory[0][1]["Bytes"]
     totals = [args["Total Allocated"] for at, args in memory if span["ts"] <= at <= span["ts"] + span["dur"]]
-    found.append(max(totals) - before)
+    peak.append(max(totals) - start)
 
 
 def _now(compute: Compute) -> float:
@@ -107,7 +107,7 @@ def _now(compute: Compute) -> float:
 
 
 def product_rate(compute: Compute, width: int = 1024) -> float:
-    """FLOP/s of a large matrix product in the run's precision, the median of five."""
+    """Return the FLOP/s of a large matrix product in the run's precision, the median of five."""
     rows = 16384 if compute.device.type == "cuda" else 512
     dtype = compute.dtype or torch.float32
     a, b = (torch.randn(*shape, device=compute.device).to(dtype) for shape in ((rows, width), (width, 4 * width)))

@@ -1,0 +1,88 @@
+"""The training loop of fine-tuning: steps, held-out accuracy after each epoch, metrics and checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from upstep_fast.config.finetune import FinetuneConfig
+from upstep_fast.data.loading.skipped import SkippedImages
+from upstep_fast.errors import Interrupted, RunFailedError
+from upstep_fast.report.metrics import Metrics
+from upstep_fast.runtime import run_folder as output
+from upstep_fast.runtime.device import Compute
+from upstep_fast.runtime.signals import signals
+from upstep_fast.train.failures import MAX_BAD_STEPS
+from upstep_fast.train.finetune import state as finetune_state
+from upstep_fast.train.finetune.state import State
+from upstep_fast.train.finetune.step import make_logits, make_mixup, predict, top1, train_step
+from upstep_fast.train.identity import Identity
+
+log = logging.getLogger("upstep_fast")
+
+Batches = Callable[[int], Iterator[tuple[Tensor, Tensor]]]  # step -> batches (x, y [B]) from that step on, without end
+InOrder = Callable[[], Iterator[tuple[Tensor, Tensor]]]  # every held-out (x, y [B]) once
+
+
+def train(
+    state: State,
+    learn: Batches,
+    choose: InOrder,
+    config: FinetuneConfig,
+    compute: Compute,
+    skipped: SkippedImages,
+    out: Path,
+    identity: Identity,
+) -> None:
+    """Train in place to the last epoch, or until --patience epochs in a row were no better. Raises UpstepError.
+
+    skipped: images that `learn` could not read. Writes metrics.jsonl and checkpoints to `out`.
+    """
+    per_epoch = identity.data["images"] // config.optimization.batch_size
+    num_steps, logits = config.optimization.epochs * per_epoch, make_logits(state.model, config)
+    mix = make_mixup(config, state.model.head.out_features)  # type: ignore[union-attr,arg-type]
+    batches = learn(state.step)
+    with Metrics(out / "metrics.jsonl", state.step) as metrics, signals() as requests:
+        while state.step < num_steps and not _should_stop(state, config):
+            began = time.monotonic()
+            x, y = next(batches)
+            row = train_step(state, x, y, logits, mix, config, compute, num_steps)
+            ends_epoch = state.step % per_epoch == 0
+            if ends_epoch:
+                _end_epoch(state, row, config, lambda: top1(*predict(state.model, choose(), compute, logits)))
+            state.seconds += time.monotonic() - began
+            stop, save = requests.poll()
+            with output.writing(out):
+                metrics.write(row)
+                if ends_epoch or stop or save:
+                    metrics.sync()
+                    finetune_state.save(state, out / output.CHECKPOINTS, identity, skipped)
+            if state.bad >= MAX_BAD_STEPS:
+                raise RunFailedError(f"step {row['step']}: {row['bad']}, {state.bad} in a row; lower --lr")
+            if stop and state.step < num_steps:
+                done = f"stopped after {state.step} of {num_steps} steps, all saved"
+                raise Interrupted(f"{done}; go on with the same command and --resume")
+    if isinstance(batches, Generator):
+        batches.close()
+
+
+def _should_stop(state: State, config: FinetuneConfig) -> bool:
+    patience = config.optimization.patience
+    return bool(config.optimization.held_out and patience and state.epoch - 1 - state.best_epoch >= patience)
+
+
+def _end_epoch(state: State, row: dict[str, Any], config: FinetuneConfig, accuracy: Callable[[], float]) -> None:
+    """Count the epoch, with its held-out accuracy in percent if images are held out, and log it."""
+    text = f"loss {row['loss']:.3f}"
+    if config.optimization.held_out:
+        row["held_out_top1"] = accuracy()
+        state.end_epoch(row["held_out_top1"])
+        text += f", held-out top-1 {row['held_out_top1']:.1f}, best {state.best:.1f} in epoch {state.best_epoch + 1}"
+    else:
+        state.epoch += 1
+    log.info("epoch %d of %d: %s", state.epoch, config.optimization.epochs, text)
