@@ -219,7 +219,7 @@ def test_cached_activations_change_nothing(options, tmp_path, method, where, cap
     with caplog.at_level("INFO", "upstep_fast"):
         upstep_fast.finetune(**{**options, **extra, "out": tmp_path / "on"}, cache=where)
     said = next(m for m in caplog.messages if m.startswith("cache:"))
-    assert "GB of frozen activations" in said and where in said
+    assert "MB of frozen activations" in said and where in said
     off, on = ([row["loss"] for row in rows(tmp_path / name)] for name in ("off", "on"))
     assert off == pytest.approx(on, rel=1e-5)
     assert not (tmp_path / "on" / feature_cache.FILE).exists()
@@ -229,7 +229,7 @@ def test_cached_activations_change_nothing(options, tmp_path, method, where, cap
 def test_a_cache_that_does_not_fit_is_refused(options, monkeypatch, where):
     monkeypatch.setattr(feature_cache, "free_bytes", lambda device: 1000)
     monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
-    with pytest.raises(ConfigError, match=rf"cache: .* GB do not fit into {where}"):
+    with pytest.raises(ConfigError, match=rf"cache: .* MB do not fit into {where}"):
         upstep_fast.finetune(**options, preset_views="none", cache=where)
 
 
