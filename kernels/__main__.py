@@ -1,19 +1,21 @@
-"""What runs on this machine, and why: `python -m upstep_fast.kernels [--device cpu|cuda]`.
+"""Report of what runs on this machine, and why: `python -m upstep_fast.kernels [--device cpu|cuda]`.
 
-Each op is called once on a small problem, so that what it says is what it did. Exit code 1: an op failed.
+Each op runs once on sample inputs and is compared with its reference. Exit code 1: an op failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import platform
+from collections.abc import Sequence
 
 import torch
 
 from . import _triton
-from ._dispatch import report, requested
+from ._dispatch import Choice, requested
 from ._native import LIBRARY, extension, has_cuda, library_folder, load_failure
-from ._sample_inputs import SAMPLE_INPUTS, sample_inputs
+from ._sample_inputs import SAMPLE_INPUTS
+from ._self_check import check
 
 
 def _machine() -> list[tuple[str, str]]:
@@ -36,7 +38,7 @@ def _machine() -> list[tuple[str, str]]:
     return [*rows, ("requested", requested() or "nothing: each op chooses (UPSTEP_FAST_KERNELS names one)")]
 
 
-def _print(rows: list[tuple[str, ...]]) -> None:
+def _print(rows: Sequence[tuple[str, ...]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -45,20 +47,22 @@ def _print(rows: list[tuple[str, ...]]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Print the report; returns the exit code."""
     parser = argparse.ArgumentParser(prog=f"python -m {__package__}", description="What runs on this machine, and why.")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to try the ops")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run the ops")
     device = torch.device(parser.parse_args(arguments).device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    choices: list[Choice] = []
     failed: list[tuple[str, ...]] = []
     for name in SAMPLE_INPUTS:
-        try:
-            problem = sample_inputs(name)
-            problem.call(*problem.on(device, torch.bfloat16 if device.type == "cuda" else torch.float32))
-        except Exception as error:  # a report must say what is broken, whatever it is
-            failed.append((name, device.type, "FAILED", str(error).split("\n")[0]))
+        outcome, ran = check(name, device, dtype)
+        choices += [choice for choice in ran if choice not in choices]
+        if not outcome.passed:
+            error = f"errors {outcome.forward}, {outcome.backward} above {outcome.limit}"
+            failed.append((name, device.type, "FAILED", outcome.note or error))
     _print(_machine())
     print()
-    _print(
-        [("op", "device", "runs", "why"), *((c.op, c.device, c.implementation, c.reason) for c in report()), *failed]
-    )
+    choices.sort(key=lambda choice: (choice.op, choice.device))
+    rows = [(choice.op, choice.device, choice.implementation, choice.reason) for choice in choices]
+    _print([("op", "device", "runs", "why"), *rows, *failed])
     return 1 if failed else 0
 
 

@@ -1,4 +1,4 @@
-"""What autocast asks of an op."""
+"""Autocast's dtype for an op."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """To what autocast casts the operands of products on `device`; None where it is off or unknown (meta)."""
-    # asking for "meta" raises; torch.amp.is_autocast_available, which would tell, breaks graphs of torch 2.11
+    """Return the dtype to which autocast casts operands of products on `device`; None: off, or unknown (meta)."""
+    # "meta" raises here; torch.amp.is_autocast_available, which would answer, breaks graphs of torch 2.11
     if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None

@@ -1,4 +1,4 @@
-"""The fastest of several ways to compute one thing: measured once, remembered, and pinned from outside.
+"""Autotuning: the fastest of several forms of an op, measured once per machine, cached, and settable from outside.
 
 A choice is named by a problem (op, dtype, shape class: "lora_linear bfloat16 M32768 K1024 ...") and holds for
 one machine (GPU, torch, triton). In order: what `set_tuned` says; what this process or an earlier one measured (JSON
@@ -32,23 +32,23 @@ _known: dict[str, dict[str, str]] = {}  # machine -> problem -> choice
 
 
 def set_tuned(choices: Mapping[str, str]) -> None:
-    """Fix the choice of each problem named (as `tuned` gives them); an empty mapping lets all go."""
+    """Fix the choice of each problem in `choices` (as `tuned` returns them); an empty mapping frees all."""
     _pinned.clear()
     _pinned.update(choices)
 
 
 def tuned() -> dict[str, str]:
-    """Problem -> choice: all that is pinned or was measured for the current GPU. JSON-friendly."""
+    """Return problem -> choice: all that was fixed by `set_tuned` or measured for the current GPU. JSON-friendly."""
     if not torch.cuda.is_available():
         return dict(_pinned)
     return {**_known.get(_machine(torch.device("cuda", torch.cuda.current_device())), {}), **_pinned}
 
 
 def autotune(problem: str, device: torch.device, candidates: Mapping[str, Callable[[], object]]) -> tuple[str, str]:
-    """The name of the candidate to run for `problem`, and why it is that one.
+    """Return the name of the candidate to run for `problem`, and the reason.
 
     candidates: name -> a call that does the whole work on the caller's tensors; the first is the default.
-    Raises RuntimeError if the choice pinned for `problem` is not among them.
+    Raises RuntimeError if the choice fixed for `problem` is not among them.
     """
     if problem in _pinned:
         if _pinned[problem] not in candidates:
@@ -80,7 +80,7 @@ def autotune(problem: str, device: torch.device, candidates: Mapping[str, Callab
 
 
 def power_class(count: int) -> int:
-    """The power of two at or above `count`: sizes of one class share a choice."""
+    """Return the power of two at or above `count`: sizes of one class share a choice."""
     return 1 << max(count - 1, 0).bit_length()
 
 
@@ -95,7 +95,7 @@ def _measure(candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]
         # a tile too large for an unknown GPU, or too little memory: the others still run
         except Exception as error:
             _log.warning("%s cannot run and is left out of the measurement: %s", name, str(error).split("\n")[0])
-    # in turns, so that a clock that drifts meets all alike
+    # in turns, so that a drift of the clock affects all candidates equally
     for _ in range(ROUNDS):
         for name, times in timings.items():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -121,7 +121,7 @@ def _path() -> Path:
 def _read() -> dict[str, dict[str, str]]:
     path = _path()
     try:
-        content = json.loads(path.read_text())
+        content: dict[str, dict[str, str]] = json.loads(path.read_text())
         if not all(isinstance(v, str) for rows in content.values() for v in rows.values()):
             raise ValueError("not a table of names")
         return content
@@ -133,15 +133,15 @@ def _read() -> dict[str, dict[str, str]]:
 
 
 def _write(machine: str, problem: str, choice: str) -> None:
-    """Add one choice to the file; another process's rows stay, and a reader never sees half a file."""
+    """Add one choice to the file, which is replaced atomically; rows of other processes stay."""
     path = _path()
     content = _read()
     content.setdefault(machine, {})[problem] = choice
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            whole = Path(folder) / path.name
-            whole.write_text(json.dumps(content, indent=1, sort_keys=True))
-            os.replace(whole, path)
+            complete = Path(folder) / path.name
+            complete.write_text(json.dumps(content, indent=1, sort_keys=True))
+            os.replace(complete, path)
     except OSError as error:
-        _log.warning("the measurement is not kept: %s cannot be written (%s)", path, error)
+        _log.warning("the measurement is not saved: %s cannot be written (%s)", path, error)

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs, and why. Never silent.
+"""Dispatch: which implementation of an op runs, and why. Never silent.
 
 Every op offers up to four implementations:
 
@@ -8,7 +8,7 @@ Every op offers up to four implementations:
     cuda        the compiled op on CUDA tensors
 
 `choose` takes them in order of preference, each with the reason it cannot run (None: it can), returns the
-first that can, and remembers the answer for `report()`. `UPSTEP_FAST_KERNELS`, or `forced(...)`, names one for
+first that can, and records it for `report()`. `UPSTEP_FAST_KERNELS`, or `forced(...)`, names one for
 every op that has it; if that one cannot run, the call raises with the reason.
 """
 
@@ -34,12 +34,12 @@ NAMESPACE = (__package__ or "kernels").replace(".", "_")
 _log = logging.getLogger(__name__)
 _forced: ContextVar[str | None] = ContextVar("forced_implementation", default=None)
 _report: dict[tuple[str, str], Choice] = {}
-_said: set[Choice] = set()  # in the log
+_logged: set[Choice] = set()
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What runs for one op on one kind of device, and why."""
+    """Implementation of one op on one kind of device, and the reason."""
 
     op: str
     device: str
@@ -49,7 +49,7 @@ class Choice:
 
 @contextlib.contextmanager
 def forced(implementation: str | None) -> Iterator[None]:
-    """Within this context every op that has `implementation` runs it, or raises saying why it cannot."""
+    """Run `implementation` within this context, for every op that has it; an op that cannot run it raises."""
     token = _forced.set(_checked(implementation, "implementation"))
     try:
         yield
@@ -58,12 +58,12 @@ def forced(implementation: str | None) -> Iterator[None]:
 
 
 def force(implementation: str | None) -> None:
-    """As `forced`, until called again; None (or "auto") returns the choice to the dispatcher."""
+    """Set `implementation` as `forced` does, until called again; None or "auto" gives the choice back."""
     _forced.set(_checked(implementation, "implementation"))
 
 
 def requested() -> str | None:
-    """The implementation asked for by `forced`, `force` or UPSTEP_FAST_KERNELS; None: free choice."""
+    """Return the implementation requested by `forced`, `force` or UPSTEP_FAST_KERNELS; None: free choice."""
     return _forced.get() or _checked(os.environ.get("UPSTEP_FAST_KERNELS"), "UPSTEP_FAST_KERNELS")
 
 
@@ -71,50 +71,50 @@ def choose(op: str, device: torch.device, candidates: Mapping[str, str | None]) 
     """Return the implementation of `op` to run on `device`.
 
     candidates: implementation -> reason it cannot run (None: it can), in order of preference.
-    Raises RuntimeError when the one asked for cannot run.
+    Raises RuntimeError when the requested one, or all of them, cannot run.
     """
-    want = requested()
-    # an op without the wanted kind keeps its own order: forcing "cuda" must not break an op that has no CUDA form
-    if want is not None and want in candidates:
-        if candidates[want] is not None:
-            raise RuntimeError(f"{op}: implementation {want!r} was requested but cannot run: {candidates[want]}")
-        return record(op, device, want, "requested", fallback=False)
-    passed = []
-    for name, why_not in candidates.items():
-        if why_not is None:
-            return record(op, device, name, "; ".join(passed) or "preferred", fallback=bool(passed))
-        passed.append(f"not {name}: {why_not}")
-    raise RuntimeError(f"{op}: no implementation can run on {device}: {'; '.join(passed)}")
+    request = requested()
+    # an op without the requested kind has its own order: forcing "cuda" must not break an op that has no CUDA form
+    if request is not None and request in candidates:
+        if candidates[request] is not None:
+            raise RuntimeError(f"{op}: implementation {request!r} was requested but cannot run: {candidates[request]}")
+        return record(op, device, request, "requested", fallback=False)
+    unsupported: list[str] = []
+    for name, reason in candidates.items():
+        if reason is None:
+            return record(op, device, name, "; ".join(unsupported) or "preferred", fallback=bool(unsupported))
+        unsupported.append(f"not {name}: {reason}")
+    raise RuntimeError(f"{op}: no implementation can run on {device}: {'; '.join(unsupported)}")
 
 
 def triton_unsupported_reason(*tensors: torch.Tensor | None) -> str | None:
-    """Why Triton cannot take these tensors, or None if it can."""
+    """Return why Triton cannot take these tensors, or None if it can."""
     if _triton.MISSING:
         return _triton.MISSING
-    given = [t for t in tensors if t is not None]
-    if all(t.is_cuda for t in given) or _triton.INTERPRET:
+    present = [t for t in tensors if t is not None]
+    if all(t.is_cuda for t in present) or _triton.INTERPRET:
         return None
-    return f"needs CUDA tensors, got {given[0].device}"
+    return f"needs CUDA tensors, got {present[0].device}"
 
 
 def report() -> list[Choice]:
-    """What has run so far: one row per op and kind of device."""
+    """Return the choices so far: one row per op and kind of device."""
     return sorted(_report.values(), key=lambda c: (c.op, c.device))
 
 
 def forget() -> None:
-    """Empty the report, so that the next one says what ran after this."""
+    """Clear the report, so that the next one holds what ran since."""
     _report.clear()
 
 
 def record(op: str, device: torch.device, implementation: str, reason: str, *, fallback: bool = False) -> str:
-    """Note what runs for `op` on `device` (row of `report()`, once in the log) and returns it."""
+    """Record what runs for `op` on `device` (row of `report()`, logged once); returns `implementation`."""
     choice = Choice(op, device.type, implementation, reason)
     if _report.get((op, device.type)) != choice:
         _report[op, device.type] = choice
-        if choice not in _said:
-            _said.add(choice)
-            # on a GPU a passed-over kernel costs speed, so it is said aloud; on a CPU it is the normal case
+        if choice not in _logged:
+            _logged.add(choice)
+            # on a GPU a fallback costs speed, so it is a warning; on a CPU it is the normal case
             level = logging.DEBUG if device.type == "cpu" else logging.WARNING if fallback else logging.INFO
             _log.log(level, "%s on %s: %s (%s)", op, device.type, implementation, reason)
     return implementation

@@ -1,4 +1,4 @@
-"""The compiled ops, where they are: loaded when first needed, the reason kept when they cannot be.
+"""Compiled ops of an installed upstep_fast: loaded when first needed; if they cannot be, the reason is cached.
 
 libupstep_ops.so (the ops, `torch.ops.upstep_ops`) and the module _C (build info, GateFlag) lie in the folder of an
 installed `upstep_fast`. A copy of this folder in another project uses them too, and runs without them.
@@ -21,7 +21,7 @@ _CURE = "pip install --no-build-isolation upstep_fast, with torch and a C++ comp
 
 @functools.cache
 def library_folder() -> Path | None:
-    """The folder of the installed upstep_fast, found without importing it; None: not installed."""
+    """Return the folder of the installed upstep_fast, found without importing it; None: not installed."""
     spec = importlib.util.find_spec("upstep_fast")
     folders = spec.submodule_search_locations if spec else None
     return Path(next(iter(folders))) if folders else None
@@ -29,7 +29,7 @@ def library_folder() -> Path | None:
 
 @functools.cache
 def load_failure() -> str | None:
-    """Load the compiled ops, once. Returns why they cannot be used, or None."""
+    """Load the compiled ops, once; returns why they cannot be used, or None."""
     if hasattr(torch.ops.upstep_ops, "center_vector"):
         return None  # another copy of this folder was here first
     folder = library_folder()
@@ -45,15 +45,15 @@ def load_failure() -> str | None:
 
 
 def has_cuda() -> bool:
-    """Whether the loaded library holds CUDA ops."""
+    """Return whether the loaded library holds CUDA ops."""
     return torch._C._dispatch_has_kernel_for_dispatch_key("upstep_ops::center_vector", "CUDA")
 
 
 def native_unsupported_reason(kind: str, device: torch.device, op: str = "center_vector") -> str | None:
-    """Why the compiled op of this kind ("cpp" or "cuda") cannot take tensors on `device`, or None if it can."""
-    wanted = "cpu" if kind == "cpp" else "cuda"
-    if device.type != wanted:
-        return f"needs {wanted.upper()} tensors, got {device}"
+    """Return why the compiled op of this kind ("cpp" or "cuda") cannot take tensors on `device`, or None."""
+    expected = "cpu" if kind == "cpp" else "cuda"
+    if device.type != expected:
+        return f"needs {expected.upper()} tensors, got {device}"
     if failure := load_failure():
         return failure
     if not hasattr(torch.ops.upstep_ops, op):
@@ -68,7 +68,7 @@ def native_unsupported_reason(kind: str, device: torch.device, op: str = "center
 
 
 def extension() -> ModuleType:
-    """The module upstep_fast._C. Raises RuntimeError, with the cure, where it was not built."""
+    """Import the module upstep_fast._C. Raises RuntimeError, with the cure, where it was not built."""
     try:
         return importlib.import_module("upstep_fast._C")
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""A small problem of each op: what `python -m <this folder>` tries, and what upstep_fast's self-check compares."""
+"""Sample inputs of each op, for the self-check (`python -m <this folder>`, `upstep-fast doctor`) and the tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SampleInputs:
-    """A small call of an op: `call` and `reference` take the same tensors, floating ones in the dtype checked."""
+    """Small call of an op: `call` and `reference` take the same tensors, floating ones in the dtype to check."""
 
     call: Callable[..., Tensor]
     reference: Callable[..., Tensor]
@@ -21,8 +21,8 @@ class SampleInputs:
     wrt: tuple[int, ...] = ()  # inputs whose gradients are compared
     limit: float = 0.0  # where the op rounds more coarsely than its dtype
 
-    def on(self, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-        """The inputs, floating ones in `dtype`."""
+    def to(self, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+        """Return the inputs on `device`, floating ones in `dtype`."""
         return [t.to(device, dtype) if t.is_floating_point() else t.to(device) for t in self.inputs]
 
 
@@ -134,17 +134,17 @@ def _swapped_loss(ops: ModuleType) -> SampleInputs:
 
 def _views(ops: ModuleType) -> SampleInputs:
     def call(*tensors: Tensor) -> Tensor:
-        given = [x.float() if x.is_floating_point() else x for x in tensors]  # factors are fp32 whatever comes out
+        inputs = [x.float() if x.is_floating_point() else x for x in tensors]  # factors are fp32 for any result
         options = {"interpolation": "bicubic", "taps": (5, 5), "patch": 8, "dtype": tensors[-1].dtype}
-        return ops.make_views(*given, 16, 16, **options)
+        return ops.make_views(*inputs, 16, 16, **options)
 
     def reference(*tensors: Tensor) -> Tensor:
-        before = torch.get_default_dtype()
+        default = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
         try:
             return ops.views_reference(*tensors, 16, 16, "bicubic", (5, 5), 8, torch.float64)
         finally:
-            torch.set_default_dtype(before)
+            torch.set_default_dtype(default)
 
     pixels = torch.randint(256, (3 * 40 * 30,), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     boxes = torch.tensor([[0, 0, 0, 40, 30, 0], [0, 5, 3, 20, 12, 2], [0, 1, 2, 9, 8, 4]]).int()

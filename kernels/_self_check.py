@@ -1,4 +1,4 @@
-"""Every kernel, by every implementation that runs here, against its reference in float64: forward and backward."""
+"""Self-check: every op, by every implementation that runs here, against its reference in float64."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # of 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One check. Errors are relative and None where nothing was computed."""
+    """Result of one check. Errors are relative, and None where nothing was computed."""
 
     op: str
     device: str
@@ -29,7 +29,7 @@ class Outcome:
 
 
 def check_all(device: torch.device) -> tuple[list[Outcome], list[dispatch.Choice]]:
-    """The outcome of every check on `device`, and what runs there for each op when nothing is forced."""
+    """Return the outcome of every check on `device`, and the choices for each op when nothing is forced."""
     outcomes: list[Outcome] = []
     choices: list[dispatch.Choice] = []
     dtypes = (torch.float32,) if device.type == "cpu" else (torch.float32, torch.bfloat16)
@@ -50,17 +50,17 @@ def check_all(device: torch.device) -> tuple[list[Outcome], list[dispatch.Choice
 def check(
     name: str, device: torch.device, dtype: torch.dtype, implementation: str | None = None
 ) -> tuple[Outcome, list[dispatch.Choice]]:
-    """One op in one dtype by one implementation (None: the one that it chooses), and what ran for that."""
+    """Check one op in one dtype by one implementation (None: the chosen one); returns the outcome and what ran."""
     dispatch.forget()
     limit, forward, backward, note = LIMITS[dtype], None, None, ""
     passed: bool | None = False
     try:
-        problem = sample_inputs(name)
-        limit = max(limit, problem.limit)
+        sample = sample_inputs(name)
+        limit = max(limit, sample.limit)
         with dispatch.forced(implementation):
-            forward, backward = _errors(problem, device, dtype)
+            forward, backward = _errors(sample, device, dtype)
         passed = forward <= limit and (backward is None or backward <= limit)  # a NaN fails
-    except Exception as error:  # whatever is broken, the other checks still have something to say
+    except Exception as error:  # whatever is broken, the other checks still run
         note = str(error).split("\n")[0]
         passed = None if "was requested but cannot run" in note else False
     kind = str(dtype).removeprefix("torch.")
@@ -68,24 +68,24 @@ def check(
     return outcome, dispatch.report()
 
 
-def relative_error(got: Tensor, wanted: Tensor) -> float:
-    """||got - wanted|| / ||wanted||, taken in float64."""
-    got, wanted = got.detach().double().cpu(), wanted.detach().double().cpu()
-    return float((got - wanted).norm() / wanted.norm().clamp_min(torch.finfo(torch.float64).tiny))
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """Compute ||got - expected|| / ||expected|| in float64."""
+    got, expected = got.detach().double().cpu(), expected.detach().double().cpu()
+    return float((got - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float64).tiny))
 
 
-def _errors(problem: SampleInputs, device: torch.device, dtype: torch.dtype) -> tuple[float, float | None]:
+def _errors(sample: SampleInputs, device: torch.device, dtype: torch.dtype) -> tuple[float, float | None]:
     # both see the same numbers, those that `dtype` can hold
-    inputs = problem.on(device, dtype)
+    inputs = sample.to(device, dtype)
     exact = [t.detach().cpu().double() if t.is_floating_point() else t.cpu() for t in inputs]
-    for i in problem.wrt:
+    for i in sample.wrt:
         inputs[i].requires_grad_()
         exact[i].requires_grad_()
-    got, wanted = problem.call(*inputs), problem.reference(*exact)
-    forward = relative_error(got, wanted)
-    if not problem.wrt:
+    got, expected = sample.call(*inputs), sample.reference(*exact)
+    forward = relative_error(got, expected)
+    if not sample.wrt:
         return forward, None
-    weight = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(got.dtype)
-    grads = torch.autograd.grad(got, [inputs[i] for i in problem.wrt], weight.to(device))
-    exact_grads = torch.autograd.grad(wanted, [exact[i] for i in problem.wrt], weight.to(wanted.dtype))
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(got.dtype)
+    grads = torch.autograd.grad(got, [inputs[i] for i in sample.wrt], weight.to(device))
+    exact_grads = torch.autograd.grad(expected, [exact[i] for i in sample.wrt], weight.to(expected.dtype))
     return forward, max(map(relative_error, grads, exact_grads))

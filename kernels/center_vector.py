@@ -1,4 +1,4 @@
-"""The center vector of a batch of embeddings, and the gate's decision from it.
+"""Center vector of a batch of embeddings, and the gate's decision from it.
 
     z_r = u_r / |u_r|           unit rows, fp32; a zero row stays zero, and an infinite one becomes NaN
     s   = mean_r z_r            the center vector; s_v, that of view v alone
@@ -6,7 +6,7 @@
     dL/du_r = (g_r - z_r (z_r . g_r)) / |u_r|   with g_r = dL/dz_r + dL/ds / rows: a penalty on s adds one vector to all
 
 Shapes: rows = V views x B images, the views stacked (row v B + i is view v of image i); d width, at most 4096.
-Kept for backward: z and 1/|u|. Bytes: u once in, z once out; the plain sequence reads u or z five times in eight
+Saved for backward: z and 1/|u|. Bytes: u once in, z once out; the plain sequence reads u or z five times in eight
 launches. The CUDA kernel is one launch (csrc/center_vector.cuh); sums are taken in a fixed order on every device.
 
 On several ranks: `center_vector_partial`, an all-reduce (sum) of its `sums`, `center_vector_finish`.
@@ -15,21 +15,21 @@ On several ranks: `center_vector_partial`, an all-reduce (sum) of its `sums`, `c
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._dispatch import NAMESPACE, choose
 from ._native import native_unsupported_reason
-from .gate import HEAD, finish_reference, gate_complaint, gate_numbers, write_flag
+from .gate import HEAD, finish_reference, gate_numbers, validate_gate, write_flag
 
 MAX_WIDTH, MAX_VIEWS = 4096, 2
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class CenterVector(NamedTuple):
-    """What one batch gives. Gradient flows through z and center."""
+    """Results for one batch. Gradient flows through z and center."""
 
     z: Tensor  # [rows, d] fp32
     center: Tensor  # [d] fp32
@@ -37,15 +37,15 @@ class CenterVector(NamedTuple):
     inv_norm: Tensor  # [rows] float64, 1/|u|, for center_vector_backward
 
 
-def center_vector_reference(u: Tensor, state: Tensor, *, num_views: int = 1, **gate) -> CenterVector:
-    """The specification, in float64 and rounded at the end: differentiable in u. Arguments as center_vector_update."""
+def center_vector_reference(u: Tensor, state: Tensor, *, num_views: int = 1, **gate: Any) -> CenterVector:
+    """Compute the specification of center_vector_update in float64, rounded at the end; differentiable in u."""
     z, sums, inv_norm = partial_reference(u, num_views=num_views)
     center, state = finish_reference(sums, state, num_views=num_views, **gate)
     return CenterVector(z, center.to(z.dtype), state, inv_norm)
 
 
 def partial_reference(u: Tensor, *, num_views: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """z, sums and 1/|u| as center_vector_partial gives them."""
+    """Compute z, sums and 1/|u| as center_vector_partial returns them."""
     # float64 holds the square of every float32, so no row is too long or too short
     x = u.contiguous().double()
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
@@ -59,7 +59,7 @@ def partial_reference(u: Tensor, *, num_views: int = 1) -> tuple[Tensor, Tensor,
 
 
 def backward_reference(grad_z: Tensor | None, grad_sums: Tensor | None, scale: float, z: Tensor, inv: Tensor) -> Tensor:
-    """dL/du in float64; grad_sums: [views, d], the same for all rows of a view."""
+    """Compute dL/du in float64; grad_sums: [views, d], equal for all rows of a view."""
     g = torch.zeros_like(z, dtype=torch.float64) if grad_z is None else grad_z.double()
     if grad_sums is not None:
         g = g + scale * grad_sums.double().repeat_interleave(len(z) // len(grad_sums), dim=0)
@@ -74,11 +74,11 @@ def _outputs(u: Tensor, num_views: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _is_compiled(op: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the compiled op runs; both kinds of it are one call, which torch sends to the tensors' device."""
-    own, other = ("cuda", "cpp") if device.type == "cuda" else ("cpp", "cuda")
+    """Return whether the compiled op runs; both kinds of it are one call, which torch sends to the tensors' device."""
+    here, elsewhere = ("cuda", "cpp") if device.type == "cuda" else ("cpp", "cuda")
     no_form = "no float64 form" if dtype == torch.float64 else None
-    reasons = {kind: native_unsupported_reason(kind, device) or no_form for kind in (own, other)}
-    return choose(op, device, {own: reasons[own], "reference": None, other: reasons[other]}) != "reference"
+    reasons = {kind: native_unsupported_reason(kind, device) or no_form for kind in (here, elsewhere)}
+    return choose(op, device, {here: reasons[here], "reference": None, elsewhere: reasons[elsewhere]}) != "reference"
 
 
 @torch.library.custom_op(f"{NAMESPACE}::center_vector", mutates_args=())
@@ -215,11 +215,28 @@ _partial_op.register_autograd(_partial_backward, setup_context=_setup_partial)
 _finish_op.register_autograd(_finish_backward, setup_context=_setup_finish)
 
 
+def _validate(op: str, u: Tensor, num_views: int) -> None:
+    if reason := _unsupported_reason(u, num_views):
+        raise ValueError(f"{op}: {reason}")
+
+
+def _unsupported_reason(u: Tensor, num_views: int) -> str | None:
+    if u.dim() != 2 or not 1 <= u.shape[1] <= MAX_WIDTH:
+        return f"u must be [rows, d] with d from 1 to {MAX_WIDTH}, got {list(u.shape)}"
+    if u.dtype not in _DTYPES:
+        return f"u must be one of {', '.join(map(str, _DTYPES))}, got {u.dtype}"
+    if not 1 <= num_views <= MAX_VIEWS:
+        return f"num_views must be 1 to {MAX_VIEWS}, got {num_views}"
+    if u.shape[0] % num_views:
+        return f"u must hold {num_views} views of each image, a multiple of {num_views} rows, got {u.shape[0]}"
+    return None
+
+
 def center_vector_update(
     u: Tensor, state: Tensor, *, num_views: int = 1, rule: str = "ema", update_when: str = "low", beta: float = 0.9,
     rate: float = 0.5, max_skips: int = 16, center_beta: float = 0.9, flag: int = 0,
 ) -> CenterVector:  # fmt: skip
-    """Unit embeddings, their mean, its running mean and magnitude, and the gate's decision: one step, one launch.
+    """Compute unit embeddings, their mean, its running mean and magnitude, and the gate's decision, in one launch.
 
     u: [rows, d], fp32, fp16, bf16 or fp64; the views stacked, rows = num_views x images; d at most 4096.
     state: float64 [HEAD + d] on u's device, from `gate.new_gate_state(d)` or the step before; left as it is. In a
@@ -229,23 +246,22 @@ def center_vector_update(
     Returns CenterVector (z and center carry gradient). Raises ValueError for arguments that do not fit.
     """
     gate = (rule, update_when, float(beta), float(rate), int(max_skips), float(center_beta), int(flag))
-    message = _complaint(u, num_views) or gate_complaint(u, state, u.shape[1], num_views, *gate)
-    if message is None and u.shape[0] == 0:
-        message = "u must have at least one row, got 0 (center_vector_partial takes a rank without images)"
-    if message:
-        raise ValueError(f"center_vector_update: {message}")
+    _validate("center_vector_update", u, num_views)
+    validate_gate("center_vector_update", u, state, u.shape[1], num_views, *gate)
+    if u.shape[0] == 0:
+        reason = "u must have at least one row, got 0 (center_vector_partial takes a rank without images)"
+        raise ValueError(f"center_vector_update: {reason}")
     return CenterVector(*_op(u, state, num_views, *gate))
 
 
 def center_vector_partial(u: Tensor, *, num_views: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """One rank's share: (z [rows, d], sums, inv_norm [rows]); u and num_views as in center_vector_update, rows from 0.
+    """Compute one rank's share: (z [rows, d], sums, inv_norm [rows]); u as in center_vector_update, 0 rows or more.
 
     sums: float64 [num_views d + 2]: sum of z over the images of each view, sum of |mean of an image's views|^2,
     number of images. Add the ranks' sums up, then call center_vector_finish. Gradient flows through z and the first
     num_views d cells of sums.
     """
-    if message := _complaint(u, num_views):
-        raise ValueError(f"center_vector_partial: {message}")
+    _validate("center_vector_partial", u, num_views)
     return _partial_op(u, num_views)
 
 
@@ -253,23 +269,22 @@ def center_vector_finish(
     sums: Tensor, state: Tensor, *, num_views: int = 1, rule: str = "ema", update_when: str = "low",
     beta: float = 0.9, rate: float = 0.5, max_skips: int = 16, center_beta: float = 0.9, flag: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """From the sums over all ranks to (center [d] fp32, with gradient; the next state), the same on every rank.
+    """Compute (center [d] fp32, with gradient; next state) from the sums over all ranks, equal on every rank.
 
-    sums: float64 [num_views d + 2], the sum of what center_vector_partial gave; the rest as in center_vector_update.
+    sums: float64 [num_views d + 2], those of center_vector_partial added up; the rest as in center_vector_update.
     """
     gate = (rule, update_when, float(beta), float(rate), int(max_skips), float(center_beta), int(flag))
     if sums.dim() != 1 or sums.dtype != torch.float64 or num_views not in (1, 2) or (len(sums) - 2) % num_views:
         got = f"{sums.dtype} {list(sums.shape)} with num_views={num_views}"
         raise ValueError(f"center_vector_finish: sums must be float64 [num_views d + 2], num_views 1 or 2, got {got}")
-    if message := gate_complaint(sums, state, (len(sums) - 2) // num_views, num_views, *gate):
-        raise ValueError(f"center_vector_finish: {message}")
+    validate_gate("center_vector_finish", sums, state, (len(sums) - 2) // num_views, num_views, *gate)
     return _finish_op(sums, state, num_views, *gate)
 
 
 def center_vector_backward(
     grad_z: Tensor | None, center: Tensor | None, coefficient: float, z: Tensor, inv_norm: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """dL/du [rows, d] in `dtype`, for a backward written by hand: g = grad_z + coefficient * center in every row.
+    """Compute dL/du [rows, d] in `dtype`, for a handwritten backward: g = grad_z + coefficient * center in every row.
 
     For the penalty lambda |s|^2: center = s, coefficient = 2 lambda / rows (rows of all ranks). One pass, one launch.
     grad_z: [rows, d] or None; center: [d] or None; z, inv_norm: as center_vector_update returned them.
@@ -284,15 +299,3 @@ def center_vector_backward(
     if not math.isfinite(coefficient):
         raise ValueError(f"center_vector_backward: coefficient must be finite, got {coefficient}")
     return _backward_op(grad_z, None if center is None else center[None], float(coefficient), z, inv_norm, dtype)
-
-
-def _complaint(u: Tensor, num_views: int) -> str | None:
-    if u.dim() != 2 or not 1 <= u.shape[1] <= MAX_WIDTH:
-        return f"u must be [rows, d] with d from 1 to {MAX_WIDTH}, got {list(u.shape)}"
-    if u.dtype not in _DTYPES:
-        return f"u must be one of {', '.join(map(str, _DTYPES))}, got {u.dtype}"
-    if not 1 <= num_views <= MAX_VIEWS:
-        return f"num_views must be 1 to {MAX_VIEWS}, got {num_views}"
-    if u.shape[0] % num_views:
-        return f"u must hold {num_views} views of each image, a multiple of {num_views} rows, got {u.shape[0]}"
-    return None

@@ -1,4 +1,4 @@
-"""GELU, whose backward needs one byte an entry instead of the input.
+"""GELU with a backward that needs one byte an entry instead of the input.
 
     y = x P(x)        d = dy/dx        q = round(200 d + 26), a byte        dx = dy (q - 26) / 200
 
@@ -17,7 +17,7 @@ In 16 bit Phi comes from one exp2 and one division, which give the normal densit
 within 3.5e-5 of its own size everywhere (a minimax fit to erfc(z) exp(z^2); bf16 rounds by up to 2e-3). In fp32: erf.
 
 fp8: y, or dx, as e4m3 with row scales, in the same pass (quantize.py).
-Kept for backward: q. Bytes moved an entry in 16 bit: forward 2 in, 2 + 1 out (fp8: 1 + 1); backward 2 + 1 in, 2 out.
+Saved for backward: q. Bytes moved an entry in 16 bit: forward 2 in, 2 + 1 out (fp8: 1 + 1); backward 2 + 1 in, 2 out.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._dispatch import NAMESPACE, choose, triton_unsupported_reason
-from ._tiles import row_tile
+from ._tiles import Tile, row_tile
 from ._triton import tl, triton
 from .quantize import E4M3, e4m3_codes, native_fp8, quantize_reference, row_scales, row_unsupported_reason
 
@@ -39,14 +39,14 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def gelu_reference(x: Tensor, approximate: str = "none") -> Tensor:
-    """The specification of the value, in fp32 or wider; its own autograd has the exact derivative."""
+    """Compute the specification of the value in fp32 or wider; its autograd has the exact derivative."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     y = wide * torch.sigmoid(1.702 * wide) if approximate == "quick" else F.gelu(wide, approximate=approximate)
     return y.to(x.dtype)
 
 
 def derivative_reference(x: Tensor, approximate: str = "none") -> Tensor:
-    """The byte q of each entry's derivative."""
+    """Compute the byte q of each entry's derivative."""
     x = x.to(torch.promote_types(x.dtype, torch.float32)).clamp(-64, 64)
     if approximate == "none":
         share, density = torch.special.ndtr(x), torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi)
@@ -60,14 +60,14 @@ def derivative_reference(x: Tensor, approximate: str = "none") -> Tensor:
 
 
 def gelu_backward_reference(grad: Tensor, derivative: Tensor) -> Tensor:
-    """Dy (q - 26) / 200, in fp32 or wider, rounded to the dtype of `grad`."""
+    """Compute dy (q - 26) / 200 in fp32 or wider, rounded to the dtype of `grad`."""
     wide = torch.promote_types(grad.dtype, torch.float32)
     return (grad.to(wide) * ((derivative.to(wide) - 26) / 200)).to(grad.dtype)
 
 
 @triton.jit
 def _share_and_derivative(x, APPROXIMATE: tl.constexpr, EXACT: tl.constexpr):
-    # where all is saturated; an infinity would meet a zero
+    # saturated beyond; an infinity times a zero would be NaN
     x = tl.clamp(x, -64.0, 64.0)
     if APPROXIMATE == "none":
         bell = tl.exp2(-0.7213475204444817 * x * x)
@@ -107,7 +107,7 @@ def _store(value, out, scale, m, at, mask, M, FP8: tl.constexpr, NATIVE_FP8: tl.
 def _gelu_fwd_kernel(
     x, y, derivative, scale,
     size, M, K,
-    APPROXIMATE: tl.constexpr, EXACT: tl.constexpr, KEEP: tl.constexpr,
+    APPROXIMATE: tl.constexpr, EXACT: tl.constexpr, STORE_DERIVATIVE: tl.constexpr,
     FP8: tl.constexpr, NATIVE_FP8: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -116,7 +116,7 @@ def _gelu_fwd_kernel(
     mask = (k < K)[None, :] & (at < size)
     b_x = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     share, b_d = _share_and_derivative(b_x, APPROXIMATE, EXACT)
-    if KEEP:
+    if STORE_DERIVATIVE:
         # the last bit of a number at 2^23 is 1: the low byte is the integer, rounded to nearest
         code = (200.0 * b_d + (8388608.0 + 26.0)).to(tl.int32, bitcast=True)
         tl.store(derivative + at, code.to(tl.uint8), mask=mask)
@@ -138,15 +138,18 @@ def _gelu_bwd_kernel(
     _store(b_g * b_d, dx, scale, m, at, mask, M, FP8, NATIVE_FP8)
 
 
-def _gelu_fwd_triton(x: Tensor, approximate: str, keep: bool, fp8: bool, native: bool) -> tuple[Tensor, ...]:
+def _gelu_fwd_triton(
+    x: Tensor, approximate: str, save_derivative: bool, fp8: bool, native: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     x = x.contiguous()
-    y, derivative, scale = _outputs(x, keep, fp8)
+    y, derivative, scale = _outputs(x, save_derivative, fp8)
     M, K, tiles = _rows(x, fp8)
     with torch.cuda.device_of(x):
         _gelu_fwd_kernel[(triton.cdiv(M, tiles["BLOCK_M"]),)](
             x, y.view(torch.uint8) if fp8 else y, derivative, scale,
             x.numel(), M, K,
-            APPROXIMATE=approximate, EXACT=x.dtype == torch.float32, KEEP=keep, FP8=fp8, NATIVE_FP8=native, **tiles,
+            APPROXIMATE=approximate, EXACT=x.dtype == torch.float32, STORE_DERIVATIVE=save_derivative,
+            FP8=fp8, NATIVE_FP8=native, **tiles,
         )  # fmt: skip
     return y, derivative, scale
 
@@ -164,24 +167,24 @@ def _gelu_bwd_triton(grad: Tensor, derivative: Tensor, fp8: bool, native: bool) 
     return dx, scale
 
 
-def _rows(x: Tensor, fp8: bool) -> tuple[int, int, dict[str, int]]:
+def _rows(x: Tensor, fp8: bool) -> tuple[int, int, Tile]:
     K = x.shape[-1] if fp8 else FLAT
     return triton.cdiv(x.numel(), K), K, row_tile("gelu", x.device, K)
 
 
-def _outputs(x: Tensor, keep: bool, fp8: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Value, derivative and row scales, the last two empty where not asked for."""
+def _outputs(x: Tensor, save_derivative: bool, fp8: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return empty value, derivative and row scales, the last two of size 0 where not requested."""
     return (
         x.new_empty(x.shape, dtype=E4M3 if fp8 else x.dtype),
-        x.new_empty(x.shape if keep else 0, dtype=torch.uint8),
+        x.new_empty(x.shape if save_derivative else 0, dtype=torch.uint8),
         x.new_empty((*x.shape[:-1], 1) if fp8 else 0, dtype=torch.float32),
     )
 
 
 def _takes_triton(op: str, x: Tensor, fp8: bool) -> bool:
-    why_not = row_unsupported_reason(x.shape[-1], x) if fp8 else triton_unsupported_reason(x)
-    why_not = "no float64 form" if x.dtype == torch.float64 else why_not
-    return x.numel() > 0 and choose(op, x.device, {"triton": why_not, "reference": None}) == "triton"
+    reason = row_unsupported_reason(x.shape[-1], x) if fp8 else triton_unsupported_reason(x)
+    reason = "no float64 form" if x.dtype == torch.float64 else reason
+    return x.numel() > 0 and choose(op, x.device, {"triton": reason, "reference": None}) == "triton"
 
 
 def _quantized(value: Tensor, fp8: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -189,23 +192,24 @@ def _quantized(value: Tensor, fp8: bool, dtype: torch.dtype) -> tuple[Tensor, Te
 
 
 @torch.library.custom_op(f"{NAMESPACE}::gelu", mutates_args=())
-def _gelu_op(x: Tensor, approximate: str, keep: bool, fp8: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, derivative, scale): the byte is empty unless `keep`, the row scales unless `fp8`."""
+def _gelu_op(x: Tensor, approximate: str, save_derivative: bool, fp8: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (y, derivative, scale): the byte is empty unless `save_derivative`, the row scales unless `fp8`."""
     if _takes_triton("gelu", x, fp8):
-        return _gelu_fwd_triton(x, approximate, keep, fp8, native_fp8(x.device))
+        return _gelu_fwd_triton(x, approximate, save_derivative, fp8, native_fp8(x.device))
     x = x.contiguous()
     y, scale = _quantized(gelu_reference(x.float() if fp8 else x, approximate), fp8, x.dtype)
-    return y, derivative_reference(x, approximate) if keep else x.new_empty(0, dtype=torch.uint8), scale
+    byte = derivative_reference(x, approximate) if save_derivative else x.new_empty(0, dtype=torch.uint8)
+    return y, byte, scale
 
 
 @_gelu_op.register_fake
-def _(x: Tensor, approximate: str, keep: bool, fp8: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return _outputs(x, keep, fp8)
+def _(x: Tensor, approximate: str, save_derivative: bool, fp8: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return _outputs(x, save_derivative, fp8)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::gelu_backward", mutates_args=())
 def _gelu_backward_op(grad: Tensor, derivative: Tensor, fp8: bool) -> tuple[Tensor, Tensor]:
-    """(dx, scale): the row scales are empty unless `fp8`."""
+    """Return (dx, scale): the row scales are empty unless `fp8`."""
     if _takes_triton("gelu_backward", grad, fp8):
         return _gelu_bwd_triton(grad, derivative, fp8, native_fp8(grad.device))
     grad, derivative = grad.contiguous(), derivative.contiguous()
@@ -231,42 +235,42 @@ def _backward(ctx, grad, *_):
 _gelu_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def gelu(x: Tensor, approximate: str = "none") -> Tensor:
-    """GELU of x (any shape; fp16, bf16, fp32 or fp64), in the dtype of x, with or without autocast.
-
-    approximate: "none" (erf), "tanh" or "quick" (CLIP). Backward keeps one byte an entry, whose derivative is right
-    to 1/400 and unbiased. Raises ValueError for another dtype or approximation.
-    """
-    _check("gelu", x, approximate)
-    return _gelu_op(x, approximate, torch.is_grad_enabled() and x.requires_grad, False)[0]
-
-
-def gelu_forward(
-    x: Tensor, approximate: str = "none", *, keep: bool = True, fp8: bool = False
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(y, derivative byte or None, row scales or None), for a backward written by hand; outside autograd.
-
-    keep: whether to give the byte, which `gelu_backward` takes. fp8: y as e4m3 with row scales [..., 1].
-    """
-    _check("gelu_forward", x, approximate, fp8)
-    y, derivative, scale = _gelu_op(x.detach(), approximate, keep, fp8)
-    return y, derivative if keep else None, scale if fp8 else None
-
-
-def gelu_backward(grad: Tensor, derivative: Tensor, *, fp8: bool = False) -> tuple[Tensor, Tensor | None]:
-    """(dx, row scales or None) from the gradient of y and the byte of `gelu_forward`; fp8: dx as e4m3."""
-    _check("gelu_backward", grad, "none", fp8, "grad")
-    if derivative.dtype != torch.uint8 or derivative.shape != grad.shape or derivative.device != grad.device:
-        want, got = (f"{list(t.shape)} on {t.device}" for t in (grad, derivative))
-        raise ValueError(f"gelu_backward: derivative must be uint8 {want} like grad, got {derivative.dtype} {got}")
-    dx, scale = _gelu_backward_op(grad.detach(), derivative, fp8)
-    return dx, scale if fp8 else None
-
-
-def _check(op: str, x: Tensor, approximate: str, fp8: bool = False, name: str = "x") -> None:
+def _validate(op: str, x: Tensor, approximate: str, fp8: bool = False, name: str = "x") -> None:
     if approximate not in APPROXIMATIONS:
         raise ValueError(f"{op}: approximate must be one of {', '.join(APPROXIMATIONS)}, got {approximate!r}")
     if x.dtype not in _DTYPES[: 3 if fp8 else 4]:
         raise ValueError(f"{op}: {name} must be fp16, bf16, fp32{'' if fp8 else ' or fp64'}, got {x.dtype}")
     if fp8 and x.dim() == 0:
         raise ValueError(f"{op}: {name} must be [..., K] for fp8, got a scalar")
+
+
+def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """Compute GELU of x (any shape; fp16, bf16, fp32 or fp64) in the dtype of x, with or without autocast.
+
+    approximate: "none" (erf), "tanh" or "quick" (CLIP). One byte an entry is saved for backward; its derivative is
+    right to 1/400 and unbiased. Raises ValueError for another dtype or approximation.
+    """
+    _validate("gelu", x, approximate)
+    return _gelu_op(x, approximate, torch.is_grad_enabled() and x.requires_grad, False)[0]
+
+
+def gelu_forward(
+    x: Tensor, approximate: str = "none", *, save_derivative: bool = True, fp8: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return (y, derivative byte or None, row scales or None), for a backward written by hand; outside autograd.
+
+    save_derivative: whether to return the byte, which `gelu_backward` takes. fp8: y as e4m3 with row scales [..., 1].
+    """
+    _validate("gelu_forward", x, approximate, fp8)
+    y, derivative, scale = _gelu_op(x.detach(), approximate, save_derivative, fp8)
+    return y, derivative if save_derivative else None, scale if fp8 else None
+
+
+def gelu_backward(grad: Tensor, derivative: Tensor, *, fp8: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Return (dx, row scales or None) from the gradient of y and the byte of `gelu_forward`; fp8: dx as e4m3."""
+    _validate("gelu_backward", grad, "none", fp8, "grad")
+    if derivative.dtype != torch.uint8 or derivative.shape != grad.shape or derivative.device != grad.device:
+        want, got = (f"{list(t.shape)} on {t.device}" for t in (grad, derivative))
+        raise ValueError(f"gelu_backward: derivative must be uint8 {want} like grad, got {derivative.dtype} {got}")
+    dx, scale = _gelu_backward_op(grad.detach(), derivative, fp8)
+    return dx, scale if fp8 else None

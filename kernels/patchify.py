@@ -6,7 +6,7 @@ B images, C channels, P patch side, GH x GW patches. A row has the order of the 
     patchify(images, P) @ conv.weight.flatten(1).T + conv.bias  ==  conv(images).flatten(2).mT      stride P
 
 The strided convolution takes 2.20 ms (ViT-B/16, 256 images, H200, bf16); patches and the product 0.24 ms.
-Backward puts the gradient's entries back; nothing is kept.
+Backward puts the gradient's entries back; nothing is saved.
 Bytes moved: the images once in, the patches once out; the change of dtype costs nothing.
 """
 
@@ -24,17 +24,17 @@ _DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.floa
 
 
 def patchify_reference(images: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
-    """The specification. Arguments as `patchify`."""
+    """Compute the specification of `patchify` (its arguments)."""
     return in_patches(images, patch).to(dtype).flatten(3).flatten(1, 2)
 
 
 def in_patches(images: Tensor, patch: int) -> Tensor:
-    """The images' own memory seen as [B, GH, GW, C, P, P]."""
+    """View images [B, C, H, W] as [B, GH, GW, C, P, P], without a copy."""
     return images.unflatten(2, (-1, patch)).unflatten(4, (-1, patch)).permute(0, 2, 4, 1, 3, 5)
 
 
 def unpatchify_reference(patches: Tensor, patch: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
-    """The images [B, C, height, width] whose patches these are."""
+    """Return the images [B, C, height, width] of `patches` [B, N, C P P], in `dtype`."""
     GH, GW = height // patch, width // patch
     B, C = patches.shape[0], patches.shape[2] // patch**2
     cells = patches.to(dtype).reshape(B, GH, GW, C, patch, patch)
@@ -49,7 +49,7 @@ def _patchify_kernel(
     P: tl.constexpr, INVERSE: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """One channel of BLOCK_G neighboring patches; INVERSE moves from patches to images."""
+    """Move one channel of BLOCK_G neighboring patches; INVERSE: from patches to images."""
     strip, gx = tl.program_id(0), tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
     c, gy, b = strip % C, strip // C % GH, (strip // (C * GH)).to(tl.int64)
     e = tl.arange(0, BLOCK_P)
@@ -77,12 +77,9 @@ def _patchify_triton(images: Tensor, patches: Tensor, patch: int, inverse: bool)
 
 
 def _takes_triton(op: str, x: Tensor, patch: int) -> bool:
-    why_not = (
-        f"a patch of {patch} x {patch} exceeds the 64 x 64 of one program"
-        if patch > 64
-        else triton_unsupported_reason(x)
-    )
-    return x.numel() > 0 and choose(op, x.device, {"triton": why_not, "reference": None}) == "triton"
+    too_large = f"a patch of {patch} x {patch} exceeds the 64 x 64 of one program" if patch > 64 else None
+    reason = too_large or triton_unsupported_reason(x)
+    return x.numel() > 0 and choose(op, x.device, {"triton": reason, "reference": None}) == "triton"
 
 
 @torch.library.custom_op(f"{NAMESPACE}::patchify", mutates_args=())
@@ -129,7 +126,7 @@ _patchify_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def patchify(images: Tensor, patch: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Images [B, C, H, W] (uint8 or float, any strides) -> [B, H/P * W/P, C * P * P], in `dtype`.
+    """Cut images [B, C, H, W] (uint8 or float, any strides) to patches [B, H/P * W/P, C * P * P] in `dtype`.
 
     patch: P, which divides H and W. dtype: a float one; None: autocast's where it is on, else that of the images
     (uint8: fp32). Entries are cast, not scaled. The gradient goes back to float images.
@@ -141,8 +138,8 @@ def patchify(images: Tensor, patch: int, dtype: torch.dtype | None = None) -> Te
     if patch < 1 or images.shape[2] % patch or images.shape[3] % patch:
         raise ValueError(f"patchify: patch must divide height and width {list(images.shape[2:])}, got {patch}")
     if dtype is None:
-        own = images.dtype if images.is_floating_point() else torch.float32
-        dtype = autocast_dtype(images.device) or own
+        default = images.dtype if images.is_floating_point() else torch.float32
+        dtype = autocast_dtype(images.device) or default
     if dtype not in _DTYPES[1:]:
         raise ValueError(f"patchify: dtype must be fp16, bf16, fp32 or fp64, got {dtype}")
     return _patchify_op(images, patch, dtype)

@@ -27,7 +27,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def quantize_reference(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The specification: (q, scale) as `quantize` gives them."""
+    """Compute the specification, (q, scale) as `quantize` returns them."""
     x = x.float()
     amax = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
     scale = amax.clamp_min(1e-30) / 448
@@ -35,16 +35,16 @@ def quantize_reference(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The values that q [..., K] (fp8) and its row scales [..., 1] stand for, in `dtype`. Raises ValueError."""
+    """Compute q [..., K] (fp8) times its row scales [..., 1] in `dtype`. Raises ValueError for unfit scales."""
     if scale.shape != (*q.shape[:-1], 1) or scale.device != q.device:
-        wanted, got = (*q.shape[:-1], 1), f"{list(scale.shape)} on {scale.device}"
-        raise ValueError(f"dequantize: scale must be {list(wanted)} on {q.device} to fit q, got {got}")
+        expected, got = (*q.shape[:-1], 1), f"{list(scale.shape)} on {scale.device}"
+        raise ValueError(f"dequantize: scale must be {list(expected)} on {q.device} to fit q, got {got}")
     return (q.float() * scale).to(dtype)
 
 
 @triton.jit
 def row_scales(x):
-    """The scale of each row of x [rows, columns] (fp32, 0 where masked), and its inverse."""
+    """Compute the scale of each row of x [rows, columns] (fp32, 0 where masked), and its inverse."""
     # as integers, the bits of |x| are ordered as the numbers are, infinity and then NaN above all; 1e-30 is 0x0DA24260
     bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
     amax = tl.maximum(bits, 0x0DA24260).to(tl.float32, bitcast=True)
@@ -54,12 +54,12 @@ def row_scales(x):
 
 @triton.jit
 def e4m3_codes(x, NATIVE: tl.constexpr):
-    """The bytes of x (fp32, at most 448 in size) rounded to the nearest e4m3, ties to even."""
+    """Round x (fp32, at most 448 in size) to the nearest e4m3, ties to even; returns its bytes."""
     if NATIVE:
         return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     bits = x.to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF
-    # 3 bits of mantissa are kept, and the exponent's bias goes from 127 to 7
+    # 3 bits of mantissa remain, and the exponent's bias goes from 127 to 7
     normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)
     # below 2^-6 the steps are 2^-9: that is the last bit of a number just above 2^14
     subnormal = (tl.abs(x) + 16384.0).to(tl.int32, bitcast=True) & 0xF
@@ -84,12 +84,12 @@ def _quantize_kernel(
 
 
 def native_fp8(device: torch.device) -> bool:
-    """Whether the GPU itself rounds to e4m3; the interpreter does too, but loses a carry (triton 3.6 and 3.9)."""
+    """Return whether the GPU itself rounds to e4m3; the interpreter does too, but loses a carry (triton 3.6, 3.9)."""
     return device.type == "cuda" and not INTERPRET and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def row_unsupported_reason(K: int, *tensors: Tensor | None) -> str | None:
-    """Why a Triton kernel that holds whole rows of K cells cannot take these tensors, or None if it can."""
+    """Return why a Triton kernel that holds whole rows of K cells cannot take these tensors, or None."""
     if K > MAX_ROW:
         return f"rows of {K} cells exceed the {MAX_ROW} that a program holds"
     return triton_unsupported_reason(*tensors)
@@ -108,8 +108,9 @@ def _quantize_triton(x: Tensor, native: bool) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op(f"{NAMESPACE}::quantize", mutates_args=())
 def _quantize_op(x: Tensor) -> tuple[Tensor, Tensor]:
-    why_not = row_unsupported_reason(x.shape[1], x)
-    if x.numel() and choose("quantize", x.device, {"triton": why_not, "reference": None}) == "triton":
+    """Return (q [M, K], scale [M, 1])."""
+    reason = row_unsupported_reason(x.shape[1], x)
+    if x.numel() and choose("quantize", x.device, {"triton": reason, "reference": None}) == "triton":
         return _quantize_triton(x, native_fp8(x.device))
     return quantize_reference(x.contiguous())
 
@@ -120,7 +121,7 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """X [..., K] in fp16, bf16 or fp32 -> (q [..., K] in fp8 e4m3, scale [..., 1] in fp32), x ~ q * scale.
+    """Quantize x [..., K] (fp16, bf16 or fp32) to (q [..., K] in fp8 e4m3, scale [..., 1] in fp32), x ~ q * scale.
 
     No gradient flows to x. Autocast leaves it alone. Raises ValueError for another dtype or a scalar.
     """

@@ -1,16 +1,16 @@
-"""Cross-entropy of scores against soft targets, the term of SwAV's swapped loss (Caron et al. 2020, eq. 2).
+"""Cross-entropy of scores against soft targets: the term of SwAV's swapped loss (Caron et al. 2020, eq. 2).
 
     e = exp((scores - peak) / temperature)      peak [B]: the largest score of a row
     m = sum_k q                                 q: targets, no gradient
     loss = mean_b (m log sum_k e + sum_k q (peak - scores) / temperature)
     d loss / d scores = (weight e - q) / (temperature B)        weight [B] = m / sum_k e
 
-B samples, K centers. Rows of q may have any sum m: for V views, the targets of all the others in one call,
+B samples, K centers. Rows of q may have any sum m: for V views, the mean targets of the other views in one call,
     swapped_cross_entropy(scores.flatten(0, 1), ((q.sum(0) - q) / (V - 1)).flatten(0, 1), temperature)
 
-Kept for backward: scores, targets, and peak and weight [B] in fp32; never the log-probabilities. (A single
+Saved for backward: scores, targets, and peak and weight [B] in fp32; never the log-probabilities. (A single
 log-sum-exp in their place would cost the gradient a digit: it is large where the probabilities matter.)
-Bytes moved: one read of scores and targets forward; the same and one write of the gradient backward. Eager writes and
+Bytes moved: one read of scores and targets forward; these and one write of the gradient backward. Eager writes and
 reads again the scaled scores, the log-probabilities, their product with q, and the gradients of those.
 """
 
@@ -29,7 +29,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def swapped_cross_entropy_reference(scores: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """The specification, in fp32 or wider; differentiable in both tensors. Arguments as `swapped_cross_entropy`."""
+    """Compute the specification of `swapped_cross_entropy` in fp32 or wider; differentiable in both tensors."""
     wide = torch.promote_types(scores.dtype, torch.float32)
     log_p = (scores.to(wide) / temperature).log_softmax(1)
     return -(targets.to(wide) * log_p).sum(1).mean()
@@ -148,7 +148,7 @@ def _use_triton(scores: Tensor) -> bool:
 
 @torch.library.custom_op(f"{NAMESPACE}::swapped_cross_entropy", mutates_args=())
 def _op(scores: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss of each row, peak, weight), each [B] in fp32; the gradient reaches `scores` from the first."""
+    """Return (loss of each row, peak, weight), each [B] in fp32; the gradient reaches `scores` from the first."""
     return (_forward_triton if _use_triton(scores) else _forward_reference)(scores, targets, temperature)
 
 
@@ -170,7 +170,7 @@ def _(grad, scores, targets, peak, weight, temperature):
     return scores.new_empty(scores.shape)
 
 
-def _keep(ctx, inputs, output):
+def _setup_context(ctx, inputs, output):
     scores, targets, ctx.temperature = inputs
     _, peak, weight = output
     ctx.save_for_backward(scores, targets, peak, weight)
@@ -181,22 +181,10 @@ def _backward(ctx, grad, *_):
     return _backward_op(grad, *ctx.saved_tensors, ctx.temperature), None, None
 
 
-_op.register_autograd(_backward, setup_context=_keep)
+_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def swapped_cross_entropy(scores: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """mean_b -sum_k targets log softmax(scores / temperature): a scalar in fp32, with a gradient for `scores` alone.
-
-    scores: [B, K] in fp16, bf16 or fp32, B at least 1; targets: [B, K] in any of them, rows of any sum; any strides.
-    temperature: above 0; SwAV's is 0.1. The gradient has the dtype of `scores`.
-    Raises ValueError for arguments that do not fit.
-    """
-    if message := _complaint(scores, targets, temperature):
-        raise ValueError(f"swapped_cross_entropy: {message}")
-    return _op(scores, targets.detach(), float(temperature))[0].mean()
-
-
-def _complaint(scores: Tensor, targets: Tensor, temperature: float) -> str | None:
+def _unsupported_reason(scores: Tensor, targets: Tensor, temperature: float) -> str | None:
     if scores.dim() != 2 or scores.numel() == 0:
         return f"scores must be [samples, centers], at least one of each, got shape {list(scores.shape)}"
     if targets.shape != scores.shape:
@@ -209,3 +197,15 @@ def _complaint(scores: Tensor, targets: Tensor, temperature: float) -> str | Non
     if not 0 < temperature < math.inf:
         return f"temperature must be a finite number above 0, got {temperature}"
     return None
+
+
+def swapped_cross_entropy(scores: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Compute mean_b -sum_k targets log softmax(scores / temperature), a scalar in fp32; gradient for `scores` alone.
+
+    scores: [B, K] in fp16, bf16 or fp32, B at least 1; targets: [B, K] in any of them, rows of any sum; any strides.
+    temperature: above 0; SwAV's is 0.1. The gradient has the dtype of `scores`.
+    Raises ValueError for arguments that do not fit.
+    """
+    if reason := _unsupported_reason(scores, targets, temperature):
+        raise ValueError(f"swapped_cross_entropy: {reason}")
+    return _op(scores, targets.detach(), float(temperature))[0].mean()

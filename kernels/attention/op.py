@@ -10,7 +10,7 @@ B images, T tokens, H heads, d head width (64 to 128 in Vision Transformers). No
 Forms: `triton` (triton.py), `flash` and `cudnn` (PyTorch's own, on a GPU in 16 bit), `sdpa` (PyTorch's on a CPU),
 `reference`. On a GPU the fastest by measurement runs, chosen for forward and backward separately: all give o and lse.
 
-Kept for backward: qkv, o and lse (4 bytes a token and head).
+Saved for backward: qkv, o and lse (4 bytes a token and head).
 Bytes moved by `triton`: qkv in, o out; backward qkv and G twice, o in, dqkv out. PyTorch's backward forms
 write dq, dk and dv separately, and stacking them moves dqkv twice more.
 """

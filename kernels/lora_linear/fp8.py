@@ -2,11 +2,11 @@
 
     Y = (Xq Wq^T) * x_scale_m * w_scale_n + b + scale * S B^T      S = drop(x) A^T from the x that was given
 
-    Wq [N, K] e4m3 and w_scale [N, 1] fp32, kept; Xq [M, K] e4m3 and x_scale [M, 1], made at each call (`quantize`).
+    Wq [N, K] e4m3 and w_scale [N, 1] fp32, given; Xq [M, K] e4m3 and x_scale [M, 1], made at each call (`quantize`).
 
 The quantization of x is passed straight through in backward: dX = G (Wq * w_scale) + dS A, with Wq widened to the
 dtype of x; or, given Wq^T with scales of its own rows, in fp8 like the forward, with G quantized too. The adapter's
-gradients never see fp8. Kept for backward: x and S, as in op.py.
+gradients never see fp8. Saved for backward: x and S, as in op.py.
 Merging has no place here: rounding W + scale B A to e4m3 would lose the adapter.
 """
 

@@ -9,7 +9,7 @@
 Backward, with W frozen (G = dY):
     dS = scale * G B        dB = scale * G^T S        dA = dS^T drop(x)        dX = G W + drop'(dS A)
 
-Kept for backward: x and S (2 R bytes a token in 16 bit). Dropout keeps no mask: it is a hash of (seed, row,
+Saved for backward: x and S (2 R bytes a token in 16 bit). Dropout saves no mask: it is a hash of (seed, row,
 column), the same on every device and in every strategy.
 
 Strategies of the forward, with the bytes they move beyond the frozen GEMM:

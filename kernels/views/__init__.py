@@ -1,4 +1,4 @@
-"""Two random views of an image."""
+"""Random views of images."""
 
 from .eager import views_reference
 from .op import INTERPOLATIONS, make_views

@@ -1,4 +1,4 @@
-"""The parts of a random view in plain torch: the specification of views.py, and what the CPU's way shares with it."""
+"""Eager form of random views, part by part: the specification of op.py; the CPU's loader uses some parts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..patchify import patchify_reference
 
-FLIP_Y, FLIP_X, TRANSPOSE = 1, 2, 4  # bits of a view's turn
+FLIP_Y, FLIP_X, TRANSPOSE = 1, 2, 4  # bits of a view's orientation
 # columns of `factors`, in the order in which they are applied, and their number
 BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, SIGMA, SOLARIZE, FACTORS = range(8)
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2, as torchvision and Pillow
@@ -19,7 +19,7 @@ def views_reference(
     pixels: Tensor, places: Tensor, boxes: Tensor, factors: Tensor, mean: Tensor, std: Tensor,
     height: int, width: int, interpolation: str, taps: tuple[int, int], patch: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """The specification. Arguments as `views.make_views`; in fp32, or fp64 under a default of fp64."""
+    """Compute the specification of `make_views` (its arguments) in fp32, or in fp64 under a default of fp64."""
     x = crop_resize(pixels, places, boxes, len(mean), height, width, interpolation)
     x = recolor(x, factors)
     sigma = factors[:, SIGMA].to(x.dtype)
@@ -31,7 +31,7 @@ def views_reference(
 def crop_resize(
     pixels: Tensor, places: Tensor, boxes: Tensor, channels: int, height: int, width: int, interpolation: str
 ) -> Tensor:
-    """Two products a view: [N, channels, height, width] in 0..1; fp32, or fp64 under a default of fp64."""
+    """Crop and resize by two products a view; returns [N, channels, height, width] in 0..1, fp32 or default fp64."""
     out = []
     for image, top, left, rows, columns, turn in boxes.tolist():
         offset, *strides = places[image].tolist()
@@ -50,7 +50,7 @@ def crop_resize(
 def resize_weights(
     start: Tensor, length: Tensor, total: int, size: int, interpolation: str, flip: Tensor | None = None
 ) -> Tensor:
-    """Matrices that crop [start, start + length) out of `total` pixels and resize it to `size`.
+    """Return matrices that crop [start, start + length) out of `total` pixels and resize it to `size`.
 
     start, length: [N] fp32, pixels. flip: [N] bool, which of them to mirror. Returns [N, size, total] fp32; rows sum
     to 1, columns outside the crop are 0.
@@ -77,9 +77,9 @@ def _cubic(t: Tensor, a: float = -0.5) -> Tensor:
 
 
 def recolor(x: Tensor, factors: Tensor) -> Tensor:
-    """Brightness, contrast, saturation, hue and gray of views [N, C, H, W] in 0..1, in their precision: torchvision's.
+    """Apply torchvision's brightness, contrast, saturation, hue and gray to views [N, C, H, W] in 0..1.
 
-    The last three are for three channels; others keep theirs, and their luma is the channels' mean.
+    The last three are for three channels; other images keep their colors, and their luma is the channels' mean.
     """
     b, c, s, h, gray = factors.to(x.dtype)[:, : GRAY + 1, None, None, None].unbind(1)
     x = (b * x).clamp(0, 1)
@@ -92,14 +92,14 @@ def recolor(x: Tensor, factors: Tensor) -> Tensor:
 
 
 def finish(x: Tensor, factors: Tensor, mean: Tensor, std: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
-    """Solarize, normalize, cast, and patches if asked for."""
+    """Solarize, normalize and cast views; patch > 0: also cut them to patches."""
     x = torch.where((factors[:, SOLARIZE, None, None, None] != 0) & (x >= THRESHOLD), 1 - x, x)
     x = (x - mean.to(x.dtype)[:, None, None]) / std.to(x.dtype)[:, None, None]
     return patchify_reference(x, patch, dtype) if patch else x.to(dtype)
 
 
 def blur(x: Tensor, sigma: Tensor, taps: tuple[int, int]) -> Tensor:
-    """Gaussian blur, edges reflected. sigma: [N], pixels; taps: of rows and columns, odd. A new tensor."""
+    """Return x blurred by a Gaussian, edges reflected; sigma: [N], pixels; taps: of rows and columns, odd."""
     count, channels, height, width = x.shape
     y = x.reshape(1, count * channels, height, width)  # a group a plane, each with its own kernel
     for axis, half in enumerate(halves(taps, height, width)):
@@ -113,7 +113,7 @@ def blur(x: Tensor, sigma: Tensor, taps: tuple[int, int]) -> Tensor:
 
 
 def halves(taps: tuple[int, int], height: int, width: int) -> tuple[int, int]:
-    """How far a blur looks to each side, rows and columns: a view is reflected once at most."""
+    """Return the radius of a blur in rows and columns: a view is reflected once at most."""
     return min(taps[0] // 2, height - 1), min(taps[1] // 2, width - 1)
 
 

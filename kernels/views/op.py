@@ -1,4 +1,4 @@
-"""Random views of uint8 images of any sizes: crop, resize, turn, colors, blur, normalize, cast, patches, in one pass.
+"""Random views of uint8 images of any sizes: crop, resize, flips, colors, blur, normalize, cast, patches, in one pass.
 
     x = T(W_y x_0 W_x^T) / 255      x_0: the crop of image i(n), a channel
         W[j, k] = f((k + 1/2 - m_j) / max(s, 1)) / sum,   m_j = s (j + 1/2),   s = length / size
@@ -17,7 +17,7 @@ memory order, so a batch goes to the device in one copy. out is [N, C, H, W], or
 
 One launch. The contrast needs the mean of the finished crop, so a view is made in two passes, by one program: the
 resized crop waits in the result's own memory. Bytes a value of a result in 16 bit, beside the crop's own: 6 (out, in,
-out), and 8 more where it is blurred (its colors out; in and out along rows; in along columns). To make the pixels
+out), and 8 more where it is blurred (its colors out; in and out along rows; in along columns). Computing the pixels
 around a tile again instead would move none of these 8, but resize 2.8 times as many (32 x 32 tiles, 11 pixels around).
 A launch for each of crop, mean, colors and blur would move 16, and 72 with blur. No gradient.
 """
@@ -44,28 +44,30 @@ def _op(
     pixels: Tensor, places: Tensor, boxes: Tensor, factors: Tensor, mean: Tensor, std: Tensor,
     height: int, width: int, interpolation: str, taps: Sequence[int], patch: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    out = _views(pixels, places, boxes, factors, mean, std, height, width, interpolation, taps, patch, dtype)
+    """Return the views, as `make_views`."""
+    out = _empty_views(pixels, places, boxes, factors, mean, std, height, width, interpolation, taps, patch, dtype)
     if not len(out):
         return out
-    given, options = (pixels, places, boxes, factors, mean, std), (height, width, interpolation, tuple(taps), patch)
-    chosen = made_by(pixels.device)
-    if chosen == "triton":
-        views_triton(*(x.contiguous() for x in given), out, len(mean), *options)
-    elif chosen == "cpp":
-        views_cpp(*(x.contiguous() for x in given), out, *options)
-    else:
-        out.copy_(views_reference(*given, *options, dtype))
+    pixels, places, boxes, factors = (x.contiguous() for x in (pixels, places, boxes, factors))
+    mean, std, both = mean.contiguous(), std.contiguous(), (taps[0], taps[1])
+    implementation = made_by(pixels.device)
+    if implementation == "reference":
+        return out.copy_(
+            views_reference(pixels, places, boxes, factors, mean, std, height, width, interpolation, both, patch, dtype)
+        )
+    fill = views_triton if implementation == "triton" else views_cpp
+    fill(pixels, places, boxes, factors, mean, std, out, height, width, interpolation, both, patch)
     return out
 
 
 def made_by(device: torch.device) -> str:
-    """What makes views on `device`: "triton", "cpp" (the compiled op on a CPU) or "reference" (torch)."""
-    why_not = {
+    """Choose the implementation for `device`: "triton", "cpp" (the compiled op on a CPU) or "reference" (torch)."""
+    reasons = {
         "triton": triton_unsupported_reason(torch.empty(0, device=device)),
         "cpp": native_unsupported_reason("cpp", device, "views"),
         "reference": None,
     }
-    return choose("views", device, why_not)
+    return choose("views", device, reasons)
 
 
 def views_cpp(
@@ -84,10 +86,43 @@ def views_cpp(
 
 
 @_op.register_fake
-def _views(pixels, places, boxes, factors, mean, std, height, width, interpolation, taps, patch, dtype):
+def _empty_views(
+    pixels: Tensor, places: Tensor, boxes: Tensor, factors: Tensor, mean: Tensor, std: Tensor,
+    height: int, width: int, interpolation: str, taps: Sequence[int], patch: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     N, C = len(boxes), len(mean)
     shape = (N, (height // patch) * (width // patch), C * patch * patch) if patch else (N, C, height, width)
     return pixels.new_empty(shape, dtype=dtype)
+
+
+def _validate_images(pixels: Tensor, places: Tensor, boxes: Tensor, factors: Tensor) -> None:
+    if pixels.dtype != torch.uint8 or pixels.dim() != 1 or not pixels.is_contiguous():
+        raise ValueError(f"make_views: pixels must be uint8 [bytes], got {pixels.dtype} {list(pixels.shape)}")
+    for name, x, dtype, columns in (
+        ("places", places, torch.int64, PLACE),
+        ("boxes", boxes, torch.int32, BOX),
+        ("factors", factors, torch.float32, FACTORS),
+    ):
+        if x.dtype != dtype or x.dim() != 2 or x.shape[1] != columns or x.device != pixels.device:
+            got = f"{x.dtype} {list(x.shape)} on {x.device}"
+            raise ValueError(f"make_views: {name} must be {dtype} [., {columns}] on {pixels.device}, got {got}")
+    if len(factors) != len(boxes):
+        raise ValueError(f"make_views: factors must have a row a box, got {len(factors)} for {len(boxes)}")
+
+
+def _validate_options(
+    height: int, width: int, interpolation: str, taps: tuple[int, int], patch: int, dtype: torch.dtype
+) -> None:
+    if min(height, width) < 1:
+        raise ValueError(f"make_views: the size must be at least 1 x 1, got {height} x {width}")
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"make_views: interpolation must be {' or '.join(INTERPOLATIONS)}, got {interpolation!r}")
+    if min(taps) < 1 or not all(t % 2 for t in taps):
+        raise ValueError(f"make_views: taps must be odd and at least 1, got {taps}")
+    if patch < 0 or (patch and (height % patch or width % patch)):
+        raise ValueError(f"make_views: patch must divide {height} x {width}, got {patch}")
+    if dtype not in DTYPES:
+        raise ValueError(f"make_views: dtype must be fp32, fp16 or bf16, got {dtype}")
 
 
 def make_views(
@@ -105,43 +140,23 @@ def make_views(
     patch: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """View of packed images: [N, C, height, width], or patches [N, (height / P)(width / P), C P P], of `dtype`.
+    """Make views of packed images: [N, C, height, width], or patches [N, (height / P)(width / P), C P P], in `dtype`.
 
     pixels: uint8, one dimension, all images behind one another. places: [B, 4] int64, of each image the offset of its
     first pixel and its strides over channels, rows and columns. boxes: [N, 6] int32, of each view the image, top, left,
-    height and width of the crop in pixels, and its turn: the sum of FLIP_Y and FLIP_X (mirrored up-down, left-right)
-    and TRANSPOSE (then transposed; square views only). factors: [N, 7] fp32, of each view the factors of brightness,
-    contrast and saturation, the turn of the hue as a part of the circle, whether it is made gray (0 or 1), sigma of
-    the blur in pixels (0: none) and whether it is solarized. mean, std: of each of C channels. taps: of the blur, rows
+    height and width of the crop in pixels, and its orientation: the sum of FLIP_Y and FLIP_X (mirrored up-down,
+    left-right) and TRANSPOSE (then transposed; square views only). factors: [N, 7] fp32, of each view the factors of brightness,
+    contrast and saturation, the shift of the hue as a part of the circle, whether to make it gray (0 or 1), sigma of
+    the blur in pixels (0: none) and whether to solarize it. mean, std: of each of C channels. taps: of the blur, rows
     and columns, odd; (1, 1): no view is blurred. patch: P, the side of a patch; 0: as pictures. dtype: fp32, fp16 or
     bf16.
 
     Boxes must lie inside their images: this is not checked, it would wait for the device. Raises ValueError for
     shapes and types that do not fit.
     """
-    if pixels.dtype != torch.uint8 or pixels.dim() != 1 or not pixels.is_contiguous():
-        raise ValueError(f"make_views: pixels must be uint8 [bytes], got {pixels.dtype} {list(pixels.shape)}")
-    for name, x, dtype_wanted, columns in (
-        ("places", places, torch.int64, PLACE),
-        ("boxes", boxes, torch.int32, BOX),
-        ("factors", factors, torch.float32, FACTORS),
-    ):
-        if x.dtype != dtype_wanted or x.dim() != 2 or x.shape[1] != columns or x.device != pixels.device:
-            got = f"{x.dtype} {list(x.shape)} on {x.device}"
-            raise ValueError(f"make_views: {name} must be {dtype_wanted} [., {columns}] on {pixels.device}, got {got}")
-    if len(factors) != len(boxes):
-        raise ValueError(f"make_views: factors must have a row a box, got {len(factors)} for {len(boxes)}")
+    _validate_images(pixels, places, boxes, factors)
     mean, std = (torch.as_tensor(v, dtype=torch.float32, device=pixels.device) for v in (mean, std))
     if mean.dim() != 1 or mean.shape != std.shape or not len(mean):
         raise ValueError(f"make_views: mean and std must be [C], got {list(mean.shape)} and {list(std.shape)}")
-    if min(height, width) < 1:
-        raise ValueError(f"make_views: the size must be at least 1 x 1, got {height} x {width}")
-    if interpolation not in INTERPOLATIONS:
-        raise ValueError(f"make_views: interpolation must be {' or '.join(INTERPOLATIONS)}, got {interpolation!r}")
-    if min(taps) < 1 or not all(t % 2 for t in taps):
-        raise ValueError(f"make_views: taps must be odd and at least 1, got {taps}")
-    if patch < 0 or (patch and (height % patch or width % patch)):
-        raise ValueError(f"make_views: patch must divide {height} x {width}, got {patch}")
-    if dtype not in DTYPES:
-        raise ValueError(f"make_views: dtype must be fp32, fp16 or bf16, got {dtype}")
+    _validate_options(height, width, interpolation, taps, patch, dtype)
     return _op(pixels, places, boxes, factors, mean, std, height, width, interpolation, taps, patch, dtype)

@@ -1,12 +1,12 @@
-"""Random views in Triton, in one launch: a program makes a view from its crop to its patches. See views.py.
+"""Triton form of random views, in one launch: a program makes a view from crop to patches. Formulas: op.py.
 
-    1  crop, resize        -> room        the sum for the contrast's mean on the way
-    2  colors up to gray  -> out         solarized, normalized, cast; blurred views: -> room, then
+    1  crop, resize        -> room        and the sum for the contrast's mean
+    2  colors up to gray   -> out         solarized, normalized, cast; blurred views: -> room, then
     3  blur along rows     -> scratch
     4  blur along columns  -> out         solarized, normalized, cast
 
 `room` is the result's own memory: a view waits there, in 16 bits as fixed point (1/65535), until its mean is known.
-All that crosses programs is nothing, so no program waits for another: the step's kernels run beside this one.
+Programs share nothing, so none waits for another: the step's kernels run beside this one.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ def _clamp(x):
 
 
 @triton.jit
-def _keep(at, x, mask, FIXED: tl.constexpr):
+def _store(at, x, mask, FIXED: tl.constexpr):
     """Store x in 0..1 for later."""
     x = (x * 65535 + 0.5).to(tl.int32) - 32768 if FIXED else x
     tl.store(at, x.to(at.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _kept(at, mask, FIXED: tl.constexpr):
+def _load(at, mask, FIXED: tl.constexpr):
     x = tl.load(at, mask=mask, other=0).to(tl.float32)
     return (x + 32768) / 65535 if FIXED else x
 
 
 @triton.jit
 def _cell(y, x, C, W, PATCH: tl.constexpr):
-    """Where pixel (y, x) of the first channel lies in a view of the result; the channels follow a plane apart."""
+    """Compute the index of pixel (y, x) of the first channel in a view of the result; channels are a plane apart."""
     if PATCH:
         row = (y // PATCH) * (W // PATCH) + x // PATCH
         return (row * C * PATCH + y % PATCH) * PATCH + x % PATCH
@@ -49,7 +49,7 @@ def _cell(y, x, C, W, PATCH: tl.constexpr):
 
 @triton.jit
 def _pixel(p, W, PATCH: tl.constexpr):
-    """Row and column of the p-th pixel in the order of the result."""
+    """Compute row and column of the p-th pixel in the order of the result."""
     if PATCH:
         patch, inside = p // (PATCH * PATCH), p % (PATCH * PATCH)
         across = W // PATCH
@@ -74,7 +74,8 @@ def _resized(
     pixels, place, box, out_y, out_x, is_here, C, H, W,
     CUBIC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Pixels (out_y, out_x) of the view of a box, over all channels: [BLOCK_C, BLOCK] in 0..1."""
+    """Resize pixels (out_y, out_x) of the view of a box, over all channels: [BLOCK_C, BLOCK] in 0..1."""
+    # lizard forgives: long, as the crop's geometry stays in the registers of one program
     c = tl.arange(0, BLOCK_C)
     top, left, rows, columns = tl.load(box + 1), tl.load(box + 2), tl.load(box + 3), tl.load(box + 4)
     turn = tl.load(box + 5)
@@ -127,7 +128,7 @@ def _hue_channel(h, value, chroma, n):
 
 @triton.jit
 def _colored(red, green, blue, row):
-    """Saturation, hue and gray of `factors`' row."""
+    """Apply saturation, hue and gray of a row of `factors`."""
     saturation, shift, is_gray = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4) != 0
     luma = (1 - saturation) * (0.2989 * red + 0.587 * green + 0.114 * blue)
     red, green = _clamp(saturation * red + luma), _clamp(saturation * green + luma)
@@ -146,7 +147,7 @@ def _colored(red, green, blue, row):
 
 @triton.jit
 def _finish(out, x, c, row, mean, std, mask):
-    """Solarized, normalized and cast, to its place in the result."""
+    """Solarize, normalize and cast x, and store it in the result."""
     threshold = tl.where(tl.load(row + 6) != 0, 128 / 255, 2.0)  # 2: above all
     x = tl.where(x >= threshold, 1 - x, x)
     x = (x - tl.load(mean + c)) / tl.load(std + c)
@@ -154,10 +155,10 @@ def _finish(out, x, c, row, mean, std, mask):
 
 
 @triton.jit
-def _pass_on(out, room, x, c, row, mean, std, mask, is_blurred, FIXED: tl.constexpr):
-    """A colored pixel is the result, or waits for the blur."""
+def _store_color(out, room, x, c, row, mean, std, mask, is_blurred, FIXED: tl.constexpr):
+    """Store a colored pixel in the result, or in `room` for the blur."""
     if is_blurred:
-        _keep(room, x, mask, FIXED)
+        _store(room, x, mask, FIXED)
     else:
         _finish(out, x, c, row, mean, std, mask)
 
@@ -174,6 +175,8 @@ def _views_kernel(
     RGB: tl.constexpr, CUBIC: tl.constexpr, PATCH: tl.constexpr, BLUR: tl.constexpr, FIXED: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Make one view."""
+    # lizard forgives: long, as one program makes a whole view, with its mean in registers between the passes
     n = tl.program_id(0).to(tl.int64)
     size = H * W
     plane = PATCH * PATCH if PATCH else size  # from a channel to the next, in the result
@@ -193,7 +196,7 @@ def _views_kernel(
         value = _resized(pixels, place, box, y, x, p < size, C, H, W, CUBIC, BLOCK_C, BLOCK)
         total += _clamp(b * value)
         at = room + _cell(y, x, C, W, PATCH)[None, :] + c[:, None] * plane
-        _keep(at, value, (c < C)[:, None] & (p < size)[None, :], FIXED)
+        _store(at, value, (c < C)[:, None] & (p < size)[None, :], FIXED)
     level = (1 - contrast) * tl.sum(tl.sum(total, 1) * weight, 0) / size
     tl.debug_barrier()  # what follows reads what other threads have stored
 
@@ -203,19 +206,19 @@ def _views_kernel(
         y, x = _pixel(p, W, PATCH)
         cell = _cell(y, x, C, W, PATCH)
         if RGB:
-            red = _clamp(contrast * _clamp(b * _kept(room + cell, mask, FIXED)) + level)
-            green = _clamp(contrast * _clamp(b * _kept(room + plane + cell, mask, FIXED)) + level)
-            blue = _clamp(contrast * _clamp(b * _kept(room + 2 * plane + cell, mask, FIXED)) + level)
+            red = _clamp(contrast * _clamp(b * _load(room + cell, mask, FIXED)) + level)
+            green = _clamp(contrast * _clamp(b * _load(room + plane + cell, mask, FIXED)) + level)
+            blue = _clamp(contrast * _clamp(b * _load(room + 2 * plane + cell, mask, FIXED)) + level)
             red, green, blue = _colored(red, green, blue, row)
-            _pass_on(out + cell, room + cell, red, 0, row, mean, std, mask, is_blurred, FIXED)
+            _store_color(out + cell, room + cell, red, 0, row, mean, std, mask, is_blurred, FIXED)
             cell += plane
-            _pass_on(out + cell, room + cell, green, 1, row, mean, std, mask, is_blurred, FIXED)
+            _store_color(out + cell, room + cell, green, 1, row, mean, std, mask, is_blurred, FIXED)
             cell += plane
-            _pass_on(out + cell, room + cell, blue, 2, row, mean, std, mask, is_blurred, FIXED)
+            _store_color(out + cell, room + cell, blue, 2, row, mean, std, mask, is_blurred, FIXED)
         else:
             for k in tl.range(0, C):
-                value = _clamp(contrast * _clamp(b * _kept(room + cell, mask, FIXED)) + level)
-                _pass_on(out + cell, room + cell, value, k, row, mean, std, mask, is_blurred, FIXED)
+                value = _clamp(contrast * _clamp(b * _load(room + cell, mask, FIXED)) + level)
+                _store_color(out + cell, room + cell, value, k, row, mean, std, mask, is_blurred, FIXED)
                 cell += plane
 
     if is_blurred:
@@ -229,9 +232,9 @@ def _views_kernel(
             for i in tl.range(-half_x, half_x + 1):
                 w = tl.exp(falloff * (i * i))
                 at = room + k * plane + _cell(y, _reflected(x + i, W), C, W, PATCH)
-                value += w * _kept(at, mask, FIXED)
+                value += w * _load(at, mask, FIXED)
                 weights += w
-            _keep(scratch + p, value / weights, mask, FIXED)
+            _store(scratch + p, value / weights, mask, FIXED)
         tl.debug_barrier()
         for first in tl.range(0, C * size, BLOCK):
             p = first + tl.arange(0, BLOCK)
@@ -239,7 +242,7 @@ def _views_kernel(
             value, weights = tl.zeros((BLOCK,), tl.float32), 0.0
             for i in tl.range(-half_y, half_y + 1):
                 w = tl.exp(falloff * (i * i))
-                value += w * _kept(scratch + k * size + _reflected(y + i, H) * W + x, mask, FIXED)
+                value += w * _load(scratch + k * size + _reflected(y + i, H) * W + x, mask, FIXED)
                 weights += w
             at = out + k * plane + _cell(y, x, C, W, PATCH)
             # k may lie beyond the last channel only where the mask is off
@@ -248,10 +251,10 @@ def _views_kernel(
 
 def views_triton(
     pixels: Tensor, places: Tensor, boxes: Tensor, factors: Tensor, mean: Tensor, std: Tensor, out: Tensor,
-    channels: int, height: int, width: int, interpolation: str, taps: tuple[int, int], patch: int,
+    height: int, width: int, interpolation: str, taps: tuple[int, int], patch: int,
 ) -> None:  # fmt: skip
-    """Fill `out`, contiguous; the other arguments as `views.make_views`, contiguous."""
-    N, cells, is_fixed = len(out), tile("views", out.device), out.element_size() == 2
+    """Fill `out`; arguments as `make_views`, all contiguous."""
+    N, channels, cells, is_fixed = len(out), len(mean), tile("views", out.device), out.element_size() == 2
     block_c, has_blur = 1 << (channels - 1).bit_length(), max(taps) > 1
     room = out.view(torch.int16) if is_fixed else out
     scratch = torch.empty_like(room) if has_blur else room

@@ -91,7 +91,7 @@ def test_what_is_forced_runs_or_the_reason_is_raised(problem, implementation):
 
 def test_a_fallback_is_logged_once(caplog, monkeypatch):
     monkeypatch.setattr(_dispatch, "_report", {})
-    monkeypatch.setattr(_dispatch, "_said", set())
+    monkeypatch.setattr(_dispatch, "_logged", set())
     wide = {"triton": "a row is too wide", "reference": None}
     with caplog.at_level(logging.INFO):
         # a model whose layers differ asks in turn
@@ -105,7 +105,7 @@ def test_a_fallback_is_logged_once(caplog, monkeypatch):
 
 def test_on_a_cpu_a_fallback_is_no_warning(caplog, monkeypatch):
     monkeypatch.setattr(_dispatch, "_report", {})
-    monkeypatch.setattr(_dispatch, "_said", set())
+    monkeypatch.setattr(_dispatch, "_logged", set())
     with caplog.at_level(logging.INFO):
         choose("norm", torch.device("cpu"), {"triton": "needs CUDA tensors, got cpu", "reference": None})
     assert not caplog.records

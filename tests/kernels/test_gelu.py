@@ -110,7 +110,7 @@ def test_references_gradient(approximate):
 
 def test_without_a_gradient_nothing_is_kept():
     x = values(8, 16)
-    y, derivative, scale = gelu_forward(x, keep=False)
+    y, derivative, scale = gelu_forward(x, save_derivative=False)
     assert derivative is None and scale is None and not y.requires_grad
     with torch.no_grad():
         assert gelu(x.requires_grad_()).grad_fn is None

@@ -15,9 +15,7 @@ def _case(channels, size, interpolation, taps, patch, dtype):
         pixels, places = empty(1 << 20, dtype=torch.uint8), empty(8, 4, dtype=torch.int64)
         boxes, factors, mean = empty(16, 6, dtype=torch.int32), empty(16, 7), empty(channels)
         out = empty(16, channels, size, size, dtype=dtype)
-        views_triton(
-            pixels, places, boxes, factors, mean, mean, out, channels, size, size, interpolation, (taps, taps), patch
-        )
+        views_triton(pixels, places, boxes, factors, mean, mean, out, size, size, interpolation, (taps, taps), patch)
 
     return run
 
