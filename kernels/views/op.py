@@ -142,14 +142,16 @@ def make_views(
 ) -> Tensor:
     """Make views of packed images: [N, C, height, width], or patches [N, (height / P)(width / P), C P P], in `dtype`.
 
-    pixels: uint8, one dimension, all images behind one another. places: [B, 4] int64, of each image the offset of its
-    first pixel and its strides over channels, rows and columns. boxes: [N, 6] int32, of each view the image, top, left,
-    height and width of the crop in pixels, and its orientation: the sum of FLIP_Y and FLIP_X (mirrored up-down,
-    left-right) and TRANSPOSE (then transposed; square views only). factors: [N, 7] fp32, of each view the factors of brightness,
-    contrast and saturation, the shift of the hue as a part of the circle, whether to make it gray (0 or 1), sigma of
-    the blur in pixels (0: none) and whether to solarize it. mean, std: of each of C channels. taps: of the blur, rows
-    and columns, odd; (1, 1): no view is blurred. patch: P, the side of a patch; 0: as pictures. dtype: fp32, fp16 or
-    bf16.
+    pixels: uint8, one dimension, all images behind one another.
+    places: [B, 4] int64, of each image the offset of its first pixel and its strides over channels, rows and columns.
+    boxes: [N, 6] int32, of each view the image; top, left, height and width of the crop in pixels; its orientation:
+        the sum of FLIP_Y and FLIP_X (mirrored up-down, left-right) and TRANSPOSE (then transposed; square views only).
+    factors: [N, 7] fp32, of each view the factors of brightness, contrast and saturation, the shift of the hue as a
+        part of the circle, whether to make it gray (0 or 1), sigma of the blur in pixels (0: none) and whether to
+        solarize it (0 or 1).
+    mean, std: of each of C channels.
+    taps: of the blur, rows and columns, odd; (1, 1): no view is blurred.
+    patch: P, the side of a patch; 0: return images. dtype: fp32, fp16 or bf16.
 
     Boxes must lie inside their images: this is not checked, it would wait for the device. Raises ValueError for
     shapes and types that do not fit.
