@@ -46,3 +46,8 @@ class BadImage(Exception):  # noqa: N818  (public name)
     def __init__(self, reason: str, name: str = "") -> None:
         super().__init__(f"{name}: {reason}" if name else reason)
         self.reason = reason
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its class if the text is empty."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -164,7 +164,7 @@ def test_second_adapter_switched_and_joined(caplog):
         ({"bias": "lora_only"}, "base is trained"),
     ],
 )
-def test_left_alone_with_the_reason(config, why):
+def test_unsupported_layers_with_the_reason(config, why):
     model, x = adapted(**config)
     wanted = run(model, x)
     with patch(model) as handle:

@@ -285,7 +285,7 @@ def test_preprocessing_of_the_hf_export_is_timms(tmp_path):
     ("format", "arch", "args", "message"),
     [
         ("hf", "vit_base_patch16_siglip_224", SMALL, "no class token"),
-        ("hf", "vit_tiny_patch16_224", SMALL | {"qk_norm": True}, "norms elsewhere"),
+        ("hf", "vit_tiny_patch16_224", SMALL | {"qk_norm": True}, "norms other than"),
         ("hf", "vit_tiny_patch16_224", SMALL | {"global_pool": "avg"}, "pooling, avg"),
         ("hf", "eva02_base_patch14_224", SMALL, "DINOv3 only"),
         ("dinov2", "vit_small_patch16_dinov3", SMALL, "rotary"),
@@ -333,11 +333,11 @@ def test_not_a_number_is_a_difference(tmp_path, monkeypatch):
         export(name, tmp_path / "out")
 
 
-def test_folders_are_left_alone(tmp_path):
+def test_other_folders_are_not_replaced(tmp_path):
     name, adapter = make(tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "README.md").write_text("keep")
-    for overwrite, message in ((False, "not empty"), (True, "leaves it alone")):
+    for overwrite, message in ((False, "not empty"), (True, "does not replace it")):
         with pytest.raises(ConfigError, match=message):
             export(name, tmp_path / "mine", overwrite=overwrite)
     assert (tmp_path / "mine" / "README.md").read_text() == "keep"

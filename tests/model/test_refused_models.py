@@ -174,7 +174,9 @@ def test_folders_whose_weights_are_damaged_or_of_another_model(capsys, tmp_path,
     header = 8 + int.from_bytes(whole[:8], "little")
     for damaged in (b"", whole[:-1], whole[:header], b"\xff" * 8 + whole[8:], whole[:8] + b"[" + whole[9:]):
         path.write_bytes(damaged)
-        assert "model.safetensors is whole" in (line := refused(capsys, tmp_path, "--model", name)) or str(path) in line
+        assert (
+            "model.safetensors is complete" in (line := refused(capsys, tmp_path, "--model", name)) or str(path) in line
+        )
     path.write_bytes(whole[:header] + b"\xff" * 4 + whole[header + 4 :])  # the first number is not one
     assert "that are not finite" in refused(capsys, tmp_path, "--model", name)
     save_file({key: value[..., :-1].clone() for key, value in load_file(path).items()}, path)

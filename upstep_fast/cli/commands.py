@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from upstep_fast.cli.parse import _take, parse
 from upstep_fast.config.flat import dashed
-from upstep_fast.errors import ConfigError, Interrupted, UpstepError
+from upstep_fast.errors import ConfigError, Interrupted, UpstepError, first_line
 
 USAGE = """\
 usage: upstep-fast COMMAND [--config FILE.toml] [options]
@@ -75,8 +75,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except Exception as error:
         if debug:
             raise
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        _complain(f"{type(error).__name__}: {text} (run again with --debug for the traceback)")
+        _complain(f"{type(error).__name__}: {first_line(error)} (run again with --debug for the traceback)")
         sys.exit(1)
     sys.exit(0)
 
@@ -204,11 +203,13 @@ def _plan_config() -> type:
 
 def _models(config: Any) -> None:
     from upstep_fast.engine.fold import unsupported_reason
-    from upstep_fast.model.registry import blueprint, names, near
+    from upstep_fast.model.registry import blueprint, names, nearest_names
 
     found = names(config.pattern)
     if not found:
-        raise ConfigError(f"pattern: no model that can be adapted matches {config.pattern!r}; {near(config.pattern)}")
+        raise ConfigError(
+            f"pattern: no model that can be adapted matches {config.pattern!r}; {nearest_names(config.pattern)}"
+        )
     for name, kind in found:
         reason = unsupported_reason(blueprint(name))
         print(f"{name:<50} {kind:<7} {'engine' if reason is None else f'compiled ({reason})'}")

@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from upstep_fast.errors import ConfigError
+from upstep_fast.errors import ConfigError, first_line
 from upstep_fast.runtime.atomic_file import write_atomic
 
 log = logging.getLogger("upstep_fast")
@@ -105,5 +105,5 @@ def read(path: str | Path, fingerprints: Mapping[str, str]) -> dict[str, Whiteni
             }
     except (OSError, SafetensorError) as error:
         raise ConfigError(
-            f"whitening: {path} cannot be read ({str(error).splitlines()[0]}); give a file of --fit-whitening"
+            f"whitening: {path} cannot be read ({first_line(error)}); give a file of --fit-whitening"
         ) from error

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from upstep_fast.config.base import BackboneConfig
 from upstep_fast.data.views.resize import normalize
-from upstep_fast.errors import ConfigError
+from upstep_fast.errors import ConfigError, first_line
 from upstep_fast.model import registry
 from upstep_fast.model.formats import checkpoint_files
 
@@ -168,7 +168,7 @@ def _build(source: registry.Source, name: str, options: dict[str, Any], pretrain
             _set_eps(vit, source.eps)
     reason = unsupported_reason(vit)
     if reason:
-        raise ConfigError(f"model: {name} is not supported: {reason}; {registry.near(source.arch)}")
+        raise ConfigError(f"model: {name} is not supported: {reason}; {registry.nearest_names(source.arch)}")
     return vit
 
 
@@ -187,8 +187,8 @@ def _describe(
         name=name,
         width=vit.num_features,
         img_size=size,
-        mean=_per_channel(data["mean"] if mean is None else mean, channels, "mean", given=mean is not None),
-        std=_per_channel(data["std"] if std is None else std, channels, "std", given=std is not None),
+        mean=_per_channel(data["mean"] if mean is None else mean, channels, "mean", is_given=mean is not None),
+        std=_per_channel(data["std"] if std is None else std, channels, "std", is_given=std is not None),
         interpolation=data["interpolation"],
         crop_pct=data["crop_pct"],
         arch=source.arch,
@@ -201,11 +201,12 @@ def _create(arch: str, pretrained: bool, options: dict[str, Any], name: str) -> 
         with torch.random.fork_rng(devices=[]):  # timm draws weights before it loads them
             return timm.create_model(arch, pretrained=pretrained, **options)
     except TypeError as error:
-        raise ConfigError(
-            f"model: {name} is not a plain Vision Transformer ({registry.first_line(error)}); {registry.near(name)}"
-        ) from error
+        text, cure = first_line(error)[:300], registry.nearest_names(name)
+        raise ConfigError(f"model: {name} is not a plain Vision Transformer ({text}); {cure}") from error
     except Exception as error:  # timm, the hub and safetensors each raise their own kinds
-        raise ConfigError(f"model: cannot load {name}: {registry.first_line(error)}; {registry.cure(name)}") from error
+        raise ConfigError(
+            f"model: cannot load {name}: {first_line(error)[:300]}; {registry.weights_cure(name)}"
+        ) from error
 
 
 def _check_finite(vit: nn.Module, name: str) -> None:
@@ -224,14 +225,14 @@ def _check_size(size: tuple[int, ...], vit: Any) -> None:
     log.warning("%s: the last %d rows and %d columns of pixels are not seen", text, *rest)
 
 
-def _per_channel(values: Sequence[float], channels: int, name: str, *, given: bool) -> tuple[float, ...]:
+def _per_channel(values: Sequence[float], channels: int, name: str, *, is_given: bool) -> tuple[float, ...]:
     """Return one value per channel; where the model has values for other channels, the average of these."""
     values = tuple(float(v) for v in values)
     if len(values) == channels:
         return values
     if len(values) == 1:
         return values * channels
-    if given:
+    if is_given:
         raise ConfigError(f"{name}: got {len(values)} values, the images have {channels} channels")
     return (sum(values) / len(values),) * channels
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from upstep_fast.errors import ConfigError
+from upstep_fast.errors import ConfigError, first_line
 from upstep_fast.model.backbone import load
 from upstep_fast.model.lora import LoraLinear, call_qkv, merge
 from upstep_fast.runtime.atomic_file import write_atomic
@@ -202,7 +202,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Te
             f"adapter: {folder} holds no {Path(error.filename or WEIGHTS).name}; give the folder OUT/adapter"
         ) from error
     except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(f"adapter: {folder} cannot be read: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"adapter: {folder} cannot be read: {first_line(error)}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ConfigError(f"adapter: {folder / CONFIG} is not a LoRA configuration of PEFT")
     if config.get("use_dora"):

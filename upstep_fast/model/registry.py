@@ -14,7 +14,7 @@ import timm
 from timm.models import is_model_in_modules
 from torch import nn
 
-from upstep_fast.errors import ConfigError
+from upstep_fast.errors import ConfigError, first_line
 from upstep_fast.model.formats import checkpoint_files, hf_config
 
 LOCAL, HUB = "local-dir:", "hf-hub:"
@@ -106,7 +106,7 @@ def _find_file(name: str, arch: str | None) -> Source:
 def _find_in_timm(name: str, arch: str | None, pretrained: bool) -> Source:
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
-        raise ConfigError(f"model: unknown model {name!r}; {near(name)}")
+        raise ConfigError(f"model: unknown model {name!r}; {nearest_names(name)}")
     if arch is not None and arch != architecture:
         raise ConfigError(f"arch: {arch} is not what {name} names; --arch is for checkpoint files")
     if tag and pretrained and name not in timm.list_pretrained(f"{architecture}.*"):
@@ -155,7 +155,7 @@ def _hub(name: str) -> Callable[[str], Path]:
         try:
             return Path(hf_hub_download(repository, file, revision=revision or None))
         except Exception as error:  # the hub's own kinds, the network's, the file system's
-            raise ConfigError(f"model: cannot load {name}: {first_line(error)}; {cure(name)}") from error
+            raise ConfigError(f"model: cannot load {name}: {first_line(error)[:300]}; {weights_cure(name)}") from error
 
     return fetch
 
@@ -195,16 +195,18 @@ def check_arch(arch: str, name: str) -> None:
     """Refuse other model families by name, before any weights are fetched. Raises ConfigError."""
     stem = arch.partition(".")[0]
     if not timm.is_model(stem):
-        raise ConfigError(f"model: {name} has the unknown architecture {arch!r}; {near(arch)}")
+        raise ConfigError(f"model: {name} has the unknown architecture {arch!r}; {nearest_names(arch)}")
     if not is_model_in_modules(stem, MODULES):
         family = timm.models.model_entrypoint(stem).__annotations__.get("return")
         kind = getattr(family, "__name__", str(family))
-        raise ConfigError(f"model: {name} is a {kind}, not a plain Vision Transformer; {near(arch)}")
+        raise ConfigError(f"model: {name} is a {kind}, not a plain Vision Transformer; {nearest_names(arch)}")
     if any(fnmatch(stem, pattern) for pattern in PARALLEL):
-        raise ConfigError(f"model: {name} has attention and MLP in parallel, which is not supported; {near(arch)}")
+        raise ConfigError(
+            f"model: {name} has attention and MLP in parallel, which is not supported; {nearest_names(arch)}"
+        )
 
 
-def near(name: str) -> str:
+def nearest_names(name: str) -> str:
     """Return the cure for a wrong name: the names nearest to it."""
     stem = name.removeprefix(LOCAL).removeprefix(HUB).split("/")[-1].split(".")[0].lower()
     known = timm.list_models(["vit_*", "deit_*", "deit3_*"])
@@ -212,16 +214,10 @@ def near(name: str) -> str:
     return f"near names: {', '.join(close)} (or local-dir:PATH)"
 
 
-def cure(name: str) -> str:
+def weights_cure(name: str) -> str:
     """Return the cure for weights that cannot be loaded."""
     if name.startswith(LOCAL):
-        return "check that model.safetensors is whole and belongs to config.json"
+        return "check that model.safetensors is complete and belongs to config.json"
     if Path(name).suffix in checkpoint_files.SUFFIXES:
         return "check --arch, --img-size and --in-chans"
     return "check the network or the cache (HF_HOME), or use local-dir:PATH with weights on disk"
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, at most 300 characters."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]

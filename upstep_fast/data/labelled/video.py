@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upstep_fast.errors import BadImage, DataError
+from upstep_fast.errors import BadImage, DataError, first_line
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg")
 
@@ -35,7 +35,7 @@ def count_frames(path: str) -> int:
             stream = container.streams.video[0]
             return stream.frames or sum(1 for _ in container.decode(stream))
     except Exception as error:  # whatever the libraries raise on a broken file
-        raise DataError(f"data: {path} cannot be read: {_first_line(error)}") from error
+        raise DataError(f"data: {path} cannot be read: {first_line(error)}") from error
 
 
 def read(path: str, frames: Sequence[int]) -> list[Tensor]:
@@ -53,7 +53,7 @@ def read(path: str, frames: Sequence[int]) -> list[Tensor]:
     except DataError:
         raise
     except Exception as error:  # whatever the libraries raise on a broken file
-        raise BadImage(f"cannot be decoded: {_first_line(error)}") from error
+        raise BadImage(f"cannot be decoded: {first_line(error)}") from error
     if missing := expected - set(decoded):
         raise BadImage(f"it ends before frame {min(missing)}")
     return [decoded[index] for index in frames]
@@ -69,7 +69,3 @@ def _av() -> Any:
     import av
 
     return av
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -61,7 +61,7 @@ def run(config: ExportConfig) -> Exported:
     """
     _check(config)
     base = backbones.load_from(config.model)
-    images, seen = _images(config, base)
+    images, images_text = _images(config, base)
     adapters = {} if config.adapter is None else peft_format.attach(base.vit, config.adapter)
     expected = features(base.vit, images)
     if config.format != "peft":
@@ -71,11 +71,12 @@ def run(config: ExportConfig) -> Exported:
         difference = ((written.measure(images) - expected).abs().max() / expected.abs().max().clamp_min(1)).item()
         if not difference <= BOUND:
             raise CheckFailedError(
-                f"format: features in {written.tool} differ by {difference:.1e} on {seen}, more than {BOUND:.0e}; "
-                "nothing was written: this format does not hold this model, try another"
+                f"format: features in {written.tool} differ by {difference:.1e} on {images_text}, "
+                f"more than {BOUND:.0e}; "
+                "nothing was written; this format cannot hold this model, try another"
             )
-        (folder / "README.md").write_text(_card(config, base, written, difference, seen))
-    return Exported(Path(config.out), difference, seen)
+        (folder / "README.md").write_text(_card(config, base, written, difference, images_text))
+    return Exported(Path(config.out), difference, images_text)
 
 
 def _check(config: ExportConfig) -> None:
@@ -91,7 +92,7 @@ def _check(config: ExportConfig) -> None:
             raise ConfigError(f"out: {out} is not empty; choose another folder or add --overwrite")
         card = out / "README.md"
         if not card.is_file() or MARK not in card.read_text(errors="replace"):
-            raise ConfigError(f"out: {out} holds no export of upstep-fast, so --overwrite leaves it alone")
+            raise ConfigError(f"out: {out} holds no export of upstep-fast, so --overwrite does not replace it")
 
 
 @contextlib.contextmanager
@@ -126,20 +127,20 @@ def _images(config: ExportConfig, base: Backbone) -> tuple[Tensor, str]:
     pixels = torch.cat([images for _, images in batches] or [torch.empty(0)])
     if not len(pixels):
         raise ConfigError(f"data: none of the first {count} images in {', '.join(data)} can be read")
-    seen = f"{len(pixels)} images of {', '.join(data)}"
+    images_text = f"{len(pixels)} images of {', '.join(data)}"
     if not config.data:  # channels repeat red, green and blue, as timm repeats the weights
-        pixels, seen = (
-            pixels[:, torch.arange(channels) % 3],
-            f"{len(pixels)} of upstep-fast's own photographs ({PHOTOS})",
-        )
-    return base.normalized(pixels), seen
+        pixels = pixels[:, torch.arange(channels) % 3]
+        images_text = f"{len(pixels)} of upstep-fast's own photographs ({PHOTOS})"
+    return base.normalized(pixels), images_text
 
 
-def _card(config: ExportConfig, base: Backbone, written: Written, difference: float, seen: str) -> str:
+def _card(config: ExportConfig, base: Backbone, written: Written, difference: float, images_text: str) -> str:
     def numbers(values: tuple[float, ...]) -> str:
         return ", ".join(f"{value:g}" for value in values)
 
-    measured = f"{difference:.1e}, measured in {written.tool} on {seen}, fp32, as a share of the largest (at least 1)"
+    measured = (
+        f"{difference:.1e}, measured in {written.tool} on {images_text}, fp32, as a share of the largest (at least 1)"
+    )
 
     vit: Any = base.vit
     license_name = vit.pretrained_cfg.get("license")

@@ -22,7 +22,7 @@ from timm.models import eva as timm_eva
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
-from upstep_fast.errors import ConfigError
+from upstep_fast.errors import ConfigError, first_line
 from upstep_fast.model.formats import key_names
 from upstep_fast.model.formats.key_names import State
 
@@ -93,8 +93,9 @@ def _reading(path: Path) -> Iterator[None]:
             "can lose, open it with torch.load and save its state dict with safetensors.torch.save_file"
         ) from error
     except (OSError, EOFError, RuntimeError, ValueError, SafetensorError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ConfigError(f"model: {path} cannot be read ({first}); fetch or save it again") from error
+        raise ConfigError(
+            f"model: {path} cannot be read ({first_line(error)[:200]}); fetch or save it again"
+        ) from error
 
 
 def _read_pickle(path: Path, mmap: bool = False) -> State:

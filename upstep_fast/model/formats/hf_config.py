@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from timm.layers.mlp import GluMlp, SwiGLU
 from timm.models.eva import Eva
@@ -11,6 +11,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from upstep_fast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from upstep_fast.model.backbone import Backbone
 
 # transformers' names of activations, timm's names and classes
 _ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -40,10 +43,10 @@ def timm_args(config: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any
     except KeyError as error:
         raise ConfigError(f"model: {where}/config.json lacks or has an unknown {error}; use --arch NAME") from error
     except (TypeError, ValueError, ArithmeticError) as error:
-        raise ConfigError(f"model: {where}/config.json has a value that cannot be: {error}; save it again") from error
+        raise ConfigError(f"model: {where}/config.json has an impossible value: {error}; save it again") from error
     if kind in KINDS:
         raise ConfigError(
-            f"model: {where}/config.json is a {kind} that timm has not quite, with biases or an activation of its own; "
+            f"model: {where}/config.json is a {kind} with biases or an activation that timm does not have; "
             "name timm's nearest architecture with --arch NAME"
         )
     raise ConfigError(
@@ -137,11 +140,8 @@ def describe(vit: Any) -> dict[str, Any]:
     return common | ({"num_register_tokens": registers} if registers else {})
 
 
-def preprocessor(base: Any) -> dict[str, Any]:
-    """Return the preprocessor_config.json of transformers that prepares images as timm's evaluation transform does.
-
-    base: a Backbone.
-    """
+def preprocessor(base: Backbone) -> dict[str, Any]:
+    """Return the preprocessor_config.json of transformers that prepares images as timm's evaluation transform does."""
     height, width = base.img_size
     return {
         "image_processor_type": "BitImageProcessor",
@@ -222,10 +222,10 @@ def _plain_unsupported_reason(vit: Any, activations: tuple[str, ...]) -> str | N
     if not vit.has_class_token or vit.pos_embed is None or hasattr(vit, "dist_token"):
         return "it has no class token, no position embeddings or a token for distillation"
     if bool(vit.num_reg_tokens) != bool(vit.no_embed_class):
-        return "only with registers may the class token go without a position"
+        return "its class token has a position with registers, or none without them"
     norms = (block.attn.q_norm, block.attn.norm, block.mlp.norm, vit.norm_pre)
     if type(block).__name__ != "Block" or not all(isinstance(norm, nn.Identity) for norm in norms):
-        return "it has norms elsewhere than before attention, before the MLP and at the end"
+        return "it has norms other than those before attention, before the MLP and at the end"
     act = type(block.mlp.act).__name__
     if act not in activations and not isinstance(block.mlp, GluMlp):
         return f"its activation is {act}"
@@ -236,7 +236,7 @@ def _plain_unsupported_reason(vit: Any, activations: tuple[str, ...]) -> str | N
 
 def _pooled_unsupported_reason(vit: Any) -> str | None:
     if vit.global_pool not in ("token", "avg") or not isinstance(vit.fc_norm, nn.Identity):
-        return f"its pooling, {vit.global_pool}, has a layer of its own"
+        return f"its pooling, {vit.global_pool}, has its own layer"
     return None
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from upstep_fast.config.finetune import FinetuneConfig
 from upstep_fast.config.flat import flat, from_flat
-from upstep_fast.errors import ConfigError
+from upstep_fast.errors import ConfigError, first_line
 from upstep_fast.methods.supervised.baselines import Baseline
 from upstep_fast.methods.supervised.losa import Losa, LosaSpec
 from upstep_fast.methods.trainable import trained
@@ -148,4 +148,4 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{folder} cannot be read: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{folder} cannot be read: {first_line(error)}") from error
