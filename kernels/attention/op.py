@@ -159,7 +159,7 @@ def _run(op: str, forms: Mapping[str, Callable[..., Out]], qkv: Tensor, args: Se
     if request in forms:
         return forms[record(op, qkv.device, request, "requested")](*args)
     if qkv.device.type != "cuda":
-        return forms[record(op, qkv.device, "sdpa", "the library's: nothing is measured off a GPU")](*args)
+        return forms[record(op, qkv.device, "sdpa", "PyTorch's own; kernels are only timed on a GPU")](*args)
     is_half = qkv.dtype in (torch.float16, torch.bfloat16)
     names = ["flash", "cudnn"] if is_half and D % 8 == 0 and D <= MAX_WIDTH else []
     names += ["reference"] if no_triton and not names else []

@@ -130,7 +130,7 @@ def run(
     if named == "triton" and no_triton:
         raise RuntimeError(f"{op}: strategy 'triton' was requested but cannot run: {no_triton}")
     if named or device.type != "cuda":
-        reason = "requested" if named else "preferred: nothing is measured off a GPU"
+        reason = "requested" if named else "preferred; kernels are only timed on a GPU"
         return forms[record(op, device, named or "split", reason)](*args)
     excluded = _not_measured(strategy, lora.dropout, no_triton)
     problem = f"{op} {shape} {'fastest' if strategy else ''}".rstrip()

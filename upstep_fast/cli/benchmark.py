@@ -1,7 +1,7 @@
-"""Times variants of one computation side by side, on this machine: the runner behind `upstep-fast bench` and bench/.
+"""Timing of variants of one computation on this machine: the runner behind `upstep-fast bench` and bench/.
 
-Variants alternate within one process, so that a clock that drifts or a neighbour that wakes up meets all of them;
-each gets a median and its spread, and ratios are formed within the run. A variant whose results are wrong is not timed.
+Variants alternate within one process, so that clock drift and other load affect all of them; each gets a median and
+its spread, and ratios are formed within the run. A variant whose results are wrong is not timed.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 2e-2, "fp8": 1e-1}
 
 
 def run(config: BenchConfig) -> dict[str, Any]:
-    """Forward and backward of one model by the eager reference, PEFT, both compiled on request, and the engine.
+    """Time forward and backward of one model by the eager reference, PEFT (also compiled on request) and the engine.
 
-    Returns {"device", "config", "backward": [...], "forward": [...]} with one Timing a variant, eager PEFT first.
+    Returns {"device", "config", "backward": [...], "forward": [...]} with one Timing per variant, eager PEFT first.
     Raises CheckFailedError if the engine's results are wrong.
     """
     check_plot(config.plot)
@@ -67,7 +67,7 @@ Variant = tuple[Callable[[Tensor], Tensor], list[nn.Parameter]]
 def make_variants(
     backbone: backbones.Backbone, images: Tensor, config: BenchConfig, compute: Compute
 ) -> tuple[dict[str, Variant], Variant]:
-    """{"peft", "reference", "engine", ...}: features and the parameters they carry gradient to; and fp32 truth."""
+    """Return {"peft", "reference", "engine", ...}: (features, trained parameters); and the fp32 truth."""
     vit: Any = backbone.vit.to(compute.device)
     plain = copy.deepcopy(vit)
     lora.call_qkv(plain)  # where timm would pass by PEFT's layer
@@ -105,7 +105,7 @@ def make_variants(
 
 
 def peft_of(vit: nn.Module, adapters: Mapping[str, lora.LoraLinear]) -> tuple[nn.Module, list[nn.Parameter]]:
-    """The same adapters on the same weights, by PEFT."""
+    """Return a model with these adapters in PEFT, and its adapter parameters."""
     import peft
 
     first = next(iter(adapters.values()))
@@ -122,7 +122,7 @@ def peft_of(vit: nn.Module, adapters: Mapping[str, lora.LoraLinear]) -> tuple[nn
 
 
 def task_of(kind: str, variant: Variant) -> Callable[[Tensor], object]:
-    """What is timed: images -> adapter gradients ("backward", with its forward) or features ("forward")."""
+    """Return the timed function: images -> adapter gradients ("backward", forward included) or features ("forward")."""
     features, parameters = variant
 
     def backward(x: Tensor) -> tuple[Tensor, ...]:
@@ -135,7 +135,7 @@ def task_of(kind: str, variant: Variant) -> Callable[[Tensor], object]:
 
 
 def error_of(kind: str, variant: Variant, truth: Variant, images: Tensor) -> float:
-    """Distance of a variant's gradients or features from the truth's, relative, on the first 8 images."""
+    """Return the relative distance of a variant's gradients or features from the truth's, on the first 8 images."""
     ours, theirs = (task_of(kind, v)(images[:8]) for v in (variant, truth))
     if kind == "backward":
         ours, theirs = (torch.cat([g.float().flatten() for g in grads]) for grads in (ours, theirs))  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What `upstep-fast bench` measured as one picture: medians with quartiles, forward beside forward and backward."""
+"""Plot of `upstep-fast bench`: medians with quartiles, of the forward pass and of forward and backward."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def check_plot(path: str | None) -> None:
-    """Raise ConfigError if `path` cannot become a picture: before minutes are spent on its figures."""
+    """Raise ConfigError if no plot can be written to `path`, before minutes are spent on the timing."""
     if path is None:
         return
     if Path(path).suffix not in (".svg", ".png", ".pdf"):
@@ -23,12 +23,12 @@ def check_plot(path: str | None) -> None:
 
 
 def write_plot(result: dict[str, Any], path: str) -> None:
-    """result: what `benchmark.run` returned. Raises OSError."""
+    """Write the plot of `benchmark.run`'s result. Raises OSError."""
     draw(result).savefig(path)
 
 
 def draw(result: dict[str, Any]) -> Figure:
-    """The picture."""
+    """Return the plot of `benchmark.run`'s result."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3), layout="constrained")

@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from upstep_fast.cli.parse import _take, parse
+from upstep_fast.cli.parse import HELP, _take, parse
 from upstep_fast.config.flat import dashed
 from upstep_fast.errors import ConfigError, Interrupted, UpstepError, first_line
 
@@ -26,15 +26,15 @@ USAGE = """\
 usage: upstep-fast COMMAND [--config FILE.toml] [options]
 
   demo    adapt a small model to hand-sign photographs, offline, in minutes
-  plan    how much memory and time a run would take, before it; what fits in a given memory
-  adapt   adapt a pretrained ViT to a folder of unlabelled images
-  finetune   train a classifier on labelled images or clips, the backbone frozen or not
+  plan    memory and time of a run, estimated before the run; batch and level that fit in a given memory
+  adapt   adapt a pretrained ViT to a folder of unlabeled images
+  finetune   train a classifier on labeled images or clips, the backbone frozen or not
   eval    k-NN and linear probe of a model, with and without an adapter
   embed   write features of images to a file
   export  write the adapted model for timm, transformers, PEFT, DINOv2, ONNX or torch.export
-  models  list the models that can be adapted, and what runs them
+  models  list the models that can be adapted
   report  write a run's HTML report again, or compare several runs
-  doctor  what runs on this machine and why; checks every kernel
+  doctor  implementations chosen on this machine, with reasons; checks every kernel
   bench   time the engine against eager PyTorch and PEFT on this machine
   completion   print the script that completes commands and flags in your shell
 
@@ -52,7 +52,7 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run one command and exits with its code."""
+    """Run one command and exit with its code."""
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     try:
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         _complain("interrupted")
         sys.exit(Interrupted.exit_code)
-    except BrokenPipeError:  # the reader, `head` say, has what it wanted; the interpreter must not flush into the pipe
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe; the interpreter must not flush into it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:
@@ -110,7 +110,7 @@ def _dispatch(args: list[str], debug: bool) -> None:
     try:
         config = parse(command.config(), rest, prog=f"upstep-fast {name}")
     except SystemExit as stop:
-        if not stop.code and {"-h", "--help"} & set(rest):
+        if not stop.code and HELP & set(rest):
             print(cli_help.epilog(name))
         raise
     from upstep_fast.report.logs import setup_logging

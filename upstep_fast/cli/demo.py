@@ -1,4 +1,4 @@
-"""The first five minutes: adapt what the package ships, offline, and show what it brought."""
+"""`upstep-fast demo`: adapt the included model to the included photographs, offline, and measure the change."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ RECIPE: dict[str, Any] = {
 
 
 def assets() -> tuple[str, str]:
-    """The model and the photographs that the package ships, as --model and --data want them."""
+    """Return the included model and photographs as values of --model and --data."""
     folder = Path(str(files("upstep_fast") / "assets"))
     return f"local-dir:{folder / 'base_tiny'}", str(folder / "sign_digits_64.tar")
 
 
 def run(config: DemoConfig) -> dict[str, Any]:
-    """Adapts base_tiny to the hand signs, prints base / adapted / ensemble and the next command; returns the scores."""
+    """Adapt base_tiny to the hand signs, print the scores and the next command; return the scores."""
     model, data = assets()
     recipe = RECIPE if config.steps is None else {**RECIPE, "steps": config.steps}
-    print("A small ViT, trained on 100 kinds of everyday objects, meets 1,465 photographs of hands showing digits.")
-    print("It adapts to them without seeing a single label:\n")
+    print("A small ViT, trained on 100 kinds of everyday objects, adapts to 1,465 photographs of hands showing digits.")
+    print("Training uses no labels:\n")
     start = time.monotonic()
     adapted = adapt.run(
         from_flat(

@@ -1,4 +1,4 @@
-"""What runs on this machine and why, whether it computes what it should, and how fast images can be read."""
+"""`upstep-fast doctor`: implementations chosen on this machine, self-checks of kernels, speed of image loading."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SIZE = (480, 360)
 
 
 def run(config: DoctorConfig) -> dict[str, Any]:
-    """Print the findings and returns them. Raises RunFailedError (exit code 1) if a self-check failed."""
+    """Print the findings and return them. Raises RunFailedError (exit code 1) if a self-check failed."""
     found = examine(config.device)
     if config.json:
         print(json.dumps(found, indent=2))
@@ -58,7 +58,7 @@ def run(config: DoctorConfig) -> dict[str, Any]:
 
 
 def examine(device: str = "auto") -> dict[str, Any]:
-    """The findings, as JSON can hold them. Raises ConfigError for a device that is not there."""
+    """Return the findings, as JSON can hold them. Raises ConfigError for a device that this machine lacks."""
     compute = resolve(device, "auto")
     with _quiet_kernels():
         outcomes, choices = check_all(compute.device)
@@ -77,7 +77,7 @@ def examine(device: str = "auto") -> dict[str, Any]:
 
 
 def loading_speed(device: torch.device, seconds: float = SECONDS) -> dict[str, float]:
-    """Images/s that are read and decoded from this machine's temporary folder, and of which two views are made."""
+    """Return images/s read and decoded from this machine's temporary folder, and images/s made into two views."""
     workers = default_workers()
     with tempfile.TemporaryDirectory() as folder:
         for i in range(IMAGES):
@@ -101,7 +101,7 @@ def loading_speed(device: torch.device, seconds: float = SECONDS) -> dict[str, f
 
 
 def show(found: dict[str, Any]) -> None:
-    """Tables for people, on stdout."""
+    """Print the findings as tables."""
     facts = Table(title="machine", show_header=False, title_justify="left")
     for name, value in (found["versions"] | found["machine"] | found["native"]).items():
         facts.add_row(name, "not found" if value is None else str(value))

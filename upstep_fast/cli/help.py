@@ -1,4 +1,4 @@
-"""What the command line says of itself: examples below every --help, suggestions for misspelt flags, completion."""
+"""Help of the command line: examples below every --help, suggestions for misspelled flags, shell completion."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "upstep-fast adapt --model weights.pth --arch vit_large_patch14_dinov2 --data 'shards/*.tar' --out adapted/",
     ),
     "finetune": (
-        "upstep-fast finetune --model vit_base_patch16_224 --data labelled/ --out classifier/ --json scores.json",
-        "upstep-fast finetune --model vit_base_patch16_224 --data labelled/ --out classifier/ --method lora "
+        "upstep-fast finetune --model vit_base_patch16_224 --data labeled/ --out classifier/ --json scores.json",
+        "upstep-fast finetune --model vit_base_patch16_224 --data labeled/ --out classifier/ --method lora "
         "--adapter adapted/adapter --mixup 0.2",
         "upstep-fast finetune --model vit_base_patch16_224 --data clips/ --out classifier/ --frames 8 "
         "--preset-views none --cache disk",
@@ -31,7 +31,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "upstep-fast plan --model vit_small_patch16_224 --batch-size 64 --calibrate",
     ),
     "eval": (
-        "upstep-fast eval --model vit_base_patch16_224 --data labelled/ --adapter adapted/adapter --json scores.json",
+        "upstep-fast eval --model vit_base_patch16_224 --data labeled/ --adapter adapted/adapter --json scores.json",
     ),
     "embed": (
         "upstep-fast embed --model vit_base_patch16_224 --data photos/ --adapter adapted/adapter --out features.npy",
@@ -50,10 +50,10 @@ EVERYWHERE = """\
 every command also takes:
   --config FILE.toml   read options from a file; flags override it
   --quiet              warnings, errors and results only
-  --plain              no colours, no moving bar, tables as Markdown: what a pipe gets anyway
+  --plain              no colors, no progress bar, tables as Markdown; the default in a pipe
 
 exit codes: 0 done, 1 failed, 2 usage or configuration, 3 data unusable, 4 adapter or quality check failed,
-75 interrupted, go on with --resume"""
+75 interrupted, continue with --resume"""
 
 # flags that --help lists, with the required ones first; --help-all lists all
 _RUN = (
@@ -64,6 +64,10 @@ COMMON: dict[str, tuple[str, ...]] = {
     "adapt": (
         *(*_RUN, "preset", "steps", "gate", "gate_rate", "judge_every", "strength", "memory", "auto_batch"),
         *("checkpoint_every", "objective", "unfreeze"),
+    ),
+    "plan": (
+        *(*_RUN, "preset", "steps", "memory", "accumulate", "cuda_graphs", "shard_weights"),
+        *("world_size", "fit", "calibrate", "json"),
     ),
     "finetune": (*_RUN, "adapter", "json", "frames", "cache", "patience", "mixup", "losa_rank"),
 }
@@ -87,9 +91,17 @@ SYNONYMS = {
 
 
 def epilog(command: str) -> str:
-    """The text below a command's options."""
+    """Return the text below a command's options."""
     lines = [f"  {example}" for example in EXAMPLES.get(command, ())]
-    return "\n".join([f"example{'s' * (len(lines) > 1)}:", *lines, "", EVERYWHERE] if lines else [EVERYWHERE])
+    more = [f"upstep-fast {command} --help-all lists all options\n"] if command in COMMON else []
+    return "\n".join([*more, f"example{'s' * (len(lines) > 1)}:", *lines, "", EVERYWHERE])
+
+
+def shown_flags(config_class: type, command: str, *, show_all: bool) -> list[str]:
+    """Return the flags that --help lists, without those that have no effect with the method."""
+    unused = getattr(config_class, "unused", ())
+    listed = None if show_all else COMMON.get(command)
+    return [name for name in paths(config_class) if name not in unused and (listed is None or name in listed)]
 
 
 def check_flags(args: Sequence[str], config_class: type) -> None:

@@ -35,7 +35,7 @@ def parse(config_class: type, args: Sequence[str], prog: str) -> Any:
     method, objective = (_value_of(flag, args) or values.get(flag) for flag in ("method", "objective"))
     config_class = of_method(config_class, method, objective)
     if HELP & set(args):
-        shown = None if "--help-all" in args else cli_help.COMMON.get(prog.split()[-1])
+        shown = cli_help.shown_flags(config_class, prog.split()[-1], show_all="--help-all" in args)
         tyro.cli(for_tyro(config_class, shown), args=["--help"], prog=prog, config=(tyro.conf.OmitArgPrefixes,))
     cli_help.check_flags(args, config_class)
     # a file's values become flags placed before the user's own, which win: one parser checks both

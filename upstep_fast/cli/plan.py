@@ -1,7 +1,7 @@
-"""`upstep-fast plan`: before a run, how much memory it takes, part by part, whether that fits, and how long it takes.
+"""`upstep-fast plan`: memory of a run, part by part, whether the run fits, and its time, estimated before the run.
 
-step_memory.py counts a step without its bytes, calibrate.py takes one for real, memory_fit.py chooses. Time is measured
-(--calibrate), or estimated from how fast this device multiplies matrices:
+train/memory/count.py counts a step without allocating it, measure.py runs one, fit.py chooses level and batch. Time is
+measured (--calibrate), or estimated from this device's rate of matrix products:
 
     seconds of a step = FLOPs / (rate of a large product x EFFICIENCY)
 """
@@ -35,7 +35,7 @@ EFFICIENCY = 0.5
 
 
 def run(config: PlanConfig) -> dict[str, Any]:
-    """Print the plan and returns it. Raises ConfigError where nothing fits, or for what `adapt` would refuse."""
+    """Print the plan and return it. Raises ConfigError where nothing fits, or for what `adapt` would refuse."""
     result = make(config)
     if config.json:
         print(json.dumps(result, indent=2))
@@ -45,7 +45,7 @@ def run(config: PlanConfig) -> dict[str, Any]:
 
 
 def make(config: PlanConfig) -> dict[str, Any]:
-    """The plan, as JSON can hold it; bytes and seconds are of one device. Raises as `run` does."""
+    """Return the plan, as JSON can hold it; bytes and seconds are of one device. Raises ConfigError as `run` does."""
     asked, (compute, on) = config.to_adapt(), _where(config)
     is_here = compute.device.type == on
     if config.calibrate and not is_here:
@@ -86,7 +86,7 @@ def make(config: PlanConfig) -> dict[str, Any]:
 
 
 def _where(config: PlanConfig) -> tuple[Compute, str]:
-    """The device planned for, which need not be here."""
+    """Return the precision and the type of the planned device, which this machine may lack."""
     if config.runtime.device.partition(":")[0] == "cuda" and not torch.cuda.is_available():
         return Compute(
             torch.device("cpu"), "bf16" if config.runtime.precision == "auto" else config.runtime.precision
@@ -103,7 +103,7 @@ def _limit(config: PlanConfig, compute: Compute, is_here: bool) -> int | None:
 
 
 def _on_one_device(step: step_memory.StepMemory, config: PlanConfig) -> dict[str, int]:
-    """The parts, with what several devices add or take away: our reading of DDP and FSDP2, not measured."""
+    """Return the parts on one of several devices: our reading of DDP and FSDP2, not measured."""
     parts = dict(step.parts)
     parts["views"] += step.waiting
     if config.world_size > 1:
@@ -120,7 +120,7 @@ def _measured(config: AdaptConfig, compute: Compute) -> dict[str, Any]:
 
 
 def _seconds(result: dict[str, Any], batch: int, compute: Compute) -> dict[str, Any]:
-    """Of a step with an update and of one that is skipped."""
+    """Return the seconds of an update step and of a skipped step."""
     if measured := result["measured"]:
         skipped, rest = (batch / measured["batch"] * measured[f"{half}_seconds"] for half in ("forward", "backward"))
     else:
@@ -130,7 +130,7 @@ def _seconds(result: dict[str, Any], batch: int, compute: Compute) -> dict[str, 
 
 
 def _length(config: PlanConfig, result: dict[str, Any]) -> dict[str, Any]:
-    """How many steps, as far as that is known, and how long they take with none and with half of them skipped."""
+    """Return the number of steps, if known, and their time with no step skipped and with half of them skipped."""
     steps, seconds = config.optimization.steps, result["seconds"]
     if steps is None and config.data.paths:
         num_images = len(open_source(config.data.paths, split="train"))
@@ -142,9 +142,9 @@ def _length(config: PlanConfig, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """The plan as a table and a few lines."""
+    """Print the plan as a table and a few lines."""
     where = f"{result['device']} in {result['precision']}, memory {result['memory']}"
-    table = Table(title=f"{result['model']}, {result['batch_size']} images a step on {where}")
+    table = Table(title=f"{result['model']}, {result['batch_size']} images per step on {where}")
     for column in ("part", "memory", "share"):
         table.add_column(column, justify="left" if column == "part" else "right")
     for part, size in result["parts"].items():
@@ -160,23 +160,24 @@ def _lines(result: dict[str, Any]) -> list[str]:
     needed, free = result["needed_bytes"], result["free_bytes"]
     if free is not None:
         verdict = "fits" if needed <= free else "does not fit"
-        lines.append(f"{verdict}: {format_bytes(needed)} with a tenth to spare, {format_bytes(free)} there")
-    lines.append(f"beside it, in host memory: up to {format_bytes(result['host_cache_bytes'])} of decoded images")
+        margin = f"{100 * (MARGIN - 1):.0f} % margin included"
+        lines.append(f"{verdict}: needs {format_bytes(needed)} ({margin}), {format_bytes(free)} free")
+    lines.append(f"also in host memory: up to {format_bytes(result['host_cache_bytes'])} of decoded images")
     if measured := result["measured"]:
         real, planned = measured["peak_bytes"], measured["planned_bytes"]
-        ratio = f"{format_bytes(planned)} were planned, {100 * (planned / real - 1):+.1f} %"
-        lines.append(f"measured with {measured['batch']} images: {format_bytes(real)}; {ratio}")
+        change = f"the plan says {format_bytes(planned)} ({100 * (planned / real - 1):+.1f} %)"
+        lines.append(f"measured with {measured['batch']} images: {format_bytes(real)}; {change}")
     if seconds := result["seconds"]:
         rate = f"{result['batch_size'] / seconds['open']:,.3g} images/s"
         lines.append(
-            f"a step ({seconds['from']}): {seconds['open']:.3g} s with an update, {seconds['skipped']:.3g} s "
-            f"skipped; {rate} without skips"
+            f"time per step ({seconds['from']}): {seconds['open']:.3g} s with an update, {seconds['skipped']:.3g} s "
+            f"if skipped; {rate} if no step is skipped"
         )
     else:
-        lines.append(f"time: not known, there is no {result['device']} device here")
+        lines.append(f"time: unknown, this machine has no {result['device']} device")
     if total := result["total_seconds"]:
         half, whole = (terminal.format_duration(total[name]) for name in ("half_skipped", "no_skips"))
-        lines.append(f"{result['steps']:,} steps: {half} if half of them are skipped, {whole} if none")
+        lines.append(f"{result['steps']:,} steps: {half} if half of them are skipped, {whole} if none are")
     flags = f"--memory {result['memory']} --batch-size {result['batch_size']}"
     if result["accumulate"] > 1:
         flags += f" --accumulate {result['accumulate']}"

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import functools
+import inspect
+import re
+import textwrap
 import typing
 from collections.abc import Collection
 from typing import Annotated, Any
@@ -21,10 +26,33 @@ def for_tyro(config_class: type, shown: Collection[str] | None = None) -> Any:
             kind: Any = for_tyro(group, shown)
             default = default if default is dataclasses.MISSING else kind(**vars(default))
         elif shown is None or name in shown:
-            kind = Annotated[hints[field.name], tyro.conf.arg(name=dashed(name))]
+            kind = Annotated[hints[field.name], _argument(name, default, _docs(config_class).get(field.name, ""))]
         else:
             kind = Annotated[hints[field.name], tyro.conf.Suppress]
         fields.append((field.name, kind, dataclasses.field(default=default, metadata=field.metadata)))
     named = dataclasses.make_dataclass(config_class.__name__, fields, bases=(config_class,), frozen=True, kw_only=True)
     named.__doc__ = config_class.__doc__
     return named
+
+
+def _argument(name: str, default: Any, doc: str) -> Any:
+    # None stands for a default that the help text describes: "... Default: 10 epochs."
+    described = re.search(r" Default: (.*?)\.(?= |$)", doc)
+    if default is not None or not described:
+        return tyro.conf.arg(name=dashed(name), help=doc)
+    doc = doc.replace(described[0], "", 1)
+    return tyro.conf.arg(name=dashed(name), help=doc, help_behavior_hint=f"(default: {described[1]})")
+
+
+@functools.cache
+def _docs(config_class: Any) -> dict[str, str]:
+    """Return {field: its docstring on one line}, those of base classes included."""
+    found: dict[str, str] = {}
+    for base in reversed(config_class.__mro__[:-1]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for field, doc in zip(body.body, body.body[1:], strict=False):
+            is_text = isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)
+            if is_text and isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                found[field.target.id] = " ".join(str(doc.value.value).split())  # type: ignore[attr-defined]
+    return found

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from upstep_fast.config.base import ModelConfig
 from upstep_fast.config.flat import defaults, flat
@@ -34,6 +34,8 @@ class AdaptConfig(ModelConfig):
     These are UpStep's options; `upstep-fast adapt --method explora --help` shows ExPLoRA's.
     """
 
+    unused: ClassVar[tuple[str, ...]] = ()  # flags that have no effect with this method and must keep their defaults
+
     data: AdaptDataConfig
     output: AdaptOutputConfig
     method: Literal["upstep", "explora"] = "upstep"
@@ -48,7 +50,7 @@ class AdaptConfig(ModelConfig):
     validation: ValidationConfig = ValidationConfig()
     memory: MemoryConfig = MemoryConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
-    runtime: AdaptRuntimeConfig = field(default=AdaptRuntimeConfig(), kw_only=True)
+    runtime: AdaptRuntimeConfig = AdaptRuntimeConfig()
     experimental: ExperimentalConfig = ExperimentalConfig()
 
     def __post_init__(self) -> None:

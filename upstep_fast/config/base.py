@@ -110,7 +110,6 @@ class ModelConfig:
 
     model: BackboneConfig
     data: DataConfig
-    runtime: RuntimeConfig = field(default=RuntimeConfig(), kw_only=True)
 
 
 def at_least(config: Any, name: str, low: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from upstep_fast.config.base import ModelConfig, at_least
+from upstep_fast.config.base import ModelConfig, RuntimeConfig, at_least
 from upstep_fast.errors import ConfigError
 
 
@@ -22,6 +22,7 @@ class EvalConfig(ModelConfig):
     """File for the results."""
     batch_size: int = 256
     """Images per forward pass."""
+    runtime: RuntimeConfig = RuntimeConfig()
 
     def __post_init__(self) -> None:
         """Check every field. Raises ConfigError."""
@@ -47,6 +48,7 @@ class EmbedConfig(ModelConfig):
     """Images per forward pass."""
     overwrite: bool = False
     """Replace --out if it exists."""
+    runtime: RuntimeConfig = RuntimeConfig()
 
     def __post_init__(self) -> None:
         """Check every field. Raises ConfigError."""

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.base import at_least, fraction, positive
-from upstep_fast.config.flat import defaults, flag, flat
-from upstep_fast.config.objective import GateConfig, ObjectiveConfig
+from upstep_fast.config.flat import defaults, flag, flat, paths
+from upstep_fast.config.objective import ExperimentalConfig, GateConfig, ObjectiveConfig
 from upstep_fast.config.training import OptimizationConfig
 from upstep_fast.config.views import AdaptLoraConfig, ViewsConfig
 from upstep_fast.errors import ConfigError
-
-# options of UpStep's objective, without effect in ExPLoRA
-_UPSTEP_ONLY = (
-    *("preset", "head", "layout", "cvr", "cvr_weight", "prototype_init", "epsilon", "sharpen", "distil", "gate_unit"),
-    *("strength", "adapter_ema", "queue", "base_targets", "gate_statistic", "tune", "lora_blocks", "strength_first"),
-    "cvr_on",
-)
 
 
 @dataclass(frozen=True)
@@ -51,6 +44,11 @@ class TrainableConfig:
 class ExploraConfig(AdaptConfig):
     """Adapt a pretrained ViT to unlabeled images with ExPLoRA: some blocks and all norms, LoRA on the rest."""
 
+    unused: ClassVar[tuple[str, ...]] = (
+        *("preset", "head", "layout", "cvr", "cvr_weight", "prototype_init", "epsilon", "sharpen", "distil"),
+        *("strength", "tune", "lora_blocks", *paths(ExperimentalConfig)),
+    )
+
     method: Literal["upstep", "explora"] = "explora"
     """Adaptation method; each has its own defaults."""
     explora: TrainableConfig = TrainableConfig()
@@ -61,7 +59,7 @@ class ExploraConfig(AdaptConfig):
         """Check what concerns several groups. Raises ConfigError."""
         super().__post_init__()
         own = flat(self)
-        for name in _UPSTEP_ONLY:
+        for name in self.unused:
             if own[name] != defaults(AdaptConfig)[name]:
                 raise ConfigError(f"{name}: belongs to --method upstep; leave it out with explora")
         if self.gate.rule == "views":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from upstep_fast.config.base import ModelConfig, OutputConfig, at_least, below, fraction, positive
+from upstep_fast.config.base import ModelConfig, OutputConfig, RuntimeConfig, at_least, below, fraction, positive
 from upstep_fast.config.flat import flag
 from upstep_fast.config.views import BasicViewsConfig, LoraConfig
 from upstep_fast.errors import ConfigError
@@ -112,6 +112,7 @@ class FinetuneConfig(ModelConfig):
     views: BasicViewsConfig = BasicViewsConfig()
     losa: LosaConfig = LosaConfig()
     lora: LoraConfig = LoraConfig(targets=("q", "v"))
+    runtime: RuntimeConfig = RuntimeConfig()
 
     def __post_init__(self) -> None:
         """Check what concerns several groups. Raises ConfigError naming the field, its value and what is allowed."""

@@ -21,13 +21,6 @@ class AdaptOptions(TypedDict, total=False):
     mean_std: Literal["given", "auto"]
     decode: Literal["cpu", "cuda"]
     triage: bool
-    debug: bool
-    device: str
-    precision: Literal["auto", "fp32", "fp16", "bf16", "fp8"]
-    implementation: Literal["auto", "reference", "triton", "cuda"]
-    seed: int
-    shard_weights: bool
-    rank_timeout: float
     overwrite: bool
     resume: bool
     log_every: int
@@ -95,6 +88,13 @@ class AdaptOptions(TypedDict, total=False):
     checkpoint_every: int | str
     keep_checkpoints: int
     verify_resume: int
+    debug: bool
+    device: str
+    precision: Literal["auto", "fp32", "fp16", "bf16", "fp8"]
+    implementation: Literal["auto", "reference", "triton", "cuda"]
+    seed: int
+    shard_weights: bool
+    rank_timeout: float
     queue: int
     base_targets: float
     adapter_ema: float
@@ -142,11 +142,6 @@ class FinetuneOptions(TypedDict, total=False):
     min_matched: float
     num_workers: int | None
     max_bad_fraction: float
-    debug: bool
-    device: str
-    precision: Literal["auto", "fp32", "fp16", "bf16", "fp8"]
-    implementation: Literal["auto", "reference", "triton", "cuda"]
-    seed: int
     overwrite: bool
     resume: bool
     method: Literal["losa", "lora", "linear", "full"]
@@ -182,6 +177,11 @@ class FinetuneOptions(TypedDict, total=False):
     lora_r: int
     lora_alpha: float | None
     lora_targets: Sequence[str]
+    debug: bool
+    device: str
+    precision: Literal["auto", "fp32", "fp16", "bf16", "fp8"]
+    implementation: Literal["auto", "reference", "triton", "cuda"]
+    seed: int
 
 
 class EvaluateOptions(TypedDict, total=False):
@@ -195,16 +195,16 @@ class EvaluateOptions(TypedDict, total=False):
     min_matched: float
     num_workers: int | None
     max_bad_fraction: float
-    debug: bool
-    device: str
-    precision: Literal["auto", "fp32", "fp16", "bf16", "fp8"]
-    implementation: Literal["auto", "reference", "triton", "cuda"]
-    seed: int
     adapter: str | Path | None
     source: str | Path | None
     k: int
     json: str | Path | None
     batch_size: int
+    debug: bool
+    device: str
+    precision: Literal["auto", "fp32", "fp16", "bf16", "fp8"]
+    implementation: Literal["auto", "reference", "triton", "cuda"]
+    seed: int
 
 
 class EmbedOptions(TypedDict, total=False):
@@ -218,14 +218,14 @@ class EmbedOptions(TypedDict, total=False):
     min_matched: float
     num_workers: int | None
     max_bad_fraction: float
-    debug: bool
-    device: str
-    precision: Literal["auto", "fp32", "fp16", "bf16", "fp8"]
-    implementation: Literal["auto", "reference", "triton", "cuda"]
-    seed: int
     adapter: str | Path | None
     ensemble: bool
     fit_whitening: str | Path | None
     whitening: str | Path | None
     batch_size: int
     overwrite: bool
+    debug: bool
+    device: str
+    precision: Literal["auto", "fp32", "fp16", "bf16", "fp8"]
+    implementation: Literal["auto", "reference", "triton", "cuda"]
+    seed: int

@@ -23,7 +23,7 @@ class PlanConfig(AdaptConfig):
     world_size: int = 1
     """Number of devices that share each batch."""
     fit: str | None = None
-    """Memory of a device, such as 24GB: choose memory level, batch per device and accumulation to fit."""
+    """Memory of a device with its unit, such as 24GB: choose memory level, batch per device and accumulation to fit."""
     calibrate: bool = False
     """Run real steps on this machine's device, with random weights, and show their memory and time beside the plan."""
     json: bool = False
@@ -35,8 +35,8 @@ class PlanConfig(AdaptConfig):
         batch = self.optimization.batch_size
         if self.world_size < 1 or batch % self.world_size:
             raise ConfigError(f"world_size: got {self.world_size}, must divide the batch of {batch}")
-        if self.fit is not None:
-            to_bytes(self.fit)
+        if self.fit is not None and to_bytes(self.fit) < 10**6:
+            raise ConfigError(f"fit: got {self.fit!r}, needs a unit: {self.fit.strip()}GB")
 
     def to_adapt(self) -> AdaptConfig:
         """Return the planned run, one device's share of its batch; defaults are the method's own."""

@@ -1,4 +1,4 @@
-"""Configuration of the commands beside adapt: export, models, bench, report, doctor, completion, demo."""
+"""Configuration of export, models, bench, report, doctor, completion and demo."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class ExportConfig(DebugConfig):
     out: str = dataclasses.field(kw_only=True)
     """Folder to write."""
     adapter: str | None = None
-    """Folder of an adapter (out/adapter); without it the base model is exported."""
+    """Folder of an adapter (out/adapter). Default: the base model is exported."""
     data: tuple[str, ...] = ()
-    """Images on which the exported features are compared; without them some photographs of this package."""
+    """Images on which the exported features are compared; none: photographs included in the package."""
     overwrite: bool = False
     """Replace an earlier export in a non-empty --out."""
 
@@ -42,26 +42,26 @@ class BenchConfig(DeviceConfig):
     model: str = "vit_base_patch16_224"
     """Model to time: a timm name or local-dir:PATH."""
     pretrained: bool = False
-    """Load the weights; random ones take the same time."""
+    """Load the pretrained weights; random weights take the same time."""
     img_size: int | None = None
-    """Side of the square input in pixels; None: the model's own."""
+    """Side of the square input in pixels. Default: the model's own."""
     batch_size: int = 16
-    """Views a step."""
+    """Views per step."""
     lora_r: int = 16
-    """Rank of the adapter, on the fused qkv as PEFT puts it."""
+    """Rank of the adapter, on the fused qkv as in PEFT."""
     runs: int = 10
-    """Timed runs of each variant; they alternate."""
+    """Timed runs per variant; variants alternate."""
     compile: bool = False
     """Also time PEFT under torch.compile (minutes to compile)."""
     precision: Literal["auto", "fp32", "fp16", "bf16", "fp8"] = "auto"
-    """As for adapt."""
+    """Precision, as for adapt."""
     json: str | None = None
-    """File for the figures."""
+    """File for the results."""
     plot: str | None = None
-    """File for a picture of them: .svg, .png or .pdf (needs matplotlib)."""
+    """File for a plot of the results: .svg, .png or .pdf (needs matplotlib)."""
 
     def __post_init__(self) -> None:
-        """Check every field; raises ConfigError."""
+        """Check every field. Raises ConfigError."""
         for name in ("batch_size", "lora_r", "runs"):
             at_least(self, name, 1)
 
@@ -76,7 +76,7 @@ class ReportConfig(DebugConfig):
     """File for the comparison of several runs."""
 
     def __post_init__(self) -> None:
-        """Check every field; raises ConfigError."""
+        """Check every field. Raises ConfigError."""
         if not self.dirs:
             raise ConfigError("dirs: name at least one folder of a run")
         if not self.out.endswith((".html", ".htm")):
@@ -85,7 +85,7 @@ class ReportConfig(DebugConfig):
 
 @dataclass(frozen=True)
 class DoctorConfig(DeviceConfig):
-    """Say what runs on this machine and why, and check every kernel against its reference."""
+    """List the implementations chosen on this machine, with reasons, and check every kernel against its reference."""
 
     json: bool = False
     """Print one JSON object instead of tables."""
@@ -101,15 +101,15 @@ class CompletionConfig(DebugConfig):
 
 @dataclass(frozen=True)
 class DemoConfig(DeviceConfig):
-    """Adapt a small model to photographs of hand signs, without their labels, and show what that brought."""
+    """Adapt a small model to photographs of hand signs, without labels, and measure the change."""
 
     out: str = "upstep-demo"
     """Folder for the run."""
     overwrite: bool = False
     """Replace an earlier demo in --out."""
     source: str | None = None
-    """Labelled images of the domain the model came from, to show forgetting; none are shipped."""
+    """Labeled images of the model's original domain, to measure forgetting; the package includes none."""
     steps: int | None = None
-    """Steps to run; None: the demo's own recipe."""
+    """Number of steps. Default: the demo's recipe."""
     seed: int = 0
     """Seed of the run."""

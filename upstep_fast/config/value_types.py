@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -38,18 +38,19 @@ def _fits(value: Any, kind: Any) -> bool:
     if origin in (Union, types.UnionType):
         return any(_fits(value, part) for part in arguments)
     if origin is Literal:
-        return any(value is choice or (isinstance(value, str) and value == choice) for choice in arguments)
+        return isinstance(value, str) and value in arguments
     if origin is tuple:
-        if not isinstance(value, (tuple, list)):
-            return False
-        if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return all(_fits(item, arguments[0]) for item in value)
-        return len(value) == len(arguments) and all(map(_fits, value, arguments))
-    if kind is bool or isinstance(value, bool):
-        return kind is bool and isinstance(value, bool)
-    if kind in (int, float):
-        return isinstance(value, numbers.Integral if kind is int else numbers.Real)
-    return isinstance(value, (str, Path) if kind is str else kind)
+        return isinstance(value, (tuple, list)) and _fit_all(value, arguments)
+    if isinstance(value, bool):  # which is an integer to Python
+        return kind is bool
+    accepted = {int: numbers.Integral, float: numbers.Real, str: (str, Path)}
+    return isinstance(value, accepted.get(kind, kind))
+
+
+def _fit_all(values: Sequence[Any], kinds: tuple[Any, ...]) -> bool:
+    if kinds[-1] is Ellipsis:
+        return all(_fits(value, kinds[0]) for value in values)
+    return len(values) == len(kinds) and all(map(_fits, values, kinds))
 
 
 def _wanted(kind: Any) -> str:

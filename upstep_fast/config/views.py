@@ -22,15 +22,15 @@ class BasicViewsConfig:
     )
     """Preset of random changes to each image; the options below override its values."""
     crop_min: float | None = None
-    """Smallest area of a random crop, as a fraction of the image."""
+    """Smallest area of a random crop, as a fraction of the image. Default: the preset's."""
     crop_max: float | None = None
-    """Largest area of a random crop, as a fraction of the image."""
+    """Largest area of a random crop, as a fraction of the image. Default: the preset's."""
     flip: float | None = None
-    """Probability of a horizontal flip."""
+    """Probability of a horizontal flip. Default: the preset's."""
     blur: float | None = None
-    """Probability of a Gaussian blur."""
+    """Probability of a Gaussian blur. Default: the preset's."""
     gray: float | None = None
-    """Probability of conversion to grayscale."""
+    """Probability of conversion to grayscale. Default: the preset's."""
 
     def __post_init__(self) -> None:
         """Check every field. Raises ConfigError."""
@@ -49,23 +49,24 @@ class ViewsConfig(BasicViewsConfig):
     """Random changes that make the views of an image."""
 
     crop_ratio: tuple[float, float] | None = None
-    """Narrowest and widest shape of a random crop, width over height."""
+    """Narrowest and widest shape of a random crop, width over height. Default: the preset's."""
     interpolation: Literal["bilinear", "bicubic"] | None = None
-    """Filter that resizes the crops, antialiased."""
+    """Filter that resizes the crops, antialiased. Default: the preset's."""
     vertical_flip: float | None = None
-    """Probability of a vertical flip."""
+    """Probability of a vertical flip. Default: the preset's."""
     rotate90: float | None = None
-    """Probability of a rotation by 90, 180 or 270 degrees; 0.75 makes all four directions equally likely."""
+    """Probability of a rotation by 90, 180 or 270 degrees; 0.75 makes all four directions equally likely.
+    Default: the preset's."""
     brightness: float | None = None
-    """Strength of brightness jitter: the factor is drawn from 1 - s to 1 + s; 0: off."""
+    """Strength of brightness jitter: the factor is drawn from 1 - s to 1 + s; 0: off. Default: the preset's."""
     contrast: float | None = None
-    """Strength of contrast jitter: the factor is drawn from 1 - s to 1 + s; 0: off."""
+    """Strength of contrast jitter: the factor is drawn from 1 - s to 1 + s; 0: off. Default: the preset's."""
     saturation: float | None = None
-    """Strength of saturation jitter: the factor is drawn from 1 - s to 1 + s; 0: off."""
+    """Strength of saturation jitter: the factor is drawn from 1 - s to 1 + s; 0: off. Default: the preset's."""
     hue: float | None = None
-    """Largest shift of the hue as a fraction of the color circle, 0 to 0.5."""
+    """Largest shift of the hue as a fraction of the color circle, 0 to 0.5. Default: the preset's."""
     solarize: float | None = None
-    """Probability of solarization (inverts the bright half of the levels)."""
+    """Probability of solarization (inverts the bright half of the levels). Default: the preset's."""
     local_views: int = 0
     """Number of extra small crops; they learn from the two large crops' targets. With --method upstep: experimental."""
     local_size: int | None = None
