@@ -236,7 +236,7 @@ def test_a_run_of_two_ranks_goes_on_alone_and_says_what_is_not_exact(ranks, base
     shutil.rmtree(ranks / "saves" / "checkpoints" / "step-00000006")
     upstep_fast.adapt(**base | {"out": str(ranks / "saves"), "resume": True})
     close(ranks / "saves", alone())
-    assert "not bit for bit the run it goes on from: ranks was 2, is 1" in caplog.text
+    assert "not bit for bit the uninterrupted run: ranks was 2, is 1" in caplog.text
 
 
 def test_a_step_that_is_not_finite_on_one_rank_is_applied_on_none(ranks, record_property):
@@ -254,7 +254,9 @@ def test_out_of_memory_on_one_rank_makes_smaller_passes_on_all_and_the_same_resu
     first, second = outcome(ranks, name)
     assert first["result"] == second["result"]
     for found in (first, second):
-        assert any("step 2: out of memory; from now on each step makes 2 passes" in line for line in found["lines"])
+        assert any(
+            "step 2: out of memory; from now on each step runs in 2 micro-batches" in line for line in found["lines"]
+        )
     assert state(ranks / name)[1]["state"]["passes"] == 2
     close(ranks / name, alone(gate="none"))
     record_property("rank_faults", 1)

@@ -1,4 +1,4 @@
-"""Out of memory: what it says, smaller passes with the same result, no step applied in part; accumulation beside it."""
+"""Out of memory: the error, micro-batches with an equal result, no step applied in part; gradient accumulation."""
 
 import json
 
@@ -87,7 +87,7 @@ def test_smaller_passes_are_found_and_the_result_is_the_same(options, monkeypatc
     upstep_fast.adapt(**options | {"out": tmp_path / "whole"})
     seen = limit(monkeypatch, views=3, after=2)
     upstep_fast.adapt(**options, auto_batch=True)
-    assert "out of memory; from now on each step makes" in caplog.text
+    assert "out of memory; from now on each step runs in" in caplog.text
     assert max(seen[-10:]) <= 3
     whole, passes = rows(tmp_path / "whole"), rows(tmp_path / "out")
     assert [row["open"] for row in whole] == [row["open"] for row in passes]
@@ -136,7 +136,7 @@ def test_without_auto_batch_the_run_ends_with_what_to_do(options, monkeypatch, t
 
 def test_when_one_view_is_too_much_the_run_ends(options, monkeypatch):
     limit(monkeypatch, views=0)
-    with pytest.raises(RunFailedError, match=r"out of memory .* in 16 passes .* lower --batch-size"):
+    with pytest.raises(RunFailedError, match=r"out of memory .* in 16 micro-batches .* lower --batch-size"):
         upstep_fast.adapt(**options, auto_batch=True)
 
 

@@ -102,7 +102,7 @@ def check_same(checkpoint: Checkpoint, identity: Identity) -> None:
         if then.get(name) != value
     ]
     if changed:
-        log.warning("resume: not bit for bit the run it goes on from: %s", "; ".join(changed))
+        log.warning("resume: not bit for bit the uninterrupted run: %s", "; ".join(changed))
 
 
 def _validate(checkpoint: Checkpoint, identity: Identity) -> None:

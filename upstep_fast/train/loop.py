@@ -74,7 +74,7 @@ def train(
                 if stop and not is_last:
                     raise Interrupted(
                         f"stopped after {state.step} of {num_steps} steps, all saved; "
-                        "go on with the same command and --resume"
+                        "continue with the same command and --resume"
                     )
         _finish(config, compute, state, loader, validator, out)
     return AdaptResult(out / "adapter", state.step, state.gate.num_updates, state.loss, time.monotonic() - began)

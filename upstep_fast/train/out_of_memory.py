@@ -33,11 +33,11 @@ def halve_microbatch(state: RunState, views: Views, config: AdaptConfig, compute
     method = state.method
     if compute.device.type == "cuda":
         torch.cuda.empty_cache()
-    if not config.memory.auto_batch or 2 * method.num_microbatches > 2 * views.num_images:
+    if not config.memory.auto_batch or method.num_microbatches > views.num_images:
         raise RunFailedError(explanation(state, views, config, compute))
     method.num_microbatches *= 2
     log.warning(
-        "step %d: out of memory; from now on each step makes %d passes over its views",
+        "step %d: out of memory; from now on each step runs in %d micro-batches",
         state.step,
         method.num_microbatches,
     )
@@ -52,14 +52,14 @@ def explanation(state: RunState, views: Views, config: AdaptConfig, compute: Com
             f" ({torch.cuda.max_memory_allocated(compute.device) / 2**30:.1f} of {total / 2**30:.1f} GiB were taken)"
         )
     over = f" over {distributed.size()} ranks" if distributed.size() > 1 else ""
-    passes = f" in {state.method.num_microbatches} passes" if state.method.num_microbatches > 1 else ""
+    parts = f" in {state.method.num_microbatches} micro-batches" if state.method.num_microbatches > 1 else ""
     cures = [
-        "add --auto-batch (smaller passes, the same result)" if not config.memory.auto_batch else "",
+        "add --auto-batch (micro-batches, equal result)" if not config.memory.auto_batch else "",
         "take --memory lean" if config.memory.level != "lean" else "",
         "lower --batch-size",
     ]
     return (
         f"step {state.step}: out of memory on {compute.device}{taken} with {config.optimization.batch_size} images of "
-        f"{views.height} x {views.width}{over}{passes} and --memory {config.memory.level}; "
+        f"{views.height} x {views.width}{over}{parts} and --memory {config.memory.level}; "
         f"{' or '.join(c for c in cures if c)}; no step was applied in part"
     )

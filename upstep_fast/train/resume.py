@@ -48,11 +48,11 @@ def find_checkpoint(folder: Path) -> Checkpoint | None:
 
     Raises ConfigError if the ranks do not see equal files.
     """
-    found = checkpoints.newest(folder)
-    distributed.agree_on({"checkpoint": found and {"step": found.step, "files": found.manifest["files"]}})
-    if found is None:
+    newest = checkpoints.newest(folder)
+    distributed.agree_on({"checkpoint": newest and {"step": newest.step, "files": newest.manifest["files"]}})
+    if newest is None:
         log.warning("resume: no checkpoint in %s; starting from the beginning", folder)
-    return found
+    return newest
 
 
 def resume_from(state: RunState, folder: Path, identity: Identity) -> None:
@@ -60,9 +60,9 @@ def resume_from(state: RunState, folder: Path, identity: Identity) -> None:
 
     Raises as `find_checkpoint` and `restore` do.
     """
-    if (found := find_checkpoint(folder)) is not None:
-        restore(state, found, identity)
-        log.info("resume: going on after step %d of %d, from %s", found.step, identity.config["steps"], found.path)
+    if (newest := find_checkpoint(folder)) is not None:
+        restore(state, newest, identity)
+        log.info("resume: continuing after step %d of %d, from %s", newest.step, identity.config["steps"], newest.path)
 
 
 def save(state: RunState, folder: Path, identity: Identity, writer: checkpoints.Writer) -> None:

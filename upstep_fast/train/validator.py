@@ -110,7 +110,7 @@ class Validator:
         row = {"step": state.step, "predicted_gain": predicted_gain(scores), **scores}
         best = self.best()
         self.history[state.step] = row
-        log.info("judge: step %d: predicted gain %+.2f on held-out images", state.step, row["predicted_gain"])
+        log.info("judge: step %d: predicted gain %s on held-out images", state.step, _points(row["predicted_gain"]))
         if not distributed.is_first():
             return
         if best is None or row["predicted_gain"] > best["predicted_gain"] or row["step"] == best["step"]:
@@ -141,8 +141,9 @@ class Validator:
             self._refuse(best)
         if best["predicted_gain"] <= 0:
             log.warning(
-                "judge: predicted gain %+.2f: perhaps no better than the base model; compare with `upstep-fast eval`",
-                best["predicted_gain"],
+                "judge: predicted gain %s: no better than the base model; compare with `upstep-fast eval`, or keep the "
+                "base model",
+                _points(best["predicted_gain"]),
             )
         if distributed.is_first():
             peft_format.write_files(adapter, {path.name: path.read_bytes() for path in (self._out / BEST).iterdir()})
@@ -155,9 +156,9 @@ class Validator:
             adapter.rename(refused)  # written just before, by rank 0 itself
             shutil.rmtree(self._out / BEST, ignore_errors=True)
         raise CheckFailedError(
-            "adapter: refused: on held-out images, without labels, every look is clearly worse than the base model "
-            f"(the best, at step {best['step']}: {best['predicted_gain']:+.2f}); use the base model, or try "
-            f"--preset gentle; the last adapter is in {refused}, the looks in {self._out / HISTORY}"
+            "adapter: refused: on held-out images, without labels, every validation is clearly worse than the base "
+            f"model (the best, at step {best['step']}: {_points(best['predicted_gain'])}); use the base model, or try "
+            f"--preset gentle; the last adapter is in {refused}, all validations in {self._out / HISTORY}"
         )
 
     @property
@@ -193,6 +194,10 @@ def _held_out_views(held_out: Source, base: Backbone, config: AdaptConfig, compu
     return random_views(
         batch.images, plain, seed=_VIEWS_SEED, epoch=0, indices=batch.indices, views=2, device=compute.device
     )
+
+
+def _points(gain: float) -> str:
+    return f"{round(gain, 2) + 0.0:+.2f} points"  # + 0.0: never -0.00
 
 
 def _read(path: Path) -> dict[int, dict[str, Any]]:

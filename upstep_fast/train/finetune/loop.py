@@ -66,7 +66,7 @@ def train(
                 raise RunFailedError(f"step {row['step']}: {row['bad']}, {state.bad} in a row; lower --lr")
             if stop and state.step < num_steps:
                 done = f"stopped after {state.step} of {num_steps} steps, all saved"
-                raise Interrupted(f"{done}; go on with the same command and --resume")
+                raise Interrupted(f"{done}; continue with the same command and --resume")
     if isinstance(batches, Generator):
         batches.close()
 

@@ -67,16 +67,16 @@ def resume_from(state: State, folder: Path, identity: Identity, skipped: dict[st
     skipped: updated with the images that the checkpoint names. Raises ConfigError if the checkpoint belongs to another
     run, RunFailedError if it cannot be read.
     """
-    found = find_checkpoint(folder)
-    if found is None:
+    checkpoint = find_checkpoint(folder)
+    if checkpoint is None:
         return
-    check_same(found, identity)
+    check_same(checkpoint, identity)
     try:
-        tensors = safetensors.torch.load(found.files[STATE])
-        values = found.manifest["state"]
+        tensors = safetensors.torch.load(checkpoint.files[STATE])
+        values = checkpoint.manifest["state"]
         for name in _VALUES:
             setattr(state, name, type(getattr(state, name))(values[name]))
-        skipped.update(found.manifest["loader"]["skipped"])
+        skipped.update(checkpoint.manifest["loader"]["skipped"])
         with torch.no_grad():
             for name, parameter in trained(state.model).items():
                 parameter.copy_(tensors[f"model.{name}"])
@@ -88,9 +88,9 @@ def resume_from(state: State, folder: Path, identity: Identity, skipped: dict[st
     except ConfigError:
         raise
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise RunFailedError(f"resume: {found.path} is no checkpoint of such a run ({error})") from error
-    state.step = found.step
-    log.info("resume: going on after step %d, from %s", found.step, found.path)
+        raise RunFailedError(f"resume: {checkpoint.path} is no checkpoint of such a run ({error})") from error
+    state.step = checkpoint.step
+    log.info("resume: continuing after step %d, from %s", checkpoint.step, checkpoint.path)
 
 
 def _tensors(state: State) -> dict[str, Tensor]:
