@@ -443,7 +443,7 @@ def test_what_a_checkpoint_forgets_fails_the_check(options, monkeypatch):
 
     def forgets(state, *rest):
         real(state, *rest)
-        state.method.running_centre.zero_()
+        state.method.running_center.zero_()
 
     monkeypatch.setattr(resume, "restore", forgets)
     with pytest.raises(RunFailedError, match=r"verify_resume: 3 steps repeated .* not the same: .*running_centre"):
