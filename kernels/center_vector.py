@@ -105,7 +105,10 @@ def _op(
 
 
 @_op.register_fake
-def _(u, state, num_views, rule, update_when, beta, rate, max_skips, center_beta, flag):
+def _(
+    u: Tensor, state: Tensor, num_views: int, rule: str, update_when: str, beta: float, rate: float, max_skips: int,
+    center_beta: float, flag: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     z, _, inv_norm = _outputs(u, num_views)
     return z, z.new_empty(u.shape[1]), torch.empty_like(state), inv_norm
 
@@ -121,7 +124,7 @@ def _partial_op(u: Tensor, num_views: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @_partial_op.register_fake
-def _(u, num_views):
+def _(u: Tensor, num_views: int) -> tuple[Tensor, Tensor, Tensor]:
     return _outputs(u, num_views)
 
 
@@ -149,7 +152,10 @@ def _finish_op(
 
 
 @_finish_op.register_fake
-def _(sums, state, num_views, rule, update_when, beta, rate, max_skips, center_beta, flag):
+def _(
+    sums: Tensor, state: Tensor, num_views: int, rule: str, update_when: str, beta: float, rate: float,
+    max_skips: int, center_beta: float, flag: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     return sums.new_empty(len(state) - HEAD, dtype=torch.float32), torch.empty_like(state)
 
 
@@ -166,11 +172,13 @@ def _backward_op(
 
 
 @_backward_op.register_fake
-def _(grad_z, grad_sums, scale, z, inv_norm, dtype):
+def _(
+    grad_z: Tensor | None, grad_sums: Tensor | None, scale: float, z: Tensor, inv_norm: Tensor, dtype: torch.dtype
+) -> Tensor:
     return torch.empty(z.shape, dtype=dtype, device=z.device)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     z, *rest, inv_norm = output
     ctx.mark_non_differentiable(inv_norm, *rest[1:])
     ctx.set_materialize_grads(False)
@@ -178,34 +186,34 @@ def _setup_context(ctx, inputs, output):
     ctx.dtype = inputs[0].dtype
 
 
-def _rows_backward(ctx, grad_z, grad_sums, scale):
+def _rows_backward(ctx: Any, grad_z: Tensor | None, grad_sums: Tensor | None, scale: float) -> Tensor | None:
     if grad_z is None and grad_sums is None:
         return None
     return _backward_op(grad_z, grad_sums, scale, *ctx.saved_tensors, ctx.dtype)
 
 
-def _backward(ctx, grad_z, grad_center, *_):
+def _backward(ctx: Any, grad_z: Tensor | None, grad_center: Tensor | None, *_: Any) -> tuple[Any, ...]:
     grad_sums = None if grad_center is None else grad_center[None]
     rows = ctx.saved_tensors[0].shape[0]
     return _rows_backward(ctx, grad_z, grad_sums, 1 / rows), *(None,) * 9
 
 
-def _setup_partial(ctx, inputs, output):
+def _setup_partial(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _setup_context(ctx, inputs, output)
     ctx.num_views = inputs[1]
 
 
-def _partial_backward(ctx, grad_z, grad_sums, _):
+def _partial_backward(ctx: Any, grad_z: Tensor | None, grad_sums: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     by_view = None if grad_sums is None else grad_sums[:-2].view(ctx.num_views, -1)
     return _rows_backward(ctx, grad_z, by_view, 1.0), None
 
 
-def _setup_finish(ctx, inputs, output):
+def _setup_finish(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.num_rows, ctx.num_views = inputs[0][-1] * inputs[2], inputs[2]
 
 
-def _finish_backward(ctx, grad_center, _):
+def _finish_backward(ctx: Any, grad_center: Tensor, _: Tensor) -> tuple[Any, ...]:
     grad = (grad_center.double() / ctx.num_rows).repeat(ctx.num_views)
     return torch.cat([grad, grad.new_zeros(2)]), *(None,) * 9
 

@@ -23,6 +23,7 @@ Saved for backward: q. Bytes moved an entry in 16 bit: forward 2 in, 2 + 1 out (
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -222,12 +223,12 @@ def _(grad: Tensor, derivative: Tensor, fp8: bool) -> tuple[Tensor, Tensor]:
     return dx, scale
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1])
 
 
-def _backward(ctx, grad, *_):
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     dx = None if grad is None else _gelu_backward_op(grad, ctx.saved_tensors[0], False)[0]
     return dx, None, None, None
 

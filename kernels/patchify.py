@@ -12,6 +12,8 @@ Bytes moved: the images once in, the patches once out; the change of dtype costs
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -113,12 +115,12 @@ def _images(grad: Tensor, patch: int, height: int, width: int, dtype: torch.dtyp
     return grad.new_empty(grad.shape[0], grad.shape[2] // patch**2, height, width, dtype=dtype)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     images, ctx.patch, _ = inputs
     ctx.size, ctx.dtype = images.shape[2:], images.dtype
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return _unpatchify_op(grad, ctx.patch, *ctx.size, ctx.dtype), None, None
 
 

@@ -17,6 +17,7 @@ reads again the scaled scores, the log-probabilities, their product with q, and 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -161,23 +162,24 @@ def _backward_op(
 
 
 @_op.register_fake
-def _(scores, targets, temperature):
-    return tuple(scores.new_empty(scores.shape[0], dtype=torch.float32) for _ in range(3))
+def _(scores: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    loss, peak, weight = (scores.new_empty(scores.shape[0], dtype=torch.float32) for _ in range(3))
+    return loss, peak, weight
 
 
 @_backward_op.register_fake
-def _(grad, scores, targets, peak, weight, temperature):
+def _(grad: Tensor, scores: Tensor, targets: Tensor, peak: Tensor, weight: Tensor, temperature: float) -> Tensor:
     return scores.new_empty(scores.shape)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     scores, targets, ctx.temperature = inputs
     _, peak, weight = output
     ctx.save_for_backward(scores, targets, peak, weight)
     ctx.mark_non_differentiable(peak, weight)
 
 
-def _backward(ctx, grad, *_):
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     return _backward_op(grad, *ctx.saved_tensors, ctx.temperature), None, None
 
 

@@ -31,7 +31,7 @@ VARIANTS = ["copy", "reference", "eager"] + (["triton", "compiled"] if DEVICE ==
 
 
 def eager(b, a, axes, factors):
-    """What one would write, in the type of b."""
+    """Compute the adaptor as one would write it, in the type of b."""
     u = x = b + a
     for i, axis in enumerate(axes):
         down, down_bias, up, up_bias = (t.to(b.dtype) for t in factors[4 * i : 4 * i + 4])

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -156,7 +156,7 @@ def _run(op: str, forms: Mapping[str, Callable[..., Out]], qkv: Tensor, args: Se
     no_triton, request = _unsupported_reason(qkv), requested()
     if request == "triton" and no_triton:
         raise RuntimeError(f"{op}: implementation 'triton' was requested but cannot run: {no_triton}")
-    if request in forms:
+    if request is not None and request in forms:
         return forms[record(op, qkv.device, request, "requested")](*args)
     if qkv.device.type != "cuda":
         return forms[record(op, qkv.device, "sdpa", "PyTorch's own; kernels are only timed on a GPU")](*args)
@@ -207,13 +207,13 @@ def _(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tens
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     qkv, ctx.scale = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(qkv, *output)
 
 
-def _backward(ctx, grad, _lse):
+def _backward(ctx: Any, grad: Tensor | None, _lse: Tensor | None) -> tuple[Any, ...]:
     return None if grad is None else _backward_op(grad, *ctx.saved_tensors, ctx.scale), None
 
 

@@ -20,7 +20,7 @@ Bytes moved an entry in 16 bit: forward 2 in, 2 out (+ 2 + 2 with a residual, + 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -103,7 +103,10 @@ def _op(
 
 
 @_op.register_fake
-def _(x, residual, weight, bias, lora_a, eps, save_y, fp8):
+def _(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, lora_a: Tensor | None,
+    eps: float, save_y: bool, fp8: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return outputs(x, residual, lora_a, save_y, fp8)
 
 
@@ -146,7 +149,7 @@ def _gradients(
     )
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, residual, weight, bias, lora_a = inputs[:5]
     y, h, mean, rstd = output[:4]
     ctx.set_materialize_grads(False)
@@ -156,7 +159,15 @@ def _setup_context(ctx, inputs, output):
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _backward(ctx, grad, grad_h, _mean, _rstd, grad_s, *_):
+def _backward(
+    ctx: Any,
+    grad: Tensor | None,
+    grad_h: Tensor | None,
+    _mean: Tensor | None,
+    _rstd: Tensor | None,
+    grad_s: Tensor | None,
+    *_: Any,
+) -> tuple[Any, ...]:
     saved, mean, rstd, weight, lora_a = ctx.saved_tensors
     need_x, need_residual, need_weight, need_bias, need_a = ctx.needs_input_grad[:5]
     dx = dweight = dbias = da = None

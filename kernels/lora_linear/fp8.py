@@ -13,6 +13,7 @@ Merging has no place here: rounding W + scale B A to e4m3 would lose the adapter
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,9 +125,13 @@ def _op(
 
 
 @_op.register_fake
-def _(x, weight, weight_scale, weight_t, weight_t_scale, bias, a, b, scale, dropout, seed, rows, save_s, strategy):
+def _(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, weight_t: Tensor | None, weight_t_scale: Tensor | None,
+    bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float, dropout: float, seed: Tensor | None,
+    rows: Sequence[int], save_s: bool, strategy: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     M = x.shape[0]
-    return x.new_empty(M, weight.shape[0]), x.new_empty(M if save_s else 0, a.shape[0])
+    return x.new_empty(M, weight.shape[0]), x.new_empty(M if save_s else 0, lora_a.shape[0])
 
 
 @torch.library.custom_op(f"{NAMESPACE}::lora_linear_fp8_backward", mutates_args=())
@@ -149,17 +154,21 @@ def _backward_op(
 
 
 @_backward_op.register_fake
-def _(grad, x, weight, weight_scale, is_transposed, a, b, s, scale, dropout, seed, rows, strategy, needs):
+def _(
+    grad: Tensor, x: Tensor | None, weight: Tensor, weight_scale: Tensor, is_transposed: bool, lora_a: Tensor,
+    lora_b: Tensor, s: Tensor, scale: float, dropout: float, seed: Tensor | None, rows: Sequence[int],
+    strategy: str, needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     need_x, need_a, need_b = needs
     K = weight.shape[0] if is_transposed else weight.shape[1]
     return (
         grad.new_empty((grad.shape[0], K) if need_x else 0),
-        a.new_empty(a.shape if need_a else 0),
-        b.new_empty(b.shape if need_b else 0),
+        lora_a.new_empty(lora_a.shape if need_a else 0),
+        lora_b.new_empty(lora_b.shape if need_b else 0),
     )
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, weight, weight_scale, weight_t, weight_t_scale, _, a, b, ctx.scale, ctx.dropout, seed, ctx.rows, _, strategy = (
         inputs
     )
@@ -173,7 +182,7 @@ def _setup_context(ctx, inputs, output):
     ctx.strategy = strategy or (request if request in STRATEGIES else "")
 
 
-def _backward(ctx, grad, _):
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 14
     x, weight, weight_scale, a, b, s, seed = ctx.saved_tensors

@@ -226,7 +226,10 @@ def _op(
 
 
 @_op.register_fake
-def _(x, weight, bias, lora_a, lora_b, scale, dropout, seed, rows, save_s, strategy):
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float,
+    dropout: float, seed: Tensor | None, rows: Sequence[int], save_s: bool, strategy: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     M = x.shape[0]
     return x.new_empty(M, weight.shape[0]), x.new_empty(M if save_s else 0, lora_a.shape[0])
 
@@ -246,7 +249,10 @@ def _backward_op(
 
 
 @_backward_op.register_fake
-def _(grad, x, weight, lora_a, lora_b, s, scale, dropout, seed, rows, strategy, needs):
+def _(
+    grad: Tensor, x: Tensor | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor, s: Tensor, scale: float,
+    dropout: float, seed: Tensor | None, rows: Sequence[int], strategy: str, needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     need_x, need_a, need_b = needs
     return (
         grad.new_empty((grad.shape[0], weight.shape[1]) if need_x else 0),
@@ -255,7 +261,7 @@ def _(grad, x, weight, lora_a, lora_b, s, scale, dropout, seed, rows, strategy, 
     )
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, weight, _, lora_a, lora_b, ctx.scale, ctx.dropout, seed, ctx.rows, _, strategy = inputs
     needs = ctx.needs_input_grad
     ctx.set_materialize_grads(False)
@@ -265,7 +271,7 @@ def _setup_context(ctx, inputs, output):
     ctx.strategy = request if strategy not in STRATEGIES and request in STRATEGIES else strategy
 
 
-def _backward(ctx, grad, _):
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 11
     x, weight, lora_a, lora_b, s, seed = ctx.saved_tensors

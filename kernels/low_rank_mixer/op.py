@@ -34,6 +34,7 @@ These are counts: no GPU has timed it yet.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +109,10 @@ _op = torch.library.custom_op(f"{NAMESPACE}::low_rank_mixer", _forward, mutates_
 
 
 @_op.register_fake
-def _(b, a, axes, combine, frames, gate, scale, factors):
+def _(
+    b: Tensor, a: Tensor, axes: str, combine: str, frames: int, gate: Tensor | None, scale: Tensor | None,
+    factors: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     P, N, D = b.shape
     shapes = {"channel": lambda r: (P, N, r), "time": lambda r: (P // frames, r, N * D)}
     lows = [
@@ -135,19 +139,22 @@ _backward_op = torch.library.custom_op(f"{NAMESPACE}::low_rank_mixer_backward", 
 
 
 @_backward_op.register_fake
-def _(grad, u, difference, lows, axes, combine, frames, gate, scale, factors, needs_da):
+def _(
+    grad: Tensor, u: Tensor, difference: Tensor, lows: list[Tensor], axes: str, combine: str, frames: int,
+    gate: Tensor | None, scale: Tensor | None, factors: list[Tensor], needs_da: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     d_gate, d_scale = (u.new_empty(0) if t is None else torch.empty_like(t) for t in (gate, scale))
     return u.new_empty(u.shape if needs_da else 0), d_gate, d_scale, [torch.empty_like(t) for t in factors]
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _, _, ctx.axes, ctx.combine, ctx.frames, gate, scale, factors = inputs
     _, u, difference, lows = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(u, difference, gate, scale, *lows, *factors)
 
 
-def _backward(ctx, grad, *_, gradients=_backward_op):
+def _backward(ctx: Any, grad: Tensor | None, *_: Any, gradients: Any = _backward_op) -> tuple[Any, ...]:
     u, difference, gate, scale, *rest = ctx.saved_tensors
     lows, factors = rest[: len(rest) // 5], rest[len(rest) // 5 :]
     if grad is None:
@@ -166,7 +173,7 @@ class _OnCpu(torch.autograd.Function):
     """Autograd function without the wrapping of a torch.library op, a tenth of a small adaptor's time on a CPU."""
 
     @staticmethod
-    def forward(ctx, *inputs):
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
         inputs = (*inputs[:7], list(inputs[7:]))
         output = _forward(*inputs)
         _setup_context(ctx, inputs, output)
@@ -174,7 +181,7 @@ class _OnCpu(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         *others, d_factors = _backward(ctx, grad, gradients=_gradients)
         return *others, *d_factors
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,17 +114,17 @@ def _op(z: Tensor, centers: Tensor, epsilon: float, iterations: int) -> tuple[Te
 
 
 @_op.register_fake
-def _(z, centers, epsilon, iterations):
+def _(z: Tensor, centers: Tensor, epsilon: float, iterations: int) -> tuple[Tensor, Tensor]:
     scores = z.new_empty(len(z), len(centers), dtype=torch.float32)
     return scores, torch.empty_like(scores)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs[:2])
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, grad, _):
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
     z, centers = ctx.saved_tensors
     need_z, need_centers = ctx.needs_input_grad[:2]
     dz = (grad @ centers.to(grad.dtype)).to(z.dtype) if need_z else None
