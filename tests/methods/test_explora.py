@@ -367,7 +367,7 @@ def test_what_weight_decay_leaves_alone(options):
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been(options, monkeypatch, tmp_path, objective, extra):
+def test_a_resumed_run_equals_the_uninterrupted_one(options, monkeypatch, tmp_path, objective, extra):
     """Each run ends with the check that all that trains received a gradient, where all is computed again too (lean)."""
     options |= SMALL[objective] | extra | {"objective": objective, "checkpoint_every": 2}
     upstep_fast.adapt(**options | {"out": tmp_path / "whole"})

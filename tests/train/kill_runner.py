@@ -66,7 +66,7 @@ def rows(out):
 
 
 def one(options, kill):
-    """A run that is killed once: what was found after the kill, and how the resumed run ended."""
+    """Kill a run once. Returns the files left by the kill and the result of the resumed run."""
     out = Path(options["out"])
     pid = child(options, kill.get("point"))
     if "delay" in kill:

@@ -88,7 +88,7 @@ def test_every_file_and_folder_is_on_disk_before_the_name_appears(folder, monkey
     assert calls[len(order) :] == [("replace", "step-00000004"), ("fsync", folder.name), ("replace", "latest")]
 
 
-def test_falls_back_with_a_warning_and_goes_on_from_there(folder, caplog):
+def test_a_damaged_checkpoint_falls_back_to_the_previous_one_with_a_warning(folder, caplog):
     for step in (1, 2):
         checkpoint.save(folder, step, {"state": b"%d" % step}, {})
     (folder / "step-00000002" / "state").write_bytes(b"x")
@@ -108,7 +108,7 @@ def test_what_was_gone_back_behind_does_not_count_among_those_kept(folder):
     assert checkpoint.newest(folder).step == 3
 
 
-def test_refuses_when_none_is_whole(folder):
+def test_no_intact_checkpoint_is_an_error(folder):
     for step in (1, 2):
         checkpoint.save(folder, step, FILES, {})
         (folder / f"step-{step:08d}" / "state.safetensors").unlink()

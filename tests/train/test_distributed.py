@@ -58,7 +58,7 @@ def same_state(one, two):
 
 
 def close(one, two, tolerance=1e-5):
-    """The same decisions, and losses, centres and weights within `tolerance` of each other."""
+    """Compare two runs: equal decisions; losses, centers and weights within `tolerance`."""
     a, b = rows(one), rows(two)
     assert [row["open"] for row in a] == [row["open"] for row in b]
     assert [row["step"] for row in a] == [row["step"] for row in b]
@@ -202,13 +202,13 @@ def test_only_rank_0_writes_and_the_result_is_the_same_on_both(ranks):
 def test_communication_is_counted(ranks):
     found = rows(ranks / "fifty")[2:]  # what is agreed on at the start counts as the first steps'
     trained = sum(t.numel() for n, t in state(ranks / "fifty")[0].items() if n.endswith("exp_avg"))
-    # the centre: two views of width 16, a count, two wishes, memory; a debug run also compares the decision
+    # the center: two views of width 16, a count, two requests, memory; a debug run also compares the decision
     closed = {row["comm_bytes"] for row in found if not row["open"]}
     opened = {row["comm_bytes"] for row in found if row["open"]}
-    centre, check = 4 * (2 * 16 + 1 + 3), 2 * 8 * 4
-    assert closed == {centre + check}
+    center, check = 4 * (2 * 16 + 1 + 3), 2 * 8 * 4
+    assert closed == {center + check}
     sinkhorn = 2 * 4 * 8 * (1 + 3)  # a peak and three sums of 8 prototypes a view
-    assert opened == {centre + check + sinkhorn + 4 * (trained + 2)}
+    assert opened == {center + check + sinkhorn + 4 * (trained + 2)}
     assert all(0 < row["comm_share"] < 1 for row in found)
 
 
@@ -227,12 +227,12 @@ def test_a_stop_on_any_rank_stops_all_and_the_resumed_run_is_the_unbroken_one(ra
     record_property("exact_resumes_ranks", 1)
 
 
-def test_a_save_asked_for_on_any_rank_is_made_and_the_run_goes_on(ranks):
+def test_a_save_requested_on_any_rank_is_made_and_the_run_continues(ranks):
     assert "result" in outcome(ranks, "saves")[0]
     assert (ranks / "saves" / "checkpoints" / "step-00000003").is_dir()
 
 
-def test_a_run_of_two_ranks_goes_on_alone_and_says_what_is_not_exact(ranks, base, alone, caplog):
+def test_a_run_of_two_ranks_resumes_on_one_and_logs_what_is_not_exact(ranks, base, alone, caplog):
     shutil.rmtree(ranks / "saves" / "checkpoints" / "step-00000006")
     upstep_fast.adapt(**base | {"out": str(ranks / "saves"), "resume": True})
     close(ranks / "saves", alone())
@@ -250,7 +250,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_applied_on_none(ranks, record_
 
 
 @pytest.mark.parametrize("name", ["forward", "backward"])
-def test_out_of_memory_on_one_rank_makes_smaller_passes_on_all_and_the_same_result(ranks, alone, name, record_property):
+def test_out_of_memory_on_one_rank_halves_micro_batches_on_all(ranks, alone, name, record_property):
     first, second = outcome(ranks, name)
     assert first["result"] == second["result"]
     for found in (first, second):
@@ -271,7 +271,7 @@ def test_out_of_memory_says_what_to_do(ranks, record_property):
     record_property("rank_faults", 1)
 
 
-def test_a_decision_that_differs_is_found_in_debug_mode(ranks, record_property):
+def test_a_gate_decision_that_differs_is_detected_in_debug_mode(ranks, record_property):
     for found in outcome(ranks, "gate"):
         assert found["error"] == "RunFailedError" and "step 2: the gate's decision" in found["text"]
         assert "[0.0, " in found["text"] and "[1.0, " in found["text"]
@@ -361,7 +361,7 @@ def test_when_a_rank_ends_all_end_within_a_minute_and_say_why(base, tmp_path, re
 
 @pytest.mark.long
 @pytest.mark.timeout(300)
-def test_torchrun_restarts_the_ranks_and_the_run_goes_on_exactly(base, tmp_path, record_property):
+def test_torchrun_restarts_the_ranks_and_the_run_resumes_exactly(base, tmp_path, record_property):
     options = base | {"steps": 12, "debug": False, "checkpoint_every": 3, "resume": True}
     command = ["adapt", *flags(options | {"out": str(tmp_path / "out")})]
     fault = {"rank": 0, "kind": "killed", "at": 8, "note": str(tmp_path / "when")}
@@ -416,10 +416,10 @@ def test_four_ranks_are_one_and_spread_weights_too(base, alone, tmp_path):
 def test_eval_over_ranks_gives_the_figures_of_one(base, photos, tmp_path):
     for split in ("train", "test"):
         for at, path in enumerate(sorted(photos.iterdir())[split == "test" :: 2]):
-            target = tmp_path / "labelled" / split / "ab"[at % 2] / path.name
+            target = tmp_path / "labeled" / split / "ab"[at % 2] / path.name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)
-    common = {"model": base["model"], "data": str(tmp_path / "labelled"), "device": "cpu", "precision": "fp32"}
+    common = {"model": base["model"], "data": str(tmp_path / "labeled"), "device": "cpu", "precision": "fp32"}
     options = common | {"json": str(tmp_path / "ranks.json"), "k": 3}
     done, _ = launch(tmp_path, {"command": ["eval", *flags(options)]}, ranks=4)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""Faults of the process and the disk: after each the newest checkpoint is whole and the run goes on, exactly."""
+"""Faults of the process and the disk: after each the newest checkpoint is intact and the run resumes exactly."""
 
 import errno
 import json
@@ -48,7 +48,7 @@ def on_each_step(monkeypatch, action):
 
 
 def kill(options, tmp_path, *, random, points, seed=0):
-    """What tests/train/kill_runner.py found for each kill."""
+    """Results of tests/train/kill_runner.py, by kill."""
     job = tmp_path / "job.json"
     job.write_text(json.dumps({"options": options, "seed": seed, "random": random, "points": list(points)}))
     done = subprocess.run(
@@ -159,7 +159,7 @@ def test_a_full_disk_keeps_the_checkpoints_before(options, tmp_path, monkeypatch
     with pytest.raises(RunFailedError, match=rf"cannot write .*\.tmp-{step}-.*No space left"):
         upstep_fast.adapt(**options)
     folder = tmp_path / "out" / "checkpoints"
-    # the run may have got as far as the next save before it learnt of this one's failure, and no further
+    # the run may have got as far as the next save before it trained of this one's failure, and no further
     assert sorted(p.name for p in folder.glob("*-*")) == [f"step-{s:08d}" for s in left]
 
 
@@ -338,9 +338,9 @@ def test_a_step_that_is_not_finite_changes_nothing(options, monkeypatch, tmp_pat
     assert [at for at, (row, _) in enumerate(seen) if row["bad"]] == [2, 3, 6]
     for row, moved in seen:
         bad = row["bad"]
-        learnt = {name for name in moved if not name.startswith("running_")}
-        assert bool(learnt) == (bad is None)
-        # the centre of a step whose loss alone is bad is as good as a skipped step's
+        trained = {name for name in moved if not name.startswith("running_")}
+        assert bool(trained) == (bad is None)
+        # the center of a step whose loss alone is bad is as good as a skipped step's
         assert bool(moved) == (bad is None or what != "images")
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["bad"]] == [2, 3, 6]
@@ -390,7 +390,7 @@ def test_a_signal_during_a_save_is_not_lost(options, monkeypatch, tmp_path):
     assert checkpoint.newest(tmp_path / "out" / "checkpoints").step == 4
 
 
-def test_the_run_goes_on_while_a_checkpoint_is_written(options, monkeypatch, tmp_path):
+def test_the_run_continues_while_a_checkpoint_is_written(options, monkeypatch, tmp_path):
     """The write of step 3 ends only after step 5 has begun; what it holds is the state after step 3 all the same."""
     upstep_fast.adapt(**options | {"out": str(tmp_path / "plain"), "steps": 10})
     begun, kept = threading.Event(), {}

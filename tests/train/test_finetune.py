@@ -44,9 +44,9 @@ def picture(color, seed):
 
 
 @pytest.fixture(scope="session")
-def labelled(tmp_path_factory):
+def labeled(tmp_path_factory):
     """train/ with 12 and test/ with 6 pictures of each of three classes; not to be written to."""
-    folder = tmp_path_factory.mktemp("labelled")
+    folder = tmp_path_factory.mktemp("labeled")
     for split, count in (("train", 12), ("test", 6)):
         for c, (name, color) in enumerate(COLORS.items()):
             (folder / split / name).mkdir(parents=True)
@@ -72,10 +72,10 @@ def clips(tmp_path_factory):
 
 
 @pytest.fixture
-def options(model, labelled, tmp_path):
+def options(model, labeled, tmp_path):
     return dict(
         model=model,
-        data=labelled,
+        data=labeled,
         out=tmp_path / "out",
         epochs=3,
         batch_size=8,
@@ -96,7 +96,7 @@ METHODS = ["losa", "lora", "linear", "full"]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_learns_and_what_it_writes_can_be_loaded(options, labelled, tmp_path, method):
+def test_a_run_learns_and_what_it_writes_can_be_loaded(options, labeled, tmp_path, method):
     lr = {"losa": 1e-2, "lora": 1e-2, "linear": 5e-2, "full": 2e-3}[method]
     more = dict(epochs=12, preset_views="none", method=method, lr=lr, json=tmp_path / "scores.json")
     result = upstep_fast.finetune(**{**options, **more})
@@ -112,7 +112,7 @@ def test_a_run_learns_and_what_it_writes_can_be_loaded(options, labelled, tmp_pa
     assert net.classes == tuple(COLORS) and not net.training
     count = sum(p.numel() for name, p in trained(build(options, method)).items())
     assert count == figures["trainable_parameters"]
-    config = from_flat(FinetuneConfig, **{**options, **more, "data": (str(labelled),), "out": "o", "json": None})
+    config = from_flat(FinetuneConfig, **{**options, **more, "data": (str(labeled),), "out": "o", "json": None})
     one, (_, test) = backbones.load(options["model"]), train_and_test(config.data.paths, "finetune")
     reader = finetuning.make_reader(config, one, torch.device("cpu"))
     predicted, truth = finetune_step.predict(net, finetuning._in_order(test, reader), resolve("cpu", "fp32"))
@@ -165,16 +165,16 @@ def test_the_best_epoch_by_the_held_out_part_is_kept(options, tmp_path, monkeypa
     assert any(not torch.equal(at_epoch[1][name], at_epoch[3][name]) for name in at_epoch[1])
 
 
-def test_the_test_split_chooses_nothing(options, tmp_path, labelled):
+def test_the_test_split_chooses_nothing(options, tmp_path, labeled):
     """With other labels on test/ the run is the same up to its last line."""
     other = tmp_path / "other"
     for split, names in (("train", list(COLORS)), ("test", ["birch", "cedar", "ash"])):
         for old, new in zip(COLORS, names, strict=True):
             (other / split / new).mkdir(parents=True)
-            for file in sorted((labelled / split / old).iterdir()):
+            for file in sorted((labeled / split / old).iterdir()):
                 (other / split / new / file.name).write_bytes(file.read_bytes())
     results = [
-        upstep_fast.finetune(**{**options, "data": d, "out": tmp_path / f"run-{d.name}"}) for d in (labelled, other)
+        upstep_fast.finetune(**{**options, "data": d, "out": tmp_path / f"run-{d.name}"}) for d in (labeled, other)
     ]
     a, b = ((result.model / finetuned.WEIGHTS).read_bytes() for result in results)
     assert a == b
@@ -182,7 +182,7 @@ def test_the_test_split_chooses_nothing(options, tmp_path, labelled):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_stopped_run_goes_on_as_if_it_had_not(options, tmp_path, method, monkeypatch):
+def test_a_resumed_run_equals_the_uninterrupted_one(options, tmp_path, method, monkeypatch):
     extra = dict(method=method, mixup=0.3, drop_path=0.3 if method in ("lora", "full") else 0.0)
     whole = upstep_fast.finetune(**{**options, **extra, "out": tmp_path / "whole"})
     train_step = finetune_step.train_step
@@ -243,7 +243,7 @@ def test_the_cached_backbone_runs_once(options, monkeypatch):
 
 @pytest.mark.parametrize("whole", [(), ("blocks.0.norm1.weight", "blocks.1.mlp.fc1.weight", "cls_token")])
 def test_from_an_adapted_model(options, tmp_path, whole):
-    """whole: what ExPLoRA trains as it is, beside LoRA."""
+    """whole: parameters that ExPLoRA trains fully, beside LoRA."""
     one = backbones.load(options["model"])
     adapters = lora.inject(one.vit, lora.LoraSpec(r=2, alpha=2))
     for parameter in [adapter.lora_b for adapter in adapters.values()] + [
@@ -353,55 +353,55 @@ def copy_tree(source, target):
     return target
 
 
-def bad_unlabelled(labelled, clips, folder):
+def bad_unlabeled(labeled, clips, folder):
     for split in ("train", "test"):
         (folder / split).mkdir(parents=True)
         picture((0, 0, 0), 0).save(folder / split / "0.png")
     return {}, "outside class folders; finetune needs train/CLASS/image"
 
 
-def bad_one_class(labelled, clips, folder):
+def bad_one_class(labeled, clips, folder):
     for split in ("train", "test"):
-        copy_tree(labelled / split / "ash", folder / split / "ash")
+        copy_tree(labeled / split / "ash", folder / split / "ash")
     return {}, "train/ has one class, ash; a classifier needs at least 2"
 
 
-def bad_other_classes(labelled, clips, folder):
-    copy_tree(labelled, folder)
+def bad_other_classes(labeled, clips, folder):
+    copy_tree(labeled, folder)
     (folder / "test" / "ash").rename(folder / "test" / "oak")
     return {}, "classes in test/ that train/ lacks: oak"
 
 
-def bad_no_test(labelled, clips, folder):
-    copy_tree(labelled / "train", folder)
+def bad_no_test(labeled, clips, folder):
+    copy_tree(labeled / "train", folder)
     return {}, r"no test images in .*; it must hold train/CLASS"
 
 
-def bad_short_clips(labelled, clips, folder):
+def bad_short_clips(labeled, clips, folder):
     copy_tree(clips, folder)
     return {"frames": 6}, r"12 of 12 clips are shorter than --frames 6; the shortest: .* with 4; lower --frames"
 
 
-def bad_video(labelled, clips, folder):
+def bad_video(labeled, clips, folder):
     pytest.importorskip("av")
     copy_tree(clips, folder)
     (folder / "train" / "darker" / "broken.mp4").write_bytes(b"no video")
     return {"frames": 2}, "broken.mp4 cannot be read: "
 
 
-def bad_no_clips(labelled, clips, folder):
-    copy_tree(labelled, folder)
+def bad_no_clips(labeled, clips, folder):
+    copy_tree(labeled, folder)
     return {"frames": 2}, "lies directly in its class; --frames wants train/CLASS/CLIP/frame"
 
 
-def bad_unreadable(labelled, clips, folder):
-    copy_tree(labelled, folder)
+def bad_unreadable(labeled, clips, folder):
+    copy_tree(labeled, folder)
     for file in (folder / "train" / "ash").iterdir():
         file.write_bytes(b"no picture")
     return {}, "images cannot be used, more than the 1.00% allowed"
 
 
-def bad_unreadable_clips(labelled, clips, folder):
+def bad_unreadable_clips(labeled, clips, folder):
     copy_tree(clips, folder)
     for file in (folder / "train").rglob("2.png"):
         file.write_bytes(b"no picture")
@@ -412,15 +412,15 @@ BAD = [f for name, f in sorted(globals().items()) if name.startswith("bad_")]
 
 
 @pytest.mark.parametrize("make", BAD)
-def test_bad_data_is_one_line(options, labelled, clips, tmp_path, make):
-    more, message = make(labelled, clips, tmp_path / "data")
+def test_bad_data_is_one_line(options, labeled, clips, tmp_path, make):
+    more, message = make(labeled, clips, tmp_path / "data")
     with pytest.raises(DataError, match=message) as error:
         upstep_fast.finetune(**{**options, **more, "data": tmp_path / "data"})
     assert "\n" not in str(error.value) and error.value.exit_code == 3
 
 
-def test_a_class_without_test_images_is_said(options, labelled, tmp_path, caplog):
-    copy_tree(labelled, tmp_path / "data")
+def test_a_class_without_test_images_is_logged(options, labeled, tmp_path, caplog):
+    copy_tree(labeled, tmp_path / "data")
     for file in (tmp_path / "data" / "test" / "ash").iterdir():
         file.unlink()
     with caplog.at_level("WARNING", "upstep_fast"):
@@ -453,8 +453,8 @@ def test_a_bad_value_is_refused_by_its_name(field, value, more):
     assert "\n" not in str(error.value)
 
 
-def test_the_command(options, labelled, tmp_path):
-    args = [sys.executable, "-m", "upstep_fast", "finetune", "--model", options["model"], "--data", str(labelled)]
+def test_the_command(options, labeled, tmp_path):
+    args = [sys.executable, "-m", "upstep_fast", "finetune", "--model", options["model"], "--data", str(labeled)]
     args += ["--out", str(tmp_path / "o"), "--epochs", "1", "--batch-size", "8", "--method", "linear"]
     done = subprocess.run([*args, "--json", str(tmp_path / "j.json")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

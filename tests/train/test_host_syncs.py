@@ -84,7 +84,7 @@ def test_a_wait_is_seen():
     assert waits(lambda: x * 2) == []
 
 
-def test_what_a_step_tells_comes_with_the_next(model):
+def test_results_of_a_step_come_with_the_next_step(model):
     config, compute, state = build(model)
     images, rule = Views.of(torch.randn(2, 8, 3, 32, 32)), trainer.gate_rule(config)
     first = step(state, images, rule, config, compute)

@@ -213,7 +213,7 @@ def test_a_stop_signal_leaves_a_loadable_adapter(options, tmp_path, monkeypatch)
     assert len(rows(tmp_path / "out")) == 3
 
 
-def test_the_adapter_check_notices_an_adapter_that_never_learnt(options, monkeypatch, tmp_path):
+def test_the_adapter_check_detects_an_adapter_without_gradient(options, monkeypatch, tmp_path):
     real = registry.make_optimizer
 
     def without_block_1(method, config):
@@ -237,7 +237,7 @@ def test_the_adapter_check_notices_an_adapter_that_never_learnt(options, monkeyp
     assert error.value.exit_code == 4
 
 
-def test_the_adapter_check_notices_zeros(options, monkeypatch):
+def test_the_adapter_check_detects_zeros(options, monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
     with pytest.raises(CheckFailedError, match="all zero"):
         upstep_fast.adapt(**options, gate="none")

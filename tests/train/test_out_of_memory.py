@@ -60,7 +60,7 @@ def rows(out):
 
 
 @pytest.mark.parametrize("passes", [2, 3, 8, 50])
-def test_passes_have_the_values_and_gradients_of_one(passes):
+def test_micro_batches_have_the_values_and_gradients_of_one_batch(passes):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(12, 7), nn.GELU(), nn.Linear(7, 5)).double()
     images, weight = torch.randn(8, 3, 2, 2).double(), torch.randn(8, 5).double()
@@ -72,7 +72,7 @@ def test_passes_have_the_values_and_gradients_of_one(passes):
     torch.testing.assert_close([p.grad for p in net.parameters()], list(wanted))
 
 
-def test_passes_keep_no_more_than_one_part():
+def test_micro_batches_keep_at_most_one_part():
     kept = []
     net = nn.Linear(4, 4)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.shape), t)[1], lambda t: t):
@@ -82,7 +82,7 @@ def test_passes_keep_no_more_than_one_part():
 
 
 @pytest.mark.parametrize("extra", [{}, {"layout": "asymmetric"}, {"gate": "alternate", "prototype_init": "learned"}])
-def test_smaller_passes_are_found_and_the_result_is_the_same(options, monkeypatch, tmp_path, caplog, extra):
+def test_micro_batches_are_halved_and_the_result_is_equal(options, monkeypatch, tmp_path, caplog, extra):
     options |= extra
     upstep_fast.adapt(**options | {"out": tmp_path / "whole"})
     seen = limit(monkeypatch, views=3, after=2)
@@ -96,7 +96,7 @@ def test_smaller_passes_are_found_and_the_result_is_the_same(options, monkeypatc
         assert a["loss"] is None or a["loss"] == pytest.approx(b["loss"], abs=1e-5)
 
 
-def test_the_passes_go_into_the_checkpoint_and_the_resume_is_exact(options, monkeypatch, tmp_path):
+def test_the_number_of_micro_batches_is_saved_and_the_resume_is_exact(options, monkeypatch, tmp_path):
     limit(monkeypatch, views=4)
     upstep_fast.adapt(**options | {"out": tmp_path / "whole"}, auto_batch=True)
     real, count = UpStep.update_running_stats, iter(range(1, 100))

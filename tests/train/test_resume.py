@@ -121,7 +121,7 @@ FORMS = [
 
 
 @pytest.mark.parametrize("extra", GATES + FORMS, ids=lambda e: "-".join(map(str, e.values())))
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been(options, monkeypatch, tmp_path, extra, record_property):
+def test_a_resumed_run_equals_the_uninterrupted_one(options, monkeypatch, tmp_path, extra, record_property):
     options |= extra
     torch.manual_seed(1)
     upstep_fast.adapt(**{**options, "out": tmp_path / "whole"})
@@ -138,7 +138,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(options, monkeypatch, 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("extra", [{"gate": "ema"}, {"gate": "random", "layout": "asymmetric"}], ids=["ema", "random"])
-def test_an_interrupted_run_on_a_gpu_goes_on_as_if_it_had_not_been(
+def test_a_resumed_run_on_a_gpu_equals_the_uninterrupted_one(
     options, monkeypatch, tmp_path, precision, extra, record_property
 ):
     options |= extra | {"device": "cuda", "precision": precision, "steps": 40}
@@ -299,7 +299,7 @@ def test_other_images_are_refused(options, photos, tmp_path):
         upstep_fast.adapt(**options, resume=True)
 
 
-def test_another_environment_goes_on_and_says_what_is_not_exact(options, tmp_path, monkeypatch, caplog):
+def test_another_environment_resumes_and_logs_what_is_not_exact(options, tmp_path, monkeypatch, caplog):
     interrupted(options, monkeypatch, step=7)
     monkeypatch.setattr(identity, "__version__", "9.9")
     with caplog.at_level("WARNING", logger="upstep_fast"):
@@ -397,7 +397,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_changed(
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="the system has no SIGUSR1")
-def test_sigusr1_saves_and_goes_on(options, monkeypatch, tmp_path):
+def test_sigusr1_saves_and_the_run_continues(options, monkeypatch, tmp_path):
     real, count = UpStep.update_running_stats, iter(range(1, 100))
 
     def remember(self, embedded):
@@ -413,7 +413,7 @@ def test_sigusr1_saves_and_goes_on(options, monkeypatch, tmp_path):
     assert saved == [3, 5, 10, 12]
 
 
-def test_a_run_that_stops_while_gradients_wait_goes_on_exactly(options, monkeypatch, tmp_path, record_property):
+def test_a_run_that_stops_with_accumulated_gradients_resumes_exactly(options, monkeypatch, tmp_path, record_property):
     options |= {"accumulate": 3, "gate": "alternate", "steps": 20}
     upstep_fast.adapt(**{**options, "out": tmp_path / "whole"})
     interrupted(options, monkeypatch, step=9)  # 5 open steps: one update, and two gradients that wait

@@ -28,7 +28,7 @@ def options(options, many):
 
 
 def predictions(monkeypatch, values):
-    """Each look's prediction, in order; afterwards the last one again."""
+    """Set the predicted gain of each validation, in order; the last one repeats."""
     left = list(values)
     monkeypatch.setattr(validator, "predicted_gain", lambda scores: left.pop(0) if len(left) > 1 else left[0])
 
@@ -54,12 +54,12 @@ def test_what_is_held_out_is_a_tenth_that_training_never_sees(many, options):
     assert validator.hold_out(source, other)[1].fingerprint() != held_out.fingerprint()
 
 
-def test_too_few_images_cannot_be_judged(options, photos):
+def test_too_few_images_cannot_be_held_out(options, photos):
     with pytest.raises(DataError, match="24 images are too few to hold some out"):
         upstep_fast.adapt(**options | {"data": photos})
 
 
-def test_the_best_look_becomes_the_adapter(options, monkeypatch, tmp_path):
+def test_the_best_validation_becomes_the_adapter(options, monkeypatch, tmp_path):
     kept = []
     real = validator.Validator.validate
 
@@ -81,7 +81,7 @@ def test_the_best_look_becomes_the_adapter(options, monkeypatch, tmp_path):
     assert not all(torch.equal(saved[f"base_model.model.{n}.lora_B.weight"], b) for n, b in kept[3].items())
 
 
-def test_looks_do_not_change_the_run(options, tmp_path):
+def test_validations_do_not_change_the_run(options, tmp_path):
     results = {}
     for every in (2, 1000):
         out = tmp_path / str(every)
@@ -91,7 +91,7 @@ def test_looks_do_not_change_the_run(options, tmp_path):
     assert all(torch.equal(results[2][name], results[1000][name]) for name in results[2])
 
 
-def test_a_run_that_gets_no_better_stops_early(options, monkeypatch, tmp_path):
+def test_a_run_without_improvement_stops_early(options, monkeypatch, tmp_path):
     predictions(monkeypatch, [5.0, 1.0])
     result = upstep_fast.adapt(**options | {"steps": 40, "judge_patience": 3})
     assert result.steps == 8 and [row["step"] for row in looks(tmp_path / "out")] == [2, 4, 6, 8]
