@@ -8,8 +8,12 @@ import pytest
 from upstep_fast.cli.parse import parse
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.evaluate import EmbedConfig, EvalConfig
-from upstep_fast.config.files import read_toml, to_toml
-from upstep_fast.config.flat import from_flat, paths
+from upstep_fast.config.explora import Dinov2Config, MaeConfig
+from upstep_fast.config.files import read_toml, renamed, to_toml
+from upstep_fast.config.finetune import FinetuneConfig
+from upstep_fast.config.flat import defaults, flat, from_flat, paths, replace_flat
+from upstep_fast.config.plan import PlanConfig
+from upstep_fast.config.resolve import resolve
 from upstep_fast.errors import ConfigError
 
 BASE = dict(model="m", data=("d",), out="o")
@@ -119,3 +123,72 @@ def test_every_field_has_a_line_of_help(capsys):
             flag = "--" + name.replace("_", "-")
             helps = re.findall(rf" {flag}\b(.*?)\((?:default|required)", text)
             assert any(len(words.split()) > 3 for words in helps), flag
+
+
+def test_a_file_may_have_tables_flags_or_both(tmp_path):
+    flat_text = 'model = "m"\ndata = ["d"]\nout = "o"\ngate = "none"\ngate_rate = 0.3\nlora_r = 4\n'
+    tables = '[model]\nname = "m"\n[data]\npaths = ["d"]\n[output]\nout = "o"\n'
+    tables += '[gate]\nrule = "none"\nrate = 0.3\n[lora]\nr = 4\n'
+    both = "gate_rate = 0.3\n" + tables.replace("rate = 0.3\n", "")
+    found = []
+    for text in (flat_text, tables, both):
+        (tmp_path / "c.toml").write_text(text)
+        found.append(parse(AdaptConfig, ["--config", str(tmp_path / "c.toml")], "upstep-fast adapt"))
+    assert found[0] == found[1] == found[2]
+    assert (found[0].gate.rule, found[0].gate.rate, found[0].lora.r) == ("none", 0.3, 4)
+    (tmp_path / "c.toml").write_text("[gate]\nrte = 0.3\n")
+    with pytest.raises(ConfigError, match="unknown key 'rte'"):
+        read_toml(tmp_path / "c.toml", AdaptConfig)
+
+
+def test_old_names_of_flags_are_accepted(tmp_path, capsys):
+    (tmp_path / "c.toml").write_text('model = "m"\ndata = ["d"]\nout = "o"\ngrey = 0.25\n')
+    from_file = parse(AdaptConfig, ["--config", str(tmp_path / "c.toml")], "upstep-fast adapt")
+    from_flag = parse(AdaptConfig, ["--model", "m", "--data", "d", "--out", "o", "--grey", "0.25"], "upstep-fast adapt")
+    assert from_file == from_flag and from_flag.views.gray == 0.25
+    assert capsys.readouterr().err.count("grey is now called gray; the old name still works") == 2
+    assert renamed({"grey": 0.25, "lr": 1.0}) == {"gray": 0.25, "lr": 1.0}
+
+
+@pytest.mark.parametrize(
+    "config_class", [AdaptConfig, Dinov2Config, MaeConfig, FinetuneConfig, EvalConfig, EmbedConfig]
+)
+def test_flat_is_the_inverse_of_from_flat(config_class):
+    given = BASE if "out" in paths(config_class) else {"model": "m", "data": ("d",)}
+    config = from_flat(config_class, **given)
+    assert from_flat(config_class, **flat(config)) == config
+    assert {name: value for name, value in flat(config).items() if name not in given} == {
+        name: value for name, value in defaults(config_class).items() if name not in given
+    }
+    changed = replace_flat(config, seed=7)
+    assert flat(changed) == flat(config) | {"seed": 7} and changed.runtime.seed == 7
+
+
+def test_help_lists_common_options_and_help_all_every_option(capsys):
+    def listed(*args):
+        with pytest.raises(SystemExit) as stop:
+            parse(AdaptConfig, args, "upstep-fast adapt")
+        assert stop.value.code == 0
+        return set(re.findall(r"^\W*--([a-z0-9-]+)", capsys.readouterr().out, re.M))
+
+    common, every = listed("--help"), listed("--help-all")
+    assert 20 <= len(common) <= 32 and common < every and {"model", "data", "out", "gate"} <= common
+    assert {name.replace("_", "-") for name in paths(AdaptConfig)} <= every
+    explora = listed("--help-all", "--method", "explora")
+    assert "unfreeze" in explora and not {"cvr", "queue", "preset"} & explora
+
+
+def test_a_resolved_configuration_has_its_steps_and_names_what_was_reduced():
+    config = from_flat(AdaptConfig, **BASE, batch_size=64, prototypes=300)
+    with pytest.raises(ValueError, match="not resolved"):
+        _ = config.optimization.num_steps
+    resolved = resolve(config, 24)
+    assert resolved.config.optimization.num_steps == 400
+    assert resolved.reduced == {"batch_size": (64, 24), "prototypes": (300, 24)}
+    with pytest.raises(ConfigError, match="do not divide over 3 ranks"):
+        resolve(config, 24, 3)
+
+
+def test_a_size_of_memory_needs_its_unit():
+    with pytest.raises(ConfigError, match=r"^fit: got '24', needs a unit: 24GB$"):
+        from_flat(PlanConfig, model="m", fit="24")
