@@ -1,4 +1,4 @@
-// The Python module upstep_fast._C: how the compiled files were made, and GateFlag.
+// The Python module upstep_fast._C: build information of the compiled files, and GateFlag.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -56,7 +56,7 @@ std::pair<bool, bool> wait(const Flag& flag, int64_t sequence, double timeout) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "How the compiled files were made, and the flag through which a kernel tells the host its decision.";
+  m.doc() = "Build information of the compiled files, and the flag in which a kernel reports its decision to the host.";
   py::dict info;
   info["version"] = UPSTEP_FAST_VERSION;
   info["compiler"] = UPSTEP_FAST_COMPILER;

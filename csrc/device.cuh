@@ -1,4 +1,4 @@
-// What kernels share: loads and stores of several elements, sums in a fixed order. No torch header.
+// Functions that the kernels share: loads and stores of several elements, sums in a fixed order. No torch header.
 #pragma once
 
 #include <cuda_bf16.h>

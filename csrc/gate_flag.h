@@ -1,4 +1,4 @@
-// A word in host memory through which a kernel tells the host one decision a step. No torch, no CUDA, no Python here:
+// A word in host memory, in which a kernel reports one decision a step to the host. No torch, no CUDA, no Python here:
 // the memory is the caller's (pinned where a GPU writes it).
 #pragma once
 

@@ -1,4 +1,4 @@
-// The ops as torch sees them: `upstep_ops::`, on torch's stable ABI. Schemas, checks and the current stream; nothing else.
+// The registered ops `upstep_ops::`, on torch's stable ABI. Schemas, checks and the current stream; nothing else.
 // Callers allocate, so that the memory is theirs to plan; kernels/center_vector.py is the only one meant.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

@@ -1,4 +1,4 @@
-// Random views as plain pointers: what ops.cpp hands to views_cpu.cpp. No torch here. See kernels/views.
+// Random views as plain pointers: the interface of ops.cpp to views_cpu.cpp. No torch here. See kernels/views.
 #pragma once
 
 #include <cstdint>

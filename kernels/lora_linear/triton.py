@@ -232,7 +232,7 @@ def _drop_numbers(dropout: float) -> tuple[int, float]:
 
 @functools.lru_cache
 def _num_programs(device: torch.device) -> int:
-    # in the interpreter: few, so that a program meets more than one block
+    # in the interpreter: few, so that a program takes more than one block
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 

@@ -114,5 +114,5 @@ def _sizes(op: str, x: Tensor, R: int, S: int) -> dict[str, Any]:
 
 @functools.lru_cache
 def _processors(device: torch.device) -> int:
-    """Return the number of a GPU's processors; in the interpreter few, so that a program meets more than one image."""
+    """Return the number of a GPU's processors; in the interpreter few, so that a program takes more than one image."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3

@@ -1,4 +1,4 @@
-"""What tests/kernels/test_aot.py compiles of layer_norm."""
+"""Launches of layer_norm that tests/kernels/test_aot.py compiles."""
 
 from __future__ import annotations
 

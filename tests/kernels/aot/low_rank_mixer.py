@@ -1,4 +1,4 @@
-"""What tests/kernels/test_aot.py compiles of low_rank_mixer."""
+"""Launches of low_rank_mixer that tests/kernels/test_aot.py compiles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests/kernels/test_aot.py compiles of patchify."""
+"""Launches of patchify that tests/kernels/test_aot.py compiles."""
 
 from __future__ import annotations
 
