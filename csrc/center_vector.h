@@ -1,4 +1,4 @@
-// The center vector's two passes as plain pointers: the interface of ops.cpp to the CPU and the CUDA side. No torch here.
+// The center vector's two passes as plain pointers: the interface of ops.cpp to CPU and CUDA. No torch here.
 #pragma once
 
 #include <cstdint>
