@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import platform
 import statistics
 import tarfile
 import time
@@ -38,6 +37,7 @@ from upstep_fast.data.loading.loader import Loader
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.data.views.view_config import ViewConfig
 from upstep_fast.data.views.views import random_views
+from upstep_fast.runtime.machine import processor_name
 
 BATCH, SIZE, FILES = 16, 224, 64
 IMAGES = 4096 if torch.cuda.is_available() else 192  # a round
@@ -205,11 +205,8 @@ def device_card() -> dict[str, str | int]:
     import PIL
     import torchvision
 
-    cpu = next(
-        (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor()
-    )
     return {
-        "cpu": cpu,
+        "cpu": processor_name(),
         "cores": os.cpu_count() or 1,
         "gpu": torch.cuda.get_device_name() if DEVICE == "cuda" else "none",
         "torch": torch.__version__,
@@ -218,11 +215,6 @@ def device_card() -> dict[str, str | int]:
         "pillow": PIL.__version__,
         "load_1min": round(os.getloadavg()[0], 1),
     }
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
 
 
 def _file_size(root: Path) -> str:

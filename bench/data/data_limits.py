@@ -10,12 +10,13 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+
+from upstep_fast.runtime.machine import processor_name
 
 TESTS = (
     "tests/data/test_sources.py::test_a_million_files_list_in_ten_seconds",
@@ -37,9 +38,7 @@ def main() -> int:
             values = {p.get("name", ""): float(p.get("value", "nan")) for p in case.iter("property")}
             failed = case.find("failure") is not None or case.find("error") is not None
             found[case.get("name", "")] = values | {"passed": not failed, "seconds": float(case.get("time", 0))}
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    machine = {"cpu": cpu[0] if cpu else platform.processor(), "cores": os.cpu_count(), "gpu": "none"}
+    machine = {"cpu": processor_name(), "cores": os.cpu_count(), "gpu": "none"}
     command_line = f"python bench/data/data_limits.py {out}"
     record = {"date": str(datetime.date.today()), "command": command_line, "machine": machine, "tests": found}
     out.write_text(json.dumps(record, indent=1) + "\n")

@@ -11,7 +11,6 @@ import argparse
 import ast
 import json
 import os
-import platform
 import shutil
 import sys
 import tempfile
@@ -23,6 +22,7 @@ import torch
 
 import upstep_fast
 from upstep_fast.report.logs import setup_logging
+from upstep_fast.runtime.machine import processor_name
 
 RECIPES: dict[str, dict[str, Any]] = {
     "dinov2": dict(
@@ -96,7 +96,7 @@ def measure(model: str, data: Path, objective: str, seed: int, changed: dict[str
         "adapter_bytes": size,
         "seconds": round(seconds, 1),
         "load": os.getloadavg()[0],
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -66,9 +66,7 @@ def main() -> None:
 
 
 def measure(job: Any, work: Path) -> dict[str, Any]:
-    """Change against the base model's x in points, {"base" | "adapted" | "ensemble": {form: {"knn", "source"}}}, and
-    what they are changes of, "base_knn" and "base_source" in percent.
-    """
+    """Return changes against the base x in points, {kind: {form: {"knn", "source"}}}, and what base x reaches in percent."""
     data = str(study.selection(job.data, work))
     config = from_flat(
         EvalConfig, model=job.model, data=(data,), adapter=str(work / job.key / "adapter"), num_workers=1

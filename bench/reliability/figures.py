@@ -29,6 +29,8 @@ from typing import Any
 
 import torch
 
+from upstep_fast.runtime.machine import processor_name
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 PAGE = RESULTS / "reliability_figures.md"
@@ -180,11 +182,7 @@ def _commit() -> str:
 
 
 def _machine() -> str:
-    info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.exists() else ""
-    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
-    cpu = names[0] if names else platform.machine()
-    return f"{cpu}, {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{processor_name()}, {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
 
 
 def _quoted(part: str) -> str:

@@ -20,6 +20,8 @@ import tarfile
 import time
 from pathlib import Path
 
+from upstep_fast.runtime.machine import processor_name
+
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_SECONDS = 600
 
@@ -65,7 +67,7 @@ def main() -> None:
     done = {
         "command": f"python bench/reliability/newcomer.py {options.folder}",
         "commit": output("git", "rev-parse", "--short", "HEAD", cwd=clone),
-        "machine": {"cpu": processor(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "machine": {"cpu": processor_name(), "cores": os.cpu_count(), "python": platform.python_version()},
         "load_1min": {"before": round(load, 1), "after": round(os.getloadavg()[0], 1)},
         "versions": output(str(clone / "venv/bin/pip"), "list", "--format=freeze", cwd=clone).splitlines(),
         "pictures": images,
@@ -124,11 +126,6 @@ def processor_seconds() -> float:
     """Of all commands so far: on a busy machine what an idle one would need, shared by its cores."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":
