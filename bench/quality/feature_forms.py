@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def measure(job: Any, work: Path) -> dict[str, Any]:
-    """Return changes against the base x in points, {kind: {form: {"knn", "source"}}}, and those of base x in percent."""
+    """Return changes against the base x in points, {kind: {form: {"knn", "source"}}}, and its percentages."""
     data = str(study.selection(job.data, work))
     config = from_flat(
         EvalConfig, model=job.model, data=(data,), adapter=str(work / job.key / "adapter"), num_workers=1
