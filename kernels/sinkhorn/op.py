@@ -120,7 +120,7 @@ def unsupported_numbers(epsilon: float, iterations: int) -> str | None:
 
 
 def sinkhorn(
-    scores: Tensor, epsilon: float, iterations: int, *, all_reduce: Callable[[Tensor, str], None] | None = None
+    scores: Tensor, epsilon: float, iterations: int, *, all_reduce: Callable[[Tensor, str], object] | None = None
 ) -> Tensor:
     """Compute targets Q of samples against centers; every row sums to 1 within 1e-6. No gradient flows to `scores`.
 
