@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -309,7 +310,12 @@ def poison(monkeypatch, what, bad):
         monkeypatch.setattr(UpStep, "loss", loss)
     else:
         real = UpStep.views
-        monkeypatch.setattr(UpStep, "views", lambda *a: real(*a) * (math.nan if next(calls) in bad else 1))
+
+        def views(*args):
+            value = real(*args)
+            return replace(value, pixels=value.pixels * (math.nan if next(calls) in bad else 1))
+
+        monkeypatch.setattr(UpStep, "views", views)
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient", "images"])

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.data.loading.loader import Loader
 from upstep_fast.data.sources.source import Source
+from upstep_fast.data.views.types import Views
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime.device import Compute
 from upstep_fast.runtime.machine import default_workers
@@ -39,7 +39,7 @@ def make_loader(config: AdaptConfig, source: Source, state: RunState, compute: C
     )
 
 
-def initial_views(config: AdaptConfig, source: Source, state: RunState, compute: Compute) -> Iterator[Any]:
+def initial_views(config: AdaptConfig, source: Source, state: RunState, compute: Compute) -> Iterator[Views]:
     """Yield the views of the first batches, for `Method.initialize_from_data`."""
     num_images = min(len(source), max(INITIAL_IMAGES, config.experimental.queue))
     with make_loader(config, source, state, compute) as loader:

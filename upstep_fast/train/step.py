@@ -219,7 +219,7 @@ def _embed(
     method: Method,
     views: Views,
     config: AdaptConfig,
-    embed: Callable[[Any], Embeddings],
+    embed: Callable[[Views], Embeddings],
     decide: Callable[[Embeddings], bool],
     step: int,
     *,
