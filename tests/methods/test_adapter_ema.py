@@ -1,4 +1,4 @@
-"""The mean of the adapters that is written in place of the last one: --adapter-ema."""
+"""The moving average of the adapters that is saved in place of the last one (--adapter-ema)."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def states(monkeypatch):
 
 
 @pytest.mark.parametrize("beta", [0.5, 0.99, 0.9999])
-def test_the_mean_is_the_weighted_sum_of_all_updates(beta):
+def test_average_is_the_weighted_mean_of_all_updates(beta):
     p = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))]
     average = Average(p, beta)
     seen = torch.randn(50, 10, generator=torch.Generator().manual_seed(0))
@@ -55,7 +55,7 @@ def test_the_mean_is_the_weighted_sum_of_all_updates(beta):
     assert torch.equal(torch.cat([p[0].flatten(), p[1]]), seen[-1])
 
 
-def test_the_adapter_folder_holds_the_mean_over_the_open_steps(options, monkeypatch):
+def test_adapter_folder_holds_the_average_over_update_steps(options, monkeypatch):
     found = states(monkeypatch)
     adapter = upstep_fast.adapt(**options, adapter_ema=0.8, gate="alternate").adapter
     assert len(found) == 3  # of six steps
@@ -70,7 +70,7 @@ def test_the_adapter_folder_holds_the_mean_over_the_open_steps(options, monkeypa
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
 
 
-def test_the_run_itself_does_not_change(options, tmp_path):
+def test_training_does_not_depend_on_the_average(options, tmp_path):
     tensors = []
     for name, beta in (("with", 0.9), ("without", 0.0)):
         upstep_fast.adapt(**options | {"out": tmp_path / name, "adapter_ema": beta})
@@ -79,7 +79,7 @@ def test_the_run_itself_does_not_change(options, tmp_path):
     assert all(torch.equal(tensors[0][name], value) for name, value in tensors[1].items())
 
 
-def test_a_step_that_is_not_applied_does_not_count(options, monkeypatch, tmp_path):
+def test_steps_that_are_not_applied_do_not_count(options, monkeypatch, tmp_path):
     real, calls = ExtendedUpStep.loss, iter(range(100))
     monkeypatch.setattr(ExtendedUpStep, "loss", lambda *a: real(*a) * (float("nan") if next(calls) == 2 else 1))
     upstep_fast.adapt(**options, adapter_ema=0.9, gate="none")
@@ -87,7 +87,7 @@ def test_a_step_that_is_not_applied_does_not_count(options, monkeypatch, tmp_pat
     assert state["method.average.updates"].item() == 5
 
 
-def test_the_validator_judges_what_is_written(options, tmp_path, monkeypatch, photos):
+def test_validator_evaluates_the_saved_weights(options, tmp_path, monkeypatch, photos):
     held_out = open_source(photos)
     config = from_flat(AdaptConfig, **{**options, "data": ("",), "out": "", "adapter_ema": 0.9})
     compute = resolve("cpu", "fp32")
@@ -112,14 +112,14 @@ def test_the_validator_judges_what_is_written(options, tmp_path, monkeypatch, ph
     assert not torch.allclose(looked[0], last, rtol=1e-2)
 
 
-def test_explora_is_judged_by_the_teacher_that_it_writes(options):
+def test_explora_dinov2_saves_the_teacher(options):
     config = from_flat(Dinov2Config, **{**options, "data": ("",), "out": "", "prototypes": 16, "memory": "fast"})
     method = fresh_state(config, resolve("cpu", "fp32"), backbone.load(options["model"])).method
     with method.weights_to_save() as vit:
         assert vit is method.teacher
 
 
-def test_wrong_values_are_one_line(options):
+def test_wrong_values_raise_one_line(options):
     for value in (-0.1, 1.0):
         with pytest.raises(ConfigError, match=f"adapter_ema: got {value}, must be at least 0 and below 1"):
             upstep_fast.adapt(**options | {"adapter_ema": value})

@@ -1,4 +1,4 @@
-"""The objective against hand computation, float64 and the identities of METHODS 1.2."""
+"""Clustering losses and penalties against hand computation, float64 and the identities of METHODS 1.2."""
 
 import math
 
@@ -56,7 +56,7 @@ def test_gradient_by_hand():
 
 
 @pytest.mark.parametrize("epsilon", [0.05, 0.03, 0.01])
-def test_whole_objective_and_its_gradient_against_float64(epsilon):
+def test_full_objective_and_its_gradient_against_float64(epsilon):
     u = torch.randn(2, 24, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     prototypes = unit(12, 16)
     u64 = u.clone().requires_grad_()
@@ -92,14 +92,14 @@ def test_one_sided_loss_is_half_of_the_swapped_one():
     torch.testing.assert_close(clustering.swapped_loss(scores, targets, 0.1), sum(halves) / 2)
 
 
-def test_views_apart_and_the_mean_magnitude():
+def test_distance_of_views_and_the_mean_magnitude():
     # METHODS 1.2: E |z1 - z2|^2 = 4 (1 - E |(z1 + z2) / 2|^2) for unit vectors
     z1, z2 = unit(500, 12), unit(500, 12, seed=1)
     apart = (z1 - z2).square().sum(-1).mean()
     torch.testing.assert_close(apart, 4 * (1 - ((z1 + z2) / 2).square().sum(-1).mean()))
 
 
-def test_centre_and_spread_share_the_mean_magnitude():
+def test_center_and_spread_share_the_mean_magnitude():
     # METHODS 1.2: E |z|^2 = |s|^2 + trace of the covariance
     z = (unit(500, 12) + unit(500, 12, seed=1) + 1) / 2
     s = z.mean(0)
@@ -114,11 +114,11 @@ def test_gradient_of_the_penalty_is_the_same_for_every_embedding():
     torch.testing.assert_close(z.grad, (2 / 14 * s.detach()).expand(2, 7, 5))
 
 
-def penalty(form, centre, running=None, base=None, magnitude=0.2):
-    zero = torch.zeros_like(centre)
+def penalty(form, center, running=None, base=None, magnitude=0.2):
+    zero = torch.zeros_like(center)
     return clustering.cvr_penalty(
         form,
-        centre,
+        center,
         running_center=zero if running is None else running,
         base_center=zero if base is None else base,
         running_magnitude=torch.tensor(magnitude),
@@ -136,10 +136,10 @@ def test_every_penalty_by_its_formula():
     assert penalty("ema", s, running=running) == pytest.approx((0.09 + 0.03) ** 2 + (-0.09 + 0.04) ** 2)
 
 
-def test_random_prototypes_are_unit_and_centred():
+def test_random_prototypes_are_unit_and_centered():
     c = clustering.random_prototypes(300, 128, torch.Generator().manual_seed(0))
     torch.testing.assert_close(c.norm(dim=-1), torch.ones(300))
-    assert c.mean(0).norm() < 1e-4  # uncentred ones have about 1 / sqrt(300) = 0.06
+    assert c.mean(0).norm() < 1e-4  # uncentered ones have about 1 / sqrt(300) = 0.06
     again = clustering.random_prototypes(300, 128, torch.Generator().manual_seed(0))
     assert torch.equal(c, again)
 
@@ -152,11 +152,11 @@ def test_orthogonal_prototypes():
     torch.testing.assert_close(more.norm(dim=-1), torch.ones(50))
 
 
-def test_kmeans_prototypes_find_the_clusters():
-    centres = torch.eye(6)
+def test_spherical_kmeans_finds_the_clusters():
+    centers = torch.eye(6)
     z = F.normalize(
-        centres.repeat(50, 1) + 0.05 * torch.randn(300, 6, generator=torch.Generator().manual_seed(0)), dim=-1
+        centers.repeat(50, 1) + 0.05 * torch.randn(300, 6, generator=torch.Generator().manual_seed(0)), dim=-1
     )
     c = clustering.spherical_kmeans(z, 12, torch.Generator().manual_seed(0))
-    assert ((c @ centres.T).max(0).values > 0.98).all()
+    assert ((c @ centers.T).max(0).values > 0.98).all()
     torch.testing.assert_close(c.norm(dim=-1), torch.ones(12))

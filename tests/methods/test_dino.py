@@ -38,7 +38,7 @@ def test_the_class_token_loss_is_the_mean_over_pairs_of_different_views(draw, nu
     assert found.item() == pytest.approx(np.mean(terms), rel=1e-6)
 
 
-def test_the_class_token_loss_weighs_crops_as_dinov2_does(draw):
+def test_class_token_loss_weights_crops_as_dinov2_does(draw):
     # DINOv2: the local terms' sum and twice the mean of the two global ones, each over (2 n_local + 2) pairs
     student, targets = draw(10, 4, 5).double(), draw(2, 4, 5).softmax(-1).double()
 
@@ -64,7 +64,7 @@ def test_the_patch_loss_is_a_mean_over_images_of_means_over_their_masked_patches
     assert none.item() == 0
 
 
-def test_koleo_is_the_log_distance_to_the_nearest_neighbour(draw):
+def test_koleo_is_the_log_distance_to_the_nearest_neighbor(draw):
     x = draw(6, 4)
     unit = x.double().numpy()
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
@@ -74,20 +74,20 @@ def test_koleo_is_the_log_distance_to_the_nearest_neighbour(draw):
     assert dino.koleo(together) > dino.koleo(x) + 3
 
 
-def test_koleo_pushes_neighbours_apart(draw):
+def test_koleo_pushes_neighbors_apart(draw):
     x = draw(8, 3).requires_grad_()
     before = dino.koleo(x)
     before.backward()
     assert dino.koleo(x.detach() - 1e-3 * x.grad) < before
 
 
-def test_targets_by_softmax(draw):
-    scores, centre = draw(5, 7), draw(7)
-    expected = softmax((scores.double().numpy() - centre.double().numpy()) / 0.04)
-    assert np.allclose(dino.softmax_targets(scores, centre, 0.04).numpy(), expected, atol=1e-6)
+def test_softmax_targets(draw):
+    scores, center = draw(5, 7), draw(7)
+    expected = softmax((scores.double().numpy() - center.double().numpy()) / 0.04)
+    assert np.allclose(dino.softmax_targets(scores, center, 0.04).numpy(), expected, atol=1e-6)
 
 
-def test_the_kernels_sinkhorn_is_dinov2s(draw):
+def test_sinkhorn_kernel_equals_dinov2s(draw):
     """As written there: Q = exp(s / tau)^T over its sum; 3 x (rows over their sums and K, columns over theirs, B)."""
     scores, temperature = (draw(12, 9) / 4).double(), 0.07
     Q = (scores / temperature).exp().T
@@ -100,7 +100,7 @@ def test_the_kernels_sinkhorn_is_dinov2s(draw):
     assert torch.allclose(sinkhorn(scores.float(), temperature, 3).double(), (Q * 12).T, atol=1e-5)
 
 
-def test_entropy_as_a_part_of_the_largest():
+def test_entropy_is_a_fraction_of_the_largest():
     assert dino.entropy(torch.full((3, 8), 1 / 8)).item() == pytest.approx(1)
     assert dino.entropy(torch.eye(4)).item() == 0
     p = torch.tensor([[0.5, 0.25, 0.25]])

@@ -1,4 +1,4 @@
-"""Distances from the base model, and sharpened targets, against float64 and closed forms."""
+"""Distillation from the base model, and sharpened targets, against float64 and closed forms."""
 
 import json
 import math
@@ -20,7 +20,7 @@ def draw(num, width, seed):
     return torch.randn(num, width, generator=torch.Generator().manual_seed(seed))
 
 
-def test_the_base_itself_costs_nothing_and_off_costs_nothing():
+def test_penalty_is_zero_for_the_base_model_and_when_off():
     f = draw(6, 5, 0)
     for form in ("feature", "relational"):
         assert distillation_loss(form, 3 * f, f, 0.1).item() == pytest.approx(0, abs=1e-6)
@@ -33,7 +33,7 @@ def test_feature_distance_of_orthogonal_and_opposite_features():
     assert distillation_loss("feature", f, -f, 0.1).item() == pytest.approx(2)
 
 
-def test_relations_do_not_see_a_rotation():
+def test_relational_penalty_is_invariant_to_rotation():
     f = draw(7, 5, 0)
     turned = f @ torch.linalg.qr(draw(5, 5, 1))[0]
     assert distillation_loss("relational", turned, f, 0.1).item() == pytest.approx(0, abs=1e-5)
@@ -54,7 +54,7 @@ def test_relational_distance_is_the_kl_divergence(temperature):
 
 
 @pytest.mark.parametrize("form", ["feature", "relational"])
-def test_only_the_adapted_side_learns_and_going_down_brings_it_back(form):
+def test_gradient_is_of_the_adapted_features_only_and_descends(form):
     g = draw(8, 5, 1).requires_grad_()
     f = (g.detach() + 0.5 * draw(8, 5, 2)).requires_grad_()
     before = distillation_loss(form, f, g, 0.2)
@@ -78,7 +78,7 @@ def options(options):
 
 
 @pytest.mark.parametrize("form", ["feature", "relational"])
-def test_the_loss_compares_with_the_base_model_on_the_same_views(options, form):
+def test_loss_contains_the_distance_from_the_base_model(options, form):
     config = from_flat(AdaptConfig, **{**options, "data": ("",), "out": ""}, distil=form, distil_weight=0.7)
     method = build(backbone.load(options["model"]), config)
     method.accelerate(torch.float32)
@@ -101,7 +101,7 @@ def test_the_loss_compares_with_the_base_model_on_the_same_views(options, form):
     assert all(g.isfinite().all() for g in again_gradient)
 
 
-def test_disabled_adapters_are_the_base_model_and_come_back(model):
+def test_disabled_adapters_give_the_base_model_temporarily(model):
     vit = backbone.load(model).vit
     x = torch.randn(2, 3, 32, 32)
     base = pooling.features(vit, x)
@@ -114,7 +114,7 @@ def test_disabled_adapters_are_the_base_model_and_come_back(model):
     assert torch.equal(pooling.features(vit, x), adapted) and not torch.equal(adapted, base)
 
 
-def test_a_heavy_penalty_keeps_the_features_near_the_base(options, tmp_path):
+def test_large_penalty_keeps_features_near_the_base_model(options, tmp_path):
     distances = {}
     base = backbone.load(options["model"]).vit
     x = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(2))
@@ -126,7 +126,7 @@ def test_a_heavy_penalty_keeps_the_features_near_the_base(options, tmp_path):
     assert distances["near"] < distances["plain"] / 2
 
 
-def test_half_of_the_images_learn(options, tmp_path):
+def test_gate_by_image_trains_half_of_the_images(options, tmp_path):
     image = dict(gate_unit="image", layout="asymmetric", gate="quantile", gate_rate=0.5)
     result = upstep_fast.adapt(**options | image)
     written = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Unit embeddings and their center, and what several ranks make of theirs."""
+"""Unit embeddings and their center vector, on one rank and on several."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from upstep_fast.methods.embeddings import unit_embeddings
 @pytest.mark.parametrize("implementation", [None, "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("views", [1, 2])
-def test_values_and_gradients_are_the_formulas(views, dtype, implementation):
+def test_values_and_gradients_against_the_formulas(views, dtype, implementation):
     u = (3 * torch.randn(views, 7, 12)).to(dtype).requires_grad_()
     weights = torch.randn(views, 7, 12)
     with dispatch.forced(implementation):
@@ -33,7 +33,7 @@ def test_values_and_gradients_are_the_formulas(views, dtype, implementation):
     torch.testing.assert_close(u.grad, wide.grad.to(dtype))
 
 
-def test_the_centre_of_two_ranks_is_that_of_all_images():
+def test_center_of_two_ranks_is_that_of_all_images():
     u = torch.randn(2, 8, 5)
     parts = [unit_embeddings(part) for part in u.chunk(2, dim=1)]
     whole, stats = unit_embeddings(u), sum(part.local_stats for part in parts)

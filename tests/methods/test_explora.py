@@ -1,4 +1,4 @@
-"""ExPLoRA: what trains, the published counts, what is saved and read, teacher, masks, both objectives, bad input."""
+"""ExPLoRA: trained parameters, published counts, adapter files, teacher, masks, both objectives, bad input."""
 
 import copy
 import json
@@ -112,7 +112,7 @@ def test_the_published_number_of_the_fine_tuning_after_it():
         ({"train_positions": True}, {"pos_embed"}),
     ],
 )
-def test_what_trains_in_the_backbone(options, extra, also):
+def test_trained_parameters_of_the_backbone(options, extra, also):
     config = config_of(options, unfreeze="first", **extra)
     method = ExploraDinov2(backbone.load(config.model.name), config)
     found = set(trainable.trained(method.vit))
@@ -128,14 +128,14 @@ def test_what_trains_in_the_backbone(options, extra, also):
 @pytest.mark.parametrize(
     ("text", "blocks"), [("last", (11,)), ("first,last", (0, 11)), ("3, 0", (0, 3)), ("11,last", (11,))]
 )
-def test_names_of_blocks(text, blocks):
+def test_block_names(text, blocks):
     assert explora.unfrozen_blocks(text, 12) == blocks
 
 
 @pytest.mark.parametrize(
     ("alpha", "given", "scale"), [("faithful", None, 1 / 64), ("customary", None, 1.0), ("faithful", 32.0, 0.5)]
 )
-def test_the_presets_of_alpha(options, alpha, given, scale):
+def test_presets_of_alpha(options, alpha, given, scale):
     config = config_of(options | {"lora_r": 64}, alpha=alpha, lora_alpha=given)
     spec = explora.lora_spec(config)
     assert spec.alpha / spec.r == scale
@@ -153,7 +153,7 @@ def test_the_presets_of_alpha(options, alpha, given, scale):
         "vit_base_patch16_siglip_224",
     ],
 )
-def test_tokens_are_those_of_timm(arch):
+def test_tokens_equal_timms(arch):
     torch.manual_seed(0)
     patch = 14 if "14" in arch else 16
     vit = timm.create_model(arch, img_size=4 * patch, depth=2, embed_dim=48, num_heads=3).eval()
@@ -164,7 +164,7 @@ def test_tokens_are_those_of_timm(arch):
         assert torch.allclose(pooling.pooled(vit, ours), pooling.features(vit, x), atol=1e-5)
 
 
-def test_another_size_is_what_timm_makes_of_it():
+def test_other_input_sizes_equal_timms_dynamic_img_size():
     torch.manual_seed(0)
     args = dict(patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0)
     vit = timm.create_model("vit_tiny_patch16_224", img_size=32, **args).eval()
@@ -204,7 +204,7 @@ def test_the_engine_and_the_plain_model_agree(options, extra):
         assert torch.allclose(found["auto", "grad"][name], gradient, atol=1e-4 * gradient.abs().max() + 1e-7), name
 
 
-def test_masks_are_rectangles_of_the_wanted_share_and_depend_on_names_alone(options):
+def test_masks_are_rectangles_of_the_expected_share_and_depend_on_keys_alone(options):
     _, state = state_of(options)
     shares = []
     for seed in range(300):
@@ -224,7 +224,7 @@ def test_masks_are_rectangles_of_the_wanted_share_and_depend_on_names_alone(opti
     assert 0.4 < np.mean([mask.any() for mask in masks]) < 0.6
 
 
-def test_masked_patches_are_not_seen(options):
+def test_student_does_not_see_masked_patches(options):
     """Two crops that differ in masked patches alone give the student the same."""
     _, state = state_of(options, local_views=0)
     crops = state.method.views(a_batch(), CPU.device)
@@ -239,7 +239,7 @@ def test_masked_patches_are_not_seen(options):
         assert not torch.equal(state.method.embed(seen).extras.features, after.extras.features)
 
 
-def test_the_mae_encoder_sees_the_shown_patches_alone(options):
+def test_mae_encoder_sees_visible_patches_only(options):
     _, state = state_of(options, "mae")
     views = state.method.views(a_batch(), CPU.device)
     with torch.no_grad():
@@ -305,7 +305,7 @@ def test_an_average_of_products_is_not_the_product_of_averages(options):
     assert f"teacher.{name}.weight" in method.state_tensors()
 
 
-def test_centres_follow_the_teachers_mean_scores(options):
+def test_centers_follow_the_teachers_mean_scores(options):
     _, state = state_of(options, centring="softmax", mask_probability=1.0)
     method = state.method
     crops = method.views(a_batch(), CPU.device)
@@ -341,7 +341,7 @@ def test_schedules_of_a_run(options):
     assert momentum[0] == pytest.approx(0.9) and momentum[-1] == 1 and list(momentum) == sorted(momentum)
 
 
-def test_what_weight_decay_leaves_alone(options):
+def test_parameters_without_weight_decay(options):
     _, state = state_of(options)
     decayed, plain, last = (group["params"] for group in state.optimizer.param_groups)
     names = {id(p): name for name, p in state.method.named_parameters()}
@@ -375,12 +375,12 @@ def test_a_resumed_run_equals_the_uninterrupted_one(options, monkeypatch, tmp_pa
     with monkeypatch.context() as patch:
         real, count = method.update_running_stats, iter(range(100))
 
-        def remember(self, embedded):
+        def update_running_stats(self, embedded):
             if next(count) == 3:
                 signal.raise_signal(signal.SIGTERM)
             real(self, embedded)
 
-        patch.setattr(method, "update_running_stats", remember)
+        patch.setattr(method, "update_running_stats", update_running_stats)
         with pytest.raises(Interrupted, match=r"after 4 of 6 steps"):
             upstep_fast.adapt(**options)
     upstep_fast.adapt(**options, resume=True)
@@ -418,8 +418,8 @@ def test_a_short_run_lowers_its_own_loss(options, objective, tmp_path):
 @pytest.mark.parametrize(
     "extra", [DINO | {"koleo_weight": 0.0}, DINO | {"koleo_weight": 0.0, "centring": "softmax"}, MAE]
 )
-def test_two_processes_are_one_run(options, tmp_path, extra):
-    """KoLeo apart: as in DINOv2, neighbours are looked for among a process's own images."""
+def test_two_processes_equal_one(options, tmp_path, extra):
+    """KoLeo apart: as in DINOv2, neighbors are looked for among a process's own images."""
     objective = "mae" if extra is MAE else "dinov2"
     named = options | extra | {"objective": objective, "steps": 4}
     flags = [part for name, value in named.items() for part in (f"--{name.replace('_', '-')}", str(value))]
@@ -507,7 +507,7 @@ def test_the_adapter_folder_is_read_by_peft(finished):
     assert (expected - base).abs().max() > 1e-2
 
 
-def test_the_folder_names_what_it_holds(finished):
+def test_adapter_config_names_its_modules(finished):
     _, out = finished
     config = json.loads((out / "adapter" / peft_format.CONFIG).read_text())
     assert config["target_modules"] == ["blocks.1.attn.qkv"]
@@ -546,7 +546,7 @@ def test_an_adapter_of_another_model_is_refused_before_anything_is_changed(finis
     assert all(torch.equal(before[name], value) for name, value in vit.state_dict().items())
 
 
-def test_a_pretrained_decoder_gets_lora_and_norms_alone(options, tmp_path):
+def test_pretrained_decoder_trains_lora_and_norms_only(options, tmp_path):
     config = config_of(options, "mae")
     fresh = Decoder(48, (4, 4), 1, 192, config)
     state = fresh.state_dict()
@@ -577,7 +577,7 @@ def test_a_pretrained_decoder_gets_lora_and_norms_alone(options, tmp_path):
 # configuration and bad input
 
 
-def test_a_method_has_defaults_and_flags_of_its_own(tmp_path):
+def test_each_method_has_its_own_defaults_and_flags(tmp_path):
     flags = ["--model", "m", "--data", "d", "--out", "o"]
     found = parse(AdaptConfig, [*flags, "--method", "explora", "--unfreeze", "first,last"], "adapt")
     assert isinstance(found, Dinov2Config) and (found.lora.r, found.lora.targets, found.gate.rule) == (
@@ -596,14 +596,14 @@ def test_a_method_has_defaults_and_flags_of_its_own(tmp_path):
         read_toml(tmp_path / "u.toml", AdaptConfig)
 
 
-def test_fresh_parts_are_named(options, caplog):
+def test_untrained_parts_are_logged(options, caplog):
     with caplog.at_level("WARNING", logger="upstep_fast"):
         upstep_fast.adapt(**options | MAE | {"objective": "mae", "steps": 2})
     assert "has no MAE decoder; a fresh one of 1 blocks" in caplog.text
 
 
 @pytest.mark.parametrize("objective", ["dinov2", "mae"])
-def test_its_memory_is_counted_before_the_run(options, caplog, objective):
+def test_memory_is_counted_before_the_run(options, caplog, objective):
     with caplog.at_level("INFO", logger="upstep_fast"):
         upstep_fast.adapt(**options | SMALL[objective] | {"objective": objective, "steps": 1})
     assert "memory: level fast" in caplog.text and "not checked" not in caplog.text
@@ -627,14 +627,14 @@ def test_its_memory_is_counted_before_the_run(options, caplog, objective):
         ({"auto_batch": True}, "auto_batch: --method explora cannot"),
     ],
 )
-def test_bad_input_is_refused_in_one_line(options, extra, named):
+def test_bad_input_raises_one_line(options, extra, named):
     objective = extra.get("objective", "dinov2")
     with pytest.raises(ConfigError, match=named) as error:
         upstep_fast.adapt(**options | SMALL[objective] | extra)
     assert "\n" not in str(error.value) and error.value.exit_code == 2
 
 
-def test_a_model_that_the_forward_pass_does_not_know_is_refused(options):
+def test_unsupported_model_raises(options):
     eva = timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=1, embed_dim=48, num_heads=3)
     config = config_of(options)
     with pytest.raises(ConfigError, match=r"method: explora runs timm's VisionTransformer; .* is a Eva"):

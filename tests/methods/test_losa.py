@@ -1,4 +1,4 @@
-"""LoSA: the side network against plain float64, what it keeps, what it touches, how it starts, other sizes."""
+"""LoSA: the side network against plain float64, saved memory, gradients, initialization, other input sizes."""
 
 import copy
 
@@ -57,7 +57,7 @@ def by_reference(side, taps):
 
 @pytest.mark.parametrize("frames", [1, 3])
 @pytest.mark.parametrize("spec", FORMS)
-def test_the_function_is_the_formula_and_so_is_its_gradient(spec, frames):
+def test_forward_and_gradient_against_the_formula(spec, frames):
     side = side_network(spec, frames)
     torch.manual_seed(1)
     taps = torch.randn(len(side.taps), 2 * frames, 5, 8, dtype=torch.float64)
@@ -86,7 +86,7 @@ def kept_bytes(run):
 
 
 @pytest.mark.parametrize("spec", FORMS)
-def test_it_keeps_two_bytes_a_value_and_the_low_ranks(spec):
+def test_saved_tensors_are_16_bit_inputs_and_low_rank_values(spec):
     side = side_network(spec, dtype=torch.float32, tokens=17, width=64)
     taps = torch.randn(len(side.taps), 4, 17, 64, dtype=torch.bfloat16)
     kept, _ = kept_bytes(lambda: side(taps))
@@ -122,7 +122,7 @@ def test_the_backbone_gets_no_gradient_and_is_not_changed(tiny, dtype):
     assert all(torch.equal(value, before[name]) for name, value in net.vit.state_dict().items())
 
 
-def test_a_step_keeps_nothing_of_the_backbone(tiny):
+def test_no_activation_of_the_backbone_is_saved(tiny):
     net = Losa(tiny, LosaSpec(rank=2, token_rank=2), classes=4).train()
     net.accelerate(torch.bfloat16)
     kept, _ = kept_bytes(lambda: net(images(8)))
@@ -132,7 +132,7 @@ def test_a_step_keeps_nothing_of_the_backbone(tiny):
     assert kept <= 8 * tokens * per_token * blocks + tail
 
 
-def test_it_keeps_a_fraction_of_what_lora_keeps(model):
+def test_saved_memory_is_a_fraction_of_loras(model):
     def of(net):
         net.train().accelerate(torch.bfloat16)
         return kept_bytes(lambda: net(images(8)))[0]
@@ -143,7 +143,7 @@ def test_it_keeps_a_fraction_of_what_lora_keeps(model):
 
 
 @pytest.mark.parametrize("spec", FORMS)
-def test_it_starts_as_the_backbone(tiny, spec):
+def test_initial_output_is_the_backbones(tiny, spec):
     net = Losa(tiny, spec, classes=4)
     x = images()
     want = net.head(pooling.features(tiny.vit, x))
@@ -153,7 +153,7 @@ def test_it_starts_as_the_backbone(tiny, spec):
 
 
 @pytest.mark.parametrize("token_rank", [0, 2])
-def test_tokens_meet_in_the_token_mixers_alone(token_rank):
+def test_tokens_interact_in_token_mixers_only(token_rank):
     side = side_network(LosaSpec(rank=3, token_rank=token_rank))
     taps = torch.randn(4, 2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     changed = taps.clone()
@@ -164,7 +164,7 @@ def test_tokens_meet_in_the_token_mixers_alone(token_rank):
     assert (others > 1e-6).all() if token_rank else (others == 0).all()
 
 
-def test_frames_meet_in_the_time_mixers_alone():
+def test_frames_interact_in_time_mixers_only():
     spec = LosaSpec(rank=3, token_rank=2)
     side = side_network(spec, frames=3)
     taps = torch.randn(4, 6, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -196,7 +196,7 @@ def test_parameters_of_vit_b(rank, millions):
     assert biases == 12 * (2 * rank + 768 + 197)
 
 
-def test_stored_activations_give_the_same_as_images(tiny):
+def test_stored_activations_give_the_output_of_images(tiny):
     net = Losa(tiny, LosaSpec(rank=2, token_rank=2, every=2), classes=4)
     net.accelerate(torch.float32)
     randomise(net.side)
@@ -220,7 +220,7 @@ def test_clips_are_frames_of_a_batch(tiny):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_engine_and_plain_model_stream_the_same(tiny, dtype):
+def test_engine_and_plain_model_stream_equal_activations(tiny, dtype):
     x, found = images(), {"engine": [], "plain": []}
     with torch.no_grad():
         make_stream(tiny.vit, dtype)(x, lambda i, b: found["engine"].append((i, b)))
@@ -249,7 +249,7 @@ def test_frozen_weights_in_fp8(tiny):
 @pytest.mark.parametrize(
     ("arch", "runs"), [("vit_small_patch16_rope_mixed_224", False), ("vit_small_patch16_dinov3", True)]
 )
-def test_rotary_models_learn_on_the_engine_or_beside_it(arch, runs, caplog):
+def test_rotary_models_train_with_and_without_the_engine(arch, runs, caplog):
     vit = timm.create_model(arch, img_size=32, embed_dim=48, depth=2, num_heads=3, num_classes=0)
     vit.eval().requires_grad_(False)
     assert (engine.unsupported_reason(vit) is None) is runs
@@ -265,7 +265,7 @@ def test_rotary_models_learn_on_the_engine_or_beside_it(arch, runs, caplog):
     assert all(p.grad is not None for p in net.side.parameters())
 
 
-def test_another_grid_is_interpolated_and_said(caplog):
+def test_another_grid_is_interpolated_and_logged(caplog):
     side = side_network(LosaSpec(rank=3, token_rank=2), dtype=torch.float32, tokens=17, depth=1)
     torch.manual_seed(1)
     own, patch = torch.randn(8), torch.randn(8)
@@ -304,7 +304,7 @@ def test_a_short_run_learns(tiny):
 @pytest.mark.gpu
 @pytest.mark.parametrize("frames", [1, 3])
 @pytest.mark.parametrize("spec", FORMS)
-def test_on_a_gpu_in_bf16_it_is_the_formula_up_to_rounding(spec, frames):
+def test_bf16_on_a_gpu_against_the_formula(spec, frames):
     side = SideNetwork(spec, depth=4, width=192, tokens=65, frames=frames)
     randomise(side)
     taps = torch.randn(len(side.taps), 2 * frames, 65, 192, generator=torch.Generator().manual_seed(1))

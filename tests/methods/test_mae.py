@@ -34,13 +34,13 @@ def test_the_loss_by_hand():
     assert len(total) == 4 and found.item() == pytest.approx(np.mean(total), rel=1e-6)
 
 
-def test_targets_without_normalisation_are_the_pixels():
+def test_targets_without_normalization_are_the_pixels():
     x = images(1, 1, 4, 4)
     assert torch.equal(mae.pixel_targets(x, (2, 2), normalize=False), mae.patchify(x, (2, 2)))
 
 
 @pytest.mark.parametrize(("patches", "hidden", "shown"), [(196, 0.75, 49), (64, 0.75, 16), (4, 0.9, 1), (4, 0.99, 1)])
-def test_the_smallest_noise_is_shown(patches, hidden, shown):
+def test_patches_with_the_smallest_noise_are_visible(patches, hidden, shown):
     noise = torch.rand(3, patches, generator=torch.Generator().manual_seed(1))
     keep, mask = mae.split(noise, hidden)
     assert keep.shape == (3, shown) and mask.sum(1).tolist() == [patches - shown] * 3
@@ -49,7 +49,7 @@ def test_the_smallest_noise_is_shown(patches, hidden, shown):
         assert noise[row, keep[row]].max() <= noise[row, mask[row]].min()
 
 
-def test_decoder_positions_tell_rows_and_columns_apart():
+def test_decoder_positions_encode_rows_and_columns():
     table = sincos_positions((3, 5), 16, 1)[0]
     assert table.shape == (16, 16) and not table[0].any()
     patches = table[1:].view(3, 5, 16)

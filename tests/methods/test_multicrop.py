@@ -1,4 +1,4 @@
-"""Local views: what they learn, when they run, and models of other input sizes than their own."""
+"""Local views: loss, gradients, skipped steps, and input sizes other than the model's own."""
 
 import json
 
@@ -43,7 +43,7 @@ def cross_entropy(q, z, method):
     return -(q * log_p).sum(-1).mean()
 
 
-def test_views_are_global_and_local_crops_that_draw_numbers_of_their_own(options):
+def test_global_and_local_crops_draw_different_random_numbers(options):
     method, views, images = build(options)
     assert views.pixels.shape == (2, 6, 3, 32, 32) and views.local.shape == (3, 6, 3, 16, 16)
     expected = multi_crop(images, method.view_configs, seed=0, epoch=0, indices=range(6))
@@ -75,7 +75,7 @@ def scores(method, z):
     return torch.stack(z).detach() @ F.normalize(method.prototypes, dim=-1).T
 
 
-def test_the_engine_learns_what_the_plain_model_learns(options):
+def test_engine_has_the_plain_models_gradients(options):
     gradients = []
     for is_fast in (False, True):
         method, views, _ = build(options)
@@ -93,7 +93,7 @@ def test_the_engine_learns_what_the_plain_model_learns(options):
         torch.testing.assert_close(fast, again, rtol=1e-3, atol=1e-5)
 
 
-def test_a_model_of_any_size_is_timms(model):
+def test_any_input_size_equals_timms_dynamic_img_size(model):
     x, small = torch.randn(2, 3, 32, 32), torch.randn(2, 3, 16, 24)
     own, dynamic = timm.create_model(model, pretrained=True), timm.create_model(model, True, dynamic_img_size=True)
     before = own.eval().forward_features(x)
@@ -104,7 +104,7 @@ def test_a_model_of_any_size_is_timms(model):
         allow_any_size(torch.nn.Linear(1, 1), "m")
 
 
-def test_closed_steps_do_not_run_them(options, monkeypatch):
+def test_skipped_steps_do_not_run_local_views(options, monkeypatch):
     seen = []
     real = ExtendedUpStep._with_local
     monkeypatch.setattr(
@@ -115,7 +115,7 @@ def test_closed_steps_do_not_run_them(options, monkeypatch):
     assert len(rows) == 4 and seen == [3] * sum(row["open"] for row in rows) == [3, 3]
 
 
-def test_images_that_the_gate_leaves_out_leave_out_their_local_views(options, monkeypatch):
+def test_local_views_of_selected_images_only(options, monkeypatch):
     seen = []
     real = ExtendedUpStep._with_local
     monkeypatch.setattr(
@@ -125,7 +125,7 @@ def test_images_that_the_gate_leaves_out_leave_out_their_local_views(options, mo
     assert seen == [(3, 2)] * 4
 
 
-def test_what_cannot_have_them_is_refused():
+def test_unsupported_options_raise():
     for options, named in (
         ({"local_views": -1}, "local_views: got -1"),
         ({"local_views": 1, "cuda_graphs": True}, "cuda_graphs and local_views"),

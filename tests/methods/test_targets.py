@@ -1,4 +1,4 @@
-"""Targets beside the batch's own (--queue, --base-targets) and what the gate may look at (--gate-statistic)."""
+"""Additions to UpStep: --queue, --base-targets, --gate-statistic and --cvr-on."""
 
 import json
 
@@ -59,7 +59,7 @@ def swapped(z, q, prototypes, temperature=0.1):
     return -(q[0] * log_p[1] + q[1] * log_p[0]).sum(-1).mean() / 2
 
 
-def test_views_share_one_call_and_train_as_with_a_call_each(options, monkeypatch):
+def test_one_sinkhorn_call_equals_one_per_view(options, monkeypatch):
     def trajectory(out):
         upstep_fast.adapt(**options | {"out": options["out"] / out})
         lines = (options["out"] / out / "metrics.jsonl").read_text().splitlines()
@@ -90,7 +90,7 @@ def test_targets_are_balanced_over_the_queue_and_the_loss_is_the_batchs(options)
 
 
 @pytest.mark.parametrize("layout", ["symmetric", "asymmetric"])
-def test_the_queue_starts_full_and_takes_in_what_made_targets_on_open_steps(options, layout):
+def test_queue_starts_full_and_takes_embeddings_of_update_steps(options, layout):
     config = from_flat(
         AdaptConfig, **{**options, "data": ("",), "out": "", "layout": layout, "queue": 10, "gate": "alternate"}
     )
@@ -119,7 +119,7 @@ def test_a_small_data_set_shortens_the_queue(options, caplog):
 
 
 @pytest.mark.parametrize("layout", ["symmetric", "asymmetric"])
-def test_targets_of_the_base_model_are_mixed_in_early(options, layout):
+def test_base_model_targets_are_blended_in_early(options, layout):
     method = build(options, base_targets=0.5, steps=8, layout=layout)
     base_vit, views = backbone.load(options["model"]).vit, Views.of(draw(2, 6, 3, 32, 32))
     optimizer = torch.optim.SGD(method.adapter_parameters(), lr=0.0)
@@ -164,8 +164,8 @@ def test_the_loss_as_statistic_is_the_clustering_loss(options):
 @pytest.mark.parametrize("when", ["low", "high"])
 def test_the_gate_compares_the_statistic_it_was_given(when):
     rule, state, opened = gate.GateRule("prev", when, statistic="disagreement"), gate.GateState(), []
-    for centre, value in ((0.5, 0.3), (0.4, 0.6), (0.6, 0.2), (0.5, 0.1)):
-        is_open, state = gate.decide(rule, state, (centre, centre, centre, value))
+    for center, value in ((0.5, 0.3), (0.4, 0.6), (0.6, 0.2), (0.5, 0.1)):
+        is_open, state = gate.decide(rule, state, (center, center, center, value))
         opened.append(is_open)
         assert state.reference == value
     assert opened == {"low": [True, False, True, True], "high": [True, True, False, False]}[when]
@@ -173,24 +173,24 @@ def test_the_gate_compares_the_statistic_it_was_given(when):
 
 
 @pytest.mark.parametrize("statistic", ["loss", "disagreement"])
-def test_a_run_gated_by_it_still_reports_the_centre(options, tmp_path, statistic):
-    centres = []
+def test_run_gated_by_another_statistic_still_logs_the_center(options, tmp_path, statistic):
+    centers = []
     for name in (statistic, "center"):
         upstep_fast.adapt(**options | {"out": tmp_path / name, "gate": "prev"}, gate_statistic=name)
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        centres.append([row["center"] for row in rows])
-    assert centres[0][0] == centres[1][0] and max(centres[0]) <= 1
+        centers.append([row["center"] for row in rows])
+    assert centers[0][0] == centers[1][0] and max(centers[0]) <= 1
 
 
 @pytest.mark.parametrize(
     "wrong", [{"gate": "random"}, {"gate": "views"}, {"gate": "none"}, {"gate": "ema", "layout": "asymmetric"}]
 )
-def test_a_statistic_that_nothing_compares_is_refused(options, wrong):
+def test_statistic_that_no_rule_compares_raises(options, wrong):
     with pytest.raises(ConfigError, match="gate_statistic: loss needs --gate prev, ema, median or quantile, --layout"):
         upstep_fast.adapt(**options | wrong, gate_statistic="loss")
 
 
-def test_wrong_values_are_one_line(options):
+def test_wrong_values_raise_one_line(options):
     for name, value in (("queue", -1), ("base_targets", 1.5)):
         with pytest.raises(ConfigError, match=f"{name}: got {value}"):
             upstep_fast.adapt(**options | {name: value})
@@ -207,19 +207,19 @@ def test_the_penalty_on_features_is_on_their_mean(options, form, power):
         return method.loss(method.embed(views)), method
 
     plain, method = loss(cvr="off")
-    found, penalised = loss(cvr=form, cvr_on="features", cvr_weight=2.0)
+    found, penalized = loss(cvr=form, cvr_on="features", cvr_weight=2.0)
     f = F.normalize(pooling.features(method.vit, views.pixels.flatten(0, 1)).double(), dim=-1)
     assert (found - plain).item() == pytest.approx(2 * f.mean(0).norm().item() ** power, rel=1e-4)
     head = [
         torch.autograd.grad(x, list(m.head.parameters()), retain_graph=True)
-        for x, m in ((plain, method), (found, penalised))
+        for x, m in ((plain, method), (found, penalized))
     ]
     for without, with_it in zip(*head, strict=True):
         assert torch.equal(without, with_it)  # the head has no part in it
-    adapters = [torch.autograd.grad(x, m.adapter_parameters()) for x, m in ((plain, method), (found, penalised))]
+    adapters = [torch.autograd.grad(x, m.adapter_parameters()) for x, m in ((plain, method), (found, penalized))]
     assert any(not torch.allclose(a, b) for a, b in zip(*adapters, strict=True))
 
 
-def test_the_penalty_on_features_has_the_forms_that_need_no_memory(options):
+def test_penalty_on_features_supports_sq_and_norm_only(options):
     with pytest.raises(ConfigError, match="cvr_on: features needs --cvr sq or norm, got anchor"):
         build(options, cvr="anchor", cvr_on="features")

@@ -1,4 +1,4 @@
-"""What of the model learns: adapters on all blocks, on the last ones, or every weight."""
+"""Trained parameters: adapters on all blocks, on the last ones, or every weight."""
 
 import json
 
@@ -48,7 +48,7 @@ def test_peft_reads_what_full_tuning_wrote(options, model, tmp_path):
 
 
 def test_the_penalty_acts_on_full_tuning_as_on_lora(options, tmp_path):
-    """The first update does not know it yet; by the last the centre is shorter with it than without."""
+    """The first update does not know it yet; by the last the center is shorter with it than without."""
     last = {}
     for tune in ("lora", "full"):
         for cvr in ("off", "sq"):
@@ -77,12 +77,12 @@ def test_full_tuning_refuses_what_needs_adapters(wrong):
         from_flat(AdaptConfig, model="m", data=("d",), out="o", tune="full", **wrong)
 
 
-def test_explora_has_blocks_of_its_own(options):
+def test_tune_is_an_option_of_upstep(options):
     with pytest.raises(ConfigError, match="tune: belongs to --method upstep"):
         upstep_fast.adapt(**options, method="explora", tune="full")
 
 
-def test_a_written_configuration_can_be_read_again(tmp_path):
+def test_configuration_round_trips_through_toml(tmp_path):
     config = from_flat(AdaptConfig, model="m", data=("d",), out="o", tune="full")
     (tmp_path / "config.toml").write_text(to_toml(config))
     assert from_options(AdaptConfig, read_toml(tmp_path / "config.toml", AdaptConfig), "adapt") == config
