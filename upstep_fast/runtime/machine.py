@@ -27,6 +27,11 @@ def default_workers() -> int:
     return max(1, min(16, (os.cpu_count() or 1) // distributed.local_size()))
 
 
+def num_workers(requested: int | None) -> int:
+    """Return the number of decoding threads: `requested`, or `default_workers` for None."""
+    return default_workers() if requested is None else requested
+
+
 def free_bytes(device: torch.device) -> int | None:
     """Return the bytes that can still be allocated on `device`; None where the system does not report them.
 

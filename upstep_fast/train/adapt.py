@@ -31,7 +31,7 @@ from upstep_fast.runtime import device, distributed
 from upstep_fast.runtime import run_folder as output
 from upstep_fast.runtime.atomic_file import write_atomic
 from upstep_fast.runtime.device import Compute
-from upstep_fast.train.batches import num_workers
+from upstep_fast.runtime.machine import num_workers
 from upstep_fast.train.loop import needs_base, train
 from upstep_fast.train.memory.fit import settle
 from upstep_fast.train.state import AdaptResult
@@ -100,7 +100,7 @@ def _survey(
         run_triage=config.data.triage,
         measure_statistics=config.data.mean_std == "auto",
         channels=len(backbone.mean),
-        num_workers=num_workers(config),
+        num_workers=num_workers(config.data.num_workers),
         max_bad_fraction=config.data.max_bad_fraction,
     )
     if surveyed.statistics is not None:  # in the saved configuration: a resumed run, and the next command, repeat them

@@ -10,7 +10,7 @@ from upstep_fast.data.sources.source import Source
 from upstep_fast.data.views.types import Views
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime.device import Compute
-from upstep_fast.runtime.machine import default_workers
+from upstep_fast.runtime.machine import num_workers
 from upstep_fast.train.state import RunState
 
 INITIAL_IMAGES = 4096  # seen once, for k-means prototypes, the base model's center and the queue unless that is longer
@@ -27,7 +27,7 @@ def make_loader(config: AdaptConfig, source: Source, state: RunState, compute: C
         rank=distributed.rank(),
         world_size=distributed.size(),
         seed=config.runtime.seed,
-        num_workers=num_workers(config),
+        num_workers=num_workers(config.data.num_workers),
         max_bad_fraction=config.data.max_bad_fraction,
         skipped=state.skipped,
         start_step=state.step,
@@ -45,8 +45,3 @@ def initial_views(config: AdaptConfig, source: Source, state: RunState, compute:
     with make_loader(config, source, state, compute) as loader:
         for _, batch in zip(range(-(-num_images // config.optimization.batch_size)), loader, strict=False):
             yield batch.views
-
-
-def num_workers(config: AdaptConfig) -> int:
-    """Return the number of decoding threads."""
-    return default_workers() if config.data.num_workers is None else config.data.num_workers

@@ -31,7 +31,7 @@ from upstep_fast.data.loading.skipped import SkippedImages, map_readable, read_i
 from upstep_fast.data.sources.source import Source
 from upstep_fast.data.views.resize import eval_resize
 from upstep_fast.errors import ConfigError, DataError
-from upstep_fast.runtime.machine import default_workers
+from upstep_fast.runtime import machine
 
 log = logging.getLogger(__name__)
 CACHE_BYTES = 256 << 20  # decoded images kept in memory
@@ -243,7 +243,7 @@ def load_images(
         source,
         positions,
         SkippedImages() if skipped is None else skipped,
-        num_workers=default_workers() if num_workers is None else num_workers,
+        num_workers=machine.num_workers(num_workers),
         ahead=2 * batch_size,
         max_bad_fraction=max_bad_fraction,
     )

@@ -39,7 +39,7 @@ from upstep_fast.runtime import distributed
 from upstep_fast.runtime import run_folder as output
 from upstep_fast.runtime.atomic_file import write_atomic
 from upstep_fast.runtime.device import Compute, resolve
-from upstep_fast.runtime.machine import default_workers, peak_bytes
+from upstep_fast.runtime.machine import num_workers, peak_bytes
 from upstep_fast.train.finetune import classifier as finetuned
 from upstep_fast.train.finetune import feature_cache
 from upstep_fast.train.finetune import state as finetune_state
@@ -153,7 +153,7 @@ def make_reader(config: FinetuneConfig, backbone: Backbone, device: torch.device
         views=None if preset == "none" else view_config(preset, **like, **config.views.overrides()),
         batch_size=config.optimization.batch_size,
         seed=config.runtime.seed,
-        num_workers=default_workers() if config.data.num_workers is None else config.data.num_workers,
+        num_workers=num_workers(config.data.num_workers),
         max_bad_fraction=config.data.max_bad_fraction,
         device=device,
         frames=config.frames,
