@@ -46,6 +46,13 @@ class FinetuneOptimizationConfig:
         fraction(self, "layer_decay")
         below(self, "held_out", 0.9)
 
+    @property
+    def peak_lr(self) -> float:
+        """Learning rate of a resolved configuration. Raises ValueError while `lr` stands for the method's default."""
+        if self.lr is None:
+            raise ValueError("lr: not resolved yet; its default depends on the method")
+        return self.lr
+
 
 @dataclass(frozen=True)
 class RegularizationConfig:

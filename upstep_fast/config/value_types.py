@@ -43,7 +43,7 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, (tuple, list)) and _fit_all(value, arguments)
     if isinstance(value, bool):  # which is an integer to Python
         return kind is bool
-    accepted = {int: numbers.Integral, float: numbers.Real, str: (str, Path)}
+    accepted: dict[Any, Any] = {int: numbers.Integral, float: numbers.Real, str: (str, Path)}
     return isinstance(value, accepted.get(kind, kind))
 
 

@@ -35,8 +35,7 @@ def train_step(
     x, y: a batch and its classes [B]. mix: from `make_mixup`. A loss or gradient that is not finite changes no weight.
     Random numbers (drop path, mixup) are drawn from (seed, step), so that a resumed run draws equal ones.
     """
-    lr = config.optimization.lr
-    assert lr is not None
+    lr = config.optimization.peak_lr
     factor = warmup_cosine(state.step, steps, config.optimization.warmup)
     for group in state.optimizer.param_groups:
         group["lr"] = lr * factor * group["scale"]
