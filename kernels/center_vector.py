@@ -67,8 +67,7 @@ def backward_reference(grad_z: Tensor | None, grad_sums: Tensor | None, scale: f
 
 
 def _outputs(u: Tensor, num_views: int) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(u.dtype, torch.float32)
-    rows, d = u.shape
+    (rows, d), wide = u.shape, torch.promote_types(u.dtype, torch.float32)
     sums, inv_norm = (torch.empty(n, dtype=torch.float64, device=u.device) for n in (num_views * d + 2, rows))
     return torch.empty(rows, d, dtype=wide, device=u.device), sums, inv_norm
 
@@ -194,8 +193,7 @@ def _rows_backward(ctx: Any, grad_z: Tensor | None, grad_sums: Tensor | None, sc
 
 def _backward(ctx: Any, grad_z: Tensor | None, grad_center: Tensor | None, *_: Any) -> tuple[Any, ...]:
     grad_sums = None if grad_center is None else grad_center[None]
-    rows = ctx.saved_tensors[0].shape[0]
-    return _rows_backward(ctx, grad_z, grad_sums, 1 / rows), *(None,) * 9
+    return _rows_backward(ctx, grad_z, grad_sums, 1 / len(ctx.saved_tensors[0])), *(None,) * 9
 
 
 def _setup_partial(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -224,20 +222,14 @@ _finish_op.register_autograd(_finish_backward, setup_context=_setup_finish)
 
 
 def _validate(op: str, u: Tensor, num_views: int) -> None:
-    if reason := _unsupported_reason(u, num_views):
-        raise ValueError(f"{op}: {reason}")
-
-
-def _unsupported_reason(u: Tensor, num_views: int) -> str | None:
     if u.dim() != 2 or not 1 <= u.shape[1] <= MAX_WIDTH:
-        return f"u must be [rows, d] with d from 1 to {MAX_WIDTH}, got {list(u.shape)}"
+        raise ValueError(f"{op}: u must be [rows, d] with d from 1 to {MAX_WIDTH}, got {list(u.shape)}")
     if u.dtype not in _DTYPES:
-        return f"u must be one of {', '.join(map(str, _DTYPES))}, got {u.dtype}"
+        raise ValueError(f"{op}: u must be one of {', '.join(map(str, _DTYPES))}, got {u.dtype}")
     if not 1 <= num_views <= MAX_VIEWS:
-        return f"num_views must be 1 to {MAX_VIEWS}, got {num_views}"
+        raise ValueError(f"{op}: num_views must be 1 to {MAX_VIEWS}, got {num_views}")
     if u.shape[0] % num_views:
-        return f"u must hold {num_views} views of each image, a multiple of {num_views} rows, got {u.shape[0]}"
-    return None
+        raise ValueError(f"{op}: u must hold {num_views} views of each image, got {u.shape[0]} rows")
 
 
 def center_vector_update(
@@ -257,8 +249,7 @@ def center_vector_update(
     _validate("center_vector_update", u, num_views)
     validate_gate("center_vector_update", u, state, u.shape[1], num_views, *gate)
     if u.shape[0] == 0:
-        reason = "u must have at least one row, got 0 (center_vector_partial takes a rank without images)"
-        raise ValueError(f"center_vector_update: {reason}")
+        raise ValueError("center_vector_update: u must have at least one row, got 0 (see center_vector_partial)")
     return CenterVector(*_op(u, state, num_views, *gate))
 
 

@@ -19,7 +19,6 @@ Bytes moved an entry in 16 bit: forward 2 in, 2 out (+ 2 + 2 with a residual, + 
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -29,9 +28,8 @@ from torch import Tensor
 from .._dispatch import NAMESPACE, choose
 from ..quantize import E4M3, native_fp8, quantize_reference, row_unsupported_reason
 from . import triton
+from .args import rows_of, unsupported_reason
 from .triton import Outputs, outputs, wide_dtype
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Normalized(NamedTuple):
@@ -202,52 +200,18 @@ def _normalize(
     fp8: bool = False,
 ) -> Outputs:
     """Validate the arguments of `op` and run it; results in the shape of x, of size 0 where not requested."""
-    if reason := _unsupported_options(x, weight, bias, eps, fp8) or _unsupported_tensors(
-        x, residual, weight, bias, lora_a
-    ):
+    if reason := unsupported_reason(x, residual, weight, bias, lora_a, eps, fp8):
         raise ValueError(f"{op}: {reason}")
     K, lead = x.shape[-1], x.shape[:-1]
-    residual_MK = None if residual is None else _rows(residual, K)
+    residual_MK = None if residual is None else rows_of(residual, K)
     save_y = save_y or (torch.is_grad_enabled() and x.requires_grad)
-    y, h, mean, rstd, s, q, scale = _op(_rows(x, K), residual_MK, weight, bias, lora_a, float(eps), save_y, fp8)
+    y, h, mean, rstd, s, q, scale = _op(rows_of(x, K), residual_MK, weight, bias, lora_a, float(eps), save_y, fp8)
     h = x if residual is None else h.view(x.shape)
     shapes = ((y, save_y, K), (s, lora_a is not None, -1), (q, fp8, K), (scale, fp8, 1))
     y, s, q, scale = (
         t.view(*lead, t.shape[-1] if last < 0 else last) if is_requested else t for t, is_requested, last in shapes
     )
     return y, h, mean.view(lead), rstd.view(lead), s, q, scale
-
-
-def _rows(x: Tensor, K: int) -> Tensor:
-    return x.reshape(math.prod(x.shape[:-1]), K)
-
-
-def _unsupported_options(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, fp8: bool) -> str | None:
-    if x.dtype not in _DTYPES[: 3 if fp8 else 4] or x.dim() == 0:
-        return f"x must be [..., K] in fp16, bf16, fp32{'' if fp8 else ' or fp64'}, got {list(x.shape)} in {x.dtype}"
-    if not eps > 0:
-        return f"eps must be above 0, got {eps}"
-    if bias is not None and weight is None:
-        return "bias wants a weight, got None"
-    return None
-
-
-def _unsupported_tensors(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, lora_a: Tensor | None
-) -> str | None:
-    K, either = x.shape[-1], (x.dtype, torch.float32)
-    rank = lora_a.shape[0] if lora_a is not None and lora_a.dim() == 2 else 1
-    expected: tuple[tuple[str, Tensor | None, tuple[int, ...], tuple[torch.dtype, ...]], ...] = (
-        ("residual", residual, tuple(x.shape), (x.dtype,)),
-        ("weight", weight, (K,), either),
-        ("bias", bias, (K,), either),
-        ("lora_a", lora_a, (rank, K), (x.dtype,)),
-    )
-    for name, t, shape, dtypes in expected:
-        if t is not None and (t.shape != shape or t.dtype not in dtypes or t.device != x.device):
-            want = f"{list(shape)} in {' or '.join(map(str, dict.fromkeys(dtypes)))} on {x.device}"
-            return f"{name} must be {want} to fit x, got {list(t.shape)} in {t.dtype} on {t.device}"
-    return None
 
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
@@ -306,8 +270,8 @@ def layer_norm_backward(
             want, got = f"{list(shape)} on {grad.device}", f"{list(t.shape)} on {t.device}"
             raise ValueError(f"layer_norm_backward: {name} must be {want} to fit grad, got {got}")
     K = grad.shape[-1]
-    grad_MK, x_hat_MK = _rows(grad.detach(), K), _rows(x_hat.detach(), K)
-    grad_h_MK = None if grad_h is None else _rows(grad_h.detach(), K)
+    grad_MK, x_hat_MK = rows_of(grad.detach(), K), rows_of(x_hat.detach(), K)
+    grad_h_MK = None if grad_h is None else rows_of(grad_h.detach(), K)
     rstd = rstd.detach().reshape(-1)
     dx, _, _, q, scale = _backward_op(grad_MK, x_hat_MK, rstd, rstd, None, grad_h_MK, False, fp8)
     if not fp8:

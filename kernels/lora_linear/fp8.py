@@ -24,7 +24,8 @@ from ..quantize import E4M3, dequantize, quantize, quantize_reference
 from . import triton
 from .args import STRATEGIES, LoraArgs, flat, pairs, seed_tensor, validate
 from .eager import add_input_gradient, drop
-from .op import INPUT, gradients, lora_linear_reference, run, shape_class
+from .op import INPUT, gradients, lora_linear_reference
+from .strategy import run, shape_class
 
 
 def lora_linear_fp8_reference(

@@ -28,7 +28,7 @@ def _norm_backward(d, x_hat, rstd, mean_d, mean_dx):
 
 
 @triton.jit
-def rows_bwd_kernel(
+def rows_bwd_kernel(  # noqa: C901  (one program keeps a row's values in its registers)
     grad, u, difference, da, stats, sums, share_down, share_up, share_bias, gate, scale,
     c_low, c_dlow, c_down, c_down_bias, c_down_sum, c_up, c_bias, t_low, t_dlow, t_dlow_sum, t_down, t_up, t_bias,
     N, D, R, S, cells, eps,

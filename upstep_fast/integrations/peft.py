@@ -72,7 +72,7 @@ def patch(model: nn.Module, *, strategy: str | None = None) -> Patched:
             continue
         # a bound method, not a closure over the layer: copy.deepcopy then binds the copy's forward to the copy
         method = types.MethodType(forward, layer)
-        layer.forward = method
+        layer.forward = method  # type: ignore[attr-defined]
         methods.append(method)
         patched.append(name)
     _log.info("patched %d PEFT LoRA layers, left %d unchanged", len(patched), len(unsupported))
