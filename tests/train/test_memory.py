@@ -257,7 +257,7 @@ def test_what_cannot_be_counted_or_is_not_known_is_said_and_runs(free, model, mo
         logging.getLogger("upstep_fast").propagate = True
         free(None)
         assert memory_fit.settle(config, CPU).memory.level == "fast"
-        assert "not known" in caplog.text
+        assert "the free memory is unknown here" in caplog.text
         free(1e12)
         monkeypatch.setattr(step_memory, "count", lambda *a, **k: 1 / 0)
         assert memory_fit.settle(config, CPU).memory.level == "fast"
