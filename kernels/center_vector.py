@@ -229,7 +229,7 @@ def _validate(op: str, u: Tensor, num_views: int) -> None:
     if not 1 <= num_views <= MAX_VIEWS:
         raise ValueError(f"{op}: num_views must be 1 to {MAX_VIEWS}, got {num_views}")
     if u.shape[0] % num_views:
-        raise ValueError(f"{op}: u must hold {num_views} views of each image, got {u.shape[0]} rows")
+        raise ValueError(f"{op}: u must hold {num_views} views of each image, a multiple of {num_views} rows, got {len(u)}")
 
 
 def center_vector_update(
