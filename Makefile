@@ -56,9 +56,10 @@ long: install    ## the long forms of the tests (hours)
 	$(PYTEST) -m "long and not gpu and not interp"
 	TRITON_INTERPRET=1 $(PYTEST) -m "interp and long"
 
-check: install   ## format, lint, types, layers, lengths
+check: install   ## format, lint, spelling, types, layers, lengths
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/codespell
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/lizard --length 40 --CCN 1000 --warnings_only $(CODE)

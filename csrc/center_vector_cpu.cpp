@@ -13,7 +13,7 @@ namespace upstep {
 namespace {
 
 constexpr int64_t kMaxChunks = 64, kMinImages = 16;
-constexpr int kLanes = 8;  // independent sums, so that the compiler may vectorise them
+constexpr int kLanes = 8;  // independent sums, so that the compiler may vectorize them
 
 // wider vectors where the processor has them; the order of additions, and with it every bit, stays the same
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)

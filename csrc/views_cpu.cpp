@@ -23,7 +23,7 @@ namespace {
 #endif
 
 constexpr int kFlipY = 1, kFlipX = 2, kTranspose = 4;
-constexpr int kLanes = 8;  // independent sums, so that the compiler may vectorise them
+constexpr int kLanes = 8;  // independent sums, so that the compiler may vectorize them
 constexpr int kSlack = 4;  // floats behind a row that may be read and written
 constexpr float kLuma[] = {0.2989f, 0.587f, 0.114f}, kThreshold = 128.0f / 255.0f;
 typedef float Four __attribute__((vector_size(16)));

@@ -229,7 +229,9 @@ def _validate(op: str, u: Tensor, num_views: int) -> None:
     if not 1 <= num_views <= MAX_VIEWS:
         raise ValueError(f"{op}: num_views must be 1 to {MAX_VIEWS}, got {num_views}")
     if u.shape[0] % num_views:
-        raise ValueError(f"{op}: u must hold {num_views} views of each image, a multiple of {num_views} rows, got {len(u)}")
+        raise ValueError(
+            f"{op}: u must hold {(n := num_views)} views of each image, a multiple of {n} rows, got {len(u)}"
+        )
 
 
 def center_vector_update(
@@ -245,8 +247,8 @@ def center_vector_update(
     flag: `address` of a `gate.new_gate_flag(u.device)`, to which the decision is written too; 0: none.
     Returns CenterVector (z and center carry gradient). Raises ValueError for arguments that do not fit.
     """
-    gate = (rule, update_when, float(beta), float(rate), int(max_skips), float(center_beta), int(flag))
     _validate("center_vector_update", u, num_views)
+    gate = (rule, update_when, float(beta), float(rate), int(max_skips), float(center_beta), int(flag))
     validate_gate("center_vector_update", u, state, u.shape[1], num_views, *gate)
     if u.shape[0] == 0:
         raise ValueError("center_vector_update: u must have at least one row, got 0 (see center_vector_partial)")

@@ -69,7 +69,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
-    """24 colored pictures, unlabelled; not to be written to."""
+    """24 colored pictures, unlabeled; not to be written to."""
     return save_photos(tmp_path_factory.mktemp("photos"), 24)
 
 

@@ -1,4 +1,4 @@
-"""Adapt a pretrained Vision Transformer to unlabelled images, fast and without forgetting.
+"""Adapt a pretrained Vision Transformer to unlabeled images, fast and without forgetting.
 
 >>> import upstep_fast
 >>> upstep_fast.adapt(model="local-dir:base_tiny", data="photos/", out="adapted/")
@@ -15,7 +15,7 @@ from upstep_fast.version import __version__
 
 if TYPE_CHECKING:
     from upstep_fast.evaluation.embeddings import embed
-    from upstep_fast.evaluation.labelled import evaluate
+    from upstep_fast.evaluation.labeled import evaluate
     from upstep_fast.model.peft_format import load_adapted
     from upstep_fast.train.adapt import adapt
     from upstep_fast.train.finetune.classifier import load_finetuned
@@ -25,7 +25,7 @@ __all__ = ["__version__", "adapt", "embed", "evaluate", "finetune", "kernels", "
 
 _HOME = {
     "adapt": "train.adapt",
-    "evaluate": "evaluation.labelled",
+    "evaluate": "evaluation.labeled",
     "embed": "evaluation.embeddings",
     "finetune": "train.finetune.run",
     "load_adapted": "model.peft_format",

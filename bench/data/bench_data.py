@@ -5,7 +5,7 @@
 A time is that of IMAGES images, read, decoded, two views each, collated. extra_info has `images_per_s` and
 `cpu_ms_per_image`, the processor time of all threads and processes, which means something on a busy machine too. Every
 contender does the same operations with the same settings and has the same number of workers, which are warm when the
-clock starts. Recipes: `plain` is the package's default (crop, flip, brightness, contrast, saturation, grey); `dino`
+clock starts. Recipes: `plain` is the package's default (crop, flip, brightness, contrast, saturation, gray); `dino`
 adds hue, blur and solarise. The files are 500-pixel JPEGs of quality 90, made here.
 
     ours          data.Loader (threads) and data.random_views
@@ -72,7 +72,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def transform(config: ViewConfig, on_tensors: bool) -> Callable:
-    """One view by torchvision, normalised; on uint8 tensors or on Pillow images."""
+    """One view by torchvision, normalized; on uint8 tensors or on Pillow images."""
     steps: list[Callable] = [
         v2.RandomResizedCrop(SIZE, scale=config.crop_scale, ratio=config.crop_ratio, antialias=True),
         v2.RandomHorizontalFlip(config.flip),

@@ -7,7 +7,7 @@
 A step is forward, loss and backward, without the optimizer. `eager` is the plain timm model under autocast. Kept bytes
 are what autograd holds between forward and backward, each memory once, parameters left out; on a GPU the peak of the
 allocator beyond what was there before is given as well. Variants alternate within one process. Times are the GPU's, or
-on a CPU the process's own (with one thread a neighbour's work does not count).
+on a CPU the process's own (with one thread a neighbor's work does not count).
 """
 
 from __future__ import annotations

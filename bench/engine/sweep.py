@@ -4,7 +4,7 @@
     python bench/engine/sweep.py --read bench/results/sweep_cpu2.json --page bench/results/sweep.md   # the page alone
 
 One thing changes at a time from a base point; at every point variants alternate and ratios are formed within it. On a
-CPU the models are small. Utilisation: the model's own FLOPs over those of a large product, measured in the same run; a
+CPU the models are small. Utilization: the model's own FLOPs over those of a large product, measured in the same run; a
 block's, of M tokens in images of T:
 
     forward = 2 M sum |W| + 4 M T D;    backward = 2 M sum |W| + 10 M T D
@@ -138,7 +138,7 @@ def table(rows: list[Row]) -> str:
             for n in ("peft", "reference", "engine")
         ]
         cells += [f"{by[n]['median_ms'] / ours['median_ms']:.2f}x" if n in by else "" for n in ("peft", "reference")]
-        cells.append(f"{100 * ours['utilisation']:.0f} %" if "utilisation" in ours else "")
+        cells.append(f"{100 * ours['utilization']:.0f} %" if "utilization" in ours else "")
         half = {"backward": "forward and backward", "forward": "forward", "step": "whole step"}[kind]
         shown = f"{100 * value:.0f} %" if what == "skipped" else value
         lines.append(f"| {what} | {shown} | {half} | " + " | ".join(cells) + " |")
@@ -160,7 +160,7 @@ def draw(rows: list[Row]) -> Any:
                 axes.set_xticks(
                     range(len(values)), [f"{100 * v:.0f} %" if what == "skipped" else str(v) for v in values]
                 )
-        axes.axhline(1, color="grey", linewidth=0.8)
+        axes.axhline(1, color="gray", linewidth=0.8)
         axes.set(xlabel={"side": "image side", "skipped": "steps skipped"}.get(what, what))
         axes.legend(fontsize=6)
     figure.axes[0].set_ylabel("times the eager reference")
@@ -211,7 +211,7 @@ def main() -> None:
                 found = backbone_rows(options, compute, args.runs, with_compile=kind == "cuda" and what == "model")
             for row in found:
                 if "flops" in row:
-                    row["utilisation"] = row["flops"] / (row["median_ms"] / 1e3) / ceiling
+                    row["utilization"] = row["flops"] / (row["median_ms"] / 1e3) / ceiling
                 rows.append({"changes": what, "value": value, **row})
             print(
                 what, value, {r["name"]: round(r["median_ms"], 1) for r in found if r["kind"] != "forward"}, flush=True

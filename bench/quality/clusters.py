@@ -4,7 +4,7 @@
     NMI         2 I(cluster; class) / (H(cluster) + H(class))      Strehl and Ghosh 2002, arithmetic mean
     stability   share of images whose cluster is that of the look before
 
-Looked at afterwards, in the checkpoints that a run kept, on labelled images that it did not see; no label enters the
+Looked at afterwards, in the checkpoints that a run kept, on labeled images that it did not see; no label enters the
 training. An image's cluster is the prototype most similar to its embedding, as training would assign it without
 Sinkhorn's balance.
 """
@@ -44,7 +44,7 @@ def purity(assigned: Tensor, labels: Tensor) -> float:
 
 
 def nmi(assigned: Tensor, labels: Tensor) -> float:
-    """Normalised mutual information, 0 to 1; 1 where both are constant."""
+    """Return the normalized mutual information, 0 to 1; 1 where both are constant."""
     p = counts(assigned, labels) / len(labels)
     of_cluster, of_class = (torch.special.entr(p.sum(dim)).sum() for dim in (1, 0))
     mutual = of_cluster + of_class - torch.special.entr(p).sum()

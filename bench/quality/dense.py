@@ -19,7 +19,7 @@ from upstep_fast.data.loading.loader import load_images
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.model.backbone import Backbone
 
-NUM_BANK, NUM_QUERIES, NEIGHBOURS = 128, 64, 20
+NUM_BANK, NUM_QUERIES, NEIGHBORS = 128, 64, 20
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Composites:
 def otsu(values: np.ndarray) -> float:
     """Return the threshold that splits `values` into two groups of the largest between-group variance (Otsu 1979)."""
     counts, edges = np.histogram(values, bins=64)
-    centres = (edges[:-1] + edges[1:]) / 2
+    centers = (edges[:-1] + edges[1:]) / 2
     below, total = np.cumsum(counts), counts.sum()
-    sums = np.cumsum(counts * centres)
+    sums = np.cumsum(counts * centers)
     with np.errstate(divide="ignore", invalid="ignore"):
         between = (sums[-1] * below - total * sums) ** 2 / (below * (total - below))
     return float(edges[1 + int(np.nanargmax(np.where(np.isfinite(between), between, np.nan)))])
@@ -63,7 +63,7 @@ def patch_tokens(model: Backbone, images: Tensor) -> Tensor:
     return F.normalize(torch.cat(tokens)[:, model.vit.num_prefix_tokens :].float(), dim=-1)
 
 
-def segment(bank: Tensor, labels: Tensor, queries: Tensor, k: int = NEIGHBOURS) -> Tensor:
+def segment(bank: Tensor, labels: Tensor, queries: Tensor, k: int = NEIGHBORS) -> Tensor:
     """Majority of the k most similar bank tokens. bank [M, D]; labels [M] bool; queries [N, D] -> [N] bool."""
     near = [(q @ bank.T).topk(min(k, len(bank))).indices for q in queries.split(1024)]
     return labels[torch.cat(near)].float().mean(1) > 0.5

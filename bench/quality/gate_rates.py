@@ -1,4 +1,4 @@
-"""Which part of the steps each rule of the gate leaves open, replayed on the centre's magnitudes of recorded runs.
+"""Which part of the steps each rule of the gate leaves open, replayed on the center's magnitudes of recorded runs.
 
     python bench/quality/gate_rates.py --out bench/results/gate_rates.json RUN/metrics.jsonl ...
 

@@ -1,4 +1,4 @@
-"""Top-1 of linear, LoRA, LoSA and full fine-tuning on labelled sets, from the base model and from an adapted one.
+"""Top-1 of linear, LoRA, LoSA and full fine-tuning on labeled sets, from the base model and from an adapted one.
 
     python bench/quality/methods_table.py run [--results FILE] [--adapted] [--sets NAME ...] [--methods ...]
     python bench/quality/methods_table.py table [--results FILE]

@@ -12,7 +12,7 @@ from typing import Any
 from upstep_fast.report.charts import ticks
 
 Row = dict[str, Any]
-COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e")
+COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e")
 MEAN = "mean over the sets"
 KINDS = {  # of features that a row measures, and how the plot's names say so
     "adapted": "",
@@ -98,7 +98,7 @@ def frontier(found: Sequence[Dot]) -> list[Dot]:
 
 def plot(rows: Sequence[Row]) -> str:
     """Draw a standalone SVG: change on the source on x, gain on y; filled: adapted, hollow: ensemble; squares: whitened
-    features beside the others; a colour a set.
+    features beside the others; a color a set.
 
     Means over the sets are large and black; the frontier among them (of the one set, if there is one) bears names.
     """
@@ -131,22 +131,22 @@ def plot(rows: Sequence[Row]) -> str:
         parts.append(f'<path d="M{LEFT},{y}H{WIDTH - RIGHT}" stroke="{"#888" if tick == 0 else "#e4e4e4"}"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{y + 4}" text-anchor="end">{tick:g}</text>')
     groups = sorted({dot.group for dot in found} - {MEAN}) + [MEAN] * any(dot.group == MEAN for dot in found)
-    colours = {g: "#222" if g == MEAN else COLOURS[i % len(COLOURS)] for i, g in enumerate(groups)}
+    colors = {g: "#222" if g == MEAN else COLORS[i % len(COLORS)] for i, g in enumerate(groups)}
     for dot in found:
-        colour, (px, py) = colours[dot.group], at(dot.x, dot.y)
-        fill, r = colour if dot.kind.startswith("adapted") else "white", 5 if dot in means else 3
+        color, (px, py) = colors[dot.group], at(dot.x, dot.y)
+        fill, r = color if dot.kind.startswith("adapted") else "white", 5 if dot in means else 3
         if dot.kind.endswith("whitened"):
             mark = f'rect x="{px - r:.1f}" y="{py - r:.1f}" width="{2 * r}" height="{2 * r}"'
         else:
             mark = f'circle cx="{px}" cy="{py}" r="{r}"'
         tip = html.escape(f"{dot.name}, {dot.kind}, {dot.group}: {dot.x:+.1f}, {dot.y:+.1f}")
         closing = mark.split()[0]
-        parts.append(f'<{mark} fill="{fill}" stroke="{colour}" stroke-width="1.5"><title>{tip}</title></{closing}>')
+        parts.append(f'<{mark} fill="{fill}" stroke="{color}" stroke-width="1.5"><title>{tip}</title></{closing}>')
     best = [dot for kind in KINDS for dot in frontier([d for d in means if d.kind == kind])]
     parts += names([(*at(dot.x, dot.y), dot.name + KINDS[dot.kind]) for dot in best])
     for i, group in enumerate(groups):
         x = LEFT + min(150, (WIDTH - LEFT - RIGHT) // len(groups)) * i
-        parts.append(f'<circle cx="{x + 6}" cy="16" r="5" fill="{colours[group]}"/>')
+        parts.append(f'<circle cx="{x + 6}" cy="16" r="5" fill="{colors[group]}"/>')
         parts.append(f'<text x="{x + 16}" y="20">{html.escape(group)}</text>')
     parts.append(
         f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 14}" text-anchor="end">filled: adapted, hollow: ensemble, squares: '

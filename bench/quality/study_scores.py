@@ -38,30 +38,30 @@ from upstep_fast.runtime.device import Compute, resolve
 if TYPE_CHECKING:
     from job import Job
 
-JUDGED = 256  # unlabelled held-out images that the label-free scores see
+JUDGED = 256  # unlabeled held-out images that the label-free scores see
 VIEW_SEED = 12345
 SPLITS = ("train", "test")
-SOURCE_K = 20  # neighbours on the source, whatever the target has
+SOURCE_K = 20  # neighbors on the source, whatever the target has
 THIRDS = ("first", "middle", "last")  # of the blocks
 PART_STRENGTHS = (0.0, 0.5)
 HANDS = "sign_digits"  # the set whose photographs the dense check cuts hands out of
 
 
 def steps_taken(folder: Path) -> dict[str, Any]:
-    """Skip rate, centre, images and backward passes of a finished run, from its metrics."""
+    """Skip rate, center, images and backward passes of a finished run, from its metrics."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     batch = read_toml(folder / "config.toml", AdaptConfig)["batch_size"]
     opened = [row for row in rows if row["open"]]
     learnt = sum(row.get("learnt", batch) for row in opened)  # images with a backward pass
-    centres = [row["center"] for row in rows if row["center"] is not None]
+    centers = [row["center"] for row in rows if row["center"] is not None]
     return {
         "steps": len(rows),
         "skip_rate": 1 - learnt / (batch * len(rows)),
         "backward_passes": len(opened),
         "images_seen": batch * len(rows),
         "images_learnt": learnt,
-        "centre_first": centres[0],
-        "centre_last": sum(centres[-10:]) / len(centres[-10:]),
+        "centre_first": centers[0],
+        "centre_last": sum(centers[-10:]) / len(centers[-10:]),
         "loss_last": opened[-1]["loss"],
     }
 

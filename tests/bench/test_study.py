@@ -20,27 +20,27 @@ BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 
 @pytest.fixture(scope="module")
-def labelled(tmp_path_factory):
-    """Two colours, 24 and 12 images of each."""
-    folder = tmp_path_factory.mktemp("labelled")
+def labeled(tmp_path_factory):
+    """Two colors, 24 and 12 images of each."""
+    folder = tmp_path_factory.mktemp("labeled")
     generator = np.random.default_rng(0)
     for split, num in (("train", 24), ("test", 12)):
-        for name, colour in (("blue", (40, 60, 200)), ("red", (200, 60, 40))):
+        for name, color in (("blue", (40, 60, 200)), ("red", (200, 60, 40))):
             place = folder / split / name
             place.mkdir(parents=True)
             for i in range(num):
-                pixels = np.clip(np.array(colour) + 40 * generator.standard_normal((40, 40, 3)), 0, 255)
+                pixels = np.clip(np.array(color) + 40 * generator.standard_normal((40, 40, 3)), 0, 255)
                 Image.fromarray(pixels.astype(np.uint8)).save(place / f"{i:02}.png")
     return folder
 
 
 @pytest.fixture
-def grid(model, labelled, tmp_path):
+def grid(model, labeled, tmp_path):
     path = tmp_path / "grid.toml"
     path.write_text(f"""
         model = "{model}"
-        data = ["{labelled}"]
-        source = "{labelled}"
+        data = ["{labeled}"]
+        source = "{labeled}"
         seeds = [0, 1]
         strengths = [0.5]
         probes = [4.0]
@@ -92,15 +92,15 @@ def test_unknown_keys_are_refused(bench, grid):
         bench("study").read_grid(grid)
 
 
-def test_configurations_are_chosen_on_a_third_of_train_and_see_no_test_image(bench, labelled, tmp_path):
-    path = bench("study").selection(str(labelled), tmp_path)
+def test_configurations_are_chosen_on_a_third_of_train_and_see_no_test_image(bench, labeled, tmp_path):
+    path = bench("study").selection(str(labeled), tmp_path)
     parts = {split: open_source(path, split=split) for split in ("train", "test")}
     contents = {s: {parts[s].read(i) for i in range(len(parts[s]))} for s in parts}
-    train = {file.read_bytes() for file in (labelled / "train").rglob("*.png")}
+    train = {file.read_bytes() for file in (labeled / "train").rglob("*.png")}
     assert contents["train"] | contents["test"] == train and not contents["train"] & contents["test"]
     assert 5 <= len(contents["test"]) <= 27  # of 48: 16 expected, a standard deviation is 3.3
     assert sorted(set(parts["test"].labels)) == ["blue", "red"]
-    assert bench("study").selection(str(labelled), tmp_path) == path
+    assert bench("study").selection(str(labeled), tmp_path) == path
 
 
 def test_rows_are_kept_and_what_has_one_is_not_run_again(bench, grid, tmp_path, capsys, monkeypatch):
@@ -120,7 +120,7 @@ def test_rows_are_kept_and_what_has_one_is_not_run_again(bench, grid, tmp_path, 
         assert {"adapted", "ensemble", "source", "judgement"} <= at.keys() and at["adapted"].keys() == {"knn", "linear"}
         assert row["base_whitened"]["knn"] == at["ensemble_whitened"]["knn"] == 100
         assert {"ensemble_whitened", "ensemble_whitened_se", "adapted_whitened"} <= at["source"].keys()
-        # two colours: any features tell them apart
+        # two colors: any features tell them apart
         assert row["base"]["knn"] == at["ensemble"]["knn"] == 100
         assert row["at"]["4.0"].keys() == {"judgement", "adapted"}
     # a killed study leaves half a line behind
@@ -191,7 +191,7 @@ def test_otsu_splits_two_groups(bench):
 def test_a_hand_is_cut_out_and_pasted(bench):
     hand = torch.full((1, 3, 16, 16), 0.5)
     hand[:, 0, 4:12, 4:12], hand[:, 2, 4:12, 4:12] = 0.9, 0.2
-    hand[:, 0, 0, 0] = 0.51  # not one grey everywhere
+    hand[:, 0, 0, 0] = 0.51  # not one gray everywhere
     found = bench("dense").composites(hand, torch.zeros(1, 3, 16, 16))
     expected = torch.zeros(16, 16, dtype=torch.bool)
     expected[4:12, 4:12] = True
@@ -393,14 +393,14 @@ def test_purity_and_nmi_by_hand_and_by_scikit_learn(bench):
     assert clusters.nmi(a, b) == pytest.approx(normalized_mutual_info_score(b, a), abs=1e-12)
 
 
-def test_a_runs_clusters_are_those_of_its_own_checkpoints(bench, model, labelled, tmp_path):
+def test_a_runs_clusters_are_those_of_its_own_checkpoints(bench, model, labeled, tmp_path):
     import upstep_fast
 
     options = dict(steps=8, batch_size=8, prototypes=4, head_hidden=16, head_dim=8, num_workers=0, device="cpu")
     looks = bench("study").looked_at(8)
     assert looks == {"checkpoint_every": 2, "keep_checkpoints": 4}
-    upstep_fast.adapt(model=model, data=str(labelled), out=tmp_path / "run", lr=1e-2, **options, **looks)
-    found = bench("clusters").history(tmp_path / "run", str(labelled))
+    upstep_fast.adapt(model=model, data=str(labeled), out=tmp_path / "run", lr=1e-2, **options, **looks)
+    found = bench("clusters").history(tmp_path / "run", str(labeled))
     assert [row["step"] for row in found] == [2, 4, 6, 8]
     assert found[0]["stability"] is None and all(0 <= row["stability"] <= 1 for row in found[1:])
     assert all(0.5 <= row["purity"] <= 1 and 0 <= row["nmi"] <= 1 + 1e-12 for row in found)

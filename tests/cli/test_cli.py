@@ -38,14 +38,14 @@ FAST = [
 
 @pytest.fixture
 def photos(tmp_path):
-    """A labelled folder in eval's layout: two classes of coloured noise that are easy to tell apart."""
+    """A labeled folder in eval's layout: two classes of colored noise that are easy to tell apart."""
     random = np.random.default_rng(0)
     for split, count in (("train", 12), ("test", 6)):
-        for name, colour in (("red", (200, 40, 40)), ("blue", (40, 40, 200))):
+        for name, color in (("red", (200, 40, 40)), ("blue", (40, 40, 200))):
             folder = tmp_path / "photos" / split / name
             folder.mkdir(parents=True)
             for i in range(count):
-                pixels = np.clip(np.array(colour) + random.normal(0, 40, (36, 44, 3)), 0, 255).astype(np.uint8)
+                pixels = np.clip(np.array(color) + random.normal(0, 40, (36, 44, 3)), 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i}.jpg")
     return tmp_path / "photos"
 

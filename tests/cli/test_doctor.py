@@ -134,7 +134,7 @@ def test_json_is_all_that_is_printed(capsys, quick):
 
 def test_tables(capsys, quick):
     code, out, err = call(capsys)
-    assert code == 0 and err == "" and "\x1b[" not in out  # no colours into a pipe
+    assert code == 0 and err == "" and "\x1b[" not in out  # no colors into a pipe
     for text in ("torch", "GPU", "C++ compiler", "free disk", "sinkhorn", "center_vector", "what runs", "ok"):
         assert text in out
     assert "not here: cuda: needs CUDA tensors" in out and "FAILED" not in out

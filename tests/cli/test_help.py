@@ -154,7 +154,7 @@ def test_exit_3_for_data(capsys, model, tmp_path):
     assert adapt(capsys, model, tmp_path / "nowhere", tmp_path / "out")[0] == 3
 
 
-def test_exit_4_when_the_adapter_learnt_nothing(capsys, model, photos, tmp_path):
+def test_exit_4_when_the_adapter_learned_nothing(capsys, model, photos, tmp_path):
     # so small that no feature moves in fp32
     code, _, err = adapt(capsys, model, photos, tmp_path / "out", "--lr", "1e-35")
     assert code == 4 and "adapter" in err.splitlines()[-1]

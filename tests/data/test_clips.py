@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from upstep_fast.data.labelled.batches import Reader
-from upstep_fast.data.labelled.clips import train_and_test_clips
-from upstep_fast.data.labelled.reader import ReaderOptions
+from upstep_fast.data.labeled.batches import Reader
+from upstep_fast.data.labeled.clips import train_and_test_clips
+from upstep_fast.data.labeled.reader import ReaderOptions
 from upstep_fast.errors import BadImage, DataError
 
 CLIPS, FRAMES = 6, 4

@@ -1,7 +1,7 @@
 """The documentation is true: every command and example is run as a reader would.
 
 Commands are the `$ ` lines of ```console blocks in README.md, CONTRIBUTING.md, docs/ and bench/results/. Those of
-`upstep-fast` run in a folder with `photos/` and `labelled/`, on the model that the package ships, page by page from top
+`upstep-fast` run in a folder with `photos/` and `labeled/`, on the model that the package ships, page by page from top
 to bottom; SUBSTITUTED and SHORTENED say what differs from the page. What cannot run offline in seconds is parsed:
 PARSED says why.
 Other programs' commands are held against what they name: targets, files, extras.
@@ -133,15 +133,15 @@ def check_other(command: str) -> None:
 
 @pytest.fixture
 def workplace(tmp_path, photos, monkeypatch):
-    """What a reader has: photos/ without labels, labelled/ with two classes, and the checkout's folders."""
+    """What a reader has: photos/ without labels, labeled/ with two classes, and the checkout's folders."""
     shutil.copytree(photos, tmp_path / "photos")
     random = np.random.default_rng(0)
     for part, count in (("train", 8), ("test", 4)):
-        for name, colour in (("red", (200, 40, 40)), ("blue", (40, 40, 200))):
-            (tmp_path / "labelled" / part / name).mkdir(parents=True)
+        for name, color in (("red", (200, 40, 40)), ("blue", (40, 40, 200))):
+            (tmp_path / "labeled" / part / name).mkdir(parents=True)
             for i in range(count):
-                pixels = np.clip(np.array(colour) + random.normal(0, 40, (64, 64, 3)), 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(tmp_path / "labelled" / part / name / f"{i}.jpg")
+                pixels = np.clip(np.array(color) + random.normal(0, 40, (64, 64, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "labeled" / part / name / f"{i}.jpg")
     (tmp_path / "bench" / "results").mkdir(parents=True)
     (tmp_path / "upstep_fast").symlink_to(ROOT / "upstep_fast")
     monkeypatch.chdir(tmp_path)

@@ -103,7 +103,7 @@ def test_fp8_is_the_same_at_every_memory_level(memory):
     vit, images = model("registers, LayerScale", ("q", "v", "fc1"))
     _, expected = gradients(vit, engine.build(vit, torch.bfloat16, fused=True, fp8=True).features, images)
     _, grads = gradients(vit, engine.build(vit, torch.bfloat16, memory, fused=True, fp8=True).features, images)
-    # what is computed again is quantised from rounded values: half of what fp8 itself costs
+    # what is computed again is quantized from rounded values: half of what fp8 itself costs
     for a, b in zip(grads, expected, strict=True):
         assert relative(a, b) < 5e-2
 

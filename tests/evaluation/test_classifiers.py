@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from upstep_fast.data.labelled.splits import held_out
+from upstep_fast.data.labeled.splits import held_out
 from upstep_fast.evaluation.classifiers import PROBE_HELD_OUT, PROBE_WEIGHTS, fit_logistic, knn, linear_probe
 from upstep_fast.evaluation.features import Features, ensemble
 
@@ -42,7 +42,7 @@ def test_knn_limits_k_to_the_bank():
 def test_logistic_regression_matches_scikit_learn(l2):
     train = clusters(300)
     ours = fit_logistic(train.x, train.y, 5, l2, iterations=500)
-    # scikit-learn minimises sum CE + |W|^2 / (2 C)
+    # scikit-learn minimizes sum CE + |W|^2 / (2 C)
     oracle = LogisticRegression(C=1 / (l2 * 300), tol=1e-8, max_iter=5000).fit(
         train.x.double().numpy(), train.y.numpy()
     )

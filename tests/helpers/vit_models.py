@@ -15,7 +15,7 @@ def images(size, count=3, channels=3):
     return torch.randn(count, channels, *size, generator=torch.Generator().manual_seed(2))
 
 
-def randomised(vit, seed=0):
+def randomized(vit, seed=0):
     """Random values everywhere, so that no zero or one hides a tensor that was not loaded."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -30,7 +30,7 @@ def saved(vit, folder, args):
 
 
 def small(seed=0, **args):
-    return randomised(timm.create_model("vit_tiny_patch16_224", **SMALL | args), seed)
+    return randomized(timm.create_model("vit_tiny_patch16_224", **SMALL | args), seed)
 
 
 def assert_same(vit, other):

@@ -23,7 +23,7 @@ FORMS = [
 ]
 
 
-def randomise(module, seed=0):
+def randomize(module, seed=0):
     generator = torch.Generator().manual_seed(seed)
     for p in module.parameters():
         p.data = torch.randn(p.shape, generator=generator, dtype=p.dtype) * 0.4 + (p.dim() == 0)
@@ -31,7 +31,7 @@ def randomise(module, seed=0):
 
 def side_network(spec, frames=1, dtype=torch.float64, tokens=5, width=8, depth=4):
     side = SideNetwork(spec, depth=depth, width=width, tokens=tokens, frames=frames).to(dtype)
-    randomise(side)
+    randomize(side)
     return side
 
 
@@ -112,7 +112,7 @@ def test_the_backbone_gets_no_gradient_and_is_not_changed(tiny, dtype):
     before = copy.deepcopy(tiny.vit.state_dict())
     net = Losa(tiny, LosaSpec(rank=2, token_rank=2), classes=4).train()
     net.accelerate(dtype)
-    randomise(net.side)
+    randomize(net.side)
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad])
     for _ in range(2):
         torch.nn.functional.cross_entropy(net(images()), torch.tensor([0, 1, 2])).backward()
@@ -199,7 +199,7 @@ def test_parameters_of_vit_b(rank, millions):
 def test_stored_activations_give_the_output_of_images(tiny):
     net = Losa(tiny, LosaSpec(rank=2, token_rank=2, every=2), classes=4)
     net.accelerate(torch.float32)
-    randomise(net.side)
+    randomize(net.side)
     x = images(4)
     frozen = net.frozen(x)
     assert frozen.shape == (4, 1, 1, 17, 48) and not frozen.requires_grad
@@ -211,7 +211,7 @@ def test_clips_are_frames_of_a_batch(tiny):
     clips = images(6).unflatten(0, (2, 3))
     start = net(clips)
     torch.testing.assert_close(start, net.head(pooling.features(tiny.vit, images(6)).unflatten(0, (2, 3)).mean(1)))
-    randomise(net.side)
+    randomize(net.side)
     assert net.frozen(clips).shape == (2, 3, 2, 17, 48)
     torch.testing.assert_close(net.logits_of(net.frozen(clips)), net(clips))
     # the order of the frames matters, and that of the clips does not
@@ -241,7 +241,7 @@ def test_frozen_weights_in_fp8(tiny):
     assert 1e-4 < error < 0.1  # other numbers, and close
     net = Losa(tiny, LosaSpec(rank=2, token_rank=2), classes=4).train()
     net.accelerate(torch.bfloat16, fp8=True)
-    randomise(net.side)
+    randomize(net.side)
     net(x).sum().backward()
     assert all(p.grad is None for p in net.vit.parameters()) and all(p.grad is not None for p in net.side.parameters())
 
@@ -259,7 +259,7 @@ def test_rotary_models_train_with_and_without_the_engine(arch, runs, caplog):
         net.accelerate(torch.float32)
     assert ("plain model" in caplog.text) is not runs
     torch.testing.assert_close(net(images(2, 32)), net.head(pooling.features(vit, images(2, 32))))
-    randomise(net.side)
+    randomize(net.side)
     net(images(2, 32)).sum().backward()
     assert all(p.grad is None for p in vit.parameters())
     assert all(p.grad is not None for p in net.side.parameters())
@@ -306,7 +306,7 @@ def test_a_short_run_learns(tiny):
 @pytest.mark.parametrize("spec", FORMS)
 def test_bf16_on_a_gpu_against_the_formula(spec, frames):
     side = SideNetwork(spec, depth=4, width=192, tokens=65, frames=frames)
-    randomise(side)
+    randomize(side)
     taps = torch.randn(len(side.taps), 2 * frames, 65, 192, generator=torch.Generator().manual_seed(1))
     weights = torch.randn(taps.shape[1:], generator=torch.Generator().manual_seed(2))
     theirs = copy.deepcopy(side).double()

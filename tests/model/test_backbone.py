@@ -9,7 +9,7 @@ import timm
 import torch
 from PIL import Image
 from torch import nn
-from vit_models import BASE_TINY, SMALL, assert_same, images, randomised, saved, small
+from vit_models import BASE_TINY, SMALL, assert_same, images, randomized, saved, small
 
 import upstep_fast
 from upstep_fast.cli.commands import main
@@ -54,7 +54,7 @@ LONG |= {  # DINOv2's giant and AIMv2 with fewer blocks
 def test_every_kind_of_vit_adapts_and_is_served_by_peft(tmp_path, kind):
     arch, args = (VARIANTS | LONG)[kind]
     args = {key: value for key, value in ({"depth": 2, "num_classes": 7} | args).items() if value is not None}
-    name = saved(randomised(timm.create_model(arch, **args)), tmp_path / "base", args)
+    name = saved(randomized(timm.create_model(arch, **args)), tmp_path / "base", args)
     base = backbone.load(name)
     x = images(base.img_size)
     torch.testing.assert_close(
@@ -151,7 +151,7 @@ def test_sizes_that_the_patch_does_not_divide(tmp_path, caplog):
 @pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"])
 def test_a_dynamic_size_takes_every_multiple_of_the_patch(tmp_path, arch):
     args = dict(img_size=64, depth=1, num_classes=0, dynamic_img_size=True)
-    name = saved(randomised(timm.create_model(arch, **args)), tmp_path / "base", args)
+    name = saved(randomized(timm.create_model(arch, **args)), tmp_path / "base", args)
     ours, theirs = backbone.load(name).vit, timm.create_model(name, pretrained=True).eval()
     for size in ((64, 64), (48, 80), (112, 16)):
         x = images(size)
@@ -175,7 +175,7 @@ def test_a_fingerprint_is_of_names_shapes_types_and_every_value():
 
 
 def test_adapt_and_embed_with_a_file_one_channel_and_another_size(capsys, tmp_path):
-    source = randomised(timm.create_model("vit_tiny_patch16_224", num_classes=0))
+    source = randomized(timm.create_model("vit_tiny_patch16_224", num_classes=0))
     torch.save(
         {"teacher": {f"backbone.{key}": value for key, value in source.state_dict().items()}}, tmp_path / "w.pth"
     )

@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
-from vit_models import BASE_TINY, assert_same, images, randomised, small
+from vit_models import BASE_TINY, assert_same, images, randomized, small
 
 from upstep_fast.errors import ConfigError
 from upstep_fast.model import backbone
@@ -39,7 +39,7 @@ HF_MODELS = {
 
 @pytest.mark.parametrize("kind", HF_MODELS)
 def test_a_folder_of_transformers_gives_its_features(tmp_path, kind):
-    theirs = randomised(HF_MODELS[kind]())
+    theirs = randomized(HF_MODELS[kind]())
     theirs.save_pretrained(tmp_path / "hf")
     (tmp_path / "hf" / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3]}')
     ours = backbone.load(f"local-dir:{tmp_path / 'hf'}")
@@ -74,7 +74,7 @@ def test_a_folder_of_transformers_gives_its_features(tmp_path, kind):
     ids=["MAE", "CLIP", "SigLIP"],
 )
 def test_other_towers_of_transformers(tmp_path, make, arch, args):
-    theirs = randomised(make())
+    theirs = randomized(make())
     theirs.save_pretrained(tmp_path / "hf")
     vit = timm.create_model(arch, img_size=56, depth=2, num_classes=0, **args).eval()
     checkpoint_files.fill(vit, checkpoint_files.read(tmp_path / "hf"), where="hf")
@@ -143,7 +143,7 @@ def test_key_formats_load_bit_for_bit(tmp_path, kind, suffix):
 
 def test_openclips_own_names(tmp_path):
     args = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0)
-    source = randomised(timm.create_model("vit_base_patch32_clip_224", **args))
+    source = randomized(timm.create_model("vit_base_patch32_clip_224", **args))
     s = source.state_dict()
     names = {"conv1.weight": "patch_embed.proj.weight"}
     for end in ("weight", "bias"):
@@ -161,7 +161,7 @@ def test_openclips_own_names(tmp_path):
     tower = {f"visual.{theirs}": s[ours] for theirs, ours in names.items()}
     tower |= {"visual.class_embedding": s["cls_token"][0, 0], "visual.positional_embedding": s["pos_embed"][0]}
     tower |= {"visual.proj": torch.ones(48, 16), "transformer.resblocks.0.ln_1.weight": torch.ones(4)}
-    vit = randomised(timm.create_model("vit_base_patch32_clip_224", **args), seed=9)
+    vit = randomized(timm.create_model("vit_base_patch32_clip_224", **args), seed=9)
     assert checkpoint_files.fill(vit, tower, where="openclip").matched == len(s)
     assert_same(vit, source)
 
@@ -169,10 +169,10 @@ def test_openclips_own_names(tmp_path):
 def test_openclips_siglip_tower():
     """OpenCLIP keeps SigLIP's visual tower as timm's own model, beside the text's."""
     args = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0)
-    source = randomised(timm.create_model("vit_base_patch16_siglip_224", **args))
+    source = randomized(timm.create_model("vit_base_patch16_siglip_224", **args))
     both = {f"visual.trunk.{key}": value for key, value in source.state_dict().items()}
     both |= {"text.transformer.resblocks.0.attn.in_proj_weight": torch.ones(6, 2), "logit_scale": torch.ones(())}
-    vit = randomised(timm.create_model("vit_base_patch16_siglip_224", **args), seed=9)
+    vit = randomized(timm.create_model("vit_base_patch16_siglip_224", **args), seed=9)
     assert checkpoint_files.fill(vit, both, where="openclip").matched == len(source.state_dict())
     assert_same(vit, source)
 
@@ -180,7 +180,7 @@ def test_openclips_siglip_tower():
 @pytest.mark.parametrize("arch", ["vit_small_patch16_dinov3_qkvb", "vit_small_plus_patch16_dinov3"])
 def test_metas_dinov3_names(arch):
     args = dict(img_size=64, depth=1)
-    source = randomised(timm.create_model(arch, **args))
+    source = randomized(timm.create_model(arch, **args))
     theirs = {}
     for key, value in source.state_dict().items():
         for ours, meta in (
@@ -200,7 +200,7 @@ def test_metas_dinov3_names(arch):
     theirs["teacher.backbone.rope_embed.periods"] = torch.ones(16)
     theirs["teacher.backbone.mask_token"] = torch.ones(1, 384)
     theirs["teacher.backbone.blocks.0.attn.qkv.bias_mask"] = torch.ones(1152)
-    vit = randomised(timm.create_model(arch, **args), seed=9)
+    vit = randomized(timm.create_model(arch, **args), seed=9)
     checkpoint_files.fill(vit, theirs, where="dinov3")
     assert_same(vit, source)
     if "qkvb" in arch:
@@ -209,7 +209,7 @@ def test_metas_dinov3_names(arch):
 
 
 def test_a_checkpoint_file_and_its_arch(tmp_path):
-    source = randomised(timm.create_model("vit_tiny_patch16_224", num_classes=0))
+    source = randomized(timm.create_model("vit_tiny_patch16_224", num_classes=0))
     save_file(source.state_dict(), tmp_path / "w.safetensors")
     ours = backbone.load(str(tmp_path / "w.safetensors"), arch="vit_tiny_patch16_224")
     x = images((224, 224), 1)

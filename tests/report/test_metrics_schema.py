@@ -66,10 +66,10 @@ def test_rows_of_finetune_fit_too(model, tmp_path):
 
     for part in ("train", "test"):
         for name, color in (("red", (200, 0, 0)), ("blue", (0, 0, 200))):
-            (tmp_path / "labelled" / part / name).mkdir(parents=True)
+            (tmp_path / "labeled" / part / name).mkdir(parents=True)
             for i in range(6):
-                Image.new("RGB", (32, 32), color).save(tmp_path / "labelled" / part / name / f"{i}.png")
-    paths = ["--data", str(tmp_path / "labelled"), "--out", str(tmp_path / "out")]
+                Image.new("RGB", (32, 32), color).save(tmp_path / "labeled" / part / name / f"{i}.png")
+    paths = ["--data", str(tmp_path / "labeled"), "--out", str(tmp_path / "out")]
     more = ["--epochs", "2", "--batch-size", "4", "--device", "cpu"]
     with pytest.raises(SystemExit) as stop:
         main(["finetune", "--model", model, *paths, "--method", "linear", *more])

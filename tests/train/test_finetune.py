@@ -20,9 +20,9 @@ from timm.optim import param_groups_layer_decay
 import upstep_fast
 from upstep_fast.config.finetune import FinetuneConfig
 from upstep_fast.config.flat import from_flat
-from upstep_fast.data.labelled import clips as clip_files
-from upstep_fast.data.labelled import video
-from upstep_fast.data.labelled.splits import held_out, train_and_test
+from upstep_fast.data.labeled import clips as clip_files
+from upstep_fast.data.labeled import video
+from upstep_fast.data.labeled.splits import held_out, train_and_test
 from upstep_fast.errors import ConfigError, DataError, Interrupted, RunFailedError
 from upstep_fast.methods.supervised.baselines import Baseline, layer_of, parameter_groups, set_drop_path
 from upstep_fast.methods.trainable import trained

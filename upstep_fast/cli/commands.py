@@ -145,7 +145,7 @@ def _adapt(config: Any) -> None:
 
 
 def _eval(config: Any) -> None:
-    from upstep_fast.evaluation.labelled import run
+    from upstep_fast.evaluation.labeled import run
     from upstep_fast.report.tables import print_scores
     from upstep_fast.runtime.distributed import is_first
 

@@ -10,7 +10,7 @@ from typing import Any
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.flat import from_flat
 from upstep_fast.config.tools import DemoConfig
-from upstep_fast.evaluation.labelled import evaluate
+from upstep_fast.evaluation.labeled import evaluate
 from upstep_fast.report import page as html_report
 from upstep_fast.report.tables import print_scores
 from upstep_fast.train import adapt

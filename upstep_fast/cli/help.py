@@ -137,9 +137,9 @@ def plain_help() -> None:
     import tyro
 
     # one setting for both streams: errors go to stderr although tyro looks at stdout alone
-    colour = terminal.has_color() and terminal.has_color(stderr=True)
+    color = terminal.has_color() and terminal.has_color(stderr=True)
     boxes = not (terminal.is_plain() or terminal.is_plain(stderr=True))
-    tyro._experimental_options["ansi_codes"] = colour
+    tyro._experimental_options["ansi_codes"] = color
     tyro._experimental_options["utf8_boxes"] = boxes
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upstep_fast.data.labelled.splits import held_out as held_out_of
+from upstep_fast.data.labeled.splits import held_out as held_out_of
 from upstep_fast.evaluation.features import Features
 from upstep_fast.runtime import distributed
 

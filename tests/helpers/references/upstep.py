@@ -22,7 +22,7 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
 def upstep_loss(
     u: Tensor, prototypes: Tensor, *, epsilon: float, iterations: int, temperature: float, cvr_weight: float
 ) -> Tensor:
-    """Swapped loss and squared centre: u [V, B, d] head outputs, prototypes [K, d] unit rows; returns a scalar."""
+    """Swapped loss and squared center: u [V, B, d] head outputs, prototypes [K, d] unit rows; returns a scalar."""
     z = u / u.norm(dim=-1, keepdim=True)
     num_views, num_images = z.shape[:2]
     loss = torch.zeros((), dtype=u.dtype, device=u.device)
@@ -33,5 +33,5 @@ def upstep_loss(
                 p = (z[student] @ prototypes.T / temperature).softmax(-1)
                 for b in range(num_images):
                     loss = loss - (q[b] * p[b].log()).sum() / num_images
-    centre = z.reshape(-1, z.shape[-1]).mean(0)
-    return loss / (num_views * (num_views - 1)) + cvr_weight * centre @ centre
+    center = z.reshape(-1, z.shape[-1]).mean(0)
+    return loss / (num_views * (num_views - 1)) + cvr_weight * center @ center

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upstep_fast.data.labelled.batches import Reader
-from upstep_fast.data.labelled.splits import Labelled
+from upstep_fast.data.labeled.batches import Reader
+from upstep_fast.data.labeled.splits import Labeled
 from upstep_fast.data.loading.loader import permutation
 from upstep_fast.errors import ConfigError
 from upstep_fast.runtime.device import Compute
@@ -47,7 +47,7 @@ class Cached:
             yield frozen.to(device), y
 
 
-def fill(model: Any, parts: list[Labelled], reader: Reader, compute: Compute, where: str, folder: Path) -> list[Cached]:
+def fill(model: Any, parts: list[Labeled], reader: Reader, compute: Compute, where: str, folder: Path) -> list[Cached]:
     """Compute the frozen activations of every readable image of each part.
 
     model: Losa, or Baseline with `linear`. where: "memory", or "disk" for a file in `folder`. Logs the size first.

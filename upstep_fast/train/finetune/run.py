@@ -21,10 +21,10 @@ from upstep_fast.config.finetune import FinetuneConfig
 from upstep_fast.config.flat import replace_flat
 from upstep_fast.config.options import FinetuneOptions
 from upstep_fast.config.signatures import with_keywords
-from upstep_fast.data.labelled.batches import Reader
-from upstep_fast.data.labelled.clips import train_and_test_clips
-from upstep_fast.data.labelled.reader import ReaderOptions
-from upstep_fast.data.labelled.splits import Labelled, held_out, train_and_test
+from upstep_fast.data.labeled.batches import Reader
+from upstep_fast.data.labeled.clips import train_and_test_clips
+from upstep_fast.data.labeled.reader import ReaderOptions
+from upstep_fast.data.labeled.splits import Labeled, held_out, train_and_test
 from upstep_fast.data.loading.skipped import write_skipped
 from upstep_fast.data.views.view_config import view_config
 from upstep_fast.errors import ConfigError, DataError
@@ -70,9 +70,9 @@ class FinetuneResult:
 class Splits:
     """Labeled data of a run."""
 
-    learn: Labelled
-    choose: Labelled  # held out of train/; chooses the epoch
-    test: Labelled
+    learn: Labeled
+    choose: Labeled  # held out of train/; chooses the epoch
+    test: Labeled
 
 
 @with_keywords(FinetuneConfig)
@@ -248,6 +248,6 @@ def _batches(
     )
 
 
-def _in_order(data: Labelled, reader: Reader) -> Iterator[tuple[Tensor, Tensor]]:
+def _in_order(data: Labeled, reader: Reader) -> Iterator[tuple[Tensor, Tensor]]:
     for indices, x in reader.in_order(data):
         yield x, data.y[indices]

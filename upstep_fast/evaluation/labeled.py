@@ -13,7 +13,7 @@ from upstep_fast.config.evaluate import EvalConfig
 from upstep_fast.config.files import from_options
 from upstep_fast.config.options import EvaluateOptions
 from upstep_fast.config.signatures import with_keywords
-from upstep_fast.data.labelled.splits import train_and_test
+from upstep_fast.data.labeled.splits import train_and_test
 from upstep_fast.errors import ConfigError
 from upstep_fast.evaluation import whitening
 from upstep_fast.evaluation.classifiers import knn, linear_probe

@@ -1,4 +1,4 @@
-"""Options of reading labelled images or clips."""
+"""Options of reading labeled images or clips."""
 
 from __future__ import annotations
 

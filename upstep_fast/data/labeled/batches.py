@@ -1,4 +1,4 @@
-"""Batches of labelled images or clips on the device: random views in random order, or evaluation views in order."""
+"""Batches of labeled images or clips on the device: random views in random order, or evaluation views in order."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from upstep_fast.data.labelled.clips import Clips, load_clips, training_clips
-from upstep_fast.data.labelled.reader import ReaderOptions
-from upstep_fast.data.labelled.splits import Labelled
+from upstep_fast.data.labeled.clips import Clips, load_clips, training_clips
+from upstep_fast.data.labeled.reader import ReaderOptions
+from upstep_fast.data.labeled.splits import Labeled
 from upstep_fast.data.loading.loader import Loader, load_images
 from upstep_fast.data.loading.skipped import SkippedImages
 from upstep_fast.data.views.resize import eval_resize, normalize
@@ -24,7 +24,7 @@ class Reader:
     options: ReaderOptions
     skipped: SkippedImages = field(default_factory=SkippedImages)  # collects what could not be read
 
-    def training(self, data: Labelled, step: int) -> Generator[tuple[Tensor, Tensor]]:
+    def training(self, data: Labeled, step: int) -> Generator[tuple[Tensor, Tensor]]:
         """Yield batches (x, y [B] int64) from step `step` on, without end; a pure function of (seed, step).
 
         Raises DataError when more than `max_bad_fraction` are bad.
@@ -50,7 +50,7 @@ class Reader:
                 x = self._prepared(batch.images, batch.epoch, batch.indices)
                 yield x, data.y[batch.indices].to(options.device)
 
-    def in_order(self, data: Labelled) -> Iterator[tuple[Tensor, Tensor]]:
+    def in_order(self, data: Labeled) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield every readable image or clip once, by the evaluation transform: (indices [B] int64, x).
 
         Raises DataError when more than `max_bad_fraction` are bad.

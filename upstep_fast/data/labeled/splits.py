@@ -1,4 +1,4 @@
-"""Labelled images: train and test splits, their classes, and a held-out part of train for model selection."""
+"""Labeled images: train and test splits, their classes, and a held-out part of train for model selection."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from upstep_fast.errors import DataError
 
 
 @dataclass(frozen=True)
-class Labelled:
+class Labeled:
     """Images or clips with their classes."""
 
     source: Any  # Source, or Clips
     y: Tensor  # [N] int64, index into `classes`
     classes: tuple[str, ...]
 
-    def subset(self, indices: Tensor) -> Labelled:
+    def subset(self, indices: Tensor) -> Labeled:
         """Return the images or clips at `indices` [n] int64, in that order."""
         if isinstance(self.source, Source):
             source: Any = subset(self.source, indices.numpy())
         else:
             source = self.source.subset(indices.tolist())
-        return Labelled(source, self.y[indices], self.classes)
+        return Labeled(source, self.y[indices], self.classes)
 
 
-def train_and_test(paths: Sequence[str], command: str) -> tuple[Labelled, Labelled]:
+def train_and_test(paths: Sequence[str], command: str) -> tuple[Labeled, Labeled]:
     """Return the train and test splits of `paths`, both with the classes of train.
 
     Raises DataError, naming the cure, for images outside class folders and classes of test/ that train/ lacks.
@@ -48,7 +48,7 @@ def train_and_test(paths: Sequence[str], command: str) -> tuple[Labelled, Labell
 
 def join(
     train: Any, train_names: Sequence[str], test: Any, test_names: Sequence[str], where: str
-) -> tuple[Labelled, Labelled]:
+) -> tuple[Labeled, Labeled]:
     """Return both splits with classes as indices into train's. Raises DataError for classes that train lacks."""
     unknown = sorted(set(test_names) - set(train_names))
     if unknown:
@@ -56,7 +56,7 @@ def join(
     classes = tuple(sorted(set(train_names)))
     index = {name: i for i, name in enumerate(classes)}
     y_train, y_test = (torch.tensor([index[name] for name in names]) for names in (train_names, test_names))
-    return Labelled(train, y_train, classes), Labelled(test, y_test, classes)
+    return Labeled(train, y_train, classes), Labeled(test, y_test, classes)
 
 
 def held_out(y: Tensor, fraction: float, seed: int) -> Tensor:

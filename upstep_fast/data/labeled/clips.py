@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from upstep_fast.data.keyed_random import uniform_array
-from upstep_fast.data.labelled import video
-from upstep_fast.data.labelled.reader import ReaderOptions
-from upstep_fast.data.labelled.splits import Labelled, join
+from upstep_fast.data.labeled import video
+from upstep_fast.data.labeled.reader import ReaderOptions
+from upstep_fast.data.labeled.splits import Labeled, join
 from upstep_fast.data.loading.loader import permutation
 from upstep_fast.data.loading.ordered_map import ordered_map
 from upstep_fast.data.loading.skipped import SkippedImages, catch_bad_image, read_image
@@ -103,7 +103,7 @@ def random_frames(length: int, count: int, *, seed: int, epoch: int, index: int)
     return [int((i + u) * length / count) for i, u in enumerate(offsets)]
 
 
-def train_and_test_clips(paths: Sequence[str], frames: int) -> tuple[Labelled, Labelled]:
+def train_and_test_clips(paths: Sequence[str], frames: int) -> tuple[Labeled, Labeled]:
     """Return the clips of the train and test splits, both with the classes of train.
 
     Raises DataError for images that are not in train/CLASS/CLIP/, clips of fewer than `frames` frames, and classes of

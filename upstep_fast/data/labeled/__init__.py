@@ -1,0 +1,1 @@
+"""Labeled images and clips: classes, splits, batches."""

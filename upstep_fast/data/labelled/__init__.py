@@ -1,1 +1,0 @@
-"""Labelled images and clips: classes, splits, batches."""
