@@ -221,17 +221,15 @@ _partial_op.register_autograd(_partial_backward, setup_context=_setup_partial)
 _finish_op.register_autograd(_finish_backward, setup_context=_setup_finish)
 
 
-def _validate(op: str, u: Tensor, num_views: int) -> None:
+def _validate(op: str, u: Tensor, views: int) -> None:
     if u.dim() != 2 or not 1 <= u.shape[1] <= MAX_WIDTH:
         raise ValueError(f"{op}: u must be [rows, d] with d from 1 to {MAX_WIDTH}, got {list(u.shape)}")
     if u.dtype not in _DTYPES:
         raise ValueError(f"{op}: u must be one of {', '.join(map(str, _DTYPES))}, got {u.dtype}")
-    if not 1 <= num_views <= MAX_VIEWS:
-        raise ValueError(f"{op}: num_views must be 1 to {MAX_VIEWS}, got {num_views}")
-    if u.shape[0] % num_views:
-        raise ValueError(
-            f"{op}: u must hold {(n := num_views)} views of each image, a multiple of {n} rows, got {len(u)}"
-        )
+    if not 1 <= views <= MAX_VIEWS:
+        raise ValueError(f"{op}: num_views must be 1 to {MAX_VIEWS}, got {views}")
+    if u.shape[0] % views:
+        raise ValueError(f"{op}: u must hold {views} views of each image, a multiple of {views} rows, got {len(u)}")
 
 
 def center_vector_update(
