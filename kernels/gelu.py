@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._dispatch import NAMESPACE, choose, triton_unsupported_reason
-from ._tiles import Tile, row_tile
+from ._tile_sizes import Tile, row_tile
 from ._triton import tl, triton
 from .quantize import E4M3, e4m3_codes, native_fp8, quantize_reference, row_scales, row_unsupported_reason
 

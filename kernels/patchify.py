@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ._autocast import autocast_dtype
 from ._dispatch import NAMESPACE, choose, triton_unsupported_reason
-from ._tiles import tile
+from ._tile_sizes import tile
 from ._triton import tl, triton
 
 _DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)

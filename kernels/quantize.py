@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ._dispatch import NAMESPACE, choose, triton_unsupported_reason
-from ._tiles import MAX_ROW, row_tile
+from ._tile_sizes import MAX_ROW, row_tile
 from ._triton import INTERPRET, tl, triton
 
 E4M3 = torch.float8_e4m3fn

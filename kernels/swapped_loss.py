@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ._dispatch import NAMESPACE, choose, triton_unsupported_reason
-from ._tiles import tile
+from ._tile_sizes import tile
 from ._triton import tl, triton
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)

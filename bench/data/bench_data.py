@@ -35,8 +35,8 @@ from torchvision.transforms import v2
 
 from upstep_fast.data.loading.loader import Loader
 from upstep_fast.data.sources.source import open_source
+from upstep_fast.data.views.make_views import random_views
 from upstep_fast.data.views.view_config import ViewConfig
-from upstep_fast.data.views.views import random_views
 from upstep_fast.runtime.machine import processor_name
 
 BATCH, SIZE, FILES = 16, 224, 64

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from upstep_fast.data.views.make_views import pack
 from upstep_fast.data.views.view_config import ViewConfig
 from upstep_fast.data.views.view_params import draw_params
-from upstep_fast.data.views.views import pack
 from upstep_fast.kernels.views import make_views
 from upstep_fast.kernels.views.eager import views_reference
 

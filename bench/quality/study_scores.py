@@ -22,8 +22,8 @@ from upstep_fast.config.files import read_toml
 from upstep_fast.config.flat import from_flat
 from upstep_fast.data.loading.loader import Loader
 from upstep_fast.data.sources.source import open_source
+from upstep_fast.data.views.make_views import random_views
 from upstep_fast.data.views.view_config import view_config
-from upstep_fast.data.views.views import random_views
 from upstep_fast.evaluation import whitening
 from upstep_fast.evaluation.classifiers import knn_correct, linear_probe
 from upstep_fast.evaluation.features import Features, append_whitened, extract, unwhitened

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._tiles import tile
+from .._tile_sizes import tile
 from .._triton import INTERPRET, tl, triton
 
 MAX_WIDTH = 128  # of a head

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._tiles import row_tile
+from .._tile_sizes import row_tile
 from .._triton import INTERPRET, pointers, tl, triton
 from ..quantize import e4m3_codes, row_scales
 

@@ -1,4 +1,4 @@
-"""Triton form of `lora_linear`: the two kernels of kernels.py serve forward and backward.
+"""Triton form of `lora_linear`: the two kernels of triton_kernels.py serve forward and backward.
 
 Forward: one launch for each run of rows (adapted, or the gap between), S made in the K loop by a small dot.
 Backward: a sweep of dY gives dS and dB, a sweep of x gives dA; dX = dY W + dS A is the first kernel, S given.
@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._tiles import tile
+from .._tile_sizes import tile
 from .._triton import INTERPRET, pointers, triton
 from .args import LoraArgs
 from .eager import drop_threshold
-from .kernels import lora_linear_kernel, lora_linear_sweep
+from .triton_kernels import lora_linear_kernel, lora_linear_sweep
 
 MAX_RANK = 32  # of one slice: at 64 the registers spill beside the accumulators (sm_80)
 

@@ -1,4 +1,4 @@
-"""Triton form of `low_rank_mixer`: launchers of kernels.py and kernels_backward.py."""
+"""Triton form of `low_rank_mixer`: launchers of triton_kernels.py and triton_kernels_backward.py."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._tiles import tile
+from .._tile_sizes import tile
 from .._triton import INTERPRET, triton
 from .args import MixerArgs
-from .kernels import columns_fwd_kernel, rows_fwd_kernel
-from .kernels_backward import columns_bwd_kernel, rows_bwd_kernel
+from .triton_kernels import columns_fwd_kernel, rows_fwd_kernel
+from .triton_kernels_backward import columns_bwd_kernel, rows_bwd_kernel
 
 MAX_RANK = 32  # beyond it the backward kernels spill registers
 

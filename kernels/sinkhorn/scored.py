@@ -26,11 +26,11 @@ from torch import Tensor
 
 from .._autotune import autotune, power_class
 from .._dispatch import NAMESPACE, choose, record, requested, triton_unsupported_reason
-from .._tiles import tile
+from .._tile_sizes import tile
 from .._triton import INTERPRET, tl, triton
-from .kernels import scores_pass
 from .op import sinkhorn, sinkhorn_reference, unsupported_numbers
 from .triton import after_first_pass, launch, like_scores, partition, pass_names, room_for_rows, two_columns
+from .triton_kernels import scores_pass
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._tiles import tile
+from .._tile_sizes import tile
 from .._triton import INTERPRET, tl, triton
-from .kernels import barrier, columns_pass, rows_pass, sum_pass
+from .triton_kernels import barrier, columns_pass, rows_pass, sum_pass
 
 
 @triton.jit

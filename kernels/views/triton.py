@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._tiles import tile
+from .._tile_sizes import tile
 from .._triton import tl, triton
 from .eager import halves
 

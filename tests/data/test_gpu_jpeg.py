@@ -17,9 +17,9 @@ from upstep_fast.data.decode.gpu_jpeg import GpuReader
 from upstep_fast.data.decode.image import decode
 from upstep_fast.data.loading.loader import Loader
 from upstep_fast.data.sources.source import open_source
-from upstep_fast.data.views import views
+from upstep_fast.data.views import make_views
+from upstep_fast.data.views.make_views import random_views
 from upstep_fast.data.views.view_config import ViewConfig
-from upstep_fast.data.views.views import random_views
 from upstep_fast.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -131,7 +131,7 @@ def test_the_decoder_on_a_gpu():
     key = {"seed": 0, "epoch": 0, "indices": range(5), "device": "cuda"}
     mixed = [*found, decode(encoded(4, "PNG"))]
     assert torch.equal(random_views(mixed, config, **key), random_views([x.cpu() for x in mixed], config, **key))
-    assert views.pack(mixed, torch.device("cuda"))[0].is_cuda
+    assert make_views.pack(mixed, torch.device("cuda"))[0].is_cuda
 
 
 @pytest.mark.gpu

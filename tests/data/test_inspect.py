@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 import upstep_fast
-from upstep_fast.data.curation import curate
 from upstep_fast.data.curation import perceptual_hash as phash
-from upstep_fast.data.curation.curate import channel_statistics
+from upstep_fast.data.curation import survey
 from upstep_fast.data.curation.perceptual_hash import near, perceptual_hash
+from upstep_fast.data.curation.survey import channel_statistics
 from upstep_fast.data.curation.triage import Verdict, triage
 from upstep_fast.data.decode.image import decode
 from upstep_fast.data.sources.source import open_source
@@ -221,10 +221,10 @@ def test_a_run_applies_triage_and_a_resume_reuses_the_verdict(options, tmp_path,
     out = tmp_path / "out"
     rows = dict(list(csv.reader((out / "skipped.csv").open()))[1:])
     assert len(rows) == 10 and sum(reason.startswith("kept: ") for reason in rows.values()) == 6
-    found = json.loads((out / curate.TRIAGE).read_text())["found"]
+    found = json.loads((out / survey.TRIAGE).read_text())["found"]
     assert found["counts"]["exact copies"] == 2 and len(found["left_out"]) == 4
     saved = tomllib.loads((out / "config.toml").read_text())
-    statistics = json.loads((out / curate.STATISTICS).read_text())["found"]
+    statistics = json.loads((out / survey.STATISTICS).read_text())["found"]
     assert saved["model"]["mean"] == statistics["mean"] and saved["model"]["std"] == statistics["std"]
     assert saved["data"]["mean_std"] == "given"
     # a run that is stopped in the middle and resumed gives an equal adapter without a second triage
@@ -244,8 +244,8 @@ def test_a_run_applies_triage_and_a_resume_reuses_the_verdict(options, tmp_path,
     def never(*_, **__):
         raise AssertionError("inspected again")
 
-    monkeypatch.setattr(curate, "triage", never)
-    monkeypatch.setattr(curate, "channel_statistics", never)
+    monkeypatch.setattr(survey, "triage", never)
+    monkeypatch.setattr(survey, "channel_statistics", never)
     upstep_fast.adapt(**options, checkpoint_every=2, resume=True)
     name = "adapter/adapter_model.safetensors"
     assert (out / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
@@ -256,11 +256,11 @@ def test_cached_verdicts_depend_on_the_images(options, folder, tmp_path):
     picture(99).save(folder / "one_more.png")
     shutil.copy(folder / "one_more.png", folder / "one_more_copy.png")
     upstep_fast.adapt(**options, overwrite=True)
-    found = json.loads((tmp_path / "out" / curate.TRIAGE).read_text())["found"]
+    found = json.loads((tmp_path / "out" / survey.TRIAGE).read_text())["found"]
     assert found["counts"]["exact copies"] == 3 and found["counts"]["images"] == 52
-    (tmp_path / "out" / curate.TRIAGE).write_text('{"of": 3')  # damaged: inspected again
+    (tmp_path / "out" / survey.TRIAGE).write_text('{"of": 3')  # damaged: inspected again
     upstep_fast.adapt(**options, overwrite=True)
-    assert json.loads((tmp_path / "out" / curate.TRIAGE).read_text())["found"] == found
+    assert json.loads((tmp_path / "out" / survey.TRIAGE).read_text())["found"] == found
 
 
 def test_a_source_without_usable_images_is_refused_before_the_folder_is_touched(options, tmp_path, monkeypatch):
@@ -274,7 +274,7 @@ def test_a_source_without_usable_images_is_refused_before_the_folder_is_touched(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("a stranger's")
     monkeypatch.setattr(
-        curate, "triage", lambda *_, **__: pytest.fail("inspected images for a folder that it may not use")
+        survey, "triage", lambda *_, **__: pytest.fail("inspected images for a folder that it may not use")
     )
     with pytest.raises(ConfigError, match="not empty"):
         upstep_fast.adapt(**options)
@@ -283,7 +283,7 @@ def test_a_source_without_usable_images_is_refused_before_the_folder_is_touched(
 def test_without_the_flags_no_image_is_inspected(options, tmp_path):
     del options["triage"], options["mean_std"]
     upstep_fast.adapt(**options)
-    assert not (tmp_path / "out" / curate.TRIAGE).exists() and not (tmp_path / "out" / curate.STATISTICS).exists()
+    assert not (tmp_path / "out" / survey.TRIAGE).exists() and not (tmp_path / "out" / survey.STATISTICS).exists()
     assert (tmp_path / "out" / "skipped.csv").read_text() == "name,reason\n"
     with pytest.raises(ConfigError, match="mean_std"):
         upstep_fast.adapt(**options, overwrite=True, mean_std="auto", mean=(0.5,))

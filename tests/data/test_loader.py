@@ -18,10 +18,10 @@ from upstep_fast.data.loading import fetcher
 from upstep_fast.data.loading import loader as loaders
 from upstep_fast.data.loading.loader import Loader, load_images, permutation
 from upstep_fast.data.loading.ordered_map import ahead, ordered_map
-from upstep_fast.data.loading.skipped import SkippedImages
+from upstep_fast.data.loading.skipped_images import SkippedImages
 from upstep_fast.data.sources.source import open_source
+from upstep_fast.data.views.make_views import random_views
 from upstep_fast.data.views.view_config import ViewConfig
-from upstep_fast.data.views.views import random_views
 from upstep_fast.errors import DataError
 
 

@@ -16,12 +16,12 @@ from upstep_fast.cli.parse import parse
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.flat import from_flat
 from upstep_fast.data.keyed_random import uniform, uniform_array
-from upstep_fast.data.views import color, views
+from upstep_fast.data.views import color, make_views
 from upstep_fast.data.views import view_params as draws
+from upstep_fast.data.views.make_views import multi_crop, random_views
 from upstep_fast.data.views.types import Views
 from upstep_fast.data.views.view_config import PRESETS, ViewConfig, local_config, view_config
 from upstep_fast.data.views.view_params import ViewParams, draw_params
-from upstep_fast.data.views.views import multi_crop, random_views
 from upstep_fast.errors import ConfigError
 from upstep_fast.kernels._dispatch import forced
 from upstep_fast.kernels.patchify import patchify
@@ -62,7 +62,7 @@ def params_of(config: ViewConfig, images: list[torch.Tensor], **key) -> ViewPara
 def test_crop_and_resize_are_torchvisions(monkeypatch, size, interpolation, way):
     implementation = "cpp" if way == "compiled" else "reference"
     needs(implementation)
-    monkeypatch.setattr(views, "MATMUL_PIXELS", 10**9 if way == "matmul" else 0)
+    monkeypatch.setattr(make_views, "MATMUL_PIXELS", 10**9 if way == "matmul" else 0)
     turns = {"rotate90": 0.75} if size[0] == size[1] else {}
     config = dataclasses.replace(
         STILL, size=size, interpolation=interpolation, crop_scale=(0.05, 1.0), crop_ratio=(0.5, 2.0), flip=0.5,
@@ -451,8 +451,8 @@ def test_kernel_references_agree_with_the_cpu(channels, blur):
     images = [noise(channels, h, w, seed=i) for i, (h, w) in enumerate(SIZES)]
     p, cpu = params_of(config, images), torch.device("cpu")
     with forced("reference"):
-        want = views._make(images, None, p, config, cpu)
-        got = views._make(images, views.pack(images, cpu), p, config, cpu)
+        want = make_views._make(images, None, p, config, cpu)
+        got = make_views._make(images, make_views.pack(images, cpu), p, config, cpu)
     error = (got - want).abs() * 0.2 * 255
     # the resize rounds to levels on the CPU: beside the threshold of solarize that is a jump
     assert error[p.solarize].quantile(0.98) <= 3 and error[~p.solarize].max() <= 4 and error.mean() < 1
@@ -474,7 +474,7 @@ def test_gpu_views_agree_with_cpu_views(interpolation):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("blur", [0.0, 0.5])
 def test_patches_hold_the_pixels_of_the_views(monkeypatch, blur, dtype):
-    monkeypatch.setattr(views, "CHUNK_BYTES", 3 * 4 * 3 * 16 * 24)  # three views at a time
+    monkeypatch.setattr(make_views, "CHUNK_BYTES", 3 * 4 * 3 * 16 * 24)  # three views at a time
     config = ViewConfig(size=(16, 24), blur=blur)
     images = pictures()
     key = {"seed": 1, "epoch": 4, "indices": range(len(images)), "views": 2}
@@ -482,10 +482,12 @@ def test_patches_hold_the_pixels_of_the_views(monkeypatch, blur, dtype):
     got = random_views(images, config, **key, patch=8, dtype=dtype)
     assert got.shape == (2, len(images), 6, 3 * 64) and got.dtype == dtype
     assert torch.equal(got.flatten(0, 1), patchify(plain.flatten(0, 1), 8, dtype))
-    packed = views.pack(images, torch.device("cpu"))  # the kernel's way
+    packed = make_views.pack(images, torch.device("cpu"))  # the kernel's way
     p = params_of(config, images, seed=1, epoch=4)
-    plain = views._make(images, packed, p, config, torch.device("cpu"))
-    assert torch.equal(views._make(images, packed, p, config, torch.device("cpu"), 8, dtype), patchify(plain, 8, dtype))
+    plain = make_views._make(images, packed, p, config, torch.device("cpu"))
+    assert torch.equal(
+        make_views._make(images, packed, p, config, torch.device("cpu"), 8, dtype), patchify(plain, 8, dtype)
+    )
 
 
 # the type of a batch's views

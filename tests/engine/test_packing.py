@@ -8,7 +8,7 @@ from torch import nn
 from upstep_fast.engine import vit as engine
 from upstep_fast.engine.fold import unsupported_blocks
 from upstep_fast.engine.packing import drop_path_scale, pack, sizes_of, unpack
-from upstep_fast.methods.explora import unfreeze as explora
+from upstep_fast.methods.explora import unfrozen_blocks as explora
 from upstep_fast.methods.explora.tokens import Encoder, embed, encode
 from upstep_fast.model import lora
 from upstep_fast.model.pooling import features, pooled

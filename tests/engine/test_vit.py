@@ -11,8 +11,8 @@ from engine_models import ROTARY, VARIANTS, gradients, kept_bytes, model, relati
 from timm.layers import DropPath
 
 from upstep_fast.data.loading.loader import Batch
+from upstep_fast.data.views.make_views import random_views
 from upstep_fast.data.views.types import Views
-from upstep_fast.data.views.views import random_views
 from upstep_fast.engine import fold
 from upstep_fast.engine import vit as engine
 from upstep_fast.kernels.patchify import patchify

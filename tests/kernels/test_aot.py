@@ -31,7 +31,7 @@ from types import SimpleNamespace
 import pytest
 
 from upstep_fast import kernels
-from upstep_fast.kernels._tiles import TILES
+from upstep_fast.kernels._tile_sizes import TILES
 
 triton = pytest.importorskip("triton")
 runtime = importlib.import_module("triton.runtime.driver").driver

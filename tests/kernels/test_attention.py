@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kernel_checks import assert_matches, guarded_outputs, surrounded
 from torch import Tensor
 
-from upstep_fast.kernels import _dispatch, _tiles
+from upstep_fast.kernels import _dispatch, _tile_sizes
 from upstep_fast.kernels.attention import (
     attention,
     attention_backward,
@@ -29,8 +29,8 @@ SMALL = {"BLOCK": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    for op in [op for op in _tiles.TILES if op.startswith("attention")]:
-        monkeypatch.setitem(_tiles.TILES, op, {None: SMALL})
+    for op in [op for op in _tile_sizes.TILES if op.startswith("attention")]:
+        monkeypatch.setitem(_tile_sizes.TILES, op, {None: SMALL})
 
 
 def tensors(B: int, T: int, H: int, D: int, dtype=torch.float32, device="cpu") -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from upstep_fast.kernels import _dispatch, _tiles
+from upstep_fast.kernels import _dispatch, _tile_sizes
 from upstep_fast.kernels._dispatch import IMPLEMENTATIONS, choose, forced
 from upstep_fast.kernels._sample_inputs import SAMPLE_INPUTS, SampleInputs, sample_inputs
 
@@ -111,7 +111,7 @@ def test_on_a_cpu_a_fallback_is_no_warning(caplog, monkeypatch):
     assert not caplog.records
 
 
-@pytest.mark.parametrize("op", list(_tiles.TILES))
+@pytest.mark.parametrize("op", list(_tile_sizes.TILES))
 def test_an_unknown_gpu_has_tiles(op, monkeypatch):
-    monkeypatch.setattr(_tiles, "_capability", lambda device: (99, 0))
-    assert _tiles.tile(op, GPU) == _tiles.TILES[op][None]
+    monkeypatch.setattr(_tile_sizes, "_capability", lambda device: (99, 0))
+    assert _tile_sizes.tile(op, GPU) == _tile_sizes.TILES[op][None]

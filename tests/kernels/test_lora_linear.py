@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kernel_checks import LAYOUTS, assert_matches, guarded_outputs, laid_out, sizes, surrounded
 from torch import Tensor
 
-from upstep_fast.kernels import _dispatch, _tiles
+from upstep_fast.kernels import _dispatch, _tile_sizes
 from upstep_fast.kernels.lora_linear import STRATEGIES, lora_linear, lora_linear_reference
 from upstep_fast.kernels.lora_linear import triton as fused
 from upstep_fast.kernels.lora_linear.eager import drop
@@ -31,8 +31,8 @@ SMALL_SWEEP = {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    for op in [op for op in _tiles.TILES if op.startswith("lora_linear")]:
-        monkeypatch.setitem(_tiles.TILES, op, {None: SMALL_SWEEP if "sweep" in op else SMALL})
+    for op in [op for op in _tile_sizes.TILES if op.startswith("lora_linear")]:
+        monkeypatch.setitem(_tile_sizes.TILES, op, {None: SMALL_SWEEP if "sweep" in op else SMALL})
 
 
 def tensors(M, K, N, r, dtype=torch.float32, rows=None, layout="contiguous", device="cpu", frozen=True):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kernel_checks import assert_matches, guarded_outputs, sizes, surrounded
 from torch import Tensor
 
-from upstep_fast.kernels import _tiles
+from upstep_fast.kernels import _tile_sizes
 from upstep_fast.kernels.lora_linear import lora_linear
 from upstep_fast.kernels.lora_linear.fp8 import _backward_op, _op, lora_linear_fp8, lora_linear_fp8_reference
 from upstep_fast.kernels.quantize import dequantize, quantize
@@ -164,8 +164,8 @@ def test_lora_linear_says_where_fp8_weights_go():
 @pytest.mark.parametrize("rows", [None, QV], ids=["all", "qv"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_triton_interpreted(monkeypatch, rows, dropout):
-    for op in [op for op in _tiles.TILES if op.startswith("lora_linear")]:
-        monkeypatch.setitem(_tiles.TILES, op, {None: SMALL_SWEEP if "sweep" in op else SMALL})
+    for op in [op for op in _tile_sizes.TILES if op.startswith("lora_linear")]:
+        monkeypatch.setitem(_tile_sizes.TILES, op, {None: SMALL_SWEEP if "sweep" in op else SMALL})
     check("triton", tensors(M=70, K=45, N=96, dtype=torch.float16, rows=rows)[0], rows=rows, dropout=dropout, seed=3)
 
 
@@ -175,8 +175,8 @@ def test_triton_interpreted(monkeypatch, rows, dropout):
 @given(M=sizes(40, 8), K=sizes(70, 8), N=sizes(70, 8), r=st.integers(1, 20))
 def test_triton_interpreted_at_any_shape(M, K, N, r):
     with pytest.MonkeyPatch.context() as patch:
-        for op in [op for op in _tiles.TILES if op.startswith("lora_linear")]:
-            patch.setitem(_tiles.TILES, op, {None: SMALL_SWEEP if "sweep" in op else SMALL})
+        for op in [op for op in _tile_sizes.TILES if op.startswith("lora_linear")]:
+            patch.setitem(_tile_sizes.TILES, op, {None: SMALL_SWEEP if "sweep" in op else SMALL})
         check("triton", tensors(M, K, N, r, dtype=torch.float16)[0])
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kernel_checks import LAYOUTS, assert_matches, guarded_outputs, laid_out, sizes, surrounded
 from torch import Tensor
 
-from upstep_fast.kernels import _dispatch, _tiles
+from upstep_fast.kernels import _dispatch, _tile_sizes
 from upstep_fast.kernels import swapped_loss as module
 from upstep_fast.kernels.swapped_loss import swapped_cross_entropy, swapped_cross_entropy_reference
 
@@ -149,7 +149,7 @@ def test_compiles_whole():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block", [64, 4096])
 def test_interpreted(block, dtype, layout, monkeypatch):
-    monkeypatch.setitem(_tiles.TILES, "swapped_cross_entropy", {None: {"BLOCK": block}})
+    monkeypatch.setitem(_tile_sizes.TILES, "swapped_cross_entropy", {None: {"BLOCK": block}})
     scores, targets = problem(5, 150, dtype)
     scores, targets = surrounded(laid_out(scores, layout)), surrounded(laid_out(targets, layout))
     with _dispatch.forced("triton"), guarded_outputs():
@@ -164,7 +164,7 @@ def test_interpreted(block, dtype, layout, monkeypatch):
 def test_interpreted_at_any_shape(B, K, seed):
     scores, targets = (surrounded(t) for t in problem(B, K, seed=seed))
     with pytest.MonkeyPatch.context() as patch, _dispatch.forced("triton"), guarded_outputs():
-        patch.setitem(_tiles.TILES, "swapped_cross_entropy", {None: {"BLOCK": 64}})
+        patch.setitem(_tile_sizes.TILES, "swapped_cross_entropy", {None: {"BLOCK": 64}})
         got = value_and_gradient(swapped_cross_entropy, scores, targets, 0.1)
     check(scores, targets, 0.1, got)
 

@@ -9,9 +9,9 @@ from kernel_checks import guarded_outputs, interpreting, surrounded
 from torchvision.transforms.v2 import functional as tv
 from view_checks import needs, torchvision_view
 
+from upstep_fast.data.views.make_views import pack
 from upstep_fast.data.views.view_config import ViewConfig
 from upstep_fast.data.views.view_params import draw_params
-from upstep_fast.data.views.views import pack
 from upstep_fast.kernels import _native, patchify
 from upstep_fast.kernels._dispatch import forced
 from upstep_fast.kernels._native import native_unsupported_reason

@@ -24,7 +24,7 @@ from upstep_fast.errors import CheckFailedError, ConfigError, Interrupted, RunFa
 from upstep_fast.methods import trainable
 from upstep_fast.methods.explora import crops as explora_crops
 from upstep_fast.methods.explora import tokens as explora_tokens
-from upstep_fast.methods.explora import unfreeze as explora
+from upstep_fast.methods.explora import unfrozen_blocks as explora
 from upstep_fast.methods.explora.dinov2 import ExploraDinov2
 from upstep_fast.methods.explora.mae import ExploraMae
 from upstep_fast.methods.explora.mae_decoder import Decoder

@@ -12,7 +12,7 @@ from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.explora import MaeConfig
 from upstep_fast.config.flat import from_flat
 from upstep_fast.data.loading.loader import Batch
-from upstep_fast.data.views.views import multi_crop
+from upstep_fast.data.views.make_views import multi_crop
 from upstep_fast.errors import ConfigError
 from upstep_fast.methods.upstep.dynamic_size import allow_any_size
 from upstep_fast.methods.upstep.extended import ExtendedUpStep

@@ -19,7 +19,7 @@ from sklearn.neighbors import NearestNeighbors
 
 import upstep_fast
 from upstep_fast.config.flat import from_flat
-from upstep_fast.data.loading.skipped import write_skipped
+from upstep_fast.data.loading.skipped_images import write_skipped
 from upstep_fast.report import charts, image_panels, neighbors, pca_plot, run_record
 from upstep_fast.report import page as report_page
 from upstep_fast.report.charts import Bar

@@ -22,7 +22,7 @@ from upstep_fast.config.evaluate import EmbedConfig, EvalConfig
 from upstep_fast.config.files import to_toml
 from upstep_fast.config.flat import flat, from_flat
 from upstep_fast.config.tools import ExportConfig, ReportConfig
-from upstep_fast.data.loading.skipped import write_skipped
+from upstep_fast.data.loading.skipped_images import write_skipped
 from upstep_fast.errors import ConfigError, Interrupted
 from upstep_fast.report import accuracy, charts, logs
 from upstep_fast.report import metrics as report

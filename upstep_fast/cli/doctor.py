@@ -23,10 +23,10 @@ from rich.table import Table
 
 from upstep_fast.config.tools import DoctorConfig
 from upstep_fast.data.loading.ordered_map import ordered_map
-from upstep_fast.data.loading.skipped import read_image
+from upstep_fast.data.loading.skipped_images import read_image
 from upstep_fast.data.sources.source import open_source
+from upstep_fast.data.views.make_views import random_views
 from upstep_fast.data.views.view_config import ViewConfig
-from upstep_fast.data.views.views import random_views
 from upstep_fast.errors import RunFailedError
 from upstep_fast.kernels import _dispatch as dispatch
 from upstep_fast.kernels import _native as native

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from upstep_fast.config.evaluate import EmbedConfig, EvalConfig
 from upstep_fast.data.loading.loader import load_images
-from upstep_fast.data.loading.skipped import SkippedImages
+from upstep_fast.data.loading.skipped_images import SkippedImages
 from upstep_fast.data.sources.source import Source
 from upstep_fast.engine import vit as engine
 from upstep_fast.errors import DataError

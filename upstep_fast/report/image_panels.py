@@ -30,7 +30,7 @@ from torch import Tensor
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.evaluate import EvalConfig
 from upstep_fast.data.loading.loader import load_images
-from upstep_fast.data.loading.skipped import read_image
+from upstep_fast.data.loading.skipped_images import read_image
 from upstep_fast.data.sources.source import Source, open_source
 from upstep_fast.errors import BadImage
 from upstep_fast.evaluation.features import load_models

@@ -19,7 +19,7 @@ from upstep_fast.config.options import AdaptOptions
 from upstep_fast.config.presets import with_preset
 from upstep_fast.config.resolve import resolve
 from upstep_fast.config.signatures import with_keywords
-from upstep_fast.data.curation.curate import survey
+from upstep_fast.data.curation.survey import survey
 from upstep_fast.data.sources.source import Source, open_source
 from upstep_fast.kernels import _dispatch as dispatch
 from upstep_fast.model import backbone as backbones

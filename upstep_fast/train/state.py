@@ -12,7 +12,7 @@ from torch import Tensor
 
 from upstep_fast import methods
 from upstep_fast.config.adapt import AdaptConfig
-from upstep_fast.data.loading.skipped import SkippedImages
+from upstep_fast.data.loading.skipped_images import SkippedImages
 from upstep_fast.errors import ConfigError
 from upstep_fast.methods import Method
 from upstep_fast.methods.gate import GateState

@@ -26,8 +26,8 @@ from upstep_fast.data.keyed_random import uniform
 from upstep_fast.data.loading.loader import Loader
 from upstep_fast.data.sources.source import Source
 from upstep_fast.data.sources.subset import subset
+from upstep_fast.data.views.make_views import random_views
 from upstep_fast.data.views.view_config import view_config
-from upstep_fast.data.views.views import random_views
 from upstep_fast.errors import CheckFailedError, DataError
 from upstep_fast.evaluation.label_free import CLEARLY_WORSE, judge, predicted_gain
 from upstep_fast.model import lora, peft_format, pooling

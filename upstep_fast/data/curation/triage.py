@@ -29,7 +29,7 @@ from torch import Tensor
 from upstep_fast.data.curation.perceptual_hash import near, perceptual_hash
 from upstep_fast.data.decode.arrays import NPY, npy_header, tiff_bits
 from upstep_fast.data.decode.image import FORMATS, decode
-from upstep_fast.data.loading.skipped import SkippedImages, map_readable, read_bytes
+from upstep_fast.data.loading.skipped_images import SkippedImages, map_readable, read_bytes
 from upstep_fast.data.sources.source import Source
 
 VERSION = 1  # of the rules; a change makes cached verdicts stale

@@ -12,9 +12,9 @@ from upstep_fast.data.labeled.clips import Clips, load_clips, training_clips
 from upstep_fast.data.labeled.reader import ReaderOptions
 from upstep_fast.data.labeled.splits import Labeled
 from upstep_fast.data.loading.loader import Loader, load_images
-from upstep_fast.data.loading.skipped import SkippedImages
+from upstep_fast.data.loading.skipped_images import SkippedImages
+from upstep_fast.data.views.make_views import random_views
 from upstep_fast.data.views.resize import eval_resize, normalize
-from upstep_fast.data.views.views import random_views
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from upstep_fast.data.labeled.reader import ReaderOptions
 from upstep_fast.data.labeled.splits import Labeled, join
 from upstep_fast.data.loading.loader import permutation
 from upstep_fast.data.loading.ordered_map import ordered_map
-from upstep_fast.data.loading.skipped import SkippedImages, catch_bad_image, read_image
+from upstep_fast.data.loading.skipped_images import SkippedImages, catch_bad_image, read_image
 from upstep_fast.data.sources.part import SPLITS
 from upstep_fast.data.sources.source import Source, open_source
 from upstep_fast.errors import BadImage, DataError

@@ -27,7 +27,7 @@ from upstep_fast.data.keyed_random import bits_array
 from upstep_fast.data.loading.fetcher import Chunk, Fetcher
 from upstep_fast.data.loading.ordered_map import ordered_map
 from upstep_fast.data.loading.prefetch import Ready, prefetch
-from upstep_fast.data.loading.skipped import SkippedImages, map_readable, read_image, write_skipped
+from upstep_fast.data.loading.skipped_images import SkippedImages, map_readable, read_image, write_skipped
 from upstep_fast.data.sources.source import Source
 from upstep_fast.data.views.resize import eval_resize
 from upstep_fast.errors import ConfigError, DataError

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from upstep_fast.config.explora import Dinov2Config
 from upstep_fast.data.loading.loader import Batch
+from upstep_fast.data.views.make_views import multi_crop
 from upstep_fast.data.views.types import Views, register_views
 from upstep_fast.data.views.view_config import ViewConfig
-from upstep_fast.data.views.views import multi_crop
 from upstep_fast.methods.crops import GLOBAL_VIEWS
 from upstep_fast.methods.explora.tokens import block_mask
 

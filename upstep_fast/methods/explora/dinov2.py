@@ -27,7 +27,7 @@ from upstep_fast.methods import crops, trainable
 from upstep_fast.methods.crops import GLOBAL_VIEWS
 from upstep_fast.methods.embeddings import Embeddings, unit_embeddings
 from upstep_fast.methods.explora import crops as explora_crops
-from upstep_fast.methods.explora import unfreeze as explora
+from upstep_fast.methods.explora import unfrozen_blocks as explora
 from upstep_fast.methods.explora.crops import MaskedCrops
 from upstep_fast.methods.explora.dino_head import Head, scores
 from upstep_fast.methods.explora.teacher import averaged_pairs, copy_module, make_teacher, own_weights

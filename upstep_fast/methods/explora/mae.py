@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from upstep_fast.config.explora import MaeConfig
 from upstep_fast.data.keyed_random import uniform_array
 from upstep_fast.data.loading.loader import Batch
+from upstep_fast.data.views.make_views import multi_crop
 from upstep_fast.data.views.types import Views, register_views
-from upstep_fast.data.views.views import multi_crop
 from upstep_fast.engine.block import Memory
 from upstep_fast.methods import crops, trainable
 from upstep_fast.methods.embeddings import Embeddings, unit_embeddings
-from upstep_fast.methods.explora import unfreeze as explora
+from upstep_fast.methods.explora import unfrozen_blocks as explora
 from upstep_fast.methods.explora.mae_decoder import Decoder, load_decoder, with_saved_size
 from upstep_fast.methods.explora.tokens import Encoder, embed
 from upstep_fast.methods.losses import mae

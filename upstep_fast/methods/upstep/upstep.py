@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.data.loading.loader import Batch
+from upstep_fast.data.views.make_views import multi_crop
 from upstep_fast.data.views.types import Views
-from upstep_fast.data.views.views import multi_crop
 from upstep_fast.engine import vit as engine
 from upstep_fast.engine.block import Memory
 from upstep_fast.kernels.sinkhorn import sinkhorn

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from upstep_fast.config.finetune import FinetuneConfig
-from upstep_fast.data.loading.skipped import SkippedImages
+from upstep_fast.data.loading.skipped_images import SkippedImages
 from upstep_fast.errors import Interrupted, RunFailedError
 from upstep_fast.report.metrics import Metrics
 from upstep_fast.runtime import run_folder as output

@@ -25,7 +25,7 @@ from upstep_fast.data.labeled.batches import Reader
 from upstep_fast.data.labeled.clips import train_and_test_clips
 from upstep_fast.data.labeled.reader import ReaderOptions
 from upstep_fast.data.labeled.splits import Labeled, held_out, train_and_test
-from upstep_fast.data.loading.skipped import write_skipped
+from upstep_fast.data.loading.skipped_images import write_skipped
 from upstep_fast.data.views.view_config import view_config
 from upstep_fast.errors import ConfigError, DataError
 from upstep_fast.kernels import _dispatch as dispatch

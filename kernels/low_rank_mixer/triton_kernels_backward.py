@@ -1,4 +1,4 @@
-"""Triton kernels of `low_rank_mixer`, backward; op.py has the formulas, names and tiles are those of kernels.py.
+"""Triton kernels of `low_rank_mixer`, backward; op.py has the formulas, names and tiles are those of triton_kernels.py.
 
     library   d_low = gelu'(low) W2^T (scale g) of the tokens, in thin products
     rows      W1, W2, c2 of the tokens;  d_low of the channels;  da
@@ -18,7 +18,7 @@ some of the images), and the shares are added in their order: no atomics.
 from __future__ import annotations
 
 from .._triton import tl, triton
-from .kernels import dot, merged_moments, normal_share, product, rstd_of, thin, vector
+from .triton_kernels import dot, merged_moments, normal_share, product, rstd_of, thin, vector
 
 
 @triton.jit

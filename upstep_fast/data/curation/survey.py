@@ -17,7 +17,7 @@ import numpy as np
 
 from upstep_fast.data.curation.triage import VERSION, Verdict, triage
 from upstep_fast.data.keyed_random import bits_array
-from upstep_fast.data.loading.skipped import SkippedImages, map_readable, read_image
+from upstep_fast.data.loading.skipped_images import SkippedImages, map_readable, read_image
 from upstep_fast.data.sources.source import Source
 from upstep_fast.data.sources.subset import subset
 from upstep_fast.errors import DataError
