@@ -469,7 +469,7 @@ def test_a_form_is_the_weighted_mean_of_its_parts_cosines(bench):
     expected = (2 * parts["x"] @ parts["x"].T + parts["wp"] @ parts["wp"].T) / 3
     assert (found @ found.T - expected).abs().max() < 1e-6
     # the form that ships, and both models of an ensemble
-    ours = whitening.beside(x, by)
+    ours = whitening.append_whitened(x, by)
     found = forms.weighted([parts], forms.FORMS[forms.OURS])
     assert (found @ found.T - ours @ ours.T).abs().max() < 1e-6
     both = forms.weighted([parts, forms.of_parts(bank, by)], {"x": 1})

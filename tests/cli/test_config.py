@@ -3,13 +3,14 @@
 import re
 import tomllib
 
+import numpy as np
 import pytest
 
 from upstep_fast.cli.parse import parse
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.evaluate import EmbedConfig, EvalConfig
 from upstep_fast.config.explora import Dinov2Config, MaeConfig
-from upstep_fast.config.files import read_toml, renamed, to_toml
+from upstep_fast.config.files import from_options, read_toml, renamed, to_toml
 from upstep_fast.config.finetune import FinetuneConfig
 from upstep_fast.config.flat import defaults, flat, from_flat, paths, replace_flat
 from upstep_fast.config.plan import PlanConfig
@@ -137,7 +138,7 @@ def test_a_file_may_have_tables_flags_or_both(tmp_path):
     assert found[0] == found[1] == found[2]
     assert (found[0].gate.rule, found[0].gate.rate, found[0].lora.r) == ("none", 0.3, 4)
     (tmp_path / "c.toml").write_text("[gate]\nrte = 0.3\n")
-    with pytest.raises(ConfigError, match="unknown key 'rte'"):
+    with pytest.raises(ConfigError, match="has no key 'rte'"):
         read_toml(tmp_path / "c.toml", AdaptConfig)
 
 
@@ -192,3 +193,27 @@ def test_a_resolved_configuration_has_its_steps_and_names_what_was_reduced():
 def test_a_size_of_memory_needs_its_unit():
     with pytest.raises(ConfigError, match=r"^fit: got '24', needs a unit: 24GB$"):
         from_flat(PlanConfig, model="m", fit="24")
+
+
+def test_a_table_takes_the_fields_of_its_group_alone(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text("[gate]\nruel = 'none'\n")
+    with pytest.raises(ConfigError, match=r"config: \[gate\] has no key 'ruel'; did you mean rule"):
+        read_toml(path, AdaptConfig)
+    path.write_text("[gate]\nlr = 1.0\n")
+    with pytest.raises(ConfigError, match=r"config: \[gate\] has no key 'lr'"):
+        read_toml(path, AdaptConfig)
+
+
+def test_numbers_of_numpy_and_paths_from_a_generator_are_plain(tmp_path):
+    options = {
+        "model": "m",
+        "data": (tmp_path / name for name in ("a", "b")),
+        "out": "o",
+        "steps": np.int64(3),
+        "lr": np.float32(0.5),
+    }
+    config = from_options(AdaptConfig, options, "adapt")
+    assert config.data.paths == (str(tmp_path / "a"), str(tmp_path / "b"))
+    assert type(config.optimization.steps) is int and config.optimization.lr == 0.5
+    assert "steps = 3" in to_toml(config)

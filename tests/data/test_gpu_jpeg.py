@@ -97,9 +97,10 @@ def test_files_refused_by_the_gpu_are_decoded_by_the_cpu_and_counted(fake_decode
                 batch = next(loader)
                 for index, image in zip(batch.indices.tolist(), batch.images, strict=True):
                     assert torch.equal(seen.setdefault(index, image), image), "the decoder depends on the file alone"
-        # threads that want one file at once decode it each: in its batch, and as what stands in for the broken file
+        # threads that want one file at once decode it each: in its batch, as what stands in for the broken file, and
+        # ahead in the second epoch
         (refused,) = re.findall(r"the GPU refused (\d+) JPEGs, the CPU decoded them", caplog.text)
-        assert refused == "1" or (workers and refused == "2")
+        assert 1 <= int(refused) <= max(1, workers)
         assert list(loader.skipped) == [loader.source.name(9)]
         caplog.clear()
     for index, image in seen.items():

@@ -84,7 +84,7 @@ def test_compiles_within_limits(case: Case, capability: Capability, tmp_path: Pa
         name = kernel.metadata.name
         assert kernel.metadata.shared <= limit, f"{name}: {kernel.metadata.shared} bytes of shared memory"
         if kernel.metadata.launch_cooperative_grid:
-            # programs that wait for one another must all be resident: sinkhorn_triton.py has 16 warps a processor
+            # programs that wait for one another must all be resident: sinkhorn/triton.py has 16 warps a processor
             assert kernel.metadata.maxnreg == 128, f"{name}: a resident grid wants maxnreg=128"
             of_processor = 16 // kernel.metadata.num_warps * (kernel.metadata.shared + PROGRAM_SHARED)
             assert of_processor <= limit + PROGRAM_SHARED, f"{name}: {of_processor} bytes a processor, not resident"

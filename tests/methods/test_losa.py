@@ -36,7 +36,7 @@ def side_network(spec, frames=1, dtype=torch.float64, tokens=5, width=8, depth=4
 
 
 def by_reference(side, taps):
-    """The same network from reference/losa.py; taps [K, B T, N, D]."""
+    """The same network from helpers/references/losa.py; taps [K, B T, N, D]."""
     shape = taps.shape[1:]
     if side.frames > 1:
         taps = taps.unflatten(1, (-1, side.frames))

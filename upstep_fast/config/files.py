@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import json
+import numbers
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,27 @@ def flatten_tables(values: Mapping[str, Any], config_class: type) -> dict[str, A
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and key in groups(config_class):
-            names: dict[Any, str] = {path[-1]: flag for flag, path in paths(config_class).items() if path[0] == key}
-            found |= {names.get(str(field).replace("-", "_"), str(field)): inner for field, inner in value.items()}
+            found |= _flags_of_table(key, value, config_class)
         else:
             found[key] = value
+    return found
+
+
+def _flags_of_table(table: str, values: Mapping[str, Any], config_class: type) -> dict[str, Any]:
+    """Return {flag: value} of a group's table. Raises ConfigError for a key that is no field of the group."""
+    names: dict[str, str] = {}
+    for flag, path in paths(config_class).items():
+        if path[0] == table:
+            names |= {path[-1]: flag, flag: flag}
+    names |= {old: new for old, new in RENAMED_FLAGS.items() if new in names}
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in names:
+            raise ConfigError(f"config: [{table}] has no key {key!r}{_nearest(name, list(names))}")
+        if name in RENAMED_FLAGS:
+            notice_renamed(name)
+        found[names[name]] = value
     return found
 
 
@@ -70,6 +88,8 @@ def from_options(config_class: type, options: Mapping[str, Any], where: str) -> 
         raise ConfigError(f"{where}: {', '.join(missing)} must be given")
     if isinstance(options["data"], (str, Path)):
         options["data"] = (options["data"],)
+    elif isinstance(options["data"], (Iterator, Set)):
+        options["data"] = tuple(options["data"])
     check_types(options, config_class, where)
     # a TOML file's lists are the tuples of the fields
     fields = {name: tuple(map(_plain, v)) if isinstance(v, (list, tuple)) else _plain(v) for name, v in options.items()}
@@ -77,7 +97,12 @@ def from_options(config_class: type, options: Mapping[str, Any], where: str) -> 
 
 
 def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
+    """Return a value that TOML and JSON can hold."""
+    if isinstance(value, (bool, str)) or value is None:
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else str(value) if isinstance(value, Path) else value
 
 
 def known_flag(key: str, config_class: type, where: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -95,14 +96,20 @@ def _locked(out: Path) -> Iterator[None]:
     Raises ConfigError naming the process that holds it.
     """
     path = out / LOCK
-    lock, owner = FileLock(path), _owner(path)  # read first: some versions of filelock empty the file
+    # read first: some versions of filelock empty the file
+    owner, before = _owner(path), path.stat().st_ino if path.exists() else None
+    lock = FileLock(path, fallback_to_soft=False)  # a lock that outlives a killed process would be of no use
     try:
         lock.acquire(timeout=0)
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise
+        raise ConfigError(f"out: the file system of {out} has no file locks; choose a folder on another one") from error
     except Timeout:
         owner = owner or "another process"
         raise ConfigError(f"out: {out} is in use by {owner}; wait for it or choose another folder") from None
     try:
-        if owner:
+        if owner and path.stat().st_ino == before:  # else its run ended between the two lines above
             log.warning("out: %s was left by %s, which is gone; taken over", path, owner)
         with contextlib.suppress(PermissionError):  # Windows: a locked file cannot be written or removed
             path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))

@@ -68,6 +68,8 @@ def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
     backbone = backbones.load_from(config.model)
     config, source, backbone, files = _survey(config, source, backbone)
     resolved = resolve(config, len(source), distributed.size())
+    # training changes `backbone` in place; copied before free memory is looked at
+    base = backbone.copy() if needs_base(resolved.config) else None
     config = settle(resolved.config, compute)
     implementation = None if config.runtime.implementation == "auto" else config.runtime.implementation
     with dispatch.forced(implementation), contextlib.ExitStack() as stack:
@@ -80,7 +82,6 @@ def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
             stack.enter_context(html_report.written_after(out))
             stack.enter_context(train_log(out / "train.log"))
         _log_start(resolved.reduced, compute)
-        base = backbone.copy() if needs_base(config) else None  # training changes `backbone` in place
         result = train(config, compute, source, held_out, backbone, base, out)
         if config.output.report_images and distributed.is_first():
             with torch.random.fork_rng(devices=[]):  # the caller's generator stays as it is

@@ -141,8 +141,8 @@ class Validator:
             self._refuse(best)
         if best["predicted_gain"] <= 0:
             log.warning(
-                "judge: predicted gain %s: no better than the base model; compare with `upstep-fast eval`, or keep the "
-                "base model",
+                "judge: predicted gain %s: perhaps no better than the base model; compare with `upstep-fast eval`, "
+                "or keep the base model",
                 _points(best["predicted_gain"]),
             )
         if distributed.is_first():

@@ -1,6 +1,6 @@
 """LoSA's side network in the fewest lines of plain torch, in whatever precision it is given.
 
-Nothing is shared with the code that is fast (methods/losa.py), nor does anything here save memory.
+Nothing is shared with the code that is fast (methods/supervised/losa.py), nor does anything here save memory.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def refine(
     """z from the frozen blocks' outputs.
 
     taps: b_l, each [B, N, D], or [B, T, N, D] for clips. adaptors: for each its mixers (axis, factors) in order.
-    gates, scales: one scalar an adaptor. start: a_0, broadcast. Formulas: methods/losa.py.
+    gates, scales: one scalar an adaptor. start: a_0, broadcast. Formulas: methods/supervised/losa.py.
     """
     a = torch.zeros_like(taps[0]) if start is None else start.expand_as(taps[0])
     for level, (b, mixers) in enumerate(zip(taps, adaptors, strict=True)):

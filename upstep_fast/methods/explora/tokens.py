@@ -80,7 +80,7 @@ class Encoder:
     def __call__(self, *groups: Tensor) -> list[Tensor]:
         """Run tokens [B, N, D] of each group through the blocks and the final norm; shapes stay.
 
-        Groups may differ in B and N: the engine takes all in one pass (engine/packed.py), the plain model one by one.
+        Groups may differ in B and N: the engine takes all in one pass (engine/packing.py), the plain model one by one.
         """
         if self._engine is None:
             return [self.vit.norm(self.vit.blocks(group)) for group in groups]

@@ -139,8 +139,8 @@ def _replacement(config: AdaptConfig, choose: Chooser, choice: Choice, limit: in
         cure = f"--memory {best.memory} --batch-size {best.batch_size * world_size} would"
     sizes = f"they need {format_bytes(choice.needed)}, {format_bytes(max(0, limit))} are free"
     raise ConfigError(
-        f"memory: {config.optimization.batch_size} images a step at level {choice.memory} do not fit: {sizes}; {cure}; "
-        "--no-memory-check starts anyway"
+        f"memory: {config.optimization.batch_size} images per step at level {choice.memory} do not fit: {sizes}; "
+        f"{cure}; --no-memory-check starts anyway"
     )
 
 
