@@ -144,7 +144,10 @@ def _length(config: PlanConfig, result: dict[str, Any]) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     """Print the plan as a table and a few lines."""
     where = f"{result['device']} in {result['precision']}, memory {result['memory']}"
-    table = Table(title=f"{result['model']}, {result['batch_size']} images per step on {where}")
+    print(
+        f"{result['model']}, {result['batch_size']} images per step on {where}\n"
+    )  # a title would wrap with the table
+    table = Table()
     for column in ("part", "memory", "share"):
         table.add_column(column, justify="left" if column == "part" else "right")
     for part, size in result["parts"].items():
