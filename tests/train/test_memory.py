@@ -218,7 +218,7 @@ def test_adapt_refuses_what_cannot_fit(free, model, photos, tmp_path, capsys):
         main(flags)
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert stopped.value.code == 2 and not out.exists()
-    assert "24 images a step at level fast do not fit" in error and "--no-memory-check" in error
+    assert "24 images per step at level fast do not fit" in error and "--no-memory-check" in error
     # what it names fits
     words = error.split()
     level, batch = words[words.index("--memory") + 1], int(words[words.index("--batch-size") + 1])

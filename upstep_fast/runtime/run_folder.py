@@ -97,19 +97,19 @@ def _locked(out: Path) -> Iterator[None]:
     """
     path = out / LOCK
     # read first: some versions of filelock empty the file
-    owner, before = _owner(path), path.stat().st_ino if path.exists() else None
+    owner, before = _owner(path), _inode(path)
     lock = FileLock(path, fallback_to_soft=False)  # a lock that outlives a killed process would be of no use
     try:
         lock.acquire(timeout=0)
+    except Timeout:  # an OSError too
+        owner = owner or "another process"
+        raise ConfigError(f"out: {out} is in use by {owner}; wait for it or choose another folder") from None
     except OSError as error:
         if error.errno != errno.ENOSYS:
             raise
         raise ConfigError(f"out: the file system of {out} has no file locks; choose a folder on another one") from error
-    except Timeout:
-        owner = owner or "another process"
-        raise ConfigError(f"out: {out} is in use by {owner}; wait for it or choose another folder") from None
     try:
-        if owner and path.stat().st_ino == before:  # else its run ended between the two lines above
+        if owner and _inode(path) == before:  # else its run ended between the two lines above
             log.warning("out: %s was left by %s, which is gone; taken over", path, owner)
         with contextlib.suppress(PermissionError):  # Windows: a locked file cannot be written or removed
             path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
@@ -118,6 +118,13 @@ def _locked(out: Path) -> Iterator[None]:
         with contextlib.suppress(PermissionError):
             path.unlink(missing_ok=True)
         lock.release()
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return None
 
 
 def _owner(path: Path) -> str | None:
