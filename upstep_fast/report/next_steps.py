@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from upstep_fast.config.base import BackboneConfig
-from upstep_fast.config.flat import defaults, paths
+from upstep_fast.config.flat import dashed, defaults, paths
 from upstep_fast.report.run_record import Record, bad_steps, number, updates, waiting_share
 
 MAX_WAITING = 0.2  # share of the time
@@ -35,8 +35,8 @@ def next_steps(record: Record) -> list[tuple[str, str]]:
 def embed_command(config: Mapping[str, Any], out: Path) -> str:
     """Return the command that writes the features of a run's images. config: as read from out/config.toml."""
     data = config.get("data")
-    paths = [str(path) for path in data] if isinstance(data, (list, tuple)) else []
-    arguments = ["--data", *paths, "--adapter", str(out / "adapter"), "--out", str(out / "features.npy")]
+    images = [str(path) for path in data] if isinstance(data, (list, tuple)) else []
+    arguments = ["--data", *images, "--adapter", str(out / "adapter"), "--out", str(out / "features.npy")]
     return shlex.join(["upstep-fast", "embed", *_model(config), *arguments])
 
 
@@ -47,7 +47,7 @@ def _model(config: Mapping[str, Any]) -> list[str]:
         value = config.get(name)
         if value is not None and value != defaults(BackboneConfig).get(name):
             parts = value if isinstance(value, (list, tuple)) else [value]
-            flags += [f"--{name.replace('_', '-')}", *map(str, parts)]
+            flags += [f"--{dashed(name)}", *map(str, parts)]
     return flags
 
 
