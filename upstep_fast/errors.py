@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 
 class UpstepError(Exception):
     """Base of the errors this package raises on purpose."""
@@ -46,6 +48,25 @@ class BadImage(Exception):  # noqa: N818  (public name)
     def __init__(self, reason: str, name: str = "") -> None:
         super().__init__(f"{name}: {reason}" if name else reason)
         self.reason = reason
+
+
+def printable(text: str, limit: int = 1000) -> str:
+    """Return `text` on one line without characters that steer a terminal, for messages, logs and tables.
+
+    Control characters (C0, C1, DEL), line and paragraph separators, marks that reorder text and lone surrogates become
+    Python escapes; a text of more than `limit` characters loses its middle.
+    """
+    if len(text) > limit:
+        text = f"{text[: limit // 2]} ... {text[-(limit // 2) :]}"
+    return "".join(_escape(char) if unicodedata.category(char) in _UNSAFE else char for char in text)
+
+
+# Cc control, Cf format (bidirectional overrides, zero width), Cs surrogates, Zl and Zp separators
+_UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+
+
+def _escape(char: str) -> str:
+    return ascii(char)[1:-1]
 
 
 def first_line(error: BaseException) -> str:
