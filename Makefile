@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 CODE   := upstep_fast kernels bench
 
 .DEFAULT_GOAL := help
-.PHONY: help install gpu-install demo test test-interp test-aot test-gpu sanitize long check format bench bench-gpu bench-compare figures docs clean
+.PHONY: help install gpu-install demo test test-interp test-aot test-gpu gpu-first gpu-rehearsal sanitize long check format bench bench-gpu bench-compare figures docs clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -40,17 +40,28 @@ test-aot: install  ## compile the Triton kernels for sm_80, sm_90 and sm_100
 gpu-install:
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
 
+# a process each: an illegal memory access or a hang then costs one of them, not the rest
 test-gpu: gpu-install  ## the tests that need a GPU, with the python that is active
-	pytest -m gpu
+	pytest -m gpu -n 8 --dist loadfile --timeout 120 -o timeout_method=thread --continue-on-collection-errors
+
+gpu-first:       ## build, check and time everything on a GPU in nine minutes, with the python that is active
+	$(PYTHON) bench/gpu/first.py --out bench/results
+
+gpu-rehearsal: install  ## the same commands on the CPU, small shapes
+	$(BIN)/python bench/gpu/first.py --out build/gpu-rehearsal --device cpu
 
 NATIVE_BUILD = build/sanitize
-sanitize:        ## compute-sanitizer's four tools on the CUDA kernels (needs a GPU)
+OPS = attention gelu layer_norm lora_linear lora_linear_fp8 low_rank_mixer patchify quantize scored_sinkhorn sinkhorn swapped_loss views
+sanitize:        ## compute-sanitizer's four tools on the CUDA kernels, two on the Triton kernels (needs a GPU)
 	cmake -S . -B $(NATIVE_BUILD) -G Ninja -DUPSTEP_FAST_CUDA=ON \
 	  -DTORCH_FOLDER=$$($(PYTHON) -c "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])") \
 	  -Dpybind11_ROOT=$$($(PYTHON) -m pybind11 --cmakedir)
 	cmake --build $(NATIVE_BUILD) --target test_kernels
 	for tool in memcheck racecheck initcheck synccheck; do \
 	  compute-sanitizer --tool $$tool --error-exitcode 1 $(NATIVE_BUILD)/test_kernels || exit 1; done
+	for tool in memcheck racecheck; do for op in $(OPS); do \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) bench/gpu/facts.py check $$op cuda triton || exit 1; \
+	  done; done
 
 long: install    ## the long forms of the tests (hours)
 	$(PYTEST) -m "long and not gpu and not interp"

@@ -5,6 +5,7 @@ UPSTEP_FAST_NATIVE says what to make:
     cuda  CUDA and CPU ops; fails where it cannot
     cpu   CPU ops; fails where it cannot
     none  pure Python
+UPSTEP_FAST_ARCHITECTURES names the GPU generations, such as "90-real" for a quick build on one machine.
 Two files come out, beside upstep_fast/__init__.py: libupstep_ops.so (the ops, on torch's stable ABI) and _C (pybind11).
 """
 
@@ -97,6 +98,8 @@ class CMakeBuild(build_ext):
         ]
         if kind == "cuda":
             cmake.append(f"-DCMAKE_CUDA_COMPILER={find_nvcc()}")
+            if architectures := os.environ.get("UPSTEP_FAST_ARCHITECTURES"):
+                cmake.append(f"-DUPSTEP_FAST_ARCHITECTURES={architectures}")
         # pip does not put the cmake and ninja of its own environment on the path
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
         environment = {**os.environ, "PATH": path}

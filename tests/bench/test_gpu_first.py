@@ -1,0 +1,119 @@
+"""bench/gpu/first.py: whatever one task does, the others run, every fact is kept, and the page names what is new."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def first(bench):
+    return bench("first")
+
+
+def python(first, name, code, limit_s=20.0, part="correctness"):
+    return first.Task(name, part, (sys.executable, "-c", code), limit_s)
+
+
+def run(first, tmp_path, tasks, limit_s=60.0):
+    path = tmp_path / "facts.jsonl"
+    with path.open("w") as file:
+        first.run(tasks, first.Journal(file), limit_s, workers=4)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return rows, {row["task"]: row for row in rows if "status" in row}
+
+
+FACT = 'print(\'FACT {"op": "gelu"}\', flush=True)'
+
+
+def test_planted_failures_cost_one_task_each(first, bench, tmp_path, monkeypatch):
+    planted = [
+        python(first, "hang", f"{FACT}\nwhile True: pass", limit_s=2),
+        python(first, "crash", f"{FACT}\nimport os; os.abort()"),
+        python(first, "wrong", f"{FACT}\nraise SystemExit(1)"),
+        python(first, "package", "import no_such_package.part"),
+        python(first, "known", "raise SystemExit(1)"),
+        python(first, "right", FACT, part="speed"),
+    ]
+    monkeypatch.setitem(first.EXPECTED, "known", "its known reason")
+    rows, ends = run(first, tmp_path, planted)
+    assert {name: row["status"] for name, row in ends.items()} == {
+        "hang": "timeout", "crash": "crashed: SIGABRT", "wrong": "wrong", "package": "missing: no_such_package",
+        "known": "wrong", "right": "right",
+    }  # fmt: skip
+    assert [row["task"] for row in rows if row.get("op") == "gelu" and row["task"] == "hang"] == ["hang"]
+    page = tmp_path / "page.md"
+    bench("summary").write_page(page, rows)
+    text = page.read_text()
+    assert "1 of 6 right" in text
+    assert "**known**: wrong after 0 s (expected: its known reason)" in text
+    assert all(f"**{name}**" in text for name in ("hang", "crash", "wrong", "package"))
+    assert text.count("(NEW)") == 4
+
+
+def test_process_left_behind_is_killed(first, tmp_path):
+    pid = tmp_path / "pid"
+    code = f"""if True:
+        import subprocess, sys
+        quiet = {{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}}
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], **quiet)
+        open({str(pid)!r}, "w").write(str(child.pid))"""
+    run(first, tmp_path, [python(first, "parent", code)])
+    stat = Path("/proc", pid.read_text(), "stat")
+    for _ in range(100):
+        if not stat.exists() or stat.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.02)
+    raise AssertionError("the child runs on")
+
+
+def test_no_time_is_said_and_speed_runs_all_the_same(first, tmp_path, monkeypatch):
+    monkeypatch.setattr(first, "RESERVE_S", 0.0)
+    slow = [python(first, f"slow {i}", "import time; time.sleep(30)") for i in range(6)]
+    _, ends = run(first, tmp_path, [*slow, python(first, "speed", FACT, part="speed")], limit_s=9)
+    assert {row["status"] for name, row in ends.items() if name.startswith("slow")} == {"timeout", "not run: no time"}
+    assert ends["speed"]["status"] == "right"
+
+
+def test_every_op_and_every_benchmark_has_a_task(bench, tmp_path):
+    from upstep_fast.kernels._sample_inputs import SAMPLE_INPUTS
+
+    names = [task.name for task in bench("tasks").make_tasks("cuda", tmp_path)]
+    assert {f"check {op}" for op in SAMPLE_INPUTS} <= set(names)
+    assert {f"bench {op}" for op in SAMPLE_INPUTS} - set(names) <= {"bench lora_linear_fp8"}  # in bench lora_linear
+    assert len(names) == len(set(names))
+
+
+# packages of the dev environment that a bare GPU image lacks
+HIDDEN = ("av", "datasets", "docstring_parser", "jsonschema", "shtab", "typeguard", "tyro", "webdataset")
+
+
+@pytest.mark.long
+def test_gpu_tests_collect_without_optional_packages(tmp_path):
+    (tmp_path / "hide.py").write_text(f"import sys; sys.modules.update(dict.fromkeys({HIDDEN}))")
+    plugins = ("-p", "hide", "-p", "pytest_timeout", "-p", "pytest_benchmark.plugin")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *plugins, "-m", "gpu", "--collect-only", "-q"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_page_compares_with_floor_and_rival(bench, tmp_path):
+    def row(variant, ms):
+        return {"task": "bench gelu", "group": "gelu forward", "variant": variant, "median_ms": ms}
+
+    rows = [row("copy", 1.0), row("ours", 3.0), row("ours fp8", 0.5), row("eager", 4.0), row("compiled", 2.0)]
+    bench("summary").write_page(tmp_path / "page.md", rows)
+    text = (tmp_path / "page.md").read_text()
+    assert "| gelu forward | 3.000 | 3.00x | compiled 2.000 | 1.50 |" in text
+    assert "gelu forward: compiled is 1.50x as fast as ours" in text
