@@ -50,6 +50,9 @@ class BadImage(Exception):  # noqa: N818  (public name)
         self.reason = reason
 
 
+MAX_LINE = 2000  # characters of an error line or log record
+
+
 def printable(text: str, limit: int = 1000) -> str:
     """Return `text` on one line without characters that steer a terminal, for messages, logs and tables.
 

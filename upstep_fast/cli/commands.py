@@ -12,15 +12,18 @@ import difflib
 import os
 import signal
 import sys
+import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn
 
 from upstep_fast.cli.parse import HELP, _take, parse
 from upstep_fast.config.flat import dashed
-from upstep_fast.errors import ConfigError, Interrupted, UpstepError, first_line
+from upstep_fast.errors import MAX_LINE, ConfigError, Interrupted, UpstepError, first_line, printable
 
 USAGE = """\
 usage: upstep-fast COMMAND [--config FILE.toml] [options]
@@ -55,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with its code."""
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
+    sys.excepthook, warnings.formatwarning = _print_traceback, _format_warning  # type: ignore[assignment]
     try:
         _dispatch(args, debug)
     except UpstepError as error:
@@ -83,7 +87,25 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def _complain(text: str) -> None:
     # not by distributed.py: a usage error need not wait for torch
     rank = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
-    print(f"upstep-fast{'' if rank == '0' else f' (rank {rank})'}: {text}", file=sys.stderr)
+    from upstep_fast.runtime import terminal
+
+    program = f"upstep-fast{'' if rank == '0' else f' (rank {rank})'}:"
+    if terminal.has_color(stderr=True):
+        program = f"\x1b[31m{program}\x1b[0m"
+    # names of files, classes and tensors are of others: none may move the cursor or start a line of its own
+    print(program, printable(text, MAX_LINE), file=sys.stderr)
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    for line in "".join(traceback.format_exception(kind, error, trace)).rstrip("\n").split("\n"):
+        print(printable(line, MAX_LINE), file=sys.stderr)
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: Any = None
+) -> str:
+    # of libraries, on one line as ours are; the place in their code is of no use to a user
+    return f"WARNING {printable(' '.join(str(message).split()), MAX_LINE)}\n"
 
 
 def _dispatch(args: list[str], debug: bool) -> None:
@@ -130,18 +152,16 @@ def _adapt(config: Any) -> None:
     from upstep_fast.report.next_steps import embed_command
     from upstep_fast.report.run_record import read_config
     from upstep_fast.runtime.distributed import is_first
-    from upstep_fast.runtime.terminal import format_duration
+    from upstep_fast.runtime.terminal import format_duration, print_line
     from upstep_fast.train.adapt import run
 
     result, out = run(config), Path(config.output.out)
     if not is_first():
         return
     duration = format_duration(result.seconds)
-    print(
-        f"adapter: {result.adapter}  ({result.steps} steps, {result.opened} with an update, {duration})\n"
-        f"report: {out / 'report.html'}\n"
-        f"next: {embed_command(read_config(out), out)}"
-    )
+    print_line(f"adapter: {result.adapter}  ({result.steps} steps, {result.opened} with an update, {duration})")
+    print_line(f"report: {out / 'report.html'}")
+    print_line(f"next: {embed_command(read_config(out), out)}")
 
 
 def _eval(config: Any) -> None:
@@ -155,16 +175,16 @@ def _eval(config: Any) -> None:
 
 
 def _finetune(config: Any) -> None:
-    from upstep_fast.runtime.terminal import format_duration
+    from upstep_fast.runtime.terminal import format_duration, print_line
     from upstep_fast.train.finetune.run import run
 
     done = run(config)
-    print(
+    print_line(
         f"model: {done.model}  ({done.epochs} epochs, {format_duration(done.metrics['seconds'])}, "
-        f"{done.metrics['trainable_parameters']:,} trainable parameters)\n"
-        f"test: top-1 {done.metrics['top1']:.1f}, balanced {done.metrics['balanced']:.1f}\n"
-        f"next: upstep_fast.load_finetuned({str(done.model)!r})"
+        f"{done.metrics['trainable_parameters']:,} trainable parameters)"
     )
+    print(f"test: top-1 {done.metrics['top1']:.1f}, balanced {done.metrics['balanced']:.1f}")
+    print_line(f"next: upstep_fast.load_finetuned({str(done.model)!r})")
 
 
 def _finetune_config() -> type:
@@ -176,17 +196,19 @@ def _finetune_config() -> type:
 def _embed(config: Any) -> None:
     from upstep_fast.evaluation.embeddings import run_embed
     from upstep_fast.runtime.distributed import is_first
+    from upstep_fast.runtime.terminal import print_line
 
     out = run_embed(config)
     if is_first():
-        print(f"features: {out}")
+        print_line(f"features: {out}")
 
 
 def _export(config: Any) -> None:
     from upstep_fast.model.export.export import run
+    from upstep_fast.runtime.terminal import print_line
 
     done = run(config)
-    print(f"export: {done.folder}  (features differ by at most {done.difference:.1e} on {done.images})")
+    print_line(f"export: {done.folder}  (features differ by at most {done.difference:.1e} on {done.images})")
 
 
 def _plan(config: Any) -> None:
@@ -224,8 +246,9 @@ def _bench(config: Any) -> None:
 
 def _report(config: Any) -> None:
     from upstep_fast.report.page import run
+    from upstep_fast.runtime.terminal import print_line
 
-    print(f"report: {run(config)}")
+    print_line(f"report: {run(config)}")
 
 
 def _doctor(config: Any) -> None:

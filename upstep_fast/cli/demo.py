@@ -13,6 +13,7 @@ from upstep_fast.config.tools import DemoConfig
 from upstep_fast.evaluation.labeled import evaluate
 from upstep_fast.report import page as html_report
 from upstep_fast.report.tables import print_scores
+from upstep_fast.runtime import terminal
 from upstep_fast.train import adapt
 
 # chosen for this set on 2 CPU cores: docs/results.md has the runs it was chosen from
@@ -65,7 +66,9 @@ def run(config: DemoConfig) -> dict[str, Any]:
     print_scores(scores)
     if config.source is None:
         print("forgetting: not measured; no images of the model's own domain are shipped (--source PATH)")
-    print(f"\nreport: {page}\nadapter: {adapted.adapter}  (made in {time.monotonic() - start:.0f} s)")
+    print()
+    terminal.print_line(f"report: {page}")
+    terminal.print_line(f"adapter: {adapted.adapter}  (made in {time.monotonic() - start:.0f} s)")
     print(
         "next, on your own images:\n  upstep-fast adapt --model vit_base_patch16_224 --data YOUR_FOLDER --out adapted/"
     )

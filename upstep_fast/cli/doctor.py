@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from rich.table import Table
 
 from upstep_fast.config.tools import DoctorConfig
 from upstep_fast.data.loading.ordered_map import ordered_map
@@ -102,19 +101,19 @@ def loading_speed(device: torch.device, seconds: float = SECONDS) -> dict[str, f
 
 def show(found: dict[str, Any]) -> None:
     """Print the findings as tables."""
-    facts = Table(title="machine", show_header=False, title_justify="left")
+    facts = terminal.Table(title="machine", show_header=False, title_justify="left")
     for name, value in (found["versions"] | found["machine"] | found["native"]).items():
         facts.add_row(name, "not found" if value is None else str(value))
     facts.add_row("free disk here", f"{found['free_disk_bytes'] / 2**30:,.1f} GiB")
     for name, value in found["data"].items():
         facts.add_row(name.replace("_per_s", "/s").replace("_", " "), f"{value:,.0f}")
     terminal.show(facts)
-    runs = Table("op", "device", "runs", "why", title="what runs", title_justify="left")
+    runs = terminal.Table("op", "device", "runs", "why", title="what runs", title_justify="left")
     for choice in found["kernels"]:
         runs.add_row(choice["op"], choice["device"], choice["implementation"], choice["reason"])
     terminal.show(runs)
     title = "self-checks: error relative to float64"
-    checks = Table("op", "type", "implementation", "forward", "backward", "allowed", "", title=title)
+    checks = terminal.Table("op", "type", "implementation", "forward", "backward", "allowed", "", title=title)
     absent: dict[str, list[str]] = {}
     for check in found["checks"]:
         if check["passed"] is None:
@@ -126,7 +125,7 @@ def show(found: dict[str, Any]) -> None:
         checks.add_row(check["op"], check["dtype"], check["implementation"], *errors, verdict)
     terminal.show(checks)
     for why, ops in absent.items():
-        print(f"not here: {why} ({', '.join(dict.fromkeys(ops))})")
+        terminal.print_line(f"not here: {why} ({', '.join(dict.fromkeys(ops))})")
 
 
 def _exponent(value: Any) -> str:

@@ -13,7 +13,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.flat import replace_flat
@@ -144,10 +143,10 @@ def _length(config: PlanConfig, result: dict[str, Any]) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     """Print the plan as a table and a few lines."""
     where = f"{result['device']} in {result['precision']}, memory {result['memory']}"
-    print(
-        f"{result['model']}, {result['batch_size']} images per step on {where}\n"
-    )  # a title would wrap with the table
-    table = Table()
+    # a title would wrap with the table
+    terminal.print_line(f"{result['model']}, {result['batch_size']} images per step on {where}")
+    print()
+    table = terminal.Table()
     for column in ("part", "memory", "share"):
         table.add_column(column, justify="left" if column == "part" else "right")
     for part, size in result["parts"].items():

@@ -30,7 +30,7 @@ from torch import Tensor
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.evaluate import EvalConfig
 from upstep_fast.data.loading.loader import load_images
-from upstep_fast.data.loading.skipped_images import read_image
+from upstep_fast.data.loading.skipped_images import csv_cell, read_image
 from upstep_fast.data.sources.source import Source, open_source
 from upstep_fast.errors import BadImage
 from upstep_fast.evaluation.features import load_models
@@ -205,7 +205,7 @@ def _odd_thumbnails(config: AdaptConfig, skipped: Path, channels: int) -> dict[s
     for index in range(len(source)):
         if len(thumbs) == MAX_ODD or not unread:
             break
-        if (name := source.name(index)) in unread:
+        if (name := csv_cell(source.name(index))) in unread:
             unread.remove(name)
             with contextlib.suppress(BadImage):
                 thumbs[name] = thumbnail(read_image(source, index, channels=channels))

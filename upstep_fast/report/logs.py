@@ -7,10 +7,11 @@ import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rich.logging import RichHandler
 
-from upstep_fast.errors import Interrupted, UpstepError
+from upstep_fast.errors import MAX_LINE, Interrupted, UpstepError, printable
 from upstep_fast.runtime import distributed, terminal
 
 log = logging.getLogger("upstep_fast")
@@ -20,15 +21,32 @@ log = logging.getLogger("upstep_fast")
 steps_log = logging.getLogger("upstep_fast.steps")
 
 
+class OneLineFormatter(logging.Formatter):
+    """Format each record as one printable line; the lines of a traceback follow indented.
+
+    Messages hold names that others chose: a line break in one must not look like a second record, and an escape
+    sequence must not reach a terminal.
+    """
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Return the record's line."""
+        return printable(super().formatMessage(record), MAX_LINE)
+
+    def formatException(self, ei: Any) -> str:
+        """Return the traceback with every line but the first indented, so that none looks like a record."""
+        return "\n    ".join(printable(line, MAX_LINE) for line in super().formatException(ei).split("\n"))
+
+
 def setup_logging(debug: bool = False) -> None:
     """Send this package's messages to stderr: plain lines to a pipe, colored ones to a terminal."""
     handler: logging.Handler
     if terminal.is_plain(stderr=True):
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+        handler.setFormatter(OneLineFormatter("%(levelname)s %(message)s"))
     else:
         console = terminal.console(stderr=True)
         handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
+        handler.setFormatter(OneLineFormatter("%(message)s"))
     # a level of the handler, not the logger: train.log gets everything
     handler.setLevel(logging.WARNING if terminal.is_quiet() else logging.NOTSET)
     if not distributed.is_first():  # each message is logged once, not once per rank
@@ -43,7 +61,7 @@ def setup_logging(debug: bool = False) -> None:
 def train_log(path: Path) -> Iterator[None]:
     """Append messages within the context to `path` too, and the exception that ends it."""
     handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(OneLineFormatter("%(asctime)s %(levelname)s %(message)s"))
     # a full disk must not stop the log: the metrics, which are required, raise
     handler.handleError = lambda record: None  # type: ignore[method-assign]
     log.addHandler(handler)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from upstep_fast.config.base import BackboneConfig
 from upstep_fast.config.flat import dashed, defaults, paths
+from upstep_fast.errors import printable
 from upstep_fast.report.run_record import Record, bad_steps, number, updates, waiting_share
 
 MAX_WAITING = 0.2  # share of the time
@@ -19,17 +20,35 @@ def next_steps(record: Record) -> list[tuple[str, str]]:
     out, done, steps = record.folder, len(record.rows), record.steps
     if steps and done < steps:
         command = ["upstep-fast", "adapt", "--config", str(out / "config.toml"), "--resume"]
-        return [(f"The run stopped after {done:,} of {steps:,} steps. Continue:", shlex.join(command)), *_hints(record)]
+        return [
+            (f"The run stopped after {done:,} of {steps:,} steps. Continue:", shell_command(command)),
+            *_hints(record),
+        ]
     model, adapter, scores = _model(record.config), ["--adapter", str(out / "adapter")], str(out / "eval.json")
     suggestions = []
     if record.scores is None:
         reason = "Measure the accuracy, if you have labeled images as train/CLASS/… and test/CLASS/…:"
         command = ["upstep-fast", "eval", *model, "--data", "LABELED_FOLDER", *adapter, "--json", scores]
-        suggestions.append((reason, f"{shlex.join(command)}\n{shlex.join(['upstep-fast', 'report', str(out)])}"))
+        suggestions.append((reason, f"{shell_command(command)}\n{shell_command(['upstep-fast', 'report', str(out)])}"))
     export = ["upstep-fast", "export", *model, *adapter, "--format", "timm", "--out", str(out / "exported")]
     suggestions.append(("Write the features of your images:", embed_command(record.config, out)))
-    suggestions.append(("Export the adapted model for timm:", shlex.join(export)))
+    suggestions.append(("Export the adapted model for timm:", shell_command(export)))
     return suggestions + _hints(record)
+
+
+def shell_command(parts: Sequence[str]) -> str:
+    """Return the parts as one line of a POSIX shell; a part with control characters in bash's and zsh's $'...'."""
+    return " ".join(shlex.quote(part) if printable(part, len(part)) == part else _ansi_quoted(part) for part in parts)
+
+
+def _ansi_quoted(text: str) -> str:
+    return f"$'{''.join(map(_ansi_char, text))}'"
+
+
+def _ansi_char(char: str) -> str:
+    if "\udc80" <= char <= "\udcff":  # a byte of a path that is not UTF-8
+        return f"\\x{ord(char) & 0xFF:02x}"
+    return char if char not in "'\\" and printable(char) == char else f"\\U{ord(char):08x}"
 
 
 def embed_command(config: Mapping[str, Any], out: Path) -> str:
@@ -37,7 +56,7 @@ def embed_command(config: Mapping[str, Any], out: Path) -> str:
     data = config.get("data")
     images = [str(path) for path in data] if isinstance(data, (list, tuple)) else []
     arguments = ["--data", *images, "--adapter", str(out / "adapter"), "--out", str(out / "features.npy")]
-    return shlex.join(["upstep-fast", "embed", *_model(config), *arguments])
+    return shell_command(["upstep-fast", "embed", *_model(config), *arguments])
 
 
 def _model(config: Mapping[str, Any]) -> list[str]:

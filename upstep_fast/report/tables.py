@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.table import Table
-
 from upstep_fast.runtime import terminal
 
 
 def print_scores(result: dict[str, Any]) -> None:
     """Print the result of `evaluate` in percent, with changes in points from the base model's unwhitened features."""
-    table = Table(title=f"{result['n_train']} train, {result['n_test']} test images, k = {result['k']}")
+    table = terminal.Table(title=f"{result['n_train']} train, {result['n_test']} test images, k = {result['k']}")
     table.add_column("features")
     kinds = [kind for kind in ("base", "adapted", "ensemble") if kind in result]
     columns = {
@@ -39,7 +37,7 @@ def print_timings(result: dict[str, Any]) -> None:
     """Print the result of `benchmark.run`: medians with quartiles, and speed-ups over the first variant."""
     card = result["device"]
     for kind in ("backward", "forward"):
-        table = Table(
+        table = terminal.Table(
             title=f"{'forward and backward' if kind == 'backward' else 'forward'}, {result['config']['model']}"
         )
         for column in ("variant", "ms (quartiles)", "speed-up", "peak GiB", "error"):

@@ -10,10 +10,13 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
+from typing import Any
 
+import rich.table
 from rich import box
 from rich.console import Console
-from rich.table import Table
+
+from upstep_fast.errors import printable
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,9 @@ def console(*, stderr: bool = False) -> Console:
     """Return a rich console on the current stdout (or stderr)."""
     if is_plain(stderr=stderr):
         # rich would wrap at 80 columns and treat FORCE_COLOR as a terminal
-        return Console(stderr=stderr, force_terminal=False, color_system=None, width=10_000)
-    return Console(stderr=stderr)
+        width: dict[str, Any] = {"force_terminal": False, "color_system": None, "width": 10_000}
+        return Console(stderr=stderr, markup=False, emoji=False, **width)
+    return Console(stderr=stderr, markup=False, emoji=False)
 
 
 def format_duration(seconds: float) -> str:
@@ -65,7 +69,20 @@ def format_duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def show(table: Table) -> None:
+class Table(rich.table.Table):
+    """A table whose cells are shown as they are: no markup, and on one line without control characters."""
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        """Add a row; strings lose what steers a terminal."""
+        super().add_row(*(printable(cell) if isinstance(cell, str) else cell for cell in cells), **options)
+
+
+def print_line(text: str) -> None:
+    """Print one line of a result to stdout, without control characters, whatever names it holds."""
+    print(printable(text, len(text)))
+
+
+def show(table: rich.table.Table) -> None:
     """Print a table to stdout."""
     if is_plain():
         table.box = box.MARKDOWN

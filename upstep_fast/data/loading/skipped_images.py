@@ -13,8 +13,11 @@ from torch import Tensor
 from upstep_fast.data.decode.image import decode
 from upstep_fast.data.loading.ordered_map import ordered_map
 from upstep_fast.data.sources.source import Source
-from upstep_fast.errors import BadImage, DataError
+from upstep_fast.errors import BadImage, DataError, printable
 from upstep_fast.runtime.atomic_file import write_atomic
+
+MAX_CELL = 4096  # characters of a line in a CSV file; Linux's longest path
+FORMULA_STARTS = tuple("=+-@\uff1d\uff0b\uff0d\uff20")  # the last four: full-width forms, which some spreadsheets run
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -91,7 +94,19 @@ def map_readable(
 
 
 def write_skipped(path: str | Path, rows: Iterable[tuple[str, str]]) -> None:
-    """Write a CSV with the header name,reason and these rows, atomically. Raises OSError."""
+    """Write a CSV with the header name,reason and these rows as `csv_cell` has them, atomically. Raises OSError."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([("name", "reason"), *rows])
+    cells = ([csv_cell(name), csv_cell(reason)] for name, reason in rows)
+    csv.writer(text, lineterminator="\n").writerows([("name", "reason"), *cells])
     write_atomic(Path(path), text.getvalue().encode())
+
+
+def csv_cell(text: str) -> str:
+    """Return text that a spreadsheet shows and does not run, and that steers no terminal.
+
+    Each line that starts with = + - or @, also after white space, gets an apostrophe in front, which spreadsheets read
+    as the mark of text (OWASP, CSV Injection). Control characters except line feeds become Python escapes, so no reader
+    takes one for the end of a row.
+    """
+    lines = [printable(line, MAX_CELL) for line in text.split("\n")]
+    return "\n".join(f"'{line}" if line.lstrip().startswith(FORMULA_STARTS) else line for line in lines)
