@@ -23,7 +23,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingDinoV3
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from upstep_fast.engine.packing import Sizes, drop_path_scale
@@ -32,6 +35,11 @@ from upstep_fast.engine.qk_norm import HeadNorm
 from upstep_fast.engine.rotary import Rotary
 from upstep_fast.engine.timm_blocks import Vit, block_parts, block_unsupported_reason, norm_kind
 from upstep_fast.model.lora import LoraLinear
+
+# the exact classes whose computation is known; the distilled one differs in what it does before and after the blocks,
+# for which its own methods are called
+MODELS = (VisionTransformer, VisionTransformerDistilled, Eva)
+ROPES = (RotaryEmbeddingCat, RotaryEmbeddingDinoV3)
 
 
 @dataclass(frozen=True)
@@ -121,10 +129,14 @@ class FoldedBlock:
 
 def unsupported_reason(vit: nn.Module) -> str | None:
     """Return why the engine cannot run this model; None if it can run at least one of its blocks."""
-    if not isinstance(vit, Vit):
+    if not isinstance(vit, Vit) or type(vit) not in MODELS:
         return f"it is a {type(vit).__name__}"
+    if "forward_features" in vars(vit) or type(vit.blocks) not in (nn.Sequential, nn.ModuleList):
+        return "the order in which it runs its blocks was replaced"
     if isinstance(vit, Eva) and vit.rope_mixed:
         return "its rotary positions differ from block to block"
+    if isinstance(vit, Eva) and vit.rope is not None and type(vit.rope) not in ROPES:
+        return f"its rotary positions are a {type(vit.rope).__name__}"
     if isinstance(vit, Eva) and vit.patch_drop is not None:
         return "it drops patches while training"
     reasons = [block_unsupported_reason(block) for block in vit.blocks]

@@ -13,11 +13,13 @@ from __future__ import annotations
 from typing import Any
 
 from timm.layers.attention import Attention
+from timm.layers.drop import DropPath
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from upstep_fast.engine.packing import Sizes, drop_path_scale, pack, scale_branch, unpack
 from upstep_fast.engine.rotary import Ropes
+from upstep_fast.engine.timm_blocks import altered_reason
 from upstep_fast.kernels.attention import attention
 
 
@@ -51,9 +53,11 @@ def select_tokens(x: Tensor, indices: Tensor) -> Tensor:
 
 
 def _is_standard(block: Any) -> bool:
-    """Return whether the block is timm's pre-norm Block with plain softmax attention."""
-    if type(block) is not Block or type(block.attn) is not Attention:
+    """Return whether the block is timm's pre-norm Block with plain softmax attention, as timm wrote it."""
+    if type(block) is not Block or type(block.attn) is not Attention or altered_reason(block) is not None:
         return False
-    attn = block.attn
-    has_no_qk_norm = all(isinstance(norm, nn.Identity) for norm in (attn.q_norm, attn.k_norm))
-    return has_no_qk_norm and getattr(attn, "gate", None) is None and not (block.training and attn.attn_drop.p)
+    attn, gate = block.attn, getattr(block.attn, "gate", None)
+    is_plain = gate is None and all(type(norm) is nn.Identity for norm in (attn.q_norm, attn.k_norm))
+    known_drops = all(isinstance(drop, DropPath | nn.Identity) for drop in (block.drop_path1, block.drop_path2))
+    has_usual_scale = attn.scale == attn.head_dim**-0.5
+    return is_plain and known_drops and has_usual_scale and not (block.training and attn.attn_drop.p)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from torch import nn
+from upstep_fast.engine.timm_blocks import HOOKS, altered_reason
 
 
-def make_stale_check(vit: nn.Module) -> Callable[[], None]:
+def make_stale_check(vit: Any, folded: Sequence[int]) -> Callable[[], None]:
     """Return a function that raises RuntimeError if `vit` has changed since this call.
 
-    Changes are a module or parameter that was replaced, removed, cast or moved, or a frozen parameter that was written
-    to. The check takes 0.1 ms for the 900 modules of ViT-g.
+    Changes are a module or parameter that was replaced, removed, cast or moved, a frozen parameter that was written
+    to, and a hook or another forward on a module of the folded blocks, which would not be called. folded: their
+    indices. The check takes less than a millisecond for the 900 modules of ViT-g.
     """
+    inside = [module for index in folded for module in vit.blocks[index].modules()]
+    hooks, attributes = [getattr(module, name) for module in inside for name in HOOKS], [vars(m) for m in inside]
     modules, parameters = [], []
     for path, module in vit.named_modules():
         prefix = path and f"{path}."
@@ -23,6 +27,9 @@ def make_stale_check(vit: nn.Module) -> Callable[[], None]:
                 parameters.append((prefix + name, module._parameters, name, p, p.dtype, p.device, version))
 
     def check() -> None:
+        if any(hooks) or any("forward" in values for values in attributes):
+            index, reason = next((i, why) for i in folded if (why := altered_reason(vit.blocks[i])))
+            raise RuntimeError(f"engine: block {index} {reason} since it was folded; fold the model again")
         for full_name, children, name, child in modules:
             if children.get(name) is not child:
                 raise RuntimeError(f"engine: {full_name} was replaced after folding; fold the model again")

@@ -6,9 +6,11 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers.patch_embed import PatchEmbed
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
@@ -19,8 +21,9 @@ from upstep_fast.engine.inference import make_forward_only
 from upstep_fast.engine.merge import MergedBlock, make_merger
 from upstep_fast.engine.packing import pack, sizes_of, unpack
 from upstep_fast.engine.rotary import Ropes, make_ropes, without_rope
+from upstep_fast.engine.self_check import compare
 from upstep_fast.engine.stale_check import make_stale_check
-from upstep_fast.engine.timm_blocks import Vit, grid_of
+from upstep_fast.engine.timm_blocks import Vit, altered_reason, grid_of
 from upstep_fast.errors import ConfigError
 from upstep_fast.kernels.patchify import patchify
 from upstep_fast.model.pooling import pooled
@@ -99,9 +102,28 @@ def build(
     blocks = fold(vit, dtype, fused, fp8)
     tokens, ropes = partial(embed, without_rope(vit), dtype=dtype), make_ropes(vit)
     device = next(vit.parameters()).device
+    folded = [index for index, block in enumerate(blocks) if isinstance(block, FoldedBlock)]
     merger, last = make_merger(blocks), partial(head, vit, pool=pool)
     forward_only = make_forward_only(blocks, merger, tokens, ropes, last, device, compiled)
-    return EngineViT(vit, blocks, dtype, memory, make_stale_check(vit), merger, tokens, ropes, forward_only, last)
+    return EngineViT(
+        vit, blocks, dtype, memory, make_stale_check(vit, folded), merger, tokens, ropes, forward_only, last
+    )
+
+
+def try_build(vit: nn.Module, dtype: torch.dtype, memory: Memory = "fast", **options: Any) -> EngineViT | str:
+    """Fold `vit` and compare it with the plain model. Returns the engine, or the reason why the plain model must run.
+
+    options: keywords of `build`. Logs the blocks that stay as they are.
+    """
+    reason = unsupported_reason(vit)
+    if reason is not None:
+        return reason
+    assert isinstance(vit, Vit)
+    for index, block_reason in unsupported_blocks(vit).items():
+        log.info("engine: block %d is not folded, since it %s", index, block_reason)
+    built = build(vit, dtype, memory, **options)
+    comparison = compare(built)
+    return built if comparison is None else comparison.mismatch or built
 
 
 def embed(vit: Vit, images: Tensor, dtype: torch.dtype) -> Tensor:
@@ -126,24 +148,27 @@ def make_features(
     fp8: bool = False,
     graphs: bool = False,
     pool: Pool = pooled,
-) -> Callable[[Tensor], Tensor]:
-    """Return the engine's `features` if it can run `vit`, else `fallback`, compiled on a GPU; the reason is logged.
+) -> tuple[Callable[[Tensor], Tensor], int]:
+    """Return a function that gives features, and the side P of the patches it takes instead of images (0: images only).
 
-    graphs: replay as CUDA graphs (cuda_graphs.py). pool: as for `build`; `fallback` must pool so too. Raises
-    ConfigError if `graphs` is set and the engine cannot run the model.
+    It is the engine's if the engine can run `vit` and agrees with it (self_check.py), else `fallback`, compiled on a
+    GPU; the reason is logged. graphs: replay as CUDA graphs (cuda_graphs.py). pool: as for `build`; `fallback` must
+    pool so too. Raises ConfigError if `graphs` is set and the engine cannot run the model.
     """
-    reason = unsupported_reason(vit)
-    if reason is None:
-        assert isinstance(vit, Vit)
-        for index, block_reason in unsupported_blocks(vit).items():
-            log.info("engine: block %d is not folded, since it %s", index, block_reason)
-        built = build(vit, dtype, memory, fp8=fp8, pool=pool)
-        return graphed(vit, built.features, built.check_unchanged) if graphs else built.features
+    built = try_build(vit, dtype, memory, fp8=fp8, pool=pool)
+    if isinstance(built, EngineViT):
+        features = graphed(vit, built.features, built.check_unchanged) if graphs else built.features
+        return features, patch_side(vit)
     if graphs:
-        raise ConfigError(f"cuda_graphs: only the engine is captured, and it cannot run this model: {reason}")
+        raise ConfigError(f"cuda_graphs: only the engine is captured, and it cannot run this model: {built}")
     is_cuda = next(vit.parameters()).device.type == "cuda"
-    log.warning("engine: running the plain model%s instead, since %s", " under torch.compile" * is_cuda, reason)
-    return torch.compile(fallback) if is_cuda else fallback
+    warn_plain(built, " under torch.compile" * is_cuda)
+    return torch.compile(fallback) if is_cuda else fallback, 0
+
+
+def warn_plain(reason: str, how: str = "") -> None:
+    """Log that the plain model runs and why. reason: of `try_build`."""
+    log.warning("engine: running the plain model%s instead, since %s", how, reason)
 
 
 def patch_embed(vit: Vit, images: Tensor) -> Tensor:
@@ -169,7 +194,11 @@ def patch_side(vit: nn.Module) -> int:
 
 def _side_of_square_patches(vit: Vit) -> int:
     embed = vit.patch_embed
-    down, across = embed.proj.weight.shape[2:]
+    if type(embed) is not PatchEmbed or type(embed.proj) is not nn.Conv2d or altered_reason(embed) is not None:
+        return 0
+    conv, down, across = embed.proj, *embed.proj.weight.shape[2:]
+    if (conv.stride, conv.padding, conv.dilation, conv.groups) != ((down, across), (0, 0), (1, 1), 1):
+        return 0
     ordered = (embed.flatten or vit.dynamic_img_size) and not getattr(embed, "dynamic_img_pad", False)
     # if the patch does not divide the image, the convolution ignores the last rows
     return down if ordered and down == across and not any(side % down for side in embed.img_size) else 0

@@ -133,7 +133,7 @@ def _feature_function(
     if config.runtime.implementation == "reference":
         return reference
     dtype = compute.dtype or torch.float32
-    return engine.make_features(vit, dtype, "fast", fallback=reference, fp8=compute.fp8, pool=pool)
+    return engine.make_features(vit, dtype, "fast", fallback=reference, fp8=compute.fp8, pool=pool)[0]
 
 
 def unwhitened(x: Mapping[str, Tensor]) -> dict[str, Tensor]:

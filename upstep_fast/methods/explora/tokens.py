@@ -16,8 +16,7 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
 from upstep_fast.engine.block import Memory
-from upstep_fast.engine.fold import unsupported_reason
-from upstep_fast.engine.vit import EngineViT, build
+from upstep_fast.engine.vit import EngineViT, try_build
 from upstep_fast.model.pooling import pooled
 
 
@@ -72,10 +71,11 @@ class Encoder:
 
     def accelerate(self, dtype: torch.dtype, memory: Memory, fp8: bool = False) -> str | None:
         """Fold the frozen blocks for the engine. Returns the reason if the engine cannot run them, else None."""
-        reason = unsupported_reason(self.vit)
-        if reason is None:
-            self._engine = build(self.vit, dtype, memory, fp8=fp8)
-        return reason
+        built = try_build(self.vit, dtype, memory, fp8=fp8)
+        if isinstance(built, str):
+            return built
+        self._engine = built
+        return None
 
     def __call__(self, *groups: Tensor) -> list[Tensor]:
         """Run tokens [B, N, D] of each group through the blocks and the final norm; shapes stay.

@@ -16,6 +16,7 @@ from torch import nn
 
 from upstep_fast.config.explora import ExploraConfig
 from upstep_fast.engine.block import Memory
+from upstep_fast.engine.vit import warn_plain
 from upstep_fast.errors import ConfigError
 from upstep_fast.methods.explora.tokens import Encoder
 from upstep_fast.model import lora
@@ -97,6 +98,6 @@ def prepare(backbone: Backbone, config: ExploraConfig) -> dict[str, LoraLinear]:
 def accelerate(encoder: Encoder, dtype: torch.dtype, memory: Memory, fp8: bool) -> bool:
     """Run the encoder's frozen blocks on the engine. Returns False, and logs the reason, where the engine cannot."""
     if reason := encoder.accelerate(dtype, memory, fp8):
-        log.warning("engine: running the plain model instead, since %s", reason)
+        warn_plain(reason)
         return False
     return True

@@ -56,7 +56,7 @@ class Baseline(nn.Module):
     def accelerate(self, dtype: torch.dtype, fp8: bool = False) -> None:
         """Run a backbone whose weights are frozen on the engine in `dtype`; to be called on the final device."""
         if self.method != "full":
-            self.features = engine.make_features(self.vit, dtype, "fast", fallback=self.features, fp8=fp8)
+            self.features, _ = engine.make_features(self.vit, dtype, "fast", fallback=self.features, fp8=fp8)
 
     def train(self, mode: bool = True) -> Baseline:
         """Set the mode of drop path and the head; the rest of the backbone stays in eval mode."""

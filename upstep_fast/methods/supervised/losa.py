@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from upstep_fast.engine import vit as engine
 from upstep_fast.engine.block import run_block
-from upstep_fast.engine.fold import unsupported_reason
+from upstep_fast.engine.plain_block import run_plain_block
 from upstep_fast.kernels import low_rank_mixer
 from upstep_fast.model.backbone import Backbone
 
@@ -226,15 +226,16 @@ class Losa(nn.Module):
 
 def make_stream(vit: nn.Module, dtype: torch.dtype, fp8: bool = False) -> Stream:
     """Return a function that runs a frozen ViT and passes each block's output, [B, N, D] in `dtype`, to a callback."""
-    reason = unsupported_reason(vit)
-    if reason is None:
-        return partial(_stream_engine, engine.build(vit, dtype, fp8=fp8))  # type: ignore[arg-type]
-    log.warning("engine: running the plain model instead, since %s", reason)
+    built = engine.try_build(vit, dtype, fp8=fp8)
+    if isinstance(built, engine.EngineViT):
+        return partial(_stream_engine, built)
+    engine.warn_plain(built)
     return partial(stream_plain, vit, dtype)
 
 
 def _stream_engine(built: engine.EngineViT, images: Tensor, tap: Callable[[int, Tensor], None]) -> None:
     kind, dtype = images.device.type, built.dtype
+    built.check_unchanged()
     merged = built.merge_adapters()
     block: Any
     delta: Tensor | None = None
@@ -248,7 +249,10 @@ def _stream_engine(built: engine.EngineViT, images: Tensor, tap: Callable[[int, 
                     b = x + delta
             else:
                 with torch.autocast(kind, dtype=dtype, enabled=dtype != torch.float32):
-                    b, delta = block(x if delta is None else x + delta).to(dtype), None
+                    b, delta = (
+                        run_plain_block(block, x if delta is None else x + delta, None, None, ropes).to(dtype),
+                        None,
+                    )
                 x = b
         tap(index, b)
 

@@ -76,10 +76,10 @@ class UpStep(Method):
 
         To be called once the module is on its device, since the frozen weights are folded into copies.
         """
-        self.features = engine.make_features(
+        self.features, self.patch_size = engine.make_features(
             self.vit, dtype, memory, fallback=self.features, fp8=fp8, graphs=self.config.memory.cuda_graphs
         )
-        self.patch_size, self.view_dtype = engine.patch_side(self.vit), dtype
+        self.view_dtype = dtype
 
     @property
     def needs_init(self) -> bool:
