@@ -8,10 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 from upstep_fast.cli import doctor
 from upstep_fast.cli.commands import main
+from upstep_fast.engine import block as blocks
 from upstep_fast.kernels import _dispatch as dispatch
 from upstep_fast.kernels import _self_check as self_check
 from upstep_fast.kernels._sample_inputs import MODULES
@@ -138,6 +140,42 @@ def test_tables(capsys, quick):
     for text in ("torch", "GPU", "C++ compiler", "free disk", "sinkhorn", "center_vector", "what runs", "ok"):
         assert text in out
     assert "not here: cuda: needs CUDA tensors" in out and "FAILED" not in out
+
+
+BASE_TINY = f"local-dir:{Path(doctor.__file__).parents[1] / 'assets' / 'base_tiny'}"
+
+
+def test_a_model_of_the_engine(capsys, quick):
+    code, out, _ = call(capsys, "--json", "--model", BASE_TINY)
+    found = json.loads(out, parse_constant=pytest.fail)["model"]
+    assert code == 0 and (found["runs"], found["reason"], found["blocks_by_timm"]) == ("engine", None, {})
+    assert 0 < found["gradient"] < 5e-2 and found["features"] < 5e-2  # bf16 on some CPUs
+    _, out, _ = call(capsys, "--model", BASE_TINY)
+    assert "base_tiny: engine" in out and "gradient differ" in out
+
+
+@pytest.mark.parametrize("planted", [False, True])
+def test_a_model_that_the_engine_leaves_to_timm(planted, capsys, quick, monkeypatch, tmp_path):
+    from timm.models import save_for_hf
+
+    attn = {} if planted else {"attn_layer": "diff"}
+    args = {"img_size": 32, "embed_dim": 48, "num_heads": 2, "depth": 1, "num_classes": 0, **attn}
+    save_for_hf(timm.create_model("vit_tiny_patch16_224", **args), tmp_path, model_args=args)
+    if planted:
+        attend = blocks.attend
+        monkeypatch.setattr(blocks, "attend", lambda y, heads, sizes: attend(-y, heads, sizes))
+    code, out, _ = call(capsys, "--json", "--model", f"local-dir:{tmp_path}")
+    found = json.loads(out, parse_constant=pytest.fail)["model"]
+    assert code == 0 and found["runs"] == "plain model"
+    wanted = "features differ from the plain model's" if planted else "block 0 has a DiffAttention for attention"
+    assert wanted in found["reason"]
+    _, out, _ = call(capsys, "--model", f"local-dir:{tmp_path}")
+    assert "plain model" in out and found["reason"][:30] in out
+
+
+def test_an_architecture_alone_is_refused(capsys):
+    code, _, err = call(capsys, "--arch", "vit_tiny_patch16_224")
+    assert code == 2 and "name the file with --model" in err
 
 
 def test_a_failed_check_is_exit_code_1(capsys, quick, monkeypatch):

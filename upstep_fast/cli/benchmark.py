@@ -21,7 +21,7 @@ from upstep_fast.cli.benchmark_plot import check_plot, write_plot
 from upstep_fast.config.tools import BenchConfig
 from upstep_fast.engine import vit as engine
 from upstep_fast.engine.cuda_graphs import graphed
-from upstep_fast.errors import CheckFailedError
+from upstep_fast.errors import CheckFailedError, ConfigError
 from upstep_fast.model import backbone as backbones
 from upstep_fast.model import lora, pooling
 from upstep_fast.runtime.device import Compute, resolve
@@ -97,7 +97,9 @@ def make_variants(
         if config.compile:
             variants["peft compiled"] = torch.compile(eager_peft), peft_parameters
     variants["reference"] = reference, parameters
-    built = engine.build(vit, compute.dtype or torch.float32, fp8=compute.fp8)
+    built = engine.try_build(vit, compute.dtype or torch.float32, fp8=compute.fp8)
+    if isinstance(built, str):
+        raise ConfigError(f"model: the engine does not run {backbone.name}, since {built}; choose another model")
     variants["engine"] = built.features, parameters
     if compute.device.type == "cuda":
         variants["engine graphed"] = graphed(vit, built.features, built.check_unchanged), parameters

@@ -26,10 +26,15 @@ from upstep_fast.data.loading.skipped_images import read_image
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.data.views.make_views import random_views
 from upstep_fast.data.views.view_config import ViewConfig
+from upstep_fast.engine.fold import unsupported_blocks, unsupported_reason
+from upstep_fast.engine.self_check import compare
+from upstep_fast.engine.vit import build
 from upstep_fast.errors import RunFailedError
 from upstep_fast.kernels import _dispatch as dispatch
 from upstep_fast.kernels import _native as native
 from upstep_fast.kernels._self_check import check_all
+from upstep_fast.model import backbone as backbones
+from upstep_fast.model import lora
 from upstep_fast.runtime import terminal
 from upstep_fast.runtime.device import resolve
 from upstep_fast.runtime.machine import default_workers, package_version
@@ -43,6 +48,8 @@ SIZE = (480, 360)
 def run(config: DoctorConfig) -> dict[str, Any]:
     """Print the findings and return them. Raises RunFailedError (exit code 1) if a self-check failed."""
     found = examine(config.device)
+    if config.model is not None:
+        found["model"] = examine_model(config.model, config.arch, config.device)
     if config.json:
         print(json.dumps(found, indent=2))
     else:
@@ -73,6 +80,27 @@ def examine(device: str = "auto") -> dict[str, Any]:
         "free_disk_bytes": shutil.disk_usage(Path.cwd()).free,
         "ok": all(check["passed"] is not False for check in checks),
     }
+
+
+def examine_model(name: str, arch: str | None = None, device: str = "auto") -> dict[str, Any]:
+    """Return whether the engine runs the model `name`, and how far it is from the plain model.
+
+    Adapters on q and v are put on it, so that a gradient is compared too. Raises ConfigError as `backbone.load` does.
+    """
+    compute = resolve(device, "auto")
+    backbone = backbones.load(name, arch=arch)
+    vit = backbone.vit.to(compute.device)
+    lora.inject(vit, lora.LoraSpec(targets=("q", "v")))
+    reason, comparison = unsupported_reason(vit), None
+    if reason is None:
+        comparison = compare(build(vit, compute.dtype or torch.float32))
+    assert reason is not None or comparison is not None
+    found: dict[str, Any] = {"name": name, "precision": compute.precision}
+    if comparison is not None:
+        reason = comparison.mismatch
+        found |= {key: _finite(value) for key, value in dataclasses.asdict(comparison).items()}
+        found["blocks_by_timm"] = {str(index): why for index, why in unsupported_blocks(vit).items()}
+    return found | {"runs": "engine" if reason is None else "plain model", "reason": reason}
 
 
 def loading_speed(device: torch.device, seconds: float = SECONDS) -> dict[str, float]:
@@ -108,6 +136,8 @@ def show(found: dict[str, Any]) -> None:
     for name, value in found["data"].items():
         facts.add_row(name.replace("_per_s", "/s").replace("_", " "), f"{value:,.0f}")
     terminal.show(facts)
+    if "model" in found:
+        _show_model(found["model"])
     runs = terminal.Table("op", "device", "runs", "why", title="what runs", title_justify="left")
     for choice in found["kernels"]:
         runs.add_row(choice["op"], choice["device"], choice["implementation"], choice["reason"])
@@ -126,6 +156,19 @@ def show(found: dict[str, Any]) -> None:
     terminal.show(checks)
     for why, ops in absent.items():
         terminal.print_line(f"not here: {why} ({', '.join(dict.fromkeys(ops))})")
+
+
+def _show_model(found: dict[str, Any]) -> None:
+    rows = terminal.Table(title=f"{found['name']}: {found['runs']}", show_header=False, title_justify="left")
+    if found["reason"]:
+        rows.add_row("why", f"since {found['reason']}")
+    for index, reason in found.get("blocks_by_timm", {}).items():
+        rows.add_row(f"block {index} runs as it is", f"since it {reason}")
+    for name in ("tokens", "features", "features_forward_only", "gradient"):
+        if name in found:
+            allowed = found["limits"][name == "gradient"]
+            rows.add_row(f"{name.replace('_', ' ')} differ by", f"{_exponent(found[name])} (allowed {allowed:g})")
+    terminal.show(rows)
 
 
 def _exponent(value: Any) -> str:

@@ -89,6 +89,15 @@ class DoctorConfig(DeviceConfig):
 
     json: bool = False
     """Print one JSON object instead of tables."""
+    model: str | None = None
+    """Also say what runs this model, and why: a name as `adapt --model` takes it."""
+    arch: str | None = None
+    """timm's name of a checkpoint file's architecture, with --model."""
+
+    def __post_init__(self) -> None:
+        """Check the fields. Raises ConfigError."""
+        if self.arch is not None and self.model is None:
+            raise ConfigError(f"arch: {self.arch} is the architecture of a checkpoint file; name the file with --model")
 
 
 @dataclass(frozen=True)
