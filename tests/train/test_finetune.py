@@ -1,7 +1,9 @@
 """Supervised fine-tuning: what is written and can be loaded again, resume, the cache, clips, schedules, bad input."""
 
 import dataclasses
+import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
 from photos import blurred_noise
@@ -260,6 +263,35 @@ def test_from_an_adapted_model(options, tmp_path, whole):
     merged = lora.merge(one.vit)
     for (name, ours), theirs in zip(net.vit.state_dict().items(), merged.state_dict().values(), strict=True):
         torch.testing.assert_close(ours, theirs, msg=name)
+
+
+def test_a_classifier_belongs_to_its_base_model_and_its_class_names(options, tmp_path):
+    result = upstep_fast.finetune(**options | {"epochs": 1, "method": "linear"})
+    folder = tmp_path / "other"
+    shutil.copytree(options["model"].removeprefix("local-dir:"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_args": config["model_args"] | {"num_heads": 6}}))
+    with pytest.raises(
+        ConfigError, match=r"trained on another base model than .*num_heads was 3, is 6; .*give the base"
+    ):
+        upstep_fast.load_finetuned(result.model, model=f"local-dir:{folder}")
+    torch.manual_seed(1)
+    vit = timm.create_model("vit_tiny_patch16_224", **config["model_args"])
+    timm.models.save_for_hf(vit, folder, model_args=config["model_args"], safe_serialization=True)
+    with pytest.raises(ConfigError, match="its weights are not the same"):
+        upstep_fast.load_finetuned(result.model, model=f"local-dir:{folder}")
+
+    values = json.loads((result.model / finetuned.CONFIG).read_text())
+    turned = values | {"classes": values["classes"][::-1]}
+    (result.model / finetuned.CONFIG).write_text(json.dumps(turned))
+    with pytest.raises(ConfigError, match=r"the classes in config\.json are not those of trained\.safetensors"):
+        upstep_fast.load_finetuned(result.model)
+    # an earlier version wrote the tensors without metadata
+    bare = safetensors.torch.save(safetensors.torch.load((result.model / finetuned.WEIGHTS).read_bytes()))
+    (result.model / finetuned.WEIGHTS).write_bytes(bare)
+    old = turned | {"sha256": hashlib.sha256(bare).hexdigest()}
+    (result.model / finetuned.CONFIG).write_text(json.dumps(old))
+    assert upstep_fast.load_finetuned(result.model).classes == tuple(turned["classes"])
 
 
 def test_loading_at_another_size_says_so(options, caplog):

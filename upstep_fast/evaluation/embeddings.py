@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, Unpack
 
@@ -18,9 +18,8 @@ from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import ConfigError
 from upstep_fast.evaluation import whitening
 from upstep_fast.evaluation.features import append_whitened, extract, load_models, unwhitened
-from upstep_fast.model import backbone as backbones
 from upstep_fast.model import peft_format
-from upstep_fast.model.backbone import Backbone
+from upstep_fast.model.identity import model_identity
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime.atomic_file import write_atomic
 from upstep_fast.runtime.device import resolve
@@ -46,13 +45,14 @@ def run_embed(config: EmbedConfig) -> Path:
     with distributed.joined(compute.device):
         source, models = open_source(config.data.paths), load_models(config)
         whitens = bool(config.whitening or config.fit_whitening)
-        fingerprints = _fingerprints(models, config) if whitens else {}
-        fitted = whitening.read(config.whitening, fingerprints) if config.whitening else {}
+        identity = model_identity(models["base"]) if whitens else {}
+        fingerprints = _fingerprints(identity["sha256"], config) if whitens else {}
+        fitted = whitening.read(config.whitening, fingerprints, identity) if config.whitening else {}
         x, indices = extract(source, models, config, compute, patches=whitens)
         if config.fit_whitening:
             fitted = {name: whitening.fit(x[name]) for name in models}
             if distributed.is_first():
-                whitening.write(config.fit_whitening, fitted, fingerprints)
+                whitening.write(config.fit_whitening, fitted, fingerprints, identity)
         features = append_whitened(x, fitted) if fitted else unwhitened(x)
         kind = "ensemble" if config.ensemble else "adapted" if config.adapter else "base"
         if distributed.is_first():
@@ -74,9 +74,8 @@ def _check_files(out: Path, config: EmbedConfig) -> None:
             raise ConfigError(f"{field}: no folder {path.parent}")
 
 
-def _fingerprints(models: Mapping[str, Backbone], config: EmbedConfig) -> dict[str, str]:
+def _fingerprints(base: str, config: EmbedConfig) -> dict[str, str]:
     """Return {"base": ..., "adapted": ...}; the second is of base model and adapter files, not of merged weights."""
-    base = backbones.fingerprint(models["base"].vit)
     if config.adapter is None:
         return {"base": base}
     return {"base": base, "adapted": f"{base} {peft_format.fingerprint(config.adapter)}"}

@@ -18,10 +18,12 @@ whitened features is ours.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +32,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from upstep_fast.errors import ConfigError, first_line
+from upstep_fast.model.identity import differences
 from upstep_fast.runtime.atomic_file import write_atomic
 
 log = logging.getLogger("upstep_fast")
 
+IDENTITY = "model_identity"  # in the metadata of the file: JSON
 MIN_SPREAD = 1e-10  # of unit vectors, tr(C): below it they differ only by rounding
 
 
@@ -80,17 +84,30 @@ def whitened(x: Tensor, fitted: Whitening) -> Tensor:
     return F.normalize(torch.einsum("npd,pde->npe", x - fitted.mean, fitted.matrix), dim=-1)
 
 
-def write(path: str | Path, fitted: Mapping[str, Whitening], fingerprints: Mapping[str, str]) -> None:
-    """Write whitenings and model fingerprints, by name ("base", "adapted"), as safetensors. Raises ConfigError."""
+def write(
+    path: str | Path,
+    fitted: Mapping[str, Whitening],
+    fingerprints: Mapping[str, str],
+    identity: Mapping[str, Any] | None = None,
+) -> None:
+    """Write whitenings and model fingerprints, by name ("base", "adapted"), as safetensors. Raises ConfigError.
+
+    identity: of the base model (`model.identity`), whose settings and preprocessing the fingerprints do not cover.
+    """
     tensors = {f"{name}.{part}": x.contiguous() for name, one in fitted.items() for part, x in vars(one).items()}
     try:
-        write_atomic(Path(path), save(tensors, metadata=dict(fingerprints)))
+        write_atomic(Path(path), save(tensors, metadata={**fingerprints, IDENTITY: json.dumps(identity or {})}))
     except OSError as error:
         raise ConfigError(f"fit_whitening: cannot write {path}: {error.strerror}") from error
 
 
-def read(path: str | Path, fingerprints: Mapping[str, str]) -> dict[str, Whitening]:
-    """Read the whitenings of these models. Raises ConfigError if the file is damaged or was fitted to other models."""
+def read(
+    path: str | Path, fingerprints: Mapping[str, str], identity: Mapping[str, Any] | None = None
+) -> dict[str, Whitening]:
+    """Read the whitenings of these models. Raises ConfigError if the file is damaged or was fitted to other models.
+
+    identity: of the base model; files of earlier versions have none.
+    """
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -99,11 +116,17 @@ def read(path: str | Path, fingerprints: Mapping[str, str]) -> dict[str, Whiteni
                     raise ConfigError(
                         f"whitening: {path} was not fitted to this {name} model; fit one with --fit-whitening"
                     )
+            then = json.loads(metadata.get(IDENTITY, "{}"))  # earlier versions wrote none
+            if different := differences(then if isinstance(then, dict) else {}, identity or {}):
+                raise ConfigError(
+                    f"whitening: {path} was fitted to another model, of the same weights: {'; '.join(different[:5])}; "
+                    "fit one with --fit-whitening"
+                )
             return {
                 name: Whitening(file.get_tensor(f"{name}.mean"), file.get_tensor(f"{name}.matrix"))
                 for name in fingerprints
             }
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(
             f"whitening: {path} cannot be read ({first_line(error)}); give a file of --fit-whitening"
         ) from error

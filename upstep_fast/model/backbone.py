@@ -40,6 +40,7 @@ class Backbone:
     std: tuple[float, ...]
     interpolation: str  # of the evaluation transform
     crop_pct: float
+    crop_mode: str = "center"  # center keeps the aspect ratio, squash does not
     arch: str = ""  # timm.create_model(arch, **model_args) builds this model
     model_args: dict[str, Any] = field(default_factory=dict)
 
@@ -50,6 +51,7 @@ class Backbone:
             "size": self.img_size,
             "interpolation": self.interpolation,
             "crop_pct": self.crop_pct,
+            "crop_mode": self.crop_mode,
             "channels": len(self.mean),
         }
 
@@ -191,6 +193,7 @@ def _describe(
         std=_per_channel(data["std"] if std is None else std, channels, "std", is_given=std is not None),
         interpolation=data["interpolation"],
         crop_pct=data["crop_pct"],
+        crop_mode=data["crop_mode"],
         arch=source.arch,
         model_args=source.model_args | {"img_size": list(size), "in_chans": channels, "num_classes": vit.num_classes},
     )

@@ -26,6 +26,8 @@ from upstep_fast.data.sources.source import Source
 from upstep_fast.errors import ConfigError, RunFailedError
 from upstep_fast.kernels import _autotune
 from upstep_fast.kernels.views.op import made_by
+from upstep_fast.model.backbone import Backbone
+from upstep_fast.model.identity import differences, model_identity
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime.checkpoint import Checkpoint
 from upstep_fast.runtime.device import Compute
@@ -58,12 +60,12 @@ def manifest_entries(identity: Identity) -> dict[str, Any]:
     return {name: value for name, value in vars(identity).items() if name != "defaults"}
 
 
-def identify(config: AdaptConfig | FinetuneConfig, compute: Compute, source: Source, backbone_sha256: str) -> Identity:
-    """Return the identity of this run. backbone_sha256: `backbone.fingerprint` of the base model without adapters."""
+def identify(config: AdaptConfig | FinetuneConfig, compute: Compute, source: Source, backbone: Backbone) -> Identity:
+    """Return the identity of this run. backbone: the base model without adapters."""
     device, flags = compute.device, flat(config)
     return Identity(
         config=json.loads(json.dumps(flags)),
-        backbone={"name": config.model.name, "sha256": backbone_sha256},
+        backbone={"name": config.model.name} | model_identity(backbone),
         data={"images": len(source), "sha256": source.fingerprint()},
         environment={
             "upstep_fast": __version__,
@@ -113,6 +115,11 @@ def _validate(checkpoint: Checkpoint, identity: Identity) -> None:
             raise ConfigError(
                 f"resume: {checkpoint.path} was made with another model ({saved['backbone']['name']}), "
                 f"not {identity.backbone['name']}; {cure}"
+            )
+        if different := differences(saved["backbone"], identity.backbone):
+            raise ConfigError(
+                f"resume: {checkpoint.path} was made with another model, of the same weights: "
+                f"{'; '.join(different[:5])}; {cure}"
             )
         if saved["data"]["sha256"] != identity.data["sha256"]:
             raise ConfigError(

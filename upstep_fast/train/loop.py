@@ -11,7 +11,6 @@ from upstep_fast.data.loading.loader import Loader
 from upstep_fast.data.sources.source import Source
 from upstep_fast.errors import Interrupted
 from upstep_fast.methods import gate as gates
-from upstep_fast.model import backbone as backbones
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime import run_folder as output
@@ -84,7 +83,7 @@ def _start(
     config: AdaptConfig, compute: Compute, source: Source, backbone: Backbone, out: Path
 ) -> tuple[Identity, RunState]:
     """Return the identity of the run, equal on all ranks, and its state: fresh, or restored with --resume."""
-    identity = identify(config, compute, source, backbones.fingerprint(backbone.vit))
+    identity = identify(config, compute, source, backbone)
     agree(identity)
     state = fresh_state(config, compute, backbone)
     if config.output.resume:

@@ -66,6 +66,7 @@ class Reader:
             size=options.size,
             interpolation=options.interpolation,
             crop_pct=options.crop_pct,
+            crop_mode=options.crop_mode,
             batch_size=options.batch_size,
             num_workers=options.num_workers,
             max_bad_fraction=options.max_bad_fraction,
@@ -88,7 +89,7 @@ class Reader:
 
     def _resized(self, images: list[Tensor]) -> Tensor:
         o = self.options
-        resized = [eval_resize(image, o.size, o.interpolation, o.crop_pct) for image in images]
+        resized = [eval_resize(image, o.size, o.interpolation, o.crop_pct, o.crop_mode) for image in images]
         return self._normalized(torch.stack(resized).float() / 255)
 
     def _normalized(self, images: Tensor) -> Tensor:

@@ -24,4 +24,5 @@ class ReaderOptions:
     num_workers: int  # threads
     max_bad_fraction: float
     device: torch.device
+    crop_mode: str = "center"  # of the evaluation transform: center or squash
     frames: int | None = None  # per clip; None: images

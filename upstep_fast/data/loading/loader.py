@@ -220,6 +220,7 @@ def load_images(
     size: int | tuple[int, int],
     interpolation: str = "bicubic",
     crop_pct: float = 1.0,
+    crop_mode: str = "center",
     batch_size: int = 256,
     num_workers: int | None = None,
     max_bad_fraction: float = 0.01,
@@ -236,7 +237,8 @@ def load_images(
     height, width = (size, size) if isinstance(size, int) else size
 
     def read(index: int) -> Tensor:
-        return eval_resize(read_image(source, index, channels=channels), (height, width), interpolation, crop_pct)
+        image = read_image(source, index, channels=channels)
+        return eval_resize(image, (height, width), interpolation, crop_pct, crop_mode)
 
     readable = map_readable(
         read,

@@ -20,11 +20,18 @@ def resize(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
     return F.interpolate(image[None], size=size, mode=interpolation, antialias=True, align_corners=False)[0]
 
 
-def eval_resize(image: Tensor, size: tuple[int, int], interpolation: str, crop_pct: float) -> Tensor:
-    """Apply timm's evaluation transform: short side to size / crop_pct, center crop. uint8 [C, H, W] -> [C, *size]."""
+def eval_resize(
+    image: Tensor, size: tuple[int, int], interpolation: str, crop_pct: float, crop_mode: str = "center"
+) -> Tensor:
+    """Apply timm's evaluation transform: resize to size / crop_pct, center crop. uint8 [C, H, W] -> [C, *size].
+
+    crop_mode: "center" keeps the aspect ratio, the short side becomes size / crop_pct; "squash" does not keep it.
+    """
     height, width = image.shape[1:]
-    target = tuple(math.floor(s / crop_pct) for s in size)
-    if target[0] == target[1]:
+    target = (math.floor(size[0] / crop_pct), math.floor(size[1] / crop_pct))
+    if crop_mode == "squash":
+        new = target
+    elif target[0] == target[1]:
         short, long = sorted((height, width))
         scaled = int(target[0] * long / short)
         new = (scaled, target[0]) if height > width else (target[0], scaled)

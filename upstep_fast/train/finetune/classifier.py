@@ -28,6 +28,7 @@ from upstep_fast.methods.trainable import trained
 from upstep_fast.model import backbone as backbones
 from upstep_fast.model import lora, peft_format
 from upstep_fast.model.backbone import Backbone
+from upstep_fast.model.identity import differences, model_identity
 from upstep_fast.runtime.atomic_file import write_atomic
 
 log = logging.getLogger("upstep_fast")
@@ -70,10 +71,21 @@ def load_backbone(config: FinetuneConfig) -> Backbone:
     return backbone
 
 
-def save(folder: Path, tensors: Mapping[str, Tensor], config: FinetuneConfig, classes: tuple[str, ...]) -> None:
-    """Write the folder; config.json, last, names the tensors' hash. Raises OSError."""
+def save(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    config: FinetuneConfig,
+    classes: tuple[str, ...],
+    identity: Mapping[str, Any],
+) -> None:
+    """Write the folder; config.json, last, names the hash of the tensors' file. Raises OSError.
+
+    identity: of the backbone before training, with the adapter merged (`model.identity`). It and the class names lie
+    in the metadata of the tensors' file, so the hash covers them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    data = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+    belongs_to = {"classes": json.dumps(list(classes)), "model": json.dumps(identity)}
+    data = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, belongs_to)
     if config.adapter is not None:
         (folder / ADAPTER).mkdir(exist_ok=True)
         for file in Path(config.adapter).iterdir():
@@ -102,7 +114,7 @@ def load_finetuned(
     weights of LoSA that mix tokens are interpolated. Raises ConfigError if the folder or the model cannot be used.
     """
     folder = Path(folder)
-    values, tensors = _read(folder)
+    values, tensors, belongs_to = _read(folder)
     try:
         settings, base = dict(values["settings"]), dict(values["backbone"])
         settings["lora_targets"] = tuple(settings["lora_targets"])
@@ -115,6 +127,7 @@ def load_finetuned(
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{folder / CONFIG} is not that of a fine-tuned model: {error}") from error
     backbone = load_backbone(config)
+    _check_identity(folder, belongs_to, backbone, classes)
     grid = backbone.vit.patch_embed.grid_size
     net = build(backbone, config, len(classes))
     parameters = trained(net)
@@ -134,7 +147,19 @@ def load_finetuned(
     return net.requires_grad_(False).eval()
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _check_identity(folder: Path, belongs_to: Mapping[str, Any], backbone: Backbone, classes: tuple[str, ...]) -> None:
+    """Refuse another base model and other class names than those of the training; earlier versions wrote neither."""
+    if "classes" in belongs_to and belongs_to["classes"] != list(classes):
+        raise ConfigError(f"{folder}: the classes in {CONFIG} are not those of {WEIGHTS}; fine-tune again or copy both")
+    if "model" in belongs_to and (different := differences(belongs_to["model"], model_identity(backbone))):
+        raise ConfigError(
+            f"{folder} was trained on another base model than {backbone.name}: {'; '.join(different[:5])}; "
+            "give the base model of the training with model="
+        )
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+    """Return config.json, the tensors, and the metadata of the tensors' file."""
     try:
         values = json.loads((folder / CONFIG).read_text())
         data = (folder / WEIGHTS).read_bytes()
@@ -142,7 +167,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise ConfigError(f"{folder}: {WEIGHTS} is not what {CONFIG} was written for; fine-tune again or copy both")
         if values.get("format") != FORMAT:
             raise ConfigError(f"{folder}: format {values.get('format')}, this version reads {FORMAT}")
-        return values, safetensors.torch.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        belongs_to = {name: json.loads(text) for name, text in header.get("__metadata__", {}).items()}
+        return values, safetensors.torch.load(data), belongs_to
     except FileNotFoundError as error:
         raise ConfigError(f"{folder} holds no {Path(error.filename).name}; give the folder OUT/model") from error
     except (OSError, ValueError, SafetensorError) as error:

@@ -32,7 +32,6 @@ from upstep_fast.kernels import _dispatch as dispatch
 from upstep_fast.methods.supervised.baselines import parameter_groups
 from upstep_fast.methods.supervised.losa import Losa
 from upstep_fast.methods.trainable import trained
-from upstep_fast.model import backbone as backbones
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.report.logs import train_log
 from upstep_fast.runtime import distributed
@@ -150,6 +149,7 @@ def make_reader(config: FinetuneConfig, backbone: Backbone, device: torch.device
         std=backbone.std,
         interpolation=backbone.interpolation,
         crop_pct=backbone.crop_pct,
+        crop_mode=backbone.crop_mode,
         views=None if preset == "none" else view_config(preset, **like, **config.views.overrides()),
         batch_size=config.optimization.batch_size,
         seed=config.runtime.seed,
@@ -164,7 +164,7 @@ def make_reader(config: FinetuneConfig, backbone: Backbone, device: torch.device
 def _run(config: FinetuneConfig, compute: Compute, splits: Splits, backbone: Backbone, out: Path) -> FinetuneResult:
     if compute.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(compute.device)
-    identity = identify(config, compute, splits.learn.source, backbones.fingerprint(backbone.vit))
+    identity = identify(config, compute, splits.learn.source, backbone)
     settings = {name: value for name, value in identity.config.items() if name not in ("json", "cache", "adapter")}
     identity = replace(identity, config=settings)
     reader = make_reader(config, backbone, compute.device)
@@ -194,16 +194,23 @@ def _run(config: FinetuneConfig, compute: Compute, splits: Splits, backbone: Bac
         "seconds": state.seconds,
         "peak_bytes": peak_bytes(compute.device),
     }
-    _write(model, config, splits, metrics, out)
+    _write(model, config, splits, metrics, out, identity.backbone)
     return FinetuneResult(out / MODEL, metrics, state.epoch, state.best_epoch)
 
 
-def _write(model: Any, config: FinetuneConfig, splits: Splits, metrics: dict[str, float], out: Path) -> None:
+def _write(
+    model: Any,
+    config: FinetuneConfig,
+    splits: Splits,
+    metrics: dict[str, float],
+    out: Path,
+    identity: dict[str, Any],
+) -> None:
     """Write OUT/model, OUT/result.json and --json. Raises RunFailedError or ConfigError if one cannot be written."""
     text = (json.dumps(metrics, indent=2) + "\n").encode()
     with output.writing(out):
         tensors: dict[str, Tensor] = dict(trained(model))
-        finetuned.save(out / MODEL, tensors, config, splits.learn.classes)
+        finetuned.save(out / MODEL, tensors, config, splits.learn.classes, identity)
         write_atomic(out / RESULT, text)
     if config.json is not None:
         try:
