@@ -107,7 +107,10 @@ def test_eval_without_an_adapter_has_no_adapted_part(capsys, model, photos, tmp_
         capsys, "eval", "--model", model, "--data", photos, "--json", tmp_path / "s.json", "--device", "cpu"
     )
     assert code == 0
-    assert json.loads((tmp_path / "s.json").read_text()).keys() == {"base", "n_train", "n_test", "k"}
+    details = {"intervals", "gains", "probe", "notes"}
+    scores = json.loads((tmp_path / "s.json").read_text())
+    assert scores.keys() == {"base", "n_train", "n_test", "k"} | details
+    assert all(scores[name].keys() == {"base"} for name in ("intervals", "gains", "probe"))
 
 
 def test_adapt_reads_train_only(capsys, model, photos, tmp_path):

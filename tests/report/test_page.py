@@ -235,6 +235,26 @@ def test_accuracies_have_their_binomial_errors(tmp_path):
     assert accuracy.standard_error(50, 400) == 2.5
 
 
+def test_changes_within_their_error_and_notes_are_said(tmp_path):
+    scores = {
+        "base": {"knn": 50.0},
+        "adapted": {"knn": 49.0, "linear": 60.0},
+        "gains": {"adapted": {"knn": {"points": -1.0, "within_error": True}, "linear": {"within_error": False}}},
+        "notes": ["one class, 'a': \x1b[2J <b>", 7],
+        "n_test": 40,
+    }
+    folder = make_run(tmp_path / "run", [row(0)], scores=scores)
+    assert accuracy.accuracy_notes(scores) == [
+        "Changes from the base model within the error (95 % interval holds 0): adapted k-NN",
+        "one class, 'a': \\x1b[2J <b>",
+    ]
+    html = (page_of(folder), (folder / "report.html").read_text())[1]
+    assert "holds 0): adapted k-NN" in html and "&lt;b&gt;" in html and "\x1b" not in html
+    assert "(k-NN accuracy 50.0 -&gt; 49.0 %, within the error)" in html
+    for hostile in ({"gains": []}, {"gains": {"adapted": 3}}, {"notes": {"a": 1}}, {"notes": [None]}):
+        assert accuracy.accuracy_notes(hostile) == []
+
+
 def test_commands_shown_are_commands(tmp_path, monkeypatch, capsys):
     folder = make_run(tmp_path / "it's a run", [row(i) for i in range(3)], arch="vit_tiny_patch16_224", img_size=64)
     classes = {"eval": EvalConfig, "embed": EmbedConfig, "export": ExportConfig, "adapt": AdaptConfig}

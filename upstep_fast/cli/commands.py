@@ -167,11 +167,8 @@ def _adapt(config: Any) -> None:
 def _eval(config: Any) -> None:
     from upstep_fast.evaluation.labeled import run
     from upstep_fast.report.tables import print_scores
-    from upstep_fast.runtime.distributed import is_first
 
-    result = run(config)
-    if is_first():
-        print_scores(result)
+    run(config, print_scores)
 
 
 def _finetune(config: Any) -> None:

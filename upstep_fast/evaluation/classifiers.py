@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from upstep_fast.data.labeled.splits import held_out as held_out_of
 from upstep_fast.evaluation.features import Features
+from upstep_fast.evaluation.logistic import Logistic, fit_logistic
 from upstep_fast.runtime import distributed
 
 KNN_TEMPERATURE = 0.07  # of the votes, as in DINO's k-NN
-PROBE_WEIGHTS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # L2 weights, chosen on a held-out part of train
+PROBE_WEIGHTS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # L2 weights, chosen on a held-out part of train
 PROBE_HELD_OUT = 0.2
 
 
 def knn(train: Features, test: Features, k: int = 20) -> float:
-    """Return the top-1 accuracy in percent of a k-NN classifier; votes are weighted by exp(similarity / 0.07).
+    """Return the top-1 accuracy in percent of `knn_right`."""
+    return 100.0 * knn_right(train, test, k).float().mean().item()
 
-    train, test: unit features with the classes in one order. k is limited to the size of `train`.
+
+def knn_right(train: Features, test: Features, k: int = 20) -> Tensor:
+    """Return which images of `test` a k-NN classifier gets right, [N] bool; votes weigh exp(similarity / 0.07).
+
+    train, test: unit features with the classes in one order. k is limited to the size of `train`. Each rank classifies
+    a part of `test`; all return the whole.
     """
     local = slice(distributed.rank(), None, distributed.size())
-    correct = knn_correct(train, Features(test.x[local], test.y[local], test.classes), k).sum()
-    return 100.0 * distributed.reduce(correct).item() / len(test.y)
+    own = knn_correct(train, Features(test.x[local], test.y[local], test.classes), k)
+    right = torch.empty(len(test.y), dtype=torch.bool)
+    for rank, part in enumerate(distributed.gather_parts(own.to(torch.uint8))):
+        right[rank :: distributed.size()] = part.bool()
+    return right
 
 
 def knn_correct(train: Features, test: Features, k: int = 20) -> Tensor:
-    """Return which images of `test` the classifier of `knn` gets right, [N] bool; without communication."""
+    """Return `knn_right` without communication; all images of `test` are classified here."""
     one_hot = F.one_hot(train.y, len(train.classes)).float()
-    correct = []
+    correct = [torch.empty(0, dtype=torch.bool)]
     for x, y in zip(test.x.split(1024), test.y.split(1024), strict=True):
         similarity, nearest = (x @ train.x.T).topk(min(k, len(train.x)), dim=1)
         votes = (one_hot[nearest] * ((similarity - 1) / KNN_TEMPERATURE).exp()[..., None]).sum(1)
@@ -36,44 +48,47 @@ def knn_correct(train: Features, test: Features, k: int = 20) -> Tensor:
     return torch.cat(correct)
 
 
+@dataclass(frozen=True)
+class Probe:
+    """A linear probe of one kind of features."""
+
+    right: Tensor  # [N] bool, per test image
+    l2: float  # weight chosen
+    at_edge: bool  # the smallest or largest weight tried was better than the next: one beyond may be better still
+    converged: bool  # all fits reached their optimum
+
+
 def linear_probe(train: Features, test: Features, *, seed: int = 0) -> float:
-    """Return the top-1 accuracy in percent of logistic regression; its L2 weight is chosen on a part of `train`."""
-    mean, std = train.x.mean(0), train.x.std(0).clamp_min(1e-6)
+    """Return the top-1 accuracy in percent of `probe`."""
+    return 100.0 * probe(train, test, seed=seed).right.float().mean().item()
+
+
+def probe(train: Features, test: Features, *, seed: int = 0) -> Probe:
+    """Fit logistic regression; its L2 weight is chosen on a part of `train`, the largest of equally good ones.
+
+    With one image per class nothing can be held out, and the middle weight is taken.
+    """
+    mean, std = train.x.mean(0), train.x.std(0, correction=0).clamp_min(1e-6)
     x, x_test = (train.x - mean) / std, (test.x - mean) / std
+    if len(x) < x.shape[1]:  # the weights lie in the span of the training images: the same fit in N dimensions
+        basis = torch.linalg.qr(x.T)[0]
+        x, x_test = x @ basis, x_test @ basis
     held_out = held_out_of(train.y, PROBE_HELD_OUT, seed)
     classes = len(train.classes)
+    best, at_edge, converged, start = PROBE_WEIGHTS[len(PROBE_WEIGHTS) // 2], False, True, None
     if held_out.any():
-
-        def held_out_accuracy(l2: float) -> float:
-            model = fit_logistic(x[~held_out], train.y[~held_out], classes, l2)
-            return _accuracy(model, x[held_out], train.y[held_out])
-
-        best = max(PROBE_WEIGHTS, key=held_out_accuracy)
-    else:  # with one image per class nothing can be held out
-        best = PROBE_WEIGHTS[len(PROBE_WEIGHTS) // 2]
-    return _accuracy(fit_logistic(x, train.y, classes, best), x_test, test.y)
-
-
-def fit_logistic(x: Tensor, y: Tensor, classes: int, l2: float, iterations: int = 100) -> nn.Linear:
-    """Minimize mean cross-entropy + l2/2 |W|^2 by L-BFGS and return the model. x: [N, D]; y: [N] int64."""
-    model = nn.Linear(x.shape[1], classes)
-    nn.init.zeros_(model.weight)
-    nn.init.zeros_(model.bias)
-    optimizer = torch.optim.LBFGS(
-        model.parameters(), max_iter=iterations, line_search_fn="strong_wolfe", tolerance_grad=1e-5
-    )
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), y) + 0.5 * l2 * model.weight.square().sum()
-        loss.backward()
-        return loss
-
-    with torch.enable_grad():
-        optimizer.step(closure)
-    return model
+        fits: dict[float, Logistic] = {}
+        counts = {}
+        for l2 in PROBE_WEIGHTS:  # from the largest: each fit starts at the one before
+            start = fits[l2] = fit_logistic(x[~held_out], train.y[~held_out], classes, l2, start)
+            counts[l2] = int(_right(start, x[held_out], train.y[held_out]).sum())
+        best = max(PROBE_WEIGHTS, key=counts.__getitem__)
+        start, converged = fits[best], all(fit.converged for fit in fits.values())
+        next_to = {PROBE_WEIGHTS[0]: PROBE_WEIGHTS[1], PROBE_WEIGHTS[-1]: PROBE_WEIGHTS[-2]}
+        at_edge = best in next_to and counts[best] > counts[next_to[best]]
+    model = fit_logistic(x, train.y, classes, best, start)
+    return Probe(_right(model, x_test, test.y), best, at_edge, converged and model.converged)
 
 
-@torch.no_grad()
-def _accuracy(model: nn.Linear, x: Tensor, y: Tensor) -> float:
-    return 100.0 * float((model(x).argmax(1) == y).float().mean())
+def _right(model: Logistic, x: Tensor, y: Tensor) -> Tensor:
+    return model.scores(x).argmax(1) == y

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
+
+import torch
+from torch import Tensor
 
 from upstep_fast.config.evaluate import EvalConfig
 from upstep_fast.config.files import from_options
 from upstep_fast.config.options import EvaluateOptions
 from upstep_fast.config.signatures import with_keywords
-from upstep_fast.data.labeled.splits import train_and_test
-from upstep_fast.errors import ConfigError
+from upstep_fast.data.labeled.splits import Labeled, train_and_test
+from upstep_fast.errors import RunFailedError
 from upstep_fast.evaluation import whitening
-from upstep_fast.evaluation.classifiers import knn, linear_probe
+from upstep_fast.evaluation.classifiers import knn_right, probe
 from upstep_fast.evaluation.features import Extracted, Features, Form, append_whitened, extract, load_models, unwhitened
+from upstep_fast.evaluation.figures import data_notes, probe_facts, probe_notes, with_intervals
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.runtime import distributed
+from upstep_fast.runtime.atomic_file import require_writable, write_atomic
 from upstep_fast.runtime.device import Compute, resolve
 
-log = logging.getLogger("upstep_fast")
-
-Measure = Callable[[Features, Features], float]  # train, test -> percent
+Right = dict[str, dict[str, Tensor]]  # {model: {measure: [N] bool}}, which test images are right
 
 
 @with_keywords(EvalConfig)
@@ -40,51 +42,94 @@ def evaluate(
     {"base": {"knn", "knn_whitened", "linear", "linear_whitened"}, "adapted": {...}, "ensemble": {...},
     "source": {"base", "adapted", "ensemble"}, "source_whitened": {...}, "n_train", "n_test", "k"}; "adapted" and
     "ensemble" only with an adapter, the "source" entries only with a source. whitened: whitened features are appended
-    (whitening.py), fitted to train. Raises UpstepError.
+    (whitening.py), fitted to train. k: neighbors used. Beside them "intervals", "gains" (figures.py), "probe": the L2
+    weights of the linear probes and whether they converged, and "notes": what limits the figures, as sentences.
+    Raises UpstepError.
     """
     return run(from_options(EvalConfig, {"model": model, "data": data, **keywords}, "evaluate"))
 
 
-def run(config: EvalConfig) -> dict[str, Any]:
-    """Run the eval command, see `evaluate`; write the file config.json if given. Raises UpstepError."""
+def run(config: EvalConfig, report: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+    """Run the eval command, see `evaluate`; write the file config.json if given. Raises UpstepError.
+
+    report: called with the result on rank 0, before the file is written, so that a full disk does not lose it.
+    """
+    if config.json is not None:
+        require_writable(Path(config.json), "json")
     compute = resolve(config.runtime.device, config.runtime.precision)
     with distributed.joined(compute.device):
-        return _run(config, compute)
-
-
-def _run(config: EvalConfig, compute: Compute) -> dict[str, Any]:
-    models = load_models(config)
-    result: dict[str, Any] = {}
-    train, test = _train_and_test(config.data.paths, models, config, compute)
-    whitened = partial(append_whitened, fitted={name: whitening.fit(x) for name, x in train.x.items()})
-
-    def accuracy(measure: Measure, form: Form, bank: Extracted, queries: Extracted) -> dict[str, float]:
-        pairs = zip(bank.features(form).items(), queries.features(form).values(), strict=True)
-        return {kind: measure(bank_features, query_features) for (kind, bank_features), query_features in pairs}
-
-    measures: dict[str, Measure] = {"knn": partial(knn, k=config.k), "linear": linear_probe}
-    for name, measure in measures.items():
-        for form, key in ((unwhitened, name), (whitened, f"{name}_whitened")):
-            for kind, percent in accuracy(measure, form, train, test).items():
-                result.setdefault(kind, {})[key] = percent
-    if config.source is not None:
-        bank, queries = _train_and_test((config.source,), models, config, compute)
-        result["source"] = accuracy(measures["knn"], unwhitened, bank, queries)
-        result["source_whitened"] = accuracy(measures["knn"], whitened, bank, queries)
-    result |= {"n_train": len(train.y), "n_test": len(test.y), "k": config.k}
-    if config.json is not None and distributed.is_first():
-        try:
-            Path(config.json).write_text(json.dumps(result, indent=2) + "\n")
-        except OSError as error:
-            raise ConfigError(f"json: cannot write {config.json}: {error.strerror}") from error
+        result = _measure(config, compute)
+        if distributed.is_first():
+            if report is not None:
+                report(result)
+            if config.json is not None:
+                _write_json(Path(config.json), result)
     return result
+
+
+def _write_json(path: Path, result: dict[str, Any]) -> None:
+    try:
+        write_atomic(path, (json.dumps(result, indent=2) + "\n").encode())
+    except OSError as error:
+        raise RunFailedError(f"json: cannot write {path}: {error.strerror or error}") from error
+
+
+def _measure(config: EvalConfig, compute: Compute) -> dict[str, Any]:
+    models = load_models(config)
+    train, test, labeled = _train_and_test(config.data.paths, models, config, compute)
+    whitened = partial(append_whitened, fitted={name: whitening.fit(x) for name, x in train.x.items()})
+    k = min(config.k, len(train.y))
+    right: Right = {}
+    probes: dict[str, dict[str, Any]] = {}
+    forms: dict[str, Form] = {"": unwhitened, "_whitened": whitened}
+    for suffix, form in forms.items():
+        for kind, bank, queries in _pairs(form, train, test):
+            right.setdefault(kind, {})[f"knn{suffix}"] = knn_right(bank, queries, k)
+            probed = probe(bank, queries)
+            right[kind][f"linear{suffix}"] = probed.right
+            probes.setdefault(kind, {})[f"linear{suffix}"] = probe_facts(probed)
+    result, details = with_intervals(right)
+    result |= {"n_train": len(train.y), "n_test": len(test.y), "k": k}
+    if config.source is not None:
+        _add_source(result, details, config, forms, models, compute)
+    notes = data_notes(*labeled, unwhitened(train.x)["base"], unwhitened(test.x)["base"], config.k)
+    return result | details | {"probe": probes, "notes": [*notes, *probe_notes(probes)]}
+
+
+def _add_source(
+    result: dict[str, Any],
+    details: dict[str, Any],
+    config: EvalConfig,
+    forms: dict[str, Form],
+    models: dict[str, Backbone],
+    compute: Compute,
+) -> None:
+    """Add k-NN on the source domain: {"source": {model: percent}, ...}, with intervals and gains by the same keys."""
+    assert config.source is not None
+    bank, queries, _ = _train_and_test((config.source,), models, config, compute)
+    right: Right = {}
+    for suffix, form in forms.items():
+        for kind, train, test in _pairs(form, bank, queries):
+            right.setdefault(kind, {})[f"source{suffix}"] = knn_right(train, test, config.k)
+    percents, of_source = with_intervals(right)
+    result["n_source_test"] = len(queries.y)
+    for key in (f"source{suffix}" for suffix in forms):
+        result[key] = {kind: of[key] for kind, of in percents.items()}
+        for name, values in of_source.items():
+            details[name][key] = {kind: of[key] for kind, of in values.items() if key in of}
+
+
+def _pairs(form: Form, train: Extracted, test: Extracted) -> Iterator[tuple[str, Features, Features]]:
+    queries = test.features(form)
+    yield from ((kind, bank, queries[kind]) for kind, bank in train.features(form).items())
 
 
 def _train_and_test(
     paths: Sequence[str], models: dict[str, Backbone], config: EvalConfig, compute: Compute
-) -> tuple[Extracted, Extracted]:
-    parts = []
+) -> tuple[Extracted, Extracted, tuple[Labeled, Labeled]]:
+    extracted, read = [], []
     for part in train_and_test(paths, "eval"):
         x, indices = extract(part.source, models, config, compute)
-        parts.append(Extracted(x, part.y[indices], part.classes))
-    return parts[0], parts[1]
+        extracted.append(Extracted(x, part.y[indices], part.classes))
+        read.append(part.subset(torch.tensor(indices)))
+    return extracted[0], extracted[1], (read[0], read[1])

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from upstep_fast.errors import printable
 from upstep_fast.report.charts import Bar
 from upstep_fast.report.run_record import number
 
@@ -53,6 +54,24 @@ def accuracy_bars(scores: dict[str, Any]) -> Iterator[Bar]:
             if percent is not None and 0 <= percent <= 100:
                 error = standard_error(percent, count) if count and count > 0 else None
                 yield Bar(group, kind, percent, error)
+
+
+def accuracy_notes(scores: dict[str, Any]) -> list[str]:
+    """Return sentences on what limits the figures: changes within their error, and the notes of `eval`."""
+    named = [f"{kind} {MEASURES[key]}" for kind in KINDS for key in MEASURES if within_error(scores, kind, key)]
+    notes = scores.get("notes")
+    found = [printable(note) for note in notes if isinstance(note, str)] if isinstance(notes, list) else []
+    if named:
+        found.insert(0, "Changes from the base model within the error (95 % interval holds 0): " + ", ".join(named))
+    return found
+
+
+def within_error(scores: dict[str, Any], kind: str, measure: str) -> bool:
+    """Return True if `eval` said that the change from the base model is within its error."""
+    part: Any = scores
+    for key in ("gains", kind, measure, "within_error"):
+        part = part.get(key) if isinstance(part, dict) else None
+    return part is True
 
 
 def _source_text(source: Any, kind: str) -> str:

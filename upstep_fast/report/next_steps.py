@@ -10,6 +10,7 @@ from typing import Any
 from upstep_fast.config.base import BackboneConfig
 from upstep_fast.config.flat import dashed, defaults, paths
 from upstep_fast.errors import printable
+from upstep_fast.report.accuracy import within_error
 from upstep_fast.report.run_record import Record, bad_steps, number, updates, waiting_share
 
 MAX_WAITING = 0.2  # share of the time
@@ -83,9 +84,10 @@ def _hints(record: Record) -> list[tuple[str, str]]:
         hints.append("Some steps were not finite: lower --lr or use --precision fp32.")
     base, adapted = (_knn(record, kind) for kind in ("base", "adapted"))
     if base is not None and adapted is not None and adapted < base:
+        error = ", within the error" if within_error(record.scores or {}, "adapted", "knn") else ""
         hints.append(
-            f"The adapted features are worse than the base model's (k-NN accuracy {base:.1f} -> {adapted:.1f} %): "
-            "use the ensemble, a lower --lr or fewer --steps."
+            f"The adapted features are worse than the base model's (k-NN accuracy {base:.1f} -> {adapted:.1f} %{error})"
+            ": use the ensemble, a lower --lr or fewer --steps."
         )
     return [(hint, "") for hint in hints]
 

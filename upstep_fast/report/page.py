@@ -121,6 +121,7 @@ def _accuracy(scores: dict[str, Any] | None) -> dict[str, Any] | None:
         "kinds": [kind for kind in accuracy.KINDS if any(bar.label == kind for bar in bars)],
         "header": accuracy.HEADER,
         "rows": accuracy.accuracy_rows(scores),
+        "notes": accuracy.accuracy_notes(scores),
         "count": _value(scores.get("n_test")),
         "k": _value(scores.get("k")),
     }

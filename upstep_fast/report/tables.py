@@ -4,33 +4,43 @@ from __future__ import annotations
 
 from typing import Any
 
+from upstep_fast.errors import printable
 from upstep_fast.runtime import terminal
 
 
 def print_scores(result: dict[str, Any]) -> None:
-    """Print the result of `evaluate` in percent, with changes in points from the base model's unwhitened features."""
+    """Print the result of `evaluate` in percent, with changes in points from the base model's unwhitened features.
+
+    An accuracy carries half its 95 % interval; a change whose interval holds 0 is marked. Notes follow the table.
+    """
     table = terminal.Table(title=f"{result['n_train']} train, {result['n_test']} test images, k = {result['k']}")
     table.add_column("features")
     kinds = [kind for kind in ("base", "adapted", "ensemble") if kind in result]
     columns = {
-        title: {kind: result[kind][key] for kind in kinds}
+        title: {kind: (kind, key) for kind in kinds}
         for measure in ("knn", "linear")
         for title, key in ((measure, measure), (f"{measure}, whitened", f"{measure}_whitened"))
     }
     if "source" in result:
-        columns |= {"source knn": result["source"], "source knn, whitened": result["source_whitened"]}
+        columns |= {"source knn": {kind: ("source", kind) for kind in kinds}}
+        columns |= {"source knn, whitened": {kind: ("source_whitened", kind) for kind in kinds}}
     for name in columns:
         table.add_column(name, justify="right")
     for kind in kinds:
-        cells = []
-        for title, row in columns.items():
-            unwhitened = columns[title.removesuffix(", whitened")]
-            # + 0.0 turns -0.0 into 0.0
-            points = round(row[kind] - unwhitened["base"], 1) + 0.0
-            change = "" if kind == "base" and row is unwhitened else f" ({points:+.1f})"
-            cells.append(f"{row[kind]:.1f}{change}")
-        table.add_row(kind, *cells)
+        table.add_row(kind, *(_cell(result, *row[kind]) for row in columns.values()))
     terminal.show(table)
+    print("± half the 95 % interval; ~ within the error: the 95 % interval of the change holds 0")
+    for note in result["notes"]:
+        print(f"note: {printable(note)}")
+
+
+def _cell(result: dict[str, Any], outer: str, inner: str) -> str:
+    (low, high), gain = result["intervals"][outer][inner], result["gains"].get(outer, {}).get(inner)
+    text = f"{result[outer][inner]:.1f} ± {(high - low) / 2:.1f}"
+    if gain is None:
+        return text
+    # + 0.0 turns -0.0 into 0.0
+    return f"{text} ({'~' if gain['within_error'] else ''}{round(gain['points'], 1) + 0.0:+.1f})"
 
 
 def print_timings(result: dict[str, Any]) -> None:
