@@ -1,7 +1,8 @@
 """Reading of files that a stranger may have written: adapters, model folders, whitening files, reports of other runs.
 
 Links are followed, since hub caches are made of links; what they lead to must be a regular file of bounded size. Pipes
-and devices are refused without waiting for them. JSON and TOML may be neither too deep nor hold NaN or infinity.
+and devices are refused without waiting for them. JSON and TOML may be neither too deep nor hold NaN, infinity or
+integers beyond 64 bits.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def open_regular(path: Path, field: str) -> BinaryIO:
         descriptor = os.open(path, flags)
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise ConfigError(f"{field}: {path} cannot be opened: {reason}") from error
+        raise ConfigError(f"{field}: cannot read {path}: {reason}") from error
     kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
     if kind != stat.S_IFREG:
         os.close(descriptor)
@@ -61,7 +62,7 @@ def read_bytes(path: Path, field: str, limit: int = MAX_TEXT_BYTES) -> bytes:
         try:
             data = file.read(limit + 1)  # not by st_size: the file may grow meanwhile
         except OSError as error:
-            raise ConfigError(f"{field}: {path} cannot be read: {error.strerror or first_line(error)}") from error
+            raise ConfigError(f"{field}: cannot read {path}: {error.strerror or first_line(error)}") from error
     if len(data) > limit:
         raise ConfigError(f"{field}: {path} has more than {limit} bytes; is this the right file?")
     return data
@@ -79,7 +80,7 @@ def read_json(path: Path, field: str, limit: int = MAX_TEXT_BYTES) -> Any:
     """Return the value in a JSON file. Raises ConfigError as `read_text`, or if it is not JSON with finite numbers."""
     text = read_text(path, field, limit)
     try:
-        return json.loads(text, parse_constant=_not_finite, parse_float=_finite)
+        return _checked(json.loads(text, parse_constant=_not_finite, parse_float=_finite))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{field}: {path} is not valid JSON ({_reason(error)}); fetch or write it again") from error
 
@@ -88,7 +89,8 @@ def read_toml(path: Path, field: str, limit: int = MAX_TEXT_BYTES) -> dict[str, 
     """Return the values in a TOML file. Raises ConfigError as `read_text`, or if it is not TOML with finite numbers."""
     text = read_text(path, field, limit)
     try:
-        return tomllib.loads(text, parse_float=_finite)
+        values: dict[str, Any] = _checked(tomllib.loads(text, parse_float=_finite))
+        return values
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{field}: {path} is not valid TOML ({_reason(error)}); mend this line") from error
 
@@ -100,6 +102,15 @@ def _finite(text: str) -> float:
 
 def _not_finite(text: str) -> float:
     raise ValueError(f"the number {text[:20]} is not finite")
+
+
+def _checked(value: Any) -> Any:
+    """Return `value`. Raises ValueError if an integer in it has more than 64 bits, which would fail far from here."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        raise ValueError(f"an integer has {value.bit_length()} bits, more than 64")
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _checked(item)
+    return value
 
 
 def _reason(error: BaseException) -> str:

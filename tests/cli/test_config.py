@@ -105,10 +105,14 @@ def test_a_missing_file_is_refused(tmp_path):
 
 
 def test_usage_errors_exit_with_2():
-    for args in (["--lr", "fast"], ["--gate", "door"], []):
-        with pytest.raises(SystemExit) as stop:
+    for args, text in (
+        (["--lr", "fast"], "lr: got 'fast', must be a number"),
+        (["--gate", "door"], "gate: got 'door', must be one of 'none', 'prev'"),
+        ([], "adapt: --model, --data and --out must be given"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{text}") as error:
             parse(AdaptConfig, args, "upstep-fast adapt")
-        assert stop.value.code == 2
+        assert error.value.exit_code == 2
     with pytest.raises(ConfigError, match="unknown option --stps; did you mean --steps") as error:
         parse(AdaptConfig, ["--stps", "3"], "upstep-fast adapt")
     assert error.value.exit_code == 2

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-from upstep_fast.cli.parse import HELP, _take, parse
+from upstep_fast.cli.parse import HELP, parse, take
 from upstep_fast.config.flat import dashed
 from upstep_fast.errors import MAX_LINE, ConfigError, Interrupted, UpstepError, first_line, printable
 
@@ -112,7 +112,7 @@ def _dispatch(args: list[str], debug: bool) -> None:
     from upstep_fast.cli import help as cli_help
     from upstep_fast.runtime import terminal
 
-    terminal.set_style(plain=_take(args, "--plain"), quiet=_take(args, "--quiet"))
+    terminal.set_style(plain=take(args, "--plain"), quiet=take(args, "--quiet"))
     if not args or args[0] in ("-h", "--help"):
         print(USAGE)
         return

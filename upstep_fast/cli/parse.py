@@ -1,68 +1,167 @@
-"""Command-line flags and TOML files to a configuration."""
+"""Command-line flags and TOML files to a configuration; every wrong value is one line with its flag."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Any
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Union
 
-from upstep_fast.config.flat import dashed
+from upstep_fast.config.flat import dashed, defaults, from_flat, paths
+from upstep_fast.config.value_types import describe_kind, field_kinds
 from upstep_fast.errors import ConfigError
 
 HELP = {"-h", "--help", "--help-all"}
 
 
 def parse(config_class: type, args: Sequence[str], prog: str) -> Any:
-    """Return the configuration from flags, over the file of --config if there is one. Exits with 2 on a usage error."""
-    import tyro
+    """Return the configuration from flags, over the file of --config if there is one. Prints help and exits if asked.
 
+    Raises ConfigError for an unknown or missing flag and for a value that a field does not take.
+    """
     from upstep_fast.cli import help as cli_help
-    from upstep_fast.cli.tyro_class import for_tyro
     from upstep_fast.config.files import of_method, read_toml
-    from upstep_fast.config.flat import flat, from_flat
     from upstep_fast.config.presets import with_preset
 
-    cli_help.plain_help()
     args = cli_help.renamed_flags(args)
-    values: dict[str, Any] = {}
-    if "--config" in args:
-        at = args.index("--config")
-        if at + 1 == len(args):
-            raise ConfigError("config: --config needs a file")
-        values = read_toml(args[at + 1], config_class)
-        del args[at : at + 2]
+    file = _take_value(args, "--config")
+    values = {} if file is None else read_toml(file, config_class)
     # a method has defaults and flags of its own
     method, objective = (_value_of(flag, args) or values.get(flag) for flag in ("method", "objective"))
     config_class = of_method(config_class, method, objective)
     if HELP & set(args):
-        shown = cli_help.shown_flags(config_class, prog.split()[-1], show_all="--help-all" in args)
-        tyro.cli(for_tyro(config_class, shown), args=["--help"], prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+        _print_help(config_class, prog, show_all="--help-all" in args)
     cli_help.check_flags(args, config_class)
-    # a file's values become flags placed before the user's own, which win: one parser checks both
-    values = with_preset(values)
-    if preset := _value_of("preset", args):  # the user's own goes before the file
-        values |= with_preset({"preset": preset})
-    from_file = [part for key, value in values.items() for part in _as_flags(key, value)]
-    config = tyro.cli(for_tyro(config_class), args=[*from_file, *args], prog=prog, config=(tyro.conf.OmitArgPrefixes,))
-    return from_flat(config_class, **flat(config))
+    kinds = field_kinds(config_class)
+    from_file = {name: _from_toml(name, value, kinds[name], f"config {file}: ") for name, value in values.items()}
+    own = _from_flags(args, kinds)
+    flags = with_preset(from_file)
+    if "preset" in own:  # the user's own goes before the file
+        flags |= with_preset({"preset": own["preset"]})
+    flags |= own
+    required = [name for name in paths(config_class) if name not in defaults(config_class)]
+    if missing := [f"--{dashed(name)}" for name in required if name not in flags]:
+        raise ConfigError(f"{prog.split()[-1]}: {_joined(missing)} must be given; {prog} --help shows an example")
+    return from_flat(config_class, **flags)
 
 
-def _value_of(flag: str, args: Sequence[str]) -> str | None:
-    found = [value for name, value in itertools.pairwise(args) if name == f"--{flag}"]
-    found += [arg.partition("=")[2] for arg in args if arg.startswith(f"--{flag}=")]
-    return found[-1] if found else None
-
-
-def _take(args: list[str], flag: str) -> bool:
-    # flags of every command, wherever they stand
+def take(args: list[str], flag: str) -> bool:
+    """Remove a flag without a value from `args`; return whether it was there."""
     found = flag in args
     args[:] = [arg for arg in args if arg != flag]
     return found
 
 
-def _as_flags(field: str, value: Any) -> list[str]:
-    if isinstance(value, bool):
-        return [f"--{dashed(field)}" if value else f"--no-{dashed(field)}"]
-    if isinstance(value, list):
-        return [f"--{dashed(field)}", *(str(item) for item in value)]
-    return [f"--{dashed(field)}", str(value)]
+def _take_value(args: list[str], flag: str) -> str | None:
+    """Remove --flag VALUE and --flag=VALUE from `args`; return the value, None without the flag."""
+    at = [i for i, arg in enumerate(args) if arg.partition("=")[0] == flag]
+    if not at:
+        return None
+    name = flag[2:]
+    if len(at) > 1:
+        raise ConfigError(f"{name}: {flag} is given {len(at)} times; give it once")
+    value, used = args[at[0]].partition("=")[2], 1
+    if "=" not in args[at[0]]:
+        value, used = (args[at[0] + 1 : at[0] + 2] or [""])[0], 2
+    if not value or (used == 2 and value.startswith("--")):
+        raise ConfigError(f"{name}: {flag} needs a file")
+    del args[at[0] : at[0] + used]
+    return value
+
+
+def _value_of(flag: str, args: Sequence[str]) -> str | None:
+    values = [value for name, value in itertools.pairwise(args) if name == f"--{flag}"]
+    values += [arg.partition("=")[2] for arg in args if arg.startswith(f"--{flag}=")]
+    return values[-1] if values else None
+
+
+def _print_help(config_class: type, prog: str, *, show_all: bool) -> None:
+    import tyro
+
+    from upstep_fast.cli import help as cli_help
+    from upstep_fast.cli.tyro_class import for_tyro
+
+    cli_help.plain_help()
+    shown = cli_help.shown_flags(config_class, prog.split()[-1], show_all=show_all)
+    tyro.cli(for_tyro(config_class, shown), args=["--help"], prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def _from_flags(args: Sequence[str], kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Return {flag: value} of --flag VALUE ..., --flag=VALUE, --flag and --no-flag; the last one of a flag counts."""
+    given: list[tuple[str, list[str]]] = []
+    for arg in args:
+        if arg.startswith("--"):
+            flag, equals, value = arg.partition("=")
+            given.append((flag[2:].replace("-", "_"), [value] if equals else []))
+        elif given:
+            given[-1][1].append(arg)
+        else:
+            raise ConfigError(f"{arg!r} follows no flag; write --flag value")
+    values: dict[str, Any] = {}
+    for name, texts in given:
+        field = name if name in kinds else name.removeprefix("no_")
+        if kinds[field] is not bool:
+            if field != name:
+                raise ConfigError(f"unknown option --{dashed(name)}; did you mean --{dashed(field)}?")
+            values[field] = _converted(field, texts, kinds[field])
+        elif texts:
+            raise ConfigError(f"{field}: takes no value, got {_shown(texts)}; write --{dashed(name)} alone")
+        else:
+            values[field] = field == name
+    return values
+
+
+def _from_toml(name: str, value: Any, kind: Any, where: str) -> Any:
+    """Return a TOML file's value as the field takes it; a text counts as what it spells, as on the command line."""
+    if isinstance(value, bool) and kind is bool:
+        return value
+    values = value if isinstance(value, list) else [value]
+    if kind is bool or not all(isinstance(item, (str, int, float)) and not isinstance(item, bool) for item in values):
+        raise ConfigError(f"{where}{name}: got {value!r}, must be {_wanted(kind)}")
+    return _converted(name, [str(item) for item in values], kind, where)
+
+
+def _converted(name: str, texts: Sequence[str], kind: Any, where: str = "") -> Any:
+    try:
+        if any("\0" in text for text in texts):
+            raise ValueError
+        return _value(texts, kind)
+    except ValueError:
+        raise ConfigError(f"{where}{name}: got {_shown(texts)}, must be {_wanted(kind)}") from None
+
+
+def _value(texts: Sequence[str], kind: Any) -> Any:
+    """Return texts as a value of a field's kind. Raises ValueError."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        if type(None) in arguments and list(texts) == ["None"]:
+            return None
+        for part in arguments:
+            try:
+                return _value(texts, part)
+            except ValueError:
+                continue
+        raise ValueError
+    if origin is tuple:
+        if arguments[-1] is not Ellipsis and len(texts) != len(arguments):
+            raise ValueError
+        return tuple(_value([text], arguments[0]) for text in texts)
+    if len(texts) != 1 or kind is type(None) or (origin is Literal and texts[0] not in arguments):
+        raise ValueError
+    return texts[0] if origin is Literal else kind(texts[0])
+
+
+def _wanted(kind: Any) -> str:
+    # on the command line None is the flag left out
+    parts = [part for part in typing.get_args(kind) if part is not type(None)]
+    is_union = typing.get_origin(kind) in (Union, types.UnionType)
+    return " or ".join(map(describe_kind, parts)) if is_union else describe_kind(kind)
+
+
+def _shown(texts: Sequence[str]) -> str:
+    return " ".join(map(repr, texts)) or "nothing"
+
+
+def _joined(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))

@@ -84,7 +84,11 @@ class RuntimeConfig(DeviceConfig):
     implementation: Literal["auto", "reference", "triton", "cuda"] = "auto"
     """Kernels to use; auto: the fastest that runs on this machine."""
     seed: int = 0
-    """Seed of views, image order and initial weights (adapter, head, prototypes)."""
+    """Seed of views, image order and initial weights (adapter, head, prototypes), 0 to 4294967295."""
+
+    def __post_init__(self) -> None:
+        """Check every field. Raises ConfigError."""
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,12 @@ def fraction(config: Any, name: str) -> None:
     value = getattr(config, name)
     if value is not None and not 0 <= value <= 1:
         raise ConfigError(f"{flag_of(type(config), name)}: got {value}, must lie in 0 to 1")
+
+
+def check_seed(seed: int) -> None:
+    """Raise ConfigError if numpy and torch cannot both start a generator from `seed`."""
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed: got {seed}, must lie in 0 to {2**32 - 1}")
 
 
 def below(config: Any, name: str, high: float) -> None:

@@ -6,11 +6,11 @@ import difflib
 import json
 import numbers
 import sys
-import tomllib
 from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
+from upstep_fast import input_files
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.flat import flat, from_flat, groups, paths
 from upstep_fast.config.value_types import check_types
@@ -24,13 +24,7 @@ def read_toml(path: str | Path, config_class: type) -> dict[str, Any]:
 
     Raises ConfigError for a missing or broken file and for unknown keys.
     """
-    path = Path(path)
-    try:
-        values = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"config: cannot read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config: {path} is not valid TOML: {error}") from error
+    values = input_files.read_toml(Path(path), "config")
     flags = flatten_tables(values, config_class)
     config_class = of_method(config_class, flags.get("method"), flags.get("objective"))
     return {known_flag(key, config_class, f"config {path}"): value for key, value in flags.items()}

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from upstep_fast.config.base import BackboneConfig, DebugConfig, DeviceConfig, at_least
+from upstep_fast.config.base import BackboneConfig, DebugConfig, DeviceConfig, at_least, check_seed
 from upstep_fast.errors import ConfigError
 
 
@@ -62,7 +62,7 @@ class BenchConfig(DeviceConfig):
 
     def __post_init__(self) -> None:
         """Check every field. Raises ConfigError."""
-        for name in ("batch_size", "lora_r", "runs"):
+        for name in ("img_size", "batch_size", "lora_r", "runs"):
             at_least(self, name, 1)
 
 
@@ -121,4 +121,9 @@ class DemoConfig(DeviceConfig):
     steps: int | None = None
     """Number of steps. Default: the demo's recipe."""
     seed: int = 0
-    """Seed of the run."""
+    """Seed of the run, 0 to 4294967295."""
+
+    def __post_init__(self) -> None:
+        """Check every field. Raises ConfigError."""
+        at_least(self, "steps", 1)
+        check_seed(self.seed)

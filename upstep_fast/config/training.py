@@ -35,6 +35,7 @@ class AdaptRuntimeConfig(RuntimeConfig):
 
     def __post_init__(self) -> None:
         """Check every field. Raises ConfigError."""
+        super().__post_init__()
         positive(self, "rank_timeout")
 
 

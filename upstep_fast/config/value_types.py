@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
 import types
 import typing
@@ -22,15 +23,21 @@ _PLACES = {
 
 def check_types(options: Mapping[str, Any], config_class: type, where: str) -> None:
     """Raise ConfigError naming the first keyword whose value has a wrong type, with what it got and may be."""
-    hints = {config_class: typing.get_type_hints(config_class)}
+    kinds = field_kinds(config_class)
     for name, value in options.items():
-        *group, field = paths(config_class)[name]
-        holder = groups(config_class)[group[0]] if group else config_class
-        if holder not in hints:
-            hints[holder] = typing.get_type_hints(holder)
-        kind = hints[holder][field]
-        if not _fits(value, kind):
-            raise ConfigError(f"{where}: {name}: got {_described(value)}, must be {_PLACES.get(name) or _wanted(kind)}")
+        if not _fits(value, kinds[name]):
+            wanted = _PLACES.get(name) or describe_kind(kinds[name])
+            raise ConfigError(f"{where}: {name}: got {_described(value)}, must be {wanted}")
+
+
+@functools.cache
+def field_kinds(config_class: Any) -> dict[str, Any]:
+    """Return {flag: annotated type} of every field."""
+    hints = {holder: typing.get_type_hints(holder) for holder in (config_class, *groups(config_class).values())}
+    kinds = {}
+    for name, (*group, field) in paths(config_class).items():
+        kinds[name] = hints[groups(config_class)[group[0]] if group else config_class][field]
+    return kinds
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -53,10 +60,11 @@ def _fit_all(values: Sequence[Any], kinds: tuple[Any, ...]) -> bool:
     return len(values) == len(kinds) and all(map(_fits, values, kinds))
 
 
-def _wanted(kind: Any) -> str:
+def describe_kind(kind: Any) -> str:
+    """Return what a field of this type takes, in words."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
-        return " or ".join(_wanted(part) for part in arguments)
+        return " or ".join(describe_kind(part) for part in arguments)
     if origin is Literal:
         return f"one of {', '.join(map(repr, arguments))}" if len(arguments) > 1 else repr(arguments[0])
     if origin is tuple:
