@@ -223,3 +223,20 @@ def test_the_penalty_on_features_is_on_their_mean(options, form, power):
 def test_penalty_on_features_supports_sq_and_norm_only(options):
     with pytest.raises(ConfigError, match="cvr_on: features needs --cvr sq or norm, got anchor"):
         build(options, cvr="anchor", cvr_on="features")
+
+
+@pytest.mark.parametrize("changes", [{}, {"base_targets": 0.5}, {"queue": 20}])
+def test_loss_under_bf16_autocast_follows_the_float64_formula(options, monkeypatch, changes):
+    # in bf16 a cosine's rounding, divided by epsilon, would move targets by percents
+    method, dtypes = build(options, **changes), []
+    original = upstep.sinkhorn
+    monkeypatch.setattr(upstep, "sinkhorn", lambda s, *a, **k: dtypes.append(s.dtype) or original(s, *a, **k))
+    if "queue" in changes:
+        method.queue.copy_(F.normalize(draw(2, 20, 16, seed=3), dim=-1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        student = method.embed(Views.of(draw(2, 6, 3, 32, 32)))
+        loss = method.loss(student)
+    assert set(dtypes) == {torch.float32}
+    if "base_targets" not in changes:
+        q, prototypes = assigned(student.z.detach(), method, *([method.queue] if "queue" in changes else []))
+        assert loss.item() == pytest.approx(swapped(student.z, q, prototypes).item(), rel=1e-5)

@@ -23,6 +23,17 @@ Cvr = Literal["off", "sq", "norm", "anchor", "hinge", "ema"]
 CVR_EMA_BETA = 0.9  # share of the running center in the "ema" penalty
 
 
+def prototype_scores(z: Tensor, prototypes: Tensor) -> Tensor:
+    """Compute the scores P = z C^T, [..., K], in fp32 or wider, under any autocast.
+
+    z: unit embeddings [..., d]; prototypes: unit, [K, d]. Sinkhorn takes exp(P / epsilon) with epsilon = 0.05, so that
+    rounding a cosine to bf16, by up to 2^-9, would change a target by up to 4 %.
+    """
+    wide = torch.promote_types(z.dtype, torch.float32)
+    with torch.autocast(z.device.type, enabled=False):
+        return z.to(wide) @ prototypes.to(wide).T
+
+
 def swapped_loss(scores: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """Return the mean cross-entropy of each view with the targets of the other views (SwAV, eq. 1 and 2).
 

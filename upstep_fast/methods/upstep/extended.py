@@ -127,7 +127,7 @@ class ExtendedUpStep(UpStep):
         if self.config.experimental.gate_statistic == "disagreement":
             return clustering.disagreement(z)
         prototypes = F.normalize(self.prototypes, dim=-1)
-        scores = z @ prototypes.T
+        scores = clustering.prototype_scores(z, prototypes)
         return clustering.swapped_loss(scores, self._assign(scores, prototypes), self.config.objective.temperature)
 
     @torch.no_grad()
@@ -171,7 +171,7 @@ class ExtendedUpStep(UpStep):
         q = self._assign(scores, prototypes)
         if self.base_share:
             z = self._unit(self._base_features(source.extras)).view_as(source.z)
-            q = q.lerp(self._assign(z @ prototypes.T, prototypes), self.base_share)
+            q = q.lerp(self._assign(clustering.prototype_scores(z, prototypes), prototypes), self.base_share)
         return q if source.extras.selected is None else q[:, source.extras.selected]
 
     def _assign(self, scores: Tensor, prototypes: Tensor) -> Tensor:
@@ -179,7 +179,8 @@ class ExtendedUpStep(UpStep):
         if self.queue is None:
             return super()._assign(scores, prototypes)
         part, num_images = distributed.own_part(self.queue.shape[1]), scores.shape[1]
-        scores = torch.cat([scores, self.queue[:, part.start : part.stop] @ prototypes.T], 1)
+        queued = clustering.prototype_scores(self.queue[:, part.start : part.stop], prototypes)
+        scores = torch.cat([scores, queued], 1)
         return super()._assign(scores, prototypes)[:, :num_images]
 
     def _clustering_loss(
@@ -195,7 +196,9 @@ class ExtendedUpStep(UpStep):
         """
         z = self._unit(in_microbatches(self.features, local.flatten(0, 1), self.num_microbatches))
         q = targets.mean(0).repeat(len(local), 1)
-        local_loss = clustering.one_sided_loss(z @ prototypes.T, q, self.config.objective.temperature)
+        local_loss = clustering.one_sided_loss(
+            clustering.prototype_scores(z, prototypes), q, self.config.objective.temperature
+        )
         return (loss + len(local) * local_loss) / (1 + len(local))
 
     def _unit(self, f: Tensor) -> Tensor:

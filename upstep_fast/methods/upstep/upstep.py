@@ -129,11 +129,11 @@ class UpStep(Method):
         asymmetric); None: each view makes the targets of the other.
         """
         prototypes = F.normalize(self.prototypes, dim=-1)
-        scores = student.z @ prototypes.T  # [V, B, K]
+        scores = clustering.prototype_scores(student.z, prototypes)  # [V, B, K]
         if teacher is None:
             targets = self._targets(student, scores, prototypes)
         else:
-            targets = self._targets(teacher, teacher.z @ prototypes.T, prototypes)
+            targets = self._targets(teacher, clustering.prototype_scores(teacher.z, prototypes), prototypes)
         clustering_loss = self._clustering_loss(student, scores, targets, prototypes)
         return clustering_loss + self.config.objective.cvr_weight * self._penalty(student)
 
