@@ -27,8 +27,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from upstep_fast.data.curation.perceptual_hash import near, perceptual_hash
-from upstep_fast.data.decode.arrays import NPY, npy_header, tiff_bits
+from upstep_fast.data.decode.arrays import NPY, npy_header
 from upstep_fast.data.decode.image import FORMATS, decode
+from upstep_fast.data.decode.tiff import tiff_bits
 from upstep_fast.data.loading.skipped_images import SkippedImages, map_readable, read_bytes
 from upstep_fast.data.sources.source import Source
 
@@ -185,7 +186,7 @@ def _header(data: bytes) -> tuple[str, int]:
     if data[:6] == NPY:
         return "an array", 8 * npy_header(io.BytesIO(data))[2].itemsize
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=(*FORMATS, "TIFF")) as image:
             mode, kind, is_transparent = image.mode, image.format, image.has_transparency_data
     except UnidentifiedImageError:  # a TIFF of many bands
         return "an array", tiff_bits(data)

@@ -1,14 +1,14 @@
 """Decoding of images to uint8 [C, H, W], upright, sRGB values as stored; every bad image is detected here.
 
     gray, palette, 1 bit        expanded to RGB
-    alpha, transparent color   composited on white
+    alpha, transparent color   composited on white; a TIFF's unassociated alpha is left out (tiff.py)
     CMYK, YCbCr, LAB            converted by Pillow; ICC profiles are not applied
     16 bits a channel           the high byte
     animated                    the first frame
-    EXIF orientation            applied; a broken EXIF block is ignored
-    .npy, TIFF of other bands   uint8 or uint16; [H, W], [H, W, C] or [C, H, W] (arrays.py)
+    orientation                 of EXIF or TIFF, applied; a broken EXIF block is ignored
+    .npy, TIFF of other bands   uint8 or uint16; [H, W], [H, W, C] or [C, H, W] (arrays.py, tiff.py)
 Refused, with a reason: pixels above `max_pixels` (from the header, before anything is decoded), truncated files, PNGs
-whose checksums are wrong, JPEGs that end early, floating point, and formats that no decoder knows.
+whose checksums are wrong, JPEGs that end early, signed, 32-bit and floating-point pixels, and unknown formats.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from upstep_fast.data.decode import jpeg
-from upstep_fast.data.decode.arrays import NPY, TIFF, decode_npy, decode_tiff_bands, tiff_bands
+from upstep_fast.data.decode.arrays import NPY, decode_npy
+from upstep_fast.data.decode.tiff import TiffPlan, decode_tiff_bands, plan_tiff, say_alpha_left_out
+from upstep_fast.data.decode.tiff_header import TIFF
 from upstep_fast.errors import BadImage
 
 # of files that are read; other names are no images
@@ -33,9 +35,10 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", "
 # Pillow's limit for an error; a 27 kB PNG can claim more
 MAX_PIXELS = 178_956_970
 # only decoders of pixels: no PostScript, no fonts, nothing that starts a program
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "AVIF")  # and TIFF, by tiff.py
 
 _PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_GRAY, _PNG_RGB = 0, 2  # color types
 _EXIF_ORIENTATION = 0x0112
 
 
@@ -59,8 +62,8 @@ def decode(
         start = bytes(data[:8])
         if start.startswith(NPY):
             return decode_npy(data, channels, max_pixels)
-        if start[:4] in TIFF and channels not in (1, 3) and (channels != 4 or not tiff_bands(data)[1]):
-            return decode_tiff_bands(data, channels, max_pixels)
+        if start[:4] in TIFF:
+            return _decode_tiff(data, channels, max_pixels)
         if start == _PNG:
             _check_png(data)
         elif start.startswith(b"\xff\xd8"):
@@ -69,9 +72,8 @@ def decode(
     except BadImage as error:
         raise BadImage(error.reason, name) from None
     except UnidentifiedImageError:
-        if (bands := tiff_bands(data)[0]) > 1 and start[:4] in TIFF:
-            reason = f"a TIFF of {bands} bands, {channels} were asked for, or of a kind that Pillow does not read"
-            raise BadImage(reason, name) from None
+        if start[:4] in TIFF:
+            raise BadImage("a TIFF that Pillow does not read; convert it to 8-bit RGB or to .npy", name) from None
         raise BadImage(f"not an image in a known format ({_looks_like(bytes(data[:64]))})", name) from None
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, MemoryError and others
         reason = f"cannot be decoded: {type(error).__name__}: {str(error)[:120]}".replace("\n", " ")
@@ -139,42 +141,73 @@ def _decode_jpeg(data: bytes | memoryview, channels: int, max_pixels: int, min_s
     return x
 
 
+def _decode_tiff(data: bytes | memoryview, channels: int, max_pixels: int) -> Tensor:
+    plan = plan_tiff(data, channels, max_pixels)
+    if plan.by_pillow:
+        return _decode_pillow(data, channels, max_pixels, None, tiff=plan)
+    return upright(decode_tiff_bands(data, plan, channels, max_pixels), plan.page.orientation)
+
+
 def _decode_pillow(
-    data: bytes | memoryview, channels: int, max_pixels: int, min_side: int | None, *, pillow_only: bool = False
+    data: bytes | memoryview,
+    channels: int,
+    max_pixels: int,
+    min_side: int | None,
+    *,
+    pillow_only: bool = False,
+    tiff: TiffPlan | None = None,
 ) -> Tensor:
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+    with Image.open(io.BytesIO(data), formats=("TIFF",) if tiff else FORMATS) as image:
         _check_pixels(*image.size, max_pixels)
         size = image.size
+        if image.format == "PNG" and "transparency" in image.info:
+            _scale_transparent_color(data, image)
         if min_side:
             image.draft(image.mode, (min_side, min_side))
         x = jpeg.pixels(data, image) if channels == 3 and image.size == size and not pillow_only else None
         if x is None:
             image.load()
-            array = torch.from_numpy(_to_array(image, channels))
+            array = torch.from_numpy(_to_array(image, channels, tiff))
             x = array.permute(2, 0, 1) if array.ndim == 3 else array[None]
         orientation = orientation_of(image)
     return upright(x if len(x) == channels else x.expand(channels, -1, -1), orientation)
 
 
-def _to_array(image: Image.Image, channels: int) -> np.ndarray:
+def _to_array(image: Image.Image, channels: int, tiff: TiffPlan | None) -> np.ndarray:
     """Return [H, W, channels] uint8, or [H, W] where all channels are equal."""
     mode = image.mode
     if mode == "F":
         raise BadImage("floating-point pixels have no defined range; convert to 8 or 16 bits")
     if mode.startswith("I"):
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 0xFFFF:
-            raise BadImage("32-bit pixels above 65535 have no defined range; convert to 8 or 16 bits")
-        return (values >> 8).astype(np.uint8)
-    if channels == 4:
+        return _high_byte(image, tiff)
+    if channels == 4 and (tiff is None or mode == "RGBA"):
         return np.array(image.convert("RGBA"))
-    if channels not in (1, 3):
+    if channels not in (1, 3) and tiff is None:  # of TIFFs only gray ones come here
         raise BadImage(f"has {len(image.getbands())} bands, {channels} were asked for; use TIFF or .npy")
     if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        image = _on_white(image, tiff)
     if channels == 1 or (mode in ("1", "L") and image.mode == mode):
         return np.array(image.convert("L"))
     return np.array(image.convert("RGB") if image.mode != "RGB" else image)
+
+
+def _on_white(image: Image.Image, tiff: TiffPlan | None) -> Image.Image:
+    """Return an image with transparency composited on white; the image itself where the alpha may be a band."""
+    if tiff and not tiff.keep_alpha:
+        say_alpha_left_out()
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+
+
+def _high_byte(image: Image.Image, tiff: TiffPlan | None) -> np.ndarray:
+    """Return the upper eight bits of gray pixels, [H, W] uint8. Pillow stretches a PGM of any maximum to 16 bits."""
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 0xFFFF:
+        raise BadImage("32-bit pixels above 65535 have no defined range; convert to 8 or 16 bits")
+    array = (values >> (tiff.page.bits[0] - 8 if tiff else 8)).astype(np.uint8)
+    if tiff is None and (clear := image.info.get("transparency")) is not None:  # a gray level of a PNG
+        array[values == clear] = 255
+    return 255 - array if tiff and tiff.inverted else array
 
 
 def _check_pixels(width: int, height: int, max_pixels: int) -> None:
@@ -194,6 +227,18 @@ def _check_png(data: bytes | memoryview) -> None:
         if zlib.crc32(view[at + 4 : at + 8 + length]) != int.from_bytes(stored, "big"):
             raise BadImage(f"PNG chunk {kind.decode('latin-1')!r} has a wrong checksum")
         at += 12 + length
+
+
+def _scale_transparent_color(data: bytes | memoryview, image: Image.Image) -> None:
+    """Bring a PNG's transparent gray to the range of the decoded pixels, 0 to 255, which Pillow does not do.
+
+    Raises BadImage for a 16-bit color, which cannot be found in the high bytes that Pillow decodes.
+    """
+    bits, color_type = data[24], data[25]
+    if color_type == _PNG_RGB and bits == 16:
+        raise BadImage("a PNG of 16-bit colors, one of them transparent; convert it to 8 bits or give it alpha")
+    if color_type == _PNG_GRAY and bits in (2, 4):
+        image.info["transparency"] = image.info["transparency"] * 255 // ((1 << bits) - 1)
 
 
 def orientation_of(image: Image.Image) -> int:

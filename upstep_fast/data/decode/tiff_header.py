@@ -1,0 +1,142 @@
+"""Headers of TIFF files: how the samples of each page are stored. Read without a library, from classic and BigTIFF."""
+
+from __future__ import annotations
+
+import re
+import struct
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from upstep_fast.errors import BadImage
+
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
+_CODES = {1: "u1", 2: "S1", 3: "u2", 4: "u4", 13: "u4", 16: "u8", 18: "u8"}  # field types that are read
+_DESCRIPTION, _DNG_VERSION = 270, 50706
+THUMBNAIL, MASK = 1, 4  # bits of NewSubfileType
+_MAX_PAGES = 1000
+
+
+@dataclass(frozen=True)
+class TiffPage:
+    """One page of a TIFF, in the words of the specification."""
+
+    width: int
+    height: int
+    depth: int
+    bits: tuple[int, ...]  # per sample
+    samples: int
+    formats: tuple[int, ...]  # 1 unsigned, 2 signed, 3 floating point
+    photometric: int
+    planar: int  # 1: interleaved, 2: one plane per sample
+    extra: tuple[int, ...]  # 0 unspecified, 1 associated alpha, 2 unassociated alpha
+    compression: int
+    orientation: int
+    subsampling: tuple[int, ...]
+    ink_set: int
+    subfile: int
+    is_raw: bool  # DNG
+    is_sparse: bool  # some strips or tiles are not stored
+    order: str  # "<" or ">"
+    big: bool
+
+    @property
+    def kind(self) -> TiffPage:
+        """What pages have in common that are bands of one picture."""
+        return replace(self, is_sparse=False)
+
+
+def read_pages(data: bytes | memoryview, max_pages: int = _MAX_PAGES) -> tuple[list[TiffPage], str]:
+    """Return the pages of a TIFF, without masks and thumbnails behind the first, and the first one's description.
+
+    Raises BadImage for a broken file.
+    """
+    view = memoryview(data)
+    order = "<" if bytes(view[:2]) == b"II" else ">"
+    big = 43 in (view[2], view[3])
+    pages: list[TiffPage] = []
+    description, seen = "", set()
+    at = _integer(view, 8 if big else 4, order, 8 if big else 4)
+    while at and at not in seen and len(seen) < max_pages:
+        seen.add(at)
+        tags, at = _directory(view, at, order, big)
+        page = _page(tags, order, big)
+        if not pages:
+            description = tags.get(_DESCRIPTION, np.zeros(0, "S1")).tobytes().decode("latin-1")
+        elif page.subfile & (THUMBNAIL | MASK):
+            continue
+        pages.append(page)
+    if not pages:
+        raise BadImage("a TIFF without a page")
+    return pages, description
+
+
+def stated_planes(description: str) -> int:
+    """Return the number of planes that ImageJ's or OME's description states; 0 without one."""
+    if description.startswith("ImageJ="):
+        match = re.search(r"^images=(\d{1,9})", description, re.MULTILINE)
+        return int(match[1]) if match else 1
+    if "<OME" not in description[:2000]:
+        return 0
+    sizes = [re.search(rf'Size{axis}="(\d{{1,6}})"', description) for axis in "CZT"]
+    return int(np.prod([int(size[1]) if size else 1 for size in sizes], dtype=object))
+
+
+def _page(tags: dict[int, np.ndarray], order: str, big: bool) -> TiffPage:
+    def values(tag: int, default: tuple[int, ...]) -> tuple[int, ...]:
+        stored = tags.get(tag)
+        return default if stored is None or stored.dtype.kind != "u" else tuple(stored[:64].tolist())
+
+    def value(tag: int, default: int) -> int:
+        return (values(tag, ()) or (default,))[0]
+
+    samples = value(277, 1)
+    stored = [tags[tag] for tag in (273, 279, 324, 325) if tag in tags]  # offsets and byte counts
+    return TiffPage(
+        width=value(256, 0),
+        height=value(257, 0),
+        depth=value(32997, 1),
+        bits=values(258, (1,)),
+        samples=samples,
+        formats=values(339, (1,)),
+        photometric=value(262, 1),
+        planar=value(284, 1) if samples > 1 else 1,
+        extra=values(338, ()),
+        compression=value(259, 1),
+        orientation=value(274, 1),
+        subsampling=values(530, (2, 2)),
+        ink_set=value(332, 1),
+        subfile=value(254, 0),
+        is_raw=_DNG_VERSION in tags,
+        is_sparse=any(len(part) == 0 or part.min() == 0 for part in stored if part.dtype.kind == "u"),
+        order=order,
+        big=big,
+    )
+
+
+def _directory(view: memoryview, at: int, order: str, big: bool) -> tuple[dict[int, np.ndarray], int]:
+    """Return the tags of the directory at this offset and the offset of the next one."""
+    link, head, entry = (8, 8, 20) if big else (4, 2, 12)
+    count = _integer(view, at, order, head)
+    end = at + head + entry * count
+    following = _integer(view, end, order, link)  # checks that all entries lie in the file
+    tags = {}
+    for start in range(at + head, end, entry):
+        tag, kind = struct.unpack_from(order + "HH", view, start)
+        number = _integer(view, start + 4, order, link)
+        if kind not in _CODES:
+            continue
+        dtype = np.dtype(order + _CODES[kind])
+        where = start + 4 + link
+        if number * dtype.itemsize > link:
+            where = _integer(view, where, order, link)
+        if where + number * dtype.itemsize > len(view):
+            raise BadImage("truncated TIFF: a part of its header lies behind its end")
+        tags[tag] = np.frombuffer(view, dtype, number, where) if number else np.zeros(0, dtype)
+    return tags, following
+
+
+def _integer(view: memoryview, at: int, order: str, size: int) -> int:
+    if at + size > len(view):
+        raise BadImage("truncated TIFF: its header lies behind its end")
+    return int.from_bytes(view[at : at + size], "little" if order == "<" else "big")
