@@ -140,7 +140,8 @@ def test_strength_goes_from_the_first_block_to_the_last_in_a_line(folder, tmp_pa
     peft_format.save_adapter(tmp_path / "a", adapters, folder)
     depth = len(load(folder).vit.blocks)
     of = peft_format.strength_by_depth(0.25, 1.0, depth)
-    peft_format.scale_saved(tmp_path / "a", of)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    peft_format.write_files(tmp_path / "a", peft_format.scaled(files, of))
     found = peft_format.attach(load(folder).vit, tmp_path / "a")
     assert depth > 1 and len({of(name) for name in found}) == depth
     for name, adapter in found.items():

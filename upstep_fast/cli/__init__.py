@@ -1,5 +1,31 @@
 """What a user types: commands, their help and the tools beside adapt."""
 
-from upstep_fast.cli.commands import main
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from upstep_fast.errors import Interrupted
+from upstep_fast.runtime import exit_signals
 
 __all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and exit with its code; argv: its arguments, None for those of this process.
+
+    As the program itself (None) it handles signals from here on, before anything slow is imported.
+    """
+    if argv is None:
+        exit_signals.install()
+    try:
+        from upstep_fast.cli.commands import main as run
+
+        run(argv)
+    except KeyboardInterrupt:  # during these imports, or while another ended the program
+        print("upstep-fast: interrupted", file=sys.stderr)
+        sys.exit(Interrupted.exit_code)
+    finally:
+        if argv is None:
+            exit_signals.ignore()

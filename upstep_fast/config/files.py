@@ -130,11 +130,23 @@ def renamed(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_toml(config: Any) -> str:
-    """Return the configuration as TOML, one table per group; fields that are None are left out."""
+    """Return the configuration as TOML, one table per group; fields that are None are left out.
+
+    Raises ConfigError for a text that is not Unicode, such as a path of other bytes than UTF-8.
+    """
     flags, tables = flat(config), {name: list[str]() for name in ("", *groups(config.__class__))}
     for name, path in paths(config.__class__).items():
         if flags[name] is not None:
-            line = f"{path[-1]} = {json.dumps(flags[name], ensure_ascii=False)}"
+            line = f"{path[-1]} = {_toml_value(name, flags[name])}"
             tables[path[0] if len(path) == 2 else ""].append(line)
     parts = ["\n".join([f"[{name}]", *lines] if name else lines) for name, lines in tables.items() if lines]
     return "\n\n".join(parts) + "\n"
+
+
+def _toml_value(name: str, value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")  # which JSON leaves as it is
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{name}: {value!a} is not UTF-8, so config.toml cannot hold it; rename it") from error
+    return text

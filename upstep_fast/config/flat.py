@@ -13,6 +13,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from upstep_fast.config.limits import check_numbers
+
 C = TypeVar("C")
 
 
@@ -73,7 +75,11 @@ def defaults(config_class: type) -> dict[str, Any]:
 
 
 def from_flat(config_class: type, **flags: Any) -> Any:
-    """Return a configuration from its flags. Raises KeyError for an unknown flag, TypeError for a missing one."""
+    """Return a configuration from its flags.
+
+    Raises KeyError for an unknown flag, TypeError for a missing one, ConfigError for a value that cannot be.
+    """
+    check_numbers(flags)
     fields, inner = _by_group(config_class, flags)
     for field in dataclasses.fields(config_class):
         if (group := groups(config_class).get(field.name)) is None:

@@ -81,10 +81,16 @@ class GateState:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> GateState:
-        """Return the state that `to_dict` wrote."""
+        """Return the state that `to_dict` wrote. Raises KeyError, TypeError or ValueError for anything else."""
         names = {written: name for name, written in _ON_DISK.items()}
         fields = {names.get(name, name): value for name, value in values.items()}
-        return cls(**{**fields, "window": tuple(fields["window"])})
+        state = cls(**{**fields, "window": tuple(fields["window"])})
+        if any(type(n) is not int or n < 0 for n in (state.step, state.num_updates, state.skips)):
+            raise ValueError("the gate's counts must be integers, at least 0")
+        numbers = (state.reference or 0.0, state.spread, state.debt, *state.window)
+        if any(isinstance(x, bool) or not math.isfinite(x) for x in numbers):
+            raise ValueError("the gate's numbers must be finite")
+        return state
 
 
 def decide(rule: GateRule, state: GateState, magnitudes: Sequence[float]) -> tuple[bool, GateState]:

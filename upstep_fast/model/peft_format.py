@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from upstep_fast.errors import ConfigError, first_line
 from upstep_fast.model.backbone import load
 from upstep_fast.model.lora import LoraLinear, call_qkv, merge
-from upstep_fast.runtime.atomic_file import write_atomic
+from upstep_fast.runtime.atomic_file import write_together
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -28,16 +28,15 @@ _PREFIX = "base_model.model."
 
 
 def save_adapter(folder: str | Path, adapters: Mapping[str, LoraLinear], base_model: str) -> None:
-    """Write adapter_config.json and adapter_model.safetensors, each atomically. Raises OSError."""
+    """Write adapter_config.json and adapter_model.safetensors. Raises OSError."""
     write_files(folder, adapter_files(adapters, base_model))
 
 
 def write_files(folder: str | Path, files: Mapping[str, bytes]) -> None:
-    """Write files by name into `folder`, each atomically. Raises OSError."""
+    """Write an adapter's files into `folder`: a reader finds the old ones, the new ones or none. Raises OSError."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, data in files.items():
-        write_atomic(folder / name, data)
+    write_together(folder, files, last=CONFIG)
 
 
 def strength_by_depth(first: float, last: float, depth: int) -> Callable[[str], float]:
@@ -54,18 +53,17 @@ def strength_by_depth(first: float, last: float, depth: int) -> Callable[[str], 
     return strength
 
 
-def scale_saved(folder: str | Path, strength: Callable[[str], float]) -> None:
-    """Multiply a saved adapter by `strength` of each module, in its alphas.
+def scaled(files: Mapping[str, bytes], strength: Callable[[str], float]) -> dict[str, bytes]:
+    """Return the files of an adapter, by name, with each module's alpha multiplied by its `strength`.
 
     With a strength below 1 a module lies between the base model and the adapted one.
     """
-    path = Path(folder) / CONFIG
-    config = json.loads(path.read_text())
+    config = json.loads(files[CONFIG])
     saved = dict.fromkeys(config["target_modules"], config["lora_alpha"]) | config.get("alpha_pattern", {})
     alphas = {name: _integral(strength(name) * alpha) for name, alpha in saved.items()}
     config["lora_alpha"] = max(alphas.values())
     config["alpha_pattern"] = {name: alpha for name, alpha in alphas.items() if alpha != config["lora_alpha"]}
-    write_atomic(path, (json.dumps(config, indent=2) + "\n").encode())
+    return {**files, CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
 
 
 def adapter_files(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +58,27 @@ def setup_logging(debug: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def train_log(path: Path) -> Iterator[None]:
-    """Append messages within the context to `path` too, and the exception that ends it."""
+def held_messages() -> Iterator[list[logging.LogRecord]]:
+    """Collect the messages within the context in the list it yields, for a `train_log` that is opened later."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign,assignment]
+    log.addHandler(handler)
+    try:
+        yield records
+    finally:
+        log.removeHandler(handler)
+
+
+@contextlib.contextmanager
+def train_log(path: Path, earlier: Sequence[logging.LogRecord] = ()) -> Iterator[None]:
+    """Append messages within the context to `path` too, after those of `earlier`, and the exception that ends it."""
     handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(OneLineFormatter("%(asctime)s %(levelname)s %(message)s"))
     # a full disk must not stop the log: the metrics, which are required, raise
     handler.handleError = lambda record: None  # type: ignore[method-assign]
+    for record in earlier:
+        handler.handle(record)
     log.addHandler(handler)
     steps_log.addHandler(handler)
     steps_log.setLevel(logging.INFO)

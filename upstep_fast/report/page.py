@@ -27,6 +27,7 @@ from upstep_fast.report.pca_plot import plot, thumbnail_definitions
 from upstep_fast.report.rendering import render
 from upstep_fast.report.run_record import Record, read_record, summary, time_shares
 from upstep_fast.runtime.atomic_file import write_atomic
+from upstep_fast.runtime.run_folder import is_own
 
 log = logging.getLogger("upstep_fast")
 
@@ -42,7 +43,8 @@ def written_after(out: Path) -> Iterator[None]:
         yield
     finally:
         try:
-            log.info("report: %s", write(out))
+            if is_own(out):
+                log.info("report: %s", write(out))
         except Exception as error:  # the outcome of the run matters more than that of its report
             log.warning("report: not written (%s: %s)", type(error).__name__, error)
 

@@ -48,8 +48,9 @@ class Progress:
         seconds = max(1e-9, time.monotonic() - self._start)
         rate = (self._done - self._first) * self._batch / seconds
         skipped, waited = 1 - state.num_updates / state.step, self._waited / seconds
+        loss = "-" if math.isnan(self._loss) else f"{self._loss:.3f}"  # until the first step with an update
         text = (
-            f"{rate:,.0f} images/s  loss {self._loss:.3f}  center {row['center']:.3f}  "
+            f"{rate:,.0f} images/s  loss {loss}  center {row['center']:.3f}  "
             f"skipped {100 * skipped:.0f} %  data wait {100 * waited:.0f} %"
         )
         assert self._task is not None

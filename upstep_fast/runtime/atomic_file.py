@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,13 +18,7 @@ def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], object]) -> P
     """
     temporary = _temporary(path)
     try:
-        with open(temporary, "wb") as file:
-            if callable(content):
-                content(file)
-            else:
-                file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        _write(temporary, content)
         os.replace(temporary, path)
         sync_folder(path.parent)
     finally:
@@ -62,5 +56,34 @@ def require_writable(path: Path, field: str) -> None:
             temporary.unlink()
 
 
+def write_together(folder: Path, files: Mapping[str, bytes], last: str) -> None:
+    """Write files that are of use only together, by name, to an existing folder: never old and new ones with `last`.
+
+    All are on disk under temporary names before an old one is touched; then the old `last`, without which readers
+    refuse the folder, is removed, the others are replaced, and `last` comes last. Raises OSError.
+    """
+    paths = sorted((folder / name for name in files), key=lambda path: path.name == last)
+    try:
+        for path in paths:
+            _write(_temporary(path), files[path.name])
+        (folder / last).unlink(missing_ok=True)
+        for path in paths:
+            os.replace(_temporary(path), path)
+        sync_folder(folder)
+    finally:
+        for path in paths:
+            _temporary(path).unlink(missing_ok=True)
+
+
 def _temporary(path: Path) -> Path:
     return path.with_name(f".tmp-{os.getpid()}-{path.name}")
+
+
+def _write(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
+    with open(path, "wb") as file:
+        if callable(content):
+            content(file)
+        else:
+            file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

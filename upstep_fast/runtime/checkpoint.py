@@ -11,6 +11,7 @@ accidents; they are not a signature against someone who can write to the folder 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -33,6 +34,10 @@ MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
 _NAME = re.compile(r"step-(\d{8,12})", re.ASCII)
 _FILE = re.compile(r"[a-z0-9_][a-z0-9_.]*")
+# a checkpoint, one set aside, the hint `latest`, a file of `atomic_file.write_atomic`; each with the process's number
+_TEMPORARY = re.compile(
+    r"\.tmp-(\d+-\d+|old-step-\d{8,12}-\d+|latest-\d+|\d+-[a-z_]+\.(bin|csv|html|jsonl?|safetensors|toml))", re.ASCII
+)
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ def save(folder: Path, step: int, files: Mapping[str, bytes], manifest: Mapping[
             _write(temporary / name, data)
         _write(temporary / MANIFEST, text.encode())
         _sync(temporary)
-        if final.exists():
+        if os.path.lexists(final):  # an earlier one, or whatever lies in its place
             _remove(final)
         os.replace(temporary, final)
         _sync(folder)
@@ -139,6 +144,8 @@ def newest(folder: Path) -> Checkpoint | None:
 
 def load(path: Path) -> Checkpoint:
     """Return the checkpoint in folder `path`. Raises DamagedError; ConfigError if its format is newer than FORMAT."""
+    if path.is_symlink():
+        raise DamagedError("a link, not a folder")
     try:
         body = json.loads(_read(path / MANIFEST, MAX_MANIFEST_BYTES))
         digest = body.pop("sha256")
@@ -160,10 +167,18 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(path, step, body, {name: _verified(path, name, facts) for name, facts in named.items()})
 
 
+def is_temporary(path: Path) -> bool:
+    """Return whether `path` is named as an unfinished file or folder of a run, and is no link."""
+    return bool(_TEMPORARY.fullmatch(path.name)) and not path.is_symlink()
+
+
 def clean(folder: Path) -> None:
-    """Delete the unfinished files of killed runs in `folder`. Raises OSError."""
-    for path in folder.glob("*.tmp-*"):
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    """Delete the unfinished files of killed runs in `folder`, if it is a folder and no link. Raises OSError."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if is_temporary(path):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _verified(folder: Path, name: str, facts: Any) -> bytes:
@@ -214,7 +229,10 @@ def _write_hint(folder: Path, name: str) -> None:
     temporary = folder / f".tmp-latest-{os.getpid()}"
     try:
         temporary.write_text(name + "\n")
-        os.replace(temporary, folder / "latest")
+        with contextlib.suppress(
+            IsADirectoryError
+        ):  # a folder of that name is not ours to delete, and the hint for people
+            os.replace(temporary, folder / "latest")
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -223,7 +241,7 @@ def _remove(path: Path) -> None:
     # renamed first, so that a kill in between leaves no part of a checkpoint under its name
     aside = path.with_name(f".tmp-old-{path.name}-{os.getpid()}")
     os.replace(path, aside)
-    shutil.rmtree(aside)
+    shutil.rmtree(aside) if aside.is_dir() and not aside.is_symlink() else aside.unlink()
 
 
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:

@@ -84,11 +84,11 @@ def _together() -> bool:
 
 
 @contextlib.contextmanager
-def joined(device: torch.device) -> Iterator[None]:
+def joined(device: torch.device, cure: str = "continue with --resume") -> Iterator[None]:
     """Join the processes that torchrun started into one run within the context, each on its `device`.
 
-    An exception leaving the context is published to the other ranks; `already_reported` is set if another rank was
-    first.
+    cure: what the user can do if a rank is gone. An exception leaving the context is published to the other ranks;
+    `already_reported` is set if another rank was first.
     """
     global _heartbeat
     if not launched() or _together():
@@ -105,7 +105,7 @@ def joined(device: torch.device) -> Iterator[None]:
     dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
     # its own connection: a wait on the shared one would delay the heartbeat
     own_store = PrefixStore("upstep_fast", store.clone() if hasattr(store, "clone") else store)
-    with Heartbeat(own_store, number, count, lambda: _traffic.entered) as _heartbeat:
+    with Heartbeat(own_store, number, count, lambda: _traffic.entered, cure) as _heartbeat:
         try:
             yield
         except BaseException as error:

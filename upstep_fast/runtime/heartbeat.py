@@ -22,11 +22,12 @@ LAST_SECONDS = 10.0  # for the last files and messages once another rank has fai
 class Heartbeat:
     """Publishes this rank's heartbeat and, on failure, its error in `store` (no other user).
 
-    store: a torch.distributed Store. entered: returns the number of collectives that this rank has entered.
+    store: a torch.distributed Store. entered: returns the number of collectives that this rank has entered. cure: what
+    the user can do after a failure, the end of its message.
     """
 
-    def __init__(self, store: Any, rank: int, size: int, entered: Callable[[], int]):
-        self._store, self._entered = store, entered
+    def __init__(self, store: Any, rank: int, size: int, entered: Callable[[], int], cure: str):
+        self._store, self._entered, self._cure = store, entered, cure
         self._rank, self._size, self._beats = rank, size, 0
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="upstep-heartbeat", daemon=True)
@@ -59,13 +60,13 @@ class Heartbeat:
                 time.sleep(0.1)
             second = {r: self._read(r) for r in others}
             if silent := [r for r in others if second[r] == first[r]]:
-                return f"ranks: no heartbeat from {_named(silent)}, killed or stopped; continue with --resume"
+                return f"ranks: no heartbeat from {_named(silent)}, killed or stopped; {self._cure}"
             if late := [r for r in others if second[r][1] < self._entered()]:
                 return (
                     f"ranks: {_named(late)} did not reach the collective in which the others wait, though alive; "
-                    "continue with --resume"
+                    f"{self._cure}"
                 )
-        return "ranks: the connection to the other ranks broke; continue with --resume"
+        return f"ranks: the connection to the other ranks broke; {self._cure}"
 
     def _read(self, rank: int) -> tuple[int, int]:
         beats, entered = self._store.get(f"heartbeat/{rank}").decode().split()

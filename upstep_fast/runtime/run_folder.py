@@ -1,4 +1,9 @@
-"""The output folder of a run: checked, locked against a second run, and emptied on request."""
+"""The output folder of a run: checked, locked against a second run, and emptied on request.
+
+A run first locks the folder, then prepares all that can refuse its configuration, and only then begins it: until
+`begin` nothing but run.lock is written, so a refused start leaves the folder as it was. `is_own` and `writing` notice
+that the folder has been moved, deleted or taken over since.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ import logging
 import os
 import shutil
 import socket
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,38 +25,58 @@ from upstep_fast.config.files import to_toml
 from upstep_fast.config.finetune import FinetuneConfig
 from upstep_fast.errors import ConfigError, RunFailedError
 from upstep_fast.runtime import checkpoint
+from upstep_fast.runtime.atomic_file import write_atomic
 
 log = logging.getLogger("upstep_fast")
 
 CONFIG, LOCK, CHECKPOINTS = "config.toml", "run.lock", "checkpoints"
+_FOLDERS = ("", CHECKPOINTS, "adapter", "best", "adapter-refused", "model", "model/adapter")  # that a run writes to
+# of an attempt that left no checkpoint; its log and what was measured of the images stay
+_RESULTS = ("adapter", "best", "adapter-refused", "judgement.jsonl", "bad_batches.json", "pictures.json", "model")
+
+_held: dict[Path, tuple[int, int]] = {}  # folder: inodes of it and of its run.lock, while this process holds them
 
 
 @contextlib.contextmanager
 def lock_run_folder(config: AdaptConfig | FinetuneConfig) -> Iterator[Path]:
     """Lock the folder `config.output.out` for this run within the context; yields its path.
 
-    A new or empty folder gets config.toml. One that holds a run is emptied with `overwrite` and left as it is with
-    `resume`. Raises ConfigError for a folder that holds something else, cannot be written, or is in use.
+    It is made if it is missing, and removed again if it is empty at the end. Raises ConfigError for a folder that holds
+    something else, cannot be written, or is in use.
     """
     out = Path(config.output.out)
+    to_toml(config)  # raises ConfigError if config.toml could not hold a value
     with contextlib.ExitStack() as stack:
         try:
             # a folder that holds something else is refused before anything is written to it
             _refuse_other_content(out, config)
+            for path in [path for path in (*reversed(out.parents), out) if not path.exists()]:
+                stack.callback(_remove_if_empty, path)
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_locked(out))
             _refuse_run(out, config)
-            if config.output.overwrite:
-                for path in _entries(out):
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-            if not (out / CONFIG).is_file():
-                (out / CONFIG).write_text(to_toml(config))
-            (out / CHECKPOINTS).mkdir(exist_ok=True)
-            for folder in (out, out / "adapter", out / CHECKPOINTS):
-                checkpoint.clean(folder)
         except OSError as error:
             raise ConfigError(f"out: cannot write to {out}: {error.strerror}; choose another folder") from error
         yield out
+
+
+def begin(config: AdaptConfig | FinetuneConfig, *, anew: bool) -> None:
+    """Write config.toml to the locked folder and remove what is not of this run.
+
+    With `overwrite` that is everything, config.toml last: until then the folder is known as that of a run. anew: no
+    checkpoint is continued, so the results of an earlier attempt go too. Raises ConfigError.
+    """
+    out = Path(config.output.out)
+    try:
+        for path in _entries(out):
+            if path.name != CONFIG and (config.output.overwrite or (anew and path.name in _RESULTS)):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        write_atomic(out / CONFIG, to_toml(config).encode())
+        (out / CHECKPOINTS).mkdir(exist_ok=True)
+        for folder in _FOLDERS:
+            checkpoint.clean(out / folder)
+    except OSError as error:
+        raise ConfigError(f"out: cannot write to {out}: {error.strerror}; choose another folder") from error
 
 
 def check(config: AdaptConfig | FinetuneConfig) -> None:
@@ -59,9 +85,24 @@ def check(config: AdaptConfig | FinetuneConfig) -> None:
     _refuse_run(Path(config.output.out), config)
 
 
+def is_own(out: Path) -> bool:
+    """Return False if the folder that this process has locked as `out` has been moved, deleted or taken over."""
+    held = _held.get(out)
+    # a missing lock alone may be put down to someone who clears up; a run that takes the folder over makes a new one
+    return held is None or (_inode(out) == held[0] and _inode(out / LOCK) in (held[1], None))
+
+
 @contextlib.contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """Turn an OSError within the context into a RunFailedError of one line: the file, the reason, the cure."""
+    """Turn an OSError within the context into a RunFailedError of one line: the file, the reason, the cure.
+
+    Raises RunFailedError before anything is written if `out` is no longer this run's.
+    """
+    if not is_own(out):
+        raise RunFailedError(
+            f"out: {out} was moved, deleted or taken over by another run; what was saved before is complete: continue "
+            "it with --resume and --out at its new place"
+        )
     try:
         yield
     except OSError as error:
@@ -72,12 +113,18 @@ def writing(out: Path) -> Iterator[None]:
 
 
 def _refuse_other_content(out: Path, config: AdaptConfig | FinetuneConfig) -> None:
-    if _entries(out) and not (out / CONFIG).is_file():
+    if _entries(out) and not os.path.lexists(out / CONFIG):
         cure = "choose another folder or add --overwrite"
         if config.output.overwrite or config.output.resume:
             flag = "--overwrite" if config.output.overwrite else "--resume"
             cure = f"it holds no run of upstep-fast, so {flag} does not change it; choose another"
         raise ConfigError(f"out: {out} is not empty; {cure}")
+    # --overwrite deletes links themselves, all but the lock, which is opened
+    for path in [out / LOCK] if config.output.overwrite else [out / LOCK, *_entries(out)]:
+        mode = path.lstat().st_mode if os.path.lexists(path) else stat.S_IFREG
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            kind = "a link" if stat.S_ISLNK(mode) else "a pipe or device"
+            raise ConfigError(f"out: {path} is {kind}; a run writes only to its own folder, so remove it")
 
 
 def _refuse_run(out: Path, config: AdaptConfig | FinetuneConfig) -> None:
@@ -86,7 +133,15 @@ def _refuse_run(out: Path, config: AdaptConfig | FinetuneConfig) -> None:
 
 
 def _entries(out: Path) -> list[Path]:
-    return [path for path in out.iterdir() if path.name != LOCK] if out.is_dir() else []
+    """Return what the folder holds, without its lock and without unfinished files of killed runs."""
+    if not out.is_dir():
+        return []
+    return [path for path in out.iterdir() if path.name != LOCK and not checkpoint.is_temporary(path)]
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -113,11 +168,16 @@ def _locked(out: Path) -> Iterator[None]:
             log.warning("out: %s was left by %s, which is gone; taken over", path, owner)
         with contextlib.suppress(PermissionError):  # Windows: a locked file cannot be written or removed
             path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        _held[out] = _inode(out) or 0, _inode(path) or 0
         yield
     finally:
-        with contextlib.suppress(PermissionError):
-            path.unlink(missing_ok=True)
-        lock.release()
+        try:
+            if is_own(out):  # the lock of a run that has taken the folder over stays
+                with contextlib.suppress(OSError):  # which must not hide how the run ended
+                    path.unlink(missing_ok=True)
+        finally:
+            _held.pop(out, None)
+            lock.release()
 
 
 def _inode(path: Path) -> int | None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from upstep_fast.runtime import distributed
+from upstep_fast.runtime import distributed, exit_signals
 
 NUM_FLAGS = 2  # stop, save
 
@@ -50,9 +50,9 @@ class StopRequests:
 
 @contextlib.contextmanager
 def signals(save_seconds: float = 0.0) -> Iterator[StopRequests]:
-    """Turn SIGINT and SIGTERM into a stop request and SIGUSR1 into a save request; restore the handlers afterwards.
+    """Turn SIGINT, SIGTERM and SIGHUP into a stop and SIGUSR1 into a save request; restore the handlers afterwards.
 
-    A second SIGINT or SIGTERM has its usual effect, except under torchrun: torchrun forwards a Ctrl-C to every rank
+    A second signal to stop has its usual effect, except under torchrun: torchrun forwards a Ctrl-C to every rank
     although the terminal has sent it to all of them, and kills ranks that have not ended half a minute later.
     """
     requests = StopRequests(save_seconds)
@@ -65,7 +65,7 @@ def signals(save_seconds: float = 0.0) -> Iterator[StopRequests]:
     def save(number: int, frame: Any) -> None:
         requests.save = True
 
-    handlers: dict[int, Any] = {signal.SIGINT: stop, signal.SIGTERM: stop}
+    handlers: dict[int, Any] = dict.fromkeys({signal.SIGINT, signal.SIGTERM, *exit_signals.numbers()}, stop)
     if hasattr(signal, "SIGUSR1"):
         handlers[signal.SIGUSR1] = save
     previous = {number: signal.getsignal(number) for number in handlers}

@@ -26,13 +26,13 @@ from upstep_fast.model import backbone as backbones
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.report import image_panels as pictures
 from upstep_fast.report import page as html_report
-from upstep_fast.report.logs import train_log
+from upstep_fast.report.logs import held_messages, train_log
 from upstep_fast.runtime import device, distributed
 from upstep_fast.runtime import run_folder as output
 from upstep_fast.runtime.atomic_file import write_atomic
 from upstep_fast.runtime.device import Compute
 from upstep_fast.runtime.machine import num_workers
-from upstep_fast.train.loop import needs_base, train
+from upstep_fast.train.loop import needs_base, start, train
 from upstep_fast.train.memory.fit import settle
 from upstep_fast.train.state import AdaptResult
 from upstep_fast.train.validator import hold_out
@@ -76,13 +76,18 @@ def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
         out = Path(config.output.out)
         if distributed.is_first():
             stack.enter_context(output.lock_run_folder(config))
+        with held_messages() as messages:
+            _log_start(resolved.reduced, compute, len(source))
+            # all that can refuse the configuration comes before anything in the folder is changed
+            identity, state = start(config, compute, source, backbone, out)
+        if distributed.is_first():
+            output.begin(config, anew=state.step == 0)
+            stack.enter_context(html_report.written_after(out))
+            stack.enter_context(train_log(out / "train.log", messages))
             with output.writing(out):
                 for name, text in files.items():
                     write_atomic(out / name, text)
-            stack.enter_context(html_report.written_after(out))
-            stack.enter_context(train_log(out / "train.log"))
-        _log_start(resolved.reduced, compute)
-        result = train(config, compute, source, held_out, backbone, base, out)
+        result = train(config, compute, source, held_out, identity, state, base, out)
         if config.output.report_images and distributed.is_first():
             with torch.random.fork_rng(devices=[]):  # the caller's generator stays as it is
                 pictures.collect(config, compute, source, out, backbone=base)
@@ -111,10 +116,13 @@ def _survey(
     return config, surveyed.source, backbone, surveyed.files
 
 
-def _log_start(reduced: Mapping[str, tuple[int, int]], compute: Compute) -> None:
+def _log_start(reduced: Mapping[str, tuple[int, int]], compute: Compute, num_images: int) -> None:
     """Log versions, device and ranks, and what the data has reduced: name -> (requested, possible)."""
     versions = f"upstep-fast {__version__}, torch {torch.__version__}"
     ranks = f", {distributed.size()} ranks" if distributed.size() > 1 else ""
     log.info("%s, %s in %s%s", versions, compute.device, compute.precision, ranks)
     for name, (requested, possible) in reduced.items():
-        log.warning("%s: reduced from %d to the %d images there are", name, requested, possible)
+        there = f"the {possible} images there are"
+        if possible < num_images:
+            there = f"{possible}: the {num_images} images there are, in equal parts for {distributed.size()} ranks"
+        log.warning("%s: reduced from %d to %s", name, requested, there)

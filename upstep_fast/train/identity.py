@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ from upstep_fast.model.identity import differences, model_identity
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime.checkpoint import Checkpoint
 from upstep_fast.runtime.device import Compute
-from upstep_fast.runtime.machine import package_version
+from upstep_fast.runtime.machine import package_version, processor_name
 from upstep_fast.version import __version__
 
 log = logging.getLogger("upstep_fast")
@@ -42,6 +43,10 @@ _FREE = {
     *("max_bad_fraction", "device", "debug", "tensorboard", "verify_resume", "auto_batch", "rank_timeout"),
     *("memory_check", "report_images", "strength", "strength_first", "keep_checkpoints", "cuda_graphs"),
 }
+# what chooses a CPU's instructions, and so the last bits of its matrix products
+_CPU_SETTINGS = ("MKL_CBWR", "ONEDNN_MAX_CPU_ISA")
+_LATER = {"processor", *_CPU_SETTINGS}  # checkpoints of earlier versions do not tell
+_PER_RANK = {"device", "cpu", "threads", *_LATER}
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ def identify(config: AdaptConfig | FinetuneConfig, compute: Compute, source: Sou
             "decoder": decoder_fingerprint(),
             **({"gpu_decoder": gpu_jpeg.decoder_name()} if flags.get("decode") == "cuda" else {}),
             "views": made_by(device),
+            **(_cpu() if device.type == "cpu" else {}),
         },
         defaults=json.loads(json.dumps(defaults(type(config)))),
     )
@@ -89,7 +95,7 @@ def agree(identity: Identity) -> None:
     entries = manifest_entries(identity)
     # the index of a rank's GPU, and what does not change the result, may differ
     entries["config"] = {name: value for name, value in identity.config.items() if name != "device"}
-    entries["environment"] = {k: v for k, v in identity.environment.items() if k not in ("device", "cpu", "threads")}
+    entries["environment"] = {k: v for k, v in identity.environment.items() if k not in _PER_RANK}
     distributed.agree_on(entries | {"code": _code()})
 
 
@@ -101,7 +107,7 @@ def check_same(checkpoint: Checkpoint, identity: Identity) -> None:
     changed = [
         f"{name} was {then.get(name)}, is {value}"
         for name, value in identity.environment.items()
-        if then.get(name) != value
+        if then.get(name) != value and (name in then or name not in _LATER)
     ]
     if changed:
         log.warning("resume: not bit for bit the uninterrupted run: %s", "; ".join(changed))
@@ -141,6 +147,10 @@ def _validate(checkpoint: Checkpoint, identity: Identity) -> None:
         raise ConfigError(
             f"resume: {checkpoint.path} was made with another configuration: {'; '.join(changed)}; {cure}"
         )
+
+
+def _cpu() -> dict[str, str | None]:
+    return {"processor": processor_name(), **{name: os.environ.get(name) for name in _CPU_SETTINGS}}
 
 
 def _code() -> str:

@@ -11,6 +11,7 @@ from upstep_fast.data.loading.loader import Loader
 from upstep_fast.data.sources.source import Source
 from upstep_fast.errors import Interrupted
 from upstep_fast.methods import gate as gates
+from upstep_fast.model import peft_format
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime import run_folder as output
@@ -24,7 +25,7 @@ from upstep_fast.train.replay_check import ReplayCheck
 from upstep_fast.train.run_writer import RunWriter
 from upstep_fast.train.state import AdaptResult, RunState, fresh_state
 from upstep_fast.train.step import step
-from upstep_fast.train.strength import apply_strength
+from upstep_fast.train.strength import at_strength, choose_strength
 from upstep_fast.train.validator import NoValidator, Validator
 
 
@@ -33,20 +34,20 @@ def train(
     compute: Compute,
     source: Source,
     held_out: Source | None,
-    backbone: Backbone,
+    identity: Identity,
+    state: RunState,
     base: Backbone | None,
     out: Path,
 ) -> AdaptResult:
-    """Adapt `backbone` in place to the images of `source` and write the run's files to `out`. Collective.
+    """Train from `state` on the images of `source` and write the run's files to `out`. Collective.
 
-    held_out: images to validate on, None without --judge-every. base: a copy of `backbone`, where one is needed
-    (`needs_base`). Raises UpstepError.
+    held_out: images to validate on, None without --judge-every. identity, state: of `start`. base: the base model,
+    where it is needed (`needs_base`). Raises UpstepError.
     """
     # lizard forgives: one screen, from the batch to the checkpoint in the order in which they happen
-    identity, state = _start(config, compute, source, backbone, out)
     began, first_step, num_steps, rule = time.monotonic(), state.step, config.optimization.num_steps, gate_rule(config)
     every_steps, every_seconds = parse_interval(config.checkpoints.every)
-    validator = Validator(config, held_out, base, compute, out) if held_out and base else NoValidator()
+    validator = Validator(config, held_out, base, compute, out, state.step) if held_out and base else NoValidator()
     with (
         make_loader(config, source, state, compute) as loader,
         RunWriter(config, state, source, loader, out, identity) as writer,
@@ -75,14 +76,17 @@ def train(
                         f"stopped after {state.step} of {num_steps} steps, all saved; "
                         "continue with the same command and --resume"
                     )
-        _finish(config, compute, state, loader, validator, out)
+        _finish(config, compute, state, loader, validator, writer, out)
     return AdaptResult(out / "adapter", state.step, state.gate.num_updates, state.loss, time.monotonic() - began)
 
 
-def _start(
+def start(
     config: AdaptConfig, compute: Compute, source: Source, backbone: Backbone, out: Path
 ) -> tuple[Identity, RunState]:
-    """Return the identity of the run, equal on all ranks, and its state: fresh, or restored with --resume."""
+    """Return the identity of the run, equal on all ranks, and its state: fresh, or restored with --resume. Collective.
+
+    `backbone` becomes the state's, in place. Raises ConfigError, RunFailedError.
+    """
     identity = identify(config, compute, source, backbone)
     agree(identity)
     state = fresh_state(config, compute, backbone)
@@ -102,15 +106,18 @@ def _finish(
     state: RunState,
     loader: Loader,
     validator: Validator | NoValidator,
+    writer: RunWriter,
     out: Path,
 ) -> None:
-    """Check the adapter, put the best one in its place and scale it. Raises CheckFailedError, RunFailedError."""
+    """Check the adapter, and write it or the best one at its strength. Raises CheckFailedError, RunFailedError."""
     distributed.limit_wait(distributed.START_SECONDS)
-    with state.method.weights_to_save():
+    with writer.adapter_on_failure(), state.method.weights_to_save():
         check_adapter(state, state.method.first_view(next(loader).views), compute, out)
     with output.writing(out):
-        validator.settle()
-        apply_strength(config, validator.gain, out / "adapter", len(state.method.vit.blocks))
+        files = validator.settle(state.method.result_files())
+        files = at_strength(files, *choose_strength(config, validator.gain), len(state.method.vit.blocks))
+        if distributed.is_first():
+            peft_format.write_files(out / "adapter", files)
 
 
 def needs_base(config: AdaptConfig) -> bool:

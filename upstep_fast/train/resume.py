@@ -30,6 +30,7 @@ from upstep_fast.runtime import distributed
 from upstep_fast.runtime.checkpoint import Checkpoint
 from upstep_fast.train.identity import Identity, check_same, manifest_entries
 from upstep_fast.train.state import RunState
+from upstep_fast.train.strength import at_given_strength
 
 log = logging.getLogger("upstep_fast")
 
@@ -73,10 +74,11 @@ def save(state: RunState, folder: Path, identity: Identity, writer: checkpoints.
 def copied(state: RunState) -> Callable[[], dict[str, bytes]]:
     """Copy the state to the host. Returns a function that makes the checkpoint's files from the copy, at any time.
 
-    The files are the adapter in PEFT's format and every tensor of the state.
+    The files are the adapter in PEFT's format, at the strength of the configuration, and every tensor of the state.
     """
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in _tensors(state).items()}
-    adapter = state.method.result_files()
+    method = state.method
+    adapter = at_given_strength(method.result_files(), method.config, len(method.vit.blocks))
     return lambda: {**adapter, STATE: safetensors.torch.save(tensors)}
 
 
@@ -112,7 +114,10 @@ def restore(state: RunState, checkpoint: Checkpoint, identity: Identity) -> None
     """
     check_same(checkpoint, identity)
     saved = _read(checkpoint)
-    if wrong := _misfits(state, saved.tensors):
+    wrong = _misfits(state, saved.tensors)
+    if state.scaler.is_enabled() and saved.scaler.keys() != state.scaler.state_dict().keys():
+        wrong.append(f"the loss scaler has {', '.join(saved.scaler) or 'nothing'}")
+    if wrong:
         raise ConfigError(f"resume: {checkpoint.path} does not fit this run: {'; '.join(sorted(wrong)[:5])}")
     with torch.no_grad():
         for name, tensor in _tensors(state).items():
@@ -153,22 +158,36 @@ def _read(checkpoint: Checkpoint) -> _Saved:
         saved = _Saved(
             tensors=safetensors.torch.load(checkpoint.files[STATE]),
             gate=GateState.from_dict(values["gate"]),
-            scaler=dict(values["scaler"]),
+            scaler={name: _finite(name, value) for name, value in values["scaler"].items()},
             loss=math.nan if values["loss"] is None else float(values["loss"]),
-            bad=list(values["bad"]),
-            accumulated=int(values.get("accumulated", 0)),
-            num_microbatches=int(values.get("passes", 1)),
-            collapsed=int(values.get("collapsed", 0)),
+            bad=[dict(step) for step in values["bad"]],
+            accumulated=_count(values, "accumulated", 0),
+            num_microbatches=_count(values, "passes", 1),
+            collapsed=_count(values, "collapsed", 0),
             skipped={str(name): str(reason) for name, reason in loader["skipped"].items()},
-            tuned=dict(checkpoint.manifest["pins"]),
+            tuned={str(name): str(choice) for name, choice in checkpoint.manifest["pins"].items()},
         )
         if loader["step"] != checkpoint.step or saved.gate.step != checkpoint.step:
             raise ValueError("its parts are of different steps")
-    except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, SafetensorError) as error:
         raise RunFailedError(
             f"resume: {checkpoint.path} is no checkpoint of a run ({type(error).__name__}: {error})"
         ) from error
     return saved
+
+
+def _finite(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{name} is {str(value)[:40]!r}")
+    return value
+
+
+def _count(values: dict[str, Any], name: str, low: int) -> int:
+    """Return a count of the manifest, `low` where an earlier version has written none."""
+    value = values.get(name, low)
+    if type(value) is not int or not low <= value <= 10**6:
+        raise ValueError(f"{name} is {str(value)[:40]!r}")
+    return value
 
 
 def _misfits(state: RunState, tensors: dict[str, Tensor]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -26,6 +27,9 @@ from upstep_fast.train.failures import stop_if_bad, stop_if_collapsed
 from upstep_fast.train.identity import Identity
 from upstep_fast.train.state import RunState
 from upstep_fast.train.step import flush
+from upstep_fast.train.strength import at_given_strength, is_chosen_at_end
+
+log = logging.getLogger("upstep_fast")
 
 
 class RunWriter:
@@ -112,27 +116,42 @@ class RunWriter:
 
     @contextlib.contextmanager
     def saves_on_exit(self) -> Iterator[None]:
-        """Write the adapter, the remaining rows and skipped.csv at the end of this context, whatever ends it."""
+        """Write the remaining rows and skipped.csv at the end of this context; after an exception the adapter, too."""
+        with self.adapter_on_failure():
+            yield
+        with output.writing(self._out):
+            self._write_remaining()
+
+    @contextlib.contextmanager
+    def adapter_on_failure(self) -> Iterator[None]:
+        """Write what there is, with the adapter so far, after an exception; at the end the loop writes the adapter."""
         try:
             yield
         except BaseException:
-            # the user must see the first cause, not a full disk met afterwards
-            with contextlib.suppress(OSError):
-                self._write_remaining()
+            # the user must see the first cause, not a full disk or a failed device met afterwards
+            with contextlib.suppress(OSError, RuntimeError):
+                if output.is_own(self._out):
+                    self._write_remaining()
+                    self._write_adapter()
             raise
-        with output.writing(self._out):
-            self._write_remaining()
 
     def _write_remaining(self) -> None:
         if not distributed.is_first():
             return
         with contextlib.suppress(RuntimeError):  # of a device that has failed
             flush(self._state)
-            for row, _ in self._rows:
-                self._write(row)
-        if self._state.gate.num_updates:
-            peft_format.write_files(self._out / "adapter", self._state.method.result_files())
+            while self._rows:
+                self._write(self._rows.popleft()[0])
         self._loader.write_skipped(self._out / "skipped.csv")
+
+    def _write_adapter(self) -> None:
+        if not distributed.is_first() or not self._state.gate.num_updates:
+            return
+        method = self._state.method
+        files = at_given_strength(method.result_files(), self._config, len(method.vit.blocks))
+        peft_format.write_files(self._out / "adapter", files)
+        if is_chosen_at_end(self._config):
+            log.warning("strength: auto is chosen at the end; %s is at full strength", self._out / "adapter")
 
     def __enter__(self) -> Self:
         return self

@@ -6,8 +6,7 @@ strength of block l of L:  first + l / (L - 1) (last - first)        first: --st
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.model import peft_format
@@ -20,11 +19,24 @@ log = logging.getLogger("upstep_fast")
 Gain = Callable[[float, float], float]  # (first, last) -> predicted gain on held-out images, in points
 
 
-def apply_strength(config: AdaptConfig, gain: Gain | None, folder: Path, depth: int) -> None:
-    """Scale the adapter saved in `folder`, of a model of `depth` blocks. Rank 0 writes. Raises OSError."""
-    first, last = choose_strength(config, gain)
-    if (first, last) != (1.0, 1.0) and distributed.is_first():
-        peft_format.scale_saved(folder, peft_format.strength_by_depth(first, last, depth))
+def at_strength(files: Mapping[str, bytes], first: float, last: float, depth: int) -> dict[str, bytes]:
+    """Return an adapter's files at these strengths of the first and the last of the model's `depth` blocks."""
+    if (first, last) == (1.0, 1.0):
+        return dict(files)
+    return peft_format.scaled(files, peft_format.strength_by_depth(first, last, depth))
+
+
+def at_given_strength(files: Mapping[str, bytes], config: AdaptConfig, depth: int) -> dict[str, bytes]:
+    """Return an adapter's files at the strength of the configuration; at full strength if that is chosen at the end."""
+    last, first = config.validation.strength, config.experimental.strength_first
+    if isinstance(last, str) or isinstance(first, str):
+        return dict(files)
+    return at_strength(files, last if first is None else first, last, depth)
+
+
+def is_chosen_at_end(config: AdaptConfig) -> bool:
+    """Return whether --strength or --strength-first is auto."""
+    return "auto" in (config.validation.strength, config.experimental.strength_first)
 
 
 def choose_strength(config: AdaptConfig, gain: Gain | None) -> tuple[float, float]:

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,7 +30,7 @@ from upstep_fast.data.sources.source import Source
 from upstep_fast.data.sources.subset import subset
 from upstep_fast.data.views.make_views import random_views
 from upstep_fast.data.views.view_config import view_config
-from upstep_fast.errors import CheckFailedError, DataError
+from upstep_fast.errors import CheckFailedError, DataError, RunFailedError, first_line
 from upstep_fast.evaluation.label_free import CLEARLY_WORSE, judge, predicted_gain
 from upstep_fast.model import lora, peft_format, pooling
 from upstep_fast.model.backbone import Backbone
@@ -73,21 +75,25 @@ class NoValidator:
         """Return False."""
         return False
 
-    def settle(self) -> None:
-        """Do nothing."""
+    def settle(self, files: Mapping[str, bytes]) -> Mapping[str, bytes]:
+        """Return `files`."""
+        return files
 
 
 class Validator:
     """Validation of a running adaptation on held-out images. Every rank computes, rank 0 writes.
 
-    base: the base model without adapters; it is copied and stays as it is.
+    base: the base model without adapters; it is copied and stays as it is. step: of the checkpoint that the run
+    continues; 0: a history in `out` is of another attempt. Raises RunFailedError if it is damaged.
     """
 
-    def __init__(self, config: AdaptConfig, held_out: Source, base: Backbone, compute: Compute, out: Path):
+    def __init__(
+        self, config: AdaptConfig, held_out: Source, base: Backbone, compute: Compute, out: Path, step: int = 0
+    ):
         self._config, self._compute, self._out, self._base = config, compute, out, base
         self._views = _held_out_views(held_out, base, config, compute)
         self._base_features = self._features(base.copy().vit.to(compute.device))
-        self.history: dict[int, dict[str, Any]] = _read(out / HISTORY) if config.output.resume else {}
+        self.history: dict[int, dict[str, Any]] = _read(out / HISTORY) if step else {}
 
     def after_step(self, state: RunState) -> None:
         """Validate if it is due. Raises RunFailedError if the disk refuses."""
@@ -106,7 +112,13 @@ class Validator:
         """
         # rank 0's scores: those of other ranks may differ by a rounding, and all ranks must stop together
         with state.method.weights_to_save() as vit:
-            scores = distributed.gather(judge(self._base_features, self._features(vit)))[0]
+            features = self._features(vit)
+        if not features.isfinite().all():
+            raise RunFailedError(
+                f"judge: step {state.step}: features of the adapted model are not finite, the run has diverged; lower "
+                f"--lr; the best adapter before is in {self._out / BEST}"
+            )
+        scores = distributed.gather(judge(self._base_features, features))[0]
         row = {"step": state.step, "predicted_gain": predicted_gain(scores), **scores}
         best = self.best()
         self.history[state.step] = row
@@ -129,32 +141,33 @@ class Validator:
             return False
         return sum(s > best["step"] for s in seen) >= self._config.validation.patience
 
-    def settle(self) -> None:
-        """Copy the best adapter to OUT/adapter.
+    def settle(self, files: Mapping[str, bytes]) -> Mapping[str, bytes]:
+        """Return the files of the best adapter, at full strength; `files`, the last one's, without a validation.
 
         Raises CheckFailedError if every validation is clearly worse than the base model.
         """
-        best, adapter = self.best(), self._out / "adapter"
+        best = self.best()
         if best is None:
-            return
+            return files
         if best["predicted_gain"] < CLEARLY_WORSE:
-            self._refuse(best)
+            self._refuse(best, files)
         if best["predicted_gain"] <= 0:
             log.warning(
                 "judge: predicted gain %s: perhaps no better than the base model; compare with `upstep-fast eval`, "
                 "or keep the base model",
                 _points(best["predicted_gain"]),
             )
-        if distributed.is_first():
-            peft_format.write_files(adapter, {path.name: path.read_bytes() for path in (self._out / BEST).iterdir()})
         log.info("judge: the adapter is that of step %d", best["step"])
+        return (
+            {path.name: path.read_bytes() for path in (self._out / BEST).iterdir()} if distributed.is_first() else files
+        )
 
-    def _refuse(self, best: dict[str, Any]) -> NoReturn:
-        adapter, refused = self._out / "adapter", self._out / REFUSED
+    def _refuse(self, best: dict[str, Any], files: Mapping[str, bytes]) -> NoReturn:
+        refused = self._out / REFUSED
         if distributed.is_first():
-            shutil.rmtree(refused, ignore_errors=True)
-            adapter.rename(refused)  # written just before, by rank 0 itself
-            shutil.rmtree(self._out / BEST, ignore_errors=True)
+            for folder in (refused, self._out / "adapter", self._out / BEST):
+                shutil.rmtree(folder, ignore_errors=True)
+            peft_format.write_files(refused, files)
         raise CheckFailedError(
             "adapter: refused: on held-out images, without labels, every validation is clearly worse than the base "
             f"model (the best, at step {best['step']}: {_points(best['predicted_gain'])}); use the base model, or try "
@@ -201,7 +214,19 @@ def _points(gain: float) -> str:
 
 
 def _read(path: Path) -> dict[int, dict[str, Any]]:
+    """Return the validations by step. Raises RunFailedError naming the line that is none."""
     if not path.is_file():
         return {}
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return {row["step"]: row for row in rows}
+    history = {}
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            if not math.isfinite(row["predicted_gain"]):
+                raise ValueError(f"predicted_gain is {row['predicted_gain']}")
+            history[int(row["step"])] = row
+        except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
+            raise RunFailedError(
+                f"resume: {path}, line {number}, is no validation ({first_line(error)}); delete the file to continue "
+                "with the validations to come"
+            ) from error
+    return history

@@ -33,7 +33,7 @@ from upstep_fast.methods.supervised.baselines import parameter_groups
 from upstep_fast.methods.supervised.losa import Losa
 from upstep_fast.methods.trainable import trained
 from upstep_fast.model.backbone import Backbone
-from upstep_fast.report.logs import train_log
+from upstep_fast.report.logs import held_messages, train_log
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime import run_folder as output
 from upstep_fast.runtime.atomic_file import write_atomic
@@ -46,7 +46,7 @@ from upstep_fast.train.finetune.feature_cache import Cached
 from upstep_fast.train.finetune.loop import Batches, InOrder, train
 from upstep_fast.train.finetune.state import State
 from upstep_fast.train.finetune.step import balanced, predict, top1
-from upstep_fast.train.identity import identify
+from upstep_fast.train.identity import Identity, identify
 from upstep_fast.version import __version__
 
 log = logging.getLogger("upstep_fast")
@@ -95,19 +95,26 @@ def run(config: FinetuneConfig) -> FinetuneResult:
     requested, config = config, fit_to_data(config, splits)
     backbone = finetuned.load_backbone(config)
     implementation = None if config.runtime.implementation == "auto" else config.runtime.implementation
-    with output.lock_run_folder(config) as out, train_log(out / "train.log"), dispatch.forced(implementation):
-        log.info(
-            "upstep-fast %s, torch %s, %s in %s", __version__, torch.__version__, compute.device, compute.precision
+    with output.lock_run_folder(config) as out, dispatch.forced(implementation):
+        with held_messages() as messages:
+            _log_start(requested, config, compute, splits)
+            # all that can refuse the configuration comes before anything in the folder is changed
+            prepared = _prepare(config, compute, splits, backbone, out)
+        output.begin(config, anew=prepared.state.step == 0)
+        with train_log(out / "train.log", messages):
+            return _run(config, compute, splits, prepared, out)
+
+
+def _log_start(requested: FinetuneConfig, config: FinetuneConfig, compute: Compute, splits: Splits) -> None:
+    log.info("upstep-fast %s, torch %s, %s in %s", __version__, torch.__version__, compute.device, compute.precision)
+    if requested.optimization.batch_size != config.optimization.batch_size:
+        log.warning(
+            "batch_size: reduced from %d to %d for the images there are",
+            requested.optimization.batch_size,
+            config.optimization.batch_size,
         )
-        if requested.optimization.batch_size != config.optimization.batch_size:
-            log.warning(
-                "batch_size: reduced from %d to %d for the images there are",
-                requested.optimization.batch_size,
-                config.optimization.batch_size,
-            )
-        if absent := sorted(set(splits.test.classes) - {splits.test.classes[i] for i in splits.test.y.tolist()}):
-            log.warning("data: classes of train/ that test/ lacks, so they are not measured: %s", ", ".join(absent[:5]))
-        return _run(config, compute, splits, backbone, out)
+    if absent := sorted(set(splits.test.classes) - {splits.test.classes[i] for i in splits.test.y.tolist()}):
+        log.warning("data: classes of train/ that test/ lacks, so they are not measured: %s", ", ".join(absent[:5]))
 
 
 def read_splits(config: FinetuneConfig) -> Splits:
@@ -161,7 +168,17 @@ def make_reader(config: FinetuneConfig, backbone: Backbone, device: torch.device
     return Reader(options)
 
 
-def _run(config: FinetuneConfig, compute: Compute, splits: Splits, backbone: Backbone, out: Path) -> FinetuneResult:
+@dataclass(frozen=True)
+class _Prepared:
+    """A run before its first step, or at the checkpoint that it continues."""
+
+    identity: Identity
+    reader: Reader
+    model: Any  # Losa or Baseline
+    state: State
+
+
+def _prepare(config: FinetuneConfig, compute: Compute, splits: Splits, backbone: Backbone, out: Path) -> _Prepared:
     if compute.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(compute.device)
     identity = identify(config, compute, splits.learn.source, backbone)
@@ -174,6 +191,11 @@ def _run(config: FinetuneConfig, compute: Compute, splits: Splits, backbone: Bac
     state = fresh_state(model, config, compute)
     if config.output.resume:
         finetune_state.resume_from(state, out / output.CHECKPOINTS, identity, reader.skipped)
+    return _Prepared(identity, reader, model, state)
+
+
+def _run(config: FinetuneConfig, compute: Compute, splits: Splits, prepared: _Prepared, out: Path) -> FinetuneResult:
+    model, state, reader, identity = prepared.model, prepared.state, prepared.reader, prepared.identity
     num_trained = sum(p.numel() for p in trained(model).values())
     log.info("%s: %d trainable parameters, %d images", config.method, num_trained, len(splits.learn.y))
     learn, choose = _batches(model, splits, config, compute, reader, out)
@@ -181,7 +203,8 @@ def _run(config: FinetuneConfig, compute: Compute, splits: Splits, backbone: Bac
         train(state, learn, choose, config, compute, reader.skipped, out, identity)
     finally:
         with contextlib.suppress(OSError):
-            write_skipped(out / "skipped.csv", [*splits.learn.source.problems, *reader.skipped.items()])
+            if output.is_own(out):
+                write_skipped(out / "skipped.csv", [*splits.learn.source.problems, *reader.skipped.items()])
     if state.best_tensors:
         with torch.no_grad():
             for name, parameter in trained(model).items():

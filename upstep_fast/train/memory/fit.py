@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from upstep_fast.config.flat import replace_flat
 from upstep_fast.data.loading.loader import CACHE_BYTES
 from upstep_fast.engine.block import Memory
 from upstep_fast.errors import ConfigError, UpstepError
+from upstep_fast.input_files import read_toml
 from upstep_fast.runtime import distributed, machine
 from upstep_fast.runtime.device import Compute
 from upstep_fast.runtime.machine import format_bytes
@@ -147,7 +147,7 @@ def _replacement(config: AdaptConfig, choose: Chooser, choice: Choice, limit: in
 def _level_of(out: Path) -> Any:
     """Return the level of the run in `out`, None if there is none."""
     try:
-        level = flatten_tables(tomllib.loads((out / CONFIG).read_text()), AdaptConfig).get("memory")
-    except (OSError, ValueError):
+        level = flatten_tables(read_toml(out / CONFIG, "config"), AdaptConfig).get("memory")
+    except ConfigError:
         return None
     return level if level in LEVELS else None

@@ -1,0 +1,40 @@
+"""Signals that end the program, from its first import on; the training loop has handlers of its own (signals.py).
+
+SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt, so that unfinished files are removed and locks released on the way
+out, and the exit code is that of an interrupted run. Imports nothing slow.
+"""
+
+from __future__ import annotations
+
+import signal
+from typing import Any, NoReturn
+
+_received: list[int] = []
+
+
+def numbers() -> list[int]:
+    """Return those of SIGINT, SIGTERM and SIGHUP that the system has and that are not ignored, as `nohup` asks."""
+    known = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    return [number for number in known if signal.getsignal(number) != signal.SIG_IGN]
+
+
+def install() -> None:
+    """Let these signals raise KeyboardInterrupt in the main thread."""
+    for number in numbers():
+        signal.signal(number, _interrupt)
+
+
+def ignore() -> None:
+    """Ignore these signals: the program has ended and its exit code is to stay."""
+    for number in numbers():
+        signal.signal(number, signal.SIG_IGN)
+
+
+def was_interrupted() -> bool:
+    """Return whether a signal has come: imports can turn the KeyboardInterrupt into an error of their own."""
+    return bool(_received)
+
+
+def _interrupt(number: int, frame: Any) -> NoReturn:
+    _received.append(number)
+    raise KeyboardInterrupt(signal.Signals(number).name)
