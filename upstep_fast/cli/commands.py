@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 from upstep_fast.cli.parse import HELP, parse, take
 from upstep_fast.config.flat import dashed
 from upstep_fast.errors import MAX_LINE, ConfigError, Interrupted, UpstepError, first_line, printable
+from upstep_fast.runtime import exit_signals
 
 USAGE = """\
 usage: upstep-fast COMMAND [--config FILE.toml] [options]
@@ -79,6 +80,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except Exception as error:
         if debug:
             raise
+        if exit_signals.was_interrupted():  # an import turned the KeyboardInterrupt into an error of its own
+            _complain("interrupted")
+            sys.exit(Interrupted.exit_code)
         _complain(f"{type(error).__name__}: {first_line(error)} (run again with --debug for the traceback)")
         sys.exit(1)
     sys.exit(0)

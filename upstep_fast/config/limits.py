@@ -18,7 +18,6 @@ LARGEST: dict[str, float] = {
     **dict.fromkeys(("decoder_depth", "decoder_heads", "local_views", "num_workers", "sinkhorn_iterations"), 1000),
     "steps": 10**9,
     "lr": 1000.0,
-    "seed": 2**63 - 1,
 }
 
 
