@@ -101,10 +101,20 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing():
             checkpoint_files.fill(vit, dict(state), where="file")
         assert isinstance(error.value, ConfigError) and "\n" not in str(error.value)
         assert all(torch.equal(value, before[key]) for key, value in vit.state_dict().items())
+    # of a model's own tensors only biases may be missing, whatever --min-matched; blocks of the file may be left out
     partly = {key: value for key, value in source.items() if not key.startswith("blocks.2.")}
+    with pytest.raises(ConfigError, match=r"30 of 42 tensors matched .*check --arch$"):
+        checkpoint_files.fill(small(seed=9), partly, where="file", min_matched=0.0)
+    no_bias = {key: value for key, value in source.items() if not key.endswith("bias")}
+    with pytest.raises(ConfigError, match=r"or lower --min-matched to load what fits$"):
+        checkpoint_files.fill(small(seed=9), no_bias, where="file")
     vit = small(seed=9)
-    match = checkpoint_files.fill(vit, partly, where="file", min_matched=0.6)
-    assert (match.matched, match.total) == (30, 42) and torch.equal(vit.norm.weight, source["norm.weight"])
+    match = checkpoint_files.fill(vit, no_bias, where="file", min_matched=0.5)
+    assert (match.matched, match.total) == (22, 42) and torch.equal(vit.norm.weight, source["norm.weight"])
+    assert not any(value.any() for key, value in vit.state_dict().items() if key.endswith("bias") and "head" not in key)
+    deeper = small(depth=4).state_dict()
+    match = checkpoint_files.fill(vit, deeper, where="file", min_matched=0.5)
+    assert match.matched == 42 and torch.equal(vit.norm.weight, deeper["norm.weight"])
 
 
 def test_files_that_are_no_checkpoint(capsys, tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
 import pickle
 import re
@@ -14,17 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models import adapt_input_conv
-from timm.models import eva as timm_eva
-from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
 from upstep_fast.errors import ConfigError, first_line
-from upstep_fast.model.formats import key_names
+from upstep_fast.input_files import read_json, require_regular
+from upstep_fast.model.formats import conversion, key_names, state_dicts
 from upstep_fast.model.formats.key_names import State
+from upstep_fast.runtime.machine import free_bytes
 
 log = logging.getLogger("upstep_fast")
 
@@ -34,12 +33,19 @@ SAFETENSORS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLE = "pytorch_model.bin"
 
-# where training programs put the weights in what they save, the averaged teacher before the student
-_NESTS = ("teacher", "model_ema", "state_dict_ema", "target_encoder", "state_dict", "model", "module", "student")
 # tensors of pretraining and classification, which features do not need
 _NOT_FEATURES = re.compile(
     r"(head|head_dist|fc|classifier|pooler|decoder\w*|mask_token|dino_head|ibot_head|lm_head|local_cls_norm|projectors)\b"
 )
+# tensors that change the features of the model they belong to, so a model without a place for them is another model
+_FEATURES = re.compile(
+    r"(blocks|patch_embed|pos_embed|cls_token|dist_token|reg_token|register_tokens|storage_tokens|rope\.freqs|\w*norm\w*)\b"
+)
+_BIAS = re.compile(r"(.*[._])?bias")
+# what numpy's numbers in a checkpoint are made of ("best_acc": np.float64(3.0)); none of it runs code
+_NUMPY_SCALAR = np.float64(0).__reduce__()[0]
+_NUMBERS: list[Any] = [np.dtype, *(type(np.dtype(code)) for code in "?bBhHiIlLqQefd")]
+_NUMBERS += [(_NUMPY_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]  # numpy 1 and 2
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,9 @@ class Match:
     format: str
     matched: int  # tensors of the model that the checkpoint fills
     total: int  # tensors of the model, its classifier not counted
-    misses: tuple[str, ...]  # what is absent, of another shape, or has no place in the model
+    misses: tuple[str, ...]  # what is absent, of another shape, or has no place in the model; weights that matter first
+    share: float  # that is filled, of tensors or of parameters, whichever is less; blocks that the model lacks count
+    is_essential: bool  # a miss is more than a bias of the model
 
     def __str__(self) -> str:
         return f"{self.matched} of {self.total} tensors matched ({self.format})"
@@ -68,6 +76,7 @@ def read(path: Path) -> State:
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"model: {path} is no checkpoint; it must end in {', '.join(SUFFIXES)}")
     with _reading(path):
+        _check_file(path)
         return load_file(path) if path.suffix == ".safetensors" else _read_pickle(path)
 
 
@@ -77,6 +86,7 @@ def check_pickle(path: Path) -> None:
     Pickles in torch's format before 1.6 cannot be mapped and are read. Raises ConfigError.
     """
     with _reading(path):
+        _check_file(path)
         _read_pickle(path, mmap=zipfile.is_zipfile(path))
 
 
@@ -85,6 +95,8 @@ def _reading(path: Path) -> Iterator[None]:
     """Turn the errors of the readers into ConfigErrors that name `path` and the cure."""
     try:
         yield
+    except ConfigError:
+        raise
     except FileNotFoundError as error:
         raise ConfigError(f"model: no file at {path}") from error
     except pickle.UnpicklingError as error:
@@ -92,15 +104,33 @@ def _reading(path: Path) -> Iterator[None]:
             f"model: {path} is a pickle with more than tensors in it, which could run code when read; in a place you "
             "can lose, open it with torch.load and save its state dict with safetensors.torch.save_file"
         ) from error
+    except MemoryError as error:
+        raise ConfigError(f"model: {path} is larger than the free memory; is this the right file?") from error
     except (OSError, EOFError, RuntimeError, ValueError, SafetensorError) as error:
+        if "TorchScript" in str(error):
+            raise ConfigError(
+                f"model: {path} is a TorchScript archive; save its state_dict() with safetensors.torch.save_file"
+            ) from error
         raise ConfigError(
             f"model: {path} cannot be read ({first_line(error)[:200]}); fetch or save it again"
         ) from error
 
 
+def _check_file(path: Path) -> None:
+    """Refuse what is no regular file, and a file that memory cannot hold. Raises ConfigError."""
+    if not path.exists():
+        raise FileNotFoundError(path)
+    size, free = require_regular(path, "model").stat().st_size, free_bytes(torch.device("cpu"))
+    if free is not None and size > free:
+        raise MemoryError(size)
+
+
 def _read_pickle(path: Path, mmap: bool = False) -> State:
-    with torch.serialization.safe_globals([argparse.Namespace]):  # DINO and MAE keep their flags in the file
-        return _unwrap(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap), path)
+    with torch.serialization.safe_globals([argparse.Namespace, *_NUMBERS]):  # DINO and MAE keep their flags in the file
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    if not (state := state_dicts.find(content)):
+        raise ConfigError(f"model: {path} holds no state dict; save the model's state_dict() with safetensors")
+    return state
 
 
 def shards(index: Path) -> list[str]:
@@ -109,7 +139,7 @@ def shards(index: Path) -> list[str]:
     Raises ConfigError if the file is no index, or names a file elsewhere or of another kind.
     """
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(read_json(index, "model")["weight_map"].values()))
         good = bool(names) and all(Path(name).name == name and name.endswith(".safetensors") for name in names)
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         good = False
@@ -123,21 +153,28 @@ def shards(index: Path) -> list[str]:
 def fill(vit: nn.Module, state: Mapping[str, Tensor], *, where: str, min_matched: float = 0.99) -> Match:
     """Copy a checkpoint of any known format into `vit`, in place, resized to its grid and channels as timm does it.
 
-    min_matched: smallest share of the model's tensors that must be filled. Raises ConfigError, before anything is
-    changed, below it and when the checkpoint has blocks that the model lacks: how many matched and the first misses.
+    min_matched: smallest share of the model's tensors, and of its parameters, that must be filled. Whatever it is, only
+    biases may be missing, which become zero, and nothing that changes features may be left over but whole blocks.
+    Raises ConfigError, before anything is changed, for a checkpoint that does not fit: how many tensors matched and the
+    first misses.
     """
+    state = state_dicts.without_wrappers(state, where)
     state = {key.replace("model.layer.", "layer."): value for key, value in state.items()}  # DINOv3 in transformers 5
-    detected = key_names.detect(state)
-    if detected is None and not any(".attn" in key or "attention" in key for key in state):
+    if not state_dicts.is_vit(state):
         raise ConfigError(f"model: {where} holds no Vision Transformer, only {_some(state)}")
-    name, converted = _to_timm(vit, state, detected, where)
-    match, matched, num_in_absent_blocks = _compare(vit, name, converted)
-    if match.matched < min_matched * (match.total + num_in_absent_blocks):  # they count as unmatched
-        more = f" and {len(match.misses) - 5} more" if len(match.misses) > 5 else ""
+    if lora := next((key for key in state if ".lora_A." in key), None):
         raise ConfigError(
-            f"model: {where} does not fit: {match}: {'; '.join(match.misses[:5])}{more}; "
-            "check --arch, or lower --min-matched to load what fits"
+            f"model: {where} holds a LoRA of PEFT beside the weights ({lora}); save it after merge_and_unload()"
         )
+    name, converted = conversion.to_timm(vit, state, key_names.detect(state), where)
+    match, matched = _compare(vit, name, converted)
+    if match.is_essential or match.share < min_matched:
+        more = f" and {len(match.misses) - 5} more" if len(match.misses) > 5 else ""
+        cure = "" if match.is_essential else ", or lower --min-matched to load what fits"
+        raise ConfigError(
+            f"model: {where} does not fit: {match}: {'; '.join(match.misses[:5])}{more}; check --arch{cure}"
+        )
+    _check_types(matched, where)
     _add_classifier(vit, converted, matched)
     vit.load_state_dict(matched, strict=False)
     log.info("%s: %s", where, match)
@@ -146,63 +183,46 @@ def fill(vit: nn.Module, state: Mapping[str, Tensor], *, where: str, min_matched
     return match
 
 
-def _compare(vit: nn.Module, name: str, converted: State) -> tuple[Match, State, int]:
-    """Return the match, the tensors that fit, and the number of tensors in blocks that the model lacks."""
+def _compare(vit: Any, name: str, converted: State) -> tuple[Match, State]:
+    """Return the match and the tensors to load: those that fit, and zeros for missing biases."""
     expected = {key: value for key, value in vit.state_dict().items() if not _NOT_FEATURES.match(key)}
     matched = {key: value for key, value in converted.items() if key in expected and value.shape == expected[key].shape}
     unplaced = [key for key in converted if key not in expected and not _NOT_FEATURES.match(key)]
+    absent_blocks = [key for key in unplaced if _block(key) >= len(vit.blocks)]
+    missing = [key for key in expected if key not in matched]
+    missing.sort(key=lambda key: bool(_BIAS.fullmatch(key)))
+    left_over = [key for key in unplaced if _FEATURES.match(key) and key not in absent_blocks]
     misses = [
-        f"{key} is {list(converted[key].shape)}, the model wants {list(value.shape)}"
+        f"{key} is {list(converted[key].shape)}, the model wants {list(expected[key].shape)}"
         if key in converted
         else f"{key} is missing"
-        for key, value in expected.items()
-        if key not in matched
+        for key in missing
     ]
-    misses += [f"{key} has no place in the model" for key in unplaced]
-    match = Match(name, len(matched), len(expected), tuple(misses))
-    return match, matched, sum(key.startswith("blocks.") for key in unplaced)
-
-
-def _to_timm(
-    vit: nn.Module, state: Mapping[str, Tensor], detected: tuple[key_names.Format, str] | None, where: str
-) -> tuple[str, State]:
-    name, plain = "unknown names", dict(state)
-    if detected is not None:
-        style, prefix = detected
-        name = style.name
-        plain = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        if style is key_names.DINOV3 and not isinstance(vit, timm_eva.Eva):
-            style = key_names.TIMM  # registers under a newer name are all that differs
-        plain = style.to_timm(_unchunked(plain))
-        if style is key_names.OPENCLIP:
-            plain = {f"visual.{key}": value for key, value in plain.items()}
-        elif style is key_names.HF_CLIP:
-            _shape_clip(plain)
-        elif style is key_names.DINOV3:
-            _split_bias(plain, vit, where)
-        elif "register_tokens" in plain:
-            plain.setdefault("mask_token", torch.empty(0))  # by which timm's filter knows DINOv2
-    return name, _adapt_channels(_filter(vit, plain), vit)
-
-
-def _filter(vit: Any, state: State) -> State:
-    """Apply timm's conversion: resize patch and position embeddings, translate the names of CLIP and DINOv2."""
-    if isinstance(vit, timm_eva.Eva):
-        state.pop("mask_token", None)  # with it timm takes the final norm for that of BEiT's pretraining
-        return timm_eva.checkpoint_filter_fn(state, vit)
-    # FlexiViT was trained on plain bilinear resizing; DeiT III calls its LayerScale gamma_1
-    smooth: dict[str, Any] = (
-        {"interpolation": "bilinear", "antialias": False} if "flexi" in vit.pretrained_cfg["architecture"] else {}
+    misses += [f"{key} has no place in the model" for key in sorted(unplaced, key=lambda key: key not in left_over)]
+    filled = sum(expected[key].numel() for key in matched)
+    wanted = sum(value.numel() for value in expected.values()) + sum(converted[key].numel() for key in absent_blocks)
+    match = Match(
+        name,
+        len(matched),
+        len(expected),
+        tuple(misses),
+        share=min(filled / max(wanted, 1), len(matched) / max(len(expected) + len(absent_blocks), 1)),
+        is_essential=bool(left_over) or any(key in converted or not _BIAS.fullmatch(key) for key in missing),
     )
-    return timm_vit.checkpoint_filter_fn(state, vit, adapt_layer_scale=True, **smooth)
+    return match, matched | {key: torch.zeros_like(expected[key]) for key in missing}
 
 
-def _adapt_channels(state: State, vit: nn.Module) -> State:
-    key = "patch_embed.proj.weight"
-    channels = vit.get_parameter(key).shape[1]
-    if key in state and state[key].ndim == 4 and state[key].shape[1] == 3 != channels:
-        state[key] = adapt_input_conv(channels, state[key])
-    return state
+def _block(key: str) -> int:
+    number = re.match(r"blocks\.(\d+)\.", key)
+    return int(number[1]) if number else -1
+
+
+def _check_types(state: State, where: str) -> None:
+    for key, value in state.items():
+        if not value.is_floating_point():
+            raise ConfigError(
+                f"model: {where} holds {key} as {value.dtype}, not as floating point; save it unquantized"
+            )
 
 
 def _add_classifier(vit: nn.Module, converted: State, matched: State) -> None:
@@ -217,35 +237,6 @@ def _add_classifier(vit: nn.Module, converted: State, matched: State) -> None:
         vit.reset_classifier(0)  # type: ignore[operator]
 
 
-def _unchunked(state: State) -> State:
-    """Rename blocks.C.N (chunks of DINOv2 for FSDP) to blocks.N; N counts over all chunks."""
-    return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): value for key, value in state.items()}
-
-
-def _split_bias(state: State, vit: nn.Module, where: str) -> None:
-    """Split the qkv bias of Meta's DINOv3, masked for k, into q_bias and v_bias of timm's Eva, which may have none."""
-    for key in [key for key in state if key.endswith("attn.qkv.bias")]:
-        q, _, v = state.pop(key).chunk(3)
-        stem = key.removesuffix("qkv.bias")
-        if getattr(vit.get_submodule("blocks.0.attn"), "q_bias", None) is not None:
-            state[f"{stem}q_bias"], state[f"{stem}v_bias"] = q, v
-        elif q.any() or v.any():
-            raise ConfigError(f"model: {where} has biases in {key}, the model has none; use the --arch ending in _qkvb")
-    for key in [key for key in state if key.endswith(("bias_mask", "periods"))]:
-        del state[key]  # the mask of k's bias and the rotary table, which timm computes
-
-
-def _shape_clip(state: State) -> None:
-    """Reshape CLIP's class token [D] and positions [N, D] of transformers, and split SigLIP's fused pooling q, k, v."""
-    for key in ("cls_token", "pos_embed"):
-        if key in state:
-            state[key] = state[key].reshape(1, -1, state[key].shape[-1])
-    for key in ("weight", "bias"):
-        if (stacked := state.pop(f"attn_pool.qkv.{key}", None)) is not None:
-            width = len(stacked) // 3
-            state[f"attn_pool.q.{key}"], state[f"attn_pool.kv.{key}"] = stacked[:width], stacked[width:]
-
-
 def _read_folder(folder: Path) -> State:
     if (folder / SAFETENSORS).is_file() or not any((folder / name).is_file() for name in (INDEX, PICKLE)):
         return read(folder / SAFETENSORS)
@@ -255,20 +246,6 @@ def _read_folder(folder: Path) -> State:
     for name in shards(folder / INDEX):
         state |= read(folder / name)
     return state
-
-
-def _unwrap(content: Any, path: Path) -> State:
-    while isinstance(content, dict) and not any(isinstance(value, Tensor) for value in content.values()):
-        nest = next((key for key in _NESTS if isinstance(content.get(key), dict)), None)
-        if nest is None:
-            break
-        content = content[nest]
-    tensors = (
-        {key: value for key, value in content.items() if isinstance(value, Tensor)} if isinstance(content, dict) else {}
-    )
-    if not tensors:
-        raise ConfigError(f"model: {path} holds no state dict; save the model's state_dict() with safetensors")
-    return tensors
 
 
 def _some(state: Mapping[str, Tensor]) -> str:
