@@ -1,6 +1,7 @@
 """How often a step makes the host wait for the device: once, at the gate."""
 
 import pytest
+import timm
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -8,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.flat import from_flat
 from upstep_fast.data.views.types import Views
-from upstep_fast.model import backbone
+from upstep_fast.engine import vit as engine
+from upstep_fast.model import backbone, lora
 from upstep_fast.runtime.device import resolve
 from upstep_fast.train import loop as trainer
 from upstep_fast.train.state import fresh_state
@@ -16,6 +18,13 @@ from upstep_fast.train.step import flush, step
 
 READS = {"item", "tolist", "__bool__", "__float__", "__int__", "__index__", "cpu", "numpy"}
 WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::masked_select")
+
+
+COPIES = {"tensor", "as_tensor", "from_numpy"}
+
+
+def _has_list(index):
+    return any(isinstance(part, list) for part in (index if isinstance(index, tuple) else (index,)))
 
 
 class Waits(TorchFunctionMode):
@@ -27,6 +36,8 @@ class Waits(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")
+        if name in COPIES or (name == "__getitem__" and _has_list(args[1])):
+            self.found.append(f"{name} from the host")  # a blocking copy, which capture as a CUDA graph refuses
         if name in READS:
             self.found.append(name)
             self._inside = True  # what it is made of is no second wait
@@ -76,11 +87,30 @@ def test_a_step_waits_once(model, layout, rule, cvr):
     assert waits(lambda: flush(state)) == ["tolist"] and state.pending is None
 
 
+def test_engine_copies_nothing_from_the_host():
+    # LayerScale and adapters on every projection; the engine's passes are what CUDA graphs capture
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=16, embed_dim=48, depth=2, num_heads=3, init_values=0.1,
+        num_classes=0, weight_init="skip",
+    )  # fmt: skip
+    vit.eval().requires_grad_(False)
+    lora.inject(vit, lora.LoraSpec(r=2, alpha=2, targets=("q", "v", "proj", "fc1", "fc2")))
+    built, images = engine.build(vit, torch.float32), torch.randn(2, 3, 32, 32)
+
+    def work():
+        built.features(images).square().mean().backward()
+
+    work()
+    assert waits(work) == []
+
+
 def test_a_wait_is_seen():
     x = torch.ones(3)
     assert waits(lambda: x.sum().item()) == ["item"]
     assert waits(lambda: bool(x.any())) == ["__bool__"]
     assert waits(lambda: x.nonzero()) and waits(lambda: x[x > 0])
+    assert waits(lambda: x[[0, 2]]) == ["__getitem__ from the host"]
+    assert waits(lambda: x * torch.tensor(2.0)) == ["tensor from the host"]
     assert waits(lambda: x * 2) == []
 
 

@@ -69,7 +69,9 @@ class FoldedLinear:
             gamma, beta = self.norm
             a, shift = a * gamma, a @ beta
         if self.layer_scale is not None:
-            b = b * self.layer_scale.view(-1, b.shape[1])[list(self.parts), :, None]
+            rows = self.layer_scale.view(-1, b.shape[1], 1)
+            # by integers: a list would be copied from the host, which capture as a CUDA graph refuses
+            b = b * _concatenated([rows[part : part + 1] for part in self.parts])
         return a, shift, b
 
 
