@@ -1,14 +1,15 @@
 """Autotuning: the fastest of several forms of an op, measured once per machine, cached, and settable from outside.
 
 A choice is named by a problem (op, dtype, shape class: "lora_linear bfloat16 M32768 K1024 ...") and holds for
-one machine (GPU, torch, triton). In order: what `set_tuned` says; what this process or an earlier one measured (JSON
-under XDG_CACHE_HOME); a measurement now. Ranks agree by one of them measuring and broadcasting `tuned()`.
-Nothing is measured on a CPU or while a CUDA graph is captured: the first candidate runs there.
+one machine (GPU, torch, triton, the source files of this folder). In order: what `set_tuned` says; what this process or
+an earlier one measured (JSON under XDG_CACHE_HOME); a measurement now. Ranks agree by one of them measuring and
+broadcasting `tuned()`. Nothing is measured on a CPU or while a CUDA graph is captured: the first candidate runs there.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ from ._dispatch import NAMESPACE
 from ._triton import MISSING, triton
 
 ROUNDS = 7
+BUSY_CYCLES = 1_000_000  # 0.5 ms at 2 GHz; a launch takes the host up to 0.1 ms
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
@@ -69,11 +71,12 @@ def autotune(problem: str, device: torch.device, candidates: Mapping[str, Callab
             return default, "the only one that can run"
         if torch.cuda.is_current_stream_capturing():
             return default, "the default: nothing is measured while a graph is captured"
-        milliseconds = _measure(candidates)
+        milliseconds, lacked_memory = _measure(candidates)
         if not milliseconds:
             return default, "the default: no candidate could be measured"
         known[problem] = min(milliseconds, key=lambda name: milliseconds[name])
-        _write(machine, problem, known[problem])
+        if not lacked_memory:  # with more memory free, another candidate may be the fastest
+            _write(machine, problem, known[problem])
     timings = ", ".join(f"{name} {ms:.3f} ms" for name, ms in milliseconds.items())
     _log.info("%s: %s (measured: %s)", problem, known[problem], timings)
     return known[problem], "measured"
@@ -84,8 +87,10 @@ def power_class(count: int) -> int:
     return 1 << max(count - 1, 0).bit_length()
 
 
-def _measure(candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+def _measure(candidates: Mapping[str, Callable[[], object]]) -> tuple[dict[str, float], bool]:
+    """Return the median milliseconds of each candidate that can run, and True if one lacked memory."""
     timings: dict[str, list[float]] = {}
+    lacked_memory = False
     for name, call in candidates.items():
         try:
             for _ in range(2):  # compiles, and fills the allocator's cache
@@ -94,23 +99,37 @@ def _measure(candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]
             timings[name] = []
         # a tile too large for an unknown GPU, or too little memory: the others still run
         except Exception as error:
+            lacked_memory |= isinstance(error, torch.cuda.OutOfMemoryError)
             _log.warning("%s cannot run and is left out of the measurement: %s", name, str(error).split("\n")[0])
     # in turns, so that a drift of the clock affects all candidates equally
     for _ in range(ROUNDS):
         for name, times in timings.items():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            # the device is kept busy while the host launches: else a short kernel's time is that of its launch
+            torch.cuda._sleep(BUSY_CYCLES)
             start.record()
             candidates[name]()
             end.record()
             end.synchronize()
             times.append(start.elapsed_time(end))
-    return {name: statistics.median(times) for name, times in timings.items()}
+    return {name: statistics.median(times) for name, times in timings.items()}, lacked_memory
 
 
 @functools.lru_cache
 def _machine(device: torch.device) -> str:
     triton_version = "none" if MISSING else triton.__version__
-    return f"{torch.cuda.get_device_name(device)} | torch {torch.__version__} | triton {triton_version}"
+    versions = f"torch {torch.__version__} | triton {triton_version} | kernels {_fingerprint()}"
+    return f"{torch.cuda.get_device_name(device)} | {versions}"
+
+
+@functools.lru_cache
+def _fingerprint() -> str:
+    """Return a short hash of this folder's source files."""
+    digest = hashlib.sha256()
+    folder = Path(__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _path() -> Path:

@@ -23,7 +23,7 @@ def gpu(monkeypatch, tmp_path):
 
     def measure(candidates):
         measured.append(tuple(candidates))
-        return {name: 1.0 / (1 + i) for i, name in enumerate(candidates)}
+        return {name: 1.0 / (1 + i) for i, name in enumerate(candidates)}, False
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(_autotune, "_machine", lambda device: "a GPU")
@@ -111,11 +111,80 @@ def test_power_class(count, size):
     assert _autotune.power_class(count) == size
 
 
+class Timeline:
+    """A stand-in GPU: work is queued behind earlier work, and launching it takes the host time. Microseconds."""
+
+    def __init__(self, monkeypatch):
+        self.host = self.device = 0.0
+        timeline = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = max(timeline.host, timeline.device)
+
+            def synchronize(self):
+                timeline.host = max(timeline.host, self.at)
+
+            def elapsed_time(self, end):
+                return (end.at - self.at) / 1e3
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: timeline.launch(0, cycles / 2000))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: setattr(timeline, "host", timeline.device))
+
+    def launch(self, host, device):
+        self.host += host
+        self.device = max(self.host, self.device) + device
+
+
+def test_the_time_is_the_devices_and_not_the_launches(monkeypatch):
+    gpu = Timeline(monkeypatch)
+    slow_launch, slow_kernel = lambda: gpu.launch(90, 20), lambda: gpu.launch(10, 30)
+    times, lacked_memory = _autotune._measure({"slow launch": slow_launch, "slow kernel": slow_kernel})
+    assert times == pytest.approx({"slow launch": 0.020, "slow kernel": 0.030}) and not lacked_memory
+
+
+def test_a_choice_made_for_lack_of_memory_is_not_kept(gpu, monkeypatch):
+    _, path = gpu
+    monkeypatch.setattr(_autotune, "_measure", lambda candidates: ({"first": 1.0}, True))
+    assert _autotune.autotune("p", GPU, WAYS) == ("first", "measured")
+    assert not path.exists()
+
+
+def test_lack_of_memory_is_told_from_other_failures(monkeypatch):
+    Timeline(monkeypatch)
+
+    def fails(error):
+        raise error
+
+    bad = {"no memory": lambda: fails(torch.cuda.OutOfMemoryError("out of memory")), "good": lambda: None}
+    assert _autotune._measure(bad) == ({"good": pytest.approx(0.0)}, True)
+    bad["no memory"] = lambda: fails(RuntimeError("out of shared memory"))
+    assert _autotune._measure(bad)[1] is False
+
+
+def test_other_kernels_are_another_machine(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    names = []
+    for text in ("a = 1", "a = 2"):
+        (tmp_path / "op.py").write_text(text)
+        monkeypatch.setattr(_autotune, "__file__", str(tmp_path / "_autotune.py"))
+        _autotune._fingerprint.cache_clear()
+        _autotune._machine.cache_clear()
+        names.append(_autotune._machine(GPU))
+    _autotune._fingerprint.cache_clear()
+    _autotune._machine.cache_clear()
+    assert names[0] != names[1] and names[0].startswith("a GPU | torch ")
+
+
 @pytest.mark.gpu
 def test_a_failing_candidate_is_left_out(caplog):
     def fails():
         raise RuntimeError("out of shared memory")
 
     with caplog.at_level(logging.WARNING):
-        assert list(_autotune._measure({"bad": fails, "good": lambda: None})) == ["good"]
+        assert list(_autotune._measure({"bad": fails, "good": lambda: None})[0]) == ["good"]
     assert "bad cannot run" in caplog.text
