@@ -18,7 +18,6 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +31,8 @@ IMPLEMENTATIONS = ("reference", "triton", "cpp", "cuda")
 NAMESPACE = (__package__ or "kernels").replace(".", "_")
 
 _log = logging.getLogger(__name__)
-_forced: ContextVar[str | None] = ContextVar("forced_implementation", default=None)
+# of the process, not of the thread: backward of CUDA tensors runs in autograd's own threads
+_forced: str | None = None
 _report: dict[tuple[str, str], Choice] = {}
 _logged: set[Choice] = set()
 
@@ -49,22 +49,27 @@ class Choice:
 
 @contextlib.contextmanager
 def forced(implementation: str | None) -> Iterator[None]:
-    """Run `implementation` within this context, for every op that has it; an op that cannot run it raises."""
-    token = _forced.set(_checked(implementation, "implementation"))
+    """Run `implementation` within this context, for every op that has it; an op that cannot run it raises.
+
+    Holds for all threads of the process.
+    """
+    before = _forced
+    force(implementation)
     try:
         yield
     finally:
-        _forced.reset(token)
+        force(before)
 
 
 def force(implementation: str | None) -> None:
     """Set `implementation` as `forced` does, until called again; None or "auto" gives the choice back."""
-    _forced.set(_checked(implementation, "implementation"))
+    global _forced
+    _forced = _checked(implementation, "implementation")
 
 
 def requested() -> str | None:
     """Return the implementation requested by `forced`, `force` or UPSTEP_FAST_KERNELS; None: free choice."""
-    return _forced.get() or _checked(os.environ.get("UPSTEP_FAST_KERNELS"), "UPSTEP_FAST_KERNELS")
+    return _forced or _checked(os.environ.get("UPSTEP_FAST_KERNELS"), "UPSTEP_FAST_KERNELS")
 
 
 def choose(op: str, device: torch.device, candidates: Mapping[str, str | None]) -> str:

@@ -203,8 +203,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     needs = ctx.needs_input_grad
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x if needs[3] else None, weight, lora_a, lora_b, output[1], seed)
-    # read here: `forced` does not reach the threads that run backward on a GPU
-    request = requested()
+    request = requested()  # what is requested of the forward holds for its backward, whenever that runs
     ctx.strategy = request if strategy not in STRATEGIES and request in STRATEGIES else strategy
 
 

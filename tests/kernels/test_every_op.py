@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
+import threading
 
 import pytest
 import torch
@@ -48,6 +49,20 @@ def test_gradients_of_some_inputs_are_those_of_all(problem):
         for some in itertools.combinations(problem.wrt, count):
             for i, gradient in gradients(problem, some).items():
                 torch.testing.assert_close(gradient, of_all[i], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("problem", WITH_GRADIENT, indirect=True)
+def test_what_is_forced_reaches_the_threads_of_backward(problem):
+    # autograd runs backward of CUDA tensors in threads of its own; any other thread stands in
+    _dispatch.forget()
+    with forced("reference"):
+        inputs = leaves(problem, problem.wrt)
+        out = problem.call(*inputs).sum()
+        thread = threading.Thread(target=out.backward)
+        thread.start()
+        thread.join()
+    assert all(inputs[i].grad is not None for i in problem.wrt)
+    assert {choice.implementation for choice in _dispatch.report()} == {"reference"}
 
 
 @pytest.mark.parametrize("problem", WITH_GRADIENT, indirect=True)
