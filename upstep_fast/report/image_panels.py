@@ -32,7 +32,7 @@ from upstep_fast.config.evaluate import EvalConfig
 from upstep_fast.data.loading.loader import load_images
 from upstep_fast.data.loading.skipped_images import csv_cell, read_image
 from upstep_fast.data.sources.source import Source, open_source
-from upstep_fast.errors import BadImage
+from upstep_fast.errors import BadImage, UpstepError
 from upstep_fast.evaluation.features import load_models
 from upstep_fast.model import backbone as backbones
 from upstep_fast.model import pooling
@@ -207,6 +207,6 @@ def _odd_thumbnails(config: AdaptConfig, skipped: Path, channels: int) -> dict[s
             break
         if (name := csv_cell(source.name(index))) in unread:
             unread.remove(name)
-            with contextlib.suppress(BadImage):
+            with contextlib.suppress(BadImage, UpstepError):
                 thumbs[name] = thumbnail(read_image(source, index, channels=channels))
     return thumbs

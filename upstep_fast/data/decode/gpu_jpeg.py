@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from upstep_fast.data.decode.image import MAX_PIXELS, orientation_of, upright
+from upstep_fast.data.decode.out_of_memory import is_out_of_memory
 from upstep_fast.errors import ConfigError
 
 _RGB = 3  # ImageReadMode.RGB
@@ -42,7 +43,10 @@ class GpuReader:
         self._lock, self._local = threading.Lock(), threading.local()
 
     def read(self, files: Sequence[bytes | memoryview]) -> list[Tensor | None]:
-        """Return the pixels of each file, uint8 [3, H, W] on the device, ready; None where the CPU has to decode it."""
+        """Return the pixels of each file, uint8 [3, H, W] on the device, ready; None where the CPU has to decode it.
+
+        Raises RuntimeError if the device has no memory.
+        """
         headers = [self._header(data) for data in files]
         decoded: list[Tensor | None] = [None] * len(files)
         on_gpu = [i for i, header in enumerate(headers) if header]
@@ -50,7 +54,9 @@ class GpuReader:
             images: Sequence[Tensor | None]
             try:
                 images = self._decode([files[i] for i in on_gpu])
-            except RuntimeError:  # one bad file fails the call: one call per file
+            except RuntimeError as error:  # one bad file fails the call: one call per file
+                if is_out_of_memory(error):  # the CPU's pixels would differ: the choice depends on the file alone
+                    raise
                 images = [self._decode_one(files[i]) for i in on_gpu]
             for i, image in zip(on_gpu, images, strict=True):
                 (width, height), orientation = headers[i]  # type: ignore[misc]
@@ -79,7 +85,9 @@ class GpuReader:
     def _decode_one(self, data: bytes | memoryview) -> Tensor | None:
         try:
             return self._decode([data])[0]
-        except RuntimeError:
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             return None
 
     def _decode(self, files: Sequence[bytes | memoryview]) -> list[Tensor]:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from upstep_fast.data.decode import jpeg
 from upstep_fast.data.decode.arrays import NPY, decode_npy
+from upstep_fast.data.decode.out_of_memory import is_out_of_memory
 from upstep_fast.data.decode.tiff import TiffPlan, decode_tiff_bands, plan_tiff, say_alpha_left_out
 from upstep_fast.data.decode.tiff_header import TIFF
 from upstep_fast.errors import BadImage
@@ -53,8 +54,8 @@ def decode(
     """Decode an image to uint8 [channels, H, W].
 
     channels: 3: RGB, 1: gray, 4: RGBA as stored; any number for .npy and TIFF. min_side: a JPEG may be decoded at
-    1/2, 1/4 or 1/8 of its size as long as both sides keep this many pixels. name: for the error's text. Raises BadImage
-    only.
+    1/2, 1/4 or 1/8 of its size as long as both sides keep this many pixels. name: for the error's text. Raises
+    BadImage, or MemoryError, which says nothing about the image.
     """
     try:
         if len(data) == 0:
@@ -75,7 +76,9 @@ def decode(
         if start[:4] in TIFF:
             raise BadImage("a TIFF that Pillow does not read; convert it to 8-bit RGB or to .npy", name) from None
         raise BadImage(f"not an image in a known format ({_looks_like(bytes(data[:64]))})", name) from None
-    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, MemoryError and others
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and others
+        if is_out_of_memory(error):
+            raise MemoryError(f"{name}: out of memory" if name else "out of memory") from error
         reason = f"cannot be decoded: {type(error).__name__}: {str(error)[:120]}".replace("\n", " ")
         raise BadImage(reason, name) from error
 

@@ -32,6 +32,7 @@ class TiffPage:
     extra: tuple[int, ...]  # 0 unspecified, 1 associated alpha, 2 unassociated alpha
     compression: int
     orientation: int
+    tile: int  # pixels of a tile; 0: strips
     subsampling: tuple[int, ...]
     ink_set: int
     subfile: int
@@ -104,6 +105,7 @@ def _page(tags: dict[int, np.ndarray], order: str, big: bool) -> TiffPage:
         extra=values(338, ()),
         compression=value(259, 1),
         orientation=value(274, 1),
+        tile=value(322, 0) * value(323, 0),
         subsampling=values(530, (2, 2)),
         ink_set=value(332, 1),
         subfile=value(254, 0),

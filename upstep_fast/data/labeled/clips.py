@@ -28,6 +28,7 @@ from upstep_fast.data.labeled.reader import ReaderOptions
 from upstep_fast.data.labeled.splits import Labeled, join
 from upstep_fast.data.loading.loader import permutation
 from upstep_fast.data.loading.ordered_map import ordered_map
+from upstep_fast.data.loading.retries import with_retries
 from upstep_fast.data.loading.skipped_images import SkippedImages, catch_bad_image, read_image
 from upstep_fast.data.sources.part import SPLITS
 from upstep_fast.data.sources.source import Source, open_source
@@ -74,7 +75,7 @@ class Clips:
         if clip.file is not None:
             if channels != 3:
                 raise BadImage("a video has 3 channels")
-            return video.read(clip.file, frames)
+            return with_retries(lambda: video.read(clip.file, frames), lambda: clip.name)  # type: ignore[arg-type]
         assert self.source is not None
         images = []
         for frame in frames:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from upstep_fast.data.loading.retries import may_pass
 from upstep_fast.errors import BadImage, DataError, first_line
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg")
@@ -53,6 +54,8 @@ def read(path: str, frames: Sequence[int]) -> list[Tensor]:
     except DataError:
         raise
     except Exception as error:  # whatever the libraries raise on a broken file
+        if may_pass(error):
+            raise
         raise BadImage(f"cannot be decoded: {first_line(error)}") from error
     if missing := expected - set(decoded):
         raise BadImage(f"it ends before frame {min(missing)}")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from upstep_fast.data.decode.gpu_jpeg import GpuReader
 from upstep_fast.data.keyed_random import bits_array
+from upstep_fast.data.loading.retries import with_retries
 from upstep_fast.data.loading.skipped_images import read_image, too_many
 from upstep_fast.data.sources.source import Source
 from upstep_fast.errors import BadImage
@@ -112,7 +113,10 @@ class Fetcher:
             if index not in self._bad and self._cache.get(index) is None:
                 with contextlib.suppress(OSError):  # the CPU's attempt reports it
                     files[index] = self.source.read(index)
-        return dict(zip(files, self.gpu.read(list(files.values())), strict=True)) if self.gpu and files else {}
+        if (gpu := self.gpu) is None or not files:
+            return {}
+        decoded = with_retries(lambda: gpu.read(list(files.values())), lambda: self.source.name(indices[0]))
+        return dict(zip(files, decoded, strict=True))
 
 
 class _Cache:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from upstep_fast.data.decode.image import decode
 from upstep_fast.data.loading.ordered_map import ordered_map
+from upstep_fast.data.loading.retries import may_pass, with_retries
 from upstep_fast.data.sources.source import Source
 from upstep_fast.errors import BadImage, DataError, printable
 from upstep_fast.runtime.atomic_file import write_atomic
@@ -42,15 +43,21 @@ def too_many(bad: int, total: int, max_bad_fraction: float) -> bool:
 
 
 def read_image(source: Source, index: int, *, channels: int = 3, min_side: int | None = None) -> Tensor:
-    """Return the decoded image, uint8 [channels, H, W]. Raises BadImage."""
-    return decode(read_bytes(source, index), channels=channels, min_side=min_side)
+    """Return the decoded image, uint8 [channels, H, W]. Raises BadImage, or as `with_retries`."""
+
+    def read() -> Tensor:
+        return decode(read_bytes(source, index), channels=channels, min_side=min_side)
+
+    return with_retries(read, lambda: source.name(index))
 
 
 def read_bytes(source: Source, index: int) -> bytes:
-    """Return the encoded image. Raises BadImage."""
+    """Return the encoded image. Raises BadImage, or OSError if it may pass: for use within `with_retries`."""
     try:
         return source.read(index)
     except OSError as error:
+        if may_pass(error):
+            raise
         raise BadImage(f"cannot be read: {error.strerror or error}") from error
 
 
@@ -78,10 +85,14 @@ def map_readable(
 ) -> Generator[tuple[int, R]]:
     """Yield (index, function(index)) in order, computed by threads; close() ends them.
 
-    An image for which `function` raises BadImage is added to `skipped`. Raises DataError when more than
-    `max_bad_fraction` of the indices are.
+    An image for which `function` raises BadImage is added to `skipped`; errors that may pass are retried. Raises
+    DataError when more than `max_bad_fraction` of the indices are bad, and as `with_retries`.
     """
-    results = ordered_map(catch_bad_image(function), indices, num_workers, ahead)
+
+    def retried(index: int) -> R:
+        return with_retries(lambda: function(index), lambda: source.name(index))
+
+    results = ordered_map(catch_bad_image(retried), indices, num_workers, ahead)
     try:
         for index, result in zip(indices, results, strict=True):
             if isinstance(result, BadImage):

@@ -32,7 +32,7 @@ class Files:
         """Return the encoded image. Raises OSError."""
         # a fifo that replaced a file after listing must not block, and a file that grew must not fill the memory
         fd = os.open(self._path(index), os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with open(fd, "rb", buffering=0) as file:
+        with open(fd, "rb") as file:  # buffered: one unbuffered read may return less than there is
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 raise OSError("not a regular file")

@@ -97,7 +97,7 @@ def _key(name: bytes) -> bytes:
 
 
 def _read_at(path: str, offset: int, size: int) -> bytes:
-    with open(path, "rb", buffering=0) as file:
+    with open(path, "rb") as file:  # buffered: one unbuffered read may return less than there is
         file.seek(offset)
         data = file.read(size)
     if len(data) != size:
