@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from upstep_fast import input_files
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.evaluate import EvalConfig
 from upstep_fast.data.loading.loader import load_images
@@ -145,8 +146,8 @@ def thumbnail(image: Tensor) -> str:
 def read_panels(folder: Path) -> ImagePanels | None:
     """Return the panels that `collect` wrote to `folder`; None if the file is missing or fails a check."""
     try:
-        return _checked(json.loads((folder / NAME).read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
+        return _checked(input_files.read_json(folder / NAME, "report"))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):  # ConfigError is a ValueError
         return None
 
 
@@ -194,8 +195,9 @@ def _num_images(base: backbones.Backbone, compute: Compute) -> int:
 def _odd_thumbnails(config: AdaptConfig, skipped: Path, channels: int) -> dict[str, str]:
     """Return {name: thumbnail} of the first images in skipped.csv that can be read."""
     try:
-        rows: Sequence[Sequence[str]] = list(csv.reader(io.StringIO(skipped.read_text(encoding="utf-8"))))[1:]
-    except (OSError, ValueError, csv.Error):
+        text = input_files.read_text(skipped, "report")
+        rows: Sequence[Sequence[str]] = list(csv.reader(io.StringIO(text)))[1:]
+    except (ValueError, csv.Error):
         return {}
     unread = {row[0] for row in rows[: 8 * MAX_ODD] if row}
     thumbs: dict[str, str] = {}

@@ -1,22 +1,35 @@
-"""The files of a run, read from its folder. Their content is not trusted; missing or damaged files are left out."""
+"""The files of a run, read from its folder.
+
+Their content is not trusted: missing, damaged and endless files are left out, with a warning where one is there but is
+no regular file of bounded size; numbers that are not finite count as missing.
+"""
 
 from __future__ import annotations
 
 import csv
 import json
+import logging
 import math
+import os
+import re
 import statistics
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from upstep_fast import input_files
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.files import flatten_tables
 from upstep_fast.errors import ConfigError
 from upstep_fast.report.image_panels import ImagePanels, read_panels
 from upstep_fast.runtime.checkpoint import MANIFEST
 from upstep_fast.runtime.run_folder import CHECKPOINTS, CONFIG
+
+log = logging.getLogger("upstep_fast")
+
+MAX_METRICS_BYTES = 1 << 30  # about three million steps
+# the start of train.log's lines
+_MESSAGE = re.compile(r"\d{4}-\d\d-\d\d [\d:,]{8,16} (WARNING|ERROR|CRITICAL) ")
 
 
 @dataclass(frozen=True)
@@ -36,7 +49,7 @@ class Record:
     def steps(self) -> int | None:
         """The number of steps that the run is configured for."""
         value = self.config.get("steps")
-        return value if isinstance(value, int) else None
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
 
     def column(self, name: str) -> list[float | None]:
         """Return the values of a metric, one per step; None where a row has no finite number."""
@@ -51,9 +64,9 @@ class Record:
 def read_record(folder: Path) -> Record:
     """Return the run in `folder`. Raises ConfigError if the folder holds no run."""
     config = read_config(folder)
-    rows = [row for line in _lines(folder / "metrics.jsonl") if isinstance(row := _json(line), dict)]
+    lines = _lines(folder / "metrics.jsonl", MAX_METRICS_BYTES)
+    rows = [row for line in lines if isinstance(row := _json(line), dict)]
     scores = _json("\n".join(_lines(folder / "eval.json")))
-    levels = ("WARNING", "ERROR", "CRITICAL")
     return Record(
         folder=folder,
         config=config,
@@ -62,18 +75,15 @@ def read_record(folder: Path) -> Record:
         scores=scores if isinstance(scores, dict) else None,
         environment=_environment(folder / CHECKPOINTS),
         panels=read_panels(folder),
-        messages=[line for line in _lines(folder / "train.log") if any(f" {level} " in line[:40] for level in levels)],
+        messages=[line for line in _lines(folder / "train.log") if _MESSAGE.match(line)],
     )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Return folder/config.toml as {flag: value}. Raises ConfigError if the folder holds no run."""
-    try:
-        values = tomllib.loads((folder / CONFIG).read_text(encoding="utf-8", errors="replace"))
-    except OSError as error:
-        raise ConfigError(f"report: {folder} holds no run of upstep-fast ({CONFIG}: {error.strerror})") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"report: {folder / CONFIG} is not valid TOML: {error}") from error
+    if not os.path.lexists(folder / CONFIG):
+        raise ConfigError(f"report: {folder} holds no run of upstep-fast (no {CONFIG}); give the --out of adapt")
+    values = input_files.read_toml(folder / CONFIG, "report")
     return flatten_tables(values, AdaptConfig)
 
 
@@ -112,8 +122,8 @@ def waiting_share(record: Record) -> float | None:
     """Return the share of the steps' time spent waiting for images; None if it was not measured."""
     waits = zip(record.column("data_wait"), record.step_seconds(), strict=True)
     measured = [(wait, seconds) for wait, seconds in waits if wait is not None and seconds is not None]
-    total = sum(seconds for _, seconds in measured)
-    return sum(wait for wait, _ in measured) / total if total else None
+    total, waits_total = sum(seconds for _, seconds in measured), sum(wait for wait, _ in measured)
+    return waits_total / total if 0 < total < math.inf and abs(waits_total) < math.inf else None
 
 
 def time_shares(record: Record) -> dict[str, float]:
@@ -150,12 +160,16 @@ def _environment(checkpoints: Path) -> dict[str, Any]:
     return {}
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        # not splitlines: a file name may contain one of the other characters that it splits at
-        return path.read_text(encoding="utf-8", errors="replace").split("\n")
-    except OSError:
+def _lines(path: Path, limit: int = input_files.MAX_TEXT_BYTES) -> list[str]:
+    if not os.path.lexists(path):
         return []
+    try:
+        text = input_files.read_bytes(path, "report", limit).decode(errors="replace")
+    except ConfigError as error:
+        log.warning("%s; left out", error)
+        return []
+    # not splitlines: a file name may contain one of the other characters that it splits at
+    return text.replace("\r\n", "\n").split("\n")
 
 
 def _json(text: str) -> Any:
