@@ -176,7 +176,7 @@ def test_an_adapter_for_another_model_names_what_differs(saved, tmp_path):
     [
         (lambda f: shutil.rmtree(f), "holds no adapter_config.json"),
         (lambda f: (f / "adapter_model.safetensors").unlink(), "holds no adapter_model.safetensors"),
-        (lambda f: (f / "adapter_config.json").write_text("{"), "cannot be read"),
+        (lambda f: (f / "adapter_config.json").write_text("{"), "is not valid JSON"),
         (lambda f: (f / "adapter_config.json").write_text("[]"), "not a LoRA configuration"),
         (lambda f: (f / "adapter_model.safetensors").write_bytes(b"\x80\x04pickle"), "cannot be read"),
     ],

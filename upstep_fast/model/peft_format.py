@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save as to_bytes
+import torch
 from torch import Tensor, nn
 
-from upstep_fast.errors import ConfigError, first_line
+from upstep_fast.errors import ConfigError
+from upstep_fast.model import adapter_base, peft_config, peft_fit, peft_tensors
 from upstep_fast.model.backbone import load
 from upstep_fast.model.lora import LoraLinear, call_qkv, merge
+from upstep_fast.model.peft_config import CONFIG, NO_MODULE, AdapterConfig
+from upstep_fast.model.peft_tensors import BARE, BARE_RECORD, BASE_RECORD, NO_BARE, PREFIX, WEIGHTS, AdapterTensors
 from upstep_fast.runtime.atomic_file import write_together
 
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-BARE = "bare_parameters.safetensors"  # parameters of the model itself (cls_token, pos_embed), which PEFT cannot save
-NO_MODULE = "dummy-target-modules"  # PEFT's name for an adapter with modules_to_save alone
-_PREFIX = "base_model.model."
+FILES = (CONFIG, WEIGHTS, BARE)  # all that an adapter folder holds; BARE only if the adapter has such parameters
 
 
 def save_adapter(folder: str | Path, adapters: Mapping[str, LoraLinear], base_model: str) -> None:
@@ -59,6 +55,8 @@ def scaled(files: Mapping[str, bytes], strength: Callable[[str], float]) -> dict
     With a strength below 1 a module lies between the base model and the adapted one.
     """
     config = json.loads(files[CONFIG])
+    if config["target_modules"] == NO_MODULE:
+        return dict(files)
     saved = dict.fromkeys(config["target_modules"], config["lora_alpha"]) | config.get("alpha_pattern", {})
     alphas = {name: _integral(strength(name) * alpha) for name, alpha in saved.items()}
     config["lora_alpha"] = max(alphas.values())
@@ -67,30 +65,39 @@ def scaled(files: Mapping[str, bytes], strength: Callable[[str], float]) -> dict
 
 
 def adapter_files(
-    adapters: Mapping[str, LoraLinear], base_model: str, *, fully_trained: Mapping[str, Tensor] | None = None
+    adapters: Mapping[str, LoraLinear],
+    base_model: str,
+    *,
+    fully_trained: Mapping[str, Tensor] | None = None,
+    base_sha256: str | None = None,
 ) -> dict[str, bytes]:
     """Return the files of an adapter in PEFT's format, by name.
 
     base_model: goes into base_model_name_or_path. fully_trained: parameters trained without an adapter, by name.
+    base_sha256: `adapter_base.fingerprint` of the base model; goes into the metadata of the tensors, as does the
+    fingerprint of bare parameters, without which the adapter would be incomplete.
     """
     pairs = {name: adapter.as_one() for name, adapter in adapters.items()}
     parameters = {name: p.detach().cpu().contiguous() for name, p in (fully_trained or {}).items()}
     bare = {name: p for name, p in parameters.items() if "." not in name}
     of_modules = {name: p for name, p in parameters.items() if "." in name}
     tensors = {
-        f"{_PREFIX}{name}.lora_{letter}.weight": matrix.detach().cpu().contiguous()
+        f"{PREFIX}{name}.lora_{letter}.weight": matrix.detach().cpu().contiguous()
         for name, pair in pairs.items()
         for letter, matrix in zip("AB", pair, strict=True)
     }
-    tensors |= {f"{_PREFIX}{name}": tensor for name, tensor in of_modules.items()}
+    tensors |= {f"{PREFIX}{name}": tensor for name, tensor in of_modules.items()}
     ranks = {name: len(a) for name, (a, _) in pairs.items()}
     alphas = {name: ranks[name] * adapter.scale for name, adapter in adapters.items()}
     config = _peft_config(base_model, ranks, alphas, modules_to_save={_module_to_save(name) for name in of_modules})
+    metadata = {"format": "pt", BARE_RECORD: peft_tensors.sha256(bare) if bare else NO_BARE}
+    if base_sha256 is not None:
+        metadata[BASE_RECORD] = base_sha256
     files = {
-        WEIGHTS: to_bytes(tensors, metadata={"format": "pt"}),
+        WEIGHTS: peft_tensors.to_bytes(tensors, metadata),
         CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
     }
-    return files | ({BARE: to_bytes(bare, metadata={"format": "pt"})} if bare else {})
+    return files | ({BARE: peft_tensors.to_bytes(bare, {"format": "pt"})} if bare else {})
 
 
 def _peft_config(
@@ -123,35 +130,67 @@ def _module_to_save(parameter: str) -> str:
     return module if "." in module else f"model.{module}"
 
 
-def attach(vit: nn.Module, folder: str | Path) -> dict[str, LoraLinear]:
+def attach(
+    vit: nn.Module, folder: str | Path, *, model: str | None = None, any_base: bool = False
+) -> dict[str, LoraLinear]:
     """Put the adapter in `folder` on `vit`, in place, as one LoRA per Linear. Returns the adapters by module name.
 
-    Fully trained parameters in the folder replace those of `vit`. Reads what `save_adapter` wrote and any LoRA that
-    PEFT wrote for a timm ViT. Raises ConfigError, before anything is changed, if the folder is not an adapter or
-    belongs to another model: the first five names or shapes that differ.
+    Fully trained parameters in the folder replace those of `vit`. Reads what `save_adapter` wrote and LoRA that PEFT
+    wrote for a timm ViT. model: name under which `vit` was loaded, to compare with the adapter's base model. any_base:
+    put it on another base model of the same shapes too. Raises ConfigError, before anything is changed, if the folder
+    is not an adapter, has an option that is not read, is damaged, or belongs to another model: the first five names or
+    shapes that differ.
     """
-    config, tensors, bare = _read(Path(folder))
-    pairs, of_modules = _split(config, tensors, Path(folder))
-    parameters = of_modules | bare
-    mismatches = [*_lora_mismatches(vit, pairs), *_parameter_mismatches(vit, parameters)]
-    if mismatches:
-        more = f" and {len(mismatches) - 5} more" if len(mismatches) > 5 else ""
-        base = config.get("base_model_name_or_path")
-        raise ConfigError(
-            f"adapter: {folder} (made for {base}) does not fit this model: {'; '.join(mismatches[:5])}{more}"
-        )
+    folder = Path(folder)
+    _check_size(vit, folder)
+    config, tensors = _read(folder)
+    peft_fit.check(vit, config, tensors, folder)
+    if not any_base:
+        adapter_base.check(vit, model, folder, recorded=tensors.base_sha256, base_model=config.base_model)
     adapters = {}
-    for name, (a, b) in pairs.items():
-        base_linear = vit.get_submodule(name)
-        assert isinstance(base_linear, nn.Linear)
-        adapters[name] = LoraLinear(base_linear, r=len(a), scale=_scale(config, name, len(a)))
+    for name, (a, b) in tensors.pairs.items():
+        linear = vit.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        scale = config.scale(tensors.written[name])
+        a, b = _from_base(linear.weight, a, b, scale, str(config.init).lower())
+        peft_fit.check_update(linear.weight, a, b, scale, f"{folder}: {name}")
+        adapters[name] = LoraLinear(linear, r=len(a), scale=scale)
         adapters[name].lora_a.data.copy_(a[None])
         adapters[name].lora_b.data.copy_(b[None])
-        vit.set_submodule(name, adapters[name])
-    for name, value in parameters.items():
+    for name, adapter in adapters.items():
+        vit.set_submodule(name, adapter)
+    for name, value in (tensors.of_modules | tensors.bare).items():
         vit.get_parameter(name).data.copy_(value)
     call_qkv(vit)
     return adapters
+
+
+def _check_size(vit: nn.Module, folder: Path) -> None:
+    """Raise ConfigError for files that are too large for this model, before they are read into memory."""
+    limit = 8 * sum(4 * p.numel() for p in vit.parameters()) + (1 << 20)
+    for name in (WEIGHTS, BARE):
+        if (folder / name).exists() and (size := (folder / name).stat().st_size) > limit:
+            raise ConfigError(f"adapter: {folder / name} has {size} bytes, more than 8 times those of the model")
+
+
+def _from_base(weight: Tensor, a: Tensor, b: Tensor, scale: float, init: str) -> tuple[Tensor, Tensor]:
+    """Return A [r, K] and B [N, r] as an update of the unchanged `weight` [N, K].
+
+    PEFT loads an adapter that started as PiSSA (Meng et al. 2024) or OLoRA (Bueyuekakyuez 2024) on W - P, P the part
+    of W that A and B started as: the r largest singular values, or the first r columns and rows of W = Q R. So
+
+        W - P + s B A  =  W + s (B A - P / s)  =  W + s [B, B0] [A; A0]      with s B0 A0 = -P, of rank 2 r
+    """
+    if init not in peft_config.CHANGED_BASE:
+        return a, b
+    r, weight = len(a), weight.detach().float()
+    if init == "pissa":
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        b0, a0 = u[:, :r] * (s[:r] / -scale), vh[:r]
+    else:
+        q, upper = torch.linalg.qr(weight)
+        b0, a0 = -q[:, :r], upper[:r]
+    return torch.cat([a, a0]), torch.cat([b, b0], 1)
 
 
 def load_adapted(
@@ -162,15 +201,16 @@ def load_adapted(
     arch: str | None = None,
     in_chans: int | None = None,
     merged: bool = True,
+    any_base: bool = False,
 ) -> nn.Module:
     """Load the timm model `model` with the adapter in folder `adapter`, in eval mode, fp32, on the CPU.
 
     img_size, arch, in_chans: as for `adapt`. merged: add the adapter to the weights, so that the model is an ordinary
-    timm model; False keeps LoraLinear modules. Raises ConfigError if the model or the adapter cannot be loaded or do
-    not fit each other.
+    timm model; False keeps LoraLinear modules. any_base: accept an adapter that was trained on another base model of
+    the same shapes. Raises ConfigError if the model or the adapter cannot be loaded or do not fit each other.
     """
     vit = load(model, img_size=img_size, arch=arch, in_chans=in_chans).vit
-    attach(vit, adapter)
+    attach(vit, adapter, model=model, any_base=any_base)
     vit.requires_grad_(False)
     return merge(vit) if merged else vit
 
@@ -186,83 +226,14 @@ def fully_trained(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Tens
 
     Raises ConfigError if the folder is not an adapter.
     """
-    config, tensors, bare = _read(Path(folder))
-    return _split(config, tensors, Path(folder))[1], bare
+    _, tensors = _read(Path(folder))
+    return tensors.of_modules, tensors.bare
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-        tensors = load_file(folder / WEIGHTS)
-        bare = load_file(folder / BARE) if (folder / BARE).is_file() else {}
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"adapter: {folder} holds no {Path(error.filename or WEIGHTS).name}; give the folder OUT/adapter"
-        ) from error
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(f"adapter: {folder} cannot be read: {first_line(error)}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise ConfigError(f"adapter: {folder / CONFIG} is not a LoRA configuration of PEFT")
-    if config.get("use_dora"):
-        raise ConfigError(f"adapter: {folder} uses DoRA, which this version does not read; merge it with PEFT")
-    return config, tensors, bare
-
-
-def _split(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path
-) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Split the tensors into LoRA pairs (A, B) by the Linear's name, and the parameters of modules_to_save by name."""
-    pairs: dict[str, dict[str, Tensor]] = {}
-    of_modules = {}
-    modules_to_save = tuple(str(name) for name in config.get("modules_to_save") or ())
-    for key, value in tensors.items():
-        match = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.lora_([AB])\.weight", key)
-        if match:
-            pairs.setdefault(match[1], {})[match[2]] = value
-        elif key.startswith(_PREFIX) and any(f".{name}." in key for name in modules_to_save):
-            of_modules[key.removeprefix(_PREFIX)] = value
-        else:
-            raise ConfigError(f"adapter: {folder / WEIGHTS} holds {key}, which is no LoRA matrix of a Linear")
-    for name, pair in pairs.items():
-        if set(pair) != {"A", "B"}:
-            raise ConfigError(f"adapter: {folder / WEIGHTS} lacks lora_{'B' if 'A' in pair else 'A'} of {name}")
-    if not pairs and not of_modules:
-        raise ConfigError(f"adapter: {folder / WEIGHTS} holds no LoRA matrices")
-    return {name: (pair["A"], pair["B"]) for name, pair in pairs.items()}, of_modules
-
-
-def _lora_mismatches(vit: nn.Module, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[str]:
-    linears = {name: module for name, module in vit.named_modules() if isinstance(module, nn.Linear)}
-    for name, (a, b) in sorted(pairs.items()):
-        if name not in linears:
-            yield f"{name} is not in the model"
-            continue
-        expected_a, expected_b = (len(a), linears[name].in_features), (linears[name].out_features, len(a))
-        for label, tensor, shape in (("lora_A", a, expected_a), ("lora_B", b, expected_b)):
-            if tuple(tensor.shape) != shape:
-                yield f"{name}.{label} is {list(tensor.shape)}, the model wants {list(shape)}"
-
-
-def _parameter_mismatches(vit: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[str]:
-    expected = dict(vit.named_parameters())
-    for name, value in sorted(parameters.items()):
-        if name not in expected:
-            yield f"{name} is not in the model"
-        elif expected[name].shape != value.shape:
-            yield f"{name} is {list(value.shape)}, the model wants {list(expected[name].shape)}"
-
-
-def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
-    """Return alpha / rank of a module, or alpha / sqrt(rank) with rsLoRA (Kalajdzievski 2023)."""
-    alpha = _matching(config.get("alpha_pattern"), name, config.get("lora_alpha", rank))
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _matching(patterns: Mapping[str, float] | None, name: str, default: float) -> float:
-    for key, value in (patterns or {}).items():
-        if re.fullmatch(rf"(.*\.)?{key}", name):
-            return value
-    return default
+def _read(folder: Path) -> tuple[AdapterConfig, AdapterTensors]:
+    peft_tensors.require_files(folder)
+    config = peft_config.read(folder)
+    return config, peft_tensors.read(folder, config)
 
 
 def _integral(value: float) -> float | int:
