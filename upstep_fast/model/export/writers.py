@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from upstep_fast.config.tools import ExportConfig
 from upstep_fast.errors import ConfigError
 from upstep_fast.model import backbone as backbones
-from upstep_fast.model import lora, peft_format
+from upstep_fast.model import lora, peft_format, peft_tensors
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.model.formats import checkpoint_files, hf_config, key_names
 from upstep_fast.model.formats.key_names import State
@@ -117,7 +117,7 @@ def _peft(job: Job) -> Written:
     if biased:  # else timm reads qkv.weight itself, past PEFT's adapter
         usage += "for block in model.blocks:\n    block.attn.qkv_bias_separate = True\n"
     if bare:  # PEFT has no place for parameters of the model itself
-        usage += f'for name, value in safetensors.torch.load_file("FOLDER/{peft_format.BARE}").items():\n'
+        usage += f'for name, value in safetensors.torch.load_file("FOLDER/{peft_tensors.BARE}").items():\n'
         usage += "    model.get_parameter(name).data.copy_(value)\n"
     return Written("PEFT", measure, usage + 'model = peft.PeftModel.from_pretrained(model, "FOLDER")')
 
