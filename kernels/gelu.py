@@ -150,7 +150,7 @@ def _gelu_fwd_triton(
             x, y.view(torch.uint8) if fp8 else y, derivative, scale,
             x.numel(), M, K,
             APPROXIMATE=approximate, EXACT=x.dtype == torch.float32, STORE_DERIVATIVE=save_derivative,
-            FP8=fp8, NATIVE_FP8=native, **tiles,
+            FP8=fp8, NATIVE_FP8=native, **tiles, enable_fp_fusion=True,
         )  # fmt: skip
     return y, derivative, scale
 
@@ -163,7 +163,7 @@ def _gelu_bwd_triton(grad: Tensor, derivative: Tensor, fp8: bool, native: bool) 
         _gelu_bwd_kernel[(triton.cdiv(M, tiles["BLOCK_M"]),)](
             grad, derivative, dx.view(torch.uint8) if fp8 else dx, scale,
             grad.numel(), M, K,
-            FP8=fp8, NATIVE_FP8=native, **tiles,
+            FP8=fp8, NATIVE_FP8=native, **tiles, enable_fp_fusion=True,
         )  # fmt: skip
     return dx, scale
 

@@ -74,7 +74,7 @@ def _patchify_triton(images: Tensor, patches: Tensor, patch: int, inverse: bool)
     with torch.cuda.device_of(images):
         _patchify_kernel[(B * C * GH, triton.cdiv(GW, wide))](
             images, patches, C, GH, GW, *images.stride(),
-            P=patch, INVERSE=inverse, BLOCK_G=wide, BLOCK_P=block, num_warps=cells["num_warps"],
+            P=patch, INVERSE=inverse, BLOCK_G=wide, BLOCK_P=block, num_warps=cells["num_warps"], enable_fp_fusion=True,
         )  # fmt: skip
 
 

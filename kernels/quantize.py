@@ -101,8 +101,9 @@ def _quantize_triton(x: Tensor, native: bool) -> tuple[Tensor, Tensor]:
     q, scale = x.new_empty(M, K, dtype=torch.uint8), x.new_empty(M, 1, dtype=torch.float32)
     with torch.cuda.device_of(x):
         _quantize_kernel[(triton.cdiv(M, tiles["BLOCK_M"]),)](
-            x, q, scale, M, K, x.stride(0), NATIVE_FP8=native, **tiles
-        )
+            x, q, scale, M, K, x.stride(0),
+            NATIVE_FP8=native, **tiles, enable_fp_fusion=True,
+        )  # fmt: skip
     return q.view(E4M3), scale
 
 

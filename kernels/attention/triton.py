@@ -245,7 +245,7 @@ def _launch(
         _attention_kernel[(triton.cdiv(T, tiles["BLOCK"]) * B * H,)](
             qkv, out, lse, grad, delta, dqkv,
             T, H, rest, scale, scale * _LOG2_E,
-            PART=part, BLOCK_S=small, D=D, BLOCK_D=block_d, UPCAST_DOT=INTERPRET, **tiles,
+            PART=part, BLOCK_S=small, D=D, BLOCK_D=block_d, UPCAST_DOT=INTERPRET, **tiles, enable_fp_fusion=True,
         )  # fmt: skip
 
 

@@ -138,6 +138,7 @@ def forward(
             HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, LORA=is_fused,
             STORE_Y=y.numel() > 0, FP8=fp8, NATIVE_FP8=native, UPCAST_DOT=INTERPRET,
             BLOCK_R=max(16, 1 << max(R - 1, 0).bit_length()) if is_fused else 16, CHUNK=64, **tiles,
+            enable_fp_fusion=True,
         )  # fmt: skip
     if R and not is_fused:
         torch.mm(y, a.T, out=s)
@@ -170,6 +171,7 @@ def backward(
             grad, saved, mean, rstd, weight_, grad_h_, dx, shares[0], shares[1], q, scale,
             M, K,
             BARE=weight is None, HAS_GRAD_H=grad_h is not None, SUMS=sums, FP8=fp8, NATIVE_FP8=native, **tiles,
+            enable_fp_fusion=True,
         )  # fmt: skip
     dweight, dbias = (share.sum(0) if sums else share.new_empty(0) for share in shares)
     return dx, dweight, dbias, q, scale

@@ -170,7 +170,7 @@ def _launch(
             *x.stride(), *w.stride(), *a_.stride(), *b_.stride(), *s_.stride(), y.stride(0),
             LORA=lora, STORE_S=s is not None and s.shape[0] > 0, HAS_BIAS=bias is not None, DROPOUT=dropout > 0,
             SCALED=scales is not None, TMA=tma, W_TRANSPOSED=is_transposed, UPCAST_DOT=INTERPRET,
-            BLOCK_R=_block_r(R), **tiles,
+            BLOCK_R=_block_r(R), **tiles, enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -211,7 +211,7 @@ def _sweep(
             M, N, R,
             *g.stride(), *b_.stride(), *s_.stride(), *p_.stride(),
             PROJECT=b is not None, OUTER=s is not None, DROPOUT=dropout > 0, UPCAST_DOT=INTERPRET,
-            BLOCK_R=_block_r(R), **tiles,
+            BLOCK_R=_block_r(R), **tiles, enable_fp_fusion=True,
         )  # fmt: skip
     return q.sum(0) if s is not None else None
 

@@ -33,14 +33,14 @@ def forward(b: Tensor, a: Tensor, args: MixerArgs) -> tuple[Tensor, Tensor, Tens
         rows_fwd_kernel[(P * triton.cdiv(N, sizes["BLOCK_N"]),)](
             b, a, u, difference, out, base, stats, b if gate is None else gate, at_scale, lows[0], *factors[:4],
             N, D, R, P * N, args.eps,
-            GATED=gate is not None, TOKENS=has_tokens, **row_sizes,
+            GATED=gate is not None, TOKENS=has_tokens, **row_sizes, enable_fp_fusion=True,
         )  # fmt: skip
         if has_tokens:
             columns_fwd_kernel[(P * triton.cdiv(D, sizes["BLOCK_D"]),)](
                 u, out, base, stats, at_scale, lows[0], *factors[2:4], lows[1], *factors[4:],
                 N, D, R, S, P * N,
-                **sizes,
-            )  # fmt: skip
+                **sizes, enable_fp_fusion=True,
+        )  # fmt: skip
     return out, u, difference, lows
 
 
@@ -67,11 +67,11 @@ def backward(
             c_low, c_dlow, c_down, c_down_bias, c_down.to(u.dtype).sum(1, dtype=torch.float32), c_up, c_bias,
             t_low, t_dlow, t_dlow_sum, t_down, t_up, t_bias, N, D, R, S, P * N, args.eps,
             FINAL=needs_da or gate is not None or scale is not None, WRITE=needs_da,
-            GATED=gate is not None, REPLACE=args.combine == "replace", **sizes,
+            GATED=gate is not None, REPLACE=args.combine == "replace", **sizes, enable_fp_fusion=True,
         )  # fmt: skip
         columns_bwd_kernel[(num_d * splits,)](
             grad, u, stats, *channel_shares, at_scale, c_low, c_dlow, c_up, c_bias, t_dlow, t_down,
-            P, N, D, R, S, P * N, **sizes,
+            P, N, D, R, S, P * N, **sizes, enable_fp_fusion=True,
         )  # fmt: skip
     d_factors = _factor_gradients(channel_shares, c_dlow.sum((0, 1), dtype=torch.float32))
     d_factors += _factor_gradients(token_shares, t_dlow_sum.sum(0)) if has_tokens else []

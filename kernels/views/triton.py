@@ -264,4 +264,5 @@ def views_triton(
             *halves(taps, height, width),
             RGB=channels == 3, CUBIC=interpolation == "bicubic", PATCH=patch, BLUR=has_blur, FIXED=is_fixed,
             BLOCK_C=block_c, BLOCK=max(cells["CELLS"] // block_c, 16), num_warps=cells["num_warps"],
+            enable_fp_fusion=True,
         )  # fmt: skip
