@@ -167,6 +167,24 @@ def test_collectives(ranks):
     assert second == first
 
 
+def test_nccl_raises_on_a_timeout_instead_of_aborting(monkeypatch):
+    class StartedError(Exception):
+        pass
+
+    def init(backend, **_):
+        raise StartedError(backend, os.environ.get("TORCH_NCCL_BLOCKING_WAIT"))
+
+    monkeypatch.delenv("TORCH_NCCL_BLOCKING_WAIT", raising=False)
+    monkeypatch.setattr(distributed, "launched", lambda: True)
+    monkeypatch.setattr(distributed, "rendezvous", lambda *_, **__: iter([(torch.distributed.HashStore(), 0, 1)]))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", init)
+    with pytest.raises(StartedError) as started, distributed.joined(torch.device("cuda", 0)):
+        pass
+    assert started.value.args == ("cpu:gloo,cuda:nccl", "1")
+    monkeypatch.delenv("TORCH_NCCL_BLOCKING_WAIT")
+
+
 def test_alone_every_collective_gives_its_input_back():
     x = torch.arange(3.0)
     assert distributed.reduce(x) is x and distributed.gather_rows(x) is x and distributed.gather([1]) == [[1]]

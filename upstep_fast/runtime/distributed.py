@@ -102,6 +102,8 @@ def joined(device: torch.device, cure: str = "continue with --resume") -> Iterat
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
+        # a collective then raises on its timeout; else NCCL only enqueues it, and its watchdog aborts the process later
+        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
     # its own connection: a wait on the shared one would delay the heartbeat
     own_store = PrefixStore("upstep_fast", store.clone() if hasattr(store, "clone") else store)
