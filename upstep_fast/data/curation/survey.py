@@ -15,12 +15,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from upstep_fast import input_files
 from upstep_fast.data.curation.triage import VERSION, Verdict, triage
 from upstep_fast.data.keyed_random import bits_array
 from upstep_fast.data.loading.skipped_images import SkippedImages, map_readable, read_image
 from upstep_fast.data.sources.source import Source
 from upstep_fast.data.sources.subset import subset
-from upstep_fast.errors import DataError
+from upstep_fast.errors import ConfigError, DataError, first_line
 
 log = logging.getLogger("upstep_fast")
 
@@ -81,7 +82,14 @@ def without_copies_and_blanks(
         options: dict[str, Any] = {"num_workers": num_workers, "max_bad_fraction": max_bad_fraction}
         return triage(source, channels=channels, **options)
 
-    verdict, text = _reuse_or_compute(folder / TRIAGE, key, inspect, Verdict.to_dict, Verdict.from_dict)
+    def checked(values: dict[str, Any]) -> Verdict:
+        verdict = Verdict.from_dict(values)
+        if not all(0 <= index < len(source) for index in (*verdict.left_out, *verdict.listed)):
+            raise ValueError(f"an index beyond the {len(source)} images")
+        str(verdict)  # has all counts
+        return verdict
+
+    verdict, text = _reuse_or_compute(folder / TRIAGE, key, inspect, Verdict.to_dict, checked)
     log.info("triage: %s", verdict)
     kept = verdict.kept(len(source))
     if len(kept) < 2:
@@ -106,6 +114,8 @@ def mean_and_std(
         floats = {name: [float(v) for v in values[name]] for name in ("mean", "std")}
         if any(len(v) != channels for v in floats.values()):
             raise ValueError("not one value per channel")
+        if not all(0 <= v <= 1 for v in floats["mean"]) or not all(MIN_STD / 2 < v <= 1 for v in floats["std"]):
+            raise ValueError("a mean or std out of 0 to 1")
         return floats
 
     statistics, text = _reuse_or_compute(folder / STATISTICS, key, measure, dict, checked)
@@ -150,12 +160,21 @@ def channel_statistics(
 def _reuse_or_compute(
     path: Path, key: dict[str, Any], make: Callable[[], T], pack: Callable[[T], dict], unpack: Callable[[dict], T]
 ) -> tuple[T, bytes]:
-    """Return the value that `path` holds under `key`, or else that of `make`, and the file's text with it."""
-    try:
-        stored = json.loads(path.read_text())
-        if stored["of"] == key:
-            return unpack(stored["found"]), path.read_bytes()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass  # absent, damaged or of other images
+    """Return the value that `path` holds under `key`, or else that of `make`, and the file's text with it.
+
+    A file that is damaged, or no regular file, is reported and not used.
+    """
+    if path.exists():
+        try:
+            stored = input_files.read_json(path, path.name)
+            if stored["of"] == key:
+                value = unpack(stored["found"])
+                return value, _text(key, pack(value))
+        except (ConfigError, ValueError, KeyError, TypeError, AttributeError) as error:
+            log.warning("%s is damaged and is made again: %s", path, first_line(error))
     value = make()
-    return value, (json.dumps({"of": key, "found": pack(value)}, indent=1) + "\n").encode()
+    return value, _text(key, pack(value))
+
+
+def _text(key: dict[str, Any], packed: dict[str, Any]) -> bytes:
+    return (json.dumps({"of": key, "found": packed}, indent=1) + "\n").encode()
