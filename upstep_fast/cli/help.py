@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Union
 
@@ -149,6 +150,8 @@ def completion(shell: str, configs: Mapping[str, type]) -> None:
 
     from upstep_fast.cli.tyro_class import for_tyro
 
+    if shell == "tcsh" and importlib.util.find_spec("shtab") is None:
+        raise ConfigError("shell: tcsh needs shtab, which is not installed; pip install shtab")
     kinds: Any = tuple(Annotated[for_tyro(kind), tyro.conf.subcommand(name)] for name, kind in configs.items())
     options = (tyro.conf.OmitArgPrefixes,)
     tyro.cli(Union[kinds], args=["--tyro-print-completion", shell], prog="upstep-fast", config=options)  # noqa: UP007

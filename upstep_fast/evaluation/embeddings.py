@@ -41,7 +41,7 @@ def run_embed(config: EmbedConfig) -> Path:
     """Run the embed command, see `embed`. Raises UpstepError."""
     out = Path(config.out)
     _check_files(out, config)
-    compute = resolve(config.runtime.device, config.runtime.precision)
+    compute = resolve(config.runtime.device, config.runtime.precision, config.runtime.implementation)
     with distributed.joined(compute.device):
         source, models = open_source(config.data.paths), load_models(config)
         whitens = bool(config.whitening or config.fit_whitening)

@@ -56,7 +56,7 @@ def run(config: EvalConfig, report: Callable[[dict[str, Any]], None] | None = No
     """
     if config.json is not None:
         require_writable(Path(config.json), "json")
-    compute = resolve(config.runtime.device, config.runtime.precision)
+    compute = resolve(config.runtime.device, config.runtime.precision, config.runtime.implementation)
     with distributed.joined(compute.device):
         result = _measure(config, compute)
         if distributed.is_first():

@@ -56,7 +56,8 @@ def print_timings(result: dict[str, Any]) -> None:
             table.add_row(
                 row["name"],
                 f"{row['median_ms']:.1f} ({row['low_ms']:.1f}..{row['high_ms']:.1f})",
-                f"{result[kind][0]['median_ms'] / row['median_ms']:.2f}x",
+                # a coarse clock of processor time gives 0 for a model of a few milliseconds
+                f"{result[kind][0]['median_ms'] / row['median_ms']:.2f}x" if row["median_ms"] else "-",
                 "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f}",
                 f"{row['error']:.1e}",
             )

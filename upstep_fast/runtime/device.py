@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import dataclass
 
 import torch
@@ -48,12 +49,15 @@ class Compute:
         return stack
 
 
-def resolve(device: str, precision: str) -> Compute:
+def resolve(device: str, precision: str, implementation: str = "auto") -> Compute:
     """Return the device and precision, with "auto" resolved; under torchrun each process gets its own GPU.
 
-    Raises ConfigError if the machine does not have the device or the precision.
+    Raises ConfigError if the machine does not have the device or the precision, or the device not the implementation.
     """
     resolved = _resolve_device(device)
+    interpreted = implementation == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if implementation in ("triton", "cuda") and resolved.type == "cpu" and not interpreted:
+        raise ConfigError(f"implementation: {implementation} needs a GPU, the device is cpu; use auto or reference")
     if precision == "auto":
         return Compute(resolved, _fast_precision(resolved))
     if precision == "fp16" and resolved.type == "cpu":

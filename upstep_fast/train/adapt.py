@@ -57,7 +57,7 @@ def adapt(
 
 def run(config: AdaptConfig) -> AdaptResult:
     """Run one adaptation. Raises UpstepError, with the exit code of the command line."""
-    compute = device.resolve(config.runtime.device, config.runtime.precision)
+    compute = device.resolve(config.runtime.device, config.runtime.precision, config.runtime.implementation)
     with distributed.joined(compute.device):
         return _run(config, compute)
 

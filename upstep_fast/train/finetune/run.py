@@ -90,7 +90,7 @@ def run(config: FinetuneConfig) -> FinetuneResult:
     """Run one fine-tuning. Raises UpstepError, with the exit code of the command line."""
     if distributed.local_size() > 1:
         raise ConfigError("finetune: runs on one device; start it without torchrun")
-    compute = resolve(config.runtime.device, config.runtime.precision)
+    compute = resolve(config.runtime.device, config.runtime.precision, config.runtime.implementation)
     splits = read_splits(config)
     requested, config = config, fit_to_data(config, splits)
     backbone = finetuned.load_backbone(config)
