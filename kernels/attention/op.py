@@ -9,6 +9,8 @@ B images, T tokens, H heads, d head width (64 to 128 in Vision Transformers). No
 
 Forms: `triton` (triton.py), `flash` and `cudnn` (PyTorch's own, on a GPU in 16 bit), `sdpa` (PyTorch's on a CPU),
 `reference`. On a GPU the fastest by measurement runs, chosen for forward and backward separately: all give o and lse.
+Every form gives the same bits each time: flash's backward runs in its deterministic mode, and cuDNN's, which has none,
+is left out.
 
 Saved for backward: qkv, o and lse (4 bytes a token and head).
 Bytes moved by `triton`: qkv in, o out; backward qkv and G twice, o in, dqkv out. PyTorch's backward forms
@@ -17,8 +19,9 @@ write dq, dk and dv separately, and stacking them moves dqkv twice more.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -107,10 +110,22 @@ def _backward_flash(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: 
     grad, out = grad.transpose(1, 2), out.transpose(1, 2)
     # without dropout its random state is not read
     state = torch.empty(2, dtype=torch.int64, device=qkv.device)
-    gradients = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        grad, q, k, v, out, lse, None, None, T, T, 0.0, False, state, state, scale=scale
-    )
+    with _deterministic():
+        gradients = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            grad, q, k, v, out, lse, None, None, T, T, 0.0, False, state, state, scale=scale
+        )
     return _packed(gradients)
+
+
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    # else flash adds dq atomically, and a resumed run promises the bits of an unbroken one
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before)
 
 
 def _forward_cudnn(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -161,9 +176,11 @@ def _run(op: str, forms: Mapping[str, Callable[..., Out]], qkv: Tensor, args: Se
     if qkv.device.type != "cuda":
         return forms[record(op, qkv.device, "sdpa", "PyTorch's own; kernels are only timed on a GPU")](*args)
     is_half = qkv.dtype in (torch.float16, torch.bfloat16)
-    names = ["flash", "cudnn"] if is_half and D % 8 == 0 and D <= MAX_WIDTH else []
-    names += ["reference"] if no_triton and not names else []
-    names += [] if no_triton else ["triton"]
+    # cuDNN's backward adds dq atomically and has no deterministic form
+    libraries = ["flash"] if op == "attention_backward" else ["flash", "cudnn"]
+    names = libraries if is_half and D % 8 == 0 and D <= MAX_WIDTH else []
+    names = names or (["reference"] if no_triton else [])
+    names = names if no_triton else [*names, "triton"]
     problem = f"{op} {str(qkv.dtype).removeprefix('torch.')} BH{power_class(B * H)} T{T} D{D}"
     name, reason = autotune(problem, qkv.device, {name: partial(forms[name], *args) for name in names})
     return forms[record(problem, qkv.device, name, reason)](*args)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import assert_matches, guarded_outputs, surrounded
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from upstep_fast.kernels import _dispatch, _tile_sizes
 from upstep_fast.kernels.attention import (
@@ -20,6 +21,7 @@ from upstep_fast.kernels.attention import (
     attention_backward_reference,
     attention_forward,
     attention_reference,
+    op,
 )
 from upstep_fast.kernels.attention.op import _BACKWARD, _FORWARD, _backward_op, _op
 
@@ -29,8 +31,8 @@ SMALL = {"BLOCK": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    for op in [op for op in _tile_sizes.TILES if op.startswith("attention")]:
-        monkeypatch.setitem(_tile_sizes.TILES, op, {None: SMALL})
+    for name in [name for name in _tile_sizes.TILES if name.startswith("attention")]:
+        monkeypatch.setitem(_tile_sizes.TILES, name, {None: SMALL})
 
 
 def tensors(B: int, T: int, H: int, D: int, dtype=torch.float32, device="cpu") -> tuple[Tensor, Tensor]:
@@ -324,3 +326,43 @@ class TestGpu:
             out, lse = attention_forward(qkv)
             wanted, wanted_lse = attention_forward(qkv[-1:])
         assert torch.equal(out[-1:], wanted) and torch.equal(lse[-1:], wanted_lse)
+
+
+def test_backward_on_a_gpu_is_chosen_among_deterministic_forms(monkeypatch):
+    # no GPU here: fake tensors of one, and the choice itself caught
+    offered = {}
+
+    def caught(problem, device, candidates):
+        offered[problem.split()[0]] = list(candidates)
+        raise StopIteration
+
+    monkeypatch.setattr(op, "autotune", caught)
+    monkeypatch.setattr(op, "triton_unsupported_reason", lambda *_: None)
+    with FakeTensorMode():
+        qkv = torch.empty(2, 257, 3, 4, 64, dtype=torch.bfloat16, device="cuda")
+        for name, forms in (("attention", _FORWARD), ("attention_backward", _BACKWARD)):
+            with pytest.raises(StopIteration):
+                op._run(name, forms, qkv, ())
+    assert offered == {"attention": ["flash", "cudnn", "triton"], "attention_backward": ["flash", "triton"]}
+
+
+def test_flash_backward_runs_in_its_deterministic_mode(monkeypatch):
+    seen = []
+
+    def backward(grad, q, k, v, *_, **__):
+        seen.append((torch.are_deterministic_algorithms_enabled(), torch.get_deterministic_debug_mode()))
+        return q, k, v
+
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention_backward", backward)
+    qkv, grad = tensors(2, 5, 3, 8)
+    assert torch.equal(_BACKWARD["flash"](grad, qkv, grad, grad, 1.0), qkv)
+    assert seen == [(True, 2)] and torch.get_deterministic_debug_mode() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["flash", "triton"])
+def test_backward_gives_the_same_bits_each_time(name):
+    qkv, grad = tensors(64, 257, 16, 64, torch.bfloat16, "cuda")
+    out, lse = (t.contiguous() for t in _FORWARD[name](qkv, 0.125))
+    first, *others = (_BACKWARD[name](grad, qkv, out, lse, 0.125) for _ in range(5))
+    assert all(torch.equal(first, other) for other in others)
