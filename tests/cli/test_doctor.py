@@ -151,7 +151,7 @@ def test_a_model_of_the_engine(capsys, quick):
     assert code == 0 and (found["runs"], found["reason"], found["blocks_by_timm"]) == ("engine", None, {})
     assert 0 < found["gradient"] < 5e-2 and found["features"] < 5e-2  # bf16 on some CPUs
     _, out, _ = call(capsys, "--model", BASE_TINY)
-    assert "base_tiny: engine" in out and "gradient differ" in out
+    assert "runs on the engine" in out and "gradient: difference" in out
 
 
 @pytest.mark.parametrize("planted", [False, True])
@@ -170,7 +170,7 @@ def test_a_model_that_the_engine_leaves_to_timm(planted, capsys, quick, monkeypa
     wanted = "features differ from the plain model's" if planted else "block 0 has a DiffAttention for attention"
     assert wanted in found["reason"]
     _, out, _ = call(capsys, "--model", f"local-dir:{tmp_path}")
-    assert "plain model" in out and found["reason"][:30] in out
+    assert "runs on the plain model" in out and found["reason"][:30] in out
 
 
 def test_an_architecture_alone_is_refused(capsys):

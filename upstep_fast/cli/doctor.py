@@ -159,7 +159,8 @@ def show(found: dict[str, Any]) -> None:
 
 
 def _show_model(found: dict[str, Any]) -> None:
-    rows = terminal.Table(title=f"{found['name']}: {found['runs']}", show_header=False, title_justify="left")
+    rows = terminal.Table(title="model", show_header=False, title_justify="left")
+    rows.add_row(found["name"], f"runs on the {found['runs']}")
     if found["reason"]:
         rows.add_row("why", f"since {found['reason']}")
     for index, reason in found.get("blocks_by_timm", {}).items():
@@ -167,7 +168,7 @@ def _show_model(found: dict[str, Any]) -> None:
     for name in ("tokens", "features", "features_forward_only", "gradient"):
         if name in found:
             allowed = found["limits"][name == "gradient"]
-            rows.add_row(f"{name.replace('_', ' ')} differ by", f"{_exponent(found[name])} (allowed {allowed:g})")
+            rows.add_row(f"{name.replace('_', ' ')}: difference", f"{_exponent(found[name])} (allowed {allowed:g})")
     terminal.show(rows)
 
 
