@@ -22,10 +22,12 @@ from torch import Tensor
 
 from ._dispatch import NAMESPACE, choose
 from ._native import native_unsupported_reason
+from ._transforms import is_transformed
 from .gate import HEAD, finish_reference, gate_numbers, validate_gate, write_flag
 
 MAX_WIDTH, MAX_VIEWS = 4096, 2
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_GATE = ("rule", "update_when", "beta", "rate", "max_skips", "center_beta")  # keywords of gate's functions, in order
 
 
 class CenterVector(NamedTuple):
@@ -94,20 +96,18 @@ def _op(
             u.contiguous(), state.contiguous(), num_views, *gate, z, inv_norm, sums, center, next_state
         )
         return z, center, next_state, inv_norm
-    z, center, next_state, inv_norm = center_vector_reference(
-        u, state, num_views=num_views, rule=rule, update_when=update_when, beta=beta, rate=rate, max_skips=max_skips,
-        center_beta=center_beta,
-    )  # fmt: skip
-    if flag:
-        write_flag(flag, next_state)
-    return z, center, next_state, inv_norm
+    return _by_reference(u, state, num_views, rule, update_when, beta, rate, max_skips, center_beta, flag)
+
+
+def _by_reference(u: Tensor, state: Tensor, num_views: int, *gate: Any) -> CenterVector:
+    found = center_vector_reference(u, state, num_views=num_views, **dict(zip(_GATE, gate, strict=False)))
+    if flag := gate[-1]:
+        write_flag(flag, found.state)
+    return found
 
 
 @_op.register_fake
-def _(
-    u: Tensor, state: Tensor, num_views: int, rule: str, update_when: str, beta: float, rate: float, max_skips: int,
-    center_beta: float, flag: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _(u: Tensor, state: Tensor, num_views: int, *gate: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     z, _, inv_norm = _outputs(u, num_views)
     return z, z.new_empty(u.shape[1]), torch.empty_like(state), inv_norm
 
@@ -122,9 +122,7 @@ def _partial_op(u: Tensor, num_views: int) -> tuple[Tensor, Tensor, Tensor]:
     return partial_reference(u, num_views=num_views)
 
 
-@_partial_op.register_fake
-def _(u: Tensor, num_views: int) -> tuple[Tensor, Tensor, Tensor]:
-    return _outputs(u, num_views)
+_partial_op.register_fake(_outputs)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::center_vector_finish", mutates_args=())
@@ -141,20 +139,18 @@ def _finish_op(
             sums.contiguous(), state.contiguous(), num_views, *gate, center, next_state
         )
         return center, next_state
-    center, next_state = finish_reference(
-        sums, state, num_views=num_views, rule=rule, update_when=update_when, beta=beta, rate=rate,
-        max_skips=max_skips, center_beta=center_beta,
-    )  # fmt: skip
-    if flag:
+    return _finish_by_reference(sums, state, num_views, rule, update_when, beta, rate, max_skips, center_beta, flag)
+
+
+def _finish_by_reference(sums: Tensor, state: Tensor, num_views: int, *gate: Any) -> tuple[Tensor, Tensor]:
+    center, next_state = finish_reference(sums, state, num_views=num_views, **dict(zip(_GATE, gate, strict=False)))
+    if flag := gate[-1]:
         write_flag(flag, next_state)
     return center.float(), next_state
 
 
 @_finish_op.register_fake
-def _(
-    sums: Tensor, state: Tensor, num_views: int, rule: str, update_when: str, beta: float, rate: float,
-    max_skips: int, center_beta: float, flag: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _(sums: Tensor, state: Tensor, num_views: int, *gate: Any) -> tuple[Tensor, Tensor]:
     return sums.new_empty(len(state) - HEAD, dtype=torch.float32), torch.empty_like(state)
 
 
@@ -250,7 +246,8 @@ def center_vector_update(
     validate_gate("center_vector_update", u, state, u.shape[1], num_views, *gate)
     if u.shape[0] == 0:
         raise ValueError("center_vector_update: u must have at least one row, got 0 (see center_vector_partial)")
-    return CenterVector(*_op(u, state, num_views, *gate))
+    run = _by_reference if is_transformed("center_vector", u) else _op
+    return CenterVector(*run(u, state, num_views, *gate))
 
 
 def center_vector_partial(u: Tensor, *, num_views: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -261,7 +258,7 @@ def center_vector_partial(u: Tensor, *, num_views: int = 1) -> tuple[Tensor, Ten
     num_views d cells of sums.
     """
     _validate("center_vector_partial", u, num_views)
-    return _partial_op(u, num_views)
+    return (partial_reference if is_transformed("center_vector", u) else _partial_op)(u, num_views=num_views)
 
 
 def center_vector_finish(
@@ -277,7 +274,8 @@ def center_vector_finish(
         got = f"{sums.dtype} {list(sums.shape)} with num_views={num_views}"
         raise ValueError(f"center_vector_finish: sums must be float64 [num_views d + 2], num_views 1 or 2, got {got}")
     validate_gate("center_vector_finish", sums, state, (len(sums) - 2) // num_views, num_views, *gate)
-    return _finish_op(sums, state, num_views, *gate)
+    run = _finish_by_reference if is_transformed("center_vector", sums) else _finish_op
+    return run(sums, state, num_views, *gate)
 
 
 def center_vector_backward(

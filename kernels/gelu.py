@@ -31,6 +31,7 @@ from torch import Tensor
 
 from ._dispatch import NAMESPACE, choose, triton_unsupported_reason
 from ._tile_sizes import Tile, row_tile
+from ._transforms import is_transformed, refuse_second_derivative
 from ._triton import tl, triton
 from .quantize import E4M3, e4m3_codes, native_fp8, quantize_reference, row_scales, row_unsupported_reason
 
@@ -229,8 +230,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    dx = None if grad is None else _gelu_backward_op(grad, ctx.saved_tensors[0], False)[0]
-    return dx, None, None, None
+    if grad is None:
+        return None, None, None, None
+    refuse_second_derivative("gelu")
+    return _gelu_backward_op(grad, ctx.saved_tensors[0], False)[0], None, None, None
 
 
 _gelu_op.register_autograd(_backward, setup_context=_setup_context)
@@ -252,6 +255,8 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     right to 1/400 and unbiased. Raises ValueError for another dtype or approximation.
     """
     _validate("gelu", x, approximate)
+    if is_transformed("gelu", x):
+        return gelu_reference(x, approximate)
     return _gelu_op(x, approximate, torch.is_grad_enabled() and x.requires_grad, False)[0]
 
 

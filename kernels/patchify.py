@@ -20,6 +20,7 @@ from torch import Tensor
 from ._autocast import autocast_dtype
 from ._dispatch import NAMESPACE, choose, triton_unsupported_reason
 from ._tile_sizes import tile
+from ._transforms import is_transformed
 from ._triton import tl, triton
 
 _DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -124,7 +125,17 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return _unpatchify_op(grad, ctx.patch, *ctx.size, ctx.dtype), None, None
 
 
+def _setup_inverse(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    grad, ctx.patch, *_ = inputs
+    ctx.dtype = grad.dtype
+
+
+def _inverse_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return _patchify_op(grad, ctx.patch, ctx.dtype), None, None, None, None
+
+
 _patchify_op.register_autograd(_backward, setup_context=_setup_context)
+_unpatchify_op.register_autograd(_inverse_backward, setup_context=_setup_inverse)
 
 
 def patchify(images: Tensor, patch: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -144,4 +155,6 @@ def patchify(images: Tensor, patch: int, dtype: torch.dtype | None = None) -> Te
         dtype = autocast_dtype(images.device) or default
     if dtype not in _DTYPES[1:]:
         raise ValueError(f"patchify: dtype must be fp16, bf16, fp32 or fp64, got {dtype}")
+    if is_transformed("patchify", images):
+        return patchify_reference(images, patch, dtype)
     return _patchify_op(images, patch, dtype)

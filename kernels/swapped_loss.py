@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ._dispatch import NAMESPACE, choose, triton_unsupported_reason
 from ._tile_sizes import tile
+from ._transforms import is_transformed
 from ._triton import tl, triton
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -210,4 +211,6 @@ def swapped_cross_entropy(scores: Tensor, targets: Tensor, temperature: float) -
     """
     if reason := _unsupported_reason(scores, targets, temperature):
         raise ValueError(f"swapped_cross_entropy: {reason}")
+    if is_transformed("swapped_cross_entropy", scores):
+        return swapped_cross_entropy_reference(scores, targets.detach(), float(temperature))
     return _op(scores, targets.detach(), float(temperature))[0].mean()

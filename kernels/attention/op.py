@@ -31,6 +31,7 @@ from torch import Tensor
 from .._autocast import autocast_dtype
 from .._autotune import autotune, power_class
 from .._dispatch import NAMESPACE, record, requested, triton_unsupported_reason
+from .._transforms import is_transformed
 from .triton import MAX_WIDTH, outputs
 from .triton import backward as _backward_triton
 from .triton import forward as _forward_triton
@@ -246,7 +247,10 @@ def attention(qkv: Tensor, scale: float | None = None) -> Tensor:
     """
     if qkv.is_floating_point() and qkv.dtype != torch.float64 and (dtype := autocast_dtype(qkv.device)):
         qkv = qkv.to(dtype)
-    return _op(qkv, _validated("attention", qkv, scale))[0]
+    scale = _validated("attention", qkv, scale)
+    if is_transformed("attention", qkv):
+        return attention_reference(qkv, scale)[0]
+    return _op(qkv, scale)[0]
 
 
 def attention_forward(qkv: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._dispatch import NAMESPACE, choose
+from .._transforms import REASON, is_transformed
 from ..quantize import E4M3, native_fp8, quantize_reference, row_unsupported_reason
 from . import triton
 from .args import rows_of, unsupported_reason
@@ -214,12 +215,23 @@ def _normalize(
     return y, h, mean.view(lead), rstd.view(lead), s, q, scale
 
 
+def _checked(
+    op: str, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor | None, Tensor | None, float, Tensor | None]:
+    """Validate the arguments of `op` and return them as `layer_norm_reference` takes them."""
+    if reason := unsupported_reason(x, residual, weight, bias, None, eps, False):
+        raise ValueError(f"{op}: {reason}")
+    return x, weight, bias, float(eps), residual
+
+
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """Compute (x - mean) / sqrt(var + eps) [* weight [+ bias]] over the last dimension of x [..., K].
 
     x: fp16, bf16, fp32 or fp64; weight, bias: [K], in the dtype of x or in fp32 (then so are their gradients).
     Returns the dtype of x, with or without autocast; statistics are in fp32. Raises ValueError for unfit arguments.
     """
+    if is_transformed("layer_norm", x, weight, bias):
+        return layer_norm_reference(*_checked("layer_norm", x, None, weight, bias, eps))[0]
     return _normalize("layer_norm", x, None, weight, bias, None, eps)[0]
 
 
@@ -227,6 +239,8 @@ def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
     """Compute (layer_norm(h, weight, bias, eps), h) with h = x + residual in one pass. Arguments as `layer_norm`."""
+    if is_transformed("add_layer_norm", x, residual, weight, bias):
+        return layer_norm_reference(*_checked("add_layer_norm", x, residual, weight, bias, eps))
     y, h, *_ = _normalize("add_layer_norm", x, residual, weight, bias, None, eps)
     return y, h
 
@@ -244,8 +258,10 @@ def layer_norm_forward(
 
     x, residual: [..., K]; lora_a: [R, K] in the dtype of x: also s = y lora_a^T [..., R].
     save_y: whether to return y (`layer_norm_backward` takes it). fp8: also q [..., K] in e4m3 with scale [..., 1].
-    Raises ValueError for arguments that do not fit.
+    Raises ValueError for arguments that do not fit, NotImplementedError inside torch.func or forward-mode AD.
     """
+    if is_transformed("layer_norm_forward", x, residual, lora_a):
+        raise NotImplementedError(f"layer_norm_forward: has no derivative {REASON}; take layer_norm")
     y, h, mean, rstd, s, q, scale = _normalize(
         "layer_norm_forward", x, residual, None, None, lora_a, eps, save_y=save_y, fp8=fp8
     )

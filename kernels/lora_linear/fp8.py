@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .._autocast import autocast_dtype
 from .._dispatch import NAMESPACE, requested
+from .._transforms import is_transformed
 from ..quantize import E4M3, dequantize, quantize, quantize_reference
 from . import triton
 from .args import STRATEGIES, LoraArgs, flat, pairs, seed_tensor, validate
@@ -255,6 +256,10 @@ def lora_linear_fp8(
     if reason := _unsupported_reason(weight, weight_scale, transposed, bias, strategy):
         raise ValueError(f"lora_linear_fp8: {reason}")
     seed_ = seed_tensor(seed, x.device) if dropout else None
+    if is_transformed("lora_linear_fp8", x, lora_a, lora_b):
+        lora = LoraArgs(lora_a, lora_b, scale, dropout, seed_, flat(rows))
+        with torch.autocast(x.device.type, enabled=False):
+            return _forward_reference(x, weight, weight_scale, bias, lora)[0]
     save_s = torch.is_grad_enabled() and lora_b.requires_grad
     x_MK, scale, dropout = x.reshape(-1, x.shape[-1]), float(scale), float(dropout)
     y, _ = _op(

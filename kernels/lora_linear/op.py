@@ -30,6 +30,7 @@ from torch import Tensor
 
 from .._autocast import autocast_dtype
 from .._dispatch import NAMESPACE, record, requested
+from .._transforms import is_transformed
 from . import eager, triton
 from .args import STRATEGIES, LoraArgs, flat, pairs, seed_tensor, validate
 from .eager import drop
@@ -225,6 +226,8 @@ _op.register_autograd(_backward, setup_context=_setup_context)
 def _with_trained_weight(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora: LoraArgs, strategy: str | None
 ) -> Tensor:
+    if is_transformed("lora_linear", x, weight, bias, lora.a, lora.b):
+        return _composed(x, weight, bias, lora)
     if strategy not in (None, "fastest", "reference"):
         raise ValueError(
             f"lora_linear: strategy={strategy!r} wants a frozen weight and bias, got one that requires a gradient;"
@@ -232,6 +235,11 @@ def _with_trained_weight(
         )
     if not torch.compiler.is_compiling():
         record("lora_linear", x.device, "reference", "weight or bias requires a gradient", fallback=True)
+    return _composed(x, weight, bias, lora)
+
+
+def _composed(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LoraArgs) -> Tensor:
+    """Compute the reference by torch's own operators, which autograd and torch.func differentiate in any way."""
     with torch.autocast(x.device.type, enabled=False):
         return _forward_reference(x, weight, bias, lora, save_s=False)[0]
 
@@ -269,7 +277,8 @@ def lora_linear(
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     validate("lora_linear", x, weight, bias, lora_a, lora_b, scale, dropout, flat(rows), strategy)
     seed_ = seed_tensor(seed, x.device) if dropout else None
-    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+    is_trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    if is_trained or is_transformed("lora_linear", x, weight, bias, lora_a, lora_b):
         lora = LoraArgs(lora_a, lora_b, scale, dropout, seed_, flat(rows))
         return _with_trained_weight(x, weight, bias, lora, strategy)
     save_s = torch.is_grad_enabled() and lora_b.requires_grad

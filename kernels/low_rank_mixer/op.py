@@ -39,9 +39,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._dispatch import NAMESPACE, choose, triton_unsupported_reason
+from .._transforms import is_transformed, refuse_second_derivative
 from . import eager, triton
 from .args import EPS, MixerArgs, fours, validate
 
@@ -159,6 +159,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any, gradients: Any = _backward
     lows, factors = rest[: len(rest) // 5], rest[len(rest) // 5 :]
     if grad is None:
         return None, None, None, None, None, None, None, [None] * len(factors)
+    refuse_second_derivative("low_rank_mixer")
     da, d_gate, d_scale, d_factors = gradients(
         grad, u, difference, lows, ctx.axes, ctx.combine, ctx.frames, gate, scale, factors, ctx.needs_input_grad[1]
     )
@@ -180,7 +181,6 @@ class _OnCpu(torch.autograd.Function):
         return output[0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         *others, d_factors = _backward(ctx, grad, gradients=_gradients)
         return *others, *d_factors
@@ -205,6 +205,8 @@ def low_rank_mixer(
     Products in the dtype of b, with or without autocast; sums in fp32. Raises ValueError for what does not fit.
     """
     validate(b, a, MixerArgs(axes, combine, frames, gate, scale, factors))
+    if is_transformed("low_rank_mixer", b, a, gate, scale, *factors):
+        return low_rank_mixer_reference(b, a, axes, factors, combine, frames, gate, scale)
     inputs = b, a, " ".join(axes), combine, frames, gate, scale
     if b.device.type == "cpu" and not torch.compiler.is_compiling():
         return _OnCpu.apply(*inputs, *factors)

@@ -32,6 +32,7 @@ from torch import Tensor
 from .._dispatch import NAMESPACE, choose, triton_unsupported_reason
 from . import triton
 
+MAX_ITERATIONS = 100_000
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -114,8 +115,9 @@ def unsupported_numbers(epsilon: float, iterations: int) -> str | None:
     """Return why Sinkhorn cannot run with these numbers, or None."""
     if not 0 < epsilon < math.inf:
         return f"epsilon must be a finite number above 0, got {epsilon}"
-    if iterations < 1:
-        return f"iterations must be at least 1 (a sample step makes the rows sum to 1), got {iterations}"
+    if not 1 <= iterations <= MAX_ITERATIONS:
+        bound = "at least 1 (a sample step makes the rows sum to 1)" if iterations < 1 else f"at most {MAX_ITERATIONS}"
+        return f"iterations must be {bound}, got {iterations}"
     return None
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from .._autotune import autotune, power_class
 from .._dispatch import NAMESPACE, choose, record, requested, triton_unsupported_reason
 from .._tile_sizes import tile
+from .._transforms import is_transformed
 from .._triton import INTERPRET, tl, triton
 from .op import sinkhorn, sinkhorn_reference, unsupported_numbers
 from .triton import after_first_pass, launch, like_scores, partition, pass_names, room_for_rows, two_columns
@@ -154,4 +155,6 @@ def scored_sinkhorn(z: Tensor, centers: Tensor, epsilon: float, iterations: int)
     """
     if reason := _unsupported_tensors(z, centers) or unsupported_numbers(epsilon, iterations):
         raise ValueError(f"scored_sinkhorn: {reason}")
+    if is_transformed("scored_sinkhorn", z, centers):
+        return scored_sinkhorn_reference(z, centers, float(epsilon), iterations)
     return _op(z, centers, float(epsilon), iterations)

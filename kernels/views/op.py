@@ -31,6 +31,7 @@ from torch import Tensor
 
 from .._dispatch import NAMESPACE, choose, triton_unsupported_reason
 from .._native import native_unsupported_reason
+from .._transforms import is_transformed
 from .eager import FACTORS, halves, views_reference
 from .triton import views_triton
 
@@ -154,9 +155,11 @@ def make_views(
     patch: P, the side of a patch; 0: return images. dtype: fp32, fp16 or bf16.
 
     Boxes must lie inside their images: this is not checked, it would wait for the device. Raises ValueError for
-    shapes and types that do not fit.
+    shapes and types that do not fit, NotImplementedError for factors that need a gradient.
     """
     _validate_images(pixels, places, boxes, factors)
+    if factors.requires_grad or is_transformed("make_views", pixels, factors):
+        raise NotImplementedError("make_views: has no derivative; detach factors, and call it outside torch.func")
     mean, std = (torch.as_tensor(v, dtype=torch.float32, device=pixels.device) for v in (mean, std))
     if mean.dim() != 1 or mean.shape != std.shape or not len(mean):
         raise ValueError(f"make_views: mean and std must be [C], got {list(mean.shape)} and {list(std.shape)}")

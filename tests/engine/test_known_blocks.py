@@ -242,3 +242,28 @@ def test_an_adapter_of_rank_0_of_b_has_a_gradient_to_compare():
     vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=0).eval().requires_grad_(False)
     lora.inject(vit, lora.LoraSpec(r=2))  # B starts at 0, so A has no gradient yet
     assert 0 < self_check.compare(engine.build(vit, torch.float32)).gradient < 1e-5
+
+
+# derivatives that only the plain model has
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_forward_mode_is_refused(grad):
+    vit, images = model()
+    run = engine.build(vit, torch.float32).features
+    with torch.set_grad_enabled(grad):
+        for transform in (
+            lambda: torch.func.jvp(run, (images,), (images,)),
+            lambda: torch.func.vmap(run)(images[:, None]),
+            lambda: torch.func.grad(lambda x: run(x).sum())(images),
+        ):
+            with pytest.raises(NotImplementedError, match="engine: has first derivatives by backward"):
+                transform()
+
+
+def test_a_second_derivative_is_refused():
+    vit, images = model()
+    f = engine.build(vit, torch.float32).features(images)
+    parameters = [p for p in vit.parameters() if p.requires_grad]
+    with pytest.raises(NotImplementedError, match="engine: its backward has no derivative"):
+        torch.autograd.grad(f.square().sum(), parameters, create_graph=True)

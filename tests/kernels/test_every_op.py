@@ -6,14 +6,16 @@ import itertools
 import logging
 import re
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from upstep_fast.kernels import _dispatch, _tile_sizes
-from upstep_fast.kernels._dispatch import IMPLEMENTATIONS, choose, forced
+from upstep_fast.kernels._dispatch import IMPLEMENTATIONS, choose, forced, forget, report
 from upstep_fast.kernels._sample_inputs import SAMPLE_INPUTS, SampleInputs, sample_inputs
+from upstep_fast.kernels._transforms import REASON
 
 GPU = torch.device("cuda", 0)
 
@@ -74,6 +76,122 @@ def test_gradients_accumulate(problem):
     problem.call(*once).sum().backward()
     for i in problem.wrt:
         torch.testing.assert_close(inputs[i].grad, 2 * once[i].grad)
+
+
+# forward mode, the transforms of torch.func, and second derivatives: those of the reference, or an error. An op that
+# torch.library knows no formula for gives a derivative of zero, or None
+
+WITHOUT = ("sinkhorn", "quantize")  # no gradient flows to their inputs, by definition
+
+
+def of_one(problem: SampleInputs, call):
+    i = problem.wrt[0]
+    return lambda x: call(*[x if j == i else t for j, t in enumerate(problem.inputs)])
+
+
+def weighted(problem: SampleInputs, call):
+    def loss(x):
+        out = of_one(problem, call)(x)
+        return (out.sin() * torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)).sum()
+
+    return loss
+
+
+def forward_mode(problem, call, x, v):
+    return torch.func.jvp(of_one(problem, call), (x,), (v,))[1]
+
+
+def dual_numbers(problem, call, x, v):
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, v)
+        return torch.autograd.forward_ad.unpack_dual(of_one(problem, call)(dual)).tangent
+
+
+def dual_numbers_with_gradient(problem, call, x, v):
+    return dual_numbers(problem, call, x.requires_grad_(), v).detach()
+
+
+def functional_gradient(problem, call, x, v):
+    return torch.func.grad(weighted(problem, call))(x)
+
+
+def mapped_gradient(problem, call, x, v):
+    return torch.func.vmap(torch.func.grad(weighted(problem, call)))(torch.stack([x, v]))
+
+
+def hessian_product(problem, call, x, v):
+    return torch.func.jvp(torch.func.grad(weighted(problem, call)), (x,), (v,))[1]
+
+
+def gradient_of_gradient(problem, call, x, v):
+    return torch.func.grad(lambda x: (torch.func.grad(weighted(problem, call))(x) * v).sum())(x)
+
+
+def compiled_forward_mode(problem, call, x, v):
+    torch._dynamo.reset()
+    return torch.compile(lambda x, v: forward_mode(problem, call, x, v), backend="eager")(x, v)
+
+
+TRANSFORMS = [forward_mode, dual_numbers, dual_numbers_with_gradient, functional_gradient, mapped_gradient]
+SECOND = [hessian_product, gradient_of_gradient]
+
+
+@pytest.mark.parametrize("transform", [*TRANSFORMS, *SECOND])
+@pytest.mark.parametrize("problem", WITH_GRADIENT, indirect=True)
+def test_every_transform_is_that_of_the_reference(problem, transform):
+    x = problem.inputs[problem.wrt[0]]
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    wanted = transform(problem, problem.reference, x.clone(), v)
+    assert wanted.norm() > 0
+    torch.testing.assert_close(transform(problem, problem.call, x.clone(), v), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lora_linear", "gelu"])
+def test_forward_mode_compiles(name):
+    problem = made(name)
+    x = problem.inputs[0]
+    wanted = forward_mode(problem, problem.reference, x, x.cos())
+    torch.testing.assert_close(compiled_forward_mode(problem, problem.call, x, x.cos()), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("problem", WITH_GRADIENT, indirect=True)
+def test_a_second_derivative_of_plain_autograd_is_an_error_where_it_is_not_zero(problem):
+    def second(call):
+        x = problem.inputs[problem.wrt[0]].clone().requires_grad_()
+        # the gradient, and another way to x beside it, which would hide a part that is missing
+        (first,) = torch.autograd.grad(weighted(problem, call)(x), x, create_graph=True)
+        return torch.autograd.grad((first.cos() * x.sin()).sum(), x)[0]
+
+    wanted = second(problem.reference)
+    try:
+        torch.testing.assert_close(second(problem.call), wanted, rtol=1e-4, atol=1e-5)
+    except (RuntimeError, NotImplementedError) as error:
+        assert re.search("no autograd formula|its backward has no derivative", str(error))
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_no_derivative_flows_where_none_is_defined(name):
+    problem = replace(made(name), wrt=(0,))
+    x = problem.inputs[0]
+    assert forward_mode(problem, problem.call, x, x.cos()).abs().max() == 0
+    assert not problem.call(x.clone().requires_grad_()).requires_grad
+
+
+def test_views_have_no_derivative():
+    problem = replace(made("views"), wrt=(3,))
+    x = problem.inputs[3]
+    for transform in TRANSFORMS:
+        with pytest.raises(NotImplementedError, match="make_views: has no derivative"):
+            transform(problem, problem.call, x.clone(), x.clone())
+    with pytest.raises(NotImplementedError, match="make_views: has no derivative"):
+        problem.call(*problem.inputs[:3], x.clone().requires_grad_(), *problem.inputs[4:])
+
+
+def test_what_a_transform_runs_is_reported():
+    forget()
+    problem = made("gelu")
+    forward_mode(problem, problem.call, problem.inputs[0], problem.inputs[0])
+    assert [(row.implementation, row.reason) for row in report()] == [("reference", REASON)]
 
 
 def test_compiles_as_one_graph_backward_too(problem):

@@ -48,6 +48,7 @@ from upstep_fast.engine.plain_block import run_plain_block, select_tokens
 from upstep_fast.engine.projections import Quantized, dequantized
 from upstep_fast.engine.qk_norm import qk_norm, qk_norm_backward
 from upstep_fast.engine.rotary import Ropes, apply_rope
+from upstep_fast.kernels._transforms import refuse_second_derivative
 
 Memory = Literal["fast", "balanced", "lean"]
 RunFolded = Callable[[Tensor, Tensor | None, int], tuple[Tensor, Tensor]]  # x, delta, index of the block -> x, delta
@@ -129,6 +130,7 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("engine")
         d_middle, d_m = grads
         values = ctx.saved_tensors
         saved = dict(zip(ctx.names, values, strict=False))

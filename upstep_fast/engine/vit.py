@@ -25,6 +25,7 @@ from upstep_fast.engine.self_check import compare
 from upstep_fast.engine.stale_check import make_stale_check
 from upstep_fast.engine.timm_blocks import Vit, altered_reason, grid_of
 from upstep_fast.errors import ConfigError
+from upstep_fast.kernels._transforms import is_transformed
 from upstep_fast.kernels.patchify import patchify
 from upstep_fast.model.pooling import pooled
 
@@ -52,8 +53,10 @@ class EngineViT:
         """Return the features [B, D] in fp32 of normalized images [B, C, H, W] or their patches [B, N, C P P].
 
         Pooled by `pool` of `build`. Differentiable in trained parameters; without gradients the forward-only path runs
-        (inference.py). Raises RuntimeError if the model was changed after folding.
+        (inference.py). Raises RuntimeError if the model was changed after folding, NotImplementedError in torch.func
+        or forward-mode AD.
         """
+        _refuse_transforms(images)
         if not torch.is_grad_enabled():
             self.check_unchanged()
             return self.forward_only(images)
@@ -74,6 +77,7 @@ class EngineViT:
 
         indices: [M] int64, among the tokens of all groups.
         """
+        _refuse_transforms(*groups)
         self.check_unchanged()
         merged, sizes = self.merge_adapters(), sizes_of(groups)
 
@@ -83,6 +87,13 @@ class EngineViT:
         x = pack(groups).to(self.dtype)
         with torch.autocast(x.device.type, enabled=False):  # the engine sets its own dtypes
             return run_blocks(x, self.blocks, run, sizes, indices, ropes)
+
+
+def _refuse_transforms(*tensors: Tensor) -> None:
+    if is_transformed("engine", *tensors):
+        raise NotImplementedError(
+            "engine: has first derivatives by backward() alone; run the plain model (--implementation reference)"
+        )
 
 
 def build(
