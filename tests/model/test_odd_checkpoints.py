@@ -109,9 +109,9 @@ REFUSED = {
     ),
     "integers": (
         lambda s: s | {"blocks.0.mlp.fc1.weight": torch.ones(192, 48, dtype=torch.int8)},
-        "as torch.int8, not",
+        "as int8, not",
     ),
-    "booleans": (lambda s: {key: value > 0 for key, value in s.items()}, "as torch.bool, not as floating point"),
+    "booleans": (lambda s: {key: value > 0 for key, value in s.items()}, "as bool, not as floating point"),
     "LoRA of PEFT": (lambda s: s | {"blocks.0.attn.qkv.lora_A.default.weight": QUEUE}, "after merge_and_unload"),
     "ExPLoRA, not merged": (lambda s: with_separate_qkv(s, 1.0)["teacher"], "holds blocks.0.attn.qkv.weight and other"),
     "twice": (lambda s: s | {f"_orig_mod.{key}": value for key, value in s.items()}, "holds some weights twice"),

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from upstep_fast.config.base import BackboneConfig
 from upstep_fast.data.views.resize import normalize
 from upstep_fast.errors import ConfigError, first_line
-from upstep_fast.model import registry
-from upstep_fast.model.formats import checkpoint_files
+from upstep_fast.model import checks, registry
+from upstep_fast.model.formats import checkpoint_files, preprocessing
+from upstep_fast.model.formats.folders import Source
 
 log = logging.getLogger("upstep_fast")
 
@@ -93,19 +94,20 @@ def load(
     model's tensors that a checkpoint must fill. Raises ConfigError for a name that is unknown, not a plain ViT, or
     whose weights cannot be loaded or do not fit.
     """
-    options: dict[str, Any] = {}
-    if img_size is not None:
-        options["img_size"] = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-    if in_chans is not None:
-        options["in_chans"] = in_chans
     source = registry.find(name, arch, pretrained=pretrained)
     registry.check_arch(source.arch, name)
+    size = img_size if img_size is not None else (source.pixels or {}).get("img_size")
+    options: dict[str, Any] = {} if in_chans is None else {"in_chans": in_chans}
+    if size is not None:
+        options["img_size"] = (size, size) if isinstance(size, int) else tuple(size)
+    _check_blueprint(source, name, options.get("img_size"))
     vit = _build(source, name, options, pretrained)
     if source.checkpoint is not None and pretrained:
         state = checkpoint_files.read(source.checkpoint)
         checkpoint_files.fill(vit, state, where=str(source.checkpoint), min_matched=min_matched)
-    _check_finite(vit, name)
-    _check_size(tuple(vit.patch_embed.img_size), vit)
+    checks.arch(source, vit, name)
+    checks.weights(vit, name)
+    checks.input_size(tuple(vit.patch_embed.img_size), vit)
     return _describe(vit.eval().requires_grad_(False), source, name, mean, std)
 
 
@@ -160,7 +162,26 @@ def _sha256(value: Tensor) -> str:
     return hashlib.sha256(raw.numpy().data).hexdigest()
 
 
-def _build(source: registry.Source, name: str, options: dict[str, Any], pretrained: bool) -> Any:
+def _check_blueprint(source: Source, name: str, size: tuple[int, int] | None) -> None:
+    """Refuse, before memory is taken, other models, more parameters than the file has bytes, and too small an input."""
+    blueprint = _create(source.arch, False, source.model_args | {"device": "meta"}, name)
+    reason = unsupported_reason(blueprint)
+    if reason:
+        raise ConfigError(f"model: {name} is not supported: {reason}; {registry.nearest_names(source.arch)}")
+    parameters = sum(parameter.numel() for parameter in blueprint.parameters())
+    if source.weight_bytes is not None and parameters > 2 * source.weight_bytes:
+        raise ConfigError(
+            f"model: {name}: its configuration describes {parameters:.3g} parameters, its weights have "
+            f"{source.weight_bytes} bytes; {registry.weights_cure(name)}"
+        )
+    patch = blueprint.patch_embed.patch_size
+    if size is not None and (size[0] < patch[0] or size[1] < patch[1]):
+        raise ConfigError(
+            f"img_size: {size[0]} x {size[1]} is smaller than the patch size {patch[0]}; take a multiple of {patch[0]}"
+        )
+
+
+def _build(source: Source, name: str, options: dict[str, Any], pretrained: bool) -> Any:
     """Return the model of `source`, with timm's own weights if they are no checkpoint and `pretrained`."""
     if source.checkpoint is None:
         vit = _create(name, pretrained, options, name)
@@ -168,20 +189,25 @@ def _build(source: registry.Source, name: str, options: dict[str, Any], pretrain
         vit = _create(source.arch, False, source.model_args | options, name)
         if source.eps is not None:
             _set_eps(vit, source.eps)
-    reason = unsupported_reason(vit)
-    if reason:
-        raise ConfigError(f"model: {name} is not supported: {reason}; {registry.nearest_names(source.arch)}")
     return vit
 
 
 def _describe(
     vit: Any,
-    source: registry.Source,
+    source: Source,
     name: str,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
 ) -> Backbone:
-    data = resolve_data_config({}, model=vit) | source.pixels
+    own = preprocessing.from_timm(vit.pretrained_cfg) | (source.pixels or {})
+    preprocessing.check(own, f"model: {name}")
+    data = resolve_data_config({}, model=vit) | own
+    if source.pixels is None and "." not in source.arch and (mean is None or std is None):
+        log.warning(
+            "model: nothing at %s states its preprocessing; used is that of timm's %s: mean %s, std %s, crop %s; give "
+            "--mean and --std if they are others",
+            *(name, source.arch, checks.spaced(data["mean"]), checks.spaced(data["std"]), data["crop_pct"]),
+        )
     size: tuple[int, int] = tuple(vit.patch_embed.img_size)
     channels = vit.patch_embed.proj.in_channels
     return Backbone(
@@ -189,8 +215,12 @@ def _describe(
         name=name,
         width=vit.num_features,
         img_size=size,
-        mean=_per_channel(data["mean"] if mean is None else mean, channels, "mean", is_given=mean is not None),
-        std=_per_channel(data["std"] if std is None else std, channels, "std", is_given=std is not None),
+        mean=checks.per_channel(data["mean"], channels, f"model: {name}: mean")
+        if mean is None
+        else checks.given(mean, channels, "mean"),
+        std=checks.per_channel(data["std"], channels, f"model: {name}: std")
+        if std is None
+        else checks.given(std, channels, "std"),
         interpolation=data["interpolation"],
         crop_pct=data["crop_pct"],
         crop_mode=data["crop_mode"],
@@ -205,39 +235,13 @@ def _create(arch: str, pretrained: bool, options: dict[str, Any], name: str) -> 
             return timm.create_model(arch, pretrained=pretrained, **options)
     except TypeError as error:
         text, cure = first_line(error)[:300], registry.nearest_names(name)
-        raise ConfigError(f"model: {name} is not a plain Vision Transformer ({text}); {cure}") from error
-    except Exception as error:  # timm, the hub and safetensors each raise their own kinds
         raise ConfigError(
-            f"model: cannot load {name}: {first_line(error)[:300]}; {registry.weights_cure(name)}"
+            f"model: {name}: timm cannot build {arch} from its model_args ({text}); save the model again; {cure}"
         ) from error
-
-
-def _check_finite(vit: nn.Module, name: str) -> None:
-    for key, value in vit.state_dict().items():
-        if not value.is_meta and not value.isfinite().all():
-            raise ConfigError(f"model: {name} has values in {key} that are not finite; fetch or save it again")
-
-
-def _check_size(size: tuple[int, ...], vit: Any) -> None:
-    rest = [s % p for s, p in zip(size, vit.patch_embed.patch_size, strict=True)]
-    if not any(rest):
-        return
-    text = f"img_size: {size[0]} x {size[1]} is not a multiple of the patch size {vit.patch_embed.patch_size[0]}"
-    if vit.dynamic_img_size and not vit.patch_embed.dynamic_img_pad:
-        raise ConfigError(f"{text}; take {size[0] - rest[0]} x {size[1] - rest[1]}")
-    log.warning("%s: the last %d rows and %d columns of pixels are not seen", text, *rest)
-
-
-def _per_channel(values: Sequence[float], channels: int, name: str, *, is_given: bool) -> tuple[float, ...]:
-    """Return one value per channel; where the model has values for other channels, the average of these."""
-    values = tuple(float(v) for v in values)
-    if len(values) == channels:
-        return values
-    if len(values) == 1:
-        return values * channels
-    if is_given:
-        raise ConfigError(f"{name}: got {len(values)} values, the images have {channels} channels")
-    return (sum(values) / len(values),) * channels
+    except Exception as error:  # timm, the hub and safetensors each raise their own kinds
+        # torch lists the tensors that do not fit on further lines
+        text = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ConfigError(f"model: cannot load {name}: {text}; {registry.weights_cure(name)}") from error
 
 
 def _set_eps(vit: nn.Module, eps: float) -> None:

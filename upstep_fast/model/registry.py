@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import difflib
-import json
+import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 import timm
 from timm.models import is_model_in_modules
 from torch import nn
 
 from upstep_fast.errors import ConfigError, first_line
-from upstep_fast.model.formats import checkpoint_files, hf_config
+from upstep_fast.input_files import require_regular
+from upstep_fast.model.formats import checkpoint_files, folders
+from upstep_fast.model.formats.folders import Source
 
 LOCAL, HUB = "local-dir:", "hf-hub:"
 MODULES = ("vision_transformer", "deit", "eva")  # of timm, whose models are plain ViTs
 PARALLEL = ("*_18x2_*", "*_xp_*", "vit_pwee_*", "vit_dpwee_*")  # architectures with attention and MLP in parallel
-
-
-@dataclass(frozen=True)
-class Source:
-    """The architecture of a model and the place of its weights."""
-
-    arch: str  # timm.create_model(arch, **model_args)
-    model_args: dict[str, Any] = field(default_factory=dict)
-    checkpoint: Path | None = None  # a file or folder for checkpoint_files.fill; None: timm loads the weights itself
-    eps: float | None = None  # of every LayerNorm, where a transformers configuration sets it
-    pixels: dict[str, Any] = field(default_factory=dict)  # mean and std, where transformers' preprocessor sets them
 
 
 def names(pattern: str = "*") -> list[tuple[str, str]]:
@@ -73,30 +63,55 @@ def find(name: str, arch: str | None = None, *, pretrained: bool = True) -> Sour
 def _find_folder(folder: Path, arch: str | None) -> Source:
     if not folder.is_dir():
         raise ConfigError(f"model: no folder at {folder}; local-dir: wants config.json and model.safetensors in it")
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in checkpoint_files.SUFFIXES]
+    weight_bytes = sum(require_regular(path, "model").stat().st_size for path in files)
+
+    def fetch(file: str) -> Path | None:
+        return folder / file if os.path.lexists(folder / file) else None
+
     if arch is not None:
-        return Source(arch, checkpoint=folder)
-    if not any(folder.glob("*.safetensors")):
-        for path in folder.iterdir():  # timm will read it, older versions by running what is in it
-            if path.suffix in checkpoint_files.PICKLES:
+        return replace(folders.beside_arch(arch, str(folder), fetch), checkpoint=folder)
+    source = folders.described(str(folder), fetch)
+    if source.checkpoint is None:  # timm will read the weights, older versions by running what is in a pickle
+        for path in files:
+            if path.name == checkpoint_files.SAFETENSORS:
+                checkpoint_files.check_types(path)
+            elif path.suffix in checkpoint_files.PICKLES and not (folder / checkpoint_files.SAFETENSORS).exists():
                 checkpoint_files.check_pickle(path)
-    return _from_config(_read_json(folder / "config.json"), folder, lambda file: folder / file)
+    return replace(source, weight_bytes=weight_bytes)
 
 
 def _find_in_hub(name: str, arch: str | None, pretrained: bool) -> Source:
     fetch = _hub(name)
     if arch is not None:
-        return Source(arch, checkpoint=_fetch_weights(fetch))
-    source = _from_config(_read_json(fetch("config.json")), name, fetch)
-    if source.checkpoint is None and pretrained:
-        _check_pickle(fetch)
+        return replace(folders.beside_arch(arch, name, _optional(fetch)), checkpoint=_fetch_weights(fetch))
+    fetch("config.json")  # raises the hub's error
+    source = folders.described(name, _optional(fetch))
+    if source.checkpoint is not None:
+        return replace(source, checkpoint=_fetch_weights(fetch))
+    if pretrained:
+        _check_timm_weights(fetch)
     return source
+
+
+def _optional(fetch: Callable[[str], Path]) -> Callable[[str], Path | None]:
+    """Return `fetch` without its error: not there, or out of reach, which the hub's client does not always know."""
+
+    def fetch_if_there(file: str) -> Path | None:
+        try:
+            return fetch(file)
+        except ConfigError:
+            return None
+
+    return fetch_if_there
 
 
 def _find_file(name: str, arch: str | None) -> Source:
     if arch is None:
         raise ConfigError(
-            f"model: {name} is a checkpoint file; name its architecture with --arch, e.g. --arch "
-            "vit_base_patch16_224 (upstep-fast models lists them)"
+            f"model: {name} is a checkpoint file; name its architecture with --arch, with timm's tag of its training, "
+            "which sets mean, std and crop: vit_base_patch16_224.dino, .mae, ... (upstep-fast models lists the "
+            "architectures), or give --mean and --std"
         )
     if not Path(name).is_file():
         raise ConfigError(f"model: no file at {name}")
@@ -112,37 +127,7 @@ def _find_in_timm(name: str, arch: str | None, pretrained: bool) -> Source:
     if tag and pretrained and name not in timm.list_pretrained(f"{architecture}.*"):
         tags = ", ".join(timm.list_pretrained(f"{architecture}.*")[:4]) or "none"
         raise ConfigError(f"model: {architecture} has no weights tagged {tag!r}; it has {tags}")
-    return Source(architecture)
-
-
-def _from_config(config: dict[str, Any], where: Path | str, fetch: Callable[[str], Path]) -> Source:
-    if isinstance(config.get("architecture"), str):
-        model_args = config.get("model_args") or {}
-        if not isinstance(model_args, dict):
-            raise ConfigError(f"model: {where}: model_args in config.json is no object; save the model again")
-        return Source(config["architecture"].partition(".")[0], model_args)
-    arch, model_args = hf_config.timm_args(config, str(where))
-    try:
-        preprocessor = _read_json(fetch("preprocessor_config.json"))
-    except ConfigError:  # not every repository has one
-        preprocessor = {}
-    pixels = {name: preprocessor[f"image_{name}"] for name in ("mean", "std") if f"image_{name}" in preprocessor}
-    checkpoint = where if isinstance(where, Path) else _fetch_weights(fetch)
-    return Source(arch, model_args, checkpoint, config.get("layer_norm_eps"), pixels)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(
-            f"model: no readable {path}; save the model with timm's save_for_hf, or add --arch NAME"
-        ) from error
-    except ValueError as error:
-        raise ConfigError(f"model: {path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"model: {path} holds no object")
-    return content
+    return Source(architecture, pixels={})
 
 
 def _hub(name: str) -> Callable[[str], Path]:
@@ -166,7 +151,12 @@ def _fetch_weights(fetch: Callable[[str], Path]) -> Path:
     Returns the path for `checkpoint_files.read`: a file, or the folder of the index.
     """
     failed = None
-    for name in (checkpoint_files.SAFETENSORS, checkpoint_files.INDEX, checkpoint_files.PICKLE):
+    for name in (
+        checkpoint_files.SAFETENSORS,
+        checkpoint_files.INDEX,
+        checkpoint_files.PICKLE,
+        *checkpoint_files.OPEN_CLIP,
+    ):
         try:
             path = fetch(name)
         except ConfigError as error:  # not there, or out of reach: which of them the hub's client does not always know
@@ -181,14 +171,16 @@ def _fetch_weights(fetch: Callable[[str], Path]) -> Path:
     raise failed
 
 
-def _check_pickle(fetch: Callable[[str], Path]) -> None:
-    """Refuse a repository of timm whose only weights are a pickle that holds code; timm would read it."""
+def _check_timm_weights(fetch: Callable[[str], Path]) -> None:
+    """Refuse weights that timm would read although they are no floating-point numbers, or a pickle that holds code."""
     try:
         path = _fetch_weights(fetch)
     except ConfigError:  # timm looks under other names too, and reports what it misses
         return
     if path.suffix in checkpoint_files.PICKLES:
         checkpoint_files.check_pickle(path)
+    elif path.is_file():
+        checkpoint_files.check_types(path)
 
 
 def check_arch(arch: str, name: str) -> None:

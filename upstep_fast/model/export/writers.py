@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from upstep_fast.model.formats import checkpoint_files, hf_config, key_names
 from upstep_fast.model.formats.key_names import State
 from upstep_fast.model.pooling import FeatureExtractor, features
 from upstep_fast.model.registry import HUB
+
+log = logging.getLogger("upstep_fast")
 
 ANY_BATCH = {"images": {0: torch.export.Dim("batch", min=1)}}
 
@@ -52,7 +55,9 @@ def _timm(job: Job) -> Written:
     base = job.base
     vit: Any = base.vit
     size = (vit.patch_embed.proj.in_channels, *base.img_size)
-    vit.pretrained_cfg = {**vit.pretrained_cfg, "mean": base.mean, "std": base.std, "input_size": size}
+    pixels: dict[str, Any] = {"mean": base.mean, "std": base.std, "interpolation": base.interpolation}
+    pixels |= {"crop_pct": base.crop_pct, "crop_mode": base.crop_mode, "input_size": size}
+    vit.pretrained_cfg = {**vit.pretrained_cfg, **pixels}
     timm.models.save_for_hf(vit, str(job.folder), model_args=base.model_args, safe_serialization=True)
 
     def measure(images: Tensor) -> Tensor:
@@ -76,7 +81,11 @@ def _hf(job: Job) -> Written:
         state = key_names.HF_DINOV2.from_timm(key_names.dinov2_names(state, packed=config["use_swiglu_ffn"]))
     _save(state, job.folder / "model.safetensors")
     _write_json(job.folder / "config.json", config)
-    _write_json(job.folder / "preprocessor_config.json", hf_config.preprocessor(job.base))
+    preprocessor = hf_config.preprocessor(job.base)
+    if preprocessor is not None:
+        _write_json(job.folder / "preprocessor_config.json", preprocessor)
+    else:
+        log.warning("format: transformers cannot prepare images for a %d x %d input as timm does", *job.base.img_size)
     options = {"add_pooling_layer": False} if kind == "vit" else {}
     prefix = vit.num_prefix_tokens
     pool = "[:, 0]" if vit.global_pool == "token" else f"[:, {prefix}:].mean(1)"

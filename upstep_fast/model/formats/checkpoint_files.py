@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -32,6 +32,7 @@ SUFFIXES = (".safetensors", *PICKLES)
 SAFETENSORS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLE = "pytorch_model.bin"
+OPEN_CLIP = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 # tensors of pretraining and classification, which features do not need
 _NOT_FEATURES = re.compile(
@@ -80,6 +81,20 @@ def read(path: Path) -> State:
         return load_file(path) if path.suffix == ".safetensors" else _read_pickle(path)
 
 
+def check_types(path: Path) -> None:
+    """Refuse a safetensors file with tensors that are no floating-point numbers, without reading them.
+
+    Raises ConfigError.
+    """
+    with _reading(path):
+        _check_file(path)
+        with safe_open(path, "pt") as file:
+            types = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+    for key, kind in types.items():
+        if kind not in ("F64", "F32", "F16", "BF16") and not _NOT_FEATURES.match(key):
+            raise ConfigError(f"model: {path} holds {key} as {kind}, not as floating point; save it unquantized")
+
+
 def check_pickle(path: Path) -> None:
     """Refuse a pickle that `read` refuses, without reading its tensors: they are mapped.
 
@@ -87,7 +102,8 @@ def check_pickle(path: Path) -> None:
     """
     with _reading(path):
         _check_file(path)
-        _read_pickle(path, mmap=zipfile.is_zipfile(path))
+        state = _read_pickle(path, mmap=zipfile.is_zipfile(path))
+    _check_types({key: value for key, value in state.items() if not _NOT_FEATURES.match(key)}, str(path))
 
 
 @contextlib.contextmanager
@@ -187,7 +203,9 @@ def _compare(vit: Any, name: str, converted: State) -> tuple[Match, State]:
     """Return the match and the tensors to load: those that fit, and zeros for missing biases."""
     expected = {key: value for key, value in vit.state_dict().items() if not _NOT_FEATURES.match(key)}
     matched = {key: value for key, value in converted.items() if key in expected and value.shape == expected[key].shape}
-    unplaced = [key for key in converted if key not in expected and not _NOT_FEATURES.match(key)]
+    unplaced = [
+        key for key, v in converted.items() if v.numel() and key not in expected and not _NOT_FEATURES.match(key)
+    ]
     absent_blocks = [key for key in unplaced if _block(key) >= len(vit.blocks)]
     missing = [key for key in expected if key not in matched]
     missing.sort(key=lambda key: bool(_BIAS.fullmatch(key)))
@@ -221,7 +239,7 @@ def _check_types(state: State, where: str) -> None:
     for key, value in state.items():
         if not value.is_floating_point():
             raise ConfigError(
-                f"model: {where} holds {key} as {value.dtype}, not as floating point; save it unquantized"
+                f"model: {where} holds {key} as {str(value.dtype)[6:]}, not as floating point; save it unquantized"
             )
 
 
@@ -238,10 +256,9 @@ def _add_classifier(vit: nn.Module, converted: State, matched: State) -> None:
 
 
 def _read_folder(folder: Path) -> State:
-    if (folder / SAFETENSORS).is_file() or not any((folder / name).is_file() for name in (INDEX, PICKLE)):
-        return read(folder / SAFETENSORS)
-    if not (folder / INDEX).is_file():
-        return read(folder / PICKLE)
+    names = [name for name in (SAFETENSORS, INDEX, PICKLE, *OPEN_CLIP) if (folder / name).exists()]
+    if not names or names[0] != INDEX:
+        return read(folder / (names[0] if names else SAFETENSORS))
     state: State = {}
     for name in shards(folder / INDEX):
         state |= read(folder / name)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import timm
 from timm.layers.mlp import GluMlp, SwiGLU
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from upstep_fast.errors import ConfigError
+from upstep_fast.model.formats import facts
 
 if TYPE_CHECKING:
     from upstep_fast.model.backbone import Backbone
@@ -26,6 +29,11 @@ def timm_args(config: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any
     where: the model's name, for errors. Raises ConfigError if timm has no such model.
     """
     kind = config.get("model_type")
+    if kind not in KINDS and isinstance(config.get("vision_config"), Mapping):
+        raise ConfigError(
+            f"model: {where} is a {kind} of transformers, with several towers; name timm's architecture of the vision "
+            f"tower with {_arch_flag(config)}"
+        )
     try:
         args = {
             "img_size": config["image_size"],
@@ -51,8 +59,18 @@ def timm_args(config: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any
         )
     raise ConfigError(
         f"model: {where} is a {kind} of transformers, not one of {', '.join(KINDS)}; for another plain Vision "
-        "Transformer (CLIP's, SigLIP's) name timm's architecture with --arch NAME"
+        f"Transformer (CLIP's, SigLIP's) name timm's architecture with {_arch_flag(config)}"
     )
+
+
+def _arch_flag(config: Mapping[str, Any]) -> str:
+    """Return "--arch" with timm's name of a CLIP or SigLIP tower, if it has one of the usual widths."""
+    kind, tower = str(config.get("model_type")), facts.tower(config)
+    size = {768: "base", 1024: "large", 1280: "huge", 1152: "so400m"}.get(tower.get("hidden_size", 0))
+    is_quick = facts.of_transformers(config).get("activation") == "QuickGELU"
+    family = "siglip" if "siglip" in kind else "clip_quickgelu" if is_quick else "clip"
+    name = f"vit_{size}_patch{tower.get('patch_size')}_{family}_{tower.get('image_size')}"
+    return f"--arch {name}" if timm.is_model(name) else "--arch NAME"
 
 
 def _from_vit(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -140,14 +158,21 @@ def describe(vit: Any) -> dict[str, Any]:
     return common | ({"num_register_tokens": registers} if registers else {})
 
 
-def preprocessor(base: Backbone) -> dict[str, Any]:
-    """Return the preprocessor_config.json of transformers that prepares images as timm's evaluation transform does."""
+def preprocessor(base: Backbone) -> dict[str, Any] | None:
+    """Return the preprocessor_config.json of transformers that prepares images as timm's evaluation transform does.
+
+    None for an input that is not square and keeps the images' proportions, which transformers cannot express.
+    """
     height, width = base.img_size
+    outer = [math.floor(side / base.crop_pct) for side in base.img_size]
+    if base.crop_mode == "center" and height != width:
+        return None
+    size = {"height": outer[0], "width": outer[1]} if base.crop_mode == "squash" else {"shortest_edge": outer[0]}
     return {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": len(base.mean) == 3,
         "do_resize": True,
-        "size": {"shortest_edge": int(min(height, width) / base.crop_pct)},
+        "size": size,
         "resample": {"nearest": 0, "lanczos": 1, "bilinear": 2}.get(base.interpolation, 3),  # as pillow counts
         "do_center_crop": True,
         "crop_size": {"height": height, "width": width},
