@@ -13,6 +13,7 @@ from upstep_fast.config.explora import Dinov2Config, MaeConfig
 from upstep_fast.config.files import from_options, read_toml, renamed, to_toml
 from upstep_fast.config.finetune import FinetuneConfig
 from upstep_fast.config.flat import defaults, flat, from_flat, paths, replace_flat
+from upstep_fast.config.limits import LARGEST
 from upstep_fast.config.plan import PlanConfig
 from upstep_fast.config.resolve import resolve
 from upstep_fast.errors import ConfigError
@@ -55,6 +56,46 @@ def test_a_bad_value_is_refused_by_its_name(field, value):
     with pytest.raises(ConfigError, match=rf"^{field}: .*") as error:
         from_flat(AdaptConfig, **{**BASE, field: value})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("clip", float("inf"), "clip: got inf, must be a finite number"),
+        ("mean", (0.5, float("nan"), 0.5), "mean: got nan, must be a finite number"),
+        ("weight_decay", float("inf"), "weight_decay: got inf, must be a finite number"),
+        ("sinkhorn_iterations", 2**31, "sinkhorn_iterations: got 2147483648, must be at most 1000"),
+        ("lora_r", 100_000, "lora_r: got 100000, must be at most 4096"),
+        ("head_dim", 5000, "head_dim: got 5000, must be at most 4096"),
+        ("img_size", (10**6, 16), "img_size: got 1000000, must be at most 32768"),
+        ("rank_timeout", 1e300, "rank_timeout: got 1e+300, must be at most 1000000"),
+        ("lr", 1e9, "lr: got 1000000000.0, must be at most 1000.0"),
+    ],
+)
+def test_what_no_run_could_use_is_refused_on_every_way_in(field, value, message, tmp_path):
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        from_flat(AdaptConfig, **{**BASE, field: value})
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        from_options(AdaptConfig, {**BASE, field: value}, "adapt")
+    values = value if isinstance(value, tuple) else (value,)
+    flags = [f"--{field.replace('_', '-')}", *map(str, values)]
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        parse(AdaptConfig, ["--model", "m", "--data", "d", "--out", "o", *flags], "upstep-fast adapt")
+
+
+def test_limits_are_of_flags_that_there_are():
+    known = {
+        name for kind in (AdaptConfig, Dinov2Config, MaeConfig, FinetuneConfig, EvalConfig) for name in paths(kind)
+    }
+    assert set(LARGEST) <= known | {"runs", "world_size"}
+
+
+def test_odd_texts_survive_toml_and_texts_that_cannot_are_refused():
+    odd = 'a\x7fb\x1b\t\n"\\\u2028é\U0001f600'
+    config = from_flat(AdaptConfig, **{**BASE, "out": odd})
+    assert tomllib.loads(to_toml(config))["output"]["out"] == odd
+    with pytest.raises(ConfigError, match=r"^out: 'a\\udcff' is not UTF-8, so config\.toml cannot hold it; rename it$"):
+        to_toml(from_flat(AdaptConfig, **{**BASE, "out": "a\udcff"}))
 
 
 def test_fields_that_exclude_one_another():

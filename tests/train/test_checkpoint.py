@@ -60,6 +60,34 @@ def test_nothing_to_resume(folder):
     assert checkpoint.newest(folder) is None
 
 
+def test_a_link_in_place_of_a_checkpoint_is_no_checkpoint(folder, tmp_path_factory, caplog):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    checkpoint.save(elsewhere, 9, FILES, MANIFEST)
+    checkpoint.save(folder, 3, FILES, MANIFEST)
+    (folder / "step-00000009").symlink_to(elsewhere / "step-00000009")
+    assert checkpoint.newest(folder).step == 3 and "a link, not a folder" in caplog.text
+    checkpoint.save(folder, 12, FILES, MANIFEST, keep=1)  # deletes the link, not what it leads to
+    assert steps(folder) == ["latest", "step-00000012"] and checkpoint.newest(elsewhere).step == 9
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "dangling"])
+def test_what_lies_in_the_place_of_a_new_checkpoint_is_replaced(folder, tmp_path_factory, kind):
+    elsewhere, place = tmp_path_factory.mktemp("elsewhere"), folder / "step-00000005"
+    (elsewhere / "mine").write_text("kept")
+    if kind == "file":
+        place.write_text("no checkpoint")
+    else:
+        place.symlink_to(elsewhere if kind == "link" else folder / "nothing")
+    checkpoint.save(folder, 5, FILES, MANIFEST)
+    assert checkpoint.newest(folder).step == 5 and (elsewhere / "mine").read_text() == "kept"
+
+
+def test_a_folder_named_latest_stays(folder):
+    (folder / "latest").mkdir()
+    checkpoint.save(folder, 5, FILES, MANIFEST)
+    assert (folder / "latest").is_dir() and steps(folder) == ["latest", "step-00000005"]
+
+
 def test_the_same_step_is_replaced(folder):
     checkpoint.save(folder, 3, {"state": b"old"}, {})
     checkpoint.save(folder, 3, {"state": b"new"}, {})

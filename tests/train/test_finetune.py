@@ -206,6 +206,25 @@ def test_a_resumed_run_equals_the_uninterrupted_one(options, tmp_path, method, m
     assert losses[0] == losses[1] and len(losses[0]) == 9
 
 
+def test_resume_refuses_other_labels_of_the_same_files(options, monkeypatch):
+    upstep_fast.finetune(**options)
+    real = finetuning.train_and_test
+
+    for change, message in (
+        (lambda train: {"y": 2 - train.y}, "or other names, labels or sizes"),  # other images are held out
+        (lambda train: {"classes": train.classes[::-1]}, "resume: the labels are not those of"),
+    ):
+
+        def turned(*args, change=change):
+            train, test = real(*args)
+            return dataclasses.replace(train, **change(train)), test
+
+        monkeypatch.setattr(finetuning, "train_and_test", turned)
+        with pytest.raises(ConfigError, match=message) as error:
+            upstep_fast.finetune(**options, resume=True)
+        assert "\n" not in str(error.value)
+
+
 def test_resume_refuses_another_run(options):
     upstep_fast.finetune(**options)
     with pytest.raises(ConfigError, match="losa_rank was 3, is 4"):

@@ -315,6 +315,19 @@ def test_a_decoder_that_reads_other_pixels_is_named(options, monkeypatch, caplog
     assert "not bit for bit" in caplog.text and "is of another libjpeg" in caplog.text
 
 
+def test_instructions_of_another_processor_are_named(options, monkeypatch, caplog):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    interrupted(options, monkeypatch, step=7)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    monkeypatch.setattr(identity, "processor_name", lambda: "another")
+    with caplog.at_level("WARNING", logger="upstep_fast"):
+        upstep_fast.adapt(**options, resume=True)
+    line = next(m for m in caplog.messages if "not bit for bit" in m)
+    assert "is another" in line and "MKL_CBWR was None, is COMPATIBLE" in line
+    assert "ONEDNN_MAX_CPU_ISA was AVX2, is None" in line
+
+
 def test_resume_and_overwrite_exclude_one_another(options):
     with pytest.raises(ConfigError, match="resume and overwrite"):
         upstep_fast.adapt(**options, resume=True, overwrite=True)
@@ -379,6 +392,18 @@ def said(*path_and_value):
         said("backbone", "none"),
         said("data", 3),
         said("pins", 3),
+        said("state", "passes", 0),
+        said("state", "passes", "2"),
+        said("state", "accumulated", -1),
+        said("state", "collapsed", 1e400),
+        said("state", "bad", [1, 2, 3]),
+        said("state", "scaler", {"scale": "x"}),
+        said("state", "gate", "reference", "low"),
+        said("state", "gate", "window", ["x"]),
+        said("state", "gate", "window", [float("nan")]),
+        said("state", "gate", "skips", -1),
+        said("state", "gate", "opened", "all"),
+        said("state", "gate", "spread", None),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_changed(

@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with its code."""
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
+    exit_signals.forget()
     sys.excepthook, warnings.formatwarning = _print_traceback, _format_warning  # type: ignore[assignment]
     try:
         _dispatch(args, debug)

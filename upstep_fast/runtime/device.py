@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from upstep_fast.errors import ConfigError
-from upstep_fast.runtime import distributed
+from upstep_fast.runtime import distributed, exit_signals
 
 _DTYPES = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
@@ -54,6 +54,7 @@ def resolve(device: str, precision: str, implementation: str = "auto") -> Comput
 
     Raises ConfigError if the machine does not have the device or the precision, or the device not the implementation.
     """
+    exit_signals.check()  # every command comes here once torch is imported
     resolved = _resolve_device(device)
     interpreted = implementation == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     if implementation in ("triton", "cuda") and resolved.type == "cpu" and not interpreted:

@@ -35,6 +35,17 @@ def was_interrupted() -> bool:
     return bool(_received)
 
 
+def check() -> None:
+    """Raise KeyboardInterrupt if a signal has come and the one it raised was lost, as in torch's import of numpy."""
+    if _received:
+        raise KeyboardInterrupt
+
+
+def forget() -> None:
+    """Forget the signals of an earlier command in this process."""
+    _received.clear()
+
+
 def _interrupt(number: int, frame: Any) -> NoReturn:
     _received.append(number)
     raise KeyboardInterrupt(signal.Signals(number).name)

@@ -55,6 +55,7 @@ def signals(save_seconds: float = 0.0) -> Iterator[StopRequests]:
     A second signal to stop has its usual effect, except under torchrun: torchrun forwards a Ctrl-C to every rank
     although the terminal has sent it to all of them, and kills ranks that have not ended half a minute later.
     """
+    exit_signals.check()
     requests = StopRequests(save_seconds)
 
     def stop(number: int, frame: Any) -> None:

@@ -127,11 +127,14 @@ def _validate(checkpoint: Checkpoint, identity: Identity) -> None:
                 f"resume: {checkpoint.path} was made with another model, of the same weights: "
                 f"{'; '.join(different[:5])}; {cure}"
             )
+        labels = identity.data.get("labels")  # of finetune; checkpoints of earlier versions do not tell
         if saved["data"]["sha256"] != identity.data["sha256"]:
             raise ConfigError(
                 f"resume: the images are not those of {checkpoint.path}: {saved['data']['images']} then, "
-                f"{identity.data['images']} now, or other names or sizes; {cure}"
+                f"{identity.data['images']} now, or other names{', labels' if labels else ''} or sizes; {cure}"
             )
+        if saved["data"].get("labels", labels) != labels:
+            raise ConfigError(f"resume: the labels are not those of {checkpoint.path}; {cure}")
         # a flag that is newer than the checkpoint had its default
         flags = {name: identity.defaults.get(name) for name in identity.config} | renamed(saved["config"])
         changed = [

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from upstep_fast.config.finetune import FinetuneConfig
 from upstep_fast.config.flat import flat, from_flat
 from upstep_fast.errors import ConfigError, first_line
+from upstep_fast.input_files import read_json
 from upstep_fast.methods.supervised.baselines import Baseline
 from upstep_fast.methods.supervised.losa import Losa, LosaSpec
 from upstep_fast.methods.trainable import trained
@@ -61,14 +62,18 @@ def losa_spec(config: FinetuneConfig) -> LosaSpec:
     return LosaSpec(**own | {"token_rank": own["rank"] if own["token_rank"] is None else own["token_rank"]})
 
 
-def load_backbone(config: FinetuneConfig) -> Backbone:
-    """Return the base model, with the adapter merged if there is one. Raises ConfigError."""
+def load_backbone(config: FinetuneConfig) -> tuple[Backbone, dict[str, Any]]:
+    """Return the base model with the adapter merged, if there is one, and its identity without. Raises ConfigError.
+
+    The last bits of merged weights differ between processors, so they do not identify a model.
+    """
     backbone = backbones.load_from(config.model)
+    identity = model_identity(backbone)
     if config.adapter is not None:
         peft_format.attach(backbone.vit, config.adapter)
         lora.merge(backbone.vit)
         backbone.vit.requires_grad_(False)
-    return backbone
+    return backbone, identity
 
 
 def save(
@@ -80,8 +85,8 @@ def save(
 ) -> None:
     """Write the folder; config.json, last, names the hash of the tensors' file. Raises OSError.
 
-    identity: of the backbone before training, with the adapter merged (`model.identity`). It and the class names lie
-    in the metadata of the tensors' file, so the hash covers them.
+    identity: of the base model without the adapter (`load_backbone`). It and the class names lie in the metadata of the
+    tensors' file, so the hash covers them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     belongs_to = {"classes": json.dumps(list(classes)), "model": json.dumps(identity)}
@@ -126,19 +131,11 @@ def load_finetuned(
         classes = tuple(str(name) for name in values["classes"])
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{folder / CONFIG} is not that of a fine-tuned model: {error}") from error
-    backbone = load_backbone(config)
-    _check_identity(folder, belongs_to, backbone, classes)
+    backbone, identity = load_backbone(config)
+    _check_identity(folder, belongs_to, config, identity, classes)
     grid = backbone.vit.patch_embed.grid_size
     net = build(backbone, config, len(classes))
-    parameters = trained(net)
-    wrong = sorted(parameters.keys() ^ tensors.keys()) + [
-        name for name in parameters.keys() & tensors.keys() if parameters[name].shape != tensors[name].shape
-    ]
-    if wrong:
-        raise ConfigError(f"{folder} does not fit the model {config.model.name}: {', '.join(wrong[:5])}")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+    _fill(trained(net), tensors, f"{folder} does not fit the model {config.model.name}")
     if img_size is not None:
         backbone.vit.set_input_size(img_size=(img_size, img_size) if isinstance(img_size, int) else img_size)
         if isinstance(net, Losa):
@@ -147,21 +144,42 @@ def load_finetuned(
     return net.requires_grad_(False).eval()
 
 
-def _check_identity(folder: Path, belongs_to: Mapping[str, Any], backbone: Backbone, classes: tuple[str, ...]) -> None:
+def _fill(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], problem: str) -> None:
+    """Copy the tensors into the parameters. Raises ConfigError, with `problem`, if a name or shape differs."""
+    wrong = sorted(parameters.keys() ^ tensors.keys()) + [
+        name for name in parameters.keys() & tensors.keys() if parameters[name].shape != tensors[name].shape
+    ]
+    if wrong:
+        raise ConfigError(f"{problem}: {', '.join(wrong[:5])}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def _check_identity(
+    folder: Path,
+    belongs_to: Mapping[str, Any],
+    config: FinetuneConfig,
+    identity: Mapping[str, Any],
+    classes: tuple[str, ...],
+) -> None:
     """Refuse another base model and other class names than those of the training; earlier versions wrote neither."""
     if "classes" in belongs_to and belongs_to["classes"] != list(classes):
         raise ConfigError(f"{folder}: the classes in {CONFIG} are not those of {WEIGHTS}; fine-tune again or copy both")
-    if "model" in belongs_to and (different := differences(belongs_to["model"], model_identity(backbone))):
+    if "model" in belongs_to and (different := differences(belongs_to["model"], identity)):
         raise ConfigError(
-            f"{folder} was trained on another base model than {backbone.name}: {'; '.join(different[:5])}; "
+            f"{folder} was trained on another base model than {config.model.name}: {'; '.join(different[:5])}; "
             "give the base model of the training with model="
         )
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
     """Return config.json, the tensors, and the metadata of the tensors' file."""
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ConfigError(f"{folder} holds no {name}; give the folder OUT/model")
     try:
-        values = json.loads((folder / CONFIG).read_text())
+        values = read_json(folder / CONFIG, "model")
         data = (folder / WEIGHTS).read_bytes()
         if not isinstance(values, dict) or values.get("sha256") != hashlib.sha256(data).hexdigest():
             raise ConfigError(f"{folder}: {WEIGHTS} is not what {CONFIG} was written for; fine-tune again or copy both")
@@ -170,9 +188,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, An
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         belongs_to = {name: json.loads(text) for name, text in header.get("__metadata__", {}).items()}
         return values, safetensors.torch.load(data), belongs_to
-    except FileNotFoundError as error:
-        raise ConfigError(f"{folder} holds no {Path(error.filename).name}; give the folder OUT/model") from error
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{folder} cannot be read: {first_line(error)}") from error

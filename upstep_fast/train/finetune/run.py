@@ -6,6 +6,7 @@ train/ is split into images to learn from and held-out ones that choose the epoc
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -36,7 +37,7 @@ from upstep_fast.model.backbone import Backbone
 from upstep_fast.report.logs import held_messages, train_log
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime import run_folder as output
-from upstep_fast.runtime.atomic_file import write_atomic
+from upstep_fast.runtime.atomic_file import require_writable, write_atomic
 from upstep_fast.runtime.device import Compute, resolve
 from upstep_fast.runtime.machine import num_workers, peak_bytes
 from upstep_fast.train.finetune import classifier as finetuned
@@ -90,10 +91,12 @@ def run(config: FinetuneConfig) -> FinetuneResult:
     """Run one fine-tuning. Raises UpstepError, with the exit code of the command line."""
     if distributed.local_size() > 1:
         raise ConfigError("finetune: runs on one device; start it without torchrun")
+    if config.json is not None:
+        require_writable(Path(config.json), "json")
     compute = resolve(config.runtime.device, config.runtime.precision, config.runtime.implementation)
     splits = read_splits(config)
     requested, config = config, fit_to_data(config, splits)
-    backbone = finetuned.load_backbone(config)
+    backbone, base = finetuned.load_backbone(config)
     implementation = None if config.runtime.implementation == "auto" else config.runtime.implementation
     with output.lock_run_folder(config) as out, dispatch.forced(implementation):
         with held_messages() as messages:
@@ -102,7 +105,7 @@ def run(config: FinetuneConfig) -> FinetuneResult:
             prepared = _prepare(config, compute, splits, backbone, out)
         output.begin(config, anew=prepared.state.step == 0)
         with train_log(out / "train.log", messages):
-            return _run(config, compute, splits, prepared, out)
+            return _run(config, compute, splits, prepared, base, out)
 
 
 def _log_start(requested: FinetuneConfig, config: FinetuneConfig, compute: Compute, splits: Splits) -> None:
@@ -183,7 +186,7 @@ def _prepare(config: FinetuneConfig, compute: Compute, splits: Splits, backbone:
         torch.cuda.reset_peak_memory_stats(compute.device)
     identity = identify(config, compute, splits.learn.source, backbone)
     settings = {name: value for name, value in identity.config.items() if name not in ("json", "cache", "adapter")}
-    identity = replace(identity, config=settings)
+    identity = replace(identity, config=settings, data=identity.data | {"labels": _labels(splits)})
     reader = make_reader(config, backbone, compute.device)
     model = finetuned.build(backbone, config, len(splits.learn.classes)).to(compute.device)
     if config.runtime.implementation != "reference":
@@ -194,7 +197,16 @@ def _prepare(config: FinetuneConfig, compute: Compute, splits: Splits, backbone:
     return _Prepared(identity, reader, model, state)
 
 
-def _run(config: FinetuneConfig, compute: Compute, splits: Splits, prepared: _Prepared, out: Path) -> FinetuneResult:
+def _labels(splits: Splits) -> str:
+    """Return the SHA-256 of the class names and train/'s labels, which no file's name or size need tell."""
+    labels = [splits.learn.classes, splits.learn.y.tolist(), splits.choose.y.tolist()]
+    return hashlib.sha256(json.dumps(labels).encode()).hexdigest()
+
+
+def _run(
+    config: FinetuneConfig, compute: Compute, splits: Splits, prepared: _Prepared, base: dict[str, Any], out: Path
+) -> FinetuneResult:
+    """Train, measure and write. base: identity of the base model."""
     model, state, reader, identity = prepared.model, prepared.state, prepared.reader, prepared.identity
     num_trained = sum(p.numel() for p in trained(model).values())
     log.info("%s: %d trainable parameters, %d images", config.method, num_trained, len(splits.learn.y))
@@ -217,7 +229,7 @@ def _run(config: FinetuneConfig, compute: Compute, splits: Splits, prepared: _Pr
         "seconds": state.seconds,
         "peak_bytes": peak_bytes(compute.device),
     }
-    _write(model, config, splits, metrics, out, identity.backbone)
+    _write(model, config, splits, metrics, out, base)
     return FinetuneResult(out / MODEL, metrics, state.epoch, state.best_epoch)
 
 

@@ -87,7 +87,7 @@ def resume_from(state: State, folder: Path, identity: Identity, skipped: dict[st
             state.scaler.load_state_dict(values["scaler"])
     except ConfigError:
         raise
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError, SafetensorError) as error:
         raise RunFailedError(f"resume: {checkpoint.path} is no checkpoint of such a run ({error})") from error
     state.step = checkpoint.step
     log.info("resume: continuing after step %d, from %s", checkpoint.step, checkpoint.path)

@@ -1,0 +1,153 @@
+"""SIGINT, SIGTERM and SIGHUP at any moment from the first import on: exit code 75, one line, nothing unfinished."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from upstep_fast import cli
+from upstep_fast.cli.commands import main
+from upstep_fast.model import backbone
+from upstep_fast.runtime import atomic_file, exit_signals
+from upstep_fast.train import adapt as adapting
+from upstep_fast.train import loop
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+# sends the signal when a module is first looked for
+PROGRAM = """
+import os, sys
+moment, number = sys.argv[1], int(sys.argv[2])
+sys.argv[:3] = ["upstep-fast"]
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == moment:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), number)
+sys.meta_path.insert(0, Finder())
+from upstep_fast.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [
+        ("upstep_fast.cli.commands", signal.SIGTERM),
+        ("upstep_fast.config.adapt", signal.SIGHUP),
+        ("upstep_fast.report.logs", signal.SIGINT),
+        ("torch", signal.SIGTERM),
+        ("numpy", signal.SIGTERM),  # where torch drops exceptions
+    ],
+)
+def test_a_signal_while_modules_are_imported(tmp_path, moment, number):
+    args = ["adapt", "--model", "m", "--data", "d", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-c", PROGRAM, moment, str(int(number)), *args]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert (done.returncode, done.stderr.splitlines()[-1:]) == (75, ["upstep-fast: interrupted"]), done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_nohup_is_respected(tmp_path):
+    code = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n{PROGRAM}"
+    command = [sys.executable, "-c", code, "upstep_fast.version", str(int(signal.SIGHUP)), "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 0 and done.stdout and not done.stderr
+
+
+@pytest.fixture
+def handlers():
+    """The program's handlers, in this process."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    exit_signals.install()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    exit_signals.forget()
+
+
+def ends(run, *args):
+    with pytest.raises(SystemExit) as stop:
+        run([str(arg) for arg in args])
+    return stop.value.code
+
+
+def sends(monkeypatch, owner, name, number, after=0):
+    """Send the signal when a function is called for the `after`-th time, from 0."""
+    real, count = getattr(owner, name), iter(range(10**6))
+
+    def call(*args, **kwargs):
+        if next(count) == after:
+            os.kill(os.getpid(), number)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, call)
+
+
+@pytest.fixture
+def flags(options):
+    options |= {"gate": "none", "memory_check": False}
+    return [part for name, value in options.items() for part in _flag(name, value)]
+
+
+def _flag(name, value):
+    dashed = name.replace("_", "-")
+    return [f"--{'' if value else 'no-'}{dashed}"] if isinstance(value, bool) else [f"--{dashed}", value]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(
+    ("owner", "name"), [(backbone, "load_from"), (adapting, "start"), (adapting, "train_log"), (loop, "make_loader")]
+)
+def test_a_signal_before_the_first_step(handlers, flags, monkeypatch, tmp_path, capsys, owner, name, number):
+    with monkeypatch.context() as patch:
+        sends(patch, owner, name, number)
+        assert ends(main, "adapt", *flags) == 75
+    assert capsys.readouterr().err.splitlines()[-1] == "upstep-fast: interrupted"
+    out = tmp_path / "out"
+    assert not [path for path in tmp_path.rglob("*") if path.name == "run.lock" or ".tmp-" in path.name]
+    if out.exists():  # the run had begun
+        assert ends(main, "adapt", *flags, "--resume", "--quiet") == 0
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_after_the_last_step_lets_the_run_end_and_a_second_one_does_not(
+    handlers, flags, monkeypatch, tmp_path, capsys, number
+):
+    with monkeypatch.context() as patch:
+        sends(patch, loop, "check_adapter", number)
+        sends(patch, loop, "at_strength", number)
+        assert ends(main, "adapt", *flags) == 75
+    assert capsys.readouterr().err.splitlines()[-1] == "upstep-fast: interrupted"
+    assert not (tmp_path / "out" / "run.lock").exists()
+    with monkeypatch.context() as patch:
+        sends(patch, loop, "check_adapter", number)
+        assert ends(main, "adapt", *flags, "--resume") == 0
+
+
+def test_sighup_in_the_loop_saves_the_state(handlers, flags, monkeypatch, tmp_path, capsys):
+    sends(monkeypatch, loop, "step", signal.SIGHUP, after=2)
+    assert ends(main, "adapt", *flags) == 75
+    assert "stopped after 3 of 6 steps, all saved" in capsys.readouterr().err.splitlines()[-1]
+    assert (tmp_path / "out" / "checkpoints" / "step-00000003").is_dir()
+
+
+def test_a_signal_while_a_result_is_written_leaves_nothing_unfinished(
+    handlers, model, photos, monkeypatch, tmp_path, capsys
+):
+    sends(monkeypatch, atomic_file.os, "fsync", signal.SIGTERM)
+    args = ["--model", model, "--data", photos, "--device", "cpu", "--num-workers", 0]
+    assert ends(main, "embed", *args, "--out", tmp_path / "out.npy") == 75
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_program_ignores_signals_once_its_exit_code_is_decided(handlers, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["upstep-fast", "--version"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0
+    for number in SIGNALS:
+        os.kill(os.getpid(), number)
