@@ -263,7 +263,10 @@ def test_the_cached_backbone_runs_once(options, monkeypatch):
     assert sum(seen) == 1 + 36  # one for the size, and every image of train/ once
 
 
-@pytest.mark.parametrize("whole", [(), ("blocks.0.norm1.weight", "blocks.1.mlp.fc1.weight", "cls_token")])
+WHOLE = [f"blocks.{part}.{kind}" for part in ("0.norm1", "1.mlp.fc1") for kind in ("weight", "bias")]
+
+
+@pytest.mark.parametrize("whole", [(), (*WHOLE, "cls_token")])
 def test_from_an_adapted_model(options, tmp_path, whole):
     """whole: parameters that ExPLoRA trains fully, beside LoRA."""
     one = backbones.load(options["model"])

@@ -35,6 +35,7 @@ from upstep_fast.runtime.atomic_file import write_atomic
 log = logging.getLogger("upstep_fast")
 
 CONFIG, WEIGHTS, ADAPTER = "config.json", "trained.safetensors", "adapter"
+METADATA = "upstep_fast"  # name of our entry in the metadata of WEIGHTS
 FORMAT = 1
 # what `build` and the backbone are made from
 _SETTINGS = (
@@ -89,7 +90,8 @@ def save(
     tensors' file, so the hash covers them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    belongs_to = {"classes": json.dumps(list(classes)), "model": json.dumps(identity)}
+    # one entry: safetensors writes several in an order that changes from one process to the next
+    belongs_to = {METADATA: json.dumps({"classes": list(classes), "model": identity})}
     data = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, belongs_to)
     if config.adapter is not None:
         (folder / ADAPTER).mkdir(exist_ok=True)
@@ -186,7 +188,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, An
         if values.get("format") != FORMAT:
             raise ConfigError(f"{folder}: format {values.get('format')}, this version reads {FORMAT}")
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        belongs_to = {name: json.loads(text) for name, text in header.get("__metadata__", {}).items()}
+        belongs_to = json.loads(header.get("__metadata__", {}).get(METADATA, "{}"))
         return values, safetensors.torch.load(data), belongs_to
     except (OSError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
         if isinstance(error, ConfigError):
