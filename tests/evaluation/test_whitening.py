@@ -1,9 +1,12 @@
 """Whitened features against scikit-learn, their identities, and the whitening file."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sklearn.covariance import OAS
 from timm.models.vision_transformer import VisionTransformer
@@ -167,7 +170,7 @@ def test_a_whitening_of_another_model_or_a_damaged_file_is_refused(model, photos
     refused(kept, "was not fitted to this base model")
     kept.write_bytes(b"\x08")
     refused(kept, "cannot be read")
-    refused(tmp_path / "nothing", "cannot be read")
+    refused(tmp_path / "nothing", "nothing: No such file")
 
 
 def test_whitening_files_are_checked_before_images_are_read(model, photos, tmp_path):
@@ -182,3 +185,51 @@ def test_whitening_files_are_checked_before_images_are_read(model, photos, tmp_p
             embed(model, photos, tmp_path / "out.npy", fit_whitening=str(tmp_path / name), device="cpu")
     with pytest.raises(ConfigError, match="not both"):
         embed(model, photos, tmp_path / "out.npy", fit_whitening="a", whitening="b")
+
+
+def test_a_whitening_that_cannot_be_one_is_refused(model, photos, tmp_path):
+    kept = tmp_path / "whitening.safetensors"
+    embed(model, photos, tmp_path / "base.npy", fit_whitening=str(kept), device="cpu")
+    with safe_open(kept, "pt") as file:
+        metadata = file.metadata()
+    good = load_file(kept)
+    mean, matrix = good["base.mean"], good["base.matrix"]
+    turned = matrix.clone()
+    turned[:, 0, 1] += 1
+    cases = {
+        "not finite": [{"base.mean": mean * torch.nan}, {"base.matrix": matrix * torch.inf}],
+        "mean .*longer": [{"base.mean": mean * 100}],
+        "not symmetric": [{"base.matrix": turned}],
+        # all but the last broadcast
+        r"this model needs \[2, 48\] and \[2, 48, 48\]": [
+            {"base.mean": torch.zeros(1)},
+            {"base.mean": torch.tensor(0.0)},
+            {"base.mean": mean[:1], "base.matrix": matrix[:1]},
+            {"base.mean": mean.double(), "base.matrix": matrix.double()},
+            {"base.matrix": matrix[:, :, :10].contiguous()},
+        ],
+        "does not contain": [{"base.mean": None}],
+    }
+    for match, changes in cases.items():
+        for change in changes:
+            save_file({k: v for k, v in (good | change).items() if v is not None}, kept, metadata)
+            with pytest.raises(ConfigError, match=f"whitening: .*{match}") as error:
+                embed(model, photos, tmp_path / "out.npy", whitening=str(kept), device="cpu")
+            assert "\n" not in str(error.value) and not (tmp_path / "out.npy").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_as_whitening_file_is_refused_without_waiting(model, photos, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match=r"whitening: .*pipe is a named pipe"):
+        embed(model, photos, tmp_path / "out.npy", whitening=str(tmp_path / "pipe"), device="cpu")
+
+
+@pytest.mark.parametrize("n", [3, 20])
+def test_with_fewer_images_than_dimensions_new_images_stay_bounded(n):
+    """A PCA whitening divides by the root of eigenvalues that are rounding; OAS keeps them at rho times the mean."""
+    x, new = unit(n, width=64), unit(200, width=64, seed=5)
+    found, oracle = whitening.fit(x[:, None]), OAS().fit(x.double().numpy())
+    ours = ((new - found.mean[0]) @ found.matrix[0]).double().square().sum(1)
+    assert ours.numpy() == pytest.approx(oracle.mahalanobis(new.double().numpy()), rel=1e-3)
+    assert found.matrix.abs().max() < 100

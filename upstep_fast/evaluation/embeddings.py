@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
-from collections.abc import Callable, Sequence
+import os
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, Unpack
+from typing import Any, BinaryIO, Unpack
 
 import numpy as np
 from torch import Tensor
@@ -15,14 +19,19 @@ from upstep_fast.config.files import from_options
 from upstep_fast.config.options import EmbedOptions
 from upstep_fast.config.signatures import with_keywords
 from upstep_fast.data.sources.source import open_source
-from upstep_fast.errors import ConfigError
+from upstep_fast.errors import ConfigError, RunFailedError
 from upstep_fast.evaluation import whitening
 from upstep_fast.evaluation.features import append_whitened, extract, load_models, unwhitened
-from upstep_fast.model import peft_format
+from upstep_fast.evaluation.whitening import Whitening
+from upstep_fast.model import peft_format, pooling
+from upstep_fast.model.backbone import Backbone
 from upstep_fast.model.identity import model_identity
 from upstep_fast.runtime import distributed
-from upstep_fast.runtime.atomic_file import write_atomic
+from upstep_fast.runtime.atomic_file import require_writable
+from upstep_fast.runtime.commit import commit_together, settle
 from upstep_fast.runtime.device import resolve
+
+Content = Callable[[BinaryIO], object]  # writes to an open file
 
 
 @with_keywords(EmbedConfig)
@@ -40,38 +49,58 @@ def embed(
 def run_embed(config: EmbedConfig) -> Path:
     """Run the embed command, see `embed`. Raises UpstepError."""
     out = Path(config.out)
-    _check_files(out, config)
+    if distributed.is_first():
+        _check_files(out, config)
     compute = resolve(config.runtime.device, config.runtime.precision, config.runtime.implementation)
     with distributed.joined(compute.device):
         source, models = open_source(config.data.paths), load_models(config)
         whitens = bool(config.whitening or config.fit_whitening)
         identity = model_identity(models["base"]) if whitens else {}
         fingerprints = _fingerprints(identity["sha256"], config) if whitens else {}
-        fitted = whitening.read(config.whitening, fingerprints, identity) if config.whitening else {}
+        fitted = _read_whitening(config, models, fingerprints, identity) if config.whitening else {}
         x, indices = extract(source, models, config, compute, patches=whitens)
+        contents: dict[Path, Content] = {}
         if config.fit_whitening:
             fitted = {name: whitening.fit(x[name]) for name in models}
-            if distributed.is_first():
-                whitening.write(config.fit_whitening, fitted, fingerprints, identity)
+            contents[Path(config.fit_whitening)] = whitening.content(fitted, fingerprints, identity)
         features = append_whitened(x, fitted) if fitted else unwhitened(x)
         kind = "ensemble" if config.ensemble else "adapted" if config.adapter else "base"
         if distributed.is_first():
-            WRITERS[out.suffix](out, features[kind], [source.name(i) for i in indices])
+            contents |= WRITERS[out.suffix](out, features[kind], [source.name(i) for i in indices])
+            _write(contents)
     return out
+
+
+def _read_whitening(
+    config: EmbedConfig, models: Mapping[str, Backbone], fingerprints: Mapping[str, str], identity: Mapping[str, Any]
+) -> dict[str, Whitening]:
+    assert config.whitening is not None
+    base = models["base"]
+    return whitening.read(config.whitening, fingerprints, identity, (pooling.num_parts(base.vit), base.width))
+
+
+def _files(out: Path, config: EmbedConfig) -> dict[Path, str]:
+    """Return what the command writes, with the flag that names it, in the order of the commit."""
+    whitened = {Path(config.fit_whitening): "fit_whitening"} if config.fit_whitening else {}
+    names = {_names_of(out): "out"} if out.suffix == ".npy" else {}
+    return whitened | {out: "out"} | names
 
 
 def _check_files(out: Path, config: EmbedConfig) -> None:
     """Raise ConfigError, before slow work, if `out` or the whitening file cannot be written."""
     if out.suffix not in WRITERS:
         raise ConfigError(f"out: {out.name} must end in {', '.join(WRITERS)}")
-    files = {"out": out} | ({"fit_whitening": Path(config.fit_whitening)} if config.fit_whitening else {})
-    if len({path.with_suffix("") for path in files.values()}) < len(files):
+    if out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise ConfigError("out: .parquet needs pyarrow; `pip install pyarrow`, or write .npy or .safetensors")
+    if config.fit_whitening and Path(config.fit_whitening).with_suffix("") == out.with_suffix(""):
         raise ConfigError(f"fit_whitening: {config.fit_whitening} and --out {out} need names that differ")
-    for field, path in files.items():
-        if path.exists() and not config.overwrite:
+    files = _files(out, config)
+    with _writing():
+        settle(list(files), "out")
+    for path, field in files.items():
+        if os.path.lexists(path) and not config.overwrite:
             raise ConfigError(f"{field}: {path} exists; choose another name or add --overwrite")
-        if not path.parent.is_dir():
-            raise ConfigError(f"{field}: no folder {path.parent}")
+        require_writable(path, field)
 
 
 def _fingerprints(base: str, config: EmbedConfig) -> dict[str, str]:
@@ -81,39 +110,56 @@ def _fingerprints(base: str, config: EmbedConfig) -> dict[str, str]:
     return {"base": base, "adapted": f"{base} {peft_format.fingerprint(config.adapter)}"}
 
 
-def _write_npy(out: Path, x: Tensor, names: list[str]) -> None:
-    _write(out, lambda file: np.save(file, x.numpy()))
-    _write(out.with_suffix(".txt"), lambda file: file.write("".join(f"{name}\n" for name in names).encode()))
+def _names_of(out: Path) -> Path:
+    return out.with_suffix(".txt")
 
 
-def _write_safetensors(out: Path, x: Tensor, names: list[str]) -> None:
+def name_line(name: str) -> str:
+    """Return a name as one line: itself, or a JSON string if it holds a control character or begins with a quote."""
+    plain = not name.startswith('"') and all(
+        unicodedata.category(char) not in ("Cc", "Cs", "Zl", "Zp") for char in name
+    )
+    return name if plain else json.dumps(name)
+
+
+def _npy(out: Path, x: Tensor, names: list[str]) -> dict[Path, Content]:
+    lines = "".join(f"{name_line(name)}\n" for name in names).encode()
+    return {out: lambda file: np.save(file, x.numpy()), _names_of(out): lambda file: file.write(lines)}
+
+
+def _safetensors(out: Path, x: Tensor, names: list[str]) -> dict[Path, Content]:
     from safetensors.torch import save
 
-    _write(out, lambda file: file.write(save({"features": x}, {"paths": json.dumps(names)})))
+    return {out: lambda file: file.write(save({"features": x}, {"paths": json.dumps(names)}))}
 
 
-def _write_parquet(out: Path, x: Tensor, names: list[str]) -> None:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ConfigError(
-            "out: .parquet needs pyarrow; `pip install pyarrow`, or write .npy or .safetensors"
-        ) from error
+def _parquet(out: Path, x: Tensor, names: list[str]) -> dict[Path, Content]:
+    import pyarrow
+    import pyarrow.parquet
+
     column = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(x.numpy().ravel()), x.shape[1])
     table = pyarrow.table({"path": names, "features": column})
-    _write(out, lambda file: pyarrow.parquet.write_table(table, file))
+    return {out: lambda file: pyarrow.parquet.write_table(table, file)}
 
 
-def _write(path: Path, content: Callable[[BinaryIO], object]) -> None:
+def _write(contents: Mapping[Path, Content]) -> None:
+    with _writing():
+        commit_together(contents)
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
     try:
-        write_atomic(path, content)
+        yield
     except OSError as error:
-        raise ConfigError(f"out: cannot write {path}: {error.strerror}") from error
+        raise RunFailedError(
+            f"out: cannot write {error.filename or 'the features'}: {error.strerror or error}; what was there "
+            "is unchanged; make room, or give another --out"
+        ) from error
 
 
-WRITERS: dict[str, Callable[[Path, Tensor, list[str]], None]] = {
-    ".npy": _write_npy,
-    ".safetensors": _write_safetensors,
-    ".parquet": _write_parquet,
+WRITERS: dict[str, Callable[[Path, Tensor, list[str]], dict[Path, Content]]] = {
+    ".npy": _npy,
+    ".safetensors": _safetensors,
+    ".parquet": _parquet,
 }

@@ -16,7 +16,7 @@ from upstep_fast.data.loading.loader import load_images
 from upstep_fast.data.loading.skipped_images import SkippedImages
 from upstep_fast.data.sources.source import Source
 from upstep_fast.engine import vit as engine
-from upstep_fast.errors import DataError
+from upstep_fast.errors import DataError, RunFailedError
 from upstep_fast.evaluation import whitening
 from upstep_fast.evaluation.whitening import Whitening
 from upstep_fast.model import backbone as backbones
@@ -79,7 +79,8 @@ def extract(
     """Run every model on every readable image. Return {model: unit features [N, P, D]} and the indices read, [N].
 
     patches: append the mean patch token (`pooling.pooled_and_patch_mean`); False: pooled features only, P = 1. Under
-    torchrun each rank reads a part of the images, and all ranks return all features. Raises DataError.
+    torchrun each rank reads a part of the images, and all ranks return all features. Raises DataError, and
+    RunFailedError for features that are not finite.
     """
     base = models["base"]
     pool = pooling.pooled_and_patch_mean if patches else pooling.pooled_only
@@ -101,10 +102,22 @@ def extract(
         local_indices += batch_indices.tolist()
         for name, run in runs.items():
             with compute.autocast():
-                f = run(x)
-            rows[name].append(F.normalize(f.float(), dim=-1).cpu())
+                f = F.normalize(run(x).float(), dim=-1).cpu()
+            _check_finite(f, name, source, batch_indices, compute)
+            rows[name].append(f)
     indices = _gather_indices(local_indices, skipped, len(source))
     return {name: _gather_features(rows[name], model, patches) for name, model in models.items()}, indices
+
+
+def _check_finite(f: Tensor, name: str, source: Source, indices: Tensor, compute: Compute) -> None:
+    """Raise RunFailedError naming an image whose features, unit vectors f [B, P, D], are not finite or are all 0."""
+    bad = ((f.norm(dim=-1) - 1).abs() < 0.5).all(-1).logical_not()  # also of NaN
+    if bad.any():
+        cure = "use --precision fp32" if compute.dtype not in (None, torch.float32) else "check its weights"
+        raise RunFailedError(
+            f"model: the {name} model's features of {source.name(int(indices[bad][0]))} are not finite or all zero "
+            f"({int(bad.sum())} of {len(bad)} images of the batch); {cure}{' or the adapter' if name != 'base' else ''}"
+        )
 
 
 def _gather_indices(local: list[int], skipped: SkippedImages, count: int) -> list[int]:

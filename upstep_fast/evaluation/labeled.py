@@ -54,7 +54,7 @@ def run(config: EvalConfig, report: Callable[[dict[str, Any]], None] | None = No
 
     report: called with the result on rank 0, before the file is written, so that a full disk does not lose it.
     """
-    if config.json is not None:
+    if config.json is not None and distributed.is_first():
         require_writable(Path(config.json), "json")
     compute = resolve(config.runtime.device, config.runtime.precision, config.runtime.implementation)
     with distributed.joined(compute.device):

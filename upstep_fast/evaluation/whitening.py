@@ -20,10 +20,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +32,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from upstep_fast.errors import ConfigError, first_line
+from upstep_fast.input_files import require_regular
 from upstep_fast.model.identity import differences
-from upstep_fast.runtime.atomic_file import write_atomic
 
 log = logging.getLogger("upstep_fast")
 
@@ -84,30 +84,29 @@ def whitened(x: Tensor, fitted: Whitening) -> Tensor:
     return F.normalize(torch.einsum("npd,pde->npe", x - fitted.mean, fitted.matrix), dim=-1)
 
 
-def write(
-    path: str | Path,
-    fitted: Mapping[str, Whitening],
-    fingerprints: Mapping[str, str],
-    identity: Mapping[str, Any] | None = None,
-) -> None:
-    """Write whitenings and model fingerprints, by name ("base", "adapted"), as safetensors. Raises ConfigError.
+def content(
+    fitted: Mapping[str, Whitening], fingerprints: Mapping[str, str], identity: Mapping[str, Any] | None = None
+) -> Callable[[BinaryIO], object]:
+    """Return a function that writes whitenings and model fingerprints, by name ("base", "adapted"), as safetensors.
 
     identity: of the base model (`model.identity`), whose settings and preprocessing the fingerprints do not cover.
     """
     tensors = {f"{name}.{part}": x.contiguous() for name, one in fitted.items() for part, x in vars(one).items()}
-    try:
-        write_atomic(Path(path), save(tensors, metadata={**fingerprints, IDENTITY: json.dumps(identity or {})}))
-    except OSError as error:
-        raise ConfigError(f"fit_whitening: cannot write {path}: {error.strerror}") from error
+    return lambda file: file.write(save(tensors, metadata={**fingerprints, IDENTITY: json.dumps(identity or {})}))
 
 
 def read(
-    path: str | Path, fingerprints: Mapping[str, str], identity: Mapping[str, Any] | None = None
+    path: str | Path,
+    fingerprints: Mapping[str, str],
+    identity: Mapping[str, Any] | None = None,
+    shape: tuple[int, int] | None = None,
 ) -> dict[str, Whitening]:
-    """Read the whitenings of these models. Raises ConfigError if the file is damaged or was fitted to other models.
+    """Read the whitenings of these models.
 
-    identity: of the base model; files of earlier versions have none.
+    identity: of the base model; files of earlier versions have none. shape: (P, D) of the features; None: as in the
+    file. Raises ConfigError if the file is damaged, was fitted to other models, or holds no whitening of that shape.
     """
+    require_regular(Path(path), "whitening")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -122,7 +121,9 @@ def read(
                     f"whitening: {path} was fitted to another model, of the same weights: {'; '.join(different[:5])}; "
                     "fit one with --fit-whitening"
                 )
-            return {
+            for name in fingerprints:
+                _check_shape(file, name, shape, str(path))
+            fitted = {
                 name: Whitening(file.get_tensor(f"{name}.mean"), file.get_tensor(f"{name}.matrix"))
                 for name in fingerprints
             }
@@ -130,3 +131,30 @@ def read(
         raise ConfigError(
             f"whitening: {path} cannot be read ({first_line(error)}); give a file of --fit-whitening"
         ) from error
+    for name, one in fitted.items():
+        if reason := _unusable(one):
+            raise ConfigError(f"whitening: {path}: {name} {reason}; fit one with --fit-whitening")
+    return fitted
+
+
+def _check_shape(file: Any, name: str, shape: tuple[int, int] | None, path: str) -> None:
+    mean, matrix = (file.get_slice(f"{name}.{part}") for part in ("mean", "matrix"))
+    found = [list(part.get_shape()) for part in (mean, matrix)]
+    parts, width = shape or (*found[0], 0, 0)[:2]
+    expected = [[parts, width], [parts, width, width]]
+    if found != expected or {mean.get_dtype(), matrix.get_dtype()} != {"F32"}:
+        raise ConfigError(
+            f"whitening: {path}: {name} has mean {found[0]} and matrix {found[1]}, this model needs {expected[0]} and "
+            f"{expected[1]} in fp32; fit one with --fit-whitening"
+        )
+
+
+def _unusable(fitted: Whitening) -> str | None:
+    """Return why a file's whitening cannot be one that `fit` made, or None."""
+    if not (fitted.mean.isfinite().all() and fitted.matrix.isfinite().all()):
+        return "has values that are not finite"
+    if fitted.mean.norm(dim=-1).max() > 1.001:  # of unit vectors
+        return "has a mean that is longer than a unit vector"
+    if (fitted.matrix - fitted.matrix.mT).abs().max() > 1e-4 * fitted.matrix.abs().max():
+        return "has a matrix that is not symmetric"
+    return None

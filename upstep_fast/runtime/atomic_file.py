@@ -16,14 +16,30 @@ def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], object]) -> P
 
     content: bytes, or a function that writes them to the open file. Raises OSError; `path` then has its old content.
     """
-    temporary = _temporary(path)
+    temporary = temporary_of(path)
     try:
-        _write(temporary, content)
+        write_synced(temporary, content)
         os.replace(temporary, path)
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def write_synced(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
+    """Write `content` to `path`, as in `write_atomic`, and force it to disk. Raises OSError."""
+    with open(path, "wb") as file:
+        if callable(content):
+            content(file)
+        else:
+            file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def temporary_of(path: Path) -> Path:
+    """Return the name beside `path` under which this process writes it."""
+    return path.with_name(f".tmp-{os.getpid()}-{path.name}")
 
 
 def sync_folder(folder: Path) -> None:
@@ -46,7 +62,7 @@ def require_writable(path: Path, field: str) -> None:
         raise ConfigError(f"{field}: no folder {path.parent}; make it, or give another path")
     if path.exists() and not path.is_file():
         raise ConfigError(f"{field}: {path} is not a regular file; give another path")
-    temporary = _temporary(path)
+    temporary = temporary_of(path)
     try:
         temporary.touch()
     except OSError as error:
@@ -65,25 +81,11 @@ def write_together(folder: Path, files: Mapping[str, bytes], last: str) -> None:
     paths = sorted((folder / name for name in files), key=lambda path: path.name == last)
     try:
         for path in paths:
-            _write(_temporary(path), files[path.name])
+            write_synced(temporary_of(path), files[path.name])
         (folder / last).unlink(missing_ok=True)
         for path in paths:
-            os.replace(_temporary(path), path)
+            os.replace(temporary_of(path), path)
         sync_folder(folder)
     finally:
         for path in paths:
-            _temporary(path).unlink(missing_ok=True)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".tmp-{os.getpid()}-{path.name}")
-
-
-def _write(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
-    with open(path, "wb") as file:
-        if callable(content):
-            content(file)
-        else:
-            file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+            temporary_of(path).unlink(missing_ok=True)
