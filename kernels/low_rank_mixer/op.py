@@ -28,24 +28,28 @@ rows kernel owns some tokens with all D (norms, the sums over channels), a colum
 Arithmetic at ranks r, s: forward 8 r + 4 s, backward 18 r + 12 s operations a value: backward 40 a byte at r = s = 16
 in 16 bit, far below what a GPU's tensor cores sustain (some 300 on an H100); 80 at 32, so the gain shrinks as the rank
 grows. fp32 has no tensor cores (20 operations a byte are its limit there), so the library's products are preferred.
-These are counts: no GPU has timed it yet.
+These are counts: no GPU has timed it yet, so in 16 bit the faster form by measurement runs, the library's until then.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._dispatch import NAMESPACE, choose, triton_unsupported_reason
+from .._autotune import autotune, power_class
+from .._dispatch import NAMESPACE, choose, record, requested, triton_unsupported_reason
 from .._transforms import is_transformed, refuse_second_derivative
 from . import eager, triton
 from .args import EPS, MixerArgs, fours, validate
 
 _FUSED = (("channel",), ("channel", "token"))  # axes of the Triton form
+_FORWARD = {"reference": eager.forward, "triton": triton.forward}
+_BACKWARD = {"reference": eager.backward, "triton": triton.backward}
 
 
 def low_rank_mixer_reference(
@@ -87,11 +91,17 @@ def _unsupported_reason(x: Tensor, args: MixerArgs) -> str | None:
     return triton_unsupported_reason(x)
 
 
-def _takes_triton(op: str, x: Tensor, args: MixerArgs) -> bool:
+def _form(op: str, x: Tensor, args: MixerArgs, forms: dict[str, Any], call: tuple[Any, ...]) -> Any:
+    """Return the form of `op` to run: the requested one, or in 16 bit the one measured as fastest on `call`."""
+    no_triton = _unsupported_reason(x, args)
     # without tensor cores the products decide, and the library's are the better ones
-    order = ("reference", "triton") if x.dtype == torch.float32 else ("triton", "reference")
-    reasons = {"triton": _unsupported_reason(x, args), "reference": None}
-    return x.numel() > 0 and choose(op, x.device, {name: reasons[name] for name in order}) == "triton"
+    if not x.numel() or no_triton or requested() in forms or x.dtype == torch.float32:
+        return forms[choose(op, x.device, {"reference": None, "triton": no_triton})]
+    kind, shape = str(x.dtype).removeprefix("torch."), f"P{power_class(x.shape[0])} N{x.shape[1]} D{x.shape[2]}"
+    ranks = " ".join(f"{axis} {len(down)}" for axis, down in zip(args.axes, args.factors[::4], strict=True))
+    problem = f"{op} {kind} {shape} {args.combine} {ranks}"
+    name, reason = autotune(problem, x.device, {name: partial(forms[name], *call) for name in ("reference", "triton")})
+    return forms[record(problem, x.device, name, reason)]
 
 
 def _forward(
@@ -100,9 +110,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """Return (out, u, b - a or empty, each mixer's low); axes: names between spaces."""
     args = MixerArgs(axes.split(), combine, frames, gate, scale, factors)
-    form = triton.forward if _takes_triton("low_rank_mixer", b, args) else eager.forward
     with torch.autocast(b.device.type, enabled=False):
-        return form(b, a, args)
+        return _form("low_rank_mixer", b, args, _FORWARD, (b, a, args))(b, a, args)
 
 
 _op = torch.library.custom_op(f"{NAMESPACE}::low_rank_mixer", _forward, mutates_args=())
@@ -128,9 +137,9 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """Return the gradients of a, gate and scale (empty where there is none) and of the factors."""
     args = MixerArgs(axes.split(), combine, frames, gate, scale, factors)
-    form = triton.backward if _takes_triton("low_rank_mixer_backward", u, args) else eager.backward
+    call = (grad, u, difference, lows, args, needs_da)
     with torch.autocast(u.device.type, enabled=False):
-        *narrow, d_factors = form(grad, u, difference, lows, args, needs_da)
+        *narrow, d_factors = _form("low_rank_mixer_backward", u, args, _BACKWARD, call)(*call)
     da, d_gate, d_scale = (u.new_empty(0) if d is None else d for d in narrow)
     return da, d_gate, d_scale, d_factors
 

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import assert_matches, guarded_outputs, interpreting, sizes, surrounded
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from upstep_fast.kernels import _dispatch
-from upstep_fast.kernels.low_rank_mixer import low_rank_mixer, low_rank_mixer_reference
+from upstep_fast.kernels.low_rank_mixer import low_rank_mixer, low_rank_mixer_reference, op
 from upstep_fast.kernels.low_rank_mixer.op import _backward_op, _op
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -294,6 +295,24 @@ def test_forced_on_a_cpu_it_says_what_is_missing():
         call()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_on_a_gpu_16_bit_is_measured_and_the_library_is_the_default(monkeypatch, dtype):
+    # no GPU here: fake tensors of one, and the choice itself caught
+    offered = []
+
+    def caught(problem, device, candidates):
+        offered.append(list(candidates))
+        return "reference", "caught"
+
+    monkeypatch.setattr(op, "autotune", caught)
+    monkeypatch.setattr(op, "triton_unsupported_reason", lambda *_: None)
+    with FakeTensorMode():
+        u = torch.empty(4, 33, 64, dtype=dtype, device="cuda")
+        args = op.MixerArgs(["channel"], "sum", 1, None, None, [torch.empty(4, 64), *[torch.empty(4)] * 3])
+        assert op._form("low_rank_mixer", u, args, op._FORWARD, (u, u, args)) is op._FORWARD["reference"]
+    assert offered == ([["reference", "triton"]] if dtype == torch.bfloat16 else [])
+
+
 def row_of_report():
     return next(row for row in _dispatch.report() if row.op == "low_rank_mixer")
 
@@ -347,11 +366,13 @@ class TestGpu:
         check(problem(axes, form, dtype, P=9, N=N, D=D, ranks=ranks, device="cuda"))
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    def test_is_chosen_in_16_bit_and_not_in_fp32(self, dtype):
+    def test_is_measured_in_16_bit_and_not_chosen_in_fp32(self, dtype):
         with _dispatch.forced(None):
-            for given, wanted in ((dtype, "triton"), (torch.float32, "reference")):
-                run(low_rank_mixer, problem(("channel", "token"), dtype=given, device="cuda"))
-                assert row_of_report().implementation == wanted
+            _dispatch.forget()
+            run(low_rank_mixer, problem(("channel", "token"), dtype=dtype, device="cuda"))
+            assert {row.reason for row in _dispatch.report() if row.op.startswith("low_rank_mixer")} == {"measured"}
+            run(low_rank_mixer, problem(("channel", "token"), dtype=torch.float32, device="cuda"))
+            assert row_of_report().implementation == "reference"
 
     @pytest.mark.parametrize("axes", FUSED)
     def test_a_hundred_runs_give_one_answer(self, axes):
