@@ -8,6 +8,9 @@ Tests report what they tried with record_property; a figure is the sum (or the l
 says how many of its part did not. Each part's result is kept in bench/results/figures_PART.json with its command,
 commit, date and machine, the long form beside the short one, so a short run does not erase what a long one measured.
 A figure that no run reported is "not measured".
+
+Sweeps over kinds of inputs report their counts with tests/helpers/tally.py; the table of docs/reliability.md sums them
+by area, whichever part they ran in.
 """
 
 from __future__ import annotations
@@ -34,9 +37,11 @@ from upstep_fast.runtime.machine import processor_name
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 PAGE = RESULTS / "reliability_figures.md"
+SWEEPS_PAGE = ROOT / "docs" / "reliability.md"
 SAVES = RESULTS / "checkpoint_cost_cpu2.json"  # bench/reliability/checkpoint_cost.py
 BEGIN, END = "<!-- figures: written by make figures -->", "<!-- end of figures -->"
 
+COUNTS = ("tried", "wrong", "tracebacks")
 COVERED = {
     "gate": "methods/gate.py",
     "checkpoint": "runtime/checkpoint.py",
@@ -87,19 +92,26 @@ def measure(part: str, long: bool, junit: Path | None) -> int:
     command = ["pytest", "-m", "not gpu and not interp" + ("" if long else " and not long"), *PARTS[part]]
     with tempfile.TemporaryDirectory() as folder:
         result, coverage, code = junit or Path(folder) / "junit.xml", Path(folder) / "coverage.json", 0
+        tally = Path(folder) / "tally.jsonl"
         if junit is None:
             # bare pytest, not `python -m pytest`, which would put the checkout's kernels/ on the path
             program = Path(sys.executable).with_name("pytest")
             more = [f"--cov-report=json:{coverage}"] if part == "coverage" else []
             report = ["-o", "junit_family=xunit1", "--junitxml", str(result)]
-            code = subprocess.run([program, *command[1:], "-q", "--timeout=900", *more, *report], cwd=ROOT).returncode
+            environment = os.environ | {"UPSTEP_FAST_TALLY": str(tally)}
+            code = subprocess.run(
+                [program, *command[1:], "-q", "--timeout=900", *more, *report], cwd=ROOT, env=environment
+            ).returncode
         counts, values = read(result)
+        sweeps = read_tally(tally)
         if coverage.exists():
             values |= covered(coverage)
     run = {"command": " ".join(map(_quoted, command)), "commit": _commit(), "date": str(datetime.date.today())}
     file = RESULTS / f"figures_{part}.json"
     stored = json.loads(file.read_text()) if file.exists() else {}
     stored["long" if long else "short"] = {**run, "machine": _machine(), **counts, "values": values}
+    if sweeps:
+        stored["long" if long else "short"]["sweeps"] = sweeps
     file.write_text(json.dumps(stored, indent=1) + "\n")
     return code
 
@@ -117,6 +129,36 @@ def read(report: Path) -> tuple[dict[str, int], dict[str, float]]:
             values[name] = max(values[name], value) if name.endswith("_max") else values[name] + value
     counts = {"passed": len(cases) - failed - skipped, "failed": failed, "skipped": skipped}
     return counts, {name: int(value) if value.is_integer() else value for name, value in values.items()}
+
+
+def read_tally(file: Path) -> list[dict[str, Any]]:
+    """Return one row per area and kind of what `tally` wrote: area, kind, tried, wrong, tracebacks."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for line in file.read_text().splitlines() if file.exists() else ():
+        row = json.loads(line)
+        total = rows.setdefault((row["area"], row["kind"]), row | dict.fromkeys(COUNTS, 0))
+        for name in COUNTS:
+            total[name] += row[name]
+    return list(rows.values())
+
+
+def sweeps_table(runs: dict[str, dict[str, Any]]) -> str:
+    """Return the table of docs/reliability.md in Markdown: the sweeps of all parts, by area."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for run in runs.values():
+        for row in run.get("sweeps", ()):
+            key = row["area"], row["kind"]
+            # a sweep that ran in two parts counts once
+            rows[key] = max(row, rows.get(key, row), key=lambda one: one["tried"])
+    areas: dict[str, dict[str, int]] = {}
+    for (area, _), row in sorted(rows.items()):
+        total = areas.setdefault(area, dict.fromkeys(("kinds", *COUNTS), 0))
+        total["kinds"] += 1
+        for name in COUNTS:
+            total[name] += row[name]
+    lines = ["| area | kinds | inputs | silent wrong results | tracebacks and hangs |", "|---|--:|--:|--:|--:|"]
+    lines += [f"| {area} | {' | '.join(f'{count:,}' for count in total.values())} |" for area, total in areas.items()]
+    return "\n".join(lines if areas else [*lines, "| not measured | | | | |"])
 
 
 def covered(report: Path) -> dict[str, float]:
@@ -168,10 +210,12 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
 
 
 def write_table() -> None:
-    """Put the tables of what is stored into the page."""
-    before, rest = PAGE.read_text().split(BEGIN)
-    _, after = rest.split(END)
-    PAGE.write_text(f"{before}{BEGIN}\n{table(stored_runs())}\n{END}{after}")
+    """Put the tables of what is stored into their pages."""
+    runs = stored_runs()
+    for page, text in ((PAGE, table(runs)), (SWEEPS_PAGE, sweeps_table(runs))):
+        before, rest = page.read_text().split(BEGIN)
+        _, after = rest.split(END)
+        page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
 
 
 def _commit() -> str:

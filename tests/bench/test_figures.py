@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tally import tally
 
 REPORT = """<testsuites><testsuite>
 <testcase name="a"><properties><property name="kills" value="8"/><property name="lost_steps_max" value="3"/>
@@ -18,8 +19,9 @@ REPORT = """<testsuites><testsuite>
 def figures(bench, tmp_path, monkeypatch):
     module = bench("figures")
     monkeypatch.setattr(module, "RESULTS", tmp_path)
-    monkeypatch.setattr(module, "PAGE", tmp_path / "page.md")
-    (tmp_path / "page.md").write_text(f"before {module.BEGIN}\nformer\n{module.END} after")
+    for page, name in (("PAGE", "page.md"), ("SWEEPS_PAGE", "sweeps.md")):
+        monkeypatch.setattr(module, page, tmp_path / name)
+        (tmp_path / name).write_text(f"before {module.BEGIN}\nformer\n{module.END} after")
     return module
 
 
@@ -66,3 +68,19 @@ def test_branches_are_those_of_the_report(figures, tmp_path):
     (tmp_path / "coverage.json").write_text(json.dumps({"files": files | {"/x/upstep_fast/cli.py": {}}}))
     found = figures.covered(tmp_path / "coverage.json")
     assert found["branches_gate"] == 9 and found["of_branches_loader"] == 10 and found["lines_checkpoint"] == 25
+
+
+def test_sweeps_are_summed_by_area_and_counted_once(figures, tmp_path, monkeypatch):
+    monkeypatch.setenv("UPSTEP_FAST_TALLY", str(tmp_path / "tally.jsonl"))
+    tally("pixels", "16 bit", 100)
+    tally("pixels", "16 bit", 20, wrong=1)
+    tally("pixels", "planar", 7, tracebacks=2)
+    tally("options", "pissa", 1)
+    sweeps = figures.read_tally(tmp_path / "tally.jsonl")
+    assert sweeps[0] == {"area": "pixels", "kind": "16 bit", "tried": 120, "wrong": 1, "tracebacks": 0}
+    lines = figures.sweeps_table({"a": {"sweeps": sweeps}, "b": {"sweeps": sweeps[:1]}, "c": {}}).splitlines()
+    assert lines[2:] == ["| options | 1 | 1 | 0 | 0 |", "| pixels | 2 | 127 | 1 | 2 |"]
+    monkeypatch.delenv("UPSTEP_FAST_TALLY")
+    tally("options", "olora", 1)
+    assert len((tmp_path / "tally.jsonl").read_text().splitlines()) == 4
+    assert "not measured" in figures.sweeps_table({}) and not figures.read_tally(tmp_path / "none")

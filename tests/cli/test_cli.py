@@ -1,5 +1,6 @@
 """What a user meets at the command line: every bad input is one line with its exit code, and nothing is lost."""
 
+import errno
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import timm
 from PIL import Image
 from safetensors.torch import load_file
 
-from upstep_fast.cli.commands import main
+from upstep_fast.cli.commands import COMMANDS, Command, main
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=5)
 FAST = [
@@ -319,3 +320,70 @@ def test_ctrl_c_leaves_a_loadable_adapter_and_75(model, photos, tmp_path, number
     import upstep_fast
 
     upstep_fast.load_adapted(model, tmp_path / "out" / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (MemoryError(), 1, "memory: the system has no more for this command; use smaller inputs"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "o"), 2, "out: cannot use o: File name too long; give ano"),
+        (OSError(errno.EIO, "Input/output error", "x"), 1, "file: cannot use x: Input/output error; make it"),
+        (OSError(errno.EMFILE, "Too many open files"), 1, "export: the system refused: Too many open files; free"),
+        (OSError("a reason\nof two lines"), 1, "export: the system refused: a reason; free"),
+    ],
+)
+def test_an_error_of_the_system_is_one_line(capsys, monkeypatch, error, code, line):
+    def fail(config):
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "export", Command(COMMANDS["export"].config, fail))
+    found, _, err = call(capsys, "export", "--model", "m", "--out", "o")
+    assert found == code and err.startswith(f"upstep-fast: {line}") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["--steps", "ten"], "steps: got 'ten', must be an integer"),
+        (["--steps"], "steps: got nothing, must be an integer"),
+        (["--lr", "1", "2"], "lr: got '1' '2', must be a number"),
+        (["--crop-ratio", "1"], "crop_ratio: got '1', must be 2 numbers"),
+        (["--img-size", "1", "2", "3"], "img_size: got '1' '2' '3', must be an integer or 2 integers"),
+        (["--memory", "much"], "memory: got 'much', must be one of 'fast', 'balanced', 'lean', 'auto'"),
+        (["--strength", "x"], "strength: got 'x', must be a number or 'auto'"),
+        (["--overwrite", "yes"], "overwrite: takes no value, got 'yes'; write --overwrite alone"),
+        (["--no-lr"], "unknown option --no-lr; did you mean --lr?"),
+        (["--steps", "3", "--epochs", "1"], "steps and epochs: give one of them, not both"),
+        (["--seed", "-1"], "seed: got -1, must lie in 0 to 4294967295"),
+        (["--seed", "99999999999999999999999"], "seed: got 99999999999999999999999, must lie in 0 to 4294967295"),
+        (["--config", "a", "--config=b"], "config: --config is given 2 times; give it once"),
+    ],
+)
+def test_a_wrong_value_is_one_line(capsys, args, line):
+    code, out, err = call(capsys, "adapt", "--model", "m", "--data", "d", "--out", "o", *args)
+    assert (code, out, err) == (2, "", f"upstep-fast: {line}\n")
+
+
+def test_missing_and_stray_arguments_are_one_line(capsys):
+    needed = "adapt: --data and --out must be given; upstep-fast adapt --help shows an example"
+    assert call(capsys, "adapt", "--model", "m")[2] == f"upstep-fast: {needed}\n"
+    assert call(capsys, "adapt", "m", "--data", "d")[2] == "upstep-fast: 'm' follows no flag; write --flag value\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('steps = "ten"', "steps: got 'ten', must be an integer"),
+        ("lr = [1, 2]", "lr: got '1' '2', must be a number"),
+        ("lr = true", "lr: got True, must be a number"),
+        ("overwrite = 1", "overwrite: got 1, must be True or False"),
+        ("lr = 1979-05-27", "lr: got datetime.date(1979, 5, 27), must be a number"),
+        ('arch = "a\\u0000b"', "arch: got 'a\\x00b', must be text"),
+        ("[gate]\nrate = {a = 1}", "gate_rate: got {'a': 1}, must be a number"),
+        ('preset = ["gentle"]', "must be given"),
+    ],
+)
+def test_a_wrong_value_of_a_file_is_one_line(capsys, tmp_path, text, line):
+    (tmp_path / "c.toml").write_text(text)
+    code, _, err = call(capsys, "adapt", "--config", tmp_path / "c.toml")
+    assert code == 2 and line in err and err.startswith("upstep-fast: ") and err.count("\n") == 1

@@ -78,6 +78,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe; the interpreter must not flush into it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except (OSError, MemoryError) as error:
+        if debug:
+            raise
+        text, code = _system_error(error, args)
+        _complain(text)
+        sys.exit(code)
     except Exception as error:
         if debug:
             raise
@@ -99,6 +105,21 @@ def _complain(text: str) -> None:
         program = f"\x1b[31m{program}\x1b[0m"
     # names of files, classes and tensors are of others: none may move the cursor or start a line of its own
     print(program, printable(text, MAX_LINE), file=sys.stderr)
+
+
+def _system_error(error: OSError | MemoryError, args: Sequence[str]) -> tuple[str, int]:
+    """Return the line and the exit code for an error of the system that no command expected where it happened."""
+    if isinstance(error, MemoryError):
+        return "memory: the system has no more for this command; use smaller inputs or a lower --batch-size", 1
+    path, reason = os.fsdecode(error.filename or ""), error.strerror or first_line(error)
+    if not path:
+        return f"{args[0]}: the system refused: {reason}; free the resource that it names and run again", 1
+    flag = "file"
+    for arg in args:
+        flag = arg[2:].partition("=")[0] if arg.startswith("--") else flag
+        if (arg.partition("=")[2] if arg.startswith("--") else arg) == path:
+            return f"{flag}: cannot use {path}: {reason}; give another path", ConfigError.exit_code
+    return f"file: cannot use {path}: {reason}; make it accessible and run again", 1
 
 
 def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
