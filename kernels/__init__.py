@@ -8,6 +8,7 @@ Every op runs on a CPU too; `report()` says which implementation ran and why, `f
 
 from ._autotune import set_tuned, tuned
 from ._dispatch import Choice, force, forced, report
+from ._flops import register_flop_formulas
 from .attention import attention
 from .center_vector import center_vector_finish, center_vector_partial, center_vector_update
 from .gelu import gelu
@@ -38,6 +39,7 @@ __all__ = [
     "low_rank_mixer",
     "patchify",
     "quantize",
+    "register_flop_formulas",
     "report",
     "scored_sinkhorn",
     "set_tuned",

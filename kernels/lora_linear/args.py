@@ -126,7 +126,7 @@ def _unsupported_tensors(
 
 
 def _unsupported_numbers(scale: float, dropout: float, strategy: str | None) -> str | None:
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # math.isfinite breaks a graph where dynamo has made the number a symbol
         return f"scale must be finite, got {scale}"
     if not 0 <= dropout < 1:
         return f"dropout must be in [0, 1), got {dropout}"

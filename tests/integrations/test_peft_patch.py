@@ -12,6 +12,7 @@ from torch import nn
 
 pytest.importorskip("peft")
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from torch.utils.flop_counter import FlopCounterMode
 
 from upstep_fast.integrations.peft import patch
 
@@ -192,6 +193,157 @@ def test_hooks_inside_a_layer_still_run():
         layer.lora_A["default"].register_forward_hook(lambda *_: seen.append(1))
         model(x)
         assert seen == [1]
+
+
+def doubled(module: nn.Module) -> None:
+    forward = module.forward
+    module.forward = lambda *args: 2 * forward(*args)
+
+
+ALTERED = {
+    "forward": (doubled, "a forward of its own"),
+    "forward hook": (lambda m: m.register_forward_hook(lambda m, args, y: 2 * y), "hooks"),
+    "pre-hook": (lambda m: m.register_forward_pre_hook(lambda m, args: (2 * args[0],)), "hooks"),
+    "backward hook": (lambda m: m.register_full_backward_hook(lambda m, gi, go: tuple(2 * g for g in gi)), "hooks"),
+    "backward pre-hook": (lambda m: m.register_full_backward_pre_hook(lambda m, go: tuple(2 * g for g in go)), "hooks"),
+    "parametrization": (lambda m: nn.utils.parametrize.register_parametrization(m, "weight", Doubled()), "plain"),
+    "a Linear of its own": (lambda m: setattr(m, "__class__", OwnLinear), "plain"),
+}
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+class OwnLinear(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("part", ["base_layer", "lora_A", "lora_B"])
+@pytest.mark.parametrize("change", ALTERED)
+def test_what_stands_around_a_part_is_left_to_peft(change, part, when):
+    model, x = adapted()
+    name = "base_model.model.blocks.1.attn.qkv"
+    apply, why = ALTERED[change]
+    twin = copy.deepcopy(model)
+    layers = [m.get_submodule(name) for m in (model, twin)]
+    modules = [layer.base_layer if part == "base_layer" else getattr(layer, part)["default"] for layer in layers]
+    if when == "after":
+        handle = patch(model)
+    for module in modules:
+        apply(module)
+        if change == "parametrization" and part == "base_layer":
+            module.requires_grad_(False)
+    if when == "before":
+        handle = patch(model)
+        assert [(left, why in reason) for left, reason in handle.unsupported] == [(name, True)]
+    assert_same(model, x, run(twin, x))
+    assert_runs_ours(model, x, 3)
+
+
+def test_offloaded_weights_are_loaded_by_their_hooks():
+    accelerate = pytest.importorskip("accelerate")
+    for before in (True, False):
+        model, x = adapted()
+        wanted = model(x).detach()
+        if before:
+            accelerate.cpu_offload(model, torch.device("cpu"))
+        with patch(model) as handle:
+            if not before:
+                accelerate.cpu_offload(model, torch.device("cpu"))
+            assert model.get_submodule("base_model.model.blocks.0.attn.qkv.base_layer").weight.is_meta
+            assert torch.equal(model(x), wanted)
+        assert not before or all("forward of its own" in reason for _, reason in handle.unsupported)
+
+
+@pytest.mark.parametrize("strategy", ["merged", "wide_k"])
+def test_dropout_without_a_form_runs_pefts_own(strategy, caplog):
+    model, x = adapted(lora_dropout=0.5)
+    torch.manual_seed(1)
+    wanted = run(model, x)
+    with patch(model, strategy=strategy), caplog.at_level(logging.WARNING):
+        torch.manual_seed(1)
+        assert_same(model, x, wanted)
+        model.eval()
+        assert_runs_ours(model, x, 4)
+    assert f"strategy '{strategy}' has no dropout" in caplog.text
+
+
+def test_a_dropout_of_everything_runs_pefts_own():
+    model, x = adapted(lora_dropout=1.0)
+    wanted = run(model, x)
+    with patch(model):
+        assert_same(model, x, wanted)
+
+
+def test_flops_are_counted_as_pefts():
+    def flops() -> int:
+        with FlopCounterMode(display=False) as counter:
+            model(x).sum().backward()
+        return counter.get_total_flops()
+
+    model, x = adapted()
+    wanted = flops()
+    with patch(model):
+        assert flops() == wanted > 0
+
+
+def test_jit_trace_records_pefts_own():
+    model, x = adapted()
+    wanted = model(x)
+    with patch(model):
+        traced = torch.jit.trace(model.eval(), x)
+    assert "upstep" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(x), wanted)
+
+
+def test_a_compiled_hotswap_is_one_graph():
+    model, _ = adapted()
+    layer, x = model.get_submodule("base_model.model.blocks.0.attn.qkv"), torch.randn(2, 5, 24)
+    wanted = layer(x)
+    # as peft.utils.hotswap.prepare_model_for_compiled_hotswap leaves it
+    layer.scaling = {name: torch.tensor(value) for name, value in layer.scaling.items()}
+    torch._dynamo.reset()
+    with patch(model):
+        torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x), wanted)
+        torch.testing.assert_close(layer(x), wanted)
+    torch._dynamo.reset()
+
+
+def test_a_patched_model_has_pefts_forward_mode():
+    model, x = adapted()
+    for block in model.get_base_model().blocks:
+        block.attn.fused_attn = False  # PyTorch's own has no forward mode on a CPU
+    wanted = torch.func.jvp(model, (x,), (x.cos(),))[1]
+    with patch(model):
+        torch.testing.assert_close(torch.func.jvp(model, (x,), (x.cos(),))[1], wanted)
+        per_image = torch.func.vmap(lambda x: model(x[None])[0])(x)
+    torch.testing.assert_close(per_image, model(x))
+
+
+@pytest.mark.parametrize("saved_as", ["pissa", "weighted", "some layers", "a second"])
+def test_other_ways_to_an_adapter(saved_as):
+    if saved_as == "pissa":
+        model, x = adapted(init_lora_weights="pissa")
+    elif saved_as == "some layers":
+        model, x = adapted(layers_to_transform=[1], layers_pattern="blocks")
+    else:
+        model, x = adapted()
+        model.add_adapter("other", LoraConfig(r=3, lora_alpha=5, target_modules=["qkv", "fc1"]))
+        randomize(model)
+    if saved_as == "weighted":
+        model.add_weighted_adapter(["default", "other"], [0.7, -0.4], "both", combination_type="cat")
+        model.set_adapter("both")
+    if saved_as == "a second":
+        model.set_adapter("other")
+    wanted = run(model, x)
+    with patch(model) as handle:
+        assert handle.unsupported == ()
+        assert_same(model, x, wanted)
+        assert_runs_ours(model, x, 2 if saved_as == "some layers" else 4)
 
 
 def test_dropout_acts_in_training_only_and_follows_the_seed():

@@ -19,10 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from upstep_fast.kernels import register_flop_formulas
 from upstep_fast.kernels.lora_linear import lora_linear
 
 _log = logging.getLogger(__name__)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,14 @@ def patch(model: nn.Module, *, strategy: str | None = None) -> Patched:
     without a bias and without hooks inside. Dropout masks are drawn by `lora_linear` instead of torch. strategy: as in
     `lora_linear`. Adapters in fp32 on a 16-bit base are multiplied in 16 bit, with fp32 sums and gradients. Raises
     ImportError without PEFT.
+
+    Left to PEFT's forward, with the reason: hooks (those of accelerate's offloading among them), a forward set on a
+    module inside, parametrized or quantized weights, dropout that `strategy` has no form for, torch.jit.trace. Hooks
+    that torch holds for all modules (register_module_forward_hook) do not see base_layer, lora_A and lora_B.
     """
     from peft.tuners.lora import LoraLayer
 
+    register_flop_formulas()
     forward = _make_forward(strategy)
     methods: list[types.MethodType] = []
     patched: list[str] = []
@@ -87,7 +95,7 @@ def _make_forward(strategy: str | None) -> Callable[..., Tensor]:
         if args or kwargs:
             reason: str | None = "called with more than one tensor"
         else:
-            reason = _unsupported_reason(self) or _dtype_reason(self, x)
+            reason = _unsupported_reason(self) or _call_reason(self, x, strategy) or _dtype_reason(self, x)
         if reason is None:
             return _lora_forward(self, x, strategy)
         if reason not in logged and not torch.compiler.is_compiling():
@@ -106,7 +114,12 @@ def _unpatchable_reason(layer: Any) -> str | None:
         return f"the layer is {type(layer).__module__}.{type(layer).__qualname__}, not lora.Linear"
     if "forward" in vars(layer):
         return "its forward is already replaced"
-    return _unsupported_reason(layer)
+    reason = _unsupported_reason(layer)
+    if reason is None:
+        for tensor in (p for part in (layer.base_layer, layer.lora_A, layer.lora_B) for p in part.parameters()):
+            if is_traceable_wrapper_subclass(tensor):  # torchao's, DTensor
+                return f"a weight of it is a {type(tensor).__qualname__}"
+    return reason
 
 
 def _lora_forward(layer: Any, x: Tensor, strategy: str | None) -> Tensor:
@@ -146,10 +159,31 @@ def _module_reason(base: Any, a: nn.Module, b: nn.Module, dropout: nn.Module) ->
         return f"its base is {type(base).__qualname__}, not a plain nn.Linear"
     if type(dropout) not in (nn.Identity, nn.Dropout):
         return f"its dropout is {type(dropout).__qualname__}"
-    if any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in (base, a, b, dropout)):
-        return "a module inside it has hooks"
+    for part in (base, a, b, dropout):
+        if "forward" in vars(part):  # such as accelerate sets, which loads offloaded weights
+            return "a module inside it has a forward of its own"
+        if any(getattr(part, hooks) for hooks in _HOOKS):
+            return "a module inside it has hooks"
     if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
         return "its base is trained"
+    return None
+
+
+def _call_reason(layer: Any, x: Tensor, strategy: str | None) -> str | None:
+    """Return why this call must run PEFT's forward, or None."""
+    (name,) = _active(layer)
+    dropout = layer.lora_dropout[name]
+    if isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0:
+        if strategy in ("merged", "wide_k"):
+            return f"strategy {strategy!r} has no dropout"
+        if dropout.p >= 1:
+            return "its dropout drops everything"
+    if layer.base_layer.weight.device != x.device:
+        return f"its weights are on {layer.base_layer.weight.device}"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace records it"
+    if torch.compiler.is_compiling() and isinstance(layer.scaling[name], Tensor):
+        return "its scaling is a tensor (hotswap), which would break the graph"
     return None
 
 

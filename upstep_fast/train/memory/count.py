@@ -32,6 +32,7 @@ from upstep_fast.data.loading.loader import Batch
 from upstep_fast.data.loading.prefetch import DEPTH
 from upstep_fast.engine.fold import FoldedBlock
 from upstep_fast.engine.vit import EngineViT
+from upstep_fast.kernels import register_flop_formulas
 from upstep_fast.kernels._dispatch import NAMESPACE
 from upstep_fast.kernels.attention.op import MAX_STORED
 from upstep_fast.model import backbone as backbones
@@ -236,7 +237,8 @@ def _fuse(method: Any) -> None:
 
 
 def _counter(is_on: bool) -> FlopCounterMode | _NoCounter:
-    return FlopCounterMode(display=False, custom_mapping=_ATTENTION_FLOPS) if is_on else _NoCounter()
+    register_flop_formulas()
+    return FlopCounterMode(display=False) if is_on else _NoCounter()
 
 
 class _NoCounter(contextlib.nullcontext):
@@ -245,23 +247,6 @@ class _NoCounter(contextlib.nullcontext):
 
     def get_total_flops(self) -> int:
         return 0
-
-
-def _attention_flops(qkv_shape: Any, *args: Any, **kwargs: Any) -> int:
-    """Return the FLOPs of the forward pass, two products: q k^T and P v. qkv_shape: [B, T, 3, H, d]."""
-    images, tokens, _, heads, width = qkv_shape
-    return 4 * images * tokens**2 * heads * width
-
-
-def _attention_backward_flops(grad_shape: Any, qkv_shape: Any, *args: Any, **kwargs: Any) -> int:
-    """Return the FLOPs of the backward pass, five products: S again, dP, dq, dk, dv."""
-    return 5 * _attention_flops(qkv_shape) // 2
-
-
-_ATTENTION_FLOPS: dict[Any, Any] = {
-    getattr(torch.ops, NAMESPACE).attention: _attention_flops,
-    getattr(torch.ops, NAMESPACE).attention_backward: _attention_backward_flops,
-}
 
 
 def _library_bytes(compute: Compute) -> int:
