@@ -15,6 +15,7 @@ import signal
 import statistics
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import torch
@@ -78,6 +79,8 @@ def one(options, kill):
     _, status = os.waitpid(pid, 0)
     done, left = rows(out), len(list((out / "checkpoints").glob(".tmp-*")))
     found = checkpoint.newest(out / "checkpoints")  # raises if what is there is not whole
+    alphas = sorted({json.loads(path.read_text())["lora_alpha"] for path in out.rglob("adapter_config.json")})
+    told = (out / "config.toml").is_file() and tomllib.loads((out / "config.toml").read_text())["lora"]["r"]
     _, resumed = os.waitpid(child(options | {"resume": True}), 0)
     return {
         **kill,
@@ -86,6 +89,8 @@ def one(options, kill):
         "checkpoint": found.step if found else 0,
         "steps_done": done,
         "half_written": left,
+        "alphas": alphas,  # of the adapters that the kill leaves
+        "told": told,  # --lora-r by config.toml; False before there is one
         "resumed": os.waitstatus_to_exitcode(resumed),
         "left_over": [p.name for p in out.rglob("*") if ".tmp-" in p.name or p.name == "run.lock"],
     }

@@ -30,7 +30,9 @@ RUNNER = Path(__file__).with_name("kill_runner.py")
 
 @pytest.fixture
 def options(options):
-    return options | dict(data=str(options["data"]), out=str(options["out"]), steps=10, checkpoint_every=3)
+    return options | dict(
+        data=str(options["data"]), out=str(options["out"]), steps=10, checkpoint_every=3, strength=0.5
+    )
 
 
 def one_line(error):
@@ -67,6 +69,8 @@ def check_kills(rows, every):
     for row in rows:
         assert row["killed"] or row["ended"] == 0, row
         assert row["resumed"] == 0 and row["same"] and not row["left_over"], row
+        # at half strength, alpha is half the rank of the fused q, k and v (3 r): never is a stronger adapter found
+        assert set(row["alphas"]) <= {3} and row["told"] in (2, False), row
         lost = row["steps_done"] - row["checkpoint"]
         # one interval, and the steps made during the write of the next checkpoint: at most another, then it is awaited
         assert 0 <= lost <= 2 * every, row

@@ -109,7 +109,15 @@ def test_a_refused_resume_leaves_config_toml_as_it_was(options, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"cuda_graphs": True}, {"lora_blocks": 99}, {"img_size": 7}, {"out": "a\udcff"}, {"clip": float("inf")}]
+    "wrong",
+    [
+        {"cuda_graphs": True},
+        {"decode": "cuda"},
+        {"lora_blocks": 99},
+        {"img_size": 7},
+        {"out": "a\udcff"},
+        {"clip": float("inf")},
+    ],
 )
 def test_a_refused_start_leaves_nothing_behind(options, tmp_path, wrong, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -90,6 +90,8 @@ def start(
     identity = identify(config, compute, source, backbone)
     agree(identity)
     state = fresh_state(config, compute, backbone)
+    with make_loader(config, source, state, compute):  # raises what the loop's would, before anything is written
+        pass
     if config.output.resume:
         resume.resume_from(state, out / output.CHECKPOINTS, identity)
     return identity, state

@@ -47,17 +47,17 @@ class Cached:
             yield frozen.to(device), y
 
 
-def fill(model: Any, parts: list[Labeled], reader: Reader, compute: Compute, where: str, folder: Path) -> list[Cached]:
-    """Compute the frozen activations of every readable image of each part.
+def reserve(model: Any, parts: list[Labeled], reader: Reader, compute: Compute, where: str, folder: Path) -> Tensor:
+    """Return room for the frozen activations of every image of the parts, [n, T, ...]; logs its size first.
 
-    model: Losa, or Baseline with `linear`. where: "memory", or "disk" for a file in `folder`. Logs the size first.
-    Raises ConfigError if it does not fit.
+    model: Losa, or Baseline with `linear`. where: "memory", or "disk" for a file in `folder`. Raises ConfigError if it
+    does not fit.
     """
     shape = (1,) if reader.options.frames is None else (1, reader.options.frames)
     with compute.autocast():
         one = model.frozen(torch.zeros(*shape, len(reader.options.mean), *reader.options.size, device=compute.device))
-    counts = [len(part.y) for part in parts]
-    size = sum(counts) * one.numel() * one.element_size()
+    count = sum(len(part.y) for part in parts)
+    size = count * one.numel() * one.element_size()
     free = free_bytes(torch.device("cpu")) if where == "memory" else shutil.disk_usage(folder).free
     known = "an unknown amount is" if free is None else f"{format_bytes(free)} are"
     log.info("cache: %s of frozen activations in %s, %s free", format_bytes(size), where, known)
@@ -66,9 +66,13 @@ def fill(model: Any, parts: list[Labeled], reader: Reader, compute: Compute, whe
         raise ConfigError(
             f"cache: {format_bytes(size)} do not fit into {where} with {format_bytes(free)} free; use {other}"
         )
-    store = _allocate(sum(counts) * one.numel(), one.dtype, where, folder).view(-1, *one.shape[1:])
+    return _allocate(count * one.numel(), one.dtype, where, folder).view(-1, *one.shape[1:])
+
+
+def fill(store: Tensor, model: Any, parts: list[Labeled], reader: Reader, compute: Compute) -> list[Cached]:
+    """Compute the frozen activations of every readable image of each part. store: of `reserve`."""
     cached = []
-    for part, room in zip(parts, store.split(counts), strict=True):
+    for part, room in zip(parts, store.split([len(part.y) for part in parts]), strict=True):
         read: list[Tensor] = []
         count = 0
         for indices, x in reader.in_order(part):
@@ -83,7 +87,7 @@ def fill(model: Any, parts: list[Labeled], reader: Reader, compute: Compute, whe
 def _allocate(count: int, dtype: torch.dtype, where: str, folder: Path) -> Tensor:
     if where == "memory":
         return torch.empty(count, dtype=dtype)
-    path = folder / FILE
+    path = folder / f".tmp-{os.getpid()}-{FILE}"  # which the next run removes if this one is killed here
     try:
         with open(path, "wb") as file:  # allocated now: a disk that fills up later would kill the process
             if hasattr(os, "posix_fallocate"):

@@ -179,6 +179,7 @@ class _Prepared:
     reader: Reader
     model: Any  # Losa or Baseline
     state: State
+    cache: Tensor | None  # room for frozen activations, None without --cache
 
 
 def _prepare(config: FinetuneConfig, compute: Compute, splits: Splits, backbone: Backbone, out: Path) -> _Prepared:
@@ -194,7 +195,10 @@ def _prepare(config: FinetuneConfig, compute: Compute, splits: Splits, backbone:
     state = fresh_state(model, config, compute)
     if config.output.resume:
         finetune_state.resume_from(state, out / output.CHECKPOINTS, identity, reader.skipped)
-    return _Prepared(identity, reader, model, state)
+    cache = None
+    if config.cache != "off":
+        cache = feature_cache.reserve(model, [splits.learn, splits.choose], reader, compute, config.cache, out)
+    return _Prepared(identity, reader, model, state, cache)
 
 
 def _labels(splits: Splits) -> str:
@@ -210,7 +214,7 @@ def _run(
     model, state, reader, identity = prepared.model, prepared.state, prepared.reader, prepared.identity
     num_trained = sum(p.numel() for p in trained(model).values())
     log.info("%s: %d trainable parameters, %d images", config.method, num_trained, len(splits.learn.y))
-    learn, choose = _batches(model, splits, config, compute, reader, out)
+    learn, choose = _batches(prepared, splits, config, compute)
     try:
         train(state, learn, choose, config, compute, reader.skipped, out, identity)
     finally:
@@ -269,19 +273,17 @@ def fresh_state(model: Any, config: FinetuneConfig, compute: Compute) -> State:
     return State(model, optimizer, scaler)
 
 
-def _batches(
-    model: Any, splits: Splits, config: FinetuneConfig, compute: Compute, reader: Reader, out: Path
-) -> tuple[Batches, InOrder]:
+def _batches(prepared: _Prepared, splits: Splits, config: FinetuneConfig, compute: Compute) -> tuple[Batches, InOrder]:
     """Return the batches to learn from and those that choose the epoch: of images, or of cached frozen activations.
 
-    Raises DataError if fewer images than a batch are readable, ConfigError if the cache does not fit.
+    Raises DataError if fewer images than a batch are readable.
     """
-    if config.cache == "off":
+    reader, batch = prepared.reader, config.optimization.batch_size
+    if prepared.cache is None:
         return lambda step: reader.training(splits.learn, step), lambda: _in_order(splits.choose, reader)
     parts = [splits.learn, splits.choose]
-    learn, choose = feature_cache.fill(model, parts, reader, compute, config.cache, out)
-    if len(learn.y) < config.optimization.batch_size:
-        batch = config.optimization.batch_size
+    learn, choose = feature_cache.fill(prepared.cache, prepared.model, parts, reader, compute)
+    if len(learn.y) < batch:
         raise DataError(f"data: {len(learn.y)} readable images, fewer than --batch-size {batch}")
     cached: Cached = learn
     return (
