@@ -3,6 +3,8 @@
 import copy
 import importlib.util
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +27,7 @@ from upstep_fast.model.export import export as exporting
 from upstep_fast.model.export import writers as export_formats
 from upstep_fast.model.export.export import export
 from upstep_fast.model.pooling import features
+from upstep_fast.runtime import commit
 
 BASE_TINY = f"local-dir:{Path(upstep_fast.__file__).parent / 'assets' / 'base_tiny'}"
 SMALL = dict(img_size=56, patch_size=14, embed_dim=48, depth=2, num_heads=3, num_classes=5)
@@ -395,3 +398,122 @@ def test_the_models_command(capsys):
         elif code == 0:
             assert runs["vit_base_patch14_dinov2"].split()[1:] == ["plain", "engine"]
             assert runs["vit_giant_patch14_dinov2"].split()[1:] == ["plain", "engine"]  # SwiGLU
+
+
+# what happens on the way
+
+
+ALL_FORMATS = ["timm", "hf", "peft", "dinov2", "torch", pytest.param("onnx", marks=[needs_onnx, pytest.mark.long])]
+DINOV2 = ("vit_small_patch14_dinov2", SMALL)  # every format holds it
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs limits of processes")
+@pytest.mark.parametrize("kind", ALL_FORMATS)
+def test_a_full_disk_leaves_the_old_export(tmp_path, capsys, kind):
+    """A limit on the size of files in place of a full disk: the system refuses the write within the weights."""
+    import resource
+
+    name, adapter = make(tmp_path, *DINOV2)
+    out = tmp_path / "out"
+    export(name, out, format="timm")
+    before, limits = content(out), resource.getrlimit(resource.RLIMIT_FSIZE)
+    args = ["--model", name, "--adapter", adapter, "--format", kind, "--out", out, "--overwrite"]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, limits[1]))  # less than the smallest file of weights
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main(["export", *map(str, args)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    err = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 1 and err[-1].startswith(f"upstep-fast: out: cannot write {out}: "), err
+    assert "File too large" in err[-1]
+    assert content(out) == before and sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]
+
+
+@pytest.mark.parametrize("kind", ALL_FORMATS)
+def test_files_have_the_mode_that_the_umask_gives(tmp_path, kind):
+    name, adapter = make(tmp_path, *DINOV2)
+    before = os.umask(0o027)
+    try:
+        export(name, tmp_path / "out", adapter=adapter, format=kind)
+    finally:
+        os.umask(before)
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "out").iterdir()} == dict.fromkeys(
+        content(tmp_path / "out"), "0o640"
+    )
+
+
+class Killed(BaseException):
+    """In place of SIGKILL: nothing after it touches the disk."""
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_kill_at_any_point_of_overwrite_leaves_the_old_or_the_new(tmp_path, monkeypatch, exchanges):
+    out, seen = tmp_path / "out", set()
+
+    def fill(folder, text):
+        folder.mkdir()
+        for name in ("README.md", "a", "b"):
+            (folder / name).write_text(f"{exporting.MARK} {text}")
+        return content(folder)
+
+    for point in range(60):
+        shutil.rmtree(tmp_path)
+        tmp_path.mkdir()
+        old, new = fill(out, "old"), fill(tmp_path / "new", "new")
+        calls = iter(range(10**6))
+        with monkeypatch.context() as patch:
+            if not exchanges:
+                patch.setattr(commit, "_exchange", lambda *_: False)
+            for name in ("fsync", "replace", "unlink", "rmdir"):
+                real = getattr(os, name)
+
+                def counted(*args, real=real, calls=calls, point=point, **kwargs):
+                    if next(calls) >= point:
+                        raise Killed
+                    return real(*args, **kwargs)
+
+                patch.setattr(os, name, counted)
+            try:
+                commit.replace_folder(tmp_path / "new", out)
+                done = True
+            except Killed:
+                done = False
+        if exchanges:
+            assert content(out) in (old, new)
+        commit.settle_folder(out)  # as the next export does
+        assert content(out) in (old, new)
+        seen.add(content(out) == new)
+        if done:
+            break
+    assert seen == {True, False} and 8 <= point < 59
+    assert content(out) == new and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_link_as_out_is_followed(tmp_path):
+    name, _ = make(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").symlink_to("elsewhere")
+    for _ in range(2):
+        export(name, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "elsewhere" / "model.safetensors").is_file()
+
+
+def test_a_model_that_is_not_finite_is_refused_by_name(tmp_path, monkeypatch):
+    name, _ = make(tmp_path)
+    real = exporting.features
+    monkeypatch.setattr(exporting, "features", lambda *args: real(*args) * torch.nan)
+    with pytest.raises(ConfigError, match=f"model: {name} gives features that are not finite"):
+        export(name, tmp_path / "out")
+
+
+def test_a_model_beyond_an_onnx_file_is_refused_first(tmp_path, monkeypatch):
+    name, _ = make(tmp_path)
+    monkeypatch.setattr(export_formats, "MAX_ONNX_BYTES", 1000)
+    monkeypatch.setattr(export_formats, "_need", lambda *_: None)
+    with pytest.raises(ConfigError, match="at most 2 GB"):
+        export(name, tmp_path / "out", format="onnx")

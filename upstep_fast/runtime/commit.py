@@ -6,13 +6,19 @@
 
 A kill before the list leaves the old files; one after it is completed by `settle`, which the next writer calls. In
 between the last file is missing, so that a reader of both never pairs an old file with a new one.
+
+A folder is exchanged with the old one in one call where the system has it (Linux); elsewhere the old one is first
+renamed to .old-NAME, where `settle_folder` finds it after a kill in between.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -86,3 +92,46 @@ def _complete(moves: Mapping[Path, Path], journal: Path) -> None:
                 os.replace(temporary, path)
                 sync_folder(path.parent)
     journal.unlink()
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Force the files of `new` to disk and put it in place of `folder`, a folder or nothing. Raises OSError."""
+    for path in (*new.iterdir(), new):
+        _sync(path)
+    if not folder.exists():
+        os.replace(new, folder)
+    elif not _exchange(new, folder):
+        aside = _aside(folder)
+        os.replace(folder, aside)
+        os.replace(new, folder)
+        new = aside
+    sync_folder(folder.parent)
+    shutil.rmtree(new, ignore_errors=True)  # the old one, if there was one
+
+
+def settle_folder(folder: Path) -> None:
+    """Put back the old folder of a `replace_folder` that was killed between its two renames. Raises OSError."""
+    if _aside(folder).is_dir() and not folder.exists():
+        os.replace(_aside(folder), folder)
+        log.warning("out: put back %s, whose replacement was killed", folder)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".old-{folder.name}")
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Exchange two names in one step; False where the system or the file system cannot."""
+    at_cwd, exchange = -100, 2
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        call = ctypes.CDLL(None).renameat2
+        return call(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange) == 0
+    return False
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir():
+        sync_folder(path)
+        return
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())

@@ -9,7 +9,6 @@ both in fp32. If the difference is above 1e-4, nothing is written.
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,23 +17,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from upstep_fast.config.flat import from_flat
 from upstep_fast.config.tools import ExportConfig
 from upstep_fast.data.loading.loader import load_images
 from upstep_fast.data.sources.source import open_source
-from upstep_fast.errors import CheckFailedError, ConfigError, RunFailedError
+from upstep_fast.errors import CheckFailedError, ConfigError, RunFailedError, UpstepError, first_line
+from upstep_fast.input_files import read_bytes
 from upstep_fast.model import backbone as backbones
 from upstep_fast.model import lora, peft_format
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.model.export.writers import WRITERS, Job, Written
 from upstep_fast.model.pooling import features
+from upstep_fast.runtime.atomic_file import temporary_of
+from upstep_fast.runtime.commit import replace_folder, settle_folder
 
 BOUND = 1e-4
 IMAGES = 16  # number of the user's images in the comparison
 PHOTOS, FEW = "sign_digits_64.tar", 4  # images of the package, used without --data, and their number
 MARK = "exported by upstep-fast"  # in the model card; only a folder with it is replaced
+MAX_CARD_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -59,14 +63,18 @@ def run(config: ExportConfig) -> Exported:
     Raises ConfigError for a model that the format cannot hold, CheckFailedError if its features differ, and
     RunFailedError if the folder cannot be written.
     """
-    _check(config)
+    out = Path(config.out).resolve()  # of a link, what it leads to
+    _check(config, out)
     base = backbones.load_from(config.model)
     images, images_text = _images(config, base)
     adapters = {} if config.adapter is None else peft_format.attach(base.vit, config.adapter)
     expected = features(base.vit, images)
+    if not expected.isfinite().all():
+        adapted = "" if config.adapter is None else f" with the adapter {config.adapter}"
+        raise ConfigError(f"model: {config.model.name}{adapted} gives features that are not finite; check its weights")
     if config.format != "peft":
         lora.merge(base.vit)
-    with _replacing(Path(config.out)) as folder:
+    with _replacing(out) as folder:
         written = WRITERS[config.format](Job(config, base, adapters, folder))
         difference = ((written.measure(images) - expected).abs().max() / expected.abs().max().clamp_min(1)).item()
         if not difference <= BOUND:
@@ -75,40 +83,74 @@ def run(config: ExportConfig) -> Exported:
                 f"more than {BOUND:.0e}; "
                 "nothing was written; this format cannot hold this model, try another"
             )
-        (folder / "README.md").write_text(_card(config, base, written, difference, images_text))
+        card = folder / "README.md"
+        card.write_text(_card(config, base, written, difference, images_text))
+        for path in folder.iterdir():  # safetensors writes files that only their owner may read
+            path.chmod(card.stat().st_mode)
     return Exported(Path(config.out), difference, images_text)
 
 
-def _check(config: ExportConfig) -> None:
-    out = Path(config.out)
+def _check(config: ExportConfig, out: Path) -> None:
     if config.format == "peft" and config.adapter is None:
         raise ConfigError("adapter: --format peft writes an adapter; give one with --adapter")
     if not out.parent.is_dir():
         raise ConfigError(f"out: no folder {out.parent}")
-    if out.is_file():
-        raise ConfigError(f"out: {out} is a file; give a folder")
-    if out.is_dir() and any(out.iterdir()):
+    try:
+        settle_folder(out)
+        entries = sorted(out.iterdir()) if out.exists() else []
+    except NotADirectoryError as error:
+        raise ConfigError(f"out: {out} is a file; give a folder") from error
+    except OSError as error:
+        raise ConfigError(f"out: cannot read {out}: {error.strerror or error}; choose another folder") from error
+    if entries:
         if not config.overwrite:
             raise ConfigError(f"out: {out} is not empty; choose another folder or add --overwrite")
-        card = out / "README.md"
-        if not card.is_file() or MARK not in card.read_text(errors="replace"):
+        if not _is_export(out / "README.md"):
             raise ConfigError(f"out: {out} holds no export of upstep-fast, so --overwrite does not replace it")
+    _probe(out)
+
+
+def _is_export(card: Path) -> bool:
+    try:
+        return MARK in read_bytes(card, "out", MAX_CARD_BYTES).decode(errors="replace")
+    except ConfigError:
+        return False
+
+
+def _probe(out: Path) -> None:
+    """Raise ConfigError, before slow work, if no folder can be made beside `out`."""
+    try:
+        temporary_of(out).mkdir()
+        temporary_of(out).rmdir()
+    except OSError as error:
+        raise ConfigError(f"out: cannot write to {out.parent}: {error.strerror or error}; choose another") from error
 
 
 @contextlib.contextmanager
 def _replacing(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `out`; rename it to `out` on success, remove it on an error."""
-    temporary = out.parent / f".tmp-{os.getpid()}-{out.name}"
+    """Yield a temporary folder beside `out`; put it in the place of `out` on success, remove it on an error."""
+    temporary = temporary_of(out)
     try:
         temporary.mkdir()
         yield temporary
-        if out.is_dir():
-            shutil.rmtree(out)
-        temporary.rename(out)
-    except OSError as error:
-        raise RunFailedError(f"out: cannot write {error.filename or out}: {error.strerror or error}") from error
+        replace_folder(temporary, out)
+    except Exception as error:
+        if isinstance(error, UpstepError) or (reason := _disk_reason(error)) is None:
+            raise
+        raise RunFailedError(f"out: cannot write {out}: {reason}; make room or give another --out") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _disk_reason(error: BaseException | None) -> str | None:
+    """Return why the disk refused a write, if that is what an exporter's error comes from."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error.strerror or first_line(error)
+        if isinstance(error, SafetensorError) and "os error" in str(error):
+            return first_line(error)
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _images(config: ExportConfig, base: Backbone) -> tuple[Tensor, str]:

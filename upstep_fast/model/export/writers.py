@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from timm.layers.mlp import GluMlp
 from torch import Tensor, nn
 
@@ -29,6 +30,7 @@ from upstep_fast.model.registry import HUB
 
 log = logging.getLogger("upstep_fast")
 
+MAX_ONNX_BYTES = 2**31 - 2**25  # of one protobuf message, less room for the graph
 ANY_BATCH = {"images": {0: torch.export.Dim("batch", min=1)}}
 
 
@@ -138,7 +140,8 @@ def _dinov2(job: Job) -> Written:
         raise ConfigError(f"format: dinov2 cannot express this model: {reason}; use --format timm or onnx")
     path = job.folder / "model.pth"  # what DINOv2's own loader reads; tensors only, so weights_only=True reads it too
     packed = isinstance(vit.blocks[0].mlp, GluMlp)
-    torch.save(key_names.dinov2_names(_without_head(vit), packed=packed), path)
+    state = key_names.dinov2_names(_without_head(vit), packed=packed)
+    _write_buffered(path, lambda file: torch.save(state, file))
 
     def measure(images: Tensor) -> Tensor:
         fresh = timm.create_model(job.base.arch, **job.base.model_args | {"num_classes": 0}).eval()
@@ -153,6 +156,8 @@ def _dinov2(job: Job) -> Written:
 def _onnx(job: Job) -> Written:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         _need(package, "onnx", "pip install 'upstep_fast[onnx]'")
+    if sum(p.numel() * p.element_size() for p in job.base.vit.parameters()) > MAX_ONNX_BYTES:
+        raise ConfigError("format: an onnx file holds at most 2 GB and this model has more; use --format torch or timm")
     path = job.folder / "model.onnx"
     example = torch.zeros(2, job.base.vit.patch_embed.proj.in_channels, *job.base.img_size)
     with contextlib.redirect_stdout(None):  # the exporter reports its progress there
@@ -181,7 +186,7 @@ def _torch(job: Job) -> Written:
     path = job.folder / "model.pt2"
     example = torch.zeros(2, job.base.vit.patch_embed.proj.in_channels, *job.base.img_size)
     program = torch.export.export(FeatureExtractor(job.base.vit).eval(), (example,), dynamic_shapes=ANY_BATCH)
-    torch.export.save(program, path)
+    _write_buffered(path, lambda file: torch.export.save(program, file))
 
     def measure(images: Tensor) -> Tensor:
         return _one_then_many(torch.export.load(path).module(), images)
@@ -210,7 +215,14 @@ def _without_head(vit: nn.Module) -> State:
 
 
 def _save(state: State, path: Path) -> None:
-    save_file({key: value.contiguous() for key, value in state.items()}, path, metadata={"format": "pt"})
+    path.write_bytes(save({key: value.contiguous() for key, value in state.items()}, metadata={"format": "pt"}))
+
+
+def _write_buffered(path: Path, write: Callable[[io.BytesIO], object]) -> None:
+    """Write a file by way of memory: PyTorch's writer of zip files ends the process on a full disk."""
+    buffer = io.BytesIO()
+    write(buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
