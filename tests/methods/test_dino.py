@@ -52,6 +52,14 @@ def test_class_token_loss_weights_crops_as_dinov2_does(draw):
     assert dino.class_token_loss(student, targets, 0.1).item() == pytest.approx((local + whole).item(), rel=1e-5)
 
 
+def test_without_local_crops_dinov2_divides_by_a_pair_more(draw):
+    student, targets = draw(2, 4, 5).double(), draw(2, 4, 5).softmax(-1).double()
+    flat, swapped = torch.cat([student[0], student[1]]), torch.cat([targets[1], targets[0]])
+    # DINOv2: loss_scales 2, n_global_crops_loss_terms 2, n_local_crops_loss_terms max(0 * 2, 1)
+    official = -(swapped * (flat / 0.1).log_softmax(-1)).sum(-1).mean() * 2 / (2 + 1)
+    assert dino.class_token_loss(student, targets, 0.1).item() == pytest.approx(1.5 * official.item(), rel=1e-6)
+
+
 def test_the_patch_loss_is_a_mean_over_images_of_means_over_their_masked_patches(draw):
     of_image, prototypes = [2, 0, 5], 6
     student, targets = draw(7, prototypes), draw(7, prototypes).softmax(-1)

@@ -59,3 +59,15 @@ def test_decoder_positions_encode_rows_and_columns():
         np.cos(3)
     )
     assert len({tuple(row.tolist()) for row in table}) == 16
+
+
+def test_decoder_positions_are_maes_with_the_halves_exchanged():
+    # MAE's get_2d_sincos_pos_embed: the half of the columns first ("here w goes first")
+    def of_places(places, width):
+        angles = np.einsum("m,d->md", places.reshape(-1), 1 / 10000 ** (np.arange(width // 2) / (width / 2)))
+        return np.concatenate([np.sin(angles), np.cos(angles)], 1)
+
+    columns, rows = np.meshgrid(np.arange(5.0), np.arange(3.0))
+    official = np.concatenate([of_places(columns, 8), of_places(rows, 8)], 1)
+    ours = sincos_positions((3, 5), 16, 1)[0, 1:]
+    assert np.allclose(ours.roll(8, 1).numpy(), official, atol=1e-6)

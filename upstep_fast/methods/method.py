@@ -95,6 +95,10 @@ class Method(nn.Module, ABC):
     def loss(self, student: Embeddings[Any], teacher: Embeddings[Any] | None = None) -> Tensor:
         """Return the objective of an update step, a scalar in fp32. The mean over the ranks is the whole batch's."""
 
+    def select_images(self, teacher: Embeddings[Any], step: int) -> tuple[Embeddings[Any], Tensor]:
+        """Return the teacher's embeddings and the indices [b] of the images whose other views train: all of them."""
+        return teacher, torch.arange(teacher.z.shape[1], device=teacher.z.device)
+
     def metrics(self) -> dict[str, Any]:
         """Return more metrics of the last `loss`: numbers, or scalars on the device, which are read later."""
         return {}

@@ -35,8 +35,11 @@ def trained(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def decays(name: str, parameter: Tensor) -> bool:
-    """Return True if weight decay applies to the parameter: to matrices alone, as in DINOv2 and MAE."""
-    return parameter.dim() >= 2 and not name.endswith(("bias", "cls_token", "pos_embed", "mask_token"))
+    """Return True if weight decay applies to the parameter, as in DINOv2 and MAE: to all but vectors and biases.
+
+    The class token, the mask token and position embeddings decay: their shapes begin with ones.
+    """
+    return parameter.dim() >= 2 and not name.endswith("bias")
 
 
 def by_decay(named: Mapping[str, nn.Parameter]) -> dict[bool, list[nn.Parameter]]:

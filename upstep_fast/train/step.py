@@ -236,7 +236,7 @@ def _embed(
         if not decide(teacher):
             return False, teacher, None
         if config.experimental.gate_unit == "image":
-            teacher, selected = method.select_images(teacher, step)  # type: ignore[operator]
+            teacher, selected = method.select_images(teacher, step)
             return True, embed(views[1:, selected]), teacher
         return True, embed(views[1:]), teacher
     with torch.set_grad_enabled(with_grad):

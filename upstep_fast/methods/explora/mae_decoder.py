@@ -49,7 +49,10 @@ class Decoder(nn.Module):
 
 
 def sincos_positions(grid: tuple[int, int], width: int, prefix: int) -> Tensor:
-    """Return fixed position embeddings, [1, prefix + N, width]: sines and cosines of row and column; prefix 0."""
+    """Return fixed position embeddings, [1, prefix + N, width]: sines and cosines of row and column; prefix 0.
+
+    MAE's code has the column's half first; a decoder that is read from its checkpoint brings its own table.
+    """
     omega = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
     parts = [f(place.flatten()[:, None] * omega) for place in (rows, columns) for f in (torch.sin, torch.cos)]

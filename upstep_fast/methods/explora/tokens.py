@@ -23,7 +23,8 @@ from upstep_fast.model.pooling import pooled
 def positions(vit: Any, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Return the position embeddings of the prefix tokens [1, P or 0, D] and of a grid of patches [1, N, D].
 
-    Another grid than the model's own gets them interpolated, bicubic, as timm does.
+    Another grid than the model's own gets them interpolated as timm does, bicubic with antialiasing: so they are where
+    the adapted model is used. DINOv2's code, without registers, takes no antialiasing and an offset of 0.1.
     """
     if vit.pos_embed is None:
         nothing = vit.patch_embed.proj.weight.new_zeros(1, 1, vit.embed_dim)

@@ -30,7 +30,8 @@ def class_token_loss(student: Tensor, targets: Tensor, temperature: float) -> Te
     """Compute DINO's loss: each of the student's views predicts the targets of every other view.
 
     student: [V, B, K] scores, its first G views those that made `targets` [G, B, K]. Returns a scalar in fp32: the mean
-    over the V G - G pairs of different views, as DINOv2 weights global and local crops.
+    over the V G - G pairs of different views, as DINOv2 weights global and local crops. Without local crops DINOv2's
+    code divides by one pair more than there are (max(2 n, 1) for n local crops): its loss is 2/3 of this mean.
     """
     log_p = F.log_softmax(student.float() / temperature, dim=-1)
     num_views, num_global = len(student), len(targets)
