@@ -12,8 +12,9 @@ import math
 import os
 import stat
 import tomllib
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from upstep_fast.errors import ConfigError, first_line
 
@@ -27,7 +28,7 @@ _KINDS = {
 }
 
 
-def open_regular(path: Path, field: str) -> BinaryIO:
+def open_regular(path: Path, field: str) -> BufferedReader:
     """Open a regular file for reading, without waiting for a pipe or device.
 
     field: the flag or file kind that the message starts with. Raises ConfigError if it is missing, not readable or not

@@ -35,6 +35,7 @@ from torchvision.transforms import v2
 
 from upstep_fast.data.loading.loader import Loader
 from upstep_fast.data.sources.source import open_source
+from upstep_fast.data.sources.subset import subset
 from upstep_fast.data.views.make_views import random_views
 from upstep_fast.data.views.view_config import ViewConfig
 from upstep_fast.runtime.machine import processor_name
@@ -109,8 +110,8 @@ class TwoViews(Dataset):
 
 def ours(root: Path, config: ViewConfig, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tensor]:
     # every image is decoded every time: the cache for small sources would hide what is measured
-    monkeypatch.setattr("upstep_fast.data.loader.CACHE_BYTES", 0)
-    source = open_source([root] * (IMAGES // FILES))
+    monkeypatch.setattr("upstep_fast.data.loading.loader.CACHE_BYTES", 0)
+    source = subset(open_source(root), np.tile(np.arange(FILES), IMAGES // FILES))
     with Loader(source, batch_size=BATCH, seed=0, num_workers=WORKERS) as loader:
         for batch in loader:
             yield random_views(

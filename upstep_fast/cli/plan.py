@@ -19,7 +19,7 @@ from upstep_fast.config.flat import replace_flat
 from upstep_fast.config.plan import PlanConfig, to_bytes
 from upstep_fast.config.resolve import resolve as resolve_length
 from upstep_fast.data.loading.loader import CACHE_BYTES
-from upstep_fast.data.sources.source import open_source
+from upstep_fast.data.sources.source import open_configured
 from upstep_fast.errors import ConfigError
 from upstep_fast.runtime import machine, terminal
 from upstep_fast.runtime.device import Compute, resolve
@@ -132,7 +132,7 @@ def _length(config: PlanConfig, result: dict[str, Any]) -> dict[str, Any]:
     """Return the number of steps, if known, and their time with no step skipped and with half of them skipped."""
     steps, seconds = config.optimization.steps, result["seconds"]
     if steps is None and config.data.paths:
-        num_images = len(open_source(config.data.paths, split="train"))
+        num_images = len(open_configured(config.data, "train"))
         steps = resolve_length(config, num_images).config.optimization.steps
     if steps is None or seconds is None:
         return {"steps": steps, "total_seconds": None}

@@ -47,6 +47,10 @@ class DataConfig:
 
     paths: tuple[str, ...] = field(metadata=flag("data"))
     """Images: folders (searched recursively, no labels needed), .tar files, text lists, or hf:NAME."""
+    image_column: str | None = None
+    """Column of the images in a CSV or an hf: data set; in a tar, their suffix after the key (left.jpg)."""
+    label_column: str | None = None
+    """Column of the classes in a CSV or an hf: data set; in a tar, their suffix after the key. Default: cls."""
     num_workers: int | None = None
     """Threads that read and decode images. Default: one per core, at most 16."""
     max_bad_fraction: float = 0.01

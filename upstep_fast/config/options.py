@@ -16,6 +16,8 @@ class AdaptOptions(TypedDict, total=False):
     mean: Sequence[float] | None
     std: Sequence[float] | None
     min_matched: float
+    image_column: str | None
+    label_column: str | None
     num_workers: int | None
     max_bad_fraction: float
     mean_std: Literal["given", "auto"]
@@ -140,6 +142,8 @@ class FinetuneOptions(TypedDict, total=False):
     mean: Sequence[float] | None
     std: Sequence[float] | None
     min_matched: float
+    image_column: str | None
+    label_column: str | None
     num_workers: int | None
     max_bad_fraction: float
     overwrite: bool
@@ -193,6 +197,8 @@ class EvaluateOptions(TypedDict, total=False):
     mean: Sequence[float] | None
     std: Sequence[float] | None
     min_matched: float
+    image_column: str | None
+    label_column: str | None
     num_workers: int | None
     max_bad_fraction: float
     adapter: str | Path | None
@@ -216,6 +222,8 @@ class EmbedOptions(TypedDict, total=False):
     mean: Sequence[float] | None
     std: Sequence[float] | None
     min_matched: float
+    image_column: str | None
+    label_column: str | None
     num_workers: int | None
     max_bad_fraction: float
     adapter: str | Path | None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import logging
 import os
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from upstep_fast.config.evaluate import EmbedConfig
 from upstep_fast.config.files import from_options
 from upstep_fast.config.options import EmbedOptions
 from upstep_fast.config.signatures import with_keywords
-from upstep_fast.data.sources.source import open_source
+from upstep_fast.data.sources.source import open_configured
 from upstep_fast.errors import ConfigError, RunFailedError
 from upstep_fast.evaluation import whitening
 from upstep_fast.evaluation.features import append_whitened, extract, load_models, unwhitened
@@ -30,6 +31,8 @@ from upstep_fast.runtime import distributed
 from upstep_fast.runtime.atomic_file import require_writable
 from upstep_fast.runtime.commit import commit_together, settle
 from upstep_fast.runtime.device import resolve
+
+log = logging.getLogger("upstep_fast")
 
 Content = Callable[[BinaryIO], object]  # writes to an open file
 
@@ -53,7 +56,9 @@ def run_embed(config: EmbedConfig) -> Path:
         _check_files(out, config)
     compute = resolve(config.runtime.device, config.runtime.precision, config.runtime.implementation)
     with distributed.joined(compute.device):
-        source, models = open_source(config.data.paths), load_models(config)
+        source = open_configured(config.data)
+        log.info("data: %s", source.summary)
+        models = load_models(config)
         whitens = bool(config.whitening or config.fit_whitening)
         identity = model_identity(models["base"]) if whitens else {}
         fingerprints = _fingerprints(identity["sha256"], config) if whitens else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,9 @@ from upstep_fast.config.files import from_options
 from upstep_fast.config.options import EvaluateOptions
 from upstep_fast.config.signatures import with_keywords
 from upstep_fast.data.labeled.splits import Labeled, train_and_test
+from upstep_fast.data.sources.part import Columns
+from upstep_fast.data.sources.source import columns_of
+from upstep_fast.data.sources.splits import SPLITS
 from upstep_fast.errors import RunFailedError
 from upstep_fast.evaluation import whitening
 from upstep_fast.evaluation.classifiers import knn_right, probe
@@ -25,6 +29,8 @@ from upstep_fast.model.backbone import Backbone
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime.atomic_file import require_writable, write_atomic
 from upstep_fast.runtime.device import Compute, resolve
+
+log = logging.getLogger("upstep_fast")
 
 Right = dict[str, dict[str, Tensor]]  # {model: {measure: [N] bool}}, which test images are right
 
@@ -76,7 +82,7 @@ def _write_json(path: Path, result: dict[str, Any]) -> None:
 
 def _measure(config: EvalConfig, compute: Compute) -> dict[str, Any]:
     models = load_models(config)
-    train, test, labeled = _train_and_test(config.data.paths, models, config, compute)
+    train, test, labeled = _train_and_test(config.data.paths, models, config, compute, columns_of(config.data))
     whitened = partial(append_whitened, fitted={name: whitening.fit(x) for name, x in train.x.items()})
     k = min(config.k, len(train.y))
     right: Right = {}
@@ -106,7 +112,7 @@ def _add_source(
 ) -> None:
     """Add k-NN on the source domain: {"source": {model: percent}, ...}, with intervals and gains by the same keys."""
     assert config.source is not None
-    bank, queries, _ = _train_and_test((config.source,), models, config, compute)
+    bank, queries, _ = _train_and_test((config.source,), models, config, compute, Columns())
     right: Right = {}
     for suffix, form in forms.items():
         for kind, train, test in _pairs(form, bank, queries):
@@ -125,10 +131,11 @@ def _pairs(form: Form, train: Extracted, test: Extracted) -> Iterator[tuple[str,
 
 
 def _train_and_test(
-    paths: Sequence[str], models: dict[str, Backbone], config: EvalConfig, compute: Compute
+    paths: Sequence[str], models: dict[str, Backbone], config: EvalConfig, compute: Compute, columns: Columns
 ) -> tuple[Extracted, Extracted, tuple[Labeled, Labeled]]:
     extracted, read = [], []
-    for part in train_and_test(paths, "eval"):
+    for split, part in zip(SPLITS, train_and_test(paths, "eval", columns), strict=True):
+        log.info("data: %s: %s", split, part.source.summary)
         x, indices = extract(part.source, models, config, compute)
         extracted.append(Extracted(x, part.y[indices], part.classes))
         read.append(part.subset(torch.tensor(indices)))

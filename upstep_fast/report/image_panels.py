@@ -32,7 +32,7 @@ from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.evaluate import EvalConfig
 from upstep_fast.data.loading.loader import load_images
 from upstep_fast.data.loading.skipped_images import csv_cell, read_image
-from upstep_fast.data.sources.source import Source, open_source
+from upstep_fast.data.sources.source import Source, open_configured
 from upstep_fast.errors import BadImage, UpstepError
 from upstep_fast.evaluation.features import load_models
 from upstep_fast.model import backbone as backbones
@@ -203,7 +203,7 @@ def _odd_thumbnails(config: AdaptConfig, skipped: Path, channels: int) -> dict[s
     thumbs: dict[str, str] = {}
     if not unread:
         return thumbs
-    source = open_source(config.data.paths, split="train")  # includes the images that triage left out
+    source = open_configured(config.data, "train")  # includes the images that triage left out
     for index in range(len(source)):
         if len(thumbs) == MAX_ODD or not unread:
             break

@@ -20,7 +20,7 @@ from upstep_fast.config.presets import with_preset
 from upstep_fast.config.resolve import resolve
 from upstep_fast.config.signatures import with_keywords
 from upstep_fast.data.curation.survey import survey
-from upstep_fast.data.sources.source import Source, open_source
+from upstep_fast.data.sources.source import Source, open_configured
 from upstep_fast.kernels import _dispatch as dispatch
 from upstep_fast.model import backbone as backbones
 from upstep_fast.model.backbone import Backbone
@@ -63,7 +63,7 @@ def run(config: AdaptConfig) -> AdaptResult:
 
 
 def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
-    source = open_source(config.data.paths, split="train")
+    source = open_configured(config.data, "train")
     source, held_out = hold_out(source, config)
     backbone = backbones.load_from(config.model)
     config, source, backbone, files = _survey(config, source, backbone)
@@ -77,7 +77,7 @@ def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
         if distributed.is_first():
             stack.enter_context(output.lock_run_folder(config))
         with held_messages() as messages:
-            _log_start(resolved.reduced, compute, len(source))
+            _log_start(resolved.reduced, compute, source)
             # all that can refuse the configuration comes before anything in the folder is changed
             identity, state = start(config, compute, source, backbone, out)
         if distributed.is_first():
@@ -116,13 +116,14 @@ def _survey(
     return config, surveyed.source, backbone, surveyed.files
 
 
-def _log_start(reduced: Mapping[str, tuple[int, int]], compute: Compute, num_images: int) -> None:
-    """Log versions, device and ranks, and what the data has reduced: name -> (requested, possible)."""
+def _log_start(reduced: Mapping[str, tuple[int, int]], compute: Compute, source: Source) -> None:
+    """Log versions, device, ranks, the images, and what their number has reduced: name -> (requested, possible)."""
     versions = f"upstep-fast {__version__}, torch {torch.__version__}"
     ranks = f", {distributed.size()} ranks" if distributed.size() > 1 else ""
     log.info("%s, %s in %s%s", versions, compute.device, compute.precision, ranks)
+    log.info("data: %s", source.summary)
     for name, (requested, possible) in reduced.items():
         there = f"the {possible} images there are"
-        if possible < num_images:
-            there = f"{possible}: the {num_images} images there are, in equal parts for {distributed.size()} ranks"
+        if possible < len(source):
+            there = f"{possible}: the {len(source)} images there are, in equal parts for {distributed.size()} ranks"
         log.warning("%s: reduced from %d to %s", name, requested, there)

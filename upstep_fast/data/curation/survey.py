@@ -84,9 +84,8 @@ def without_copies_and_blanks(
 
     def checked(values: dict[str, Any]) -> Verdict:
         verdict = Verdict.from_dict(values)
-        if not all(0 <= index < len(source) for index in (*verdict.left_out, *verdict.listed)):
-            raise ValueError(f"an index beyond the {len(source)} images")
-        str(verdict)  # has all counts
+        if verdict.counts["images"] != len(source):
+            raise ValueError(f"of {verdict.counts['images']} images, not {len(source)}")
         return verdict
 
     verdict, text = _reuse_or_compute(folder / TRIAGE, key, inspect, Verdict.to_dict, checked)

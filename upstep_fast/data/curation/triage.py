@@ -40,6 +40,7 @@ MIN_SIDE, MAX_ASPECT = 16, 8
 AHEAD = 256  # images in flight
 LEFT_OUT = ("exact copies", "blank")
 LISTED = ("near copies", "wrong bit depth", "odd ones out", "odd shapes")
+_COUNTS = ("images", *LEFT_OUT, *LISTED, "unreadable")
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,11 @@ class Verdict:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Verdict:
         """Return the verdict that `to_dict` wrote. Raises KeyError, TypeError, ValueError or AttributeError."""
+        counts = {name: int(values["counts"][name]) for name in _COUNTS}
         parts = [{int(i): str(reason) for i, reason in values[name].items()} for name in ("left_out", "listed")]
-        return cls(parts[0], parts[1], {str(k): int(v) for k, v in values["counts"].items()})
+        if odd := [i for part in parts for i in part if not 0 <= i < counts["images"]]:
+            raise ValueError(f"image {odd[0]} of {counts['images']}")
+        return cls(parts[0], parts[1], counts)
 
     def problems(self, source: Source) -> list[tuple[str, str]]:
         """Return (name, reason) of every image left out or listed, for skipped.csv."""
@@ -110,7 +114,7 @@ class _Findings:
 
 def triage(source: Source, *, channels: int = 3, num_workers: int = 0, max_bad_fraction: float = 0.01) -> Verdict:
     """Inspect every image. Raises DataError when more than `max_bad_fraction` cannot be read."""
-    findings = _Findings({"images": len(source), **dict.fromkeys((*LEFT_OUT, *LISTED, "unreadable"), 0)})
+    findings = _Findings(dict.fromkeys(_COUNTS, 0) | {"images": len(source)})
     originals: dict[bytes, int] = {}  # digest -> the first image with these pixels
     indices: list[int] = []  # of the images that are kept, with their hashes and kinds
     hashes: list[int] = []

@@ -30,8 +30,8 @@ from upstep_fast.data.loading.loader import permutation
 from upstep_fast.data.loading.ordered_map import ordered_map
 from upstep_fast.data.loading.retries import with_retries
 from upstep_fast.data.loading.skipped_images import SkippedImages, catch_bad_image, read_image
-from upstep_fast.data.sources.part import SPLITS
 from upstep_fast.data.sources.source import Source, open_source
+from upstep_fast.data.sources.splits import SPLITS
 from upstep_fast.errors import BadImage, DataError
 
 T = TypeVar("T")
@@ -60,6 +60,11 @@ class Clips:
 
     def __len__(self) -> int:
         return len(self.clips)
+
+    @property
+    def summary(self) -> str:
+        """How many clips there are, and what was found of their frames."""
+        return f"{len(self)} clips" + (f", of {self.source.summary}" if self.source else "")
 
     def name(self, index: int) -> str:
         """Return the clip's folder or file."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from upstep_fast.data.sources.part import Columns
 from upstep_fast.data.sources.source import Source, open_source
+from upstep_fast.data.sources.splits import SPLITS
 from upstep_fast.data.sources.subset import subset
 from upstep_fast.errors import DataError
+
+log = logging.getLogger("upstep_fast")
+_ANY = Columns()
 
 
 @dataclass(frozen=True)
@@ -31,17 +37,17 @@ class Labeled:
         return Labeled(source, self.y[indices], self.classes)
 
 
-def train_and_test(paths: Sequence[str], command: str) -> tuple[Labeled, Labeled]:
+def train_and_test(paths: Sequence[str], command: str, columns: Columns = _ANY) -> tuple[Labeled, Labeled]:
     """Return the train and test splits of `paths`, both with the classes of train.
 
-    Raises DataError, naming the cure, for images outside class folders and classes of test/ that train/ lacks.
+    Raises DataError, naming the cure, for images without a class and classes of test/ that train/ lacks.
     """
     where = ", ".join(paths)
-    train, test = (open_source(paths, split=split) for split in ("train", "test"))
-    for split, source in (("train", train), ("test", test)):
+    train, test = (open_source(paths, split, columns) for split in SPLITS)
+    for split, source in zip(SPLITS, (train, test), strict=True):
         if source.labels is None:
             raise DataError(
-                f"data: {where} has images outside class folders; {command} needs {split}/CLASS/image files"
+                f"data: {where} {source.unlabeled()}; {command} needs {split}/CLASS/image files or a label for each"
             )
     return join(train, train.labels or [], test, test.labels or [], where)
 
@@ -57,6 +63,17 @@ def join(
     index = {name: i for i, name in enumerate(classes)}
     y_train, y_test = (torch.tensor([index[name] for name in names]) for names in (train_names, test_names))
     return Labeled(train, y_train, classes), Labeled(test, y_test, classes)
+
+
+def log_splits(train: Labeled, test: Labeled, copies: tuple[int, int] | None) -> None:
+    """Log what the splits hold and what scores on `test` cannot say. copies: (of training images, looked at)."""
+    for name, part in zip(SPLITS, (train, test), strict=True):
+        log.info("data: %s: %s", name, part.source.summary)
+    if copies:
+        text = "data: %d of %d test images looked at are training images too: scores will be too high; leave them out"
+        log.warning(text, *copies)
+    if absent := sorted(set(test.classes) - {test.classes[i] for i in test.y.tolist()}):
+        log.warning("data: classes of train/ that test/ lacks, so they are not measured: %s", ", ".join(absent[:5]))
 
 
 def held_out(y: Tensor, fraction: float, seed: int) -> Tensor:

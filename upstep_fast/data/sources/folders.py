@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from upstep_fast.data.sources.part import IMAGE_SUFFIXES, MAX_BYTES, SPLITS, Names, Part, Problem, printable
+from upstep_fast.data.decode.arrays import npy_header
+from upstep_fast.data.sources.part import (
+    ALREADY_LISTED,
+    IMAGE_SUFFIXES,
+    Listing,
+    Names,
+    Part,
+    printable,
+    read_image_file,
+)
+from upstep_fast.data.sources.splits import TREE, find_splits, reading
 from upstep_fast.errors import DataError
 
 
@@ -20,6 +29,7 @@ class Files:
     root: str
     names: Names
     classes: tuple[str, ...] | None = None  # given by a list, instead of by folders
+    reason: str = ""  # why a list gives no classes
 
     def __len__(self) -> int:
         return len(self.names)
@@ -30,76 +40,114 @@ class Files:
 
     def read(self, index: int) -> bytes:
         """Return the encoded image. Raises OSError."""
-        # a fifo that replaced a file after listing must not block, and a file that grew must not fill the memory
-        fd = os.open(self._path(index), os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with open(fd, "rb") as file:  # buffered: one unbuffered read may return less than there is
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError("not a regular file")
-            if status.st_size > MAX_BYTES:
-                raise OSError(f"{status.st_size} bytes, above the limit of {MAX_BYTES}")
-            return file.read(status.st_size) or b""
+        return read_image_file(self._path(index))
 
     def labels(self) -> list[str] | None:
         """Return the class of each image; None without classes."""
         return self.names.labels() if self.classes is None else list(self.classes)
 
+    def unlabeled(self) -> str:
+        """Return why `labels` is None."""
+        return self.reason or self.names.unlabeled()
+
+    def sizes_in_bytes(self) -> np.ndarray:
+        """Return the files' sizes, [N] int64; -1 for a missing one."""
+        return np.array([_file_size(self._path(i)) for i in range(len(self))], dtype=np.int64)
+
     def identity(self) -> Iterator[bytes]:
         """Yield names and sizes."""
         yield self.names.blob
         yield self.names.ends.tobytes()
-        yield np.array([_file_size(self._path(i)) for i in range(len(self))], dtype=np.int64).tobytes()
+        yield self.sizes_in_bytes().tobytes()
 
     def _path(self, index: int) -> str:
         return os.path.join(self.root, os.fsdecode(self.names[index]))
 
 
-def open_folder(root: str, split: str | None, problems: list[Problem]) -> list[Part]:
+def open_folder(root: str, split: str | None, listing: Listing) -> list[Part]:
     """Return the part of all images under `root`, or of one split. Raises DataError if the folder cannot be read."""
-    has_splits = all(os.path.isdir(os.path.join(root, s)) for s in SPLITS)
-    if split == "test" and not has_splits:
-        return []
-    top = split.encode() if split and has_splits else b""
-    seen: set[tuple[int, int]] = set()
-    files = _walk(os.fsencode(root), top, seen, problems)
-    return [Files(root, Names.pack(files, component=int(has_splits)))]
-
-
-def _walk(root: bytes, folder: bytes, seen: set[tuple[int, int]], problems: list[Problem]) -> Iterator[bytes]:
-    """Yield image files under root/folder in sorted order; each real folder once, so that loops of links end."""
-    top = os.path.join(root, folder)
     try:
-        status = os.stat(top)
-        if (status.st_dev, status.st_ino) in seen:
-            problems.append((printable(top), "a link to a folder that is already listed"))
-            return
-        seen.add((status.st_dev, status.st_ino))
-        files, folders = [], set()
-        with os.scandir(top) as entries:
-            for entry in entries:
-                if entry.name.startswith(b"."):  # .DS_Store, ._photo.jpg, .git
-                    continue
-                if _is(entry.is_dir):
-                    folders.add(entry.name)
-                elif entry.name.lower().endswith(IMAGE_SUFFIXES):
-                    if _is(entry.is_file):
-                        files.append(entry.name)
-                    else:
-                        reason = "a link to nothing" if entry.is_symlink() else "not a regular file"
-                        problems.append((printable(entry.path), reason))
+        with os.scandir(os.fsencode(root)) as entries:
+            tops = [os.fsdecode(e.name) for e in entries if not e.name.startswith(b".") and _is(e.is_dir)]
     except OSError as error:
-        if not folder:
-            raise DataError(f"data: cannot read the folder {printable(top)}: {error.strerror}") from error
-        problems.append((printable(top), f"the folder cannot be read: {error.strerror}"))
-        return
-    files += folders
-    files.sort()
-    for name in files:
-        path = folder + b"/" + name if folder else name
-        if name in folders:
-            yield from _walk(root, path, seen, problems)
-        else:
+        raise DataError(f"data: cannot read the folder {root}: {error.strerror}") from error
+    splits, where = find_splits(tops, root), printable(os.fsencode(root))
+    if split == "test" and splits is None:
+        names = ", ".join(printable(os.fsencode(f"{name}/")) for name in sorted(tops)[:5]) or "no folders"
+        listing.without_test.append(f"it must hold {TREE}, and has {names}")
+        return []
+    top = ""
+    if split and splits is not None:
+        top = splits[split]
+        listing.notes.append(reading(where, top, tops))
+    files = walk(os.fsencode(root), os.fsencode(top), listing, IMAGE_SUFFIXES)
+    return [Files(root, Names.pack(files, component=int(splits is not None)))]
+
+
+def walk(root: bytes, top: bytes, listing: Listing, suffixes: tuple[bytes, ...]) -> Iterator[bytes]:
+    """Yield the files under root/top of these suffixes, sorted; each real folder once, so that loops of links end.
+
+    What is left out goes to `listing`. Without recursion, as folders may lie deeper than Python's stack. Raises
+    DataError if root/top cannot be read.
+    """
+    stack: list[Iterator[tuple[bytes, bool]]] = [iter([(top, True)])]
+    while stack:
+        path, is_folder = next(stack[-1], (None, False))
+        if path is None:
+            stack.pop()
+        elif not is_folder:
             yield path
+        else:
+            try:
+                stack.append(iter(_entries(root, path, listing, suffixes)))
+            except OSError as error:
+                where = printable(os.path.join(root, path))
+                if path == top:
+                    raise DataError(f"data: cannot read the folder {where}: {error.strerror}") from error
+                listing.problems.append((where, f"the folder cannot be read: {error.strerror}"))
+
+
+def _entries(root: bytes, folder: bytes, listing: Listing, suffixes: tuple[bytes, ...]) -> list[tuple[bytes, bool]]:
+    """Return (path relative to root, whether it is a folder) of a folder's entries, sorted. Raises OSError."""
+    place = os.path.join(root, folder)
+    if not listing.is_new(os.stat(place)):
+        listing.problems.append((printable(place), "a link to a folder that is already listed"))
+        return []
+    found: list[tuple[bytes, bool]] = []
+    with os.scandir(place) as scanned:
+        entries = {entry.name: entry for entry in scanned if not entry.name.startswith(b".")}  # .DS_Store, ._photo.jpg
+    for name, entry in entries.items():
+        if _is(entry.is_dir):
+            found.append((name, True))
+        elif not name.lower().endswith(suffixes):
+            listing.add_other(entry.path)
+        elif reason := _why_not(entry, entries, listing):
+            listing.problems.append((printable(entry.path), reason))
+        else:
+            found.append((name, False))
+    found.sort()
+    return [(folder + b"/" + name if folder else name, is_folder) for name, is_folder in found]
+
+
+def _why_not(entry: os.DirEntry[bytes], beside: dict[bytes, os.DirEntry[bytes]], listing: Listing) -> str:
+    """Return why a file with an image's suffix is none; empty if it is one."""
+    if not _is(entry.is_file):
+        return "a link to nothing" if entry.is_symlink() else "not a regular file"
+    if entry.name.endswith(b".npy") and entry.name[:-4] + b".txt" in beside and _is_features(entry.path):
+        return "features that embed has written, no image"
+    if listing.has_files and not listing.is_new(entry.stat()):
+        return ALREADY_LISTED
+    return ""
+
+
+def _is_features(path: bytes) -> bool:
+    """Return whether a .npy file holds floats [N, D]; images are of whole numbers."""
+    try:
+        with open(path, "rb") as file:
+            shape, _, dtype = npy_header(file)  # type: ignore[arg-type]
+    except (OSError, ValueError):
+        return False
+    return dtype.kind == "f" and len(shape) == 2
 
 
 def _is(test: Callable[[], bool]) -> bool:

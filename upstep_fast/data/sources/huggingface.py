@@ -7,8 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from upstep_fast.data.sources.part import Part
+import numpy as np
+
+from upstep_fast.data.sources.part import ALREADY_LISTED, Columns, Listing, Part, printable, read_image_file
+from upstep_fast.data.sources.splits import TEST_NAMES, find_splits, is_split, reading
 from upstep_fast.errors import DataError
+
+LABEL_COLUMNS = ("label", "class")
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,6 +24,7 @@ class Rows:
     rows: Any  # datasets.Dataset, the image column not decoded
     image: str  # columns
     label: str | None
+    reason: str = ""  # why there is no label column
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -34,36 +40,73 @@ class Rows:
             raise OSError("the row has no image")
         if value["bytes"] is not None:
             return value["bytes"]
-        with open(value["path"], "rb") as file:
-            return file.read()
+        if value["path"] is None:
+            raise OSError("the row has neither bytes nor a path")
+        return read_image_file(value["path"])
 
     def labels(self) -> list[str] | None:
-        """Return the class column's values by name; None without such a column."""
+        """Return the class column's values by name; None without such a column, or if a row has none."""
         if self.label is None:
             return None
-        feature, values = self.rows.features[self.label], self.rows[self.label][:]
-        return [feature.int2str(v) if hasattr(feature, "int2str") else str(v) for v in values]
+        names = _label_names(self.rows.features[self.label], self.rows[self.label][:])
+        known = [name for name in names if name is not None]
+        if len(known) < len(names) or all(map(is_split, known)):
+            return None
+        return known
+
+    def unlabeled(self) -> str:
+        """Return why `labels` is None."""
+        if self.label is None:
+            return self.reason
+        names = _label_names(self.rows.features[self.label], self.rows[self.label][:])
+        missing = [index for index, name in enumerate(names) if name is None]
+        if not missing:
+            return f"has no labels: its column {self.label} holds only the name of the split"
+        return (
+            f"has {len(missing)} of {len(names)} rows without a label (none, or -1) in its column {self.label}, e.g. "
+            f"{self.name(missing[0])}; leave these rows out, or name another column with --label-column"
+        )
+
+    def sizes_in_bytes(self) -> np.ndarray:
+        """Return the sizes of the encoded images, [N] int64; -1 for those that lie in files or behind an index."""
+        if self.rows._indices is not None:
+            return np.full(len(self), -1, np.int64)
+        import pyarrow.compute
+
+        images = pyarrow.compute.struct_field(self.rows.data.column(self.image), "bytes")
+        lengths = pyarrow.compute.fill_null(pyarrow.compute.binary_length(images), -1)
+        return lengths.to_numpy().astype(np.int64)
 
     def identity(self) -> Iterator[bytes]:
         """Yield the fingerprint that `datasets` keeps."""
         yield f"{self.title}:{self.rows._fingerprint}".encode()
 
 
-def open_dataset(name: str, split: str | None) -> list[Part]:
+def open_dataset(name: str, split: str | None, columns: Columns, listing: Listing) -> list[Part]:
     """Return the parts of dataset `name`. Raises DataError when `datasets` is absent or cannot load it."""
     try:
         import datasets
     except ImportError as error:
         raise DataError(f"data: hf:{name} needs the package datasets; pip install 'upstep_fast[data]'") from error
+    if (key := f"hf:{name}") in listing.seen:
+        listing.problems.append((key, ALREADY_LISTED))
+        return []
+    listing.seen.add(key)
     try:
         loaded = _load(name, datasets)
     except Exception as error:  # the hub, arrow and the dataset's own reader raise many kinds
         first_line = str(error).strip().split("\n", 1)[0]
         raise DataError(f"data: cannot load hf:{name}: {first_line}") from error
-    splits = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
-    if split is not None:
-        splits = {key: rows for key, rows in splits.items() if key == split}
-    return [_rows(f"hf:{name}/{key}", rows, datasets) for key, rows in splits.items()]
+    parts = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
+    splits = find_splits(parts, key)
+    if split == "test" and splits is None:
+        need = f"it must have the splits train and test (or {', '.join(TEST_NAMES[1:])}), and has {', '.join(parts)}"
+        listing.without_test.append(need)
+        return []
+    if split and splits is not None:
+        listing.notes.append(reading(key, splits[split], parts, folders=False))
+        parts = {splits[split]: parts[splits[split]]}
+    return [_rows(f"{key}/{name}", rows, columns, listing, datasets) for name, rows in parts.items()]
 
 
 def _load(name: str, datasets: Any) -> Any:
@@ -74,17 +117,67 @@ def _load(name: str, datasets: Any) -> Any:
     return datasets.load_from_disk(name) if is_saved else datasets.load_dataset(name)
 
 
-def _holds_images(feature: Any, datasets: Any) -> bool:
-    """Return whether a column holds images, or files: bytes, or bytes and a path."""
+def _rows(title: str, rows: Any, columns: Columns, listing: Listing, datasets: Any) -> Part:
+    image = _image_column(title, rows.features, columns.image, listing, datasets)
+    label, reason = _label_column(title, rows.features, columns.label, datasets)
+    return Rows(title, rows.cast_column(image, datasets.Image(decode=False)), image, label, reason)
+
+
+def _image_column(title: str, features: Any, given: str | None, listing: Listing, datasets: Any) -> str:
+    """Return the column of images: the given one, `image`, the only declared one, or the only one of bytes.
+
+    Raises DataError where the choice would be a guess.
+    """
+    have = ", ".join(features)
+    declared = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
+    stored = [key for key, feature in features.items() if _holds_bytes(feature, datasets)]
+    found = declared or stored
+    if given is not None:
+        if given not in (*declared, *stored):
+            raise DataError(f"data: {title} has no column {given} of images (--image-column); it has {have}")
+        return given
+    if not found:
+        raise DataError(f"data: {title} has no image column; its columns are {have}")
+    if "image" not in found and len(found) > 1:
+        raise DataError(
+            f"data: {title} has {len(found)} columns that may be the image: {', '.join(found)}; name it with "
+            "--image-column"
+        )
+    image = "image" if "image" in found else found[0]
+    if rest := [key for key in found if key != image]:
+        listing.notes.append(f"{title}: the column {image} is read; left out: {', '.join(rest)}")
+    return image
+
+
+def _holds_bytes(feature: Any, datasets: Any) -> bool:
+    """Return whether a column holds files: bytes, or bytes and a path."""
     is_binary = isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
-    return isinstance(feature, datasets.Image) or is_binary or (isinstance(feature, dict) and "bytes" in feature)
+    return is_binary or (isinstance(feature, dict) and "bytes" in feature)
 
 
-def _rows(title: str, rows: Any, datasets: Any) -> Part:
-    images = [key for key, feature in rows.features.items() if _holds_images(feature, datasets)]
-    images.sort(key=lambda key: not isinstance(rows.features[key], datasets.Image))  # declared ones first
-    if not images:
-        raise DataError(f"data: {title} has no image column; its columns are {', '.join(rows.features)}")
-    labels = [key for key, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
-    label = next((key for key in (*labels, "label", "class") if key in rows.features), None)
-    return Rows(title, rows.cast_column(images[0], datasets.Image(decode=False)), images[0], label)
+def _label_column(title: str, features: Any, given: str | None, datasets: Any) -> tuple[str | None, str]:
+    """Return the column of classes: the given one, `label`, `class`, or the only ClassLabel; or None, and why."""
+    have = ", ".join(features)
+    if given is not None:
+        if given not in features:
+            raise DataError(f"data: {title} has no column {given} (--label-column); it has {have}")
+        return given, ""
+    kinds = [key for key, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    label = next((key for key in LABEL_COLUMNS if key in features), kinds[0] if len(kinds) == 1 else None)
+    if label is None and kinds:
+        return None, f"has the label columns {', '.join(kinds)}; name one with --label-column"
+    return label, f"has no column label or class ({title}); it has {have}; name one with --label-column"
+
+
+def _label_names(feature: Any, values: list[Any]) -> list[str | None]:
+    """Return the class of each row by name; None for None, NaN, lists, and -1 where it means no class.
+
+    -1 is no class of a ClassLabel, nor of plain numbers if all of them are -1, as in the test splits on the hub.
+    """
+    if hasattr(feature, "int2str"):
+        names = [printable(name.encode()) for name in feature.names]
+        return [names[v] if v is not None and 0 <= v < len(names) else None for v in values]
+    if all(v == -1 for v in values):
+        return [None] * len(values)
+    is_class = [isinstance(v, (str, int, float)) and v == v and v != "" for v in values]
+    return [printable(str(v).encode()) if ok else None for v, ok in zip(values, is_class, strict=True)]

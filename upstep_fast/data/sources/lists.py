@@ -1,65 +1,181 @@
-"""Lists of images: a text file with one path a line, or a CSV with a header.
+"""Lists of images: a text file with one path a line, or a CSV.
 
-Paths are relative to the list's folder, or absolute. Blank lines and lines that start with "#" are ignored. In a CSV
-the path is in the column `path`, `image`, `file`, `filename` or `filepath` (else the first) and the class, if there is
-one, in `label` or `class`. The order is that of the list.
+Paths are relative to the list's folder, or absolute. Blank lines and lines that start with "#" and name no file are
+ignored. A CSV's header names the column of paths, one of PATH_COLUMNS or --image-column (else it is the first), that of
+the classes, one of LABEL_COLUMNS or --label-column, and, with a column `split`, which rows are for training and which
+for testing. A CSV whose first line holds a path has no header: it is the column of paths, and the other of two columns
+is the class. The order is that of the list.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from upstep_fast.data.sources.folders import Files
-from upstep_fast.data.sources.part import Names
+from upstep_fast.data.sources.part import ALREADY_LISTED, Columns, Listing, Names, Part, open_data, printable
+from upstep_fast.data.sources.splits import TEST_NAMES, find_splits, reading
 from upstep_fast.errors import DataError
 
-PATH_COLUMNS = ("path", "image", "file", "filename", "filepath")
+LIST_SUFFIXES = (".txt", ".lst", ".csv", ".tsv")
+PATH_COLUMNS = ("path", "image", "file", "filename", "filepath", "file_name", "file_path", "image_path", "image_name")
 LABEL_COLUMNS = ("label", "class")
+MAX_LIST_BYTES = 1 << 30
 
 
-def read_list(path: Path) -> Files:
-    """Return the files of a list. Raises DataError if it cannot be read, is empty, or none of its first paths exist."""
-    try:
-        text = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    except OSError as error:
-        raise DataError(f"data: cannot read the list {path}: {error.strerror}") from error
-    if b"\0" in text[:4096]:
-        raise DataError(f"data: {path} is not a text list (it holds NUL bytes); give one path a line")
+@dataclass(frozen=True, slots=True)
+class _Row:
+    line: int
+    path: bytes
+    label: str | None = None
+    split: str = ""
+
+
+@dataclass(frozen=True)
+class _Table:
+    rows: list[_Row]
+    reason: str  # why it has no labels, if it has none
+    cure: str  # if none of the paths exist
+
+
+def read_list(path: Path, split: str | None, columns: Columns, listing: Listing) -> list[Part]:
+    """Return the files of a list, or those of one split.
+
+    Raises DataError if it cannot be read, is empty, none of its first paths exist, or it contradicts itself.
+    """
+    table = _table(path, columns)
+    _check_paths(path, table)
+    rows, splits = table.rows, find_splits({row.split for row in table.rows}, str(path))
+    if split == "test" and splits is None:
+        need = f"a CSV with the columns path,label,split, and train and test (or {', '.join(TEST_NAMES[1:])}) in split"
+        listing.without_test.append(f"it must be {need}")
+        return []
+    if split and splits is not None:
+        listing.notes.append(reading(str(path), splits[split], {row.split for row in rows}, folders=False))
+        rows = [row for row in rows if row.split == splits[split]]
+    return [_part(path, _once(path, rows, listing), table.reason)]
+
+
+def _part(path: Path, rows: list[_Row], reason: str) -> Files:
+    classes = [row.label for row in rows if row.label is not None]
+    if classes and len(classes) < len(rows):
+        first = next(row.line for row in rows if row.label is None)
+        reason = f"has {len(rows) - len(classes)} images without a label ({path.name}, first in line {first})"
+    names = Names.pack([row.path for row in rows], component=None)
+    return Files(os.path.dirname(path) or ".", names, tuple(classes) if len(classes) == len(rows) else None, reason)
+
+
+def _table(path: Path, columns: Columns) -> _Table:
+    text = _read(path)
     if path.suffix.lower() in (".csv", ".tsv"):
-        names, classes = _read_csv(text, path)
-    else:
-        names = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith(b"#")]
-        classes = None
-    root = os.path.dirname(path) or "."
-    first = names[:100]
+        return _read_csv(text.decode("utf-8", "surrogateescape"), path, columns)
+    rows = [_Row(line, name.strip()) for line, name in enumerate(text.splitlines(), 1) if name.strip()]
+    rows = [row for row in rows if not row.path.startswith(b"#") or os.path.exists(_place(path, row.path))]
+    reason = f"is a list without classes ({path.name}); write a CSV with the columns path,label"
+    return _Table(rows, reason, "paths are relative to the list's folder")
+
+
+def _read(path: Path) -> bytes:
+    with open_data(path) as file:
+        text = file.read(MAX_LIST_BYTES + 1).removeprefix(b"\xef\xbb\xbf")
+    if len(text) > MAX_LIST_BYTES:
+        raise DataError(f"data: the list {path} has more than {MAX_LIST_BYTES} bytes; give several lists")
+    if b"\0" in text:
+        raise DataError(f"data: {path} is not a text list (it holds NUL bytes); give one path a line, in UTF-8")
+    return text
+
+
+def _place(path: Path, name: bytes) -> bytes:
+    return os.path.join(os.fsencode(os.path.dirname(path) or "."), name)
+
+
+def _check_paths(path: Path, table: _Table) -> None:
+    """Raise DataError if there are no rows, or none of the first paths exist."""
+    first = [row.path for row in table.rows[:100]]
     if not first:
         raise DataError(f"data: the list {path} names no images; write one path a line")
-    if not any(os.path.exists(os.path.join(os.fsencode(root), name)) for name in first):
-        raise DataError(
-            f"data: none of the first {len(first)} paths in {path} exist, e.g. {os.fsdecode(first[0])}; "
-            "paths are relative to the list's folder"
-        )
-    return Files(str(root), Names.pack(names, component=None), classes)
+    if any(os.path.exists(_place(path, name)) for name in first):
+        return
+    cure = table.cure
+    if any(os.path.exists(_place(path, name.rsplit(None, 1)[0])) for name in first):
+        cure = "its lines hold a path and a label; write a CSV instead, with the columns path,label"
+    elif any(os.path.exists(_place(path, name.replace(b"\\", b"/"))) for name in first):
+        cure = "write / instead of \\ in its paths"
+    elif b"://" in first[0]:
+        cure = "addresses are not read; download the images first"
+    example = printable(first[0])
+    raise DataError(f"data: none of the first {len(first)} paths in {path} exist, e.g. {example}; {cure}")
 
 
-def _read_csv(text: bytes, path: Path) -> tuple[list[bytes], tuple[str, ...] | None]:
-    decoded = text.decode("utf-8", "surrogateescape")
-    rows = csv.reader(decoded.splitlines(), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+def _once(path: Path, rows: list[_Row], listing: Listing) -> list[_Row]:
+    """Return the rows without repeated paths. Raises DataError if a path is repeated with another label."""
+    known: dict[bytes, _Row] = {}
+    for row in rows:
+        key, label = os.path.normpath(row.path), row.label
+        first = known.get(key)
+        if first is None and listing.is_new_file(os.fsdecode(_place(path, row.path))):
+            known[key] = row
+            continue
+        name = printable(row.path)
+        if first is not None and first.label != label:
+            lines = f"{first.label} in line {first.line} and {label} in line {row.line}"
+            raise DataError(f"data: {path}: {name} has two labels: {lines}; keep one of them")
+        listing.problems.append((f"{path}, line {row.line}: {name}", ALREADY_LISTED))
+    return list(known.values())
+
+
+def _read_csv(text: str, path: Path, columns: Columns) -> _Table:
+    """Return the rows of a CSV. Raises DataError."""
+    first = text.split("\n", 1)[0]
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ";" if ";" in first and "," not in first else ","
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     try:
-        header = [cell.strip().lower() for cell in next(rows, [])]
-        column = next((header.index(name) for name in PATH_COLUMNS if name in header), 0)
-        label = next((header.index(name) for name in LABEL_COLUMNS if name in header), None)
-        names, classes = [], []
-        for row in rows:
-            if not row:
-                continue
-            if len(row) <= max(column, label or 0):
-                raise DataError(f"data: {path}, line {rows.line_num}: {len(row)} columns, the header has {len(header)}")
-            names.append(os.fsencode(row[column].strip()))
-            if label is not None:
-                classes.append(row[label].strip())
+        header = [cell.strip() for cell in next(reader, [])]
+        known, have = _columns(header, path, columns), ", ".join(header)
+        cells = [(reader.line_num, row) for row in reader if row]
     except csv.Error as error:
-        raise DataError(f"data: {path}, line {rows.line_num}: {error}") from error
-    return names, tuple(classes) if label is not None else None
+        raise DataError(f"data: {path}, line {reader.line_num}: {error}") from error
+    reason = f"has no column label or class ({path.name}); it has {have}; name one with --label-column"
+    cure = "paths are relative to the list's folder"
+    if "path" not in known:
+        at = [i for i, cell in enumerate(header) if cell and os.path.isfile(_place(path, os.fsencode(cell)))]
+        if at:  # no header, but an image's path
+            cells = [(1, header), *cells]
+            known = {"path": at[0]} | ({"label": 1 - at[0]} if len(header) == 2 else {})
+            reason = f"has no header ({path.name}); write a first line such as path,label"
+        else:
+            known["path"] = 0
+            cure = f"no column is called path, so the first was taken; it has {have}; name one with --image-column"
+    return _Table([_row(row, line, known, path, len(header)) for line, row in cells], reason, cure)
+
+
+def _columns(header: list[str], path: Path, columns: Columns) -> dict[str, int]:
+    """Return the indices of the columns "path", "label" and "split" that there are. Raises DataError."""
+    lower = [name.lower() for name in header]
+    found = {}
+    for field, flag, given, names in (
+        ("path", "image-column", columns.image, PATH_COLUMNS),
+        ("label", "label-column", columns.label, LABEL_COLUMNS),
+        ("split", "", None, ("split",)),
+    ):
+        if given is not None and given not in header:
+            raise DataError(f"data: {path} has no column {given} (--{flag}); it has {', '.join(header)}")
+        if given is not None:
+            found[field] = header.index(given)
+        elif name := next((name for name in names if name in lower), None):
+            found[field] = lower.index(name)
+    return found
+
+
+def _row(cells: list[str], line: int, columns: dict[str, int], path: Path, width: int) -> _Row:
+    if len(cells) <= max(columns.values()):
+        raise DataError(f"data: {path}, line {line}: {len(cells)} columns, the header has {width}")
+    name, label, split = (
+        cells[columns[c]].strip(" \t\r\n") if c in columns else "" for c in ("path", "label", "split")
+    )
+    if not name:
+        raise DataError(f"data: {path}, line {line}: the path is empty")
+    return _Row(line, os.fsencode(name), label or None, split)

@@ -1,21 +1,44 @@
-"""Part of a source, and the compact list of names that most parts hold."""
+"""Part of a source, the compact list of names that most parts hold, and what a source's paths hold besides images."""
 
 from __future__ import annotations
 
+import os
+import stat
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from io import BufferedReader
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from upstep_fast.data.decode.image import SUFFIXES
+from upstep_fast.data.sources.splits import is_split
+from upstep_fast.errors import ConfigError, DataError
+from upstep_fast.input_files import open_regular
 
 IMAGE_SUFFIXES = tuple(suffix.encode() for suffix in SUFFIXES)
-SPLITS = ("train", "test")
 MAX_BYTES = 1 << 30  # of an encoded image; a larger file or member is none
+LARGE = 64 << 20  # an image of more bytes is not read out of a file that is made of holes
+# pictures of kinds that nothing here reads: worth a word where they lie among others
+NO_READER = {
+    *(".heic", ".heif", ".jxl", ".jp2", ".j2k", ".jpx", ".tga", ".ico", ".psd", ".exr", ".hdr", ".svg", ".eps", ".pdf"),
+    *(".dcm", ".svs", ".ndpi", ".nii", ".fits", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf", ".raw"),
+    *(".mp4", ".mov", ".avi", ".mkv", ".webm"),
+}
+ALREADY_LISTED = "already listed: the same file twice is counted once"
 
 Problem = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Columns that the user named; None: found by rule."""
+
+    image: str | None = None  # of a CSV or hf: data set; of a tar, the suffix of an image after its key
+    label: str | None = None
 
 
 class Part(Protocol):
@@ -32,8 +55,63 @@ class Part(Protocol):
     def labels(self) -> list[str] | None:
         """Return the class of each image; None when not all have one."""
 
+    def unlabeled(self) -> str:
+        """Return why `labels` is None, as the end of a sentence that starts with the data's path."""
+
+    def sizes_in_bytes(self) -> np.ndarray:
+        """Return the size of each encoded image, [N] int64; -1 where it is not known."""
+
     def identity(self) -> Iterator[bytes]:
         """Yield names and sizes, for the source's fingerprint."""
+
+
+@dataclass
+class Listing:
+    """What one call of `open_source` has met so far, besides the parts."""
+
+    problems: list[Problem] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)  # files of other kinds, by suffix
+    examples: dict[str, str] = field(default_factory=dict)  # one path of each of them
+    notes: list[str] = field(default_factory=list)  # which split or column is read
+    without_test: list[str] = field(default_factory=list)  # what a path needs to have test images
+    seen: set[tuple[int, int] | str] = field(default_factory=set)  # folders, files and data sets that are listed
+    several: bool = False  # whether several paths were given, so that files may be met twice
+    has_files: bool = False  # whether `seen` holds single files
+
+    def add_other(self, path: bytes) -> None:
+        """Count a file that is no image."""
+        suffix = os.path.splitext(path)[1].lower()
+        kind = printable(suffix) if 1 < len(suffix) <= 12 else "without a suffix"
+        self.others[kind] += 1
+        if kind not in self.examples:
+            self.examples[kind] = printable(path)
+
+    def is_new(self, status: os.stat_result) -> bool:
+        """Return whether a folder or file is met for the first time."""
+        key = (status.st_dev, status.st_ino)
+        is_new = key not in self.seen
+        self.seen.add(key)
+        return is_new
+
+    def is_new_file(self, path: str) -> bool:
+        """Return whether a file is met for the first time, alone or as one of a listed folder; a missing one is."""
+        if not self.several:
+            return True
+        try:
+            folder, file = os.stat(os.path.dirname(path) or "."), os.stat(path)
+        except (OSError, ValueError):
+            return True
+        self.has_files = True
+        is_in_folder = (folder.st_dev, folder.st_ino) in self.seen and path.lower().endswith(SUFFIXES)
+        return self.is_new(file) and not is_in_folder
+
+    def left_out(self) -> str:
+        """Return the number of files of other kinds: "3 .heic (no reader), 12 .txt"; empty if there are none."""
+        kinds = self.others.most_common(8)
+        words = [f"{n:,} {kind}{' (no reader)' if kind in NO_READER else ''}" for kind, n in kinds]
+        if rest := self.others.total() - sum(n for _, n in kinds):
+            words.append(f"{rest:,} of other kinds")
+        return ", ".join(words)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,20 +138,65 @@ class Names:
         return self.blob[self.ends[index - 1] if index else 0 : self.ends[index]]
 
     def labels(self) -> list[str] | None:
-        """Return the class folder of each name; None if one has none."""
-        if self.component is None:
-            return None
+        """Return the class folder of each name; None if one has none, or if the only classes are names of splits."""
         known: dict[bytes, str] = {}
         labels = []
         for index in range(len(self)):
-            folders = self[index].split(b"/")[:-1]
-            if len(folders) <= self.component or (self.component and folders[0].decode("latin-1") not in SPLITS):
+            if (folder := self._class_folder(index)) is None:
                 return None
-            folder = folders[self.component]
             labels.append(known.setdefault(folder, printable(folder)))
-        return labels
+        return None if known and all(map(is_split, known.values())) else labels
+
+    def unlabeled(self) -> str:
+        """Return why `labels` is None."""
+        first = next((i for i in range(len(self)) if self._class_folder(i) is None), None)
+        if first is None:
+            return f"({printable(self[0].split(b'/', 1)[0])}/ is a split, not a class) has images outside class folders"
+        return f"({printable(self[first])}) has images outside class folders"
+
+    def _class_folder(self, index: int) -> bytes | None:
+        folders = self[index].split(b"/")[:-1]
+        if self.component is None or len(folders) <= self.component:
+            return None
+        if self.component and not is_split(folders[0].decode("latin-1")):
+            return None
+        return folders[self.component]
 
 
 def printable(name: bytes) -> str:
-    """Return a printable label for any bytes."""
+    """Return a label that can be encoded, for any bytes; control characters stay, as whoever prints it escapes them."""
     return name.decode("utf-8", "backslashreplace")
+
+
+def open_data(path: str | Path) -> BufferedReader:
+    """Open a regular file of the data. Raises DataError, without waiting for a pipe."""
+    try:
+        return open_regular(Path(path), "data")
+    except ConfigError as error:
+        raise DataError(str(error)) from error
+
+
+def read_image_file(path: str, offset: int = 0, size: int | None = None) -> bytes:
+    """Return `size` bytes of a regular file from `offset` on; by default all. Raises OSError, as transient ones are."""
+    # a fifo that replaced a file after listing must not block, and a file that grew must not fill the memory
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with open(fd, "rb") as file:  # buffered: one unbuffered read may return less than there is
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("not a regular file")
+        size = status.st_size if size is None else size
+        if size > MAX_BYTES:
+            raise OSError(f"{size} bytes, above the limit of {MAX_BYTES}")
+        if size > LARGE and _is_hollow(status):
+            raise OSError(f"{size} bytes of holes: its file of {status.st_size} bytes takes up next to nothing")
+        file.seek(offset)
+        data = file.read(size) or b""
+    if len(data) != size:
+        raise OSError(f"{len(data)} of {size} bytes could be read")
+    return data
+
+
+def _is_hollow(status: os.stat_result) -> bool:
+    """Return whether a file takes up less than 1/100 of its size; 0 blocks: the file system does not say."""
+    stored = 512 * getattr(status, "st_blocks", 0)
+    return 0 < stored < status.st_size // 100

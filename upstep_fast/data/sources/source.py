@@ -1,8 +1,9 @@
 """Sources of encoded images: folders, lists, tar shards and Hugging Face datasets.
 
 A PATH is a folder (read recursively), an image, a text or CSV list, a .tar file, a pattern of them
-(`shards-{000..031}.tar`, `*.tar`), or `hf:NAME`. A tree with both `train/` and `test/` at its top has these two splits;
-the class of an image is the folder directly under the split, or under the top where there are no splits.
+(`shards-{000..031}.tar`, `*.tar`), or `hf:NAME`. A tree with `train/` and one of `test/`, `val/`, `valid/` and
+`validation/` at its top has these splits (splits.py); the class of an image is the folder directly under the split, or
+under the top where there are no splits.
 
 Order: sorted by path, component by component, as bytes; a folder and its tar have equal orders.
 Memory: the names, joined into one bytes object, and 8 bytes per file.
@@ -10,12 +11,10 @@ Memory: the names, joined into one bytes object, and 8 bytes per file.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import itertools
 import logging
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,15 +22,28 @@ from pathlib import Path
 
 import numpy as np
 
+from upstep_fast.config.base import DataConfig
 from upstep_fast.data.decode.image import SUFFIXES
+from upstep_fast.data.sources.explain import HINTS, no_images
 from upstep_fast.data.sources.folders import Files, open_folder
 from upstep_fast.data.sources.huggingface import open_dataset
-from upstep_fast.data.sources.lists import read_list
-from upstep_fast.data.sources.part import SPLITS, Names, Part, Problem
+from upstep_fast.data.sources.lists import LIST_SUFFIXES, read_list
+from upstep_fast.data.sources.part import (
+    ALREADY_LISTED,
+    Columns,
+    Listing,
+    Names,
+    Part,
+    Problem,
+    printable,
+)
+from upstep_fast.data.sources.patterns import matches_of
+from upstep_fast.data.sources.splits import SPLITS, TREE
 from upstep_fast.data.sources.tar_shards import open_tars
 from upstep_fast.errors import DataError
 
 log = logging.getLogger(__name__)
+_ANY = Columns()
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +52,7 @@ class Source:
 
     parts: tuple[Part, ...]
     problems: tuple[Problem, ...] = ()  # (name, reason) of files and members that cannot be used
+    summary: str = ""  # how many images were found, in which split, and what was left out
 
     @cached_property
     def _ends(self) -> list[int]:
@@ -60,11 +73,19 @@ class Source:
 
     @cached_property
     def labels(self) -> list[str] | None:
-        """Class of each image; None when not all of them lie in class folders."""
+        """Class of each image; None when not all of them have one."""
         of_parts = [part.labels() for part in self.parts]
         if any(labels is None for labels in of_parts):
             return None
         return [label for labels in of_parts if labels is not None for label in labels]
+
+    def unlabeled(self) -> str:
+        """Return why `labels` is None, as the end of a sentence that starts with the data's path."""
+        return next((part.unlabeled() for part in self.parts if part.labels() is None), "has no images")
+
+    def sizes(self) -> np.ndarray:
+        """Return the size of each encoded image in bytes, [N] int64; -1 where it is not known."""
+        return np.concatenate([part.sizes_in_bytes() for part in self.parts])
 
     def fingerprint(self) -> str:
         """Return SHA-256 over names and sizes, in order; it does not depend on where the data lies."""
@@ -82,75 +103,65 @@ class Source:
         return self.parts[which], index - (self._ends[which - 1] if which else 0)
 
 
-def open_source(paths: str | Path | Sequence[str | Path], split: str | None = None) -> Source:
-    """Return the source of the images at one or more PATHs.
+def open_source(paths: str | Path | Sequence[str | Path], split: str | None = None, columns: Columns = _ANY) -> Source:
+    """Return the source of the images at one or more PATHs; a file that is met twice counts once.
 
-    split: "train" or "test" selects that part of each tree that has both; of a tree without them "train" selects all
-    and "test" nothing; None selects all. Raises DataError, naming the path and the cure, when there are no images.
+    split: "train" or "test" selects that split of each tree that has splits; of a tree without them "train" selects all
+    and "test" nothing; None selects all. columns: those that the user named. Raises DataError, naming the path and the
+    cure, when there are no images.
     """
     if split not in (None, *SPLITS):
         raise ValueError(f"split: got {split!r}, must be None, {' or '.join(map(repr, SPLITS))}")
     paths = (paths,) if isinstance(paths, (str, Path)) else tuple(paths)
     if not paths:
         raise DataError("data: no path given; give a folder, a .tar file, a list or hf:NAME")
-    parts: list[Part] = []
-    problems: list[Problem] = []
-    for path in paths:
-        parts += _open(str(path), split, problems)
-    source = Source(tuple(parts), tuple(problems))
-    if len(source) == 0:
-        where = ", ".join(map(str, paths))
-        if split == "test":
-            raise DataError(f"data: no test images in {where}; it must hold train/CLASS/... and test/CLASS/...")
-        first = f"; the first of {len(problems)} problems: {problems[0][0]}: {problems[0][1]}" if problems else ""
-        raise DataError(f"data: no images in {where}; looked for files ending in {' '.join(SUFFIXES)}{first}")
-    for name, reason in problems[:5]:
+    listing, parts = Listing(), []
+    matches = [match for path in paths for match in matches_of(str(path))]
+    listing.several = len(matches) > 1
+    for match in matches:
+        parts += _open(match, split, columns, listing)
+    parts = [part for part in parts if len(part)]
+    count = sum(map(len, parts))
+    left_out = f"left out: {listing.left_out()}" if listing.others else ""
+    words = [f"{count:,} image{'s' * (count != 1)}", *listing.notes, left_out]
+    source = Source(tuple(parts), tuple(listing.problems), "; ".join(word for word in words if word))
+    if not count:
+        raise DataError(no_images(", ".join(map(str, paths)), split, columns, listing))
+    for name, reason in listing.problems[:5]:
         log.warning("data: left out %s: %s", name, reason)
-    if len(problems) > 5:
-        log.warning("data: left out %d more; skipped.csv lists them", len(problems) - 5)
+    if len(listing.problems) > 5:
+        log.warning("data: left out %d more; skipped.csv lists them", len(listing.problems) - 5)
     return source
 
 
-def _open(path: str, split: str | None, problems: list[Problem]) -> list[Part]:
-    if path.startswith("hf:"):
-        return open_dataset(path.removeprefix("hf:"), split)
-    if "://" in path or path.startswith("pipe:"):
-        raise DataError(f"data: {path} is an address, only local files are read; download it first")
-    if os.path.isdir(path):
-        return open_folder(path, split, problems)
-    matches = [path] if os.path.exists(path) else _expand(path)
-    if not matches:
-        raise DataError(f"data: no file or folder at {path}")
-    if all(match.lower().endswith(".tar") for match in matches):
-        return open_tars(matches, split, problems)
-    return [part for match in matches for part in _single(match, split, problems)]
+def columns_of(config: DataConfig) -> Columns:
+    """Return the columns that a command's configuration names."""
+    return Columns(config.image_column, config.label_column)
 
 
-def _single(path: str, split: str | None, problems: list[Problem]) -> list[Part]:
-    suffix = os.path.splitext(path)[1].lower()
-    if os.path.isdir(path):
-        return open_folder(path, split, problems)
-    if suffix in (".txt", ".lst", ".csv", ".tsv"):
-        return [read_list(Path(path))] if split != "test" else []
-    if suffix in SUFFIXES:
-        return (
-            [Files(os.path.dirname(path), Names.pack([os.fsencode(os.path.basename(path))]))] if split != "test" else []
-        )
-    return open_tars([path], split, problems)
+def open_configured(config: DataConfig, split: str | None = None) -> Source:
+    """Return the source that a command's configuration names. Raises DataError."""
+    return open_source(config.paths, split, columns_of(config))
 
 
-def _expand(pattern: str) -> list[str]:
-    """Expand {a,b} and {000..031}, then * ? [ ]; the order is sorted within each alternative."""
-    brace = re.search(r"\{([^{}]*)\}", pattern)
-    if brace:
-        span = re.fullmatch(r"(\d+)\.\.(\d+)", brace[1])
-        if span:
-            words = [str(n).zfill(len(span[1])) for n in range(int(span[1]), int(span[2]) + 1)]
-        else:
-            words = brace[1].split(",")
-        return [p for word in words for p in _expand(pattern[: brace.start()] + word + pattern[brace.end() :])]
-    if glob.has_magic(pattern):
-        return sorted(glob.glob(pattern))
-    if not os.path.exists(pattern):
-        raise DataError(f"data: no file or folder at {pattern}")
-    return [pattern]
+def _open(match: str | list[str], split: str | None, columns: Columns, listing: Listing) -> list[Part]:
+    if isinstance(match, list):
+        return open_tars(match, split, columns, listing)
+    if match.startswith("hf:"):
+        return open_dataset(match.removeprefix("hf:"), split, columns, listing)
+    if os.path.isdir(match):
+        return open_folder(match, split, listing)
+    suffix = os.path.splitext(match)[1].lower()
+    if suffix in LIST_SUFFIXES:
+        return read_list(Path(match), split, columns, listing)
+    if suffix in HINTS:
+        raise DataError(f"data: {match} is no image, .tar file or list; {HINTS[suffix].format(path=match)}")
+    if suffix not in SUFFIXES:
+        return open_tars([match], split, columns, listing)
+    if split == "test":
+        listing.without_test.append(f"it must hold {TREE}; {match} is one image")
+        return []
+    if not listing.is_new_file(match):
+        listing.problems.append((printable(os.fsencode(match)), ALREADY_LISTED))
+        return []
+    return [Files(os.path.dirname(match), Names.pack([os.fsencode(os.path.basename(match))]))]

@@ -34,6 +34,14 @@ class Subset:
         labels = self.source.labels
         return None if labels is None else [labels[i] for i in self.indices]
 
+    def unlabeled(self) -> str:
+        """Return why `labels` is None."""
+        return self.source.unlabeled()
+
+    def sizes_in_bytes(self) -> np.ndarray:
+        """Return the images' sizes, [N] int64; -1 where one is not known."""
+        return self.source.sizes()[self.indices]
+
     def identity(self) -> Iterator[bytes]:
         """Yield the source's fingerprint and the indices, for the fingerprint of a source that holds this part."""
         yield self.source.fingerprint().encode()
@@ -43,4 +51,4 @@ class Subset:
 def subset(source: Source, indices: Sequence[int] | np.ndarray, problems: Sequence[Problem] = ()) -> Source:
     """Return a source of the images at `indices` [N]; `problems` are added to those that skipped.csv lists."""
     part = Subset(source, np.asarray(indices, dtype=np.int64))
-    return Source((part,), (*source.problems, *problems))
+    return Source((part,), (*source.problems, *problems), source.summary)

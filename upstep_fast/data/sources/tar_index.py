@@ -14,7 +14,7 @@ from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from upstep_fast.data.sources.part import MAX_BYTES, Problem, printable
+from upstep_fast.data.sources.part import MAX_BYTES, Problem, open_data, printable
 from upstep_fast.errors import DataError
 
 MAX_HEADER = 1 << 20  # bytes of a long name or pax header; real ones have hundreds
@@ -58,7 +58,7 @@ def read_index(path: Path) -> TarIndex:
     """Return the index of a tar file. Raises DataError if it cannot be read, is compressed, or is no tar file."""
     index = TarIndex()
     try:
-        with _Headers(io.FileIO(path)) as file:
+        with _Headers(open_data(path).detach()) as file:
             first = file.read(tarfile.BLOCKSIZE)
             for magic, kind in _COMPRESSED.items():
                 if first.startswith(magic):

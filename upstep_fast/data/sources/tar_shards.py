@@ -1,16 +1,36 @@
-"""Images in tar files, webdataset shards among them: read by offset, never extracted."""
+"""Images in tar files, webdataset shards among them: read by offset, never extracted.
+
+webdataset's rule: the members of a sample share a key, their name up to its first dot. Here an image's label is the
+member NAME.cls beside NAME.jpg, else KEY.cls; a member that has a file of its own beside it (22.05.jpg and 22.05.cls)
+is a sample of its own, so that names with dots keep their labels. Of several images of one key KEY.jpg is read.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
-from upstep_fast.data.sources.part import IMAGE_SUFFIXES, SPLITS, Names, Part, Problem, printable
+from upstep_fast.data.sources.part import (
+    ALREADY_LISTED,
+    IMAGE_SUFFIXES,
+    Columns,
+    Listing,
+    Names,
+    Part,
+    printable,
+    read_image_file,
+)
+from upstep_fast.data.sources.splits import TREE, find_splits, reading
 from upstep_fast.data.sources.tar_index import TarIndex, read_index
+from upstep_fast.errors import DataError
+
+MAX_LABEL_BYTES = 256
+_NOT_THE_IMAGE = "another image is called KEY.jpg and is read; name the suffix of the images with --image-column"
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +42,7 @@ class TarMembers:
     offsets: np.ndarray  # [N] int64, bytes
     sizes: np.ndarray  # [N] int64, bytes
     classes: tuple[str, ...] | None = None  # from .cls members, as webdataset writes them
+    reason: str = ""  # why only some have classes
 
     def __len__(self) -> int:
         return len(self.names)
@@ -32,11 +53,19 @@ class TarMembers:
 
     def read(self, index: int) -> bytes:
         """Return the encoded image. Raises OSError."""
-        return _read_at(self.path, int(self.offsets[index]), int(self.sizes[index]))
+        return read_image_file(self.path, int(self.offsets[index]), int(self.sizes[index]))
 
     def labels(self) -> list[str] | None:
         """Return the class of each image; None without classes."""
         return self.names.labels() if self.classes is None else list(self.classes)
+
+    def unlabeled(self) -> str:
+        """Return why `labels` is None."""
+        return self.reason or f"{self.names.unlabeled()}, and no KEY.cls members"
+
+    def sizes_in_bytes(self) -> np.ndarray:
+        """Return the members' sizes, [N] int64."""
+        return self.sizes
 
     def identity(self) -> Iterator[bytes]:
         """Yield names and sizes."""
@@ -45,50 +74,154 @@ class TarMembers:
         yield self.sizes.tobytes()
 
 
-def open_tars(paths: list[str], split: str | None, problems: list[Problem]) -> list[Part]:
-    """Return one part per tar file; train/ and test/ are looked for over all of them together. Raises DataError."""
-    indexes = [read_index(Path(path)) for path in paths]
-    tops = {name.split(b"\0", 1)[0] for index in indexes for name in index.names if b"\0" in name}
-    has_splits = all(s.encode() in tops for s in SPLITS)
-    if split == "test" and not has_splits:
+def open_tars(paths: list[str], split: str | None, columns: Columns, listing: Listing) -> list[Part]:
+    """Return one part per tar file; splits are looked for over all of them together. Raises DataError."""
+    indexes = {}
+    for path in paths:
+        index = read_index(Path(path))
+        if listing.is_new(os.stat(path)):
+            indexes[path] = index
+        else:
+            listing.problems.append((printable(os.fsencode(path)), ALREADY_LISTED))
+    tops = {name.split(b"\0", 1)[0] for index in indexes.values() for name in index.names if b"\0" in name}
+    names = {os.fsdecode(top) for top in tops}
+    where = printable(os.fsencode(paths[0])) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+    splits = find_splits(names, where)
+    if split == "test" and splits is None:
+        have = ", ".join(f"{printable(top)}/" for top in sorted(tops)[:5]) or "no folders"
+        listing.without_test.append(f"it must hold {TREE}, and has {have}")
         return []
-    prefix = split.encode() + b"\0" if split and has_splits else b""
-    return [_part(path, index, prefix, has_splits, problems) for path, index in zip(paths, indexes, strict=True)]
+    prefix = b""
+    if split and splits is not None:
+        prefix = os.fsencode(splits[split]) + b"\0"
+        listing.notes.append(reading(where, splits[split], map(printable, tops)))
+    return [_part(path, index, prefix, splits is not None, columns, listing) for path, index in indexes.items()]
 
 
-def _part(path: str, index: TarIndex, prefix: bytes, has_splits: bool, problems: list[Problem]) -> Part:
-    names, label = index.names, printable(os.fsencode(path))
-    problems += [(f"{label}/{name}", reason) for name, reason in index.problems]
-    members: list[int] = []
+def _part(
+    path: str, index: TarIndex, prefix: bytes, has_splits: bool, columns: Columns, listing: Listing
+) -> TarMembers:
+    label = printable(os.fsencode(path))
+    listing.problems += [(f"{label}/{name}", reason) for name, reason in index.problems]
+    members = _last_of_each_name(path, index, prefix, listing)
+    suffix = f".{columns.label or 'cls'}".lower().encode("utf-8", "surrogateescape")
+    images = [i for i in members if index.names[i].lower().endswith(IMAGE_SUFFIXES)]
+    others = [i for i in members if not index.names[i].lower().endswith(IMAGE_SUFFIXES)]
+    for i in others:
+        if not index.names[i].lower().endswith(suffix):
+            listing.add_other(index.names[i].replace(b"\0", b"/"))
+    beside = {_stem(index.names[i]) for i in others}
+    chosen = _one_a_sample(path, index, images, beside, columns.image, listing)
+    classes, reason = _webdataset_classes(path, index, chosen, others, suffix)
+    packed = Names.pack((index.names[i].replace(b"\0", b"/") for i in chosen), component=int(has_splits))
+    offsets, sizes = (np.array(a, dtype=np.int64)[chosen] for a in (index.offsets, index.sizes))
+    return TarMembers(path, packed, offsets, sizes, classes, reason)
+
+
+def _last_of_each_name(path: str, index: TarIndex, prefix: bytes, listing: Listing) -> list[int]:
+    """Return the members under `prefix` in order of their names; as tar does, the last member of a name counts."""
+    names = index.names
+    kept: list[int] = []
     for i in sorted(range(len(names)), key=names.__getitem__):
-        if not _is_image(names[i], prefix):
+        if not names[i].startswith(prefix) or names[i].rsplit(b"\0", 1)[-1].startswith(b"."):
             continue
-        if members and names[members[-1]] == names[i]:  # as tar does: the last member of a name counts
-            name = printable(names[i].replace(b"\0", b"/"))
-            problems.append((f"{label}/{name}", "replaced by a later member of that name"))
-            members.pop()
-        members.append(i)
-    packed = Names.pack((names[i].replace(b"\0", b"/") for i in members), component=int(has_splits))
-    offsets, sizes = (np.array(a, dtype=np.int64)[members] for a in (index.offsets, index.sizes))
-    return TarMembers(path, packed, offsets, sizes, _webdataset_classes(path, index, members))
+        if kept and names[kept[-1]] == names[i]:
+            listing.problems.append((_label(path, names[i]), "replaced by a later member of that name"))
+            kept.pop()
+        kept.append(i)
+    return kept
 
 
-def _is_image(name: bytes, prefix: bytes) -> bool:
-    is_hidden = name.rsplit(b"\0", 1)[-1].startswith(b".")
-    return name.startswith(prefix) and name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden
+def _one_a_sample(
+    path: str, index: TarIndex, images: list[int], beside: set[bytes], given: str | None, listing: Listing
+) -> list[int]:
+    """Return one image of each sample: those with the given suffix, else KEY.jpg where several share a key.
 
-
-def _webdataset_classes(path: str, index: TarIndex, members: list[int]) -> tuple[str, ...] | None:
-    """Return webdataset's labels, or None unless all members have one.
-
-    KEY.cls holds the label of KEY.jpg; KEY is the name up to its first dot.
+    beside: names, without suffix, of members that are no images. Images that share a key with no other file are photos
+    with dots in their names, and all are read. Raises DataError where the choice would be a guess.
     """
-    names, offsets, sizes = index.names, index.offsets, index.sizes
-    labels = {_key(name): i for i, name in enumerate(names) if name.endswith(b".cls") and sizes[i] <= 256}
-    if not labels or any(_key(names[i]) not in labels for i in members):
-        return None
-    of_members = (labels[_key(names[i])] for i in members)
-    return tuple(printable(_read_at(path, offsets[i], sizes[i]).strip()) for i in of_members)
+    names = index.names
+    if given is not None:
+        suffix = b"." + os.fsencode(given).lower().lstrip(b".")
+        return [i for i in images if names[i].lower() == _key(names[i]).lower() + suffix]
+    chosen, left, shared = [], [], []
+    for key, group in groupby(images, key=lambda i: _key(names[i])):
+        of_key = list(group)
+        together, plain = _sharing(key, of_key, names, beside)
+        if len(together) > 1 and len(plain) == 1:
+            parts = set(together) - set(plain)
+            left += sorted(parts)
+            of_key = [i for i in of_key if i not in parts]
+        elif len(together) > 1 and key in beside:
+            raise DataError(_ambiguous(path, names, together))
+        elif len(together) > 1:
+            shared += together
+        chosen += of_key
+    _say(path, names, left, shared, listing)
+    return chosen
+
+
+def _sharing(key: bytes, images: list[int], names: list[bytes], beside: set[bytes]) -> tuple[list[int], list[int]]:
+    """Return the images of a key that have no other file of their full name beside them, and those called KEY.jpg."""
+    stems = {i: _stem(names[i]) for i in images}
+    together = [i for i in images if stems[i] == key or stems[i] not in beside]
+    return together, [i for i in together if stems[i] == key]
+
+
+def _say(path: str, names: list[bytes], left: list[int], shared: list[int], listing: Listing) -> None:
+    """Add to `listing` the images that were left out of their sample, and those that may be masks."""
+    listing.problems += [(_label(path, names[i]), _NOT_THE_IMAGE) for i in left]
+    if shared:
+        example = ", ".join(_label("", names[i]) for i in shared[:2])
+        listing.notes.append(
+            f"{printable(os.fsencode(path))}: {len(shared)} images share their key with another ({example}) and all "
+            "are read; if some are masks, name the suffix of the images with --image-column"
+        )
+
+
+def _ambiguous(path: str, names: list[bytes], images: list[int]) -> str:
+    first = names[images[0]]
+    suffixes = [printable(names[i][len(_key(names[i])) + 1 :]) for i in images]
+    return (
+        f"data: {printable(os.fsencode(path))}: {len(images)} images have the key {_label('', _key(first))} (a name up "
+        f"to its first dot): {', '.join(suffixes[:5])}; name the suffix to read with --image-column {suffixes[0]}"
+    )
+
+
+def _webdataset_classes(
+    path: str, index: TarIndex, images: list[int], others: list[int], suffix: bytes
+) -> tuple[tuple[str, ...] | None, str]:
+    """Return the labels of the images if all have one; else None, and why if some have."""
+    labels, names = _labels_by_name(path, index, others, suffix), index.names
+    if not labels:
+        return None, ""
+    found = [labels.get(_stem(names[i]), labels.get(_key(names[i]))) for i in images]
+    if missing := [i for i, label in zip(images, found, strict=True) if label is None]:
+        first = _label(path, names[missing[0]])
+        return None, f"has {len(missing)} of {len(images)} images without a label KEY{suffix.decode()}, e.g. {first}"
+    texts = {i: _read_label(path, index, i) for i in found if i is not None}
+    if empty := [i for i, text in texts.items() if not text]:
+        return None, f"has empty labels, e.g. {_label(path, names[empty[0]])}"
+    return tuple(texts[i] for i in found if i is not None), ""
+
+
+def _labels_by_name(path: str, index: TarIndex, others: list[int], suffix: bytes) -> dict[bytes, int]:
+    """Return {name without suffix: member} of the labels. Raises DataError if two differ in case only."""
+    labels: dict[bytes, int] = {}
+    for i in others:
+        if index.names[i].lower().endswith(suffix) and index.sizes[i] <= MAX_LABEL_BYTES:
+            first = labels.setdefault(index.names[i][: -len(suffix)], i)
+            if first != i:
+                both = f"{_label('', index.names[first])} and {_label('', index.names[i])}"
+                raise DataError(f"data: {printable(os.fsencode(path))}: {both} are two labels of one key; keep one")
+    return labels
+
+
+def _read_label(path: str, index: TarIndex, i: int) -> str:
+    try:
+        return printable(read_image_file(path, index.offsets[i], index.sizes[i]).strip())
+    except OSError as error:
+        raise DataError(f"data: cannot read {_label(path, index.names[i])}: {error}") from error
 
 
 def _key(name: bytes) -> bytes:
@@ -96,10 +229,10 @@ def _key(name: bytes) -> bytes:
     return folder + nul + base.split(b".", 1)[0]
 
 
-def _read_at(path: str, offset: int, size: int) -> bytes:
-    with open(path, "rb") as file:  # buffered: one unbuffered read may return less than there is
-        file.seek(offset)
-        data = file.read(size)
-    if len(data) != size:
-        raise OSError(f"{len(data)} of {size} bytes could be read")
-    return data
+def _stem(name: bytes) -> bytes:
+    folder, nul, base = name.rpartition(b"\0")
+    return folder + nul + (base.rpartition(b".")[0] or base)
+
+
+def _label(path: str, name: bytes) -> str:
+    return (f"{printable(os.fsencode(path))}/" if path else "") + printable(name.replace(b"\0", b"/"))

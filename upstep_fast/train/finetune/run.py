@@ -24,9 +24,11 @@ from upstep_fast.config.options import FinetuneOptions
 from upstep_fast.config.signatures import with_keywords
 from upstep_fast.data.labeled.batches import Reader
 from upstep_fast.data.labeled.clips import train_and_test_clips
+from upstep_fast.data.labeled.copies import copies
 from upstep_fast.data.labeled.reader import ReaderOptions
-from upstep_fast.data.labeled.splits import Labeled, held_out, train_and_test
+from upstep_fast.data.labeled.splits import Labeled, held_out, log_splits, train_and_test
 from upstep_fast.data.loading.skipped_images import write_skipped
+from upstep_fast.data.sources.source import columns_of
 from upstep_fast.data.views.view_config import view_config
 from upstep_fast.errors import ConfigError, DataError
 from upstep_fast.kernels import _dispatch as dispatch
@@ -73,6 +75,7 @@ class Splits:
     learn: Labeled
     choose: Labeled  # held out of train/; chooses the epoch
     test: Labeled
+    copies: tuple[int, int] | None  # test images found to be training images too, and those looked at
 
 
 @with_keywords(FinetuneConfig)
@@ -116,20 +119,20 @@ def _log_start(requested: FinetuneConfig, config: FinetuneConfig, compute: Compu
             requested.optimization.batch_size,
             config.optimization.batch_size,
         )
-    if absent := sorted(set(splits.test.classes) - {splits.test.classes[i] for i in splits.test.y.tolist()}):
-        log.warning("data: classes of train/ that test/ lacks, so they are not measured: %s", ", ".join(absent[:5]))
+    log_splits(splits.learn, splits.test, splits.copies)
 
 
 def read_splits(config: FinetuneConfig) -> Splits:
     """Return the labeled data of a run. Raises DataError."""
     if config.frames is None:
-        train, test = train_and_test(config.data.paths, "finetune")
+        train, test = train_and_test(config.data.paths, "finetune", columns_of(config.data))
     else:
         train, test = train_and_test_clips(config.data.paths, config.frames)
     if len(train.classes) < 2:
         raise DataError(f"data: train/ has one class, {train.classes[0]}; a classifier needs at least 2")
     mask = held_out(train.y, config.optimization.held_out, config.runtime.seed)
-    return Splits(train.subset((~mask).nonzero()[:, 0]), train.subset(mask.nonzero()[:, 0]), test)
+    found = copies(train.source, test.source) if config.frames is None else None
+    return Splits(train.subset((~mask).nonzero()[:, 0]), train.subset(mask.nonzero()[:, 0]), test, found)
 
 
 def fit_to_data(config: FinetuneConfig, splits: Splits) -> FinetuneConfig:

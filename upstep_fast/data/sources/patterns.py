@@ -1,0 +1,59 @@
+"""Patterns of paths: {a,b}, {000..031}, * and ?."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import math
+import os
+import re
+from collections.abc import Sequence
+
+from upstep_fast.errors import DataError
+
+MAX_NAMES = 100_000  # of a pattern
+
+
+def matches_of(path: str) -> list[str | list[str]]:
+    """Return what a PATH names: the tars of one pattern together, as they are one tree, everything else one by one."""
+    if path.startswith("hf:") or os.path.exists(path):
+        return [path]
+    if "://" in path or path.startswith("pipe:"):
+        raise DataError(f"data: {path} is an address, only local files are read; download it first")
+    found = _expand(path)
+    if not found:
+        raise DataError(f"data: no file or folder at {path}")
+    return [found] if all(match.lower().endswith(".tar") for match in found) else list(found)
+
+
+def _expand(pattern: str) -> list[str]:
+    """Expand {a,b} and {000..031}, then * ? [ ]; the order is sorted within each alternative. Raises DataError."""
+    pieces = re.split(r"\{([^{}]*)\}", pattern)  # text, brace, text, brace, ..., text
+    choices: list[Sequence[str] | range] = [
+        (piece,) if at % 2 == 0 else span if (span := _range(piece)) is not None else piece.split(",")
+        for at, piece in enumerate(pieces)
+    ]
+    count = math.prod(map(len, choices))
+    if count > MAX_NAMES:
+        raise DataError(f"data: {pattern} stands for {count:,} names, more than {MAX_NAMES:,}; give a narrower pattern")
+    found = []
+    for words in itertools.product(*map(_words, choices, pieces)):
+        path = "".join(words)
+        if glob.has_magic(path):
+            found += sorted(glob.glob(path))
+        elif os.path.exists(path):
+            found.append(path)
+        else:
+            raise DataError(f"data: no file or folder at {path}")
+    return found
+
+
+def _range(brace: str) -> range | None:
+    """Return the numbers of 000..031; None for something else."""
+    span = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", brace)
+    return range(int(span[1]), int(span[2]) + 1) if span else None
+
+
+def _words(choices: Sequence[str] | range, piece: str) -> Sequence[str]:
+    width = len(piece.split("..")[0])
+    return [str(n).zfill(width) for n in choices] if isinstance(choices, range) else choices
