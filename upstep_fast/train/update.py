@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -24,9 +26,7 @@ def update(loss: Tensor, state: RunState, config: AdaptConfig) -> tuple[list[Ten
     parts = method.gradient_parts()
     norms = [_norm(part) for part, _ in parts]
     finite = torch.stack([value, *norms]).isfinite().all()
-    no_grad = state.got_grad.new_zeros(())
-    got_grad = [no_grad if p.grad is None else p.grad.ne(0).any() for p in method.must_receive_grad().values()]
-    state.got_grad |= torch.stack(got_grad) & finite
+    state.got_grad |= _has_gradient(list(method.must_receive_grad().values())) & finite
     # only accumulation needs to know now, on the host, whether these gradients count
     is_due = accumulate == 1 or (bool(finite) and _accumulated(state, accumulate))
     if is_due:
@@ -57,6 +57,13 @@ def _backward(loss: Tensor, state: RunState) -> Tensor:
     if is_short or (distributed.size() > 1 and num_short.item()):
         raise OutOfMemoryError
     return value
+
+
+def _has_gradient(parameters: list[nn.Parameter]) -> Tensor:
+    """Return for each parameter whether its gradient has an entry other than 0, [n] bool on the device."""
+    grads = [p.grad if p.grad is not None else p.new_zeros(1) for p in parameters]
+    # the largest magnitudes in one launch for all; ne, so that NaN counts
+    return torch.stack(torch._foreach_norm(grads, ord=math.inf)).ne(0)  # type: ignore[arg-type]
 
 
 def _norm(parameters: list[nn.Parameter]) -> Tensor:
