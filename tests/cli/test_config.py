@@ -69,7 +69,7 @@ def test_a_bad_value_is_refused_by_its_name(field, value):
         ("head_dim", 5000, "head_dim: got 5000, must be at most 4096"),
         ("img_size", (10**6, 16), "img_size: got 1000000, must be at most 32768"),
         ("rank_timeout", 1e300, "rank_timeout: got 1e+300, must be at most 1000000"),
-        ("lr", 1e9, "lr: got 1000000000.0, must be at most 1000.0"),
+        ("epochs", 1e9, "epochs: got 1000000000.0, must be at most 1000000"),
     ],
 )
 def test_what_no_run_could_use_is_refused_on_every_way_in(field, value, message, tmp_path):

@@ -345,3 +345,38 @@ def test_a_run_that_diverges_is_said_to_by_its_validation(options, many, monkeyp
     with pytest.raises(RunFailedError, match=r"judge: step 2: .*not finite, the run has diverged; lower --lr") as error:
         upstep_fast.adapt(**options)
     assert "\n" not in str(error.value)
+
+
+def test_train_log_holds_what_was_said_before_it_was_opened(options, monkeypatch, tmp_path, caplog):
+    caplog.set_level("INFO", logger="upstep_fast")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        at_step(patch, 3, lambda: signal.raise_signal(signal.SIGTERM))
+        upstep_fast.adapt(**options)
+    first = (tmp_path / "out" / "train.log").read_text()
+    upstep_fast.adapt(**options, resume=True)
+    second = (tmp_path / "out" / "train.log").read_text().removeprefix(first)
+    assert "INFO upstep-fast " in first and "INFO upstep-fast " in second.splitlines()[0]
+    assert "resume: continuing after step 4 of 6" in second
+
+
+def test_the_progress_line_has_no_loss_before_a_step_with_an_update(options, monkeypatch, tmp_path):
+    options |= {"gate": "alternate", "gate_rate": 0.5, "log_every": 1}
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        at_step(patch, 2, lambda: signal.raise_signal(signal.SIGTERM))
+        upstep_fast.adapt(**options)
+    upstep_fast.adapt(**options, resume=True)
+    lines = [line for line in (tmp_path / "out" / "train.log").read_text().splitlines() if " images/s " in line]
+    assert len(lines) == 6 and "loss -  center" in lines[3] and not any("nan" in line for line in lines)
+
+
+def test_images_that_ranks_cannot_share_equally_are_said(monkeypatch, caplog):
+    from upstep_fast.runtime.device import resolve
+    from upstep_fast.train import adapt as adapting
+
+    monkeypatch.setattr(adapting.distributed, "size", lambda: 2)
+    with caplog.at_level("WARNING", logger="upstep_fast"):
+        adapting._log_start({"batch_size": (256, 2), "queue": (9, 3)}, resolve("cpu", "fp32"), 3)
+    assert caplog.messages == [
+        "batch_size: reduced from 256 to 2: the 3 images there are, in equal parts for 2 ranks",
+        "queue: reduced from 9 to the 3 images there are",
+    ]

@@ -17,7 +17,6 @@ LARGEST: dict[str, float] = {
     **dict.fromkeys(("head_dim", "lora_r", "losa_rank", "losa_token_rank", "decoder_lora_r", "frames"), 4096),
     **dict.fromkeys(("decoder_depth", "decoder_heads", "local_views", "num_workers", "sinkhorn_iterations"), 1000),
     "steps": 10**9,
-    "lr": 1000.0,
 }
 
 

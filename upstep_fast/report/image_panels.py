@@ -41,6 +41,7 @@ from upstep_fast.report.neighbors import nearest
 from upstep_fast.report.pca_plot import principal
 from upstep_fast.runtime.atomic_file import write_atomic
 from upstep_fast.runtime.device import Compute
+from upstep_fast.runtime.run_folder import writing
 
 log = logging.getLogger("upstep_fast")
 
@@ -78,7 +79,8 @@ def collect(
     """
     try:
         panels = compute_panels(config, compute, source, out, backbone=backbone)
-        write_atomic(out / NAME, json.dumps(asdict(panels)).encode())
+        with writing(out):
+            write_atomic(out / NAME, json.dumps(asdict(panels)).encode())
     except Exception as error:
         log.warning("report: no image panels (%s: %s)", type(error).__name__, str(error).split("\n")[0])
 

@@ -114,9 +114,10 @@ class Validator:
         with state.method.weights_to_save() as vit:
             features = self._features(vit)
         if not features.isfinite().all():
+            before = f"; the best adapter before is in {self._out / BEST}" if self.history else ""
             raise RunFailedError(
                 f"judge: step {state.step}: features of the adapted model are not finite, the run has diverged; lower "
-                f"--lr; the best adapter before is in {self._out / BEST}"
+                f"--lr{before}"
             )
         scores = distributed.gather(judge(self._base_features, features))[0]
         row = {"step": state.step, "predicted_gain": predicted_gain(scores), **scores}
