@@ -170,6 +170,9 @@ REFUSED = {
     "scaled to -1..1": ({"rescale_factor": 1 / 127.5}, "rescale_factor"),
     "padded": ({"do_pad": True}, "do_pad cannot be done"),
     "lanczos": ({"resample": 1}, "interpolation is 'lanczos', must be bilinear or bicubic"),
+    "a resample of a list": ({"resample": [3]}, "interpolation is"),
+    "a mean of 0..255": ({"image_mean": [123.675, 116.28, 103.53]}, "for pixels of 0..1"),
+    "a size that fills the memory": (BIT | {"size": {"shortest_edge": 10**9}}, "must lie in 0.05 to 1"),
     "a resample of no kind": ({"resample": 77}, "interpolation is 77"),
     "std 0": ({"image_std": [0.1, 0.0, 0.1]}, r"std is \[0.1, 0.0, 0.1\], every value must be above 0"),
     "std -1": ({"image_std": -1}, "every value must be above 0"),
@@ -198,6 +201,18 @@ def test_preprocessing_that_cannot_be_done(tmp_path, hf_folder, kind):
         assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
         if "channels" in message:
             break  # with another --arch the tensors do not fit, which is said first
+
+
+@pytest.mark.parametrize(
+    "entry", [{"patch_size": 7}, {"num_channels": 1}, {"layer_norm_eps": "x"}, {"layer_norm_eps": -1}]
+)
+def test_a_configuration_of_transformers_that_its_weights_contradict(tmp_path, hf_folder, entry):
+    shutil.copytree(hf_folder, tmp_path / "hf")
+    state_in(tmp_path / "hf", **entry)
+    with pytest.raises(
+        ConfigError, match=r"has channels and patch size \[3, 14, 14\], config.json states|layer_norm_eps in"
+    ):
+        backbone.load(f"local-dir:{tmp_path / 'hf'}")
 
 
 # --arch beside a folder
@@ -298,7 +313,7 @@ BROKEN = {
     "std -1": ({"pretrained_cfg": {"std": [-1.0, 0.1, 0.1]}}, "std is .*, every value must be above 0"),
     "NaN": ({"pretrained_cfg": {"mean": [float("nan"), 0.1, 0.1]}}, "is not finite"),
     "mean of 5": ({"pretrained_cfg": {"mean": [0.1] * 5}}, "mean has 5 values, the images have 3 channels"),
-    "crop_pct 0": ({"pretrained_cfg": {"crop_pct": 0}}, "crop_pct is 0, must lie above 0 and at most at 1"),
+    "crop_pct 0": ({"pretrained_cfg": {"crop_pct": 0}}, "crop_pct is 0, must lie in 0.05 to 1"),
     "crop_pct 2": ({"pretrained_cfg": {"crop_pct": 2.0}}, "crop_pct is 2.0, must lie"),
     "interpolation": ({"pretrained_cfg": {"interpolation": "box"}}, "interpolation is 'box', must be"),
     "crop_mode": ({"pretrained_cfg": {"crop_mode": "border"}}, "crop_mode is 'border', must be center or squash"),
@@ -309,6 +324,8 @@ BROKEN = {
         "timm cannot build vit_tiny_patch16_224 from its model_args",
     ),
     "10**7 blocks": ({"model_args": {"depth": 10**7}}, "depth in config.json is 10000000, which no model has"),
+    "-1 heads": ({"model_args": {"num_heads": -1}}, "num_heads in config.json is -1, which no model has"),
+    "heads are true": ({"model_args": {"num_heads": True}}, "num_heads in config.json is True, which no model has"),
     "width 10**6": ({"model_args": {"embed_dim": 999_999}}, "describes .* parameters, its weights have"),
     "size 10**5": ({"model_args": {"img_size": 10**5}}, "describes .* parameters, its weights have"),
 }

@@ -104,6 +104,7 @@ def load(
     vit = _build(source, name, options, pretrained)
     if source.checkpoint is not None and pretrained:
         state = checkpoint_files.read(source.checkpoint)
+        checks.patch(state, source, name)
         checkpoint_files.fill(vit, state, where=str(source.checkpoint), min_matched=min_matched)
     checks.arch(source, vit, name)
     checks.weights(vit, name)
@@ -202,12 +203,8 @@ def _describe(
     own = preprocessing.from_timm(vit.pretrained_cfg) | (source.pixels or {})
     preprocessing.check(own, f"model: {name}")
     data = resolve_data_config({}, model=vit) | own
-    if source.pixels is None and "." not in source.arch and (mean is None or std is None):
-        log.warning(
-            "model: nothing at %s states its preprocessing; used is that of timm's %s: mean %s, std %s, crop %s; give "
-            "--mean and --std if they are others",
-            *(name, source.arch, checks.spaced(data["mean"]), checks.spaced(data["std"]), data["crop_pct"]),
-        )
+    if mean is None or std is None:
+        checks.is_stated(source, data, name)
     size: tuple[int, int] = tuple(vit.patch_embed.img_size)
     channels = vit.patch_embed.proj.in_channels
     return Backbone(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from upstep_fast.errors import ConfigError
 from upstep_fast.model.formats import facts
@@ -73,6 +74,30 @@ def given(values: Sequence[float], channels: int, name: str) -> tuple[float, ...
     return tuple(float(v) for v in values) * (channels if len(values) == 1 else 1)
 
 
-def spaced(values: Sequence[float]) -> str:
-    """Return numbers as a flag takes them."""
-    return " ".join(f"{value:g}" for value in values)
+def is_stated(source: Source, data: Mapping[str, Any], name: str) -> None:
+    """Warn where nothing states the preprocessing and timm's weights of this architecture do not agree on one."""
+    tags = timm.list_pretrained(f"{source.arch}.*")
+    configs = [config for tag in tags if (config := timm.get_pretrained_cfg(tag)) is not None]
+    is_one = len({(config.mean, config.std) for config in configs}) == 1 and not source.model_args
+    if source.pixels is not None or "." in source.arch or is_one:
+        return
+    mean, std = (" ".join(f"{value:g}" for value in data[part]) for part in ("mean", "std"))
+    log.warning(
+        "model: nothing at %s states its preprocessing; used is that of timm's %s: mean %s, std %s, crop %s; give "
+        "--mean and --std if they are others",
+        *(name, source.arch, mean, std, data["crop_pct"]),
+    )
+
+
+def patch(state: Mapping[str, Tensor], source: Source, name: str) -> None:
+    """Refuse a patch embedding of another shape than the configuration beside it states. Raises ConfigError."""
+    if not source.model_args:  # the user's --arch: timm resizes it
+        return
+    size = source.model_args["patch_size"]
+    stated = [source.model_args["in_chans"], *(size if isinstance(size, (list, tuple)) else (size, size))]
+    for key, value in state.items():
+        if "patch_embeddings" in key and value.ndim == 4 and list(value.shape[1:]) != stated:
+            raise ConfigError(
+                f"model: {name}: {key} has channels and patch size {list(value.shape[1:])}, config.json states "
+                f"{stated}; fetch or save it again"
+            )

@@ -18,6 +18,8 @@ from upstep_fast.model.formats import facts, hf_config, preprocessing
 
 Fetch = Callable[[str], Path | None]  # of a file name to its path; None: not there
 MAX_NUMBER, MAX_DEPTH = 10**6, 512  # in model_args; a million classes or pixels, and blocks
+_POSITIVE = {"depth", "embed_dim", "img_size", "in_chans", "mlp_ratio", "num_heads", "patch_size", "rope_temperature"}
+_POSITIVE |= {"layer_norm_eps"}
 CURE = "save the model with timm's save_for_hf, or add --arch NAME"
 
 
@@ -48,8 +50,9 @@ def described(where: str, fetch: Fetch) -> Source:
         arch, model_args, stated = _of_timm(config, where)
         return Source(arch, model_args, pixels=preprocessing.from_timm(stated))
     arch, model_args = hf_config.timm_args(config, where)
-    _check_numbers(model_args, where)
-    return Source(arch, model_args, Path(where), config.get("layer_norm_eps"), _pixels(config, fetch, where))
+    eps = config.get("layer_norm_eps")
+    _check_numbers(model_args | {"layer_norm_eps": eps}, where)
+    return Source(arch, model_args, Path(where), eps, _pixels(config, fetch, where))
 
 
 def beside_arch(arch: str, where: str, fetch: Fetch) -> Source:
@@ -69,6 +72,7 @@ def beside_arch(arch: str, where: str, fetch: Fetch) -> Source:
     if open_clip is not None and not own:
         own = facts.of_open_clip(open_clip)
     eps = facts.tower(config).get("layer_norm_eps")
+    _check_numbers({"layer_norm_eps": eps}, where)
     return Source(arch, eps=eps, pixels=_pixels(config, fetch, where), facts=own)
 
 
@@ -131,5 +135,12 @@ def _check_numbers(value: Any, where: str, name: str = "model_args") -> None:
     elif isinstance(value, (list, tuple)):
         for item in value:
             _check_numbers(item, where, name)
-    elif isinstance(value, (int, float)) and abs(value) > (MAX_DEPTH if name == "depth" else MAX_NUMBER):
+    elif value is not None and not _is_possible(value, name):
         raise ConfigError(f"model: {where}: {name} in config.json is {value}, which no model has; save the model again")
+
+
+def _is_possible(value: Any, name: str) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if name in _POSITIVE and not (is_number and value > 0):
+        return False
+    return not is_number or abs(value) <= (MAX_DEPTH if name == "depth" else MAX_NUMBER)

@@ -18,6 +18,8 @@ from timm.data import constants
 from upstep_fast.errors import ConfigError
 from upstep_fast.kernels.views import INTERPOLATIONS
 
+MAX_PIXEL = 10.0  # of mean and std: on a scale of 0..255 they are larger
+MIN_CROP = 0.05  # below it images are resized to sizes that fill the memory
 CROP_MODES = ("center", "squash")
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # as pillow counts
 _HALF = (constants.IMAGENET_INCEPTION_MEAN, constants.IMAGENET_INCEPTION_STD)
@@ -47,13 +49,15 @@ def check(pixels: Mapping[str, Any], where: str) -> None:
     """
     for name in ("mean", "std"):
         values = pixels.get(name, ())
-        if not isinstance(values, (list, tuple)) or not all(_is_number(v) for v in values):
-            raise ConfigError(f"{where}: {name} is {values}, must be finite numbers, one per channel")
+        if not isinstance(values, (list, tuple)) or not all(_is_number(v) and abs(v) <= MAX_PIXEL for v in values):
+            raise ConfigError(
+                f"{where}: {name} is {values}, must be finite numbers, one per channel, for pixels of 0..1"
+            )
         if name == "std" and any(value <= 0 for value in values):
             raise ConfigError(f"{where}: std is {list(values)}, every value must be above 0")
     crop_pct = pixels.get("crop_pct", 1.0)
-    if not _is_number(crop_pct) or not 0 < crop_pct <= 1:
-        raise ConfigError(f"{where}: crop_pct is {crop_pct}, must lie above 0 and at most at 1")
+    if not _is_number(crop_pct) or not MIN_CROP <= crop_pct <= 1:
+        raise ConfigError(f"{where}: crop_pct is {crop_pct}, must lie in {MIN_CROP} to 1")
     for name, known in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
         if pixels.get(name, known[0]) not in known:
             raise ConfigError(f"{where}: {name} is {pixels[name]!r}, must be {' or '.join(known)}")
@@ -103,9 +107,13 @@ def from_transformers(config: Mapping[str, Any], model: Mapping[str, Any], where
     return {
         "mean": _values(config.get("image_mean"), mean) if normalizes else (0.0,),
         "std": _values(config.get("image_std"), std) if normalizes else (1.0,),
-        "interpolation": _RESAMPLE.get(_or(config.get("resample"), resample), config.get("resample")),
+        "interpolation": _interpolation(_or(config.get("resample"), resample)),
         **_geometry(config, is_square, _or(config.get("do_center_crop"), crops), model.get("image_size"), where),
     }
+
+
+def _interpolation(resample: Any) -> Any:
+    return _RESAMPLE[resample] if isinstance(resample, int) and resample in _RESAMPLE else resample
 
 
 def _check_steps(config: Mapping[str, Any], where: str) -> None:
@@ -113,7 +121,7 @@ def _check_steps(config: Mapping[str, Any], where: str) -> None:
     if unknown := sorted(key for key in config if key.startswith("do_") and key not in _STEPS and config[key]):
         raise ConfigError(f"{where}: {', '.join(unknown)} cannot be done; {cure}")
     for step in ("do_resize", "do_rescale"):
-        if config.get(step) is False:
+        if not _or(config.get(step), True):
             raise ConfigError(f"{where}: {step} is false, images are always resized and scaled to 0..1; {cure}")
     factor = _or(config.get("rescale_factor"), 1 / 255)
     if not _is_number(factor) or abs(255 * factor - 1) > 1e-3 or config.get("rescale_offset"):
