@@ -22,6 +22,7 @@ from upstep_fast.config.signatures import with_keywords
 from upstep_fast.data.curation.survey import survey
 from upstep_fast.data.sources.source import Source, open_configured
 from upstep_fast.kernels import _dispatch as dispatch
+from upstep_fast.methods.crops import view_configs
 from upstep_fast.model import backbone as backbones
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.report import image_panels as pictures
@@ -34,6 +35,7 @@ from upstep_fast.runtime.device import Compute
 from upstep_fast.runtime.machine import num_workers
 from upstep_fast.train.loop import needs_base, start, train
 from upstep_fast.train.memory.fit import settle
+from upstep_fast.train.memory.images import ImageMemory, estimate
 from upstep_fast.train.state import AdaptResult
 from upstep_fast.train.validator import hold_out
 from upstep_fast.version import __version__
@@ -70,7 +72,7 @@ def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
     resolved = resolve(config, len(source), distributed.size())
     # training changes `backbone` in place; copied before free memory is looked at
     base = backbone.copy() if needs_base(resolved.config) else None
-    config = settle(resolved.config, compute)
+    config = settle(resolved.config, compute, _decoded(resolved.config, source, backbone, compute))
     implementation = None if config.runtime.implementation == "auto" else config.runtime.implementation
     with dispatch.forced(implementation), contextlib.ExitStack() as stack:
         out = Path(config.output.out)
@@ -92,6 +94,20 @@ def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
             with torch.random.fork_rng(devices=[]):  # the caller's generator stays as it is
                 pictures.collect(config, compute, source, out, backbone=base)
         return result
+
+
+def _decoded(config: AdaptConfig, source: Source, backbone: Backbone, compute: Compute) -> ImageMemory | None:
+    """Return the estimate of this rank's decoded images; None without a memory check."""
+    if not config.memory.check:
+        return None
+    return estimate(
+        source,
+        channels=len(backbone.mean),
+        min_side=max(views.min_side for views, _ in view_configs(config, backbone)),
+        batch=config.optimization.batch_size // distributed.size(),
+        num_workers=num_workers(config.data.num_workers),
+        device=compute.device,
+    )
 
 
 def _survey(

@@ -195,16 +195,17 @@ class Validator:
 
 
 def _held_out_views(held_out: Source, base: Backbone, config: AdaptConfig, compute: Compute) -> Tensor:
+    # the default views whatever the run trains on, so that runs can be compared
+    plain = view_config(config.views.preset, size=base.img_size, mean=base.mean, std=base.std)
     with Loader(
         held_out,
         batch_size=len(held_out),
+        min_side=plain.min_side,
         seed=_VIEWS_SEED,
         channels=len(base.mean),
         max_bad_fraction=max(config.data.max_bad_fraction, 0.5),  # the limit holds for the training images
     ) as loader:
         batch = next(loader)
-    # the default views whatever the run trains on, so that runs can be compared
-    plain = view_config(config.views.preset, size=base.img_size, mean=base.mean, std=base.std)
     return random_views(
         batch.images, plain, seed=_VIEWS_SEED, epoch=0, indices=batch.indices, views=2, device=compute.device
     )

@@ -7,6 +7,8 @@
     animated                    the first frame
     orientation                 of EXIF or TIFF, applied; a broken EXIF block is ignored
     .npy, TIFF of other bands   uint8 or uint16; [H, W], [H, W, C] or [C, H, W] (arrays.py, tiff.py)
+Large images are decoded at a fraction of their size where the views need no more, and the memory of images that are
+being decoded is bounded (budget.py).
 Refused, with a reason: pixels above `max_pixels` (from the header, before anything is decoded), truncated files, PNGs
 whose checksums are wrong, JPEGs that end early, signed, 32-bit and floating-point pixels, and unknown formats.
 """
@@ -16,7 +18,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
-import zlib
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from upstep_fast.data.decode import jpeg
+from upstep_fast.data.decode import jpeg, png
 from upstep_fast.data.decode.arrays import NPY, decode_npy
+from upstep_fast.data.decode.budget import BYTES_PER_COEFFICIENT, BYTES_PER_PIXEL, decoding, reduction
 from upstep_fast.data.decode.out_of_memory import is_out_of_memory
 from upstep_fast.data.decode.tiff import TiffPlan, decode_tiff_bands, plan_tiff, say_alpha_left_out
 from upstep_fast.data.decode.tiff_header import TIFF
@@ -41,8 +43,6 @@ MAX_PIXELS = 178_956_970
 # only decoders of pixels: no PostScript, no fonts, nothing that starts a program
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "AVIF")  # and TIFF, by tiff.py
 
-_PNG = b"\x89PNG\r\n\x1a\n"
-_PNG_GRAY, _PNG_RGB = 0, 2  # color types
 _EXIF_ORIENTATION = 0x0112
 
 
@@ -56,23 +56,13 @@ def decode(
 ) -> Tensor:
     """Decode an image to uint8 [channels, H, W].
 
-    channels: 3: RGB, 1: gray, 4: RGBA as stored; any number for .npy and TIFF. min_side: a JPEG may be decoded at
-    1/2, 1/4 or 1/8 of its size as long as both sides keep this many pixels. name: for the error's text. Raises
+    channels: 3: RGB, 1: gray, 4: RGBA as stored; any number for .npy and TIFF. min_side: the image is decoded at
+    1/2, 1/4, 1/8 ... of its size as long as both sides keep this many pixels. name: for the error's text. Raises
     BadImage, or MemoryError, which says nothing about the image.
     """
+    start = bytes(data[:8])
     try:
-        if len(data) == 0:
-            raise BadImage("the file is empty", name)
-        start = bytes(data[:8])
-        if start.startswith(NPY):
-            return decode_npy(data, channels, max_pixels)
-        if start[:4] in TIFF:
-            return _decode_tiff(data, channels, max_pixels)
-        if start == _PNG:
-            _check_png(data)
-        elif start.startswith(b"\xff\xd8"):
-            return _decode_jpeg(data, channels, max_pixels, min_side)
-        return _decode_pillow(data, channels, max_pixels, min_side)
+        return _decode(data, start, channels, max_pixels, min_side)
     except BadImage as error:
         raise BadImage(error.reason, name) from None
     except UnidentifiedImageError:
@@ -86,9 +76,24 @@ def decode(
         raise BadImage(reason, name) from error
 
 
+def _decode(data: bytes | memoryview, start: bytes, channels: int, max_pixels: int, min_side: int | None) -> Tensor:
+    if not start:
+        raise BadImage("the file is empty")
+    if start.startswith(NPY):
+        with decoding.hold(3 * len(data)):
+            return _shrunk(decode_npy(data, channels, max_pixels), min_side)
+    if start[:4] in TIFF:
+        return _decode_tiff(data, channels, max_pixels, min_side)
+    if start.startswith(b"\xff\xd8"):
+        return _shrunk(_decode_jpeg(data, channels, max_pixels, min_side), min_side)
+    if start == png.SIGNATURE:
+        png.check(data)
+    return _decode_pillow(data, channels, max_pixels, min_side)
+
+
 @functools.lru_cache
 def decoder_fingerprint() -> str:
-    """Return the JPEG decoder's name and SHA-256 over twenty images, encoded by this machine's libraries, then decoded.
+    """Return the JPEG decoder's name and SHA-256 over some images, encoded by this machine's libraries, then decoded.
 
     A change of value means that images may have other pixels than before: another libjpeg, libwebp or Pillow
     (RELIABILITY I7). A format that is not built in has its error hashed.
@@ -106,6 +111,7 @@ def decoder_fingerprint() -> str:
         (smooth, "JPEG", {"quality": 85, "progressive": True}, None),
         (smooth, "JPEG", {"quality": 85, "exif": turned}, None),
         *((smooth.resize((640, 480)), "JPEG", {"quality": 85}, side) for side in (60, 240)),
+        (smooth.resize((640, 480)), "PNG", {}, 60),
         *((image, "PNG", {}, None) for image in (smooth, alpha, smooth.quantize(16), high)),
         *((image, "WEBP", {"quality": 80}, None) for image in (smooth, alpha)),
         (smooth, "TIFF", {"compression": "tiff_lzw"}, None),
@@ -147,11 +153,27 @@ def _decode_jpeg(data: bytes | memoryview, channels: int, max_pixels: int, min_s
     return x
 
 
-def _decode_tiff(data: bytes | memoryview, channels: int, max_pixels: int) -> Tensor:
+def _decode_tiff(data: bytes | memoryview, channels: int, max_pixels: int, min_side: int | None) -> Tensor:
     plan = plan_tiff(data, channels, max_pixels)
     if plan.by_pillow:
-        return _decode_pillow(data, channels, max_pixels, None, tiff=plan)
-    return upright(decode_tiff_bands(data, plan, channels, max_pixels), plan.page.orientation)
+        return _decode_pillow(data, channels, max_pixels, min_side, tiff=plan)
+    with decoding.hold(plan.num_bytes):
+        x = decode_tiff_bands(data, plan, channels, max_pixels)
+        return _shrunk(upright(x, plan.page.orientation), min_side)
+
+
+def _shrunk(x: Tensor, min_side: int | None) -> Tensor:
+    """Return an image at 1/2, 1/4, ... of its size, the mean over blocks, as long as both sides keep `min_side`.
+
+    uint8 [C, H, W]. As libjpeg's scaled decoding: no crop of `min_side` or more pixels loses any, and a batch of large
+    pictures of any format stays small.
+    """
+    factor = reduction(x.shape[1], x.shape[2], min_side)
+    if factor == 1:
+        return x
+    planes = x[:1] if x.stride(0) == 0 else x  # gray, repeated
+    shrunk = [np.asarray(Image.fromarray(plane.contiguous().numpy()).reduce(factor)) for plane in planes]
+    return torch.from_numpy(np.stack(shrunk)).expand(len(x), -1, -1)
 
 
 def _decode_pillow(
@@ -167,16 +189,24 @@ def _decode_pillow(
         _check_pixels(*image.size, max_pixels)
         size = image.size
         if image.format == "PNG" and "transparency" in image.info:
-            _scale_transparent_color(data, image)
+            png.scale_transparent_color(data, image)
         if min_side:
             image.draft(image.mode, (min_side, min_side))
-        x = jpeg.pixels(data, image) if channels == 3 and image.size == size and not pillow_only else None
-        if x is None:
-            image.load()
-            array = torch.from_numpy(_to_array(image, channels, tiff))
-            x = array.permute(2, 0, 1) if array.ndim == 3 else array[None]
-        orientation = orientation_of(image)
-    return upright(x if len(x) == channels else x.expand(channels, -1, -1), orientation)
+        with decoding.hold(_num_bytes(image, size)):
+            x = jpeg.pixels(data, image) if channels == 3 and image.size == size and not pillow_only else None
+            if x is None:
+                image.load()
+                array = torch.from_numpy(_to_array(image, channels, tiff))
+                x = array.permute(2, 0, 1) if array.ndim == 3 else array[None]
+            x = upright(x, orientation_of(image)).expand(channels, -1, -1)
+            return x if image.format == "JPEG" else _shrunk(x, min_side)  # a JPEG's corners are checked before
+
+
+def _num_bytes(image: Image.Image, size: tuple[int, int]) -> int:
+    """Return the memory that decoding takes at most. size: of the file, before `draft`."""
+    width, height = image.size
+    progressive = BYTES_PER_COEFFICIENT * size[0] * size[1] if image.info.get("progressive") else 0
+    return BYTES_PER_PIXEL * width * height + progressive
 
 
 def _to_array(image: Image.Image, channels: int, tiff: TiffPlan | None) -> np.ndarray:
@@ -219,32 +249,6 @@ def _high_byte(image: Image.Image, tiff: TiffPlan | None) -> np.ndarray:
 def _check_pixels(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise BadImage(f"{width} x {height} pixels, above the limit of {max_pixels}")
-
-
-def _check_png(data: bytes | memoryview) -> None:
-    """Raise BadImage for cut chunks, wrong checksums and a missing IEND: Pillow does not verify those of pixel data."""
-    view, at, kind = memoryview(data), len(_PNG), b""
-    while kind != b"IEND":
-        length = int.from_bytes(view[at : at + 4], "big")
-        kind = bytes(view[at + 4 : at + 8])
-        stored = view[at + 8 + length : at + 12 + length]
-        if len(stored) != 4:
-            raise BadImage("truncated PNG")
-        if zlib.crc32(view[at + 4 : at + 8 + length]) != int.from_bytes(stored, "big"):
-            raise BadImage(f"PNG chunk {kind.decode('latin-1')!r} has a wrong checksum")
-        at += 12 + length
-
-
-def _scale_transparent_color(data: bytes | memoryview, image: Image.Image) -> None:
-    """Bring a PNG's transparent gray to the range of the decoded pixels, 0 to 255, which Pillow does not do.
-
-    Raises BadImage for a 16-bit color, which cannot be found in the high bytes that Pillow decodes.
-    """
-    bits, color_type = data[24], data[25]
-    if color_type == _PNG_RGB and bits == 16:
-        raise BadImage("a PNG of 16-bit colors, one of them transparent; convert it to 8 bits or give it alpha")
-    if color_type == _PNG_GRAY and bits in (2, 4):
-        image.info["transparency"] = image.info["transparency"] * 255 // ((1 << bits) - 1)
 
 
 def orientation_of(image: Image.Image) -> int:

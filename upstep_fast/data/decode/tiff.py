@@ -41,6 +41,13 @@ class TiffPlan:
     keep_alpha: bool  # composite on white; otherwise alpha is left out
 
     @property
+    def num_bytes(self) -> int:
+        """Memory that decoding takes at most: the file's samples, three copies of 8 bits."""
+        page = self.page
+        samples = page.width * page.height * page.samples * self.num_pages
+        return samples * (max(1, page.bits[0] // 8) + 3)
+
+    @property
     def inverted(self) -> bool:
         """Whether Pillow leaves 0 as white."""
         return self.page.photometric == _WHITE_IS_ZERO and self.page.bits[0] > 8

@@ -14,7 +14,7 @@ from upstep_fast.data.labeled.splits import Labeled
 from upstep_fast.data.loading.loader import Loader, load_images
 from upstep_fast.data.loading.skipped_images import SkippedImages
 from upstep_fast.data.views.make_views import random_views
-from upstep_fast.data.views.resize import eval_resize, normalize
+from upstep_fast.data.views.resize import normalize
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Reader:
             return
         loader = Loader(
             data.source,
+            min_side=options.min_side,
+            transform=options.resized if options.views is None else None,
             batch_size=options.batch_size,
             seed=options.seed,
             num_workers=options.num_workers,
@@ -58,7 +60,7 @@ class Reader:
         options = self.options
         if isinstance(data.source, Clips):
             for indices, clips in load_clips(data.source, options, self.skipped):
-                x = self._resized([frame for clip in clips for frame in clip])
+                x = self._stacked([frame for clip in clips for frame in clip])
                 yield indices, x.unflatten(0, (len(clips), -1))
             return
         for indices, images in load_images(
@@ -82,15 +84,14 @@ class Reader:
         """
         options = self.options
         if options.views is None:
-            return self._resized(images)
+            return self._stacked(images)
         each = indices.repeat_interleave(len(images) // len(indices))
         key = {"seed": options.seed, "epoch": epoch, "indices": each}
         return random_views(images, options.views, **key, views=1, device=options.device)[0]  # type: ignore[arg-type]
 
-    def _resized(self, images: list[Tensor]) -> Tensor:
-        o = self.options
-        resized = [eval_resize(image, o.size, o.interpolation, o.crop_pct, o.crop_mode) for image in images]
-        return self._normalized(torch.stack(resized).float() / 255)
+    def _stacked(self, images: list[Tensor]) -> Tensor:
+        """Return images that `options.resized` has brought to one size as [B, C, H, W], normalized."""
+        return self._normalized(torch.stack(images).float() / 255)
 
     def _normalized(self, images: Tensor) -> Tensor:
         return normalize(images.to(self.options.device), self.options.mean, self.options.std)

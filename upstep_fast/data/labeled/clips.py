@@ -26,7 +26,7 @@ from upstep_fast.data.keyed_random import uniform_array
 from upstep_fast.data.labeled import video
 from upstep_fast.data.labeled.reader import ReaderOptions
 from upstep_fast.data.labeled.splits import Labeled, join
-from upstep_fast.data.loading.loader import permutation
+from upstep_fast.data.loading.loader import MAX_AHEAD_BYTES, permutation
 from upstep_fast.data.loading.ordered_map import ordered_map
 from upstep_fast.data.loading.retries import with_retries
 from upstep_fast.data.loading.skipped_images import SkippedImages, catch_bad_image, read_image
@@ -74,8 +74,11 @@ class Clips:
         """Return the clips at `indices`, in that order."""
         return Clips(tuple(self.clips[i] for i in indices), self.source, self.problems)
 
-    def read(self, index: int, frames: Sequence[int], channels: int) -> list[Tensor]:
-        """Return the frames at these positions of a clip, uint8 [C, H, W] each. Raises BadImage, DataError."""
+    def read(self, index: int, frames: Sequence[int], channels: int, min_side: int | None = None) -> list[Tensor]:
+        """Return the frames at these positions of a clip, uint8 [C, H, W] each. Raises BadImage, DataError.
+
+        min_side: as `decode`, for frames in files of their own.
+        """
         clip = self.clips[index]
         if clip.file is not None:
             if channels != 3:
@@ -85,7 +88,7 @@ class Clips:
         images = []
         for frame in frames:
             try:
-                images.append(read_image(self.source, clip.frames[frame], channels=channels))
+                images.append(read_image(self.source, clip.frames[frame], channels=channels, min_side=min_side))
             except BadImage as error:
                 raise BadImage(f"frame {self.source.name(clip.frames[frame])}: {error.reason}") from error
         if any(image.shape != images[0].shape for image in images):
@@ -190,10 +193,10 @@ def training_clips(
         epoch, index = job
         length = len(clips.clips[index])
         if options.views is None:
-            frames = middle_frames(length, count)
-        else:
-            frames = random_frames(length, count, seed=options.seed, epoch=epoch, index=index)
-        return clips.read(index, frames, len(options.mean))
+            images = clips.read(index, middle_frames(length, count), len(options.mean))
+            return [options.resized(image) for image in images]
+        frames = random_frames(length, count, seed=options.seed, epoch=epoch, index=index)
+        return clips.read(index, frames, len(options.mean), options.min_side)
 
     for batch in _batches(read, jobs(), options):
         indexed = [(index, frames) for (_, index), frames in batch]
@@ -204,7 +207,7 @@ def training_clips(
 def load_clips(
     clips: Clips, options: ReaderOptions, skipped: SkippedImages
 ) -> Iterator[tuple[Tensor, list[list[Tensor]]]]:
-    """Yield every readable clip once, in order, T frames of each: (indices [B] int64, clips).
+    """Yield every readable clip once, in order, T frames of each, resized: (indices [B] int64, clips).
 
     A bad clip is left out of its batch and added to `skipped`. Raises DataError when too many are bad.
     """
@@ -212,7 +215,8 @@ def load_clips(
     count, channels = options.frames, len(options.mean)
 
     def read(index: int) -> list[Tensor]:
-        return clips.read(index, middle_frames(len(clips.clips[index]), count), channels)
+        images = clips.read(index, middle_frames(len(clips.clips[index]), count), channels)
+        return [options.resized(image) for image in images]
 
     for batch in _batches(read, range(len(clips)), options):
         if good := _readable(clips, batch, options, skipped):
@@ -227,7 +231,10 @@ def _batches(
     def run(job: T) -> tuple[T, list[Tensor] | BadImage]:
         return job, catch_bad_image(read)(job)
 
-    results = ordered_map(run, jobs, options.num_workers, 2 * options.batch_size)
+    def num_bytes(result: tuple[T, list[Tensor] | BadImage]) -> int:
+        return 0 if isinstance(result[1], BadImage) else sum(image.nbytes for image in result[1])
+
+    results = ordered_map(run, jobs, options.num_workers, 2 * options.batch_size, num_bytes, MAX_AHEAD_BYTES)
     with contextlib.closing(results):
         while batch := list(itertools.islice(results, options.batch_size)):
             yield batch

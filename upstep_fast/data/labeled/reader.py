@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from upstep_fast.data.views.resize import eval_resize
 from upstep_fast.data.views.view_config import ViewConfig
 
 
@@ -26,3 +28,12 @@ class ReaderOptions:
     device: torch.device
     crop_mode: str = "center"  # of the evaluation transform: center or squash
     frames: int | None = None  # per clip; None: images
+
+    @property
+    def min_side(self) -> int | None:
+        """Pixels that the random views need of an image's sides; None for the evaluation transform."""
+        return None if self.views is None else self.views.min_side
+
+    def resized(self, image: Tensor) -> Tensor:
+        """Apply the evaluation transform without its normalization: uint8 [C, H, W] -> [C, *size]."""
+        return eval_resize(image, self.size, self.interpolation, self.crop_pct, self.crop_mode)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,12 +32,18 @@ class Chunk:
     replaced: int = 0
     error: str | None = None  # raised as DataError when this chunk's batch is taken
 
+    @property
+    def num_bytes(self) -> int:
+        """Host memory of the images."""
+        return sum(image.untyped_storage().nbytes() for image in self.images if image.device.type == "cpu")
+
 
 class Fetcher:
     """Reader of images for several threads, with a shared cache of decoded and of bad ones, which changes no result.
 
-    min_side: a JPEG may be decoded at a fraction of its size as long as both sides keep this many pixels. gpu: decodes
-    the JPEGs that it supports; their images are then on its device.
+    min_side: images are decoded at a fraction of their size as long as both sides keep this many pixels. transform:
+    applied to every image, in the threads. gpu: decodes the JPEGs that it supports; their images are then on its
+    device.
     """
 
     def __init__(
@@ -49,9 +56,10 @@ class Fetcher:
         max_bad_fraction: float,
         cache: int,
         gpu: GpuReader | None = None,
+        transform: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.source, self.seed, self.channels, self.min_side = source, seed, channels, min_side
-        self.max_bad_fraction, self.gpu = max_bad_fraction, gpu
+        self.max_bad_fraction, self.gpu, self.transform = max_bad_fraction, gpu, transform
         self._bad: dict[int, str] = {}  # index -> reason, so that a bad file is read once
         self._cache = _Cache(cache)
 
@@ -103,6 +111,9 @@ class Fetcher:
                 except BadImage as error:
                     self._bad[index] = error.reason
                     raise
+            if (transform := self.transform) is not None:
+                decoded = image
+                image = with_retries(lambda: transform(decoded), lambda: self.source.name(index))
             self._cache.add(index, image)
         return image
 

@@ -36,6 +36,7 @@ from upstep_fast.runtime import machine
 log = logging.getLogger(__name__)
 CACHE_BYTES = 256 << 20  # decoded images kept in memory
 AHEAD = 3  # batches in flight
+MAX_AHEAD_BYTES = 1 << 30  # decoded images that wait for their batch; fewer batches are in flight if they are larger
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class Loader:
 
     batch_size: images per step over all ranks; rank r of world_size gets the r-th slice of the global batch.
     num_workers: decoding threads; 0 decodes in `next`. drop_last: leave out an epoch's last, smaller batch.
-    min_side: JPEGs may be decoded at a fraction of their size as long as both sides keep this many pixels
-    (ViewConfig.min_side); None: never.
+    min_side: images are decoded at a fraction of their size as long as both sides keep this many pixels
+    (ViewConfig.min_side); None: never. transform: applied to every decoded image, in the threads.
     make_views, device: computes `Batch.views` of each batch; on a CUDA device ahead of time, on a stream of its own.
     decode: "cuda" decodes JPEGs on the GPU (gpu_jpeg.py), which needs a CUDA device; their images stay there.
     skipped: collects the bad images, those of earlier calls included. max_bad_fraction: `next` raises DataError once
@@ -81,6 +82,7 @@ class Loader:
         shuffle: bool = True,
         min_side: int | None = None,
         channels: int = 3,
+        transform: Callable[[Tensor], Tensor] | None = None,
         make_views: Callable[[Batch], Any] | None = None,
         device: torch.device | None = None,
         decode: str = "cpu",
@@ -97,7 +99,7 @@ class Loader:
         self._make_views, self._device = make_views, device
         gpu = GpuReader(device or torch.device("cpu"), min_side=min_side) if decode == "cuda" else None
         limits: dict[str, Any] = {"min_side": min_side, "max_bad_fraction": max_bad_fraction, "cache": CACHE_BYTES}
-        self._fetcher = Fetcher(source, seed=seed, channels=channels, gpu=gpu, **limits)
+        self._fetcher = Fetcher(source, seed=seed, channels=channels, gpu=gpu, transform=transform, **limits)
         self._order: tuple[int, np.ndarray] | None = None
         self._num_workers = num_workers
         self._batches: Generator[Ready[list[Chunk]]] | None = None
@@ -165,7 +167,14 @@ class Loader:
 
         def batches() -> Generator[list[Chunk]]:
             in_flight = AHEAD * max(1, 4 * self._num_workers)
-            chunks = ordered_map(lambda job: self._fetcher.chunk(*job), jobs(), self._num_workers, in_flight)
+            chunks = ordered_map(
+                lambda job: self._fetcher.chunk(*job),
+                jobs(),
+                self._num_workers,
+                in_flight,
+                lambda chunk: chunk.num_bytes,
+                MAX_AHEAD_BYTES,
+            )
             with contextlib.closing(chunks):
                 for first in chunks:
                     yield [first] + [next(chunks) for _ in range(first.num_chunks - 1)]

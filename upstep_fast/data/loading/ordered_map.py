@@ -6,7 +6,7 @@ import contextvars
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -14,26 +14,54 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def ordered_map(function: Callable[[T], R], items: Iterable[T], num_workers: int, ahead: int) -> Generator[R]:
+def ordered_map(
+    function: Callable[[T], R],
+    items: Iterable[T],
+    num_workers: int,
+    ahead: int,
+    num_bytes: Callable[[R], int] | None = None,
+    max_bytes: int = 0,
+) -> Generator[R]:
     """Yield function(item) of each item in order, computed by threads; close() ends them.
 
-    num_workers: threads; 0: none. ahead: most items in flight. An exception of `function` is raised in its result's
-    place.
+    num_workers: threads; 0: none. ahead: most items in flight. num_bytes: size of a result; fewer items are then in
+    flight where the results that wait, and those in the making if they are as large as the largest of them, are above
+    `max_bytes`, but one per thread. An exception of `function` is raised in its result's place.
     """
     if num_workers == 0:
         yield from map(function, items)
         return
     pool = ThreadPoolExecutor(num_workers, thread_name_prefix="upstep-data")
     pending: deque[Future[R]] = deque()
+    sizes: deque[int] = deque(maxlen=ahead)  # of results yielded
+
+    def is_full() -> bool:
+        if len(pending) >= ahead or num_bytes is None or len(pending) < num_workers:
+            return len(pending) >= ahead
+        waiting = [num_bytes(f.result()) for f in pending if f.done() and f.exception() is None]
+        return not _fits(waiting, len(pending), sizes, max_bytes)
+
+    def next_result() -> R:
+        result = pending.popleft().result()
+        if num_bytes is not None:
+            sizes.append(num_bytes(result))
+        return result
+
     try:
         for item in items:
             pending.append(pool.submit(function, item))
-            if len(pending) >= ahead:
-                yield pending.popleft().result()
+            while is_full():
+                yield next_result()
         while pending:
             yield pending.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _fits(waiting: Sequence[int], num_pending: int, sizes: Iterable[int], max_bytes: int) -> bool:
+    """Return whether one more item fits, if it and those in the making are as large as the largest result so far."""
+    largest = max((*sizes, *waiting), default=None)
+    return largest is not None and sum(waiting) + largest * (num_pending + 1 - len(waiting)) <= max_bytes
 
 
 def ahead(items: Generator[T], depth: int) -> Generator[T]:

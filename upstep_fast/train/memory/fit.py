@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
+
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.files import flatten_tables
 from upstep_fast.config.flat import replace_flat
@@ -26,7 +28,9 @@ from upstep_fast.runtime.device import Compute
 from upstep_fast.runtime.machine import format_bytes
 from upstep_fast.runtime.run_folder import CONFIG
 from upstep_fast.train.memory import count as step_memory
+from upstep_fast.train.memory import images
 from upstep_fast.train.memory.count import StepMemory
+from upstep_fast.train.memory.images import ImageMemory
 
 log = logging.getLogger("upstep_fast")
 
@@ -90,10 +94,11 @@ def fit(choose: Chooser, batch: int, limit: int | None) -> Choice:
     return fits
 
 
-def settle(config: AdaptConfig, compute: Compute) -> AdaptConfig:
+def settle(config: AdaptConfig, compute: Compute, decoded: ImageMemory | None = None) -> AdaptConfig:
     """Return the configuration with `memory` "auto" replaced by a level. Collective.
 
-    Raises ConfigError, naming the level and the batch that would fit, if the run does not fit.
+    decoded: estimate of this rank's decoded images; None: the loader's cache alone. Raises ConfigError, naming the
+    level and the batch that would fit, if the run does not fit.
     """
     is_checked = config.memory.check and not config.memory.auto_batch
     if not is_checked and config.memory.level != "auto":
@@ -107,8 +112,9 @@ def settle(config: AdaptConfig, compute: Compute) -> AdaptConfig:
     if free is None:
         log.warning("memory: the free memory is unknown here, so it is not checked")
         return replace_flat(config, memory=first)
-    # on a CPU the loader's cache shares the memory
-    limit = free - (CACHE_BYTES if compute.device.type == "cpu" else 0)
+    if decoded is not None and is_checked:
+        images.check(decoded, distributed.gather(machine.free_bytes(torch.device("cpu"))), distributed.local_size())
+    limit = free - _host_bytes(compute, decoded)
     batch = max(2, config.optimization.batch_size // world_size)
     choose = chooser(config, compute)
     try:
@@ -120,8 +126,16 @@ def settle(config: AdaptConfig, compute: Compute) -> AdaptConfig:
     except Exception as error:  # a model that cannot be counted may still run
         log.warning("memory: not checked (%s: %s)", type(error).__name__, str(error).split("\n")[0])
         return replace_flat(config, memory=first)
-    log.info("memory: level %s, %s at most, %s free", choice.memory, format_bytes(choice.step.peak), format_bytes(free))
+    peak = format_bytes(choice.step.peak) + (f" at most, {decoded}" if decoded else " at most")
+    log.info("memory: level %s, %s, %s free", choice.memory, peak, format_bytes(free))
     return replace_flat(config, memory=choice.memory)
+
+
+def _host_bytes(compute: Compute, decoded: ImageMemory | None) -> int:
+    """Return what the loader's images take of the step's memory: on a CPU they share it."""
+    if compute.device.type != "cpu":
+        return 0
+    return max(CACHE_BYTES, decoded.needed if decoded else 0)
 
 
 def _replacement(config: AdaptConfig, choose: Chooser, choice: Choice, limit: int, world_size: int) -> Choice:
