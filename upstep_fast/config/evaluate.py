@@ -14,6 +14,8 @@ class EvalConfig(ModelConfig):
 
     adapter: str | None = None
     """Folder of an adapter (out/adapter). Default: only the base model is measured."""
+    any_base: bool = False
+    """Use the adapter on another base model than the one that it was trained on."""
     source: str | None = None
     """Labeled images of the model's original domain, to measure forgetting."""
     k: int = 20
@@ -38,6 +40,8 @@ class EmbedConfig(ModelConfig):
     """File to write: .npy (paths beside it in .txt), .safetensors or .parquet."""
     adapter: str | None = None
     """Folder of an adapter (out/adapter)."""
+    any_base: bool = False
+    """Use the adapter on another base model than the one that it was trained on."""
     ensemble: bool = False
     """Concatenate the base model's and the adapted features, each of unit length."""
     fit_whitening: str | None = None

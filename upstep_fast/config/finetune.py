@@ -108,6 +108,8 @@ class FinetuneConfig(ModelConfig):
     """Trained weights: a side network (losa), LoRA in the backbone, a linear layer on its features, or all."""
     adapter: str | None = None
     """Folder of an adapter (OUT/adapter of adapt) that is merged into the model first."""
+    any_base: bool = False
+    """Use the adapter on another base model than the one that it was trained on."""
     json: str | None = None
     """File for the results: top-1 and balanced accuracy on test/, trainable parameters, seconds, peak bytes."""
     cache: Literal["off", "memory", "disk"] = "off"

@@ -150,6 +150,7 @@ class FinetuneOptions(TypedDict, total=False):
     resume: bool
     method: Literal["losa", "lora", "linear", "full"]
     adapter: str | Path | None
+    any_base: bool
     json: str | Path | None
     cache: Literal["off", "memory", "disk"]
     frames: int | None
@@ -202,6 +203,7 @@ class EvaluateOptions(TypedDict, total=False):
     num_workers: int | None
     max_bad_fraction: float
     adapter: str | Path | None
+    any_base: bool
     source: str | Path | None
     k: int
     json: str | Path | None
@@ -227,6 +229,7 @@ class EmbedOptions(TypedDict, total=False):
     num_workers: int | None
     max_bad_fraction: float
     adapter: str | Path | None
+    any_base: bool
     ensemble: bool
     fit_whitening: str | Path | None
     whitening: str | Path | None

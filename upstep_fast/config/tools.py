@@ -21,6 +21,8 @@ class ExportConfig(DebugConfig):
     """Folder to write."""
     adapter: str | None = None
     """Folder of an adapter (out/adapter). Default: the base model is exported."""
+    any_base: bool = False
+    """Use the adapter on another base model than the one that it was trained on."""
     data: tuple[str, ...] = ()
     """Images on which the exported features are compared; none: photographs included in the package."""
     overwrite: bool = False

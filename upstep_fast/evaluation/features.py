@@ -63,7 +63,7 @@ def load_models(config: EvalConfig | EmbedConfig, *, backbone: Backbone | None =
     if config.adapter is None:
         return {"base": base}
     adapted = base.copy()
-    peft_format.attach(adapted.vit, config.adapter)
+    peft_format.attach(adapted.vit, config.adapter, model=config.model.name, any_base=config.any_base)
     lora.merge(adapted.vit)
     return {"base": base, "adapted": adapted}
 

@@ -39,6 +39,7 @@ class Method(nn.Module, ABC):
     adapters: dict[str, LoraLinear]  # by module name
     embedding_dim: int  # d of `Embeddings.z`
     num_microbatches: int  # of a batch's forward pass; more need less memory, with equal results (microbatch.py)
+    base_record: str | None = None  # `model.adapter_base.record` of the base model, for the adapter's files
     names_on_disk: ClassVar[dict[str, str]] = {}  # tensors of a checkpoint whose attribute has another name
 
     def __init__(self, config: AdaptConfig, view_configs: list[tuple[ViewConfig, int]]):
@@ -138,4 +139,5 @@ class Method(nn.Module, ABC):
         """Return the files of the adapter folder by name, as PEFT reads them."""
         with self.weights_to_save() as vit:
             adapters = self.adapters if vit is self.vit else lora.find(vit)
-            return trainable.result_files(vit, adapters, self.config.model.name, trainable.trained(self.vit))
+            names = trainable.trained(self.vit)
+            return trainable.result_files(vit, adapters, self.config.model.name, names, self.base_record)

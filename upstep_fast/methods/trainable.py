@@ -54,12 +54,16 @@ def must_receive_grad(vit: nn.Module, adapters: Mapping[str, LoraLinear]) -> dic
 
 
 def result_files(
-    vit: nn.Module, adapters: Mapping[str, LoraLinear], base_model: str, names: Iterable[str]
+    vit: nn.Module,
+    adapters: Mapping[str, LoraLinear],
+    base_model: str,
+    names: Iterable[str],
+    base_record: str | None = None,
 ) -> dict[str, bytes]:
     """Return the adapter folder: LoRA, the fully trained modules, and bare parameters in a file of their own.
 
-    names: of the trained parameters, those of the adapters included.
+    names: of the trained parameters, those of the adapters included. base_record: of `model.adapter_base`.
     """
     fully_trained = sorted(name for name in names if not name.endswith(("lora_a", "lora_b")))
     parameters = {name: vit.get_parameter(name) for name in fully_trained}
-    return peft_format.adapter_files(adapters, base_model, fully_trained=parameters)
+    return peft_format.adapter_files(adapters, base_model, fully_trained=parameters, base_record=base_record)

@@ -1,54 +1,70 @@
-"""The base model of an adapter: its fingerprint, and the check that a model is the one the adapter was trained on.
+"""The base model of an adapter: its record in the adapter's files, and the check that a model is that base model.
 
-The fingerprint covers the weights of the transformer blocks. Position embeddings, patch embedding and classifier are
-left out: they change with --img-size, --in-chans and the number of classes, which an adapter does not depend on. A
-model into which the adapter was merged has other blocks, so the adapter is refused there too.
+The record covers the transformer blocks: the SHA-256 of their weights and the settings of their modules. Position
+embeddings, patch embedding and classifier are left out: they change with --img-size, --in-chans and the number of
+classes, which an adapter does not depend on. A model into which the adapter was merged has other blocks, so the adapter
+is refused there too.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import timm
 from torch import nn
 
 from upstep_fast.errors import ConfigError, printable
-from upstep_fast.model import backbone
+from upstep_fast.model.backbone import fingerprint
+from upstep_fast.model.identity import differences, settings
 
-ANY_BASE = "--any-base (any_base=True in Python) uses it all the same"
+ANY_BASE = "--any-base (any_base=True in Python) uses the adapter all the same"
 
 
-def fingerprint(vit: nn.Module) -> str:
-    """Return the SHA-256 over names, types, shapes and bytes of the weights of the blocks, without adapters."""
-    return backbone.fingerprint(vit.get_submodule("blocks"))
+def record(vit: nn.Module) -> str:
+    """Return the record of a base model without adapters, as JSON text: sha256 of its blocks, and their settings."""
+    return json.dumps(_describe(vit))
 
 
 def check(vit: nn.Module, model: str | None, folder: Path, *, recorded: str | None, base_model: str | None) -> None:
     """Raise ConfigError if the adapter in `folder` was trained on another model than `vit`.
 
-    model: name under which `vit` was loaded, None if it is not known. recorded: fingerprint of the adapter's base
-    model; without one, timm names are compared. base_model: base_model_name_or_path.
+    model: name under which `vit` was loaded, None if it is not known. recorded: of `record`, in the adapter's files;
+    without it, timm names are compared. base_model: base_model_name_or_path.
     """
-    made_for = f"adapter: {folder} was trained on {printable(str(base_model), 200)}"
+    trained_on = f"adapter: {folder} was trained on another base model ({printable(str(base_model), 200)})"
+    cure = f"give that model, without an adapter merged into it; {ANY_BASE}"
     if recorded is not None:
-        if recorded != fingerprint(vit):
-            raise ConfigError(
-                f"{made_for}; the weights of this model's blocks are others (another model, or one with an adapter "
-                f"merged); give that model, or {ANY_BASE}"
-            )
+        different = differences(_parsed(recorded, folder), _describe(vit))
+        if different:
+            raise ConfigError(f"{trained_on}: {printable('; '.join(different[:3]), 300)}; {cure}")
         return
-    trained_on, given = timm_name(base_model), timm_name(model)
-    if trained_on is not None and given is not None and trained_on != given:
-        raise ConfigError(f"{made_for}, not on {printable(str(model), 200)}; give that model, or {ANY_BASE}")
+    names = timm_name(base_model), timm_name(model)
+    if None not in names and names[0] != names[1]:
+        raise ConfigError(f"{trained_on}, not on {printable(str(model), 200)}; {cure}")
 
 
 def timm_name(name: str | None) -> str | None:
     """Return timm's full name, with its tag, of a model called by its timm or hub name; None for any other."""
     plain = (name or "").removeprefix("hf-hub:").removeprefix("hf_hub:").removeprefix("timm/")
-    if not timm.is_model(plain.partition(".")[0]):
-        return None
     arch, _, tag = plain.partition(".")
-    if not tag:
-        default = timm.models.get_pretrained_cfg(arch)
-        tag = (default.tag or "") if default is not None else ""
-    return f"{arch}.{tag}"
+    if not timm.is_model(arch):
+        return None
+    default = timm.models.get_pretrained_cfg(arch)
+    return f"{arch}.{tag or (default.tag if default is not None else '')}"
+
+
+def _describe(vit: nn.Module) -> dict[str, Any]:
+    blocks = vit.get_submodule("blocks")
+    return {"sha256": fingerprint(blocks), "settings": settings(blocks)}
+
+
+def _parsed(recorded: str, folder: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(recorded)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict) or not isinstance(values.get("sha256"), str):
+        raise ConfigError(f"adapter: {folder} has a damaged record of its base model; copy it again, or {ANY_BASE}")
+    return values

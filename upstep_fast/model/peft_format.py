@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from upstep_fast import input_files
 from upstep_fast.errors import ConfigError
 from upstep_fast.model import adapter_base, peft_config, peft_fit, peft_tensors
 from upstep_fast.model.backbone import load
@@ -69,13 +70,13 @@ def adapter_files(
     base_model: str,
     *,
     fully_trained: Mapping[str, Tensor] | None = None,
-    base_sha256: str | None = None,
+    base_record: str | None = None,
 ) -> dict[str, bytes]:
     """Return the files of an adapter in PEFT's format, by name.
 
     base_model: goes into base_model_name_or_path. fully_trained: parameters trained without an adapter, by name.
-    base_sha256: `adapter_base.fingerprint` of the base model; goes into the metadata of the tensors, as does the
-    fingerprint of bare parameters, without which the adapter would be incomplete.
+    base_record: `adapter_base.record` of the base model; goes into the metadata of the tensors, as does the SHA-256 of
+    bare parameters, without which the adapter would be incomplete.
     """
     pairs = {name: adapter.as_one() for name, adapter in adapters.items()}
     parameters = {name: p.detach().cpu().contiguous() for name, p in (fully_trained or {}).items()}
@@ -91,8 +92,8 @@ def adapter_files(
     alphas = {name: ranks[name] * adapter.scale for name, adapter in adapters.items()}
     config = _peft_config(base_model, ranks, alphas, modules_to_save={_module_to_save(name) for name in of_modules})
     metadata = {"format": "pt", BARE_RECORD: peft_tensors.sha256(bare) if bare else NO_BARE}
-    if base_sha256 is not None:
-        metadata[BASE_RECORD] = base_sha256
+    if base_record is not None:
+        metadata[BASE_RECORD] = base_record
     files = {
         WEIGHTS: peft_tensors.to_bytes(tensors, metadata),
         CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
@@ -146,7 +147,7 @@ def attach(
     config, tensors = _read(folder)
     peft_fit.check(vit, config, tensors, folder)
     if not any_base:
-        adapter_base.check(vit, model, folder, recorded=tensors.base_sha256, base_model=config.base_model)
+        adapter_base.check(vit, model, folder, recorded=tensors.base, base_model=config.base_model)
     adapters = {}
     for name, (a, b) in tensors.pairs.items():
         linear = vit.get_submodule(name)
@@ -215,10 +216,22 @@ def load_adapted(
     return merge(vit) if merged else vit
 
 
+def read_files(folder: str | Path) -> dict[str, bytes]:
+    """Return the files of an adapter by name, and nothing else that lies in `folder`. Raises ConfigError."""
+    peft_tensors.require_files(Path(folder))
+    present = [Path(folder) / name for name in FILES if (Path(folder) / name).exists()]
+    files = {}
+    for path in present:
+        with input_files.open_regular(path, "adapter") as file:
+            files[path.name] = file.read()
+    return files
+
+
 def fingerprint(folder: str | Path) -> str:
     """Return the SHA-256 over the files of an adapter; merged weights would differ with the machine that adds them."""
-    files = [Path(folder) / name for name in (WEIGHTS, CONFIG, BARE)]
-    return hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files if f.is_file())).hexdigest()
+    files = read_files(folder)
+    hashes = [hashlib.sha256(files[name]).digest() for name in (WEIGHTS, CONFIG, BARE) if name in files]
+    return hashlib.sha256(b"".join(hashes)).hexdigest()
 
 
 def fully_trained(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -26,7 +26,7 @@ from upstep_fast.model.peft_config import CONFIG, AdapterConfig
 WEIGHTS = "adapter_model.safetensors"
 BARE = "bare_parameters.safetensors"  # parameters of the model itself (cls_token, pos_embed), which PEFT cannot save
 PREFIX = "base_model.model."
-BASE_RECORD = "upstep_fast.base_sha256"  # metadata of WEIGHTS, which PEFT ignores
+BASE_RECORD = "upstep_fast.base"  # metadata of WEIGHTS, which PEFT ignores
 BARE_RECORD = "upstep_fast.bare_parameters_sha256"
 NO_BARE = "none"
 _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -41,7 +41,7 @@ class AdapterTensors:
     of_modules: dict[str, Tensor]  # fully trained parameters, which replace those of the model
     bare: dict[str, Tensor]  # the same of the model itself; their names have no dot
     written: dict[str, str]  # the Linear's name as PEFT saw it in training, by its name in `pairs`
-    base_sha256: str | None  # of the base model (`adapter_base.fingerprint`), where the file has it
+    base: str | None  # of the base model (`adapter_base.record`), where the file has it
 
 
 def read(folder: Path, config: AdapterConfig) -> AdapterTensors:
@@ -72,7 +72,7 @@ def read(folder: Path, config: AdapterConfig) -> AdapterTensors:
         of_modules=of_modules,
         bare=_read_bare(folder, metadata),
         written=written,
-        base_sha256=metadata.get(BASE_RECORD),
+        base=metadata.get(BASE_RECORD),
     )
 
 

@@ -17,6 +17,7 @@ from upstep_fast.errors import ConfigError
 from upstep_fast.methods import Method
 from upstep_fast.methods.gate import GateState
 from upstep_fast.methods.registry import make_optimizer
+from upstep_fast.model import adapter_base
 from upstep_fast.model import backbone as backbones
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime.device import Compute
@@ -69,7 +70,9 @@ def fresh_state(config: AdaptConfig, compute: Compute, backbone: backbones.Backb
     """
     if config.memory.cuda_graphs and compute.device.type != "cuda":
         raise ConfigError(f"cuda_graphs: needs a GPU, the device is {compute.device}; leave it out")
+    base_record = adapter_base.record(backbone.vit)
     method = methods.build(backbone, config)
+    method.base_record = base_record
     if config.runtime.shard_weights:
         distributed.shard(method.vit, compute.device)
     method = method.to(compute.device)

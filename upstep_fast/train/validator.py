@@ -183,7 +183,7 @@ class Validator:
     def _gain(self, first: float, last: float) -> float:
         vit = self._base.copy().vit
         strength = peft_format.strength_by_depth(first, last, len(vit.blocks))
-        for name, adapter in peft_format.attach(vit, self._out / BEST).items():
+        for name, adapter in peft_format.attach(vit, self._out / BEST, any_base=True).items():
             adapter.scale *= strength(name)
         return predicted_gain(judge(self._base_features, self._features(lora.merge(vit).to(self._compute.device))))
 

@@ -9,6 +9,7 @@ both in fp32. If the difference is above 1e-4, nothing is written.
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,8 +27,8 @@ from upstep_fast.data.loading.loader import load_images
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import CheckFailedError, ConfigError, RunFailedError, UpstepError, first_line
 from upstep_fast.input_files import read_bytes
+from upstep_fast.model import adapter_base, lora, peft_format
 from upstep_fast.model import backbone as backbones
-from upstep_fast.model import lora, peft_format
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.model.export.writers import WRITERS, Job, Written
 from upstep_fast.model.pooling import features
@@ -67,7 +68,9 @@ def run(config: ExportConfig) -> Exported:
     _check(config, out)
     base = backbones.load_from(config.model)
     images, images_text = _images(config, base)
-    adapters = {} if config.adapter is None else peft_format.attach(base.vit, config.adapter)
+    base_record, adapters = adapter_base.record(base.vit), {}
+    if config.adapter is not None:
+        adapters = peft_format.attach(base.vit, config.adapter, model=config.model.name, any_base=config.any_base)
     expected = features(base.vit, images)
     if not expected.isfinite().all():
         adapted = "" if config.adapter is None else f" with the adapter {config.adapter}"
@@ -75,7 +78,7 @@ def run(config: ExportConfig) -> Exported:
     if config.format != "peft":
         lora.merge(base.vit)
     with _replacing(out) as folder:
-        written = WRITERS[config.format](Job(config, base, adapters, folder))
+        written = WRITERS[config.format](Job(config, base, base_record, adapters, folder))
         difference = ((written.measure(images) - expected).abs().max() / expected.abs().max().clamp_min(1)).item()
         if not difference <= BOUND:
             raise CheckFailedError(
@@ -83,8 +86,8 @@ def run(config: ExportConfig) -> Exported:
                 f"more than {BOUND:.0e}; "
                 "nothing was written; this format cannot hold this model, try another"
             )
-        card = folder / "README.md"
-        card.write_text(_card(config, base, written, difference, images_text))
+        card, base_sha256 = folder / "README.md", json.loads(base_record)["sha256"]
+        card.write_text(_card(config, base, base_sha256, written, difference, images_text))
         for path in folder.iterdir():  # safetensors writes files that only their owner may read
             path.chmod(card.stat().st_mode)
     return Exported(Path(config.out), difference, images_text)
@@ -176,7 +179,9 @@ def _images(config: ExportConfig, base: Backbone) -> tuple[Tensor, str]:
     return base.normalized(pixels), images_text
 
 
-def _card(config: ExportConfig, base: Backbone, written: Written, difference: float, images_text: str) -> str:
+def _card(
+    config: ExportConfig, base: Backbone, base_sha256: str, written: Written, difference: float, images_text: str
+) -> str:
     def numbers(values: tuple[float, ...]) -> str:
         return ", ".join(f"{value:g}" for value in values)
 
@@ -184,6 +189,9 @@ def _card(config: ExportConfig, base: Backbone, written: Written, difference: fl
         f"{difference:.1e}, measured in {written.tool} on {images_text}, fp32, as a share of the largest (at least 1)"
     )
 
+    adapter = "none"
+    if config.adapter is not None:
+        adapter = f"`{config.adapter}`, SHA-256 of its files `{peft_format.fingerprint(config.adapter)}`"
     vit: Any = base.vit
     license_name = vit.pretrained_cfg.get("license")
     channels = vit.patch_embed.proj.in_channels
@@ -194,8 +202,8 @@ def _card(config: ExportConfig, base: Backbone, written: Written, difference: fl
 
 | | |
 | --- | --- |
-| base model | `{config.model.name}` |
-| adapter | {f"`{config.adapter}`" if config.adapter else "none"} |
+| base model | `{config.model.name}`, SHA-256 of its blocks `{base_sha256}` |
+| adapter | {adapter} |
 | input | {channels} x {base.img_size[0]} x {base.img_size[1]}, {base.interpolation}, crop {base.crop_pct:g} |
 | mean | {numbers(base.mean)} |
 | standard deviation | {numbers(base.std)} |

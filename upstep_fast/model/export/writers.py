@@ -40,6 +40,7 @@ class Job:
 
     config: ExportConfig
     base: Backbone  # with the adapter merged, except for PEFT
+    base_record: str  # `adapter_base.record` of the base model
     adapters: Mapping[str, lora.LoraLinear]
     folder: Path
 
@@ -111,7 +112,10 @@ def _peft(job: Job) -> Written:
     name = f"{HUB}{hub}" if hub and timm.is_model(job.config.model.name.partition(".")[0]) else job.config.model.name
     assert job.config.adapter is not None
     of_modules, bare = peft_format.fully_trained(job.config.adapter)
-    peft_format.write_files(job.folder, peft_format.adapter_files(job.adapters, name, fully_trained=of_modules | bare))
+    adapter = peft_format.adapter_files(
+        job.adapters, name, fully_trained=of_modules | bare, base_record=job.base_record
+    )
+    peft_format.write_files(job.folder, adapter)
     biased = getattr(vit.blocks[0].attn, "q_bias", None) is not None
 
     def measure(images: Tensor) -> Tensor:

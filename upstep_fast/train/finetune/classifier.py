@@ -40,7 +40,7 @@ FORMAT = 1
 # what `build` and the backbone are made from
 _SETTINGS = (
     *("method", "frames", "losa_rank", "losa_token_rank", "losa_combine", "losa_order", "losa_every"),
-    *("losa_learn_scale", "lora_r", "lora_alpha", "lora_targets"),
+    *("losa_learn_scale", "lora_r", "lora_alpha", "lora_targets", "any_base"),
 )
 _MODEL = ("model", "arch", "img_size", "in_chans", "mean", "std", "min_matched")
 
@@ -71,7 +71,7 @@ def load_backbone(config: FinetuneConfig) -> tuple[Backbone, dict[str, Any]]:
     backbone = backbones.load_from(config.model)
     identity = model_identity(backbone)
     if config.adapter is not None:
-        peft_format.attach(backbone.vit, config.adapter)
+        peft_format.attach(backbone.vit, config.adapter, model=config.model.name, any_base=config.any_base)
         lora.merge(backbone.vit)
         backbone.vit.requires_grad_(False)
     return backbone, identity
@@ -95,9 +95,8 @@ def save(
     data = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, belongs_to)
     if config.adapter is not None:
         (folder / ADAPTER).mkdir(exist_ok=True)
-        for file in Path(config.adapter).iterdir():
-            if file.is_file():
-                write_atomic(folder / ADAPTER / file.name, file.read_bytes())
+        for name, content in peft_format.read_files(config.adapter).items():
+            write_atomic(folder / ADAPTER / name, content)
     write_atomic(folder / WEIGHTS, data)
     flags = flat(config)
     values = {
