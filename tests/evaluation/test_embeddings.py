@@ -21,6 +21,11 @@ from upstep_fast.runtime import commit
 ORDERING = ("fsync", "replace", "unlink")  # what puts content on disk
 
 
+def _terminated():
+    """What SIGTERM does in a command, runtime/exit_signals.py."""
+    raise KeyboardInterrupt
+
+
 class Killed(BaseException):
     """In place of SIGKILL: nothing after it touches the disk."""
 
@@ -155,6 +160,26 @@ def test_a_full_disk_leaves_the_old_files(model, photos, features, monkeypatch, 
         err = capsys.readouterr().err.strip().splitlines()
         assert "out: cannot write" in err[-1] and "No space left on device" in err[-1]
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_signal_leaves_no_temporary_files(model, photos, features, monkeypatch, tmp_path):
+    """SIGTERM raises KeyboardInterrupt, here while the names are written."""
+    features(5, 1)
+    embed(model, photos, tmp_path / "f.npy", device="cpu")
+    before = state(tmp_path / "f.npy")
+    features(6, 2)
+    real, calls = os.fsync, iter(range(100))
+
+    def stopped(descriptor):
+        if next(calls) == 1:
+            _terminated()
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", stopped)
+    with pytest.raises(SystemExit) as stop:
+        main(f"embed --model {model} --data {photos} --out {tmp_path / 'f.npy'} --device cpu --overwrite".split())
+    assert stop.value.code == 75 and state(tmp_path / "f.npy") == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f.npy", "f.txt"]
 
 
 def test_an_unwritten_array_has_its_reason(model, photos, features, monkeypatch, tmp_path):

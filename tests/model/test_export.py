@@ -447,6 +447,11 @@ def test_files_have_the_mode_that_the_umask_gives(tmp_path, kind):
     )
 
 
+def _terminated():
+    """What SIGTERM does in a command, runtime/exit_signals.py."""
+    raise KeyboardInterrupt
+
+
 class Killed(BaseException):
     """In place of SIGKILL: nothing after it touches the disk."""
 
@@ -492,6 +497,15 @@ def test_a_kill_at_any_point_of_overwrite_leaves_the_old_or_the_new(tmp_path, mo
             break
     assert seen == {True, False} and 8 <= point < 59
     assert content(out) == new and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_signal_removes_the_temporary_folder(tmp_path, monkeypatch):
+    """SIGTERM raises KeyboardInterrupt, here before the card is written."""
+    name, _ = make(tmp_path)
+    monkeypatch.setattr(exporting, "_card", lambda *_: _terminated())
+    with pytest.raises(SystemExit) as stop:
+        main(["export", "--model", name, "--out", str(tmp_path / "out")])
+    assert stop.value.code == 75 and sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
 
 
 def test_a_link_as_out_is_followed(tmp_path):

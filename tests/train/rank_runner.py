@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 rank_runner.py JOB.json
 
-JOB: [{"name": ..., "call": "adapt" | "extract" | "collectives", "options": {...}, "fault": {...}}, ...]. A fault is
-{"rank": R, "kind": ..., "at": step}; what it does is in `planted`. NAME.rankR.json beside JOB gets the outcome. Instead
-of a list: {"command": [...], "fault": {...}}, a command line that may end the process.
+JOB: [{"name": ..., "call": "adapt" | "embed" | "extract" | "collectives", "options": {...}, "fault": {...}}, ...].
+A fault is {"rank": R, "kind": ..., "at": step}; what it does is in `planted`. NAME.rankR.json beside JOB gets the
+outcome. Instead of a list: {"command": [...], "fault": {...}}, a command line that may end the process.
 """
 
 import contextlib
@@ -80,6 +80,8 @@ def planted(fault):
         return mock.patch.object(UpStep, "update_running_stats", counted(UpStep.update_running_stats, at, act))
     if fault["kind"] in ENDINGS:
         act = lambda call: (begin(fault), call())[1]  # noqa: E731
+        if fault.get("in") == "features":  # of embed and eval, on each batch
+            return mock.patch.object(features, "_check_finite", counted(features._check_finite, at, act))
         return mock.patch.object(UpStep, "embed", counted(UpStep.embed, at, act))
     if fault["kind"] == "nan":
         return mock.patch.object(UpStep, "loss", counted(UpStep.loss, at, lambda call: call() * float("nan")))
@@ -132,6 +134,8 @@ def one(run, folder):
             return collectives()
         if run["call"] == "extract":
             return extract(options, folder / f"{name}.rank{distributed.rank()}.pt")
+        if run["call"] == "embed":
+            return str(upstep_fast.embed(**options))
         result = upstep_fast.adapt(**options)
         return {"loss": result.loss, "opened": result.opened}
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import upstep_fast
 from upstep_fast.config.evaluate import EmbedConfig
@@ -119,6 +119,20 @@ def jobs(base, folder):
         {**adapt("differs"), "per_rank": {"lr": [1e-3, 2e-3]}},
     ]
     embed = {k: base[k] for k in ("model", "data", "precision", "device", "num_workers")} | {"out": "x.npy"}
+    fewer, weights = folder / "fewer", folder / "weights"
+    shutil.copytree(base["data"], fewer)
+    next(fewer.iterdir()).unlink()
+    shutil.copytree(base["model"].removeprefix("local-dir:"), weights)
+    state = load_file(weights / "model.safetensors")
+    save_file(state | {"norm.bias": state["norm.bias"] + 1}, weights / "model.safetensors")
+    for name, key, other in (
+        ("embed data", "data", str(fewer)),
+        ("embed model", "model", f"local-dir:{weights}"),
+        ("embed mean", "mean", (0.4,) * 3),
+    ):
+        mine = base.get(key, (0.5,) * 3)
+        options = embed | {"out": str(folder / f"{key}.npy")}
+        runs.append({"name": name, "call": "embed", "options": options, "per_rank": {key: [mine, other]}})
     runs.append({"name": "extract", "call": "extract", "options": embed | {"batch_size": 5}})
     return runs
 
@@ -312,6 +326,15 @@ def test_a_rank_with_another_configuration_is_refused(ranks, record_property):
     record_property("rank_faults", 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "differs"), [("data", "data.images"), ("model", "model.sha256"), ("mean", "config.mean")]
+)
+def test_embed_refuses_ranks_that_differ(ranks, name, differs):
+    for found in outcome(ranks, f"embed {name}"):
+        assert found["error"] == "ConfigError" and f"rank 1 differs from rank 0: {differs}" in found["text"]
+    assert not (ranks / f"{name}.npy").exists()
+
+
 def test_features_are_those_of_one_process(ranks, base):
     config = from_flat(
         EmbedConfig, model=base["model"], data=(base["data"],), out="x.npy", device="cpu", precision="fp32"
@@ -375,6 +398,25 @@ def test_when_a_rank_ends_all_end_within_a_minute_and_say_why(base, tmp_path, re
     assert CAUSES[kind].removeprefix("(rank 1): ") in log
     record_property("rank_faults", 1)
     record_property("rank_fault_seconds_max", seconds)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kind", ["killed", "stopped", "raises"])
+def test_when_a_rank_of_embed_ends_all_end_within_a_minute_and_say_why(base, tmp_path, kind):
+    options = {k: base[k] for k in ("model", "data", "precision", "device", "num_workers")}
+    options |= {"out": str(tmp_path / "f.npy"), "batch_size": 4}
+    fault = {"rank": 1, "kind": kind, "at": 1, "in": "features", "note": str(tmp_path / "when")}
+    done, ended = launch(tmp_path, {"command": ["embed", *flags(options)], "fault": fault})
+    said = [line for line in done.stderr.splitlines() if line.startswith("upstep-fast")]
+    if kind == "killed":  # torchrun sees that at once, says so, and ends the others, which wait for nobody
+        assert "exitcode  : -9" in done.stderr
+    else:
+        assert len(said) == 1 and CAUSES[kind] in said[0], done.stderr[-3000:]
+    assert (
+        done.returncode != 0 and "--resume" not in done.stderr and ended - float((tmp_path / "when").read_text()) < 60
+    )
+    assert not list(tmp_path.glob("*f.npy"))
 
 
 @pytest.mark.long

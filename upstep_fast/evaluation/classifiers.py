@@ -31,6 +31,7 @@ def knn_right(train: Features, test: Features, k: int = 20) -> Tensor:
     """
     local = slice(distributed.rank(), None, distributed.size())
     own = knn_correct(train, Features(test.x[local], test.y[local], test.classes), k)
+    distributed.wait_for_ranks()
     right = torch.empty(len(test.y), dtype=torch.bool)
     for rank, part in enumerate(distributed.gather_parts(own.to(torch.uint8))):
         right[rank :: distributed.size()] = part.bool()

@@ -55,7 +55,7 @@ def run_embed(config: EmbedConfig) -> Path:
     if distributed.is_first():
         _check_files(out, config)
     compute = resolve(config.runtime.device, config.runtime.precision, config.runtime.implementation)
-    with distributed.joined(compute.device):
+    with distributed.joined(compute.device, "repeat the command"):
         source = open_configured(config.data)
         log.info("data: %s", source.summary)
         models = load_models(config)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upstep_fast.config.evaluate import EmbedConfig, EvalConfig
+from upstep_fast.config.flat import flat
 from upstep_fast.data.loading.loader import load_images
 from upstep_fast.data.loading.skipped_images import SkippedImages
 from upstep_fast.data.sources.source import Source
@@ -22,8 +25,10 @@ from upstep_fast.evaluation.whitening import Whitening
 from upstep_fast.model import backbone as backbones
 from upstep_fast.model import lora, peft_format, pooling
 from upstep_fast.model.backbone import Backbone
+from upstep_fast.model.identity import model_identity
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime.device import Compute
+from upstep_fast.version import __version__
 
 log = logging.getLogger("upstep_fast")
 
@@ -82,6 +87,7 @@ def extract(
     torchrun each rank reads a part of the images, and all ranks return all features. Raises DataError, and
     RunFailedError for features that are not finite.
     """
+    _agree(source, models["base"], config)
     base = models["base"]
     pool = pooling.pooled_and_patch_mean if patches else pooling.pooled_only
     runs = {name: _feature_function(model, config, compute, pool) for name, model in models.items()}
@@ -105,8 +111,28 @@ def extract(
                 f = F.normalize(run(x).float(), dim=-1).cpu()
             _check_finite(f, name, source, batch_indices, compute)
             rows[name].append(f)
+        distributed.require_ranks()
+    distributed.wait_for_ranks()
     indices = _gather_indices(local_indices, skipped, len(source))
     return {name: _gather_features(rows[name], model, patches) for name, model in models.items()}, indices
+
+
+def _agree(source: Source, base: Backbone, config: EvalConfig | EmbedConfig) -> None:
+    """Raise ConfigError naming the first of configuration, versions, model and data in which a rank differs."""
+    if distributed.size() == 1:
+        return
+    distributed.wait_for_ranks()
+    labels = source.labels
+    # model and data are compared by content: their places may differ between machines
+    facts = {
+        "config": {k: v for k, v in flat(config).items() if k not in ("device", "num_workers", "model", "data")},
+        "versions": {"upstep_fast": __version__, "torch": torch.__version__},
+        "model": model_identity(base),
+        "adapter": None if config.adapter is None else peft_format.fingerprint(config.adapter),
+        "data": {"images": len(source), "sha256": source.fingerprint()},
+        "labels": None if labels is None else hashlib.sha256(json.dumps(labels).encode()).hexdigest(),
+    }
+    distributed.agree_on(json.loads(json.dumps(facts)))
 
 
 def _check_finite(f: Tensor, name: str, source: Source, indices: Tensor, compute: Compute) -> None:

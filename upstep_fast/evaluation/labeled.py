@@ -63,7 +63,7 @@ def run(config: EvalConfig, report: Callable[[dict[str, Any]], None] | None = No
     if config.json is not None and distributed.is_first():
         require_writable(Path(config.json), "json")
     compute = resolve(config.runtime.device, config.runtime.precision, config.runtime.implementation)
-    with distributed.joined(compute.device):
+    with distributed.joined(compute.device, "repeat the command"):
         result = _measure(config, compute)
         if distributed.is_first():
             if report is not None:

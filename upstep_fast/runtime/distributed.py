@@ -30,6 +30,7 @@ from torch.distributed.rendezvous import rendezvous
 from upstep_fast.errors import ConfigError, Interrupted, RunFailedError, UpstepError
 from upstep_fast.runtime.heartbeat import Heartbeat
 
+SILENT_SECONDS = 15.0  # without a heartbeat, after which `require_ranks` counts a rank as gone
 START_SECONDS = 600.0  # timeout of collectives while models are loaded, images listed and kernels compiled
 
 
@@ -42,6 +43,7 @@ class _Traffic:
 
     def __init__(self) -> None:
         self.entered, self.bytes, self.seconds = 0, 0, 0.0
+        self.waits = 0  # calls of `wait_for_ranks`
         self.events: list[tuple[Any, Any]] = []
 
 
@@ -132,6 +134,27 @@ def limit_wait(seconds: float) -> None:
             dist.set_timeout(timeout)
         else:  # torch before 2.14
             dist.distributed_c10d._set_pg_timeout(timeout)
+
+
+def require_ranks() -> None:
+    """Raise RankError if another rank has failed, or has had no heartbeat for SILENT_SECONDS.
+
+    For long work between collectives; does not wait. A slow rank that is alive is waited for.
+    """
+    if _heartbeat is not None and (cause := _heartbeat.lost(SILENT_SECONDS)):
+        raise RankError(f"{cause} (noticed by rank {rank()})")
+
+
+def wait_for_ranks() -> None:
+    """Wait until every rank is here. Raises RankError as `require_ranks` does, which a collective notices later."""
+    if _heartbeat is None:
+        return
+    _traffic.waits += 1
+    point, arrive = str(_traffic.waits), True
+    while not _heartbeat.all_at(point, arrive):
+        arrive = False
+        require_ranks()
+        time.sleep(0.05)
 
 
 def reduce(x: Tensor, op: str = "sum") -> Tensor:

@@ -29,6 +29,8 @@ class Heartbeat:
     def __init__(self, store: Any, rank: int, size: int, entered: Callable[[], int], cure: str):
         self._store, self._entered, self._cure = store, entered, cure
         self._rank, self._size, self._beats = rank, size, 0
+        self._seen: dict[int, tuple[int, float]] = {}  # by rank: beats, and when they last changed
+        self._looked = 0.0
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="upstep-heartbeat", daemon=True)
 
@@ -54,9 +56,8 @@ class Heartbeat:
             first = {r: self._read(r) for r in others}
             until = time.monotonic() + 3 * BEAT_SECONDS
             while time.monotonic() < until:
-                if self._store.check(["cause"]):
-                    number, _, reason = self._store.get("cause").decode(errors="replace").partition(" ")
-                    return f"rank {number}: {reason}"
+                if cause := self._recorded():
+                    return cause
                 time.sleep(0.1)
             second = {r: self._read(r) for r in others}
             if silent := [r for r in others if second[r] == first[r]]:
@@ -67,6 +68,39 @@ class Heartbeat:
                     f"{self._cure}"
                 )
         return f"ranks: the connection to the other ranks broke; {self._cure}"
+
+    def lost(self, seconds: float) -> str | None:
+        """Return why the others cannot go on, or None: a recorded error, or ranks without a heartbeat for `seconds`.
+
+        Does not wait; looks once a beat at most.
+        """
+        now = time.monotonic()
+        if now - self._looked < BEAT_SECONDS:
+            return None
+        self._looked = now
+        with contextlib.suppress(RuntimeError):
+            if cause := self._recorded():
+                return cause
+            for rank in (r for r in range(self._size) if r != self._rank):
+                beats, _ = self._read(rank)
+                if rank not in self._seen or self._seen[rank][0] != beats:
+                    self._seen[rank] = beats, now
+            if silent := [rank for rank, (_, since) in self._seen.items() if now - since > seconds]:
+                return f"ranks: no heartbeat from {_named(silent)}, killed or stopped; {self._cure}"
+            return None
+        return f"ranks: the connection to the other ranks broke; {self._cure}"
+
+    def all_at(self, point: str, arrive: bool) -> bool:
+        """Return True once all ranks are at `point`. arrive: this rank reaches it now."""
+        with contextlib.suppress(RuntimeError):
+            return self._store.add(f"at/{point}", int(arrive)) >= self._size
+        return False
+
+    def _recorded(self) -> str | None:
+        if not self._store.check(["cause"]):
+            return None
+        number, _, reason = self._store.get("cause").decode(errors="replace").partition(" ")
+        return f"rank {number}: {reason}"
 
     def _read(self, rank: int) -> tuple[int, int]:
         beats, entered = self._store.get(f"heartbeat/{rank}").decode().split()
