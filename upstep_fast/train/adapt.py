@@ -98,7 +98,7 @@ def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
 
 def _decoded(config: AdaptConfig, source: Source, backbone: Backbone, compute: Compute) -> ImageMemory | None:
     """Return the estimate of this rank's decoded images; None without a memory check."""
-    if not config.memory.check:
+    if not config.memory.check or config.memory.auto_batch:
         return None
     return estimate(
         source,

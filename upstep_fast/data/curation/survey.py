@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from upstep_fast import input_files
-from upstep_fast.data.curation.triage import VERSION, Verdict, triage
+from upstep_fast.data.curation.triage import VERSION, Verdict, level_counts, triage
 from upstep_fast.data.keyed_random import bits_array
 from upstep_fast.data.loading.skipped_images import SkippedImages, map_readable, read_image
 from upstep_fast.data.sources.source import Source
@@ -141,9 +141,12 @@ def channel_statistics(
     """
     order = np.argsort(bits_array(0, np.arange(len(source), dtype=np.uint64)), kind="stable")[:sample]
 
+    levels = np.arange(256) / 255
+
     def moments(index: int) -> np.ndarray:
-        x = read_image(source, index, channels=channels).flatten(1).double() / 255
-        return np.stack([x.mean(1).numpy(), x.square().mean(1).numpy()])
+        image = read_image(source, index, channels=channels)
+        shares = level_counts(image) / (image.shape[1] * image.shape[2])
+        return np.stack([shares @ levels, shares @ levels**2])
 
     skipped, indices = SkippedImages(), sorted(order.tolist())
     options: dict[str, Any] = {"num_workers": num_workers, "ahead": AHEAD, "max_bad_fraction": max_bad_fraction}

@@ -24,9 +24,8 @@ def ordered_map(
 ) -> Generator[R]:
     """Yield function(item) of each item in order, computed by threads; close() ends them.
 
-    num_workers: threads; 0: none. ahead: most items in flight. num_bytes: size of a result; fewer items are then in
-    flight where the results that wait, and those in the making if they are as large as the largest of them, are above
-    `max_bytes`, but one per thread. An exception of `function` is raised in its result's place.
+    num_workers: threads; 0: none. ahead: most items in flight. num_bytes: size of a result; fewer items are in flight,
+    but one per thread, where they are above `max_bytes` together. An exception is raised in its result's place.
     """
     if num_workers == 0:
         yield from map(function, items)
@@ -43,8 +42,7 @@ def ordered_map(
 
     def next_result() -> R:
         result = pending.popleft().result()
-        if num_bytes is not None:
-            sizes.append(num_bytes(result))
+        sizes.append(num_bytes(result) if num_bytes else 0)
         return result
 
     try:

@@ -97,7 +97,7 @@ def fit(choose: Chooser, batch: int, limit: int | None) -> Choice:
 def settle(config: AdaptConfig, compute: Compute, decoded: ImageMemory | None = None) -> AdaptConfig:
     """Return the configuration with `memory` "auto" replaced by a level. Collective.
 
-    decoded: estimate of this rank's decoded images; None: the loader's cache alone. Raises ConfigError, naming the
+    decoded: estimate of this rank's decoded images; None: not checked. Raises ConfigError, naming the
     level and the batch that would fit, if the run does not fit.
     """
     is_checked = config.memory.check and not config.memory.auto_batch
@@ -112,7 +112,7 @@ def settle(config: AdaptConfig, compute: Compute, decoded: ImageMemory | None = 
     if free is None:
         log.warning("memory: the free memory is unknown here, so it is not checked")
         return replace_flat(config, memory=first)
-    if decoded is not None and is_checked:
+    if decoded is not None:
         images.check(decoded, distributed.gather(machine.free_bytes(torch.device("cpu"))), distributed.local_size())
     limit = free - _host_bytes(compute, decoded)
     batch = max(2, config.optimization.batch_size // world_size)
