@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from upstep_fast.data.labeled import video
 from upstep_fast.data.labeled.batches import Reader
 from upstep_fast.data.labeled.clips import train_and_test_clips
 from upstep_fast.data.labeled.reader import ReaderOptions
@@ -60,3 +61,18 @@ def test_too_many_bad_clips_end_the_run(clips):
     data, _ = train_and_test_clips((str(clips),), 2)
     with pytest.raises(DataError, match=r"3 of 6 images cannot be used, more than the 40.00% allowed"):
         list(Reader(options()).in_order(data))
+
+
+def test_splits_of_clips_by_the_rule_of_images(clips, monkeypatch):
+    """Train/ in any case, and val/ where there is no test/: for folders of frames and for video files."""
+    (clips / "train").rename(clips / "Train")
+    (clips / "test").rename(clips / "VAL")
+    for split in ("Train", "VAL"):
+        (clips / split / "a" / "one.mp4").write_bytes(b"not decoded here")
+        (clips / split / "stray.mp4").write_bytes(b"outside of a class")
+    monkeypatch.setattr(video, "count_frames", lambda path: FRAMES)
+    train, test = train_and_test_clips((str(clips),), 2)
+    for part, split in ((train, "Train"), (test, "VAL")):
+        assert len(part.source) == CLIPS + 1 and part.y.tolist().count(0) == CLIPS // 2 + 1
+        assert all(f"/{split}/" in part.source.name(i) for i in range(len(part.source)))
+        assert f"{split}/ is read" in part.source.summary

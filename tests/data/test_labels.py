@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import random
 import re
 
 import numpy as np
@@ -107,6 +108,18 @@ def test_labels_of_names_with_dots(tmp_path):
     path = write_tar(tmp_path / "dots.tar", dotted(12, "train") | dotted(7, "test"))
     assert open_source(path, "train").labels == [str(i % 3) for i in range(12)]
     assert open_source(path, "test").labels == [str(i % 3) for i in range(7)]
+
+
+def test_no_image_takes_the_label_of_another(tmp_path):
+    """Random names with dots and folders, each with its own label: its name."""
+    rng = random.Random(0)
+    for case in range(60):
+        names = {".".join(rng.choices(["a", "b", "22", "00", "v1"], k=rng.randint(1, 4))) for _ in range(12)}
+        names |= {f"{rng.choice(['x', 'x.0', 'y'])}/{name}" for name in list(names)[:6]}
+        tree = {f"{name}.{end}": name.encode() for name in names for end in ("jpg", "cls")}
+        shuffled = dict(rng.sample(sorted(tree.items()), len(tree)))
+        source = open_source(write_tar(tmp_path / f"{case}.tar", shuffled))
+        assert len(source) == len(names) and source.labels == [data.decode() for data in contents(source)]
 
 
 def test_labels_in_capitals(tmp_path):

@@ -15,7 +15,6 @@ import itertools
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -30,8 +29,10 @@ from upstep_fast.data.loading.loader import MAX_AHEAD_BYTES, permutation
 from upstep_fast.data.loading.ordered_map import ordered_map
 from upstep_fast.data.loading.retries import with_retries
 from upstep_fast.data.loading.skipped_images import SkippedImages, catch_bad_image, read_image
+from upstep_fast.data.sources.folders import top_folders, walk
+from upstep_fast.data.sources.part import Listing, printable
 from upstep_fast.data.sources.source import Source, open_source
-from upstep_fast.data.sources.splits import SPLITS
+from upstep_fast.data.sources.splits import SPLITS, find_splits
 from upstep_fast.errors import BadImage, DataError
 
 T = TypeVar("T")
@@ -142,7 +143,7 @@ def _list(paths: Sequence[str], split: str) -> tuple[list[Clip], list[str], Sour
         return clips, names, None
     assert source is not None
     if source.labels is None:
-        raise DataError(f"data: {', '.join(paths)} has images outside class folders; clips lie in {split}/CLASS/CLIP/")
+        raise DataError(f"data: {', '.join(paths)} {source.unlabeled()}; clips lie in {split}/CLASS/CLIP/")
     members: dict[str, list[int]] = {}
     for index in range(len(source)):
         members.setdefault(source.name(index).rpartition("/")[0], []).append(index)
@@ -160,16 +161,16 @@ def _list(paths: Sequence[str], split: str) -> tuple[list[Clip], list[str], Sour
 def _videos(paths: Sequence[str], split: str) -> tuple[list[Clip], list[str]]:
     """Return the video files under PATH/split/CLASS/, and their classes."""
     clips, names = [], []
-    for root in paths:
-        top = Path(root) / split
-        for folder, folders, files in os.walk(top):
-            folders.sort()
-            for file in sorted(files):
-                path = Path(folder) / file
-                parts = path.relative_to(top).parts
-                if path.suffix.lower() in video.SUFFIXES and len(parts) > 1:
-                    clips.append(Clip(str(path), tuple(range(video.count_frames(str(path)))), str(path)))
-                    names.append(parts[0])
+    suffixes = tuple(suffix.encode() for suffix in video.SUFFIXES)
+    for root in filter(os.path.isdir, paths):
+        splits = find_splits(top_folders(root), root)
+        if splits is None:
+            continue
+        for name in walk(os.fsencode(root), os.fsencode(splits[split]), Listing(), suffixes):
+            path, parts = os.path.join(root, os.fsdecode(name)), name.split(b"/")
+            if len(parts) > 2:
+                clips.append(Clip(path, tuple(range(video.count_frames(path))), path))
+                names.append(printable(parts[1]))
     return clips, names
 
 

@@ -66,11 +66,7 @@ class Files:
 
 def open_folder(root: str, split: str | None, listing: Listing) -> list[Part]:
     """Return the part of all images under `root`, or of one split. Raises DataError if the folder cannot be read."""
-    try:
-        with os.scandir(os.fsencode(root)) as entries:
-            tops = [os.fsdecode(e.name) for e in entries if not e.name.startswith(b".") and _is(e.is_dir)]
-    except OSError as error:
-        raise DataError(f"data: cannot read the folder {root}: {error.strerror}") from error
+    tops = top_folders(root)
     splits, where = find_splits(tops, root), printable(os.fsencode(root))
     if split == "test" and splits is None:
         names = ", ".join(printable(os.fsencode(f"{name}/")) for name in sorted(tops)[:5]) or "no folders"
@@ -82,6 +78,15 @@ def open_folder(root: str, split: str | None, listing: Listing) -> list[Part]:
         listing.notes.append(reading(where, top, tops))
     files = walk(os.fsencode(root), os.fsencode(top), listing, IMAGE_SUFFIXES)
     return [Files(root, Names.pack(files, component=int(splits is not None)))]
+
+
+def top_folders(root: str) -> list[str]:
+    """Return the names of the folders in `root`. Raises DataError if it cannot be read."""
+    try:
+        with os.scandir(os.fsencode(root)) as entries:
+            return [os.fsdecode(e.name) for e in entries if not e.name.startswith(b".") and _is(e.is_dir)]
+    except OSError as error:
+        raise DataError(f"data: cannot read the folder {root}: {error.strerror}") from error
 
 
 def walk(root: bytes, top: bytes, listing: Listing, suffixes: tuple[bytes, ...]) -> Iterator[bytes]:
