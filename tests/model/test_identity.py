@@ -14,6 +14,7 @@ import upstep_fast
 from upstep_fast.errors import ConfigError
 from upstep_fast.model import backbone
 from upstep_fast.model.identity import differences, model_identity
+from upstep_fast.runtime import distributed
 
 # entries of config.json that change the features and no weight, and what a refusal names
 CHANGES = {
@@ -69,6 +70,17 @@ def test_a_run_is_not_resumed_on_it(options, base, tmp_path, kind):
     other = changed(base, tmp_path / "other", CHANGES[kind][0])
     with pytest.raises(ConfigError, match=f"another model, of the same weights: .*{CHANGES[kind][1]}"):
         upstep_fast.adapt(**options | {"model": other, "steps": 2}, resume=True)
+
+
+def test_ranks_whose_folders_differ_do_not_start(base, before, tmp_path, monkeypatch):
+    """What `adapt` gathers at its start, of two ranks with equal weights."""
+    other = changed(base, tmp_path / "other", CHANGES["heads"][0])
+    parts = [
+        {"backbone": {"name": base} | model_identity(model)} for model in (backbone.load(base), backbone.load(other))
+    ]
+    monkeypatch.setattr(distributed, "gather", lambda facts: parts)
+    with pytest.raises(ConfigError, match=r"rank 1 differs from rank 0: backbone\.settings\.blocks\.N\.attn\.\w+ is"):
+        distributed.agree_on(parts[0])
 
 
 def test_a_whitening_is_not_used_with_it(base, before, photos, tmp_path):
