@@ -12,9 +12,12 @@ from photos import save_photos
 import upstep_fast
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.files import from_options
+from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import ConfigError, Interrupted, RunFailedError
 from upstep_fast.methods.upstep.upstep import UpStep
 from upstep_fast.runtime import run_folder as output
+from upstep_fast.runtime.device import resolve
+from upstep_fast.train import adapt as adapting
 from upstep_fast.train import validator
 
 
@@ -369,14 +372,35 @@ def test_the_progress_line_has_no_loss_before_a_step_with_an_update(options, mon
     assert len(lines) == 6 and "loss -  center" in lines[3] and not any("nan" in line for line in lines)
 
 
-def test_images_that_ranks_cannot_share_equally_are_said(monkeypatch, caplog):
-    from upstep_fast.runtime.device import resolve
-    from upstep_fast.train import adapt as adapting
-
+def test_images_that_ranks_cannot_share_equally_are_said(monkeypatch, caplog, tmp_path):
+    three = tmp_path / "three"
+    three.mkdir()
+    source = open_source(save_photos(three, 3))
     monkeypatch.setattr(adapting.distributed, "size", lambda: 2)
     with caplog.at_level("WARNING", logger="upstep_fast"):
-        adapting._log_start({"batch_size": (256, 2), "queue": (9, 3)}, resolve("cpu", "fp32"), 3)
+        adapting._log_start({"batch_size": (256, 2), "queue": (9, 3)}, resolve("cpu", "fp32"), source)
     assert caplog.messages == [
         "batch_size: reduced from 256 to 2: the 3 images there are, in equal parts for 2 ranks",
         "queue: reduced from 9 to the 3 images there are",
     ]
+
+
+def test_a_lock_that_cannot_be_removed_does_not_hide_how_the_run_ended(options, monkeypatch):
+    real = os.unlink
+
+    def unlink(path, *args, **kwargs):
+        if str(path).endswith(output.LOCK):
+            raise PermissionError(13, "Permission denied", str(path))
+        real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    ended_early(options, monkeypatch)
+
+
+def test_a_line_of_metrics_that_never_ends_is_not_read(options, monkeypatch, tmp_path, caplog):
+    upstep_fast.adapt(**options | {"checkpoint_every": 3})
+    path = tmp_path / "out" / "metrics.jsonl"
+    path.write_bytes(path.read_bytes().splitlines(keepends=True)[0] + b" " * (1 << 22))
+    monkeypatch.setattr("upstep_fast.report.metrics.MAX_ROW_BYTES", 1000)
+    upstep_fast.adapt(**options, resume=True)
+    assert "lacks the rows of steps 1 to 5" in caplog.text and path.stat().st_size < 1000

@@ -12,6 +12,7 @@ from typing import Any
 from upstep_fast.report.logs import log, steps_log
 
 steps_log.propagate = False
+MAX_ROW_BYTES = 1 << 20  # a longer line is none of ours
 
 
 class Metrics:
@@ -61,7 +62,7 @@ def _bytes_of_rows(path: Path, steps: int) -> int:
     kept = 0
     with path.open("rb") as file:
         for row in range(steps):
-            line = file.readline()
+            line = file.readline(MAX_ROW_BYTES)
             if not _is_row(line, row):
                 log.warning("metrics: %s lacks the rows of steps %d to %d", path, row, steps - 1)
                 break

@@ -32,6 +32,7 @@ from upstep_fast.data.views.make_views import random_views
 from upstep_fast.data.views.view_config import view_config
 from upstep_fast.errors import CheckFailedError, DataError, RunFailedError, first_line
 from upstep_fast.evaluation.label_free import CLEARLY_WORSE, judge, predicted_gain
+from upstep_fast.input_files import read_text
 from upstep_fast.model import lora, peft_format, pooling
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.runtime import distributed
@@ -216,11 +217,11 @@ def _points(gain: float) -> str:
 
 
 def _read(path: Path) -> dict[int, dict[str, Any]]:
-    """Return the validations by step. Raises RunFailedError naming the line that is none."""
+    """Return the validations by step. Raises ConfigError for a file that cannot be, RunFailedError for a line."""
     if not path.is_file():
         return {}
     history = {}
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+    for number, line in enumerate(read_text(path, "resume").split("\n")[:-1], 1):
         try:
             row = json.loads(line)
             if not math.isfinite(row["predicted_gain"]):
