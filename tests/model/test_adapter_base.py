@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import upstep_fast
 from upstep_fast.cli.commands import main
-from upstep_fast.errors import ConfigError
-from upstep_fast.model import adapter_base, lora, peft_format
+from upstep_fast.errors import CheckFailedError, ConfigError
+from upstep_fast.model import adapter_base, lora, peft_config, peft_format
 from upstep_fast.model.backbone import load
 from upstep_fast.model.export.export import export
 from upstep_fast.model.pooling import features
@@ -186,3 +186,24 @@ def test_finetune_copies_the_adapter_and_nothing_beside_it(base, adapter, labele
     assert {path.name for path in copied.iterdir()} == {peft_format.CONFIG, peft_format.WEIGHTS}
     assert not any(path.is_symlink() for path in copied.iterdir())
     assert peft_format.fingerprint(copied) == peft_format.fingerprint(adapter)
+
+
+def test_the_export_compares_its_reading_of_the_adapter_with_peft(base, adapter, tmp_path, monkeypatch):
+    """An error of the reading must not certify itself."""
+    monkeypatch.setattr(peft_config.AdapterConfig, "scale", lambda self, name: 0.5)
+    with pytest.raises(CheckFailedError, match="in PEFT differ by"):
+        export(base, tmp_path / "out", adapter=adapter, format="timm")
+    assert not (tmp_path / "out").exists()
+
+
+READ = [
+    case for case in peft_cases.CASES if case.is_read and case.name.split()[-1] in ("pissa", "olora", "norm", "alpha")
+]
+
+
+@pytest.mark.parametrize("case", READ, ids=lambda case: case.name)
+def test_an_export_of_an_adapter_by_peft_has_its_features(base, tmp_path, case):
+    peft_cases.make(case, base, tmp_path / "adapter")
+    assert export(base, tmp_path / "peft", adapter=tmp_path / "adapter", format="peft").difference <= 1e-5
+    expected = peft_cases.by_peft(base, tmp_path / "adapter")
+    torch.testing.assert_close(peft_cases.by_peft(base, tmp_path / "peft"), expected, rtol=0, atol=1e-5)

@@ -105,16 +105,16 @@ def _peft_config(
     base_model: str, ranks: Mapping[str, int], alphas: Mapping[str, float], modules_to_save: set[str]
 ) -> dict[str, Any]:
     """Return adapter_config.json; ranks, alphas: by module."""
-    r = max(ranks.values(), default=1)
+    r, alpha = max(ranks.values(), default=1), max(alphas.values(), default=1)
     return {
         "peft_type": "LORA",
         "base_model_name_or_path": base_model,
         "r": r,
-        "lora_alpha": _integral(max(alphas.values(), default=1)),
+        "lora_alpha": _integral(alpha),
         "lora_dropout": 0.0,
         "target_modules": sorted(ranks) or NO_MODULE,
         "rank_pattern": {name: rank for name, rank in ranks.items() if rank != r},
-        "alpha_pattern": {name: _integral(alphas[name]) for name, rank in ranks.items() if rank != r},
+        "alpha_pattern": {name: _integral(value) for name, value in alphas.items() if value != alpha},
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
@@ -234,13 +234,9 @@ def fingerprint(folder: str | Path) -> str:
     return hashlib.sha256(b"".join(hashes)).hexdigest()
 
 
-def fully_trained(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the fully trained parameters in an adapter folder: (of modules, of the model itself), by name.
-
-    Raises ConfigError if the folder is not an adapter.
-    """
-    _, tensors = _read(Path(folder))
-    return tensors.of_modules, tensors.bare
+def read_tensors(folder: str | Path) -> AdapterTensors:
+    """Return the tensors of the adapter in `folder`. Raises ConfigError if it is not an adapter or is damaged."""
+    return _read(Path(folder))[1]
 
 
 def _read(folder: Path) -> tuple[AdapterConfig, AdapterTensors]:

@@ -3,7 +3,8 @@
     difference = max |f' - f| / max(1, max |f|)
 
 f are the features of the model with LoraLinear modules, f' those of the exported files in the tool that reads them,
-both in fp32. If the difference is above 1e-4, nothing is written.
+both in fp32. If the difference is above 1e-4, nothing is written. Before, f is compared in the same way with the
+features that PEFT computes with the adapter on the base model, where PEFT is installed.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from upstep_fast.input_files import read_bytes
 from upstep_fast.model import adapter_base, lora, peft_format
 from upstep_fast.model import backbone as backbones
 from upstep_fast.model.backbone import Backbone
+from upstep_fast.model.export.peft_check import features_by_peft
 from upstep_fast.model.export.writers import WRITERS, Job, Written
 from upstep_fast.model.pooling import features
 from upstep_fast.runtime.atomic_file import temporary_of
@@ -70,16 +72,19 @@ def run(config: ExportConfig) -> Exported:
     images, images_text = _images(config, base)
     base_record, adapters = adapter_base.record(base.vit), {}
     if config.adapter is not None:
+        unadapted = base.copy().vit
         adapters = peft_format.attach(base.vit, config.adapter, model=config.model.name, any_base=config.any_base)
     expected = features(base.vit, images)
     if not expected.isfinite().all():
         adapted = "" if config.adapter is None else f" with the adapter {config.adapter}"
         raise ConfigError(f"model: {config.model.name}{adapted} gives features that are not finite; check its weights")
+    if config.adapter is not None:
+        _check_reading(expected, features_by_peft(unadapted, config.adapter, images), config.adapter)
     if config.format != "peft":
         lora.merge(base.vit)
     with _replacing(out) as folder:
         written = WRITERS[config.format](Job(config, base, base_record, adapters, folder))
-        difference = ((written.measure(images) - expected).abs().max() / expected.abs().max().clamp_min(1)).item()
+        difference = _difference(written.measure(images), expected)
         if not difference <= BOUND:
             raise CheckFailedError(
                 f"format: features in {written.tool} differ by {difference:.1e} on {images_text}, "
@@ -91,6 +96,19 @@ def run(config: ExportConfig) -> Exported:
         for path in folder.iterdir():  # safetensors writes files that only their owner may read
             path.chmod(card.stat().st_mode)
     return Exported(Path(config.out), difference, images_text)
+
+
+def _difference(measured: Tensor, expected: Tensor) -> float:
+    return ((measured - expected).abs().max() / expected.abs().max().clamp_min(1)).item()
+
+
+def _check_reading(expected: Tensor, by_peft: Tensor | None, adapter: str) -> None:
+    """Raise CheckFailedError if PEFT reads the adapter in another way than this package. by_peft: its features."""
+    if by_peft is not None and not (difference := _difference(by_peft, expected)) <= BOUND:
+        raise CheckFailedError(
+            f"adapter: features with {adapter} in PEFT differ by {difference:.1e} from those here, more than "
+            f"{BOUND:.0e}; nothing was written; merge the adapter with PEFT (merge_and_unload), and report this"
+        )
 
 
 def _check(config: ExportConfig, out: Path) -> None:

@@ -111,9 +111,10 @@ def _peft(job: Job) -> Written:
     hub = vit.pretrained_cfg.get("hf_hub_id")
     name = f"{HUB}{hub}" if hub and timm.is_model(job.config.model.name.partition(".")[0]) else job.config.model.name
     assert job.config.adapter is not None
-    of_modules, bare = peft_format.fully_trained(job.config.adapter)
+    tensors = peft_format.read_tensors(job.config.adapter)
+    bare = tensors.bare
     adapter = peft_format.adapter_files(
-        job.adapters, name, fully_trained=of_modules | bare, base_record=job.base_record
+        job.adapters, name, fully_trained=tensors.of_modules | bare, base_record=job.base_record
     )
     peft_format.write_files(job.folder, adapter)
     biased = getattr(vit.blocks[0].attn, "q_bias", None) is not None
