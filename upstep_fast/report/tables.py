@@ -16,7 +16,7 @@ def print_scores(result: dict[str, Any]) -> None:
     table = terminal.Table(title=f"{result['n_train']} train, {result['n_test']} test images, k = {result['k']}")
     table.add_column("features")
     kinds = [kind for kind in ("base", "adapted", "ensemble") if kind in result]
-    columns = {
+    columns: dict[str, dict[str, tuple[str, str]]] = {
         title: {kind: (kind, key) for kind in kinds}
         for measure in ("knn", "linear")
         for title, key in ((measure, measure), (f"{measure}, whitened", f"{measure}_whitened"))
