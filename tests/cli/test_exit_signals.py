@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from tally import tally
 
 from upstep_fast import cli
 from upstep_fast.cli.commands import main
@@ -49,6 +50,7 @@ def test_a_signal_while_modules_are_imported(tmp_path, moment, number):
     assert (done.returncode, done.stderr.splitlines()[-1:]) == (75, ["upstep-fast: interrupted"]), done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+    tally("signals", "during imports", 1)
 
 
 def test_nohup_is_respected(tmp_path):
@@ -111,6 +113,7 @@ def test_a_signal_before_the_first_step(handlers, flags, monkeypatch, tmp_path, 
     assert not [path for path in tmp_path.rglob("*") if path.name == "run.lock" or ".tmp-" in path.name]
     if out.exists():  # the run had begun
         assert ends(main, "adapt", *flags, "--resume", "--quiet") == 0
+    tally("signals", "before the first step", 1)
 
 
 @pytest.mark.parametrize("number", SIGNALS)

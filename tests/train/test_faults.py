@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tally import tally
 
 import upstep_fast
 from upstep_fast.config.adapt import AdaptConfig
@@ -79,6 +80,7 @@ def check_kills(rows, every):
 
 def report_kills(record_property, name, lost):
     record_property(name, len(lost))
+    tally("kill points", "a run", len(lost))
     record_property("lost_steps_max", max(lost))
     record_property("lost_steps_sum", sum(lost))
 

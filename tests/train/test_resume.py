@@ -12,6 +12,7 @@ import timm
 import torch
 from photos import save_photos
 from safetensors.torch import load, save
+from tally import tally
 
 import upstep_fast
 from upstep_fast.config.adapt import AdaptConfig
@@ -419,6 +420,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_changed(
     assert states[0].step == 0 and not any(a.lora_b.any() for a in states[0].method.adapters.values())
     assert not states[0].optimizer.state and not states[0].skipped
     record_property("hostile_files", 1)
+    tally("hostile files", "checkpoints", 1)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="the system has no SIGUSR1")

@@ -8,6 +8,7 @@ import tomllib
 
 import pytest
 from photos import save_photos
+from tally import tally
 
 import upstep_fast
 from upstep_fast.config.adapt import AdaptConfig
@@ -193,6 +194,7 @@ def test_an_overwrite_killed_at_any_moment_leaves_a_folder_that_is_accepted(tmp_
             assert sorted(path.name for path in out.rglob("*")) == ["checkpoints", "config.toml"]
         point += 1
     assert point > 8
+    tally("kill points", f"--overwrite, then --{flag}", point)
 
 
 def test_only_unfinished_files_of_our_own_are_removed(tmp_path):
@@ -239,6 +241,7 @@ def test_outputs_that_are_links_or_pipes_are_refused(tmp_path, name, kind):
             output.begin(config(out, overwrite=True), anew=True)
         assert not (out / name).is_symlink()
     assert target.read_text() == "mine"
+    tally("hostile files", f"a {kind} in --out", 1)
 
 
 def test_a_folder_moved_away_stops_the_run_and_the_one_in_its_place_is_left_alone(options, monkeypatch, tmp_path):
@@ -262,6 +265,7 @@ def test_a_folder_moved_away_stops_the_run_and_the_one_in_its_place_is_left_alon
         ["adapter", "checkpoints", "config.toml", "metrics.jsonl", "run.lock", "train.log"]
     )
     assert (out / "adapter" / "adapter_config.json").read_text() == "old"
+    tally("kill points", "--out moved", 1)
     result = upstep_fast.adapt(**options | {"out": moved}, resume=True)
     name = "adapter_model.safetensors"
     assert (result.adapter / name).read_bytes() == (tmp_path / "whole" / "adapter" / name).read_bytes()
