@@ -454,6 +454,8 @@ def test_a_run_has_its_report_and_its_log(options, monkeypatch):
     assert "batch_size: reduced from 64 to the 10 images there are" in page.text
     log = (out / "train.log").read_text()
     assert "INFO upstep-fast" in log and "INFO step 2/4" in log and "INFO step 4/4" in log and "ERROR" not in log
+    line = embed_command(flat(from_flat(AdaptConfig, **options | {"data": ("hf:x",), "image_column": "left"})), out)
+    assert " --data hf:x --image-column left --adapter " in line
     line = embed_command(flat(from_flat(AdaptConfig, **options | {"data": ("a b",)})), out)
     command = parse.parse(EmbedConfig, shlex.split(line)[2:], prog="embed")
     assert command.data.paths == ("a b",)

@@ -56,7 +56,8 @@ def embed_command(config: Mapping[str, Any], out: Path) -> str:
     """Return the command that writes the features of a run's images. config: as read from out/config.toml."""
     data = config.get("data")
     images = [str(path) for path in data] if isinstance(data, (list, tuple)) else []
-    arguments = ["--data", *images, "--adapter", str(out / "adapter"), "--out", str(out / "features.npy")]
+    column = ["--image-column", str(config["image_column"])] if config.get("image_column") else []
+    arguments = ["--data", *images, *column, "--adapter", str(out / "adapter"), "--out", str(out / "features.npy")]
     return shell_command(["upstep-fast", "embed", *_model(config), *arguments])
 
 
