@@ -47,6 +47,8 @@ TILES: dict[str, dict[tuple[int, int] | None, Tile]] = {
     "sinkhorn": {None: {"BLOCK": 8192, "SMALL_BLOCK": 2048}},
     # of its product: rows of a tile in batches of less than MANY_ROWS, and else; not measured yet
     "scored_sinkhorn": {None: {"FEW_ROWS": 16, "MANY_ROWS": 1024, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 32}},
+    # a deeper tile spills three registers with Triton 3.6 on sm_90
+    "scored_sinkhorn_fp32": {None: {"FEW_ROWS": 16, "MANY_ROWS": 1024, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 16}},
     "swapped_cross_entropy": {None: {"BLOCK": 4096}},
     # ops that hold whole rows (see row_tile): cells of a program and of a warp; not measured yet
     "quantize": {None: {"CELLS": 4096, "WARP_CELLS": 1024}},

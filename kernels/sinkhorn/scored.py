@@ -67,7 +67,8 @@ def _scored_kernel(
 
 
 def _fused(z: Tensor, centers: Tensor, epsilon: float, iterations: int) -> tuple[Tensor, Tensor]:
-    (B, D), K, tiles = z.shape, len(centers), tile("scored_sinkhorn", z.device)
+    (B, D), K = z.shape, len(centers)
+    tiles = tile("scored_sinkhorn_fp32" if z.dtype == torch.float32 else "scored_sinkhorn", z.device)
     scores = z.new_empty(B, K, dtype=torch.float32)
     q, (peak, share) = like_scores(scores), two_columns(scores)
     # smaller blocks of rows while large ones would leave processors idle
