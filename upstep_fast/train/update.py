@@ -63,7 +63,7 @@ def _has_gradient(parameters: list[nn.Parameter]) -> Tensor:
     """Return for each parameter whether its gradient has an entry other than 0, [n] bool on the device."""
     grads = [p.grad if p.grad is not None else p.new_zeros(1) for p in parameters]
     # the largest magnitudes in one launch for all; ne, so that NaN counts
-    return torch.stack(torch._foreach_norm(grads, ord=math.inf)).ne(0)  # type: ignore[arg-type]
+    return torch.stack(torch._foreach_norm(grads, ord=math.inf)).ne(0)
 
 
 def _norm(parameters: list[nn.Parameter]) -> Tensor:
