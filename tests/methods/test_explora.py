@@ -341,6 +341,12 @@ def test_schedules_of_a_run(options):
     assert momentum[0] == pytest.approx(0.9) and momentum[-1] == 1 and list(momentum) == sorted(momentum)
 
 
+def test_a_distilled_model_is_refused_by_name():
+    model = backbone.load("deit_tiny_distilled_patch16_224", pretrained=False, img_size=32)
+    with pytest.raises(ConfigError, match="is a VisionTransformerDistilled"):
+        explora.prepare(model, from_flat(MaeConfig, model="any", data=("none",), out="none", steps=2))
+
+
 def test_weight_decay_is_that_of_dinov2_and_mae():
     # DINOv2's get_params_groups_with_decay, MAE's add_weight_decay of timm without a skip list
     def dinov2(name):

@@ -162,7 +162,7 @@ def _mlp_reasons(mlp: Any) -> Iterator[str]:
 
 
 def _activation(act: nn.Module) -> str | None:
-    kind = ACTIVATIONS.get(type(act))  # type: ignore[call-overload]
+    kind = ACTIVATIONS.get(type(act))
     # torch's GELU has both forms under one name
     return "tanh" if kind and getattr(act, "approximate", "none") == "tanh" else kind
 

@@ -180,7 +180,7 @@ def _call_reason(layer: Any, x: Tensor, strategy: str | None) -> str | None:
             return "its dropout drops everything"
     if layer.base_layer.weight.device != x.device:
         return f"its weights are on {layer.base_layer.weight.device}"
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return "torch.jit.trace records it"
     if torch.compiler.is_compiling() and isinstance(layer.scaling[name], Tensor):
         return "its scaling is a tensor (hotswap), which would break the graph"

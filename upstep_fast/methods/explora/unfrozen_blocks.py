@@ -80,7 +80,7 @@ def extend(
 def prepare(backbone: Backbone, config: ExploraConfig) -> dict[str, LoraLinear]:
     """Call `extend` as the configuration asks. Raises ConfigError for a model that ExPLoRA cannot run."""
     vit: Any = backbone.vit
-    if not isinstance(vit, VisionTransformer):
+    if type(vit) is not VisionTransformer:  # the distilled one has a second class token
         kind = type(vit).__name__
         raise ConfigError(f"method: explora runs timm's VisionTransformer; {config.model.name} is a {kind}")
     if config.explora.objective == "mae" and vit.num_prefix_tokens == 0 and vit.attn_pool is not None:
