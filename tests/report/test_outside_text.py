@@ -78,6 +78,15 @@ def test_console_and_train_log_have_one_line_per_record(name, capsys, tmp_path, 
         check_line(line)
 
 
+def test_warnings_of_libraries_are_one_line(name, capsys, logger):
+    logs.setup_logging()
+    assert logging.lastResort is not None
+    logging.lastResort.handle(
+        logging.makeLogRecord({"name": "timm", "levelno": 30, "levelname": "WARNING", "msg": name})
+    )
+    check_line(capsys.readouterr().err)
+
+
 def test_a_traceback_in_train_log_forges_no_record(tmp_path, logger):
     with pytest.raises(RuntimeError), logs.train_log(tmp_path / "train.log"):
         raise RuntimeError(HOSTILE["forged"])

@@ -101,6 +101,13 @@ def test_quiet_does_not_hide_errors_and_warnings(adapt, tmp_path):
     assert code == 0 and "batch_size: reduced from 1000 to the 24 images" in err and "INFO" not in err
 
 
+def test_names_do_not_steer_a_terminal(tmp_path):
+    code, seen = on_a_terminal(tmp_path, "adapt", "--config", "\x1b]0;title\x07\x1b[2J\x9b31m\nERROR forged.toml")
+    assert code == 2 and rb"\x1b]0;title\x07\x1b[2J\x9b31m\nERROR forged.toml" in seen
+    assert b"\x07" not in seen and b"\x1b]" not in seen and b"\x1b[2J" not in seen and b"\xc2\x9b" not in seen
+    assert seen.count(b"\n") == 1
+
+
 @pytest.mark.parametrize("args", [["adapt", "--help"], ["adapt", "--lr", "fast"]], ids=["help", "usage error"])
 def test_help_and_usage_errors_follow_the_same_rules(tmp_path, args):
     code, seen = on_a_terminal(tmp_path, *args)

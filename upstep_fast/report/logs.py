@@ -55,6 +55,8 @@ def setup_logging(debug: bool = False) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
     logger.propagate = False
+    if logging.lastResort is not None:  # prints the warnings of libraries that have no handler, such as timm
+        logging.lastResort.setFormatter(OneLineFormatter("%(levelname)s %(message)s"))
 
 
 @contextlib.contextmanager
