@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     exit_signals.forget()
-    sys.excepthook, warnings.formatwarning = _print_traceback, _format_warning  # type: ignore[assignment]
+    sys.excepthook, warnings.formatwarning = _print_traceback, _format_warning
     try:
         _dispatch(args, debug)
     except UpstepError as error:
