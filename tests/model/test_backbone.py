@@ -132,6 +132,8 @@ def test_mean_and_std(tmp_path):
     assert ours.mean == (0.1, 0.2) and ours.std == (0.3, 0.3)
     with pytest.raises(ConfigError, match="mean: got 3 values, the images have 2 channels"):
         backbone.load(f"local-dir:{BASE_TINY}", in_chans=2, mean=[0.1, 0.2, 0.3])
+    with pytest.raises(ConfigError, match=r"mean: got 123\.675 116\.28 103\.53, must be for pixels of 0\.\.1; divide"):
+        backbone.load(f"local-dir:{BASE_TINY}", mean=[123.675, 116.28, 103.53])
 
 
 def test_sizes_that_the_patch_does_not_divide(tmp_path, caplog):

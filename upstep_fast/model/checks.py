@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from upstep_fast.errors import ConfigError
-from upstep_fast.model.formats import facts
+from upstep_fast.model.formats import facts, preprocessing
 from upstep_fast.model.formats.folders import Source
 
 log = logging.getLogger("upstep_fast")
@@ -71,6 +71,8 @@ def given(values: Sequence[float], channels: int, name: str) -> tuple[float, ...
     """Return the user's value per channel, one for all or one for each."""
     if len(values) not in (1, channels):
         raise ConfigError(f"{name}: got {len(values)} values, the images have {channels} channels")
+    if not all(abs(v) <= preprocessing.MAX_PIXEL for v in values):  # NaN too
+        raise ConfigError(f"{name}: got {' '.join(map(str, values))}, must be for pixels of 0..1; divide by 255")
     return tuple(float(v) for v in values) * (channels if len(values) == 1 else 1)
 
 
