@@ -54,6 +54,12 @@ def edited(name: str, is_read: bool = False, **edits: Any) -> Case:
     return Case(name, is_read, edits=edits)
 
 
+def _config(name: str, **values: Any) -> Any:
+    """Return an object of PEFT's configuration class; None where this PEFT has no such class (its case is not run)."""
+    kind = getattr(lora_config, name, None)
+    return None if kind is None else kind(**values)
+
+
 def _corda(vit: nn.Module, config: peft.LoraConfig) -> None:
     from peft.tuners.lora.corda import preprocess_corda
 
@@ -130,13 +136,13 @@ CASES = (
     Case(
         "init_lora_weights corda",
         False,
-        {"init_lora_weights": "corda", "corda_config": lora_config.CordaConfig()},
+        {"init_lora_weights": "corda", "corda_config": _config("CordaConfig")},
         prepare=_corda,
     ),
     Case(
         "init_lora_weights lora_ga",
         False,
-        {"init_lora_weights": "lora_ga", "lora_ga_config": lora_config.LoraGAConfig()},
+        {"init_lora_weights": "lora_ga", "lora_ga_config": _config("LoraGAConfig")},
         prepare=_lora_ga,
     ),
     edited("init_lora_weights loftq", init_lora_weights="loftq", loftq_config={"loftq_bits": 4, "loftq_iter": 1}),
@@ -147,11 +153,11 @@ CASES = (
     refused("lora_bias", lora_bias=True),
     refused("use_dora", use_dora=True),
     refused("use_qalora", use_qalora=True, qalora_group_size=8),
-    refused("velora_config", velora_config=lora_config.VeloraConfig(num_groups=8)),
+    refused("velora_config", velora_config=_config("VeloraConfig", num_groups=8)),
     refused("alora_invocation_tokens", alora_invocation_tokens=[1]),
-    refused("monteclora_config", monteclora_config=lora_config.MontecloraConfig()),
-    refused("use_bdlora", use_bdlora=lora_config.BdLoraConfig(target_modules_bd_a=["qkv"], nblocks=2)),
-    refused("kasa_config", kasa_config=lora_config.KasaConfig()),
+    refused("monteclora_config", monteclora_config=_config("MontecloraConfig")),
+    refused("use_bdlora", use_bdlora=_config("BdLoraConfig", target_modules_bd_a=["qkv"], nblocks=2)),
+    refused("kasa_config", kasa_config=_config("KasaConfig")),
     refused("a convolution", target_modules=["qkv", "patch_embed.proj"]),
     edited("layer_replication", layer_replication=[[0, 1], [0, 2]]),
     edited("arrow_config", arrow_config={"top_k": 3}),
@@ -167,7 +173,7 @@ CASES = (
     read("revision", revision="main"),
     read("qalora_group_size alone", qalora_group_size=8),
     read("megatron_core alone", megatron_core="another.core"),
-    read("runtime_config", runtime_config=lora_config.LoraRuntimeConfig(ephemeral_gpu_offload=True)),
+    read("runtime_config", runtime_config=_config("LoraRuntimeConfig", ephemeral_gpu_offload=True)),
     edited("peft_version", True, peft_version="0.99"),
     edited("auto_mapping", True, auto_mapping={"base_model_class": "X"}),
     edited("peft_type", peft_type="ADALORA"),

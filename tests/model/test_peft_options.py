@@ -11,6 +11,8 @@ from peft_cases import CASES
 
 from upstep_fast.model import peft_config
 
+pytest.importorskip("peft", minversion="0.21")  # earlier versions lack some of the options
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
