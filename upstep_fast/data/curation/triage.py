@@ -172,7 +172,7 @@ def _features(data: bytes, image: Tensor) -> _Features:
     _, height, width = image.shape
     pixels = image.contiguous().numpy()
     digest = hashlib.blake2b(f"{tuple(image.shape)}".encode(), digest_size=16)
-    digest.update(pixels)
+    digest.update(pixels.data)
     brightest = int(one.max())
     low = f"{bits}-bit values, none above {(brightest + 1) * 256 - 1}: nearly black as 8 bits"
     shape = f"{width} x {height} pixels"

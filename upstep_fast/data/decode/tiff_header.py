@@ -56,7 +56,8 @@ def read_pages(data: bytes | memoryview, max_pages: int = _MAX_PAGES) -> tuple[l
     order = "<" if bytes(view[:2]) == b"II" else ">"
     big = 43 in (view[2], view[3])
     pages: list[TiffPage] = []
-    description, seen = "", set()
+    description = ""
+    seen: set[int] = set()
     at = _integer(view, 8 if big else 4, order, 8 if big else 4)
     while at and at not in seen and len(seen) < max_pages:
         seen.add(at)
