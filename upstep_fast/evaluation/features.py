@@ -87,8 +87,8 @@ def extract(
     torchrun each rank reads a part of the images, and all ranks return all features. Raises DataError, and
     RunFailedError for features that are not finite.
     """
-    _agree(source, models["base"], config)
     base = models["base"]
+    _agree(source, base, config)
     pool = pooling.pooled_and_patch_mean if patches else pooling.pooled_only
     runs = {name: _feature_function(model, config, compute, pool) for name, model in models.items()}
     rows: dict[str, list[Tensor]] = {name: [] for name in models}
@@ -108,9 +108,8 @@ def extract(
         local_indices += batch_indices.tolist()
         for name, run in runs.items():
             with compute.autocast():
-                f = F.normalize(run(x).float(), dim=-1).cpu()
-            _check_finite(f, name, source, batch_indices, compute)
-            rows[name].append(f)
+                rows[name].append(F.normalize(run(x).float(), dim=-1).cpu())
+            _check_finite(rows[name][-1], name, source, batch_indices, compute)
         distributed.require_ranks()
     distributed.wait_for_ranks()
     indices = _gather_indices(local_indices, skipped, len(source))

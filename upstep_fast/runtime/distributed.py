@@ -1,4 +1,4 @@
-"""Data-parallel runs of several processes: the only user of torch.distributed.
+"""Data-parallel runs of several processes: with sharding.py the only user of torch.distributed.
 
     torchrun --nproc-per-node N -m upstep_fast adapt ...       one process per GPU (NCCL), or on CPUs (gloo)
 
@@ -17,7 +17,6 @@ import datetime
 import json
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -243,27 +242,6 @@ def check_same(what: str, values: Sequence[float]) -> None:
     low, high = reduce(local.clone(), "min").tolist(), reduce(local.clone(), "max").tolist()
     if repr(low) != repr(high):  # repr: NaN is equal to NaN
         raise RunFailedError(f"ranks: {what} differ: {low} on one rank, {high} on another")
-
-
-def shard(vit: nn.Module, device: torch.device) -> None:
-    """Shard the frozen weights of `vit` over the ranks' devices, block by block (FSDP2), from the CPU.
-
-    A block's weights are gathered while the block runs. Trained parameters are not sharded. No-op with one process.
-    """
-    if size() == 1:
-        return
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
-    mesh = init_device_mesh(device.type, (size(),))
-    trained = {p for p in vit.parameters() if p.requires_grad}
-    for block in vit.blocks:  # type: ignore[union-attr]
-        fully_shard(block, mesh=mesh, ignored_params=trained)
-    fully_shard(vit, mesh=mesh, ignored_params=trained)
-    for method in ("forward_features", "forward_head"):
-        register_fsdp_forward_method(vit, method)
-    # the class token is a view of the last block's output, which no code writes to
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 def traffic(seconds: float) -> dict[str, float]:

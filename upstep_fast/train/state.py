@@ -19,7 +19,7 @@ from upstep_fast.methods.gate import GateState
 from upstep_fast.methods.registry import make_optimizer
 from upstep_fast.model import adapter_base
 from upstep_fast.model import backbone as backbones
-from upstep_fast.runtime import distributed
+from upstep_fast.runtime import sharding
 from upstep_fast.runtime.device import Compute
 
 
@@ -74,7 +74,7 @@ def fresh_state(config: AdaptConfig, compute: Compute, backbone: backbones.Backb
     method = methods.build(backbone, config)
     method.base_record = base_record
     if config.runtime.shard_weights:
-        distributed.shard(method.vit, compute.device)
+        sharding.shard(method.vit, compute.device)
     method = method.to(compute.device)
     if config.runtime.implementation != "reference" and not config.runtime.shard_weights:
         assert config.memory.level != "auto"  # `memory.fit.settle` has chosen one
