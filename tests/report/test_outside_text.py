@@ -13,6 +13,7 @@ import warnings
 import pytest
 
 from upstep_fast.cli import commands
+from upstep_fast.cli.error_lines import format_warning
 from upstep_fast.data.loading.skipped_images import csv_cell, write_skipped
 from upstep_fast.errors import MAX_LINE, DataError
 from upstep_fast.report import logs
@@ -113,7 +114,7 @@ def test_results_and_warnings_are_one_line(name, capsys):
     terminal.print_line(f"features: {name[:1000]}")
     check_line(capsys.readouterr().out)
     with warnings.catch_warnings():
-        warnings.formatwarning = commands._format_warning
+        warnings.formatwarning = format_warning
         check_line(warnings.formatwarning(UserWarning(name), UserWarning, "file.py", 1))
 
 

@@ -12,18 +12,17 @@ import difflib
 import os
 import signal
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NoReturn
 
+from upstep_fast.cli.error_lines import describe_system_error, format_warning, print_error, print_traceback
 from upstep_fast.cli.parse import HELP, parse, take
 from upstep_fast.config.flat import dashed
-from upstep_fast.errors import MAX_LINE, ConfigError, Interrupted, UpstepError, first_line, printable
+from upstep_fast.errors import ConfigError, Interrupted, UpstepError, first_line
 from upstep_fast.runtime import exit_signals
 
 USAGE = """\
@@ -60,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     exit_signals.forget()
-    sys.excepthook, warnings.formatwarning = _print_traceback, _format_warning
+    sys.excepthook, warnings.formatwarning = print_traceback, format_warning
     try:
         _dispatch(args, debug)
     except UpstepError as error:
@@ -70,10 +69,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             # torchrun sends it to all once the first has ended; the exit code is to stay this one
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if not error.already_reported:
-            _complain(str(error))
+            print_error(str(error))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        _complain("interrupted")
+        print_error("interrupted")
         sys.exit(Interrupted.exit_code)
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe; the interpreter must not flush into it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -81,57 +80,18 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except (OSError, MemoryError) as error:
         if debug:
             raise
-        text, code = _system_error(error, args)
-        _complain(text)
+        text, code = describe_system_error(error, args)
+        print_error(text)
         sys.exit(code)
     except Exception as error:
         if debug:
             raise
         if exit_signals.was_interrupted():  # an import turned the KeyboardInterrupt into an error of its own
-            _complain("interrupted")
+            print_error("interrupted")
             sys.exit(Interrupted.exit_code)
-        _complain(f"{type(error).__name__}: {first_line(error)} (run again with --debug for the traceback)")
+        print_error(f"{type(error).__name__}: {first_line(error)} (run again with --debug for the traceback)")
         sys.exit(1)
     sys.exit(0)
-
-
-def _complain(text: str) -> None:
-    # not by distributed.py: a usage error need not wait for torch
-    rank = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
-    from upstep_fast.runtime import terminal
-
-    program = f"upstep-fast{'' if rank == '0' else f' (rank {rank})'}:"
-    if terminal.has_color(stderr=True):
-        program = f"\x1b[31m{program}\x1b[0m"
-    # names of files, classes and tensors are of others: none may move the cursor or start a line of its own
-    print(program, printable(text, MAX_LINE), file=sys.stderr)
-
-
-def _system_error(error: OSError | MemoryError, args: Sequence[str]) -> tuple[str, int]:
-    """Return the line and the exit code for an error of the system that no command expected where it happened."""
-    if isinstance(error, MemoryError):
-        return "memory: the system has no more for this command; use smaller inputs or a lower --batch-size", 1
-    path, reason = os.fsdecode(error.filename or ""), error.strerror or first_line(error)
-    if not path:
-        return f"{args[0]}: the system refused: {reason}; free the resource that it names and run again", 1
-    flag = "file"
-    for arg in args:
-        flag = arg[2:].partition("=")[0] if arg.startswith("--") else flag
-        if (arg.partition("=")[2] if arg.startswith("--") else arg) == path:
-            return f"{flag}: cannot use {path}: {reason}; give another path", ConfigError.exit_code
-    return f"file: cannot use {path}: {reason}; make it accessible and run again", 1
-
-
-def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    for line in "".join(traceback.format_exception(kind, error, trace)).rstrip("\n").split("\n"):
-        print(printable(line, MAX_LINE), file=sys.stderr)
-
-
-def _format_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: Any = None
-) -> str:
-    # of libraries, on one line as ours are; the place in their code is of no use to a user
-    return f"WARNING {printable(' '.join(str(message).split()), MAX_LINE)}\n"
 
 
 def _dispatch(args: list[str], debug: bool) -> None:
