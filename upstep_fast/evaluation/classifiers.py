@@ -65,7 +65,7 @@ def linear_probe(train: Features, test: Features, *, seed: int = 0) -> float:
 
 
 def probe(train: Features, test: Features, *, seed: int = 0) -> Probe:
-    """Fit logistic regression; its L2 weight is chosen on a part of `train`, the largest of equally good ones.
+    """Fit logistic regression; its L2 weight is chosen on a part of `train`, the smallest of equally good ones.
 
     With one image per class nothing can be held out, and the middle weight is taken.
     """
@@ -83,7 +83,7 @@ def probe(train: Features, test: Features, *, seed: int = 0) -> Probe:
         for l2 in PROBE_WEIGHTS:  # from the largest: each fit starts at the one before
             start = fits[l2] = fit_logistic(x[~held_out], train.y[~held_out], classes, l2, start)
             counts[l2] = int(_right(start, x[held_out], train.y[held_out]).sum())
-        best = max(PROBE_WEIGHTS, key=counts.__getitem__)
+        best = max(reversed(PROBE_WEIGHTS), key=counts.__getitem__)
         start, converged = fits[best], all(fit.converged for fit in fits.values())
         next_to = {PROBE_WEIGHTS[0]: PROBE_WEIGHTS[1], PROBE_WEIGHTS[-1]: PROBE_WEIGHTS[-2]}
         at_edge = best in next_to and counts[best] > counts[next_to[best]]
