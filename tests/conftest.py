@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from photos import save_photos
+from tally import AREAS, tally
 
 from upstep_fast.kernels import _dispatch
 
@@ -28,6 +29,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_gpu)
         if "interp" in item.keywords and not interpreting:
             item.add_marker(no_interpreter)
+
+
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+    skipped = call.excinfo is not None and call.excinfo.errisinstance(pytest.skip.Exception)
+    if call.when == "call" and not skipped and (area := AREAS.get(item.path.name)) and item.path.parent.name != "bench":
+        tally(area, getattr(item, "originalname", item.name), 1, wrong=int(call.excinfo is not None))
 
 
 @pytest.fixture(scope="session")

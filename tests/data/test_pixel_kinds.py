@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tally import tally
 from tiff_files import (
     BLACK_IS_ZERO,
     CMYK,
@@ -134,6 +135,7 @@ def check_tiffs(kinds, record_property) -> dict[bool, int]:
             # Pillow rounds CMYK, and divides by associated alpha before it composites
             limit = 2 if kind.photometric == CMYK or (kind.extra[:1] == (1,) and channels != samples) else 0
             assert worst <= limit, (kind, channels, worst)
+    tally("pixel kinds", "TIFF", sum(counts.values()))
     record_property("tiff_kinds_read", counts[True])
     record_property("tiff_kinds_refused", counts[False])
     return counts
