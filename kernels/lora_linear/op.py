@@ -269,8 +269,7 @@ def lora_linear(
     strategy: None: the fastest by measurement of those that keep the adapter's precision (split, wide_k,
         triton); "fastest": also `merged`, which rounds W + scale B A to the dtype of W; or one of STRATEGIES.
     Returns [..., N] in the dtype of x. Under autocast x, weight and bias are cast as for torch's own linear.
-    A weight or bias that requires a gradient runs the reference under plain autograd, noted in `report()`; any
-    other strategy is then refused.
+    A weight or bias that requires a gradient runs the reference under autograd; another strategy is refused.
     Raises ValueError for arguments that do not fit, RuntimeError for a strategy that cannot run here.
     """
     if x.is_floating_point() and x.dtype != torch.float64 and (dtype := autocast_dtype(x.device)):
