@@ -201,15 +201,12 @@ _op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _unsupported_reason(
-    x: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
     transposed: tuple[Tensor, Tensor] | None,
     bias: Tensor | None,
     strategy: str | None,
 ) -> str | None:
-    if x.dtype == torch.float64:
-        return "x must be fp16, bf16 or fp32, got torch.float64"
     N, K = weight.shape
     checks = [("weight_scale", weight_scale, (N, 1), torch.float32)]
     if transposed is not None:
@@ -226,6 +223,11 @@ def _unsupported_reason(
     if strategy in ("wide_k", "merged", "fastest"):
         return f"strategy {strategy!r} has no fp8 form; take split, triton or reference"
     return None
+
+
+def _refuse_float64(x: Tensor) -> None:
+    if x.dtype == torch.float64:
+        raise ValueError("lora_linear_fp8: x must be fp16, bf16 or fp32, got torch.float64")
 
 
 def lora_linear_fp8(
@@ -252,9 +254,10 @@ def lora_linear_fp8(
     """
     if x.is_floating_point() and x.dtype != torch.float64 and (dtype := autocast_dtype(x.device)):
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    _refuse_float64(x)
     args = (x, weight, bias, lora_a, lora_b, scale, dropout, flat(rows), strategy)
     validate("lora_linear_fp8", *args, weight_dtype=E4M3)
-    if reason := _unsupported_reason(x, weight, weight_scale, transposed, bias, strategy):
+    if reason := _unsupported_reason(weight, weight_scale, transposed, bias, strategy):
         raise ValueError(f"lora_linear_fp8: {reason}")
     seed_ = seed_tensor(seed, x.device) if dropout else None
     if is_transformed("lora_linear_fp8", x, lora_a, lora_b):
