@@ -108,6 +108,7 @@ class Worker:
 
     def start(self) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment["TQDM_DISABLE"] = "1"  # as the command sets it in a pipe, before it imports tqdm
         self.process = subprocess.Popen(
             [sys.executable, HELPERS / "fuzz_worker.py", self.world],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,

@@ -97,6 +97,8 @@ def _check_files(out: Path, config: EmbedConfig) -> None:
         raise ConfigError(f"out: {out.name} must end in {', '.join(WRITERS)}")
     if out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise ConfigError("out: .parquet needs pyarrow; `pip install pyarrow`, or write .npy or .safetensors")
+    if config.fit_whitening is not None and not Path(config.fit_whitening).name:
+        raise ConfigError(f"fit_whitening: got {config.fit_whitening!r}, must name a file")
     if config.fit_whitening and Path(config.fit_whitening).with_suffix("") == out.with_suffix(""):
         raise ConfigError(f"fit_whitening: {config.fit_whitening} and --out {out} need names that differ")
     files = _files(out, config)

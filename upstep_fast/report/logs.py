@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -41,6 +42,7 @@ def setup_logging(debug: bool = False) -> None:
     """Send this package's messages to stderr: plain lines to a pipe, colored ones to a terminal."""
     handler: logging.Handler
     if terminal.is_plain(stderr=True):
+        os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars of libraries
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(OneLineFormatter("%(levelname)s %(message)s"))
     else:

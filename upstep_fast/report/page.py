@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def run_page(record: Record) -> str:
     thumbs = record.panels.odd if record.panels else {}
     return _page(
         "run.html",
-        record.folder.resolve().name,
+        Path(os.path.realpath(record.folder)).name,
         is_finished=bool(steps and len(record.rows) >= steps),
         model=_value(record.config.get("model")),
         data=_value(record.config.get("data")),
@@ -181,7 +182,7 @@ def _charts(records: Sequence[Record], names: Sequence[str]) -> list[tuple[str, 
 
 
 def _names(records: Sequence[Record]) -> list[str]:
-    names = [record.folder.resolve().name for record in records]
+    names = [Path(os.path.realpath(record.folder)).name for record in records]
     return names if len(set(names)) == len(names) else [str(record.folder) for record in records]
 
 

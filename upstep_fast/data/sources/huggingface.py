@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -94,8 +93,6 @@ def open_dataset(name: str, split: str | None, columns: Columns, listing: Listin
         return []
     listing.seen.add(key)
     try:
-        if not sys.stderr.isatty():
-            datasets.disable_progress_bars()  # which would write carriage returns to a pipe or log
         loaded = _load(name, datasets)
     except Exception as error:  # the hub, arrow and the dataset's own reader raise many kinds
         first_line = str(error).strip().split("\n", 1)[0]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ def run(config: ExportConfig) -> Exported:
     Raises ConfigError for a model that the format cannot hold, CheckFailedError if its features differ, and
     RunFailedError if the folder cannot be written.
     """
-    out = Path(config.out).resolve()  # of a link, what it leads to
+    out = Path(os.path.realpath(config.out))  # of a link, what it leads to; of a loop, itself
     _check(config, out)
     base = backbones.load_from(config.model)
     images, images_text = _images(config, base)
