@@ -65,7 +65,6 @@ def validate(
     dropout: float,
     rows: Sequence[int],
     strategy: str | None,
-    *,
     weight_dtype: torch.dtype | None = None,
 ) -> None:
     """Raise ValueError for arguments of `op` that do not fit. rows: flat; weight_dtype: None: that of x."""

@@ -255,8 +255,7 @@ def lora_linear_fp8(
     if x.is_floating_point() and x.dtype != torch.float64 and (dtype := autocast_dtype(x.device)):
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     _refuse_float64(x)
-    args = (x, weight, bias, lora_a, lora_b, scale, dropout, flat(rows), strategy)
-    validate("lora_linear_fp8", *args, weight_dtype=E4M3)
+    validate("lora_linear_fp8", x, weight, bias, lora_a, lora_b, scale, dropout, flat(rows), strategy, E4M3)
     if reason := _unsupported_reason(weight, weight_scale, transposed, bias, strategy):
         raise ValueError(f"lora_linear_fp8: {reason}")
     seed_ = seed_tensor(seed, x.device) if dropout else None
