@@ -30,6 +30,10 @@ class DataError(UpstepError):
     exit_code = 3
 
 
+class NoTestPartError(DataError):
+    """None of the data's paths has splits, so nothing of it is for testing."""
+
+
 class CheckFailedError(UpstepError):
     """The adapter check or a quality check failed; the files are kept for inspection."""
 

@@ -38,6 +38,8 @@ def tree_of(root, splits):
         (("train", "val"), "train", "val"),
         (("TRAIN", "Validation"), "TRAIN", "Validation"),
         (("train", "valid", "validation", "extra"), "train", "valid"),
+        (("Training", "Testing"), "Training", "Testing"),
+        (("training", "train", "testing", "val"), "train", "testing"),
         (("train", "extra"), None, None),
         (("val", "test"), None, None),
     ],
@@ -88,7 +90,7 @@ def test_splits_that_differ_in_case_only_are_refused(tmp_path):
 def test_names_of_splits_are_no_classes(tmp_path):
     root = write_tree(tmp_path, {"train/1.jpg": b"1", "train/2.jpg": b"2"})
     source = open_source(root)
-    assert source.labels is None and "train/ is a split, not a class" in source.unlabeled()
+    assert source.labels is None and "(train/1.jpg) has images outside class folders" in source.unlabeled()
 
 
 def test_what_a_tree_with_splits_leaves_out_is_said(tmp_path):

@@ -27,6 +27,7 @@ from upstep_fast.data.labeled import clips as clip_files
 from upstep_fast.data.labeled import video
 from upstep_fast.data.labeled.splits import held_out, train_and_test
 from upstep_fast.errors import ConfigError, DataError, Interrupted, RunFailedError
+from upstep_fast.evaluation import labeled as labeled_evaluation
 from upstep_fast.methods.supervised.baselines import Baseline, layer_of, parameter_groups, set_drop_path
 from upstep_fast.methods.trainable import trained
 from upstep_fast.model import backbone as backbones
@@ -121,6 +122,26 @@ def test_a_run_learns_and_what_it_writes_can_be_loaded(options, labeled, tmp_pat
     predicted, truth = finetune_step.predict(net, finetuning._in_order(test, reader), resolve("cpu", "fp32"))
     assert finetune_step.top1(predicted, truth) == pytest.approx(figures["top1"])
     assert 100 * balanced_accuracy_score(truth, predicted) == pytest.approx(figures["balanced"])
+
+
+def test_eval_and_finetune_hold_out_the_same_images_without_a_test_part(options, labeled, monkeypatch, caplog):
+    caplog.set_level("INFO", logger="upstep_fast")
+    seen, real = {}, finetuning.train_and_test
+    for module, command in ((finetuning, "finetune"), (labeled_evaluation, "eval")):
+
+        def kept(*args, command=command, **keywords):
+            parts = real(*args, **keywords)
+            seen[command] = [[p.source.name(i) for i in range(len(p.y))] for p in parts]
+            return parts
+
+        monkeypatch.setattr(module, "train_and_test", kept)
+    figures = upstep_fast.finetune(**{**options, "data": labeled / "train", "epochs": 1}).metrics
+    more = {k: options[k] for k in ("model", "device", "precision", "num_workers")}
+    scores = upstep_fast.evaluate(data=labeled / "train", **more)
+    assert seen["eval"] == seen["finetune"] and [len(names) for names in seen["eval"]] == [30, 6]
+    assert scores["n_train"] == 30 and scores["n_test"] == 6 and 0 <= figures["top1"] <= 100
+    assert caplog.text.count("no test part: 20 % of each of 3 classes held out, seed 0") == 2
+    assert "data: train: 30 images" in caplog.text and "data: test: 6 images" in caplog.text
 
 
 def build(options, method="losa", **more):
@@ -429,7 +450,7 @@ def bad_other_classes(labeled, clips, folder):
 
 def bad_no_test(labeled, clips, folder):
     copy_tree(labeled / "train", folder)
-    return {}, r"no test images in .*; it must hold train/CLASS"
+    return {"test_fraction": 0}, r"no test images in .*; it must hold train/CLASS"
 
 
 def bad_short_clips(labeled, clips, folder):

@@ -70,7 +70,7 @@ COMMON: dict[str, tuple[str, ...]] = {
         *(*_RUN, "preset", "steps", "memory", "accumulate", "cuda_graphs", "shard_weights"),
         *("world_size", "fit", "calibrate", "json"),
     ),
-    "finetune": (*_RUN, "adapter", "json", "frames", "cache", "patience", "mixup", "losa_rank"),
+    "finetune": (*_RUN, "adapter", "json", "test_fraction", "frames", "cache", "patience", "mixup", "losa_rank"),
 }
 
 # what other trainers call a field of ours

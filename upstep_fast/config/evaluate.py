@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from upstep_fast.config.base import ModelConfig, RuntimeConfig, at_least
+from upstep_fast.config.base import ModelConfig, RuntimeConfig, at_least, below
 from upstep_fast.errors import ConfigError
 
 
@@ -18,6 +18,8 @@ class EvalConfig(ModelConfig):
     """Use the adapter on another base model than the one that it was trained on."""
     source: str | None = None
     """Labeled images of the model's original domain, to measure forgetting."""
+    test_fraction: float = 0.2
+    """Fraction of each class held out for testing, by --seed, of data without a test part; 0: such data is refused."""
     k: int = 20
     """Neighbors of the k-NN classifier."""
     json: str | None = None
@@ -29,6 +31,7 @@ class EvalConfig(ModelConfig):
     def __post_init__(self) -> None:
         """Check every field. Raises ConfigError."""
         at_least(self, "k", 1)
+        below(self, "test_fraction", 1)
         at_least(self, "batch_size", 1)
 
 

@@ -101,7 +101,7 @@ class LosaConfig:
 
 @dataclass(frozen=True)
 class FinetuneConfig(ModelConfig):
-    """Train a classifier on labeled images: train/CLASS/image and test/CLASS/image, or clips of frames or video."""
+    """Train a classifier on labeled images: CLASS/image, or train/CLASS/image and test/CLASS/image, or clips."""
 
     output: OutputConfig
     method: Literal["losa", "lora", "linear", "full"] = "losa"
@@ -112,6 +112,8 @@ class FinetuneConfig(ModelConfig):
     """Use the adapter on another base model than the one that it was trained on."""
     json: str | None = None
     """File for the results: top-1 and balanced accuracy on test/, trainable parameters, seconds, peak bytes."""
+    test_fraction: float = 0.2
+    """Fraction of each class held out for testing, by --seed, of images without a test part; 0: they are refused."""
     cache: Literal["off", "memory", "disk"] = "off"
     """Where to cache frozen activations, computed once; for losa and linear with --preset-views none."""
     frames: int | None = None
@@ -126,6 +128,7 @@ class FinetuneConfig(ModelConfig):
     def __post_init__(self) -> None:
         """Check what concerns several groups. Raises ConfigError naming the field, its value and what is allowed."""
         at_least(self, "frames", 2)
+        below(self, "test_fraction", 1)
         if self.regularization.drop_path and self.method in ("losa", "linear"):
             raise ConfigError(f"drop_path: the backbone of {self.method} does not train; leave it at 0")
         if self.cache == "off":

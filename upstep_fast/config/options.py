@@ -152,6 +152,7 @@ class FinetuneOptions(TypedDict, total=False):
     adapter: str | Path | None
     any_base: bool
     json: str | Path | None
+    test_fraction: float
     cache: Literal["off", "memory", "disk"]
     frames: int | None
     epochs: int
@@ -205,6 +206,7 @@ class EvaluateOptions(TypedDict, total=False):
     adapter: str | Path | None
     any_base: bool
     source: str | Path | None
+    test_fraction: float
     k: int
     json: str | Path | None
     batch_size: int

@@ -16,7 +16,7 @@ from upstep_fast.config.evaluate import EvalConfig
 from upstep_fast.config.files import from_options
 from upstep_fast.config.options import EvaluateOptions
 from upstep_fast.config.signatures import with_keywords
-from upstep_fast.data.labeled.splits import Labeled, train_and_test
+from upstep_fast.data.labeled.splits import HeldOut, Labeled, train_and_test
 from upstep_fast.data.sources.part import Columns
 from upstep_fast.data.sources.source import columns_of
 from upstep_fast.data.sources.splits import SPLITS
@@ -44,7 +44,7 @@ def evaluate(
     """Measure k-NN and linear-probe accuracy of base, adapted and ensemble features.
 
     Keywords are the flags of `upstep-fast eval --help`. data, source: folders with train/CLASS/... and
-    test/CLASS/... . Returns percentages,
+    test/CLASS/..., or CLASS/... . Returns percentages,
     {"base": {"knn", "knn_whitened", "linear", "linear_whitened"}, "adapted": {...}, "ensemble": {...},
     "source": {"base", "adapted", "ensemble"}, "source_whitened": {...}, "n_train", "n_test", "k"}; "adapted" and
     "ensemble" only with an adapter, the "source" entries only with a source. whitened: whitened features are appended
@@ -134,7 +134,8 @@ def _train_and_test(
     paths: Sequence[str], models: dict[str, Backbone], config: EvalConfig, compute: Compute, columns: Columns
 ) -> tuple[Extracted, Extracted, tuple[Labeled, Labeled]]:
     extracted, read = [], []
-    for split, part in zip(SPLITS, train_and_test(paths, "eval", columns), strict=True):
+    without_test = HeldOut(config.test_fraction, config.runtime.seed)
+    for split, part in zip(SPLITS, train_and_test(paths, "eval", columns, without_test), strict=True):
         log.info("data: %s: %s", split, part.source.summary)
         x, indices = extract(part.source, models, config, compute)
         extracted.append(Extracted(x, part.y[indices], part.classes))

@@ -1,10 +1,16 @@
-"""Labeled images: train and test splits, their classes, and a held-out part of train for model selection."""
+"""Labeled images: train and test splits, their classes, and a held-out part of train for model selection.
+
+Of data without a test part a fraction of each class is held out: the images with the smallest hash of seed and name. So
+the order of the files and the place of their folder do not matter, and new files move few of the others.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +20,7 @@ from upstep_fast.data.sources.part import Columns
 from upstep_fast.data.sources.source import Source, open_source
 from upstep_fast.data.sources.splits import SPLITS
 from upstep_fast.data.sources.subset import subset
-from upstep_fast.errors import DataError
+from upstep_fast.errors import DataError, NoTestPartError
 
 log = logging.getLogger("upstep_fast")
 _ANY = Columns()
@@ -37,19 +43,79 @@ class Labeled:
         return Labeled(source, self.y[indices], self.classes)
 
 
-def train_and_test(paths: Sequence[str], command: str, columns: Columns = _ANY) -> tuple[Labeled, Labeled]:
+@dataclass(frozen=True)
+class HeldOut:
+    """The part of data without a test part that is held out for testing."""
+
+    fraction: float = 0.0  # of each class; 0: such data is refused
+    seed: int = 0
+
+
+_NONE = HeldOut()
+
+
+def train_and_test(
+    paths: Sequence[str], command: str, columns: Columns = _ANY, without_test: HeldOut = _NONE
+) -> tuple[Labeled, Labeled]:
     """Return the train and test splits of `paths`, both with the classes of train.
 
     Raises DataError, naming the cure, for images without a class and classes of test/ that train/ lacks.
     """
     where = ", ".join(paths)
-    train, test = (open_source(paths, split, columns) for split in SPLITS)
+    try:
+        test = open_source(paths, "test", columns)
+    except NoTestPartError:
+        if not without_test.fraction:
+            raise
+        return _split(open_source(paths, columns=columns), where, command, without_test)
+    train = open_source(paths, "train", columns)
     for split, source in zip(SPLITS, (train, test), strict=True):
         if source.labels is None:
             raise DataError(
                 f"data: {where} {source.unlabeled()}; {command} needs {split}/CLASS/image files or a label for each"
             )
     return join(train, train.labels or [], test, test.labels or [], where)
+
+
+def _split(source: Source, where: str, command: str, by: HeldOut) -> tuple[Labeled, Labeled]:
+    """Return both parts of images without a test part. Raises DataError."""
+    labels = source.labels
+    if labels is None:
+        raise DataError(
+            f"data: {where} {source.unlabeled()}; {command} needs train/CLASS/image, CLASS/image or a label for each"
+        )
+    test = choose_test([source.name(i) for i in range(len(source))], labels, by)
+    classes = len(set(labels))
+    if classes < 2 or not test.any():
+        what = f"one class, {labels[0]}" if classes < 2 else "one image of each class"
+        raise DataError(f"data: {where} has {what}; {command} needs at least 2 classes, and 2 images of one")
+    log.info("data: %s", source.summary)
+    text = "data: %s has no test part: %g %% of each of %d classes held out, seed %d"
+    log.info(text, where, 100 * by.fraction, classes, by.seed)
+    y = torch.tensor([sorted(set(labels)).index(label) for label in labels])
+    whole = Labeled(source, y, tuple(sorted(set(labels))))
+    return tuple(_counted(whole.subset(mask.nonzero()[:, 0])) for mask in (~test, test))  # type: ignore[return-value]
+
+
+def _counted(part: Labeled) -> Labeled:
+    return replace(part, source=replace(part.source, summary=f"{len(part.y):,} images"))
+
+
+def choose_test(names: Sequence[str], labels: Sequence[str], by: HeldOut) -> Tensor:
+    """Return a mask [N] over the images to hold out: `by.fraction` of each class, at least one and not all.
+
+    A class of one image is for training. names: paths; what all begin with does not count.
+    """
+    start = os.path.commonprefix(list(names)).rfind("/") + 1  # noqa: RUF071  (commonpath drops "./" and "//")
+    members: dict[str, list[tuple[bytes, int]]] = {}
+    for index, (name, label) in enumerate(zip(names, labels, strict=True)):
+        key = f"{by.seed} {name[start:]}".encode("utf-8", "backslashreplace")
+        members.setdefault(label, []).append((hashlib.sha256(key).digest(), index))
+    mask = torch.zeros(len(names), dtype=torch.bool)
+    for images in members.values():
+        count = min(max(1, round(by.fraction * len(images))), len(images) - 1)
+        mask[[index for _, index in sorted(images)[:count]]] = True
+    return mask
 
 
 def join(

@@ -18,7 +18,7 @@ from upstep_fast.data.sources.part import (
     printable,
     read_image_file,
 )
-from upstep_fast.data.sources.splits import TREE, find_splits, reading
+from upstep_fast.data.sources.splits import TREE, find_splits, is_only_train, reading
 from upstep_fast.errors import DataError
 
 
@@ -77,7 +77,7 @@ def open_folder(root: str, split: str | None, listing: Listing) -> list[Part]:
         top = splits[split]
         listing.notes.append(reading(where, top, tops))
     files = walk(os.fsencode(root), os.fsencode(top), listing, IMAGE_SUFFIXES)
-    return [Files(root, Names.pack(files, component=int(splits is not None)))]
+    return [Files(root, Names.pack(files, component=int(splits is not None or is_only_train(tops))))]
 
 
 def top_folders(root: str) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from upstep_fast.data.sources.part import ALREADY_LISTED, Columns, Listing, Part, printable, read_image_file
-from upstep_fast.data.sources.splits import TEST_NAMES, find_splits, is_split, reading
+from upstep_fast.data.sources.splits import find_splits, is_split, reading
 from upstep_fast.errors import DataError
 
 LABEL_COLUMNS = ("label", "class")
@@ -100,7 +100,7 @@ def open_dataset(name: str, split: str | None, columns: Columns, listing: Listin
     parts = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
     splits = find_splits(parts, key)
     if split == "test" and splits is None:
-        need = f"it must have the splits train and test (or {', '.join(TEST_NAMES[1:])}), and has {', '.join(parts)}"
+        need = f"it must have the splits train and test (or val, valid, validation), and has {', '.join(parts)}"
         listing.without_test.append(need)
         return []
     if split and splits is not None:

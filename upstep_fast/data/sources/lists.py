@@ -17,7 +17,7 @@ from pathlib import Path
 
 from upstep_fast.data.sources.folders import Files
 from upstep_fast.data.sources.part import ALREADY_LISTED, Columns, Listing, Names, Part, open_data, printable
-from upstep_fast.data.sources.splits import TEST_NAMES, find_splits, reading
+from upstep_fast.data.sources.splits import find_splits, reading
 from upstep_fast.errors import DataError
 
 LIST_SUFFIXES = (".txt", ".lst", ".csv", ".tsv")
@@ -50,7 +50,7 @@ def read_list(path: Path, split: str | None, columns: Columns, listing: Listing)
     _check_paths(path, table)
     rows, splits = table.rows, find_splits({row.split for row in table.rows}, str(path))
     if split == "test" and splits is None:
-        need = f"a CSV with the columns path,label,split, and train and test (or {', '.join(TEST_NAMES[1:])}) in split"
+        need = "a CSV with the columns path,label,split, and train and test (or val, valid, validation) in split"
         listing.without_test.append(f"it must be {need}")
         return []
     if split and splits is not None:

@@ -2,7 +2,7 @@
 
 A PATH is a folder (read recursively), an image, a text or CSV list, a .tar file, a pattern of them
 (`shards-{000..031}.tar`, `*.tar`), or `hf:NAME`. A tree with `train/` and one of `test/`, `val/`, `valid/` and
-`validation/` at its top has these splits (splits.py); the class of an image is the folder directly under the split, or
+the like at its top has these splits (splits.py); the class of an image is the folder directly under the split, or
 under the top where there are no splits.
 
 Order: sorted by path, component by component, as bytes; a folder and its tar have equal orders.
@@ -40,7 +40,7 @@ from upstep_fast.data.sources.part import (
 from upstep_fast.data.sources.patterns import matches_of
 from upstep_fast.data.sources.splits import SPLITS, TREE
 from upstep_fast.data.sources.tar_shards import open_tars
-from upstep_fast.errors import DataError
+from upstep_fast.errors import DataError, NoTestPartError
 
 log = logging.getLogger(__name__)
 _ANY = Columns()
@@ -108,7 +108,7 @@ def open_source(paths: str | Path | Sequence[str | Path], split: str | None = No
 
     split: "train" or "test" selects that split of each tree that has splits; of a tree without them "train" selects all
     and "test" nothing; None selects all. columns: those that the user named. Raises DataError, naming the path and the
-    cure, when there are no images.
+    cure, when there are no images; NoTestPartError, which is one, when no path has splits and "test" is asked for.
     """
     if split not in (None, *SPLITS):
         raise ValueError(f"split: got {split!r}, must be None, {' or '.join(map(repr, SPLITS))}")
@@ -126,7 +126,8 @@ def open_source(paths: str | Path | Sequence[str | Path], split: str | None = No
     words = [f"{count:,} image{'s' * (count != 1)}", *listing.notes, left_out]
     source = Source(tuple(parts), tuple(listing.problems), "; ".join(word for word in words if word))
     if not count:
-        raise DataError(no_images(", ".join(map(str, paths)), split, columns, listing))
+        kind = NoTestPartError if matches and len(listing.without_test) == len(matches) else DataError
+        raise kind(no_images(", ".join(map(str, paths)), split, columns, listing))
     for name, reason in listing.problems[:5]:
         log.warning("data: left out %s: %s", name, reason)
     if len(listing.problems) > 5:

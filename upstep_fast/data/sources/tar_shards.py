@@ -25,7 +25,7 @@ from upstep_fast.data.sources.part import (
     printable,
     read_image_file,
 )
-from upstep_fast.data.sources.splits import TREE, find_splits, reading
+from upstep_fast.data.sources.splits import TREE, find_splits, is_only_train, reading
 from upstep_fast.data.sources.tar_index import TarIndex, read_index
 from upstep_fast.errors import DataError
 
@@ -95,7 +95,8 @@ def open_tars(paths: list[str], split: str | None, columns: Columns, listing: Li
     if split and splits is not None:
         prefix = os.fsencode(splits[split]) + b"\0"
         listing.notes.append(reading(where, splits[split], map(printable, tops)))
-    return [_part(path, index, prefix, splits is not None, columns, listing) for path, index in indexes.items()]
+    below = splits is not None or is_only_train(names)
+    return [_part(path, index, prefix, below, columns, listing) for path, index in indexes.items()]
 
 
 def _part(

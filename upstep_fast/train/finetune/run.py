@@ -26,7 +26,7 @@ from upstep_fast.data.labeled.batches import Reader
 from upstep_fast.data.labeled.clips import train_and_test_clips
 from upstep_fast.data.labeled.copies import copies
 from upstep_fast.data.labeled.reader import ReaderOptions
-from upstep_fast.data.labeled.splits import Labeled, held_out, log_splits, train_and_test
+from upstep_fast.data.labeled.splits import HeldOut, Labeled, held_out, log_splits, train_and_test
 from upstep_fast.data.loading.skipped_images import write_skipped
 from upstep_fast.data.sources.source import columns_of
 from upstep_fast.data.views.view_config import view_config
@@ -84,8 +84,8 @@ def finetune(
 ) -> FinetuneResult:
     """Train a classifier on labeled images and write it to the folder `out`.
 
-    data: a folder with train/CLASS/... and test/CLASS/... . Keywords are the flags of `upstep-fast finetune
-    --help-all`. Raises UpstepError.
+    data: a folder with train/CLASS/... and test/CLASS/..., or CLASS/... . Keywords are the flags of
+    `upstep-fast finetune --help-all`. Raises UpstepError.
     """
     return run(from_options(FinetuneConfig, {"model": model, "data": data, "out": out, **keywords}, "finetune"))
 
@@ -125,7 +125,8 @@ def _log_start(requested: FinetuneConfig, config: FinetuneConfig, compute: Compu
 def read_splits(config: FinetuneConfig) -> Splits:
     """Return the labeled data of a run. Raises DataError."""
     if config.frames is None:
-        train, test = train_and_test(config.data.paths, "finetune", columns_of(config.data))
+        without_test = HeldOut(config.test_fraction, config.runtime.seed)
+        train, test = train_and_test(config.data.paths, "finetune", columns_of(config.data), without_test)
     else:
         train, test = train_and_test_clips(config.data.paths, config.frames)
     if len(train.classes) < 2:
