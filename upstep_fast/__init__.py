@@ -1,8 +1,8 @@
 """Adapt a pretrained Vision Transformer to unlabeled images, fast and without forgetting.
 
 >>> import upstep_fast
->>> upstep_fast.adapt(model="local-dir:base_tiny", data="photos/", out="adapted/")
->>> model = upstep_fast.load_adapted("local-dir:base_tiny", "adapted/adapter")
+>>> upstep_fast.adapt(model="demo", data="photos/", out="adapted/")
+>>> model = upstep_fast.load_adapted("demo", "adapted/adapter")
 
 Importing this package does nothing else: each public name is loaded when it is first used.
 """

@@ -49,7 +49,7 @@ def main() -> None:
     timed(f"git clone --quiet {ROOT} upstep_fast", folder)
     images = own_pictures(clone / "photos", clone / "upstep_fast/assets/sign_digits_64.tar")
     readme = (clone / "README.md").read_text()
-    install, adapt = (find(readme, start) for start in ("pip install '.[peft", "upstep-fast adapt --model local-dir:"))
+    install, adapt = (find(readme, start) for start in ("pip install '.[peft", "upstep-fast adapt --model demo"))
     venv = find(readme, "python3 -m venv").partition(" && ")[0]
     # what `. venv/bin/activate` does
     environment["PATH"] = f"{clone / 'venv/bin'}:{environment['PATH']}"

@@ -11,6 +11,7 @@ from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.flat import from_flat
 from upstep_fast.config.tools import DemoConfig
 from upstep_fast.evaluation.labeled import evaluate
+from upstep_fast.model.names import DEMO
 from upstep_fast.report import page as html_report
 from upstep_fast.report.tables import print_scores
 from upstep_fast.runtime import terminal
@@ -35,7 +36,7 @@ def assets() -> tuple[str, str]:
 
 def run(config: DemoConfig) -> dict[str, Any]:
     """Adapt base_tiny to the hand signs, print the scores and the next command; return the scores."""
-    model, data = assets()
+    model, data = DEMO, assets()[1]
     recipe = RECIPE if config.steps is None else {**RECIPE, "steps": config.steps}
     print("A small ViT, trained on 100 kinds of everyday objects, adapts to 1,465 photographs of hands showing digits.")
     print("Training uses no labels:\n")

@@ -15,7 +15,7 @@ class BackboneConfig:
     """The pretrained model and how it is built."""
 
     name: str = field(metadata=flag("model"))
-    """Pretrained ViT: a timm name, local-dir:PATH, hf-hub:NAME, or a checkpoint file with --arch."""
+    """Pretrained ViT: a timm name, local-dir:PATH, hf-hub:NAME, a checkpoint file with --arch, or demo (included)."""
     arch: str | None = None
     """timm's name of a checkpoint file's architecture; `upstep-fast models` lists them."""
     img_size: int | tuple[int, int] | None = None

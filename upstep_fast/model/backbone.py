@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from upstep_fast.config.base import BackboneConfig
 from upstep_fast.data.views.resize import normalize
 from upstep_fast.errors import ConfigError, first_line
-from upstep_fast.model import checks, registry
+from upstep_fast.model import checks, names, registry
 from upstep_fast.model.formats import checkpoint_files, preprocessing
 from upstep_fast.model.formats.folders import Source
 
@@ -34,7 +34,7 @@ class Backbone:
     """A frozen ViT, its input size and its evaluation transform."""
 
     vit: VisionTransformer | Eva
-    name: str  # as the user gave it; goes into the adapter as base_model_name_or_path
+    name: str  # that loads it: names.resolve of what the user gave
     width: int  # D, of the features
     img_size: tuple[int, int]  # height, width in pixels
     mean: tuple[float, ...]  # per channel, on a 0..1 scale
@@ -87,13 +87,14 @@ def load(
 ) -> Backbone:
     """Load the model called `name`, frozen and in eval mode, on the CPU in fp32.
 
-    name: a timm name, local-dir:PATH, hf-hub:NAME (of timm or transformers), or a checkpoint file, whose timm
-    architecture is `arch`. img_size: pixels, one number or height and width; None keeps the model's own, another value
-    interpolates the position embeddings as timm does. in_chans: channels of the images; the patch embedding is adapted
-    as timm does. mean, std: on a 0..1 scale, one for each channel or one for all. min_matched: smallest share of the
-    model's tensors that a checkpoint must fill. Raises ConfigError for a name that is unknown, not a plain ViT, or
-    whose weights cannot be loaded or do not fit.
+    name: a timm name, local-dir:PATH, hf-hub:NAME (of timm or transformers), demo (the included model), or a
+    checkpoint file, whose timm architecture is `arch`; `names.resolve` reads other spellings. img_size: pixels, one
+    number or height and width; None keeps the model's own, another value interpolates the position embeddings as timm
+    does. in_chans: channels of the images; the patch embedding is adapted as timm does. mean, std: on a 0..1 scale, one
+    for each channel or one for all. min_matched: smallest share of the model's tensors that a checkpoint must fill.
+    Raises ConfigError for a name that is unknown, not a plain ViT, or whose weights cannot be loaded or do not fit.
     """
+    name = names.resolve(name, arch)
     source = registry.find(name, arch, pretrained=pretrained)
     registry.check_arch(source.arch, name)
     size = img_size if img_size is not None else (source.pixels or {}).get("img_size")

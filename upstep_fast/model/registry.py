@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,8 +16,8 @@ from upstep_fast.errors import ConfigError, first_line
 from upstep_fast.input_files import require_regular
 from upstep_fast.model.formats import checkpoint_files, folders
 from upstep_fast.model.formats.folders import Source
+from upstep_fast.model.names import HUB, HUB_IDS, KNOWN, LOCAL, nearest
 
-LOCAL, HUB = "local-dir:", "hf-hub:"
 MODULES = ("vision_transformer", "deit", "eva")  # of timm, whose models are plain ViTs
 PARALLEL = ("*_18x2_*", "*_xp_*", "vit_pwee_*", "vit_dpwee_*")  # architectures with attention and MLP in parallel
 
@@ -121,7 +120,7 @@ def _find_file(name: str, arch: str | None) -> Source:
 def _find_in_timm(name: str, arch: str | None, pretrained: bool) -> Source:
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
-        raise ConfigError(f"model: unknown model {name!r}; {nearest_names(name)}")
+        raise ConfigError(f"model: unknown model {name!r}; {_cure(name)}")
     if arch is not None and arch != architecture:
         raise ConfigError(f"arch: {arch} is not what {name} names; --arch is for checkpoint files")
     if tag and pretrained and name not in timm.list_pretrained(f"{architecture}.*"):
@@ -199,11 +198,21 @@ def check_arch(arch: str, name: str) -> None:
 
 
 def nearest_names(name: str) -> str:
-    """Return the cure for a wrong name: the names nearest to it."""
-    stem = name.removeprefix(LOCAL).removeprefix(HUB).split("/")[-1].split(".")[0].lower()
-    known = timm.list_models(["vit_*", "deit_*", "deit3_*"])
-    close = difflib.get_close_matches(stem, known, n=3, cutoff=0.4) or ["vit_base_patch16_224"]
-    return f"near names: {', '.join(close)} (or local-dir:PATH)"
+    """Return the cure for a wrong name: the architectures nearest to it."""
+    stem = name.removeprefix(LOCAL).removeprefix(HUB).split("/")[-1].split(".")[0]
+    return f"near names: {', '.join(nearest(stem, [known for known, _ in names()]))} (or local-dir:PATH)"
+
+
+def _cure(name: str) -> str:
+    """Return the cure for a name that is none of timm's, no folder and no checkpoint file."""
+    if Path(name).is_file():
+        return f"the endings of checkpoint files are {', '.join(sorted(checkpoint_files.SUFFIXES))}"
+    near = ", ".join(nearest(name, [*(known for known, _ in names()), *KNOWN, *HUB_IDS]))
+    if "/" in name:
+        return (
+            f"there is no such folder; for a repository of the hub write hf-hub:{name.strip('/')}; near names: {near}"
+        )
+    return f"near names: {near} (or local-dir:PATH)"
 
 
 def weights_cure(name: str) -> str:

@@ -25,8 +25,8 @@ from upstep_fast.model import lora, peft_format, peft_tensors
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.model.formats import checkpoint_files, hf_config, key_names
 from upstep_fast.model.formats.key_names import State
+from upstep_fast.model.names import HUB
 from upstep_fast.model.pooling import FeatureExtractor, features
-from upstep_fast.model.registry import HUB
 
 log = logging.getLogger("upstep_fast")
 
@@ -109,7 +109,7 @@ def _peft(job: Job) -> Written:
     _need("peft", "peft", "pip install 'upstep_fast[peft]'")
     vit: Any = job.base.vit
     hub = vit.pretrained_cfg.get("hf_hub_id")
-    name = f"{HUB}{hub}" if hub and timm.is_model(job.config.model.name.partition(".")[0]) else job.config.model.name
+    name = f"{HUB}{hub}" if hub and timm.is_model(job.base.name.partition(".")[0]) else job.base.name
     assert job.config.adapter is not None
     tensors = peft_format.read_tensors(job.config.adapter)
     bare = tensors.bare
