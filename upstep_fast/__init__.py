@@ -2,7 +2,8 @@
 
 >>> import upstep_fast
 >>> upstep_fast.adapt(model="demo", data="photos/", out="adapted/")
->>> model = upstep_fast.load_adapted("demo", "adapted/adapter")
+>>> m = upstep_fast.load("adapted/")
+>>> features = m.embed("photos/")  # numpy [N, D]
 
 Importing this package does nothing else: each public name is loaded when it is first used.
 """
@@ -15,19 +16,33 @@ from upstep_fast.version import __version__
 
 if TYPE_CHECKING:
     from upstep_fast.evaluation.embeddings import embed
+    from upstep_fast.evaluation.feature_model import FeatureModel, load
     from upstep_fast.evaluation.labeled import evaluate
     from upstep_fast.model.peft_format import load_adapted
     from upstep_fast.train.adapt import adapt
     from upstep_fast.train.finetune.classifier import load_finetuned
     from upstep_fast.train.finetune.run import finetune
 
-__all__ = ["__version__", "adapt", "embed", "evaluate", "finetune", "kernels", "load_adapted", "load_finetuned"]
+__all__ = [
+    "FeatureModel",
+    "__version__",
+    "adapt",
+    "embed",
+    "evaluate",
+    "finetune",
+    "kernels",
+    "load",
+    "load_adapted",
+    "load_finetuned",
+]
 
 _HOME = {
     "adapt": "train.adapt",
     "evaluate": "evaluation.labeled",
     "embed": "evaluation.embeddings",
+    "FeatureModel": "evaluation.feature_model",
     "finetune": "train.finetune.run",
+    "load": "evaluation.feature_model",
     "load_adapted": "model.peft_format",
     "load_finetuned": "train.finetune.classifier",
 }

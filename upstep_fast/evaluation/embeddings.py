@@ -61,8 +61,8 @@ def run_embed(config: EmbedConfig) -> Path:
         models = load_models(config)
         whitens = bool(config.whitening or config.fit_whitening)
         identity = model_identity(models["base"]) if whitens else {}
-        fingerprints = _fingerprints(identity["sha256"], config) if whitens else {}
-        fitted = _read_whitening(config, models, fingerprints, identity) if config.whitening else {}
+        fingerprints = whitening_fingerprints(identity["sha256"], config) if whitens else {}
+        fitted = read_whitening(config, models, fingerprints, identity) if config.whitening else {}
         x, indices = extract(source, models, config, compute, patches=whitens)
         contents: dict[Path, Content] = {}
         if config.fit_whitening:
@@ -76,9 +76,10 @@ def run_embed(config: EmbedConfig) -> Path:
     return out
 
 
-def _read_whitening(
+def read_whitening(
     config: EmbedConfig, models: Mapping[str, Backbone], fingerprints: Mapping[str, str], identity: Mapping[str, Any]
 ) -> dict[str, Whitening]:
+    """Return the whitenings in the file of --whitening, by model. Raises ConfigError if they are of other models."""
     assert config.whitening is not None
     base = models["base"]
     return whitening.read(config.whitening, fingerprints, identity, (pooling.num_parts(base.vit), base.width))
@@ -110,7 +111,7 @@ def _check_files(out: Path, config: EmbedConfig) -> None:
         require_writable(path, field)
 
 
-def _fingerprints(base: str, config: EmbedConfig) -> dict[str, str]:
+def whitening_fingerprints(base: str, config: EmbedConfig) -> dict[str, str]:
     """Return {"base": ..., "adapted": ...}; the second is of base model and adapter files, not of merged weights."""
     if config.adapter is None:
         return {"base": base}

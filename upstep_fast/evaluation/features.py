@@ -90,7 +90,7 @@ def extract(
     base = models["base"]
     _agree(source, base, config)
     pool = pooling.pooled_and_patch_mean if patches else pooling.pooled_only
-    runs = {name: _feature_function(model, config, compute, pool) for name, model in models.items()}
+    runs = {name: feature_function(m, config.runtime.implementation, compute, pool) for name, m in models.items()}
     rows: dict[str, list[Tensor]] = {name: [] for name in models}
     local_indices: list[int] = []
     skipped = SkippedImages()
@@ -160,15 +160,20 @@ def _gather_features(rows: list[Tensor], model: Backbone, patches: bool) -> Tens
     return torch.cat(distributed.gather_parts(torch.cat(rows) if rows else torch.empty(0, num, model.width)))
 
 
-def _feature_function(
-    model: Backbone, config: EvalConfig | EmbedConfig, compute: Compute, pool: Callable[[Any, Tensor], Tensor]
+def feature_function(
+    model: Backbone, implementation: str, compute: Compute, pool: Callable[[Any, Tensor], Tensor]
 ) -> Callable[[Tensor], Tensor]:
+    """Return a function from normalized images [B, C, H, W] to features [B, P, D], by the engine where it runs.
+
+    The model's ViT is moved to the device, in place, and must not change afterwards. pool: `pooling.pooled_only` or
+    `pooling.pooled_and_patch_mean`. Call it without gradients, under `compute.autocast()`.
+    """
     vit = model.vit.to(compute.device).requires_grad_(False)
 
     def reference(images: Tensor) -> Tensor:
         return pool(vit, vit.forward_features(images))
 
-    if config.runtime.implementation == "reference":
+    if implementation == "reference":
         return reference
     dtype = compute.dtype or torch.float32
     return engine.make_features(vit, dtype, "fast", fallback=reference, fp8=compute.fp8, pool=pool)[0]

@@ -91,6 +91,12 @@ def _decode(data: bytes | memoryview, start: bytes, channels: int, max_pixels: i
     return _decode_pillow(data, channels, max_pixels, min_side)
 
 
+def from_pillow(image: Image.Image, channels: int = 3) -> Tensor:
+    """Return a PIL image as uint8 [channels, H, W], upright, by the rules of `decode`. Raises BadImage."""
+    x = _to_tensor(image, channels, None)
+    return upright(x, orientation_of(image)).expand(channels, -1, -1)
+
+
 @functools.lru_cache
 def decoder_fingerprint() -> str:
     """Return the JPEG decoder's name and SHA-256 over some images, encoded by this machine's libraries, then decoded.
@@ -196,8 +202,7 @@ def _decode_pillow(
             x = jpeg.pixels(data, image) if channels == 3 and image.size == size and not pillow_only else None
             if x is None:
                 image.load()
-                array = torch.from_numpy(_to_array(image, channels, tiff))
-                x = array.permute(2, 0, 1) if array.ndim == 3 else array[None]
+                x = _to_tensor(image, channels, tiff)
             x = upright(x, orientation_of(image)).expand(channels, -1, -1)
             return x if image.format == "JPEG" else _shrunk(x, min_side)  # a JPEG's corners are checked before
 
@@ -207,6 +212,12 @@ def _num_bytes(image: Image.Image, size: tuple[int, int]) -> int:
     width, height = image.size
     progressive = BYTES_PER_COEFFICIENT * size[0] * size[1] if image.info.get("progressive") else 0
     return BYTES_PER_PIXEL * width * height + progressive
+
+
+def _to_tensor(image: Image.Image, channels: int, tiff: TiffPlan | None) -> Tensor:
+    """Return [channels, H, W] uint8, or [1, H, W] where all channels are equal."""
+    array = torch.from_numpy(_to_array(image, channels, tiff))
+    return array.permute(2, 0, 1) if array.ndim == 3 else array[None]
 
 
 def _to_array(image: Image.Image, channels: int, tiff: TiffPlan | None) -> np.ndarray:

@@ -1,0 +1,234 @@
+"""Features in memory: a model with its adapter and whitening as one object, for notebooks.
+
+>>> m = upstep_fast.load("adapted/")
+>>> features = m.embed("photos/")  # numpy [N, D]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.evaluate import EmbedConfig
+from upstep_fast.config.files import from_options, read_toml
+from upstep_fast.data.loading.eval_transform import EvalTransform
+from upstep_fast.data.sources.source import open_source
+from upstep_fast.errors import ConfigError, DataError, RunFailedError
+from upstep_fast.evaluation import whitening
+from upstep_fast.evaluation.embeddings import read_whitening, whitening_fingerprints
+from upstep_fast.evaluation.features import feature_function, load_models
+from upstep_fast.evaluation.image_inputs import transformed_images
+from upstep_fast.evaluation.whitening import Whitening
+from upstep_fast.model import pooling
+from upstep_fast.model.backbone import Backbone
+from upstep_fast.model.identity import model_identity
+from upstep_fast.model.peft_config import CONFIG
+from upstep_fast.runtime import machine
+from upstep_fast.runtime.device import Compute, resolve
+
+WHITENING = "whitening.safetensors"  # of a run's folder
+RUN_CONFIG = "config.toml"
+_MODEL_FLAGS = ("model", "arch", "img_size", "in_chans", "mean", "std", "min_matched")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FeatureModel:
+    """A frozen ViT that gives features: no classifier, unit length, no gradients. Made by `upstep_fast.load`.
+
+    m(images): transformed images [B, C, H, W] -> features [B, D] on the device. m.embed: images of any kind -> numpy
+    [N, D]. m.transform: one image -> tensor [C, H, W]. m.vit: the timm model with the adapter merged, for its tokens;
+    it must not be changed. Objects can be pickled, weights included.
+    """
+
+    backbone: Backbone  # the adapter is merged
+    device: str = "auto"  # device, precision and implementation as for `embed`
+    precision: str = "auto"
+    implementation: str = "auto"
+    adapter: str | None = None
+    whitening: Whitening | None = None
+    _functions: dict[bool, Callable[[Tensor], Tensor]] = field(
+        default_factory=dict
+    )  # by whether mean patch tokens are included
+
+    @property
+    def vit(self) -> nn.Module:
+        """The timm model. `m.vit.forward_features(images)` gives its tokens, [B, N, D]."""
+        return self.backbone.vit
+
+    @property
+    def transform(self) -> EvalTransform:
+        """The model's evaluation transform: a path, PIL image or array [H, W, C] -> tensor [C, H, W], for datasets."""
+        base = self.backbone
+        return EvalTransform(base.img_size, base.mean, base.std, base.interpolation, base.crop_pct, base.crop_mode)
+
+    @property
+    def dim(self) -> int:
+        """Width D of the features; a whitening makes it three times the model's width, or twice (whitening.py)."""
+        return self.backbone.width * (1 if self.whitening is None else 1 + pooling.num_parts(self.vit))
+
+    @property
+    def compute(self) -> Compute:
+        """The device and the precision."""
+        return resolve(self.device, self.precision, self.implementation)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the features [B, D] of transformed images [B, C, H, W], fp32, unit length, on the device.
+
+        Raises DataError for other shapes and types, RunFailedError for features that are not finite.
+        """
+        parts = self._parts(images, self.whitening is not None)
+        if self.whitening is None:
+            return parts[:, 0].contiguous()
+        by = Whitening(self.whitening.mean.to(parts.device), self.whitening.matrix.to(parts.device))
+        return whitening.append_whitened(parts, by)
+
+    def embed(self, images: Any, batch_size: int = 256, num_workers: int | None = None) -> np.ndarray:
+        """Return the features of images as numpy fp32 [N, D], a row for each image, in their order.
+
+        images: a path as --data takes it (a folder, .tar, list or hf:NAME; `m.paths` gives the order); a sequence of
+        paths, PIL images, arrays [H, W, C] or transformed tensors; an array [N, H, W, C] of uint8, or of floating-point
+        values in 0..1; or a DataLoader of batches that `m.transform` made, labels beside them are ignored.
+        num_workers: threads; None: one per core, at most 16. The features of paths equal those of `upstep-fast embed`.
+        Raises DataError naming the first image that cannot be used; none is left out.
+        """
+        rows = [self(batch).cpu() for batch in self._batches(images, batch_size, num_workers)]
+        return _joined(rows).numpy()
+
+    def fit_whitening(self, images: Any, batch_size: int = 256, num_workers: int | None = None) -> FeatureModel:
+        """Return this model with a whitening fitted to unlabeled images of the domain; images: as for `embed`."""
+        rows = [self._parts(batch, True).cpu() for batch in self._batches(images, batch_size, num_workers)]
+        return dataclasses.replace(self, whitening=whitening.fit(_joined(rows)))
+
+    def paths(self, data: str | Path) -> list[str]:
+        """Return the names of the images at a path, in the order of `embed`'s rows. Raises DataError."""
+        source = open_source(data)
+        return [source.name(index) for index in range(len(source))]
+
+    def __repr__(self) -> str:
+        """Return the model's name, adapter, input, D and device."""
+        height, width = self.backbone.img_size
+        size = f"images [{len(self.backbone.mean)}, {height}, {width}]"
+        adapter = f"adapter {self.adapter}" if self.adapter else "no adapter"
+        whitened = "whitened, " if self.whitening else ""
+        where = f"{self.compute.device} in {self.compute.precision}"
+        return f"FeatureModel({self.backbone.name}, {adapter}, {size}, {whitened}D = {self.dim}, {where})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the fields with weights on the CPU and without the engine's functions, which are built again."""
+        return vars(self) | {"backbone": self.backbone.copy(), "_functions": {}}
+
+    @torch.no_grad()
+    def _parts(self, images: Tensor, patches: bool) -> Tensor:
+        """Return unit features [B, P, D], with the mean patch token if `patches`."""
+        expected = (len(self.backbone.mean), *self.backbone.img_size)
+        if not isinstance(images, Tensor) or not images.is_floating_point() or images.shape[1:] != expected:
+            got = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+            shape = ", ".join(map(str, expected))
+            raise DataError(
+                f"images: got {got}, the model takes floating-point [B, {shape}] as m.transform "
+                "gives; m.embed takes paths, PIL images and arrays"
+            )
+        compute = self.compute
+        if patches not in self._functions:
+            pool = pooling.pooled_and_patch_mean if patches else pooling.pooled_only
+            self._functions[patches] = feature_function(self.backbone, self.implementation, compute, pool)
+        with compute.autocast():
+            parts = F.normalize(self._functions[patches](images.to(compute.device).float()).float(), dim=-1)
+        bad = int(((parts.norm(dim=-1) - 1).abs() < 0.5).all(-1).logical_not().sum())  # also of NaN
+        if bad:
+            cure = (
+                "use precision='fp32'" if compute.dtype is not None else "check the images, its weights and the adapter"
+            )
+            raise RunFailedError(f"model: features of {bad} of {len(parts)} images are not finite or all zero; {cure}")
+        return parts
+
+    def _batches(self, images: Any, batch_size: int, num_workers: int | None) -> Iterator[Tensor]:
+        """Yield transformed images [B, C, H, W]. Raises DataError, ConfigError."""
+        if batch_size < 1:
+            raise ConfigError(f"batch_size: got {batch_size}, must be at least 1")
+        if isinstance(images, DataLoader):
+            yield from (batch[0] if isinstance(batch, (tuple, list)) else batch for batch in images)
+            return
+        workers = machine.num_workers(num_workers)
+        with contextlib.closing(transformed_images(images, self.transform, workers, 2 * batch_size)) as each:
+            while batch := list(itertools.islice(each, batch_size)):
+                yield torch.stack(batch)
+
+
+def _joined(rows: list[Tensor]) -> Tensor:
+    if not rows:
+        raise DataError("images: there are none; give at least one")
+    return torch.cat(rows)
+
+
+def load(
+    source: str | Path,
+    *,
+    model: str | Path | None = None,
+    whiten: bool | str | Path = False,
+    any_base: bool = False,
+    device: str = "auto",
+    precision: str = "auto",
+    implementation: str = "auto",
+    **overrides: Any,
+) -> FeatureModel:
+    """Load a model that gives features: of a run, of an adapter, or a base model.
+
+    source: the folder of a run of `adapt`, whose model and input are taken from its config.toml; the folder of an
+    adapter, with the name of its base model as `model` unless it lies in a run's folder; or the name of a model, as
+    `adapt` takes it. whiten: append whitened features: a file of `embed --fit-whitening`, or True for
+    whitening.safetensors in the run's folder. overrides: arch, img_size, in_chans, mean, std, min_matched, as for
+    `adapt`. any_base, device, precision, implementation: as for `embed`. Raises ConfigError.
+    """
+    adapter, settings, file = _settings(source, model)
+    if whiten is True and file is None:
+        raise ConfigError(f"whiten: {source} is no run's folder; give a file of embed --fit-whitening")
+    fitted = None if whiten is False else str(file if whiten is True else whiten)
+    if whiten is True and file is not None and not file.exists():
+        raise ConfigError(f"whiten: there is no {file}; write it with embed --fit-whitening, or use m.fit_whitening")
+    options = {"adapter": adapter, "any_base": any_base, "whitening": fitted}
+    options |= {"device": device, "precision": precision, "implementation": implementation}
+    config = from_options(EmbedConfig, settings | overrides | options | {"data": (), "out": ""}, "load")
+    resolve(device, precision, implementation)  # before the weights are read
+    models = load_models(config)
+    name = "base" if adapter is None else "adapted"
+    by = None if fitted is None else _read_whitening(config, models)[name]
+    return FeatureModel(models[name], device, precision, implementation, config.adapter, by)
+
+
+def _read_whitening(config: EmbedConfig, models: dict[str, Backbone]) -> dict[str, Whitening]:
+    identity = model_identity(models["base"])
+    return read_whitening(config, models, whitening_fingerprints(identity["sha256"], config), identity)
+
+
+def _settings(source: str | Path, model: str | Path | None) -> tuple[Path | None, dict[str, Any], Path | None]:
+    """Return the adapter's folder, the settings of its model and the place of a whitening; None: there is none."""
+    if not isinstance(source, (str, Path)):
+        raise ConfigError(f"load: got a {type(source).__name__}, must be a folder of adapt or the name of a model")
+    folder = Path(source)
+    adapter = next((path for path in (folder, folder / "adapter") if (path / CONFIG).is_file()), None)
+    if adapter is None:
+        if (folder / RUN_CONFIG).is_file():
+            raise ConfigError(f"load: {folder} has no adapter/; complete the run with --resume, or use load_finetuned")
+        if model is not None:
+            raise ConfigError(f"load: {folder} is no adapter (no {CONFIG}); give a model's name alone")
+        return None, {"model": source}, None
+    run = adapter.absolute().parent
+    if model is not None:
+        return adapter, {"model": model}, run / WHITENING
+    if not (run / RUN_CONFIG).is_file():
+        raise ConfigError(f"load: {adapter} does not lie in a run's folder; name its base model with model=")
+    settings = read_toml(run / RUN_CONFIG, AdaptConfig)
+    return adapter, {name: settings[name] for name in _MODEL_FLAGS if name in settings}, run / WHITENING

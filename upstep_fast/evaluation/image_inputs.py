@@ -1,0 +1,73 @@
+"""Images as a notebook has them, paths, PIL images, arrays or tensors, as the transformed images that a model takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from torch import Tensor
+
+from upstep_fast.data.decode.in_memory import pixels_of
+from upstep_fast.data.loading.eval_transform import EvalTransform
+from upstep_fast.data.loading.ordered_map import ordered_map
+from upstep_fast.data.loading.skipped_images import read_image
+from upstep_fast.data.sources.source import open_source
+from upstep_fast.errors import BadImage, DataError
+
+R = TypeVar("R")
+Job = tuple[str, Callable[[], Tensor]]  # an image's name, and a function that returns the transformed image
+
+
+def transformed_images(images: Any, transform: EvalTransform, num_workers: int, ahead: int) -> Generator[Tensor]:
+    """Yield each image transformed, fp32 [C, *size], in order; close() ends the threads.
+
+    images: a path of `--data`, or an iterable of images: paths, PIL images, arrays, transformed tensors. ahead: most
+    images in flight. Raises DataError, also for the first image that cannot be used.
+    """
+    jobs = _of_source(images, transform) if isinstance(images, (str, Path)) else _of_items(images, transform)
+    return ordered_map(lambda job: _run(*job), jobs, num_workers, ahead)
+
+
+def _run(name: str, function: Callable[[], R]) -> R:
+    try:
+        return function()
+    except BadImage as error:
+        raise DataError(f"images: {name}: {error.reason}; repair it or leave it out") from error
+
+
+def _of_source(path: str | Path, transform: EvalTransform) -> Iterator[Job]:
+    source = open_source(path)
+
+    def load(index: int) -> Tensor:
+        return transform.of_pixels(read_image(source, index, channels=len(transform.mean)))
+
+    for index in range(len(source)):
+        yield source.name(index), partial(load, index)
+
+
+def _of_items(images: Any, transform: EvalTransform) -> Iterator[Job]:
+    if not isinstance(images, Iterable) or (isinstance(images, np.ndarray) and images.ndim in (0, 3)):
+        got = f"an array of shape {images.shape}" if isinstance(images, np.ndarray) else f"a {type(images).__name__}"
+        raise DataError(f"images: got {got}; give a folder, a list of images, or an array [N, H, W, C]")
+    for index, image in enumerate(images):
+        if isinstance(image, (str, Path)):
+            yield str(image), partial(transform, image)
+        elif isinstance(image, Tensor):
+            yield f"image {index}", partial(_checked, image, transform)
+        else:
+            # in this thread: PIL decodes an image in place, and a list may hold it twice
+            pixels = _run(f"image {index}", partial(pixels_of, image, len(transform.mean)))
+            yield f"image {index}", partial(transform.of_pixels, pixels)
+
+
+def _checked(image: Tensor, transform: EvalTransform) -> Tensor:
+    expected = (len(transform.mean), *transform.size)
+    if image.shape != expected or not image.is_floating_point():
+        raise BadImage(
+            f"a tensor {list(image.shape)} of {image.dtype}; tensors are results of m.transform, {list(expected)}, "
+            "others are given as arrays [H, W, C]"
+        )
+    return image.float()
