@@ -214,7 +214,7 @@ def value_of(flag: str, kind: Any, rng: random.Random, world: Path) -> Any:
 
 KNOWN = {word for command in COMMANDS.values() for name in paths(command.config()) for word in (name, dashed(name))}
 KNOWN |= set(paths(MaeConfig)) | set(paths(Dinov2Config)) | set(COMMANDS) | {"config", "option", "command", "flag"}
-LOGGED = re.compile(r"(INFO|WARNING|ERROR) |step \d+/|usage: |epoch \d+/")
+LOGGED = re.compile(r"(INFO|WARNING|ERROR) |step \d+/|usage: |epoch \d+/|[a-z: ]+: .* (so far|left)$")
 
 
 def fault(argv: list[str], answer: dict) -> str | None:

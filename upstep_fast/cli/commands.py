@@ -52,6 +52,7 @@ class Command:
     config: Callable[[], type]
     run: Callable[[Any], None]
     positional: str | None = None  # the field that may be given without its flag
+    needs_models: bool = True  # imports timm before it runs
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -96,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def _dispatch(args: list[str], debug: bool) -> None:
     from upstep_fast.cli import help as cli_help
-    from upstep_fast.runtime import terminal
+    from upstep_fast.runtime import progress, terminal
 
     terminal.set_style(plain=take(args, "--plain"), quiet=take(args, "--quiet"))
     if not args or args[0] in ("-h", "--help"):
@@ -121,9 +122,12 @@ def _dispatch(args: list[str], debug: bool) -> None:
         if not stop.code and HELP & set(rest):
             print(cli_help.epilog(name))
         raise
-    from upstep_fast.report.logs import setup_logging
+    with progress.track(f"{name}: starting"):  # imports PyTorch
+        from upstep_fast.report.logs import setup_logging
 
-    setup_logging(debug)
+        setup_logging(debug)
+        if command.needs_models:
+            import_module("upstep_fast.model.backbone")
     command.run(config)
 
 
@@ -264,5 +268,5 @@ COMMANDS = {
     "models": Command(_config("ModelsConfig"), _models, positional="pattern"),
     "report": Command(_config("ReportConfig"), _report, positional="dirs"),
     "doctor": Command(_config("DoctorConfig"), _doctor),
-    "completion": Command(_config("CompletionConfig"), _completion, positional="shell"),
+    "completion": Command(_config("CompletionConfig"), _completion, positional="shell", needs_models=False),
 }

@@ -24,6 +24,7 @@ from upstep_fast.errors import ConfigError
 from upstep_fast.runtime import machine, terminal
 from upstep_fast.runtime.device import Compute, resolve
 from upstep_fast.runtime.machine import format_bytes
+from upstep_fast.runtime.progress import track
 from upstep_fast.train.memory import count as step_memory
 from upstep_fast.train.memory import measure as calibrate
 from upstep_fast.train.memory.fit import LEVELS, MARGIN, chooser, fit
@@ -35,7 +36,8 @@ EFFICIENCY = 0.5
 
 def run(config: PlanConfig) -> dict[str, Any]:
     """Print the plan and return it. Raises ConfigError where nothing fits, or for what `adapt` would refuse."""
-    result = make(config)
+    with track("plan"):
+        result = make(config)
     if config.json:
         print(json.dumps(result, indent=2))
     else:

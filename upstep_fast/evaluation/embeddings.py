@@ -31,6 +31,7 @@ from upstep_fast.runtime import distributed
 from upstep_fast.runtime.atomic_file import require_writable
 from upstep_fast.runtime.commit import commit_together, settle
 from upstep_fast.runtime.device import resolve
+from upstep_fast.runtime.progress import track
 
 log = logging.getLogger("upstep_fast")
 
@@ -55,7 +56,7 @@ def run_embed(config: EmbedConfig) -> Path:
     if distributed.is_first():
         _check_files(out, config)
     compute = resolve(config.runtime.device, config.runtime.precision, config.runtime.implementation)
-    with distributed.joined(compute.device, "repeat the command"):
+    with distributed.joined(compute.device, "repeat the command"), track("embed"):
         source = open_configured(config.data)
         log.info("data: %s", source.summary)
         models = load_models(config)
@@ -63,7 +64,7 @@ def run_embed(config: EmbedConfig) -> Path:
         identity = model_identity(models["base"]) if whitens else {}
         fingerprints = whitening_fingerprints(identity["sha256"], config) if whitens else {}
         fitted = read_whitening(config, models, fingerprints, identity) if config.whitening else {}
-        x, indices = extract(source, models, config, compute, patches=whitens)
+        x, indices = extract(source, models, config, compute, patches=whitens, name="embed")
         contents: dict[Path, Content] = {}
         if config.fit_whitening:
             fitted = {name: whitening.fit(x[name]) for name in models}

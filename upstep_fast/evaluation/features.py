@@ -28,6 +28,7 @@ from upstep_fast.model.backbone import Backbone
 from upstep_fast.model.identity import model_identity
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime.device import Compute
+from upstep_fast.runtime.progress import track
 from upstep_fast.version import __version__
 
 log = logging.getLogger("upstep_fast")
@@ -80,40 +81,44 @@ def extract(
     config: EvalConfig | EmbedConfig,
     compute: Compute,
     patches: bool = True,
+    name: str = "features",
 ) -> tuple[dict[str, Tensor], list[int]]:
     """Run every model on every readable image. Return {model: unit features [N, P, D]} and the indices read, [N].
 
     patches: append the mean patch token (`pooling.pooled_and_patch_mean`); False: pooled features only, P = 1. Under
-    torchrun each rank reads a part of the images, and all ranks return all features. Raises DataError, and
-    RunFailedError for features that are not finite.
+    torchrun each rank reads a part of the images, and all ranks return all features. name: of the progress line. Raises
+    DataError, and RunFailedError for features that are not finite.
     """
     base = models["base"]
     _agree(source, base, config)
     pool = pooling.pooled_and_patch_mean if patches else pooling.pooled_only
-    runs = {name: feature_function(m, config.runtime.implementation, compute, pool) for name, m in models.items()}
-    rows: dict[str, list[Tensor]] = {name: [] for name in models}
+    runs = {kind: feature_function(m, config.runtime.implementation, compute, pool) for kind, m in models.items()}
+    rows: dict[str, list[Tensor]] = {kind: [] for kind in models}
     local_indices: list[int] = []
     skipped = SkippedImages()
+    part = distributed.own_part(len(source))
     batches = load_images(
         source,
-        distributed.own_part(len(source)),
+        part,
         **base.eval_transform_args,
         batch_size=config.batch_size,
         num_workers=config.data.num_workers,
         max_bad_fraction=config.data.max_bad_fraction,
         skipped=skipped,
     )
-    for batch_indices, images in batches:
-        x = base.normalized(images.to(compute.device))
-        local_indices += batch_indices.tolist()
-        for name, run in runs.items():
-            with compute.autocast():
-                rows[name].append(F.normalize(run(x).float(), dim=-1).cpu())
-            _check_finite(rows[name][-1], name, source, batch_indices, compute)
-        distributed.require_ranks()
+    with track(name, len(part)) as task:
+        for batch_indices, images in batches:
+            x = base.normalized(images.to(compute.device))
+            local_indices += batch_indices.tolist()
+            for kind, run in runs.items():
+                with compute.autocast():
+                    rows[kind].append(F.normalize(run(x).float(), dim=-1).cpu())
+                _check_finite(rows[kind][-1], kind, source, batch_indices, compute)
+            distributed.require_ranks()
+            task.advance(len(batch_indices))
     distributed.wait_for_ranks()
     indices = _gather_indices(local_indices, skipped, len(source))
-    return {name: _gather_features(rows[name], model, patches) for name, model in models.items()}, indices
+    return {kind: _gather_features(rows[kind], model, patches) for kind, model in models.items()}, indices
 
 
 def _agree(source: Source, base: Backbone, config: EvalConfig | EmbedConfig) -> None:

@@ -29,6 +29,7 @@ from upstep_fast.model.backbone import Backbone
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime.atomic_file import require_writable, write_atomic
 from upstep_fast.runtime.device import Compute, resolve
+from upstep_fast.runtime.progress import track
 
 log = logging.getLogger("upstep_fast")
 
@@ -64,7 +65,8 @@ def run(config: EvalConfig, report: Callable[[dict[str, Any]], None] | None = No
         require_writable(Path(config.json), "json")
     compute = resolve(config.runtime.device, config.runtime.precision, config.runtime.implementation)
     with distributed.joined(compute.device, "repeat the command"):
-        result = _measure(config, compute)
+        with track("eval"):
+            result = _measure(config, compute)
         if distributed.is_first():
             if report is not None:
                 report(result)
@@ -81,23 +83,27 @@ def _write_json(path: Path, result: dict[str, Any]) -> None:
 
 
 def _measure(config: EvalConfig, compute: Compute) -> dict[str, Any]:
-    models = load_models(config)
-    train, test, labeled = _train_and_test(config.data.paths, models, config, compute, columns_of(config.data))
+    without_test = HeldOut(config.test_fraction, config.runtime.seed)
+    parts = train_and_test(config.data.paths, "eval", columns_of(config.data), without_test)
+    sources = None if config.source is None else train_and_test((config.source,), "eval", Columns(), without_test)
+    models = load_models(config)  # after the data: weights may have to be fetched
+    train, test, labeled = _extract(parts, models, config, compute)
     whitened = partial(append_whitened, fitted={name: whitening.fit(x) for name, x in train.x.items()})
     k = min(config.k, len(train.y))
     right: Right = {}
     probes: dict[str, dict[str, Any]] = {}
     forms: dict[str, Form] = {"": unwhitened, "_whitened": whitened}
-    for suffix, form in forms.items():
-        for kind, bank, queries in _pairs(form, train, test):
-            right.setdefault(kind, {})[f"knn{suffix}"] = knn_right(bank, queries, k)
-            probed = probe(bank, queries)
-            right[kind][f"linear{suffix}"] = probed.right
-            probes.setdefault(kind, {})[f"linear{suffix}"] = probe_facts(probed)
+    with track("eval: k-NN and linear probe"):
+        for suffix, form in forms.items():
+            for kind, bank, queries in _pairs(form, train, test):
+                right.setdefault(kind, {})[f"knn{suffix}"] = knn_right(bank, queries, k)
+                probed = probe(bank, queries)
+                right[kind][f"linear{suffix}"] = probed.right
+                probes.setdefault(kind, {})[f"linear{suffix}"] = probe_facts(probed)
     result, details = with_intervals(right)
     result |= {"n_train": len(train.y), "n_test": len(test.y), "k": k}
-    if config.source is not None:
-        _add_source(result, details, config, forms, models, compute)
+    if sources is not None:
+        _add_source(result, details, config, forms, _extract(sources, models, config, compute, "source "))
     notes = data_notes(*labeled, unwhitened(train.x)["base"], unwhitened(test.x)["base"], config.k)
     return result | details | {"probe": probes, "notes": [*notes, *probe_notes(probes)]}
 
@@ -107,12 +113,10 @@ def _add_source(
     details: dict[str, Any],
     config: EvalConfig,
     forms: dict[str, Form],
-    models: dict[str, Backbone],
-    compute: Compute,
+    source: tuple[Extracted, Extracted, object],
 ) -> None:
     """Add k-NN on the source domain: {"source": {model: percent}, ...}, with intervals and gains by the same keys."""
-    assert config.source is not None
-    bank, queries, _ = _train_and_test((config.source,), models, config, compute, Columns())
+    bank, queries, _ = source
     right: Right = {}
     for suffix, form in forms.items():
         for kind, train, test in _pairs(form, bank, queries):
@@ -130,14 +134,13 @@ def _pairs(form: Form, train: Extracted, test: Extracted) -> Iterator[tuple[str,
     yield from ((kind, bank, queries[kind]) for kind, bank in train.features(form).items())
 
 
-def _train_and_test(
-    paths: Sequence[str], models: dict[str, Backbone], config: EvalConfig, compute: Compute, columns: Columns
+def _extract(
+    parts: tuple[Labeled, Labeled], models: dict[str, Backbone], config: EvalConfig, compute: Compute, name: str = ""
 ) -> tuple[Extracted, Extracted, tuple[Labeled, Labeled]]:
     extracted, read = [], []
-    without_test = HeldOut(config.test_fraction, config.runtime.seed)
-    for split, part in zip(SPLITS, train_and_test(paths, "eval", columns, without_test), strict=True):
+    for split, part in zip(SPLITS, parts, strict=True):
         log.info("data: %s: %s", split, part.source.summary)
-        x, indices = extract(part.source, models, config, compute)
+        x, indices = extract(part.source, models, config, compute, name=f"eval: {name}{split}")
         extracted.append(Extracted(x, part.y[indices], part.classes))
         read.append(part.subset(torch.tensor(indices)))
     return extracted[0], extracted[1], (read[0], read[1])

@@ -25,6 +25,7 @@ from upstep_fast.errors import ConfigError, first_line
 from upstep_fast.model import checks, names, registry
 from upstep_fast.model.formats import checkpoint_files, preprocessing
 from upstep_fast.model.formats.folders import Source
+from upstep_fast.runtime.progress import track
 
 log = logging.getLogger("upstep_fast")
 
@@ -115,16 +116,17 @@ def load(
 
 def load_from(config: BackboneConfig, *, pretrained: bool = True) -> Backbone:
     """Load the model that a command's configuration names. Raises ConfigError as `load` does."""
-    return load(
-        config.name,
-        img_size=config.img_size,
-        pretrained=pretrained,
-        arch=config.arch,
-        in_chans=config.in_chans,
-        mean=config.mean,
-        std=config.std,
-        min_matched=config.min_matched,
-    )
+    with track("loading the model"):
+        return load(
+            config.name,
+            img_size=config.img_size,
+            pretrained=pretrained,
+            arch=config.arch,
+            in_chans=config.in_chans,
+            mean=config.mean,
+            std=config.std,
+            min_matched=config.min_matched,
+        )
 
 
 def unsupported_reason(model: nn.Module) -> str | None:

@@ -41,6 +41,7 @@ from upstep_fast.report.neighbors import nearest
 from upstep_fast.report.pca_plot import principal
 from upstep_fast.runtime.atomic_file import write_atomic
 from upstep_fast.runtime.device import Compute
+from upstep_fast.runtime.progress import track
 from upstep_fast.runtime.run_folder import writing
 
 log = logging.getLogger("upstep_fast")
@@ -118,14 +119,16 @@ def _extract(
     for model in models:
         model.vit.to(compute.device)
     arguments = base.eval_transform_args | {"batch_size": BATCH_SIZE, "num_workers": config.data.num_workers}
-    for batch, images in load_images(source, indices, **arguments, max_bad_fraction=1.0):
-        x = base.normalized(images.to(compute.device))
-        for rows, model in zip(features, models, strict=True):
-            with compute.autocast():
-                f = pooling.features(model.vit, x)
-            rows.append(F.normalize(f.float(), dim=-1).cpu())
-        read += batch.tolist()
-        thumbs += [thumbnail((255 * image).round().byte()) for image in images]
+    with track("report: pictures", len(indices)) as task:
+        for batch, images in load_images(source, indices, **arguments, max_bad_fraction=1.0):
+            x = base.normalized(images.to(compute.device))
+            for rows, model in zip(features, models, strict=True):
+                with compute.autocast():
+                    f = pooling.features(model.vit, x)
+                rows.append(F.normalize(f.float(), dim=-1).cpu())
+            read += batch.tolist()
+            thumbs += [thumbnail((255 * image).round().byte()) for image in images]
+            task.advance(len(batch))
     return read, thumbs, [torch.cat(rows) for rows in features]
 
 

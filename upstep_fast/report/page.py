@@ -28,6 +28,7 @@ from upstep_fast.report.pca_plot import plot, thumbnail_definitions
 from upstep_fast.report.rendering import render
 from upstep_fast.report.run_record import Record, read_record, summary, time_shares
 from upstep_fast.runtime.atomic_file import write_atomic
+from upstep_fast.runtime.progress import track
 from upstep_fast.runtime.run_folder import is_own
 
 log = logging.getLogger("upstep_fast")
@@ -54,9 +55,14 @@ def run(config: ReportConfig) -> Path:
     """Write DIR/report.html of one run, or a comparison of several to `config.out`; return it. Raises ConfigError."""
     folders = [Path(folder) for folder in config.dirs]
     try:
-        if len(folders) == 1:
-            return write(folders[0])
-        return write_atomic(Path(config.out), comparison_page([read_record(folder) for folder in folders]).encode())
+        with track("report", len(folders), "runs") as task:
+            if len(folders) == 1:
+                return write(folders[0])
+            records = []
+            for folder in folders:
+                records.append(read_record(folder))
+                task.advance()
+            return write_atomic(Path(config.out), comparison_page(records).encode())
     except OSError as error:
         raise ConfigError(f"report: cannot write {error.filename}: {error.strerror}") from error
 

@@ -7,6 +7,7 @@ progress bar, tables as Markdown in lines that are never wrapped. NO_COLOR (http
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from dataclasses import dataclass
@@ -53,8 +54,22 @@ def has_color(*, stderr: bool = False) -> bool:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Return a rich console on the current stdout (or stderr)."""
-    if is_plain(stderr=stderr):
+    """Return a rich console on the current stdout, or the one on the current stderr."""
+    if not stderr:
+        return _console(False, is_plain())
+    # while a bar is shown, rich stands in for the stream
+    stream = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+    return _stderr_console(is_plain(stderr=True), has_color(stderr=True), stream)
+
+
+@functools.lru_cache(maxsize=1)
+def _stderr_console(plain: bool, color: bool, stream: Any) -> Console:
+    """Return one console for a bar and for log lines, which must not be written across it."""
+    return _console(True, plain)
+
+
+def _console(stderr: bool, plain: bool) -> Console:
+    if plain:
         # rich would wrap at 80 columns and treat FORCE_COLOR as a terminal
         width: dict[str, Any] = {"force_terminal": False, "color_system": None, "width": 10_000}
         return Console(stderr=stderr, markup=False, emoji=False, **width)
@@ -62,11 +77,19 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def format_duration(seconds: float) -> str:
-    """Return a duration as text: "45 s", "12 min" or "2 h 10 min"."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
+    """Return a duration as text: "45 s", "1 min 52 s", "12 min", "2 h 10 min" or "18 d 14 h"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.2g} s" if seconds < 1 else f"{whole} s"
     minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+    if minutes < 10:
+        return f"{whole // 60} min {whole % 60} s" if whole % 60 else f"{whole // 60} min"
+    if minutes < 60:
+        return f"{minutes} min"
+    hours = round(minutes / 60)
+    if hours < 48:
+        return f"{minutes // 60} h {minutes % 60} min" if minutes % 60 else f"{minutes // 60} h"
+    return f"{hours // 24} d {hours % 24} h" if hours % 24 else f"{hours // 24} d"
 
 
 class Table(rich.table.Table):

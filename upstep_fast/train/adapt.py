@@ -33,6 +33,7 @@ from upstep_fast.runtime import run_folder as output
 from upstep_fast.runtime.atomic_file import write_atomic
 from upstep_fast.runtime.device import Compute
 from upstep_fast.runtime.machine import num_workers
+from upstep_fast.runtime.progress import track
 from upstep_fast.train.loop import needs_base, start, train
 from upstep_fast.train.memory.fit import settle
 from upstep_fast.train.memory.images import ImageMemory, estimate
@@ -60,13 +61,15 @@ def adapt(
 def run(config: AdaptConfig) -> AdaptResult:
     """Run one adaptation. Raises UpstepError, with the exit code of the command line."""
     compute = device.resolve(config.runtime.device, config.runtime.precision, config.runtime.implementation)
-    with distributed.joined(compute.device):
+    with distributed.joined(compute.device), track("adapt"):
         return _run(config, compute)
 
 
 def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
     source = open_configured(config.data, "train")
     source, held_out = hold_out(source, config)
+    if distributed.is_first():  # before weights are fetched
+        output.check(config)
     backbone = backbones.load_from(config.model)
     config, source, backbone, files = _survey(config, source, backbone)
     resolved = resolve(config, len(source), distributed.size())
@@ -114,8 +117,6 @@ def _survey(
     config: AdaptConfig, source: Source, backbone: Backbone
 ) -> tuple[AdaptConfig, Source, Backbone, dict[str, bytes]]:
     """Apply --triage and --mean-std auto. Returns config, source and backbone after them, and files for `out`."""
-    if config.data.triage and distributed.is_first():
-        output.check(config)
     surveyed = survey(
         source,
         Path(config.output.out),

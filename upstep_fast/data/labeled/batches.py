@@ -15,6 +15,7 @@ from upstep_fast.data.loading.loader import Loader, load_images
 from upstep_fast.data.loading.skipped_images import SkippedImages
 from upstep_fast.data.views.make_views import random_views
 from upstep_fast.data.views.resize import normalize
+from upstep_fast.runtime.progress import track
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,12 @@ class Reader:
 
         Raises DataError when more than `max_bad_fraction` are bad.
         """
+        with track("finetune: features", len(data.y)) as task:
+            for indices, x in self._in_order(data):
+                yield indices, x
+                task.advance(len(indices))
+
+    def _in_order(self, data: Labeled) -> Iterator[tuple[Tensor, Tensor]]:
         options = self.options
         if isinstance(data.source, Clips):
             for indices, clips in load_clips(data.source, options, self.skipped):

@@ -41,6 +41,7 @@ from upstep_fast.data.sources.patterns import matches_of
 from upstep_fast.data.sources.splits import SPLITS, TREE
 from upstep_fast.data.sources.tar_shards import open_tars
 from upstep_fast.errors import DataError, NoTestPartError
+from upstep_fast.runtime.progress import track
 
 log = logging.getLogger(__name__)
 _ANY = Columns()
@@ -103,6 +104,7 @@ class Source:
         return self.parts[which], index - (self._ends[which - 1] if which else 0)
 
 
+@track("listing images")
 def open_source(paths: str | Path | Sequence[str | Path], split: str | None = None, columns: Columns = _ANY) -> Source:
     """Return the source of the images at one or more PATHs; a file that is met twice counts once.
 

@@ -37,6 +37,7 @@ from upstep_fast.model.export.writers import WRITERS, Job, Written
 from upstep_fast.model.pooling import features
 from upstep_fast.runtime.atomic_file import temporary_of
 from upstep_fast.runtime.commit import replace_folder, settle_folder
+from upstep_fast.runtime.progress import track
 
 BOUND = 1e-4
 IMAGES = 16  # number of the user's images in the comparison
@@ -60,6 +61,7 @@ def export(model: str, out: str | Path, *, adapter: str | Path | None = None, **
     return run(from_flat(ExportConfig, model=model, out=str(out), adapter=adapter, **options))
 
 
+@track("export")
 @torch.no_grad()
 def run(config: ExportConfig) -> Exported:
     """Export as `config` says.

@@ -16,6 +16,7 @@ from upstep_fast.errors import Interrupted, RunFailedError
 from upstep_fast.report.metrics import Metrics
 from upstep_fast.runtime import run_folder as output
 from upstep_fast.runtime.device import Compute
+from upstep_fast.runtime.progress import track
 from upstep_fast.runtime.signals import signals
 from upstep_fast.train.failures import MAX_BAD_STEPS
 from upstep_fast.train.finetune import state as finetune_state
@@ -47,11 +48,15 @@ def train(
     num_steps, logits = config.optimization.epochs * per_epoch, make_logits(state.model, config)
     mix = make_mixup(config, state.model.head.out_features)  # type: ignore[union-attr,arg-type]
     batches = learn(state.step)
-    with Metrics(out / "metrics.jsonl", state.step) as metrics, signals() as requests:
+    with (
+        Metrics(out / "metrics.jsonl", state.step) as metrics,
+        signals() as requests,
+        track("finetune", num_steps, "steps", state.step) as task,
+    ):
         while state.step < num_steps and not _should_stop(state, config):
             began = time.monotonic()
-            x, y = next(batches)
-            row = train_step(state, x, y, logits, mix, config, compute, num_steps)
+            row = train_step(state, *next(batches), logits, mix, config, compute, num_steps)
+            task.advance()
             ends_epoch = state.step % per_epoch == 0
             if ends_epoch:
                 _end_epoch(state, row, config, lambda: top1(*predict(state.model, choose(), compute, logits)))

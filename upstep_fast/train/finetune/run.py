@@ -42,6 +42,7 @@ from upstep_fast.runtime import run_folder as output
 from upstep_fast.runtime.atomic_file import require_writable, write_atomic
 from upstep_fast.runtime.device import Compute, resolve
 from upstep_fast.runtime.machine import num_workers, peak_bytes
+from upstep_fast.runtime.progress import track
 from upstep_fast.train.finetune import classifier as finetuned
 from upstep_fast.train.finetune import feature_cache
 from upstep_fast.train.finetune import state as finetune_state
@@ -90,6 +91,7 @@ def finetune(
     return run(from_options(FinetuneConfig, {"model": model, "data": data, "out": out, **keywords}, "finetune"))
 
 
+@track("finetune")
 def run(config: FinetuneConfig) -> FinetuneResult:
     """Run one fine-tuning. Raises UpstepError, with the exit code of the command line."""
     if distributed.local_size() > 1:
@@ -98,6 +100,7 @@ def run(config: FinetuneConfig) -> FinetuneResult:
         require_writable(Path(config.json), "json")
     compute = resolve(config.runtime.device, config.runtime.precision, config.runtime.implementation)
     splits = read_splits(config)
+    output.check(config)  # before weights are fetched
     requested, config = config, fit_to_data(config, splits)
     backbone, base = finetuned.load_backbone(config)
     implementation = None if config.runtime.implementation == "auto" else config.runtime.implementation
@@ -113,12 +116,9 @@ def run(config: FinetuneConfig) -> FinetuneResult:
 
 def _log_start(requested: FinetuneConfig, config: FinetuneConfig, compute: Compute, splits: Splits) -> None:
     log.info("upstep-fast %s, torch %s, %s in %s", __version__, torch.__version__, compute.device, compute.precision)
-    if requested.optimization.batch_size != config.optimization.batch_size:
-        log.warning(
-            "batch_size: reduced from %d to %d for the images there are",
-            requested.optimization.batch_size,
-            config.optimization.batch_size,
-        )
+    was, batch = requested.optimization.batch_size, config.optimization.batch_size
+    if was != batch:
+        log.warning("batch_size: reduced from %d to %d for the images there are", was, batch)
     log_splits(splits.learn, splits.test, splits.copies)
 
 
