@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,17 +97,8 @@ def extract(
     local_indices: list[int] = []
     skipped = SkippedImages()
     part = distributed.own_part(len(source))
-    batches = load_images(
-        source,
-        part,
-        **base.eval_transform_args,
-        batch_size=config.batch_size,
-        num_workers=config.data.num_workers,
-        max_bad_fraction=config.data.max_bad_fraction,
-        skipped=skipped,
-    )
     with track(name, len(part)) as task:
-        for batch_indices, images in batches:
+        for batch_indices, images in _batches(source, part, base, config, skipped):
             x = base.normalized(images.to(compute.device))
             local_indices += batch_indices.tolist()
             for kind, run in runs.items():
@@ -119,6 +110,20 @@ def extract(
     distributed.wait_for_ranks()
     indices = _gather_indices(local_indices, skipped, len(source))
     return {kind: _gather_features(rows[kind], model, patches) for kind, model in models.items()}, indices
+
+
+def _batches(
+    source: Source, part: range, base: Backbone, config: EvalConfig | EmbedConfig, skipped: SkippedImages
+) -> Iterator[tuple[Tensor, Tensor]]:
+    return load_images(
+        source,
+        part,
+        **base.eval_transform_args,
+        batch_size=config.batch_size,
+        num_workers=config.data.num_workers,
+        max_bad_fraction=config.data.max_bad_fraction,
+        skipped=skipped,
+    )
 
 
 def _agree(source: Source, base: Backbone, config: EvalConfig | EmbedConfig) -> None:

@@ -67,13 +67,17 @@ def train(
                 if ends_epoch or stop or save:
                     metrics.sync()
                     finetune_state.save(state, out / output.CHECKPOINTS, identity, skipped)
-            if state.bad >= MAX_BAD_STEPS:
-                raise RunFailedError(f"step {row['step']}: {row['bad']}, {state.bad} in a row; lower --lr")
-            if stop and state.step < num_steps:
-                done = f"stopped after {state.step} of {num_steps} steps, all saved"
-                raise Interrupted(f"{done}; continue with the same command and --resume")
+            _raise_if_over(state, row, stop and state.step < num_steps, num_steps)
     if isinstance(batches, Generator):
         batches.close()
+
+
+def _raise_if_over(state: State, row: dict[str, Any], stop: bool, num_steps: int) -> None:
+    if state.bad >= MAX_BAD_STEPS:
+        raise RunFailedError(f"step {row['step']}: {row['bad']}, {state.bad} in a row; lower --lr")
+    if stop:
+        done = f"stopped after {state.step} of {num_steps} steps, all saved"
+        raise Interrupted(f"{done}; continue with the same command and --resume")
 
 
 def _should_stop(state: State, config: FinetuneConfig) -> bool:

@@ -46,7 +46,6 @@ from upstep_fast.runtime.progress import track
 from upstep_fast.train.finetune import classifier as finetuned
 from upstep_fast.train.finetune import feature_cache
 from upstep_fast.train.finetune import state as finetune_state
-from upstep_fast.train.finetune.feature_cache import Cached
 from upstep_fast.train.finetune.loop import Batches, InOrder, train
 from upstep_fast.train.finetune.state import State
 from upstep_fast.train.finetune.step import balanced, predict, top1
@@ -289,10 +288,9 @@ def _batches(prepared: _Prepared, splits: Splits, config: FinetuneConfig, comput
     learn, choose = feature_cache.fill(prepared.cache, prepared.model, parts, reader, compute)
     if len(learn.y) < batch:
         raise DataError(f"data: {len(learn.y)} readable images, fewer than --batch-size {batch}")
-    cached: Cached = learn
     return (
-        lambda step: cached.training(config.optimization.batch_size, config.runtime.seed, step, compute.device),
-        lambda: choose.in_order(config.optimization.batch_size, compute.device),
+        lambda step: learn.training(batch, config.runtime.seed, step, compute.device),
+        lambda: choose.in_order(batch, compute.device),
     )
 
 
