@@ -13,12 +13,15 @@ from torch import Tensor
 from upstep_fast import methods
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.data.loading.skipped_images import SkippedImages
-from upstep_fast.errors import ConfigError
+from upstep_fast.errors import ConfigError, UpstepError
+from upstep_fast.evaluation.feature_model import FeatureModel, load
 from upstep_fast.methods import Method
 from upstep_fast.methods.gate import GateState
 from upstep_fast.methods.registry import make_optimizer
 from upstep_fast.model import adapter_base
 from upstep_fast.model import backbone as backbones
+from upstep_fast.report.notebook import result_html
+from upstep_fast.report.page import NAME as REPORT
 from upstep_fast.runtime import sharding
 from upstep_fast.runtime.device import Compute
 
@@ -61,6 +64,22 @@ class AdaptResult:
     opened: int  # update steps
     loss: float  # of the last update step
     seconds: float
+
+    @property
+    def report(self) -> Path:
+        """The run's report.html."""
+        return self.adapter.parent / REPORT
+
+    def model(self, **options: Any) -> FeatureModel:
+        """Return the adapted model, for features in memory; options: as for `upstep_fast.load`. Raises ConfigError."""
+        return load(self.adapter.parent, **options)
+
+    def _repr_html_(self) -> str | None:
+        """Return what a notebook shows; None, for the plain repr, if the run's folder cannot be read any more."""
+        try:
+            return result_html(self.adapter.parent)
+        except (UpstepError, OSError):
+            return None
 
 
 def fresh_state(config: AdaptConfig, compute: Compute, backbone: backbones.Backbone) -> RunState:
