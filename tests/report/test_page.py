@@ -258,6 +258,9 @@ def test_changes_within_their_error_and_notes_are_said(tmp_path):
 def test_commands_shown_are_commands(tmp_path, monkeypatch, capsys):
     folder = make_run(tmp_path / "it's a run", [row(i) for i in range(3)], arch="vit_tiny_patch16_224", img_size=64)
     classes = {"eval": EvalConfig, "embed": EmbedConfig, "export": ExportConfig, "adapt": AdaptConfig}
+    (folder / "adapter").mkdir()
+    base = {"base_model_name_or_path": read_record(folder).config["model"]}
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(base))
     stopped = make_run(tmp_path / "stopped", [row(0)], steps=9)
     seen = set()
     for at in (folder, stopped):
@@ -266,6 +269,7 @@ def test_commands_shown_are_commands(tmp_path, monkeypatch, capsys):
             assert program == "upstep-fast" and name in cli.COMMANDS
             seen.add(name)
             if name in classes:
+                rest = [f"--{cli.COMMANDS[name].positional}", *rest] if name != "adapt" else rest
                 config = parse.parse(classes[name], rest, prog=name)
                 assert name == "adapt" or (config.model.arch, config.model.img_size) == ("vit_tiny_patch16_224", 64)
     assert seen == {"eval", "embed", "export", "adapt", "report"}
@@ -455,9 +459,9 @@ def test_a_run_has_its_report_and_its_log(options, monkeypatch):
     log = (out / "train.log").read_text()
     assert "INFO upstep-fast" in log and "INFO step 2/4" in log and "INFO step 4/4" in log and "ERROR" not in log
     line = embed_command(flat(from_flat(AdaptConfig, **options | {"data": ("hf:x",), "image_column": "left"})), out)
-    assert " --data hf:x --image-column left --adapter " in line
+    assert f" embed {shlex.quote(str(out))} --data hf:x --image-column left --out " in line
     line = embed_command(flat(from_flat(AdaptConfig, **options | {"data": ("a b",)})), out)
-    command = parse.parse(EmbedConfig, shlex.split(line)[2:], prog="embed")
+    command = parse.parse(EmbedConfig, ["--adapter", *shlex.split(line)[2:]], prog="embed")
     assert command.data.paths == ("a b",)
     assert command.model.name == options["model"] and command.adapter == str(out / "adapter")
 

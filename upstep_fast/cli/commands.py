@@ -115,7 +115,10 @@ def _dispatch(args: list[str], debug: bool) -> None:
         raise ConfigError(f"unknown command {name!r}; {hint}")
     command = COMMANDS[name]
     if command.positional and rest and not rest[0].startswith("-"):
-        rest = [f"--{dashed(command.positional)}", *rest]
+        flag = f"--{dashed(command.positional)}"
+        if any(arg.partition("=")[0] == flag for arg in rest):
+            raise ConfigError(f"{command.positional}: {rest[0]!r} and {flag} both give it; give one of them")
+        rest = [flag, *rest]
     try:
         config = parse(command.config(), rest, prog=f"upstep-fast {name}")
     except SystemExit as stop:
@@ -262,9 +265,9 @@ COMMANDS = {
     "plan": Command(_plan_config, _plan),
     "adapt": Command(_config("AdaptConfig", "adapt"), _adapt),
     "finetune": Command(_finetune_config, _finetune),
-    "eval": Command(_config("EvalConfig", "evaluate"), _eval),
-    "embed": Command(_config("EmbedConfig", "evaluate"), _embed),
-    "export": Command(_config("ExportConfig"), _export),
+    "eval": Command(_config("EvalConfig", "evaluate"), _eval, positional="adapter"),
+    "embed": Command(_config("EmbedConfig", "evaluate"), _embed, positional="adapter"),
+    "export": Command(_config("ExportConfig"), _export, positional="adapter"),
     "models": Command(_config("ModelsConfig"), _models, positional="pattern"),
     "report": Command(_config("ReportConfig"), _report, positional="dirs"),
     "doctor": Command(_config("DoctorConfig"), _doctor),

@@ -32,14 +32,14 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "upstep-fast plan --model vit_small_patch16_224 --batch-size 64 --calibrate",
     ),
     "eval": (
-        "upstep-fast eval --model vit_base_patch16_224 --data labeled/ --adapter adapted/adapter --json scores.json",
+        "upstep-fast eval adapted/ --data labeled/ --json scores.json",
+        "upstep-fast eval --model vit_base_patch16_224 --data labeled/",
     ),
     "embed": (
-        "upstep-fast embed --model vit_base_patch16_224 --data photos/ --adapter adapted/adapter --out features.npy",
+        "upstep-fast embed adapted/ --data photos/ --out features.npy",
+        "upstep-fast embed --model vit_base_patch16_224 --data photos/ --out features.npy",
     ),
-    "export": (
-        "upstep-fast export --model vit_base_patch16_224 --adapter adapted/adapter --format hf --out exported/",
-    ),
+    "export": ("upstep-fast export adapted/ --format hf --out exported/",),
     "models": ("upstep-fast models", "upstep-fast models '*dinov2*'"),
     "report": ("upstep-fast report adapted/", "upstep-fast report first/ second/ --out comparison.html"),
     "doctor": ("upstep-fast doctor", "upstep-fast doctor --json"),

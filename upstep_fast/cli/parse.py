@@ -21,6 +21,7 @@ def parse(config_class: type, args: Sequence[str], prog: str) -> Any:
     Raises ConfigError for an unknown or missing flag and for a value that a field does not take.
     """
     from upstep_fast.cli import help as cli_help
+    from upstep_fast.config.adapter_folder import with_adapter
     from upstep_fast.config.files import of_method, read_toml
     from upstep_fast.config.presets import with_preset
 
@@ -39,7 +40,7 @@ def parse(config_class: type, args: Sequence[str], prog: str) -> Any:
     flags = with_preset(from_file)
     if "preset" in own:  # the user's own goes before the file
         flags |= with_preset({"preset": own["preset"]})
-    flags |= own
+    flags = with_adapter(flags | own, config_class)
     required = [name for name in paths(config_class) if name not in defaults(config_class)]
     if missing := [f"--{dashed(name)}" for name in required if name not in flags]:
         raise ConfigError(f"{prog.split()[-1]}: {_joined(missing)} must be given; {prog} --help shows an example")

@@ -13,7 +13,7 @@ class EvalConfig(ModelConfig):
     """Measure a model, or a model with an adapter, on labeled images: k-NN and linear probe, in percent."""
 
     adapter: str | None = None
-    """Folder of an adapter (out/adapter). Default: only the base model is measured."""
+    """Folder of a run of adapt, or of an adapter; names --model and its options. Default: the base model only."""
     any_base: bool = False
     """Use the adapter on another base model than the one that it was trained on."""
     source: str | None = None
@@ -42,7 +42,7 @@ class EmbedConfig(ModelConfig):
     out: str = field(kw_only=True)
     """File to write: .npy (paths beside it in .txt), .safetensors or .parquet."""
     adapter: str | None = None
-    """Folder of an adapter (out/adapter)."""
+    """Folder of a run of adapt, or of an adapter; names --model and its options."""
     any_base: bool = False
     """Use the adapter on another base model than the one that it was trained on."""
     ensemble: bool = False

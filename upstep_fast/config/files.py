@@ -12,6 +12,7 @@ from typing import Any
 
 from upstep_fast import input_files
 from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.adapter_folder import with_adapter
 from upstep_fast.config.flat import flat, from_flat, groups, paths
 from upstep_fast.config.value_types import check_types
 from upstep_fast.errors import ConfigError
@@ -77,6 +78,7 @@ def from_options(config_class: type, options: Mapping[str, Any], where: str) -> 
     Raises ConfigError for unknown keywords and for missing ones of model, data and out.
     """
     options = {known_flag(name, config_class, where): value for name, value in options.items()}
+    options = with_adapter(options, config_class)
     required = [name for name in ("model", "data", "out") if name in paths(config_class)]
     if missing := [name for name in required if name not in options]:
         raise ConfigError(f"{where}: {', '.join(missing)} must be given")

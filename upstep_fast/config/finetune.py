@@ -107,7 +107,7 @@ class FinetuneConfig(ModelConfig):
     method: Literal["losa", "lora", "linear", "full"] = "losa"
     """Trained weights: a side network (losa), LoRA in the backbone, a linear layer on its features, or all."""
     adapter: str | None = None
-    """Folder of an adapter (OUT/adapter of adapt) that is merged into the model first."""
+    """Folder of a run of adapt, or of an adapter, that is merged into the model first."""
     any_base: bool = False
     """Use the adapter on another base model than the one that it was trained on."""
     json: str | None = None

@@ -20,7 +20,7 @@ class ExportConfig(DebugConfig):
     out: str = dataclasses.field(kw_only=True)
     """Folder to write."""
     adapter: str | None = None
-    """Folder of an adapter (out/adapter). Default: the base model is exported."""
+    """Folder of a run of adapt, or of an adapter; names --model and its options. Default: the base model."""
     any_base: bool = False
     """Use the adapter on another base model than the one that it was trained on."""
     data: tuple[str, ...] = ()

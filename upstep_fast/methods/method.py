@@ -40,6 +40,7 @@ class Method(nn.Module, ABC):
     embedding_dim: int  # d of `Embeddings.z`
     num_microbatches: int  # of a batch's forward pass; more need less memory, with equal results (microbatch.py)
     base_record: str | None = None  # `model.adapter_base.record` of the base model, for the adapter's files
+    model_record: str | None = None  # `model.adapter_base.model_record`, for the adapter's files
     names_on_disk: ClassVar[dict[str, str]] = {}  # tensors of a checkpoint whose attribute has another name
 
     def __init__(self, config: AdaptConfig, view_configs: list[tuple[ViewConfig, int]]):
@@ -140,4 +141,5 @@ class Method(nn.Module, ABC):
         with self.weights_to_save() as vit:
             adapters = self.adapters if vit is self.vit else lora.find(vit)
             names = trainable.trained(self.vit)
-            return trainable.result_files(vit, adapters, self.config.model.name, names, self.base_record)
+            name = self.config.model.name
+            return trainable.result_files(vit, adapters, name, names, self.base_record, self.model_record)

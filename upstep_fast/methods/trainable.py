@@ -59,11 +59,15 @@ def result_files(
     base_model: str,
     names: Iterable[str],
     base_record: str | None = None,
+    model_record: str | None = None,
 ) -> dict[str, bytes]:
     """Return the adapter folder: LoRA, the fully trained modules, and bare parameters in a file of their own.
 
-    names: of the trained parameters, those of the adapters included. base_record: of `model.adapter_base`.
+    names: of the trained parameters, those of the adapters included. base_record, model_record: of
+    `model.adapter_base`.
     """
     fully_trained = sorted(name for name in names if not name.endswith(("lora_a", "lora_b")))
     parameters = {name: vit.get_parameter(name) for name in fully_trained}
-    return peft_format.adapter_files(adapters, base_model, fully_trained=parameters, base_record=base_record)
+    return peft_format.adapter_files(
+        adapters, base_model, fully_trained=parameters, base_record=base_record, model_record=model_record
+    )

@@ -15,8 +15,9 @@ from typing import Any
 import timm
 from torch import nn
 
+from upstep_fast.config.base import BackboneConfig
 from upstep_fast.errors import ConfigError, printable
-from upstep_fast.model.backbone import fingerprint
+from upstep_fast.model.backbone import Backbone, fingerprint
 from upstep_fast.model.identity import differences, settings
 
 ANY_BASE = "--any-base (any_base=True in Python) uses the adapter all the same"
@@ -25,6 +26,18 @@ ANY_BASE = "--any-base (any_base=True in Python) uses the adapter all the same"
 def record(vit: nn.Module) -> str:
     """Return the record of a base model without adapters, as JSON text: sha256 of its blocks, and their settings."""
     return json.dumps(_describe(vit))
+
+
+def model_record(backbone: Backbone, config: BackboneConfig) -> str:
+    """Return the flags that build this model and its transform again, as JSON text: all of `config` but the name."""
+    flags: dict[str, Any] = {
+        "img_size": list(backbone.img_size),
+        "in_chans": len(backbone.mean),
+        "mean": list(backbone.mean),
+        "std": list(backbone.std),
+        "min_matched": config.min_matched,
+    }
+    return json.dumps(flags if config.arch is None else flags | {"arch": config.arch})
 
 
 def check(vit: nn.Module, model: str | None, folder: Path, *, recorded: str | None, base_model: str | None) -> None:

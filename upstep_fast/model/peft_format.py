@@ -13,6 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from upstep_fast import input_files
+from upstep_fast.config import adapter_folder as adapter_folders
+from upstep_fast.config.adapter_folder import MODEL_RECORD
+from upstep_fast.config.base import BackboneConfig
+from upstep_fast.config.flat import paths
 from upstep_fast.errors import ConfigError
 from upstep_fast.model import adapter_base, peft_config, peft_fit, peft_tensors
 from upstep_fast.model.backbone import load
@@ -71,12 +75,13 @@ def adapter_files(
     *,
     fully_trained: Mapping[str, Tensor] | None = None,
     base_record: str | None = None,
+    model_record: str | None = None,
 ) -> dict[str, bytes]:
     """Return the files of an adapter in PEFT's format, by name.
 
     base_model: goes into base_model_name_or_path. fully_trained: parameters trained without an adapter, by name.
     base_record: `adapter_base.record` of the base model; goes into the metadata of the tensors, as does the SHA-256 of
-    bare parameters, without which the adapter would be incomplete.
+    bare parameters, without which the adapter would be incomplete. model_record: `adapter_base.model_record`.
     """
     pairs = {name: adapter.as_one() for name, adapter in adapters.items()}
     parameters = {name: p.detach().cpu().contiguous() for name, p in (fully_trained or {}).items()}
@@ -94,6 +99,8 @@ def adapter_files(
     metadata = {"format": "pt", BARE_RECORD: peft_tensors.sha256(bare) if bare else NO_BARE}
     if base_record is not None:
         metadata[BASE_RECORD] = base_record
+    if model_record is not None:
+        metadata[MODEL_RECORD] = model_record
     files = {
         WEIGHTS: peft_tensors.to_bytes(tensors, metadata),
         CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
@@ -195,8 +202,8 @@ def _from_base(weight: Tensor, a: Tensor, b: Tensor, scale: float, init: str) ->
 
 
 def load_adapted(
-    model: str,
-    adapter: str | Path,
+    model: str | Path,
+    adapter: str | Path | None = None,
     *,
     img_size: int | Sequence[int] | None = None,
     arch: str | None = None,
@@ -204,14 +211,20 @@ def load_adapted(
     merged: bool = True,
     any_base: bool = False,
 ) -> nn.Module:
-    """Load the timm model `model` with the adapter in folder `adapter`, in eval mode, fp32, on the CPU.
+    """Load a timm model with an adapter, in eval mode, fp32, on the CPU.
 
-    img_size, arch, in_chans: as for `adapt`. merged: add the adapter to the weights, so that the model is an ordinary
-    timm model; False keeps LoraLinear modules. any_base: accept an adapter that was trained on another base model of
-    the same shapes. Raises ConfigError if the model or the adapter cannot be loaded or do not fit each other.
+    model: the folder of a run of adapt or of an adapter, which names its model; or the model's name, with the folder as
+    `adapter`. img_size, arch, in_chans: as for `adapt`; None: as in training. merged: add the adapter to the weights,
+    so that the model is an ordinary timm model; False keeps LoraLinear modules. any_base: accept an adapter that was
+    trained on another base model of the same shapes. Raises ConfigError if the model or the adapter cannot be loaded
+    or do not fit each other.
     """
-    vit = load(model, img_size=img_size, arch=arch, in_chans=in_chans).vit
-    attach(vit, adapter, model=model, any_base=any_base)
+    given = {"model": model, "adapter": adapter} if adapter is not None else {"adapter": model}
+    flags = given | {"img_size": img_size, "arch": arch, "in_chans": in_chans, "any_base": any_base}
+    flags = adapter_folders.complete(flags)
+    name = str(flags["model"])
+    vit = load(name, **{key: flags[key] for key in paths(BackboneConfig) if key in flags and key != "model"}).vit
+    attach(vit, flags["adapter"], model=name, any_base=any_base)
     vit.requires_grad_(False)
     return merge(vit) if merged else vit
 

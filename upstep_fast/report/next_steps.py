@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from upstep_fast.config.base import BackboneConfig
-from upstep_fast.config.flat import dashed, defaults, paths
 from upstep_fast.errors import printable
 from upstep_fast.report.accuracy import within_error
 from upstep_fast.report.run_record import Record, bad_steps, number, updates, waiting_share
@@ -25,13 +23,13 @@ def next_steps(record: Record) -> list[tuple[str, str]]:
             (f"The run stopped after {done:,} of {steps:,} steps. Continue:", shell_command(command)),
             *_hints(record),
         ]
-    model, adapter, scores = _model(record.config), ["--adapter", str(out / "adapter")], str(out / "eval.json")
+    scores = str(out / "eval.json")
     suggestions = []
     if record.scores is None:
         reason = "Measure the accuracy, if you have labeled images as train/CLASS/… and test/CLASS/…:"
-        command = ["upstep-fast", "eval", *model, "--data", "LABELED_FOLDER", *adapter, "--json", scores]
+        command = ["upstep-fast", "eval", _place(out), "--data", "LABELED_FOLDER", "--json", scores]
         suggestions.append((reason, f"{shell_command(command)}\n{shell_command(['upstep-fast', 'report', str(out)])}"))
-    export = ["upstep-fast", "export", *model, *adapter, "--format", "timm", "--out", str(out / "exported")]
+    export = ["upstep-fast", "export", _place(out), "--format", "timm", "--out", str(out / "exported")]
     suggestions.append(("Write the features of your images:", embed_command(record.config, out)))
     suggestions.append(("Export the adapted model for timm:", shell_command(export)))
     return suggestions + _hints(record)
@@ -57,19 +55,13 @@ def embed_command(config: Mapping[str, Any], out: Path) -> str:
     data = config.get("data")
     images = [str(path) for path in data] if isinstance(data, (list, tuple)) else []
     column = ["--image-column", str(config["image_column"])] if config.get("image_column") else []
-    arguments = ["--data", *images, *column, "--adapter", str(out / "adapter"), "--out", str(out / "features.npy")]
-    return shell_command(["upstep-fast", "embed", *_model(config), *arguments])
+    arguments = ["--data", *images, *column, "--out", str(out / "features.npy")]
+    return shell_command(["upstep-fast", "embed", _place(out), *arguments])
 
 
-def _model(config: Mapping[str, Any]) -> list[str]:
-    # the flags that select the model of this run in another command
-    flags: list[str] = []
-    for name in paths(BackboneConfig):
-        value = config.get(name)
-        if value is not None and value != defaults(BackboneConfig).get(name):
-            parts = value if isinstance(value, (list, tuple)) else [value]
-            flags += [f"--{dashed(name)}", *map(str, parts)]
-    return flags
+def _place(out: Path) -> str:
+    """Return the folder of a run as a command's first argument: it names the model, its options and the adapter."""
+    return f"./{out}" if str(out).startswith("-") else str(out)
 
 
 def _hints(record: Record) -> list[tuple[str, str]]:

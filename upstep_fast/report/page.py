@@ -17,6 +17,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from upstep_fast.config.adapter_folder import run_folder
 from upstep_fast.config.tools import ReportConfig
 from upstep_fast.errors import ConfigError
 from upstep_fast.report import accuracy
@@ -53,7 +54,7 @@ def written_after(out: Path) -> Iterator[None]:
 
 def run(config: ReportConfig) -> Path:
     """Write DIR/report.html of one run, or a comparison of several to `config.out`; return it. Raises ConfigError."""
-    folders = [Path(folder) for folder in config.dirs]
+    folders = [run_folder(folder) for folder in config.dirs]
     try:
         with track("report", len(folders), "runs") as task:
             if len(folders) == 1:

@@ -89,9 +89,9 @@ def fresh_state(config: AdaptConfig, compute: Compute, backbone: backbones.Backb
     """
     if config.memory.cuda_graphs and compute.device.type != "cuda":
         raise ConfigError(f"cuda_graphs: needs a GPU, the device is {compute.device}; leave it out")
-    base_record = adapter_base.record(backbone.vit)
+    base_record, model_record = adapter_base.record(backbone.vit), adapter_base.model_record(backbone, config.model)
     method = methods.build(backbone, config)
-    method.base_record = base_record
+    method.base_record, method.model_record = base_record, model_record
     if config.runtime.shard_weights:
         sharding.shard(method.vit, compute.device)
     method = method.to(compute.device)

@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from upstep_fast.config.adapter_folder import with_adapter
 from upstep_fast.config.flat import from_flat
 from upstep_fast.config.tools import ExportConfig
 from upstep_fast.data.loading.loader import load_images
@@ -58,7 +59,8 @@ class Exported:
 def export(model: str, out: str | Path, *, adapter: str | Path | None = None, **options: Any) -> Exported:
     """Write `model` with the adapter in folder `adapter` to the new folder `out`; keywords are ExportConfig's."""
     adapter = None if adapter is None else str(adapter)
-    return run(from_flat(ExportConfig, model=model, out=str(out), adapter=adapter, **options))
+    flags = with_adapter({"model": model, "out": str(out), "adapter": adapter, **options}, ExportConfig)
+    return run(from_flat(ExportConfig, **flags))
 
 
 @track("export")

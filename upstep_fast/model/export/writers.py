@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from upstep_fast.config.tools import ExportConfig
 from upstep_fast.errors import ConfigError
+from upstep_fast.model import adapter_base, lora, peft_format, peft_tensors
 from upstep_fast.model import backbone as backbones
-from upstep_fast.model import lora, peft_format, peft_tensors
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.model.formats import checkpoint_files, hf_config, key_names
 from upstep_fast.model.formats.key_names import State
@@ -114,7 +114,11 @@ def _peft(job: Job) -> Written:
     tensors = peft_format.read_tensors(job.config.adapter)
     bare = tensors.bare
     adapter = peft_format.adapter_files(
-        job.adapters, name, fully_trained=tensors.of_modules | bare, base_record=job.base_record
+        job.adapters,
+        name,
+        fully_trained=tensors.of_modules | bare,
+        base_record=job.base_record,
+        model_record=adapter_base.model_record(job.base, job.config.model),
     )
     peft_format.write_files(job.folder, adapter)
     biased = getattr(vit.blocks[0].attn, "q_bias", None) is not None

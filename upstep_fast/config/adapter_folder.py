@@ -1,0 +1,165 @@
+"""The folder of a run or of an adapter, in place of the flags of the model that the adapter was trained on.
+
+The model's name is base_model_name_or_path of adapter_config.json. The other flags come from the record in the
+adapter's weights, else, for adapters of earlier versions, from the run's config.toml beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from upstep_fast import input_files
+from upstep_fast.config.base import BackboneConfig
+from upstep_fast.config.flat import dashed, paths
+from upstep_fast.config.value_types import check_types
+from upstep_fast.errors import ConfigError, printable
+
+CONFIG, WEIGHTS, RUN_CONFIG = "adapter_config.json", "adapter_model.safetensors", "config.toml"
+MODEL_RECORD = "upstep_fast.model"  # metadata of WEIGHTS, which PEFT ignores
+_FIXED = ("arch", "in_chans", "mean", "std")  # of other values than the training's, features have no meaning
+
+
+def adapter_folder(path: str | Path, field: str = "adapter") -> Path:
+    """Return the folder of an adapter: `path` itself, or adapter/ in the folder of a run. Raises ConfigError."""
+    folder = Path(path)
+    for candidate in (folder, folder / "adapter"):
+        if os.path.lexists(candidate / CONFIG):
+            return candidate
+    if not folder.is_dir():
+        raise ConfigError(f"{field}: no folder at {folder}; give the --out of adapt, or its adapter/")
+    if (folder / "model" / "trained.safetensors").exists():
+        raise ConfigError(f"{field}: {folder} is a run of finetune; upstep_fast.load_finetuned reads its model/")
+    if os.path.lexists(folder / RUN_CONFIG):
+        raise ConfigError(f"{field}: {folder} holds a run without an adapter; complete it with adapt --resume")
+    raise ConfigError(f"{field}: {folder} holds no {CONFIG}; give the folder OUT/adapter, or OUT of adapt")
+
+
+def run_folder(path: str | Path) -> Path:
+    """Return the folder of a run: that of its adapter's folder, else `path` itself."""
+    folder = Path(path)
+    is_adapter = os.path.lexists(folder / CONFIG) and not os.path.lexists(folder / RUN_CONFIG)
+    return folder.parent if is_adapter and os.path.lexists(folder.absolute().parent / RUN_CONFIG) else folder
+
+
+def holds_adapter(path: object) -> bool:
+    """Return whether `path` is the folder of an adapter or of a run with one."""
+    if not isinstance(path, (str, Path)) or "\0" in str(path):
+        return False
+    return any(os.path.lexists(folder / CONFIG) for folder in (Path(path), Path(path) / "adapter"))
+
+
+def with_adapter(flags: Mapping[str, Any], config_class: type) -> dict[str, Any]:
+    """Return the flags of a command that takes --adapter, completed by `complete`; those of others as they are.
+
+    The folder of a run or adapter may be given as the model, too.
+    """
+    flags = dict(flags)
+    if not {"model", "adapter"} <= paths(config_class).keys():
+        return flags
+    if flags.get("adapter") is None and holds_adapter(flags.get("model")):
+        flags["adapter"] = flags.pop("model")
+    return complete(flags) if isinstance(flags.get("adapter"), (str, Path)) else flags
+
+
+def complete(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `flags` with adapter/ of a run as the adapter, and with the flags of its model where they have none.
+
+    Raises ConfigError if the folder holds no adapter or names no model, and, without any_base, if one of --arch,
+    --in-chans, --mean and --std contradicts the training. --img-size and --model override: another size is a matter
+    of choice, and another model is refused when it is loaded (model/adapter_base.py).
+    """
+    model = flags.get("model")
+    if model is not None and not Path(flags["adapter"]).exists():
+        return dict(flags)  # refused when it is read: a command can be checked where its files are not
+    folder = adapter_folder(flags["adapter"])
+    flags = {name: value for name, value in flags.items() if value is not None or name not in paths(BackboneConfig)}
+    recorded = model_flags(folder)
+    is_other = model is not None and str(model) != recorded.get("model")
+    if model is None:
+        _require_model(recorded.get("model"), folder)
+    if not flags.get("any_base"):
+        _refuse_contradiction(flags, recorded, folder)
+    elif is_other or "in_chans" in flags:
+        recorded = {"model": recorded.get("model")}
+    if is_other:  # the same weights in another place, perhaps
+        recorded = {name: value for name, value in recorded.items() if name not in ("arch", "min_matched")}
+    return recorded | flags | {"adapter": str(folder)}
+
+
+def model_flags(folder: Path) -> dict[str, Any]:
+    """Return {flag: value} of the model that the adapter in `folder` was trained on, as far as it tells.
+
+    Raises ConfigError for damaged files and values of wrong types.
+    """
+    values = input_files.read_json(folder / CONFIG, "adapter")
+    name = values.get("base_model_name_or_path") if isinstance(values, dict) else None
+    found: dict[str, Any] = {} if name is None else {"model": name}
+    for run in list(folder.absolute().parents)[:2]:
+        found |= _of_run(run / RUN_CONFIG, name)
+    found |= _record(folder)
+    check_types(found, BackboneConfig, f"adapter: {folder}")
+    return {flag: tuple(value) if isinstance(value, list) else value for flag, value in found.items()}
+
+
+def _of_run(path: Path, model: object) -> dict[str, Any]:
+    """Return the model's flags in a run's config.toml; {} if it is not the run that trained on `model`."""
+    if model is None or not path.is_file():
+        return {}
+    values = input_files.read_toml(path, "config")
+    table = values.get("model")
+    if isinstance(table, dict):
+        values = table | {"model": table.get("name")}
+    return {name: values[name] for name in paths(BackboneConfig) if name in values} if values["model"] == model else {}
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """Return the flags in the metadata of the adapter's weights; {} where there are none."""
+    if not os.path.lexists(folder / WEIGHTS):
+        return {}
+    input_files.require_regular(folder / WEIGHTS, "adapter")
+    try:
+        with safe_open(folder / WEIGHTS, framework="np") as file:
+            values = json.loads((file.metadata() or {}).get(MODEL_RECORD, "{}"))
+    except (SafetensorError, OSError, ValueError, RecursionError):
+        return {}  # the reader of the tensors refuses a damaged file
+    known = paths(BackboneConfig).keys() - {"model"}
+    return {name: value for name, value in values.items() if name in known} if isinstance(values, dict) else {}
+
+
+def _refuse_contradiction(flags: Mapping[str, Any], recorded: Mapping[str, Any], folder: Path) -> None:
+    for name in _FIXED:
+        if name in flags and name in recorded and not _equal(flags[name], recorded[name]):
+            now, then = (printable(_text(of[name]), 100) for of in (flags, recorded))
+            raise ConfigError(
+                f"{name}: got {now}, but the adapter in {folder} was trained with {then}; leave out --{dashed(name)}, "
+                "or --any-base (any_base=True in Python) uses the adapter all the same"
+            )
+
+
+def _equal(now: Any, then: Any) -> bool:
+    """Compare two values of a flag; one number stands for all channels."""
+    if isinstance(now, (list, tuple)) and isinstance(then, (list, tuple)):
+        length = max(len(now), len(then))
+        now, then = (tuple(value) * length if len(value) == 1 else tuple(value) for value in (now, then))
+    return bool(now == then)
+
+
+def _text(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _require_model(name: object, folder: Path) -> None:
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"model: {folder} does not name its base model; give it with --model")
+    path = Path(name.removeprefix("local-dir:"))
+    if name.startswith("local-dir:") and not path.is_dir():
+        raise ConfigError(
+            f"model: {folder} was trained on {printable(name, 200)}, and there is no such folder here; "
+            "give its place with --model"
+        )
