@@ -22,7 +22,7 @@ from torch import nn
 import upstep_fast
 from upstep_fast.cli.commands import main
 from upstep_fast.errors import CheckFailedError, ConfigError
-from upstep_fast.model import backbone, lora, peft_format
+from upstep_fast.model import backbone, lora, names, peft_format, registry
 from upstep_fast.model.export import export as exporting
 from upstep_fast.model.export import writers as export_formats
 from upstep_fast.model.export.export import export
@@ -385,6 +385,22 @@ def test_peft_of_a_timm_model_names_the_hub(tmp_path, monkeypatch):
     assert load_file(tmp_path / "out" / "adapter_model.safetensors")
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "vit_small_patch16_dinov3", "demo"])
+def test_a_model_without_weights_is_timms(name):
+    vit = registry.without_weights(name)
+    theirs = timm.create_model(names.resolve(name), num_classes=0)
+    assert {k: v.shape for k, v in vit.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    assert vit.pretrained_cfg == theirs.pretrained_cfg and not any(p.requires_grad for p in vit.parameters())
+
+
+def test_the_models_command_lists_the_included_model(capsys):
+    with pytest.raises(SystemExit):
+        main(["models", "demo"])
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[0].split()[:4] == ["name", "parameters", "input", "patch"]
+    assert rows[1].split()[:7] == ["demo", "4.1", "M", "64", "x", "64", "8"] and rows[1].endswith(" engine")
+
+
 def test_the_models_command(capsys):
     for args, code in ((["dinov3"], 0), (["--pattern", "vit_*_dinov2"], 0), (["swin"], 2)):
         with pytest.raises(SystemExit) as stop:
@@ -392,12 +408,17 @@ def test_the_models_command(capsys):
         out, err = capsys.readouterr()
         assert stop.value.code == code
         assert ("vit_base_patch" in out and not err) if code == 0 else "near names" in err
-        runs = {line.split()[0]: line for line in out.splitlines()}
+        runs = {line.split()[0]: line.split() for line in out.splitlines()}
         if "dinov3" in args:
-            assert {runs[name].split(maxsplit=1)[1] for name in runs if "patch16_dinov3" in name} == {"rotary  engine"}
+            rows = [words for name, words in runs.items() if "patch16_dinov3" in name]
+            assert {(words[8], words[-1]) for words in rows} == {("rotary", "engine")}
         elif code == 0:
-            assert runs["vit_base_patch14_dinov2"].split()[1:] == ["plain", "engine"]
-            assert runs["vit_giant_patch14_dinov2"].split()[1:] == ["plain", "engine"]  # SwiGLU
+            # 86,580,480 parameters without a classifier, as timm counts them; img_size, patch and width of its configuration
+            assert (
+                " ".join(runs["vit_base_patch14_dinov2"][1:])
+                == "86.6 M 518 x 518 14 768 plain apache-2.0 lvd142m engine"
+            )
+            assert runs["vit_giant_patch14_dinov2"][-4:] == ["plain", "apache-2.0", "lvd142m", "engine"]  # SwiGLU
 
 
 # what happens on the way

@@ -35,7 +35,7 @@ usage: upstep-fast COMMAND [--config FILE.toml] [options]
   eval    k-NN and linear probe of a model, with and without an adapter
   embed   write features of images to a file
   export  write the adapted model for timm, transformers, PEFT, DINOv2, ONNX or torch.export
-  models  list the models that can be adapted
+  models  list the models that can be adapted, with size, input and license
   report  write a run's HTML report again, or compare several runs
   doctor  implementations chosen on this machine, with reasons; checks every kernel
   bench   time the engine against eager PyTorch and PEFT on this machine
@@ -214,17 +214,9 @@ def _plan_config() -> type:
 
 
 def _models(config: Any) -> None:
-    from upstep_fast.engine.fold import unsupported_reason
-    from upstep_fast.model.registry import blueprint, names, nearest_names
+    from upstep_fast.cli.models import run
 
-    found = names(config.pattern)
-    if not found:
-        raise ConfigError(
-            f"pattern: no model that can be adapted matches {config.pattern!r}; {nearest_names(config.pattern)}"
-        )
-    for name, kind in found:
-        reason = unsupported_reason(blueprint(name))
-        print(f"{name:<50} {kind:<7} {'engine' if reason is None else f'compiled ({reason})'}")
+    run(config)
 
 
 def _bench(config: Any) -> None:

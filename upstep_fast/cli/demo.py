@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.flat import from_flat
 from upstep_fast.config.tools import DemoConfig
 from upstep_fast.evaluation.labeled import evaluate
-from upstep_fast.model.names import DEMO
+from upstep_fast.model.names import DEMO, LOCAL, demo_folder
 from upstep_fast.report import page as html_report
 from upstep_fast.report.tables import print_scores
 from upstep_fast.runtime import terminal
@@ -30,8 +29,8 @@ RECIPE: dict[str, Any] = {
 
 def assets() -> tuple[str, str]:
     """Return the included model and photographs as values of --model and --data."""
-    folder = Path(str(files("upstep_fast") / "assets"))
-    return f"local-dir:{folder / 'base_tiny'}", str(folder / "sign_digits_64.tar")
+    folder = demo_folder()
+    return f"{LOCAL}{folder}", str(folder.parent / "sign_digits_64.tar")
 
 
 def run(config: DemoConfig) -> dict[str, Any]:

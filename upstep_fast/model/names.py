@@ -90,6 +90,11 @@ def _siglip() -> dict[str, str]:
 KNOWN = _meta() | _clip() | _siglip()
 
 
+def demo_folder() -> Path:
+    """Return the folder of the model included in the package."""
+    return Path(str(files("upstep_fast") / "assets" / "base_tiny"))
+
+
 def resolve(name: str, arch: str | None = None) -> str:
     """Return the name that loads what `name` certainly means; other names as they are. Logs a replaced name once.
 
@@ -111,7 +116,7 @@ def _log_once(name: str, resolved: str) -> None:
 
 def _resolved(name: str, arch: str | None) -> str:
     if name == DEMO:
-        return f"{LOCAL}{Path(str(files('upstep_fast') / 'assets')) / 'base_tiny'}"
+        return f"{LOCAL}{demo_folder()}"
     if name.startswith((LOCAL, HUB)) or timm.is_model(name.partition(".")[0]):
         return name
     path = Path(name)

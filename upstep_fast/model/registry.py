@@ -7,16 +7,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import timm
 from timm.models import is_model_in_modules
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from upstep_fast.errors import ConfigError, first_line
 from upstep_fast.input_files import require_regular
 from upstep_fast.model.formats import checkpoint_files, folders
 from upstep_fast.model.formats.folders import Source
-from upstep_fast.model.names import HUB, HUB_IDS, KNOWN, LOCAL, nearest
+from upstep_fast.model.names import DEMO, HUB, HUB_IDS, KNOWN, LOCAL, demo_folder, nearest
 
 MODULES = ("vision_transformer", "deit", "eva")  # of timm, whose models are plain ViTs
 PARALLEL = ("*_18x2_*", "*_xp_*", "vit_pwee_*", "vit_dpwee_*")  # architectures with attention and MLP in parallel
@@ -41,6 +43,27 @@ def blueprint(arch: str) -> nn.Module:
         vit = timm.create_model(arch, depth=1, device="meta")
     except AssertionError:  # some list their heads block by block
         vit = timm.create_model(arch, device="meta")
+    return vit.eval().requires_grad_(False)
+
+
+class _WithoutInit(TorchFunctionMode):
+    """Skips operations in place: on the meta device they change nothing, and drawing weights takes most of the time."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        if in_place and args and isinstance(args[0], Tensor):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def without_weights(name: str) -> Any:
+    """Return the whole model without its classifier on the meta device, in tens of milliseconds.
+
+    name: of timm, or demo. Its `pretrained_cfg` is that of timm's default weights.
+    """
+    with _WithoutInit():
+        vit = timm.create_model(f"{LOCAL}{demo_folder()}" if name == DEMO else name, num_classes=0, device="meta")
     return vit.eval().requires_grad_(False)
 
 
