@@ -20,9 +20,8 @@ def run(config: ModelsConfig) -> None:
     if fnmatch(DEMO, config.pattern):
         found = [(DEMO, "plain"), *found]
     if not found:
-        raise ConfigError(
-            f"pattern: no model that can be adapted matches {config.pattern!r}; {registry.nearest_names(config.pattern)}"
-        )
+        near = registry.nearest_names(config.pattern)
+        raise ConfigError(f"pattern: no model that can be adapted matches {config.pattern!r}; {near}")
     width = max(len(name) for name, _ in found)
     print(_COLUMNS.format(*HEADER, width=width), flush=True)
     for name, kind in found:
