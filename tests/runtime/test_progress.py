@@ -123,3 +123,21 @@ def test_embed_of_slow_images_has_no_gap(stderr, monkeypatch, tmp_path, model, p
     times = [began, *(at for at, _ in stderr.lines), time.monotonic()]
     assert max(b - a for a, b in itertools.pairwise(times)) < 3
     assert any(" images, " in line and line.endswith("left") for _, line in stderr.lines)
+
+
+def test_the_time_of_all_is_told_once_it_is_known(monkeypatch):
+    clock, messages = [0.0], []
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(progress, "log", SimpleNamespace(info=lambda text, *values: messages.append(text % values)))
+
+    def said(seconds, total, device="cpu"):
+        messages.clear()
+        task = Task("adapt", total, "steps", device=device)
+        for each in seconds:
+            clock[0] += each
+            task.advance()
+        return list(messages)
+
+    assert said([15, 1, 1, 1, 1, 1], 7800) == ["adapt: about 2 h 10 min on this CPU"]  # the first step compiles
+    assert said([3600, 3600], 400, "cuda") == ["adapt: about 16 d 16 h on this GPU"]  # no need to wait for a second one
+    assert said([1, 1, 1, 1], 30) == said([1, 1, 1, 1], 7800, device="") == said([1, 1], 7800) == []

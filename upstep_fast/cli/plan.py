@@ -30,8 +30,6 @@ from upstep_fast.train.memory import measure as calibrate
 from upstep_fast.train.memory.fit import LEVELS, MARGIN, chooser, fit
 
 CONTEXT_BYTES = 600 << 20  # of a whole GPU, what CUDA and its kernels hold before the first tensor
-# share of a large product's rate that a whole step reaches: 392 of 790 TFLOP/s for ViT-L/14 on an H200
-EFFICIENCY = 0.5
 
 
 def run(config: PlanConfig) -> dict[str, Any]:
@@ -125,7 +123,7 @@ def _seconds(result: dict[str, Any], batch: int, compute: Compute) -> dict[str, 
     if measured := result["measured"]:
         skipped, rest = (batch / measured["batch"] * measured[f"{half}_seconds"] for half in ("forward", "backward"))
     else:
-        rate = EFFICIENCY * calibrate.product_rate(compute)
+        rate = calibrate.EFFICIENCY * calibrate.product_rate(compute)
         skipped, rest = (result["flops"][half] / rate for half in ("forward", "backward"))
     return {"open": skipped + rest, "skipped": skipped, "from": "measured" if measured else "estimated"}
 

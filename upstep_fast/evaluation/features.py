@@ -97,7 +97,8 @@ def extract(
     local_indices: list[int] = []
     skipped = SkippedImages()
     part = distributed.own_part(len(source))
-    with track(name, len(part)) as task:
+    _log_work(name, len(source), models)
+    with track(name, len(part), device=compute.device.type) as task:
         for batch_indices, images in _batches(source, part, base, config, skipped):
             x = base.normalized(images.to(compute.device))
             local_indices += batch_indices.tolist()
@@ -110,6 +111,13 @@ def extract(
     distributed.wait_for_ranks()
     indices = _gather_indices(local_indices, skipped, len(source))
     return {kind: _gather_features(rows[kind], model, patches) for kind, model in models.items()}, indices
+
+
+def _log_work(name: str, num_images: int, models: Mapping[str, Backbone]) -> None:
+    base, height, width = models["base"], *models["base"].img_size
+    millions = sum(p.numel() for p in base.vit.parameters()) / 1e6
+    which = ", with and without the adapter" if len(models) > 1 else ""
+    log.info("%s: %s images at %d x %d px, model of %.1f M%s", name, f"{num_images:,}", height, width, millions, which)
 
 
 def _batches(

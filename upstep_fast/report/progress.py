@@ -22,11 +22,11 @@ class Progress:
     --quiet the lines go to train.log only.
     """
 
-    def __init__(self, config: AdaptConfig, state: GateState):
+    def __init__(self, config: AdaptConfig, state: GateState, device: str = ""):
         run = config.optimization
         self._steps, self._every, self._batch = run.num_steps, config.output.log_every, run.batch_size
         self._start, self._waited, self._loss = time.monotonic(), 0.0, math.nan
-        self._first = state.step
+        self._first, self._device = state.step, device
         self._stack = contextlib.ExitStack()
 
     def update(self, row: dict[str, Any], state: GateState) -> None:
@@ -52,7 +52,8 @@ class Progress:
                 progress.printed()
 
     def __enter__(self) -> Progress:
-        self._task = self._stack.enter_context(progress.track("adapt", self._steps, "steps", self._first))
+        shown = progress.track("adapt", self._steps, "steps", self._first, self._device)
+        self._task = self._stack.enter_context(shown)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -28,13 +28,20 @@ log = logging.getLogger("upstep_fast")
 
 # seconds without a line, at most: during the first EARLY seconds, and later
 SHORT, LONG, EARLY = 2.5, 10.0, 60.0
+# an estimate of the time is made after so many advances, or after the first if it took so many seconds; it is logged
+# for work of at least so many seconds
+MARKS, SLOW, LONG_WORK = 4, 20.0, 60.0
 
 
 class Task:
-    """Work in progress: `done` of `total` units. total: None if unknown."""
+    """Work in progress: `done` of `total` units. total: None if unknown.
 
-    def __init__(self, name: str, total: int | None = None, unit: str = "images", done: int = 0):
-        self.name, self.total, self.unit, self.done = name, total, unit, done
+    device: "cpu" or "cuda", where the work runs; with it, an estimate of the time is logged once it is known.
+    """
+
+    def __init__(self, name: str, total: int | None = None, unit: str = "images", done: int = 0, device: str = ""):
+        self.name, self.total, self.unit, self.done, self._device = name, total, unit, done, device
+        self._marks: list[tuple[float, int]] = []  # when units were first done, and how many then
         self.note = ""  # replaces the rate
         self._first, self._began = done, time.monotonic()
         self._advanced = self._began
@@ -43,6 +50,24 @@ class Task:
         """Count `count` more units as done."""
         self.done += count
         self._advanced = time.monotonic()
+        if self._device and self.total and len(self._marks) < MARKS:
+            self._estimate()
+
+    def _estimate(self) -> None:
+        """Log the time of all units once enough is done: the first ones compile and warm up, so they count less."""
+        self._marks.append((self._advanced, self.done))
+        (first, at), (last, done) = self._marks[0], self._marks[-1]
+        assert self.total is not None
+        if len(self._marks) == MARKS and done > at:
+            seconds = self.total * (last - first) / (done - at)
+        elif len(self._marks) == 1 and first - self._began >= SLOW:
+            seconds = self.total * (first - self._began) / (at - self._first)
+            self._marks *= MARKS
+        else:
+            return
+        if seconds >= LONG_WORK:
+            where = {"cpu": "this CPU", "cuda": "this GPU"}.get(self._device, self._device)
+            log.info("%s: about %s on %s", self.name, format_duration(seconds), where)
 
     @property
     def seconds_per_unit(self) -> float | None:
@@ -117,13 +142,13 @@ _display: _Display | None = None
 
 
 @contextlib.contextmanager
-def track(name: str, total: int | None = None, unit: str = "images", done: int = 0) -> Iterator[Task]:
+def track(name: str, total: int | None = None, unit: str = "images", done: int = 0, device: str = "") -> Iterator[Task]:
     """Show the progress of the work within the context, whose task it yields: call `advance` on it.
 
-    total, unit, done: number of units of work, their name in the plural, and those done before.
+    total, unit, done: number of units of work, their name in the plural, and those done before. device: see `Task`.
     """
     global _display
-    task = Task(name, total, unit, done)
+    task = Task(name, total, unit, done, device)
     is_first = "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0"
     if terminal.is_quiet() or not is_first:
         yield task

@@ -34,6 +34,7 @@ from upstep_fast.runtime.atomic_file import write_atomic
 from upstep_fast.runtime.device import Compute
 from upstep_fast.runtime.machine import num_workers
 from upstep_fast.runtime.progress import track
+from upstep_fast.train.cost import log_cost
 from upstep_fast.train.loop import needs_base, start, train
 from upstep_fast.train.memory.fit import settle
 from upstep_fast.train.memory.images import ImageMemory, estimate
@@ -73,6 +74,7 @@ def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
     backbone = backbones.load_from(config.model)
     config, source, backbone, files = _survey(config, source, backbone)
     resolved = resolve(config, len(source), distributed.size())
+    num_weights = sum(p.numel() for p in backbone.vit.parameters())
     # training changes `backbone` in place; copied before free memory is looked at
     base = backbone.copy() if needs_base(resolved.config) else None
     config = settle(resolved.config, compute, _decoded(resolved.config, source, backbone, compute))
@@ -85,6 +87,7 @@ def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
             _log_start(resolved.reduced, compute, source)
             # all that can refuse the configuration comes before anything in the folder is changed
             identity, state = start(config, compute, source, backbone, out)
+            log_cost(config, compute, len(source), backbone, num_weights, state)
         if distributed.is_first():
             output.begin(config, anew=state.step == 0)
             stack.enter_context(html_report.written_after(out))

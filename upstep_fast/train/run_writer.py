@@ -48,9 +48,9 @@ class RunWriter:
         self._stack = contextlib.ExitStack()
         self._metrics: Metrics | None = None
         if distributed.is_first():
-            tensorboard = config.output.tensorboard
+            tensorboard, device = config.output.tensorboard, next(state.method.vit.parameters()).device.type
             self._metrics = self._stack.enter_context(Metrics(out / "metrics.jsonl", state.step, tensorboard))
-            self._progress = self._stack.enter_context(Progress(config, state.gate))
+            self._progress = self._stack.enter_context(Progress(config, state.gate, device))
             self._writer = self._stack.enter_context(checkpoint.Writer(config.checkpoints.keep))
 
     def after_step(self, row: dict[str, Any], batch: Batch, began: float, *, save: bool, wait: bool) -> None:

@@ -51,7 +51,7 @@ def train(
     with (
         Metrics(out / "metrics.jsonl", state.step) as metrics,
         signals() as requests,
-        track("finetune", num_steps, "steps", state.step) as task,
+        track("finetune", num_steps, "steps", state.step, compute.device.type) as task,
     ):
         while state.step < num_steps and not _should_stop(state, config):
             began = time.monotonic()

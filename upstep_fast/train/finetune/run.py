@@ -43,6 +43,7 @@ from upstep_fast.runtime.atomic_file import require_writable, write_atomic
 from upstep_fast.runtime.device import Compute, resolve
 from upstep_fast.runtime.machine import num_workers, peak_bytes
 from upstep_fast.runtime.progress import track
+from upstep_fast.train.cost import log_finetune
 from upstep_fast.train.finetune import classifier as finetuned
 from upstep_fast.train.finetune import feature_cache
 from upstep_fast.train.finetune import state as finetune_state
@@ -216,7 +217,7 @@ def _run(
     """Train, measure and write. base: identity of the base model."""
     model, state, reader, identity = prepared.model, prepared.state, prepared.reader, prepared.identity
     num_trained = sum(p.numel() for p in trained(model).values())
-    log.info("%s: %d trainable parameters, %d images", config.method, num_trained, len(splits.learn.y))
+    log_finetune(config, len(splits.learn.y), reader.options.size, num_trained)
     learn, choose = _batches(prepared, splits, config, compute)
     try:
         train(state, learn, choose, config, compute, reader.skipped, out, identity)

@@ -1,0 +1,86 @@
+"""What a run takes, logged before its first step; on a CPU with a rough time if it is long.
+
+    seconds = steps x 2 P T B (1 + b / L) / (EFFICIENCY x FLOP/s of a large matrix product)
+
+A forward pass takes 2 FLOPs per weight and token, the backward pass through frozen weights as many again. P: weights of
+the model, T: tokens of all views of an image, B: images per step, b of L blocks with adapters. The time is measured in
+the first steps, too (runtime/progress.py); those of a large model may take an hour each.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+
+from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.finetune import FinetuneConfig
+from upstep_fast.methods.crops import view_configs
+from upstep_fast.model.backbone import Backbone
+from upstep_fast.runtime.device import Compute
+from upstep_fast.runtime.terminal import format_duration
+from upstep_fast.train.memory.measure import EFFICIENCY, product_rate
+from upstep_fast.train.state import RunState
+
+log = logging.getLogger("upstep_fast")
+
+HOUR = 3600
+MIN_FLOPS = 3e13  # a run below takes minutes on any CPU: its speed is not looked at
+
+
+def log_cost(
+    config: AdaptConfig, compute: Compute, num_images: int, backbone: Backbone, num_weights: int, state: RunState
+) -> None:
+    """Log images, steps and trainable parameters; warn of a run of more than an hour on a CPU, with shorter ones.
+
+    num_weights: parameters of the model before adapters were added.
+    """
+    run = config.optimization
+    trained = sum(p.numel() for group in state.method.parameter_groups() for p in group["params"])
+    passes = run.num_steps * run.batch_size / num_images
+    log.info(
+        "adapt: %s, %s steps of %d images (%.3g passes), %.2f M trainable parameters, model of %.1f M",
+        *(_images(num_images, backbone.img_size), f"{run.num_steps:,}", run.batch_size, passes),
+        *(trained / 1e6, num_weights / 1e6),
+    )
+    flops = (run.num_steps - state.step) * step_flops(config, backbone, num_weights)
+    if compute.device.type != "cpu" or flops < MIN_FLOPS:
+        return
+    seconds = flops / (EFFICIENCY * product_rate(compute))
+    if seconds > HOUR:
+        log.warning("time: roughly %s on this CPU; %s", format_duration(seconds), _shorter(config, seconds))
+
+
+def log_finetune(config: FinetuneConfig, num_images: int, size: tuple[int, int], num_trained: int) -> None:
+    """Log images, epochs and trainable parameters. size: height and width of the input in pixels."""
+    run = config.optimization
+    log.info(
+        "finetune: %s, %s, %d epochs in batches of %d, %s trainable parameters",
+        *(config.method, _images(num_images, size), run.epochs, run.batch_size, f"{num_trained:,}"),
+    )
+
+
+def _images(count: int, size: tuple[int, int]) -> str:
+    return f"{count:,} images at {size[0]} x {size[1]} px"
+
+
+def step_flops(config: AdaptConfig, backbone: Backbone, num_weights: int) -> float:
+    """Return the FLOPs of an update step, roughly: matrix products with the model's weights only."""
+    patch = math.prod(backbone.vit.patch_embed.patch_size)
+    pixels = sum(math.prod(_pair(views.size)) * count for views, count in view_configs(config, backbone))
+    blocks = len(backbone.blocks)
+    adapted = min(blocks, config.lora.blocks or blocks)
+    return 2 * num_weights * pixels / patch * config.optimization.batch_size * (1 + adapted / blocks)
+
+
+def _pair(size: tuple[int, int] | int) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
+def _shorter(config: AdaptConfig, seconds: float) -> str:
+    """Return what would take less time, as the rest of a sentence."""
+    options = ["--model demo (small, included)"]
+    steps = int(config.optimization.num_steps * HOUR / 2 / seconds)
+    options.append(f"--steps {steps} (half an hour)" if steps >= 20 else "fewer --steps and a smaller --batch-size")
+    if config.method == "upstep" and config.lora.blocks is None:
+        options.append("--lora-blocks 3 (the last blocks)")
+    return f"less: {', '.join(options)}, or whitening without training: upstep-fast embed --fit-whitening FILE"
