@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from upstep_fast.evaluation.embeddings import embed
     from upstep_fast.evaluation.feature_model import FeatureModel, load
     from upstep_fast.evaluation.labeled import evaluate
+    from upstep_fast.integrations.sklearn import Embedder as Embedder
     from upstep_fast.model.peft_format import load_adapted
     from upstep_fast.train.adapt import adapt
     from upstep_fast.train.finetune.classifier import load_finetuned
     from upstep_fast.train.finetune.run import finetune
 
-__all__ = [
+__all__ = [  # without Embedder: `from upstep_fast import *` does not need scikit-learn
     "FeatureModel",
     "__version__",
     "adapt",
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "Embedder": "integrations.sklearn",
     "adapt": "train.adapt",
     "evaluate": "evaluation.labeled",
     "embed": "evaluation.embeddings",
@@ -49,7 +51,7 @@ _HOME = {
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*__all__, *_HOME})
 
 
 def __getattr__(name: str) -> Any:

@@ -108,8 +108,16 @@ class FeatureModel:
 
     def fit_whitening(self, images: Any, batch_size: int = 256, num_workers: int | None = None) -> FeatureModel:
         """Return this model with a whitening fitted to unlabeled images of the domain; images: as for `embed`."""
-        rows = [self._parts(batch, True).cpu() for batch in self._batches(images, batch_size, num_workers)]
-        return dataclasses.replace(self, whitening=whitening.fit(_joined(rows)))
+        return dataclasses.replace(self, whitening=whitening.fit(self._all_parts(images, batch_size, num_workers)))
+
+    def fit_embed(
+        self, images: Any, batch_size: int = 256, num_workers: int | None = None
+    ) -> tuple[FeatureModel, np.ndarray]:
+        """Return this model with a whitening fitted to the images, and their features by it, fp32 [N, D]."""
+        parts = self._all_parts(images, batch_size, num_workers)
+        fitted = whitening.fit(parts)
+        features = [whitening.append_whitened(batch, fitted) for batch in parts.split(batch_size)]
+        return dataclasses.replace(self, whitening=fitted), torch.cat(features).numpy()
 
     def paths(self, data: str | Path) -> list[str]:
         """Return the names of the images at a path, in the order of `embed`'s rows. Raises DataError."""
@@ -153,6 +161,10 @@ class FeatureModel:
             )
             raise RunFailedError(f"model: features of {bad} of {len(parts)} images are not finite or all zero; {cure}")
         return parts
+
+    def _all_parts(self, images: Any, batch_size: int, num_workers: int | None) -> Tensor:
+        """Return the unit features [N, P, D] of images, on the CPU."""
+        return _joined([self._parts(batch, True).cpu() for batch in self._batches(images, batch_size, num_workers)])
 
     def _batches(self, images: Any, batch_size: int, num_workers: int | None) -> Iterator[Tensor]:
         """Yield transformed images [B, C, H, W]. Raises DataError, ConfigError."""
