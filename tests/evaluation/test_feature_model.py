@@ -171,7 +171,7 @@ def test_an_unreadable_image_is_named(m, photos, tmp_path):
         ("MODEL", {"precision": "fp7"}, "load: precision: got"),
         ("MODEL", {"images": 3}, "load: unknown key 'images'"),
         ("MODEL", {"whiten": True}, "whiten: .* is no run's folder"),
-        ("MODEL", {"model": "vit_base_patch16_224"}, "is no adapter"),
+        ("MODEL", {"model": "vit_base_patch16_224"}, "load: no folder at local-dir"),
         ("MODEL", {"device": "tpu"}, "device: 'tpu'"),
     ],
 )
@@ -181,10 +181,14 @@ def test_what_cannot_be_loaded_is_one_line(model, source, options, message):
     assert "\n" not in str(refusal.value)
 
 
-def test_an_adapter_elsewhere_needs_its_model(run, tmp_path):
+def test_an_adapter_elsewhere_names_its_model(m, run, model, photos, tmp_path):
     shutil.copytree(run / "adapter", tmp_path / "alone")
-    with pytest.raises(ConfigError, match=r"load: .*alone .*; name its base model with model="):
-        upstep_fast.load(tmp_path / "alone")
+    alone = upstep_fast.load(tmp_path / "alone", device="cpu", precision="fp32")
+    assert np.array_equal(alone.embed(photos), m.embed(photos))
+    with pytest.raises(ConfigError, match=r"mean: got 0.2, but the adapter in .*alone was trained with"):
+        upstep_fast.load(tmp_path / "alone", mean=(0.2,))
     (tmp_path / "config.toml").write_text("")
-    with pytest.raises(ConfigError, match=r"has no adapter/; complete the run with --resume"):
+    with pytest.raises(ConfigError, match=r"load: .* holds a run without an adapter"):
         upstep_fast.load(tmp_path)
+    with pytest.raises(ConfigError, match=r"load: no folder at .*nowhere"):
+        upstep_fast.load(tmp_path / "nowhere", model=model)

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.adapter_folder import RUN_CONFIG, adapter_folder, holds_adapter, run_folder
 from upstep_fast.config.evaluate import EmbedConfig
-from upstep_fast.config.files import from_options, read_toml
+from upstep_fast.config.files import from_options
 from upstep_fast.data.loading.eval_transform import EvalTransform
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import ConfigError, DataError, RunFailedError
@@ -34,13 +34,10 @@ from upstep_fast.evaluation.whitening import Whitening
 from upstep_fast.model import pooling
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.model.identity import model_identity
-from upstep_fast.model.peft_config import CONFIG
 from upstep_fast.runtime import machine
 from upstep_fast.runtime.device import Compute, resolve
 
 WHITENING = "whitening.safetensors"  # of a run's folder
-RUN_CONFIG = "config.toml"
-_MODEL_FLAGS = ("model", "arch", "img_size", "in_chans", "mean", "std", "min_matched")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -190,57 +187,50 @@ def load(
     *,
     model: str | Path | None = None,
     whiten: bool | str | Path = False,
-    any_base: bool = False,
     device: str = "auto",
     precision: str = "auto",
     implementation: str = "auto",
-    **overrides: Any,
+    **options: Any,
 ) -> FeatureModel:
     """Load a model that gives features: of a run, of an adapter, or a base model.
 
-    source: the folder of a run of `adapt`, whose model and input are taken from its config.toml; the folder of an
-    adapter, with the name of its base model as `model` unless it lies in a run's folder; or the name of a model, as
-    `adapt` takes it. whiten: append whitened features: a file of `embed --fit-whitening`, or True for
-    whitening.safetensors in the run's folder. overrides: arch, img_size, in_chans, mean, std, min_matched, as for
-    `adapt`. any_base, device, precision, implementation: as for `embed`. Raises ConfigError.
+    source: the folder of a run of `adapt` or of an adapter, which names its model; or the name of a model, as `adapt`
+    takes it. model: the name of an adapter's base model, where its own is at another place. whiten: append whitened
+    features: a file of `embed --fit-whitening`, or True for whitening.safetensors in the run's folder. options: arch,
+    img_size, in_chans, mean, std, min_matched and any_base, as for `embed`; None: as in training. device, precision,
+    implementation: as for `embed`. Raises ConfigError.
     """
-    adapter, settings, file = _settings(source, model)
-    if whiten is True and file is None:
-        raise ConfigError(f"whiten: {source} is no run's folder; give a file of embed --fit-whitening")
-    fitted = None if whiten is False else str(file if whiten is True else whiten)
-    if whiten is True and file is not None and not file.exists():
-        raise ConfigError(f"whiten: there is no {file}; write it with embed --fit-whitening, or use m.fit_whitening")
-    options = {"adapter": adapter, "any_base": any_base, "whitening": fitted}
-    options |= {"device": device, "precision": precision, "implementation": implementation}
-    config = from_options(EmbedConfig, settings | overrides | options | {"data": (), "out": ""}, "load")
+    options |= _places(source, model)
+    fitted = _whitening_file(source, whiten) if whiten else None
+    options |= {"device": device, "precision": precision, "implementation": implementation, "whitening": fitted}
+    config = from_options(EmbedConfig, options | {"data": (), "out": ""}, "load")
     resolve(device, precision, implementation)  # before the weights are read
     models = load_models(config)
-    name = "base" if adapter is None else "adapted"
+    name = "base" if config.adapter is None else "adapted"
     by = None if fitted is None else _read_whitening(config, models)[name]
     return FeatureModel(models[name], device, precision, implementation, config.adapter, by)
+
+
+def _places(source: str | Path, model: str | Path | None) -> dict[str, Any]:
+    """Return the flags model and adapter."""
+    if not isinstance(source, (str, Path)):
+        raise ConfigError(f"load: got a {type(source).__name__}, must be a folder of adapt or the name of a model")
+    if model is None and not holds_adapter(source) and not (Path(source) / RUN_CONFIG).is_file():
+        return {"model": source}
+    return {"adapter": adapter_folder(source, "load")} | ({} if model is None else {"model": model})
+
+
+def _whitening_file(source: str | Path, whiten: bool | str | Path) -> str:
+    if whiten is not True:
+        return str(whiten)
+    if not holds_adapter(source):
+        raise ConfigError(f"whiten: {source} is no run's folder; give a file of embed --fit-whitening")
+    file = run_folder(source) / WHITENING
+    if not file.exists():
+        raise ConfigError(f"whiten: there is no {file}; write it with embed --fit-whitening, or use m.fit_whitening")
+    return str(file)
 
 
 def _read_whitening(config: EmbedConfig, models: dict[str, Backbone]) -> dict[str, Whitening]:
     identity = model_identity(models["base"])
     return read_whitening(config, models, whitening_fingerprints(identity["sha256"], config), identity)
-
-
-def _settings(source: str | Path, model: str | Path | None) -> tuple[Path | None, dict[str, Any], Path | None]:
-    """Return the adapter's folder, the settings of its model and the place of a whitening; None: there is none."""
-    if not isinstance(source, (str, Path)):
-        raise ConfigError(f"load: got a {type(source).__name__}, must be a folder of adapt or the name of a model")
-    folder = Path(source)
-    adapter = next((path for path in (folder, folder / "adapter") if (path / CONFIG).is_file()), None)
-    if adapter is None:
-        if (folder / RUN_CONFIG).is_file():
-            raise ConfigError(f"load: {folder} has no adapter/; complete the run with --resume, or use load_finetuned")
-        if model is not None:
-            raise ConfigError(f"load: {folder} is no adapter (no {CONFIG}); give a model's name alone")
-        return None, {"model": source}, None
-    run = adapter.absolute().parent
-    if model is not None:
-        return adapter, {"model": model}, run / WHITENING
-    if not (run / RUN_CONFIG).is_file():
-        raise ConfigError(f"load: {adapter} does not lie in a run's folder; name its base model with model=")
-    settings = read_toml(run / RUN_CONFIG, AdaptConfig)
-    return adapter, {name: settings[name] for name in _MODEL_FLAGS if name in settings}, run / WHITENING
