@@ -144,6 +144,7 @@ def _config(name: str, module: str = "tools") -> Callable[[], type]:
 def _adapt(config: Any) -> None:
     from upstep_fast.report.next_steps import embed_command
     from upstep_fast.report.run_record import read_config
+    from upstep_fast.report.tables import print_verdicts
     from upstep_fast.runtime.distributed import is_first
     from upstep_fast.runtime.terminal import format_duration, print_line
     from upstep_fast.train.adapt import run
@@ -152,6 +153,7 @@ def _adapt(config: Any) -> None:
     if not is_first():
         return
     duration = format_duration(result.seconds)
+    print_verdicts(result.verdict, result.measured)
     print_line(f"adapter: {result.adapter}  ({result.steps} steps, {result.opened} with an update, {duration})")
     print_line(f"report: {out / 'report.html'}")
     print_line(f"next: {embed_command(read_config(out), out)}")

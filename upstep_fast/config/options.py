@@ -83,6 +83,7 @@ class AdaptOptions(TypedDict, total=False):
     judge_every: int
     judge_patience: int
     strength: float | Literal["auto"]
+    verdict: int | Literal["auto", "off"]
     memory: Literal["fast", "balanced", "lean", "auto"]
     memory_check: bool
     auto_batch: bool

@@ -138,6 +138,9 @@ class CheckpointConfig:
         at_least(self, "verify", 0)
 
 
+MIN_VERDICT_IMAGES = 16
+
+
 @dataclass(frozen=True)
 class ValidationConfig:
     """Validation on held-out images without labels, and the strength of the adapter that is written."""
@@ -148,11 +151,16 @@ class ValidationConfig:
     """Validations without improvement after which the run stops early; 0: never."""
     strength: float | Literal["auto"] = 1.0
     """Scale of the written adapter relative to the trained one; auto: the best one on --judge-every's images."""
+    verdict: int | Literal["auto", "off"] = "auto"
+    """Images held out to compare the adapter with the base model at the end, without labels; auto: a tenth, at most 256
+    and 5 % of the run's work; off: none."""
 
     def __post_init__(self) -> None:
         """Check every field. Raises ConfigError."""
         for name in ("every", "patience"):
             at_least(self, name, 0)
+        if self.verdict not in ("auto", "off"):
+            at_least(self, "verdict", MIN_VERDICT_IMAGES)
         if self.strength != "auto":
             positive(self, "strength")
         elif not self.every:

@@ -43,10 +43,20 @@ def knn_correct(train: Features, test: Features, k: int = 20) -> Tensor:
     one_hot = F.one_hot(train.y, len(train.classes)).float()
     correct = [torch.empty(0, dtype=torch.bool)]
     for x, y in zip(test.x.split(1024), test.y.split(1024), strict=True):
-        similarity, nearest = (x @ train.x.T).topk(min(k, len(train.x)), dim=1)
-        votes = (one_hot[nearest] * ((similarity - 1) / KNN_TEMPERATURE).exp()[..., None]).sum(1)
-        correct.append(votes.argmax(1) == y)
+        correct.append(_voted(x @ train.x.T, one_hot, min(k, len(train.x))) == y)
     return torch.cat(correct)
+
+
+def knn_right_among(x: Tensor, y: Tensor, k: int) -> Tensor:
+    """Return which images k-NN gets right by the other images, [N] bool. x: [N, D] unit; y: [N] int64 from 0."""
+    similarity = (x @ x.T).fill_diagonal_(-torch.inf)
+    return _voted(similarity, F.one_hot(y).float(), min(k, len(x) - 1)) == y
+
+
+def _voted(similarity: Tensor, one_hot: Tensor, k: int) -> Tensor:
+    nearest = similarity.topk(k, dim=1)
+    weights = ((nearest.values - 1) / KNN_TEMPERATURE).exp()
+    return (one_hot[nearest.indices] * weights[..., None]).sum(1).argmax(1)
 
 
 @dataclass(frozen=True)

@@ -69,11 +69,15 @@ def stability(a: Tensor, b: Tensor) -> float:
     return 1.0 if maximum == expected else (both - expected) / (maximum - expected)
 
 
+def views_found(x: Tensor, y: Tensor) -> Tensor:
+    """Return whether the nearest view in the other set is of the same image, [2, N] bool: of each y, of each x."""
+    similarity, expected = x.double() @ y.double().T, torch.arange(len(x), device=x.device)
+    return torch.stack([similarity.argmax(dim) == expected for dim in (0, 1)])
+
+
 def view_agreement(x: Tensor, y: Tensor) -> float:
     """Return the share of views whose nearest view in the other set is of their image, both ways; chance: 1 / N."""
-    similarity, expected = x.double() @ y.double().T, torch.arange(len(x), device=x.device)
-    shares = [(similarity.argmax(dim) == expected).double().mean() for dim in (0, 1)]
-    return float(sum(shares) / 2)
+    return float(views_found(x, y).double().mean())
 
 
 def neighbor_overlap(x: Tensor, y: Tensor, k: int = NEIGHBORS) -> float:

@@ -83,6 +83,7 @@ def run_page(record: Record) -> str:
         is_finished=bool(steps and len(record.rows) >= steps),
         model=_value(record.config.get("model")),
         data=_value(record.config.get("data")),
+        verdicts=record.verdicts,
         summary=summary(record),
         accuracy=_accuracy(record.scores),
         charts=_charts([record], ["this run"]),

@@ -13,14 +13,15 @@ import math
 import os
 import re
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from upstep_fast import input_files
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.files import flatten_tables
-from upstep_fast.errors import ConfigError
+from upstep_fast.errors import ConfigError, printable
+from upstep_fast.evaluation import verdict
 from upstep_fast.report.image_panels import ImagePanels, read_panels
 from upstep_fast.runtime.checkpoint import MANIFEST
 from upstep_fast.runtime.run_folder import CHECKPOINTS, CONFIG
@@ -44,6 +45,7 @@ class Record:
     environment: dict[str, Any]  # versions and device, from the newest checkpoint
     messages: list[str]  # train.log's warnings and errors
     panels: ImagePanels | None = None  # pictures.json
+    verdicts: dict[str, str] = field(default_factory=dict)  # verdict.json: "verdict", "measured" -> sentence
 
     @property
     def steps(self) -> int | None:
@@ -75,6 +77,7 @@ def read_record(folder: Path) -> Record:
         scores=scores if isinstance(scores, dict) else None,
         environment=_environment(folder / CHECKPOINTS),
         panels=read_panels(folder),
+        verdicts=_verdicts(folder),
         messages=[line for line in _lines(folder / "train.log") if _MESSAGE.match(line)],
     )
 
@@ -143,6 +146,13 @@ def number(value: Any) -> float | None:
         return value if math.isfinite(value) else None
     except OverflowError:  # an integer beyond every float
         return None
+
+
+def _verdicts(folder: Path) -> dict[str, str]:
+    entries = _json("\n".join(_lines(folder / verdict.FILE)))
+    texts = {name: entries.get(name) for name in ("verdict", "measured")} if isinstance(entries, dict) else {}
+    texts = {name: entry.get("text") for name, entry in texts.items() if isinstance(entry, dict)}
+    return {name: printable(text) for name, text in texts.items() if isinstance(text, str)}
 
 
 def _skipped(path: Path) -> list[tuple[str, str]]:

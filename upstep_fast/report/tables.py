@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from upstep_fast.errors import printable
 from upstep_fast.runtime import terminal
+
+if TYPE_CHECKING:
+    from upstep_fast.evaluation.verdict import Verdict
+
+
+def print_verdicts(verdict: Verdict | None, measured: Verdict | None) -> None:
+    """Print the verdicts of a run, one line each."""
+    for name, given in (("verdict", verdict), ("measured", measured)):
+        if given is not None:
+            terminal.print_line(f"{name}: {given.text}")
+    if verdict is None:
+        terminal.print_line(
+            "verdict: none; `upstep-fast eval` compares the adapter with the base model on labeled images"
+        )
 
 
 def print_scores(result: dict[str, Any]) -> None:

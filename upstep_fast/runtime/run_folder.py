@@ -32,7 +32,16 @@ log = logging.getLogger("upstep_fast")
 CONFIG, LOCK, CHECKPOINTS = "config.toml", "run.lock", "checkpoints"
 _FOLDERS = ("", CHECKPOINTS, "adapter", "best", "adapter-refused", "model", "model/adapter")  # that a run writes to
 # of an attempt that left no checkpoint; its log and what was measured of the images stay
-_RESULTS = ("adapter", "best", "adapter-refused", "judgement.jsonl", "bad_batches.json", "pictures.json", "model")
+_RESULTS = (
+    "adapter",
+    "best",
+    "adapter-refused",
+    "judgement.jsonl",
+    "bad_batches.json",
+    "pictures.json",
+    "model",
+    "verdict.json",
+)
 
 _held: dict[Path, tuple[int, int]] = {}  # folder: inodes of it and of its run.lock, while this process holds them
 

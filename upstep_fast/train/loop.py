@@ -17,7 +17,7 @@ from upstep_fast.runtime import distributed
 from upstep_fast.runtime import run_folder as output
 from upstep_fast.runtime.device import Compute
 from upstep_fast.runtime.signals import signals
-from upstep_fast.train import resume
+from upstep_fast.train import resume, verdict
 from upstep_fast.train.adapter_check import check_adapter
 from upstep_fast.train.batches import initial_views, make_loader
 from upstep_fast.train.identity import Identity, agree, identify
@@ -41,13 +41,15 @@ def train(
 ) -> AdaptResult:
     """Train from `state` on the images of `source` and write the run's files to `out`. Collective.
 
-    held_out: images to validate on, None without --judge-every. identity, state: of `start`. base: the base model,
-    where it is needed (`needs_base`). Raises UpstepError.
+    held_out: images to validate on and for the verdict, None without. identity, state: of `start`. base: the base
+    model, where it is needed (`needs_base`). Raises UpstepError.
     """
     # lizard forgives: one screen, from the batch to the checkpoint in the order in which they happen
     began, first_step, num_steps, rule = time.monotonic(), state.step, config.optimization.num_steps, gate_rule(config)
     every_steps, every_seconds = parse_interval(config.checkpoints.every)
-    validator = Validator(config, held_out, base, compute, out, state.step) if held_out and base else NoValidator()
+    validator: Validator | NoValidator = NoValidator()
+    if config.validation.every and held_out and base:
+        validator = Validator(config, held_out, base, compute, out, state.step)
     with (
         make_loader(config, source, state, compute) as loader,
         RunWriter(config, state, source, loader, out, identity) as writer,
@@ -77,7 +79,9 @@ def train(
                         "continue with the same command and --resume"
                     )
         _finish(config, compute, state, loader, validator, writer, out)
-    return AdaptResult(out / "adapter", state.step, state.gate.num_updates, state.loss, time.monotonic() - began)
+        verdicts = verdict.judge_written(config, compute, held_out, base, validator, out)
+    seconds = time.monotonic() - began
+    return AdaptResult(out / "adapter", state.step, state.gate.num_updates, state.loss, seconds, *verdicts)
 
 
 def start(
@@ -123,9 +127,10 @@ def _finish(
 
 
 def needs_base(config: AdaptConfig) -> bool:
-    """Return whether this rank compares with the base model: validation, --verify-resume, images of the report."""
+    """Return whether this rank compares with the base model: validation, verdict, --verify-resume, report."""
     makes_images = config.output.report_images and distributed.is_first()
-    return bool(config.validation.every or config.checkpoints.verify or makes_images)
+    gives_verdict = isinstance(config.validation.verdict, int) and distributed.is_first()
+    return bool(config.validation.every or config.checkpoints.verify or makes_images or gives_verdict)
 
 
 def gate_rule(config: AdaptConfig) -> gates.GateRule:

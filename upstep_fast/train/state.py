@@ -15,6 +15,7 @@ from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.data.loading.skipped_images import SkippedImages
 from upstep_fast.errors import ConfigError, UpstepError
 from upstep_fast.evaluation.feature_model import FeatureModel, load
+from upstep_fast.evaluation.verdict import Verdict
 from upstep_fast.methods import Method
 from upstep_fast.methods.gate import GateState
 from upstep_fast.methods.registry import make_optimizer
@@ -64,6 +65,8 @@ class AdaptResult:
     opened: int  # update steps
     loss: float  # of the last update step
     seconds: float
+    verdict: Verdict | None = None  # without labels; None: see the log
+    measured: Verdict | None = None  # by the labels of the held-out images, if they have labels
 
     @property
     def report(self) -> Path:

@@ -32,6 +32,7 @@ from upstep_fast.data.views.make_views import random_views
 from upstep_fast.data.views.view_config import view_config
 from upstep_fast.errors import CheckFailedError, DataError, RunFailedError, first_line
 from upstep_fast.evaluation.label_free import CLEARLY_WORSE, judge, predicted_gain
+from upstep_fast.evaluation.verdict import FILE, Verdict, label_free_verdict, to_json
 from upstep_fast.input_files import read_text
 from upstep_fast.model import lora, peft_format, pooling
 from upstep_fast.model.backbone import Backbone
@@ -50,11 +51,19 @@ _VIEWS_SEED = 0x5EED  # of the held-out views; the same in every run
 
 
 def hold_out(source: Source, config: AdaptConfig) -> tuple[Source, Source | None]:
-    """Split the images into training and held-out ones; (source, None) without --judge-every. Raises DataError."""
-    if not config.validation.every:
+    """Split the images into training and held-out ones; (source, None) without --judge-every and without a verdict.
+
+    config: after `verdict.with_held_out`. Raises DataError.
+    """
+    given = config.validation.verdict
+    if not config.validation.every and not isinstance(given, int):
         return source, None
     order = sorted(range(len(source)), key=lambda index: uniform(config.runtime.seed, _VIEWS_SEED, index))
-    num = min(LARGEST, max(SMALLEST, round(SHARE * len(source))))
+    num = given if isinstance(given, int) else num_held_out(len(source))
+    if 2 * num > len(source) and not config.validation.every:
+        raise DataError(
+            f"verdict: {num} images cannot be held out of {len(source)}; give at most half of them, or --verdict off"
+        )
     if len(source) < 4 * SMALLEST:
         raise DataError(
             f"data: {len(source)} images are too few to hold some out; give at least {4 * SMALLEST}, "
@@ -62,6 +71,11 @@ def hold_out(source: Source, config: AdaptConfig) -> tuple[Source, Source | None
         )
     held_out, rest = sorted(order[:num]), sorted(order[num:])
     return subset(source, rest), subset(source, held_out)
+
+
+def num_held_out(num_images: int) -> int:
+    """Return the number of images to hold out of `num_images`."""
+    return min(LARGEST, max(SMALLEST, round(SHARE * num_images)))
 
 
 class NoValidator:
@@ -94,6 +108,7 @@ class Validator:
         self._config, self._compute, self._out, self._base = config, compute, out, base
         self._views = _held_out_views(held_out, base, config, compute)
         self._base_features = self._features(base.copy().vit.to(compute.device))
+        self._verdict: Verdict | None = None
         self.history: dict[int, dict[str, Any]] = _read(out / HISTORY) if step else {}
 
     def after_step(self, state: RunState) -> None:
@@ -120,6 +135,7 @@ class Validator:
                 f"judge: step {state.step}: features of the adapted model are not finite, the run has diverged; lower "
                 f"--lr{before}"
             )
+        self._verdict = label_free_verdict(self._base_features, features)  # of the newest validation
         scores = distributed.gather(judge(self._base_features, features))[0]
         row = {"step": state.step, "predicted_gain": predicted_gain(scores), **scores}
         best = self.best()
@@ -170,6 +186,8 @@ class Validator:
             for folder in (refused, self._out / "adapter", self._out / BEST):
                 shutil.rmtree(folder, ignore_errors=True)
             peft_format.write_files(refused, files)
+            if self._verdict is not None:
+                write_atomic(self._out / FILE, to_json(self._verdict, None))
         raise CheckFailedError(
             "adapter: refused: on held-out images, without labels, every validation is clearly worse than the base "
             f"model (the best, at step {best['step']}: {_points(best['predicted_gain'])}); use the base model, or try "
@@ -187,6 +205,10 @@ class Validator:
         for name, adapter in peft_format.attach(vit, self._out / BEST, any_base=True).items():
             adapter.scale *= strength(name)
         return predicted_gain(judge(self._base_features, self._features(lora.merge(vit).to(self._compute.device))))
+
+    def features_by(self, vit: nn.Module) -> tuple[Tensor, Tensor]:
+        """Return features of the held-out images' views by the base model and by `vit`, [2, N, D] each."""
+        return self._base_features, self._features(vit)
 
     @torch.no_grad()
     def _features(self, vit: nn.Module) -> Tensor:

@@ -1,0 +1,113 @@
+"""Verdicts: intervals, outcomes, the measured accuracy against scikit-learn, and what the texts promise."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from upstep_fast.evaluation import verdict
+from upstep_fast.evaluation.intervals import gain_interval
+from upstep_fast.evaluation.label_free import CLEARLY_WORSE, DRIFT, judge, linear_cka, predicted_gain, views_found
+
+RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
+
+
+def random_views(num=60, width=12, noise=0.6, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(num, width, generator=generator)
+    return torch.stack([x + noise * torch.randn(num, width, generator=generator) for _ in range(2)])
+
+
+def test_the_gain_is_the_predicted_gain_of_the_validations():
+    base, adapted = random_views(), random_views(noise=0.3)
+    given = verdict.label_free_verdict(base, adapted)
+    assert given.gain == pytest.approx(predicted_gain(judge(base, adapted)), abs=1e-9)
+    assert given.low < given.gain < given.high and given.images == 60 and given.kind == "label-free"
+
+
+def test_unchanged_features_are_no_measurable_change():
+    base = random_views()
+    given = verdict.label_free_verdict(base, base * (1 + 1e-7))
+    assert given.outcome == "no measurable change" and given.text.startswith("no measurable change: ")
+    assert given.low < 0 < given.high and "+0.0 (" in given.text and "-0.0" not in given.text
+
+
+def test_the_interval_is_that_of_paired_gains_where_both_views_agree(monkeypatch):
+    generator = torch.Generator().manual_seed(1)
+    before, after = (torch.rand(80, generator=generator) < p for p in (0.4, 0.7))
+    found = iter([after, before])
+    monkeypatch.setattr(verdict, "views_found", lambda x, y: torch.stack([right := next(found), right]))
+    base = random_views(80)
+    given = verdict.label_free_verdict(base, base)
+    assert [given.low, given.high] == pytest.approx(gain_interval(before, after), abs=1e-6)
+
+
+def test_clearer_views_are_better_and_a_collapse_is_worse():
+    base = random_views(200, noise=1.2)
+    signal = torch.stack([base.mean(0)] * 2)
+    better = verdict.label_free_verdict(base, 0.2 * base + 0.8 * signal)
+    assert better.outcome == "better" and better.low > 0
+    collapsed = verdict.label_free_verdict(base, torch.ones_like(base) + 1e-3 * torch.randn(2, 200, 12))
+    assert collapsed.outcome == "worse" and collapsed.gain < CLEARLY_WORSE
+    broken = verdict.label_free_verdict(base, torch.full_like(base, torch.nan))
+    assert broken.outcome == "worse" and broken.gain == -100 - DRIFT and json.loads(verdict.to_json(broken, None))
+
+
+@pytest.mark.parametrize("gain", [-30.0, -14.9, 0.0, 2.0])
+def test_worse_needs_strong_evidence(gain, monkeypatch):
+    monkeypatch.setattr(verdict, "linear_cka", lambda x, y: 1 + gain / DRIFT)
+    base = random_views(400, noise=0.1)
+    given = verdict.label_free_verdict(base, base)
+    assert given.gain == pytest.approx(gain)
+    assert given.outcome == ("worse" if gain < CLEARLY_WORSE else "better" if gain > 1 else "no measurable change")
+
+
+def test_measured_accuracy_is_scikit_learns():
+    neighbors = pytest.importorskip("sklearn.neighbors")
+    generator = torch.Generator().manual_seed(3)
+    y = torch.arange(60) % 3
+    models = [F.normalize(F.one_hot(y, 8) * s + torch.randn(60, 8, generator=generator), dim=-1) for s in (1.0, 2.5)]
+    labels = [*(f"class {i}" for i in y.tolist()), "alone"]
+    given = verdict.measured_verdict(*(torch.cat([x, x[:1]]) for x in models), labels)
+    right = []
+    for x in models:
+        found = []
+        for i in range(60):
+            others = np.arange(60) != i
+            model = neighbors.KNeighborsClassifier(
+                10, metric="cosine", weights=lambda distance: np.exp(-distance / 0.07), algorithm="brute"
+            )
+            found.append(model.fit(x[others].numpy(), y[others].numpy()).predict(x[i : i + 1].numpy())[0] == int(y[i]))
+        right.append(torch.tensor(found))
+    percents = [100 * r.double().mean().item() for r in right]
+    assert given.gain == pytest.approx(percents[1] - percents[0]) and given.images == 60 and given.kind == "measured"
+    assert [given.low, given.high] == gain_interval(*right) and given.outcome == "better"
+    assert f"{percents[0]:.1f} -> {percents[1]:.1f} %" in given.text and "60 held-out images of 3 classes" in given.text
+
+
+def test_too_few_labels_measure_nothing():
+    x = F.normalize(torch.randn(20, 4), dim=-1)
+    assert verdict.measured_verdict(x, x, ["a"] * 20) is None
+    assert verdict.measured_verdict(x, x, [str(i) for i in range(20)]) is None
+    assert verdict.measured_verdict(x, x, ["a", "b"] * 7 + [str(i) for i in range(6)]) is None
+
+
+def test_the_texts_promise_what_was_counted():
+    counted = json.loads((RESULTS / "verdict.json").read_text())
+    groups = {"above_0": "runs", "between": "runs", "clearly_worse": "adapters"}
+    for group, of in groups.items():
+        counts = counted[of][group]
+        assert verdict.STORED[group] == (counts["gained"], counts["lost"], counts["n"])
+
+
+def test_views_are_found_both_ways():
+    x, y = random_views(30)
+    x, y = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
+    similarity = (x @ y.T).numpy()
+    found = views_found(x, y)
+    assert found[0].tolist() == [int(similarity[:, i].argmax()) == i for i in range(30)]
+    assert found[1].tolist() == [int(similarity[i].argmax()) == i for i in range(30)]
+    assert linear_cka(x, x) == pytest.approx(1.0)

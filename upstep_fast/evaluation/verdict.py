@@ -1,0 +1,120 @@
+"""The verdict of a run: whether the adapter is better than the base model, on images that were not trained on.
+
+    label-free   d_i = change, -1 to 1, of the share of image i's two views whose nearest other view is of image i
+                 score = 100 mean(d) - DRIFT (1 - CKA with the base model)           `label_free.predicted_gain`
+                 interval: of mean(d) over N images with half an image more in each cell, m = sum(d) / (N + 2),
+                 m -+ z sqrt(sum(d^2) + 1 - (N + 2) m^2) / (N + 2)                   as `intervals.gain_interval`
+    measured     k-NN accuracy by the images' own classes, each image against the others; `intervals.gain_interval`
+
+    better, worse             the interval lies above, below 0; label-free, worse is only a score below CLEARLY_WORSE
+    no measurable change      neither
+
+The label-free score is not in points of accuracy. How often it was right:
+STORED, counted by bench/quality/verdict_counts.py into bench/results/verdict.json.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from upstep_fast.evaluation.classifiers import knn_right_among
+from upstep_fast.evaluation.intervals import Z, gain_interval
+from upstep_fast.evaluation.label_free import CLEARLY_WORSE, DRIFT, linear_cka, views_found
+
+# group of scores: (gained k-NN accuracy, lost more than half a point, all) of the study's stored adapters
+STORED = {"above_0": (16, 2, 23), "between": (7, 8, 17), "clearly_worse": (0, 21, 21)}
+NEIGHBORS = 10  # of the measured verdict
+FEWEST = 16  # images of a measured verdict
+FILE = "verdict.json"  # in the folder of the run
+
+Outcome = Literal["better", "no measurable change", "worse"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Comparison of the written adapter with the base model.
+
+    gain, low, high: the gain and its 95 % interval, points of k-NN accuracy if measured, else of the label-free score.
+    """
+
+    text: str  # one sentence, which starts with the outcome
+    gain: float
+    low: float
+    high: float
+    kind: Literal["label-free", "measured"]
+    outcome: Outcome
+    images: int  # that it was computed on
+
+
+def label_free_verdict(base: Tensor, adapted: Tensor) -> Verdict:
+    """Return the label-free verdict. base, adapted: [2, N, D], features of the same two views of N >= 8 images.
+
+    Adapted features that are not finite have the lowest score there is.
+    """
+    if not adapted.isfinite().all():
+        lowest, text = -100 - DRIFT, "worse: the adapted model's features of held-out images are not finite"
+        return Verdict(text, lowest, lowest, lowest, "label-free", "worse", adapted.shape[1])
+    before, after = (F.normalize(views.float(), dim=-1) for views in (base, adapted))
+    d = 0.5 * (views_found(*after).double() - views_found(*before).double()).sum(0)
+    n, drift = len(d), DRIFT * (1 - linear_cka(before[0], after[0]))
+    mean = float(d.sum()) / (n + 2)
+    half = Z * math.sqrt(float(d.square().sum()) + 1 - (n + 2) * mean**2) / (n + 2)
+    gain, low, high = (100 * value - drift for value in (float(d.mean()), mean - half, mean + half))
+    outcome: Outcome = "worse" if gain < CLEARLY_WORSE else "better" if low > 0 else "no measurable change"
+    interval = f"95 % interval {_signed(low)} to {_signed(high)}"
+    text = f"{outcome}: label-free score {_signed(gain)} ({interval}) on {n} held-out images; {_sureness(gain)}"
+    return Verdict(text, gain, low, high, "label-free", outcome, n)
+
+
+def measured_verdict(base: Tensor, adapted: Tensor, labels: Sequence[str]) -> Verdict | None:
+    """Return the verdict by labels: k-NN accuracy of each image among the others.
+
+    k: as many as the other images of a class on average, at most NEIGHBORS. base, adapted: [N, D] unit features.
+    Images that are alone in their class are left out; None with fewer than FEWEST others or fewer than two classes.
+    """
+    counts = Counter(labels)
+    kept = [i for i, label in enumerate(labels) if counts[label] > 1]
+    classes = sorted({labels[i] for i in kept})
+    if len(kept) < FEWEST or len(classes) < 2:
+        return None
+    y = torch.tensor([classes.index(labels[i]) for i in kept])
+    k = max(1, min(NEIGHBORS, len(kept) // len(classes) - 1))  # more would be of other classes
+    before, after = (knn_right_among(x[kept], y, k) for x in (base, adapted))
+    low, high = gain_interval(before, after)
+    percents = [100 * float(right.double().mean()) for right in (before, after)]
+    gain = percents[1] - percents[0]
+    outcome: Outcome = "better" if low > 0 else "worse" if high < 0 else "no measurable change"
+    text = (
+        f"{outcome}: k-NN accuracy {percents[0]:.1f} -> {percents[1]:.1f} % ({_signed(gain)} points, 95 % interval "
+        f"{_signed(low)} to {_signed(high)}) on {len(kept)} held-out images of {len(classes)} classes, each among the "
+        "others"
+    )
+    return Verdict(text, gain, low, high, "measured", outcome, len(kept))
+
+
+def to_json(label_free: Verdict, measured: Verdict | None) -> bytes:
+    """Return the content of OUT/verdict.json."""
+    entries = {"verdict": asdict(label_free), "measured": None if measured is None else asdict(measured)}
+    return (json.dumps(entries, indent=2) + "\n").encode()
+
+
+def _sureness(score: float) -> str:
+    if score < CLEARLY_WORSE:
+        _, lost, of = STORED["clearly_worse"]
+        return f"with a score below {CLEARLY_WORSE:g}, {lost} of {of} stored adapters lost k-NN accuracy"
+    gained, lost, of = STORED["above_0" if score > 0 else "between"]
+    group = "above 0" if score > 0 else "like this"
+    return f"an estimate: with a score {group}, {gained} of {of} stored runs gained k-NN accuracy and {lost} lost"
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 1) + 0.0:+.1f}"  # + 0.0: never -0.0

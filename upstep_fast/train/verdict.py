@@ -1,0 +1,159 @@
+"""The verdict at the end of a run: what is held out for it, the comparison of OUT/adapter, a refusal, OUT/verdict.json.
+
+It costs at most SHARE of the run, counted in images that pass through a model:
+
+    held-out images x PASSES <= SHARE x steps x batch x views of an image
+
+OUT/adapter is read back as it was written, strength included. An adapter that is worse on strong evidence is refused
+as by --judge-every: OUT/adapter becomes OUT/adapter-refused, exit code 4.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.flat import replace_flat
+from upstep_fast.config.resolve import resolve
+from upstep_fast.config.training import MIN_VERDICT_IMAGES
+from upstep_fast.data.loading.loader import load_images
+from upstep_fast.data.sources.source import Source
+from upstep_fast.errors import CheckFailedError, ConfigError, UpstepError, first_line
+from upstep_fast.evaluation.verdict import FILE, Verdict, label_free_verdict, measured_verdict, to_json
+from upstep_fast.model import lora, peft_format, pooling
+from upstep_fast.model.backbone import Backbone
+from upstep_fast.report.run_record import read_config
+from upstep_fast.runtime import distributed
+from upstep_fast.runtime import run_folder as output
+from upstep_fast.runtime.atomic_file import write_atomic
+from upstep_fast.runtime.device import Compute
+from upstep_fast.train.validator import REFUSED, SMALLEST, NoValidator, Validator, num_held_out
+
+log = logging.getLogger("upstep_fast")
+
+SHARE = 0.05  # of the run
+PASSES = 6  # of a held-out image: two views and, with labels, the image itself, through two models
+BATCH_SIZE = 32
+
+Verdicts = tuple[Verdict | None, Verdict | None]  # label-free, measured
+
+
+def with_held_out(config: AdaptConfig, num_images: int, num_ranks: int) -> AdaptConfig:
+    """Return the configuration with `verdict` auto as a number of images, or off if that would be too few.
+
+    A resumed run holds out what it did before. Raises ConfigError.
+    """
+    if config.output.resume and (recorded := _recorded(Path(config.output.out))) is not None:
+        return replace_flat(config, verdict=recorded)
+    if config.validation.every or config.validation.verdict != "auto":
+        return config
+    resolved = resolve(config, num_images, num_ranks).config
+    run, views = resolved.optimization, 1 + (config.method == "upstep" and config.objective.layout == "symmetric")
+    most = int(SHARE * run.num_steps * run.batch_size * views / PASSES)
+    reason = None
+    if num_images < 4 * SMALLEST:
+        reason = f"{num_images} images are too few to hold some out"
+    elif most < MIN_VERDICT_IMAGES:
+        reason = f"{run.num_steps} steps of {run.batch_size} images are too short a run to spend 5 % of it on that"
+    if reason is not None:
+        log.info("verdict: none: %s", reason)
+        return replace_flat(config, verdict="off")
+    num = min(num_held_out(num_images), most)
+    log.info("verdict: %d of %d images held out for it", num, num_images)
+    return replace_flat(config, verdict=num)
+
+
+def _recorded(out: Path) -> Any:
+    """Return `verdict` of the run in `out`; off if an earlier version made it, None if there is none."""
+    try:
+        return read_config(out).get("verdict", "off")
+    except ConfigError:
+        return None
+
+
+def judge_written(
+    config: AdaptConfig,
+    compute: Compute,
+    held_out: Source | None,
+    base: Backbone | None,
+    validator: Validator | NoValidator,
+    out: Path,
+) -> Verdicts:
+    """Compare out/adapter with the base model and write out/verdict.json; (None, None) without held-out images.
+
+    Collective. An error of the comparison is only logged, as the run itself is complete. Raises CheckFailedError for an
+    adapter that is worse on strong evidence, RunFailedError.
+    """
+    if held_out is None or config.validation.verdict == "off":
+        return None, None
+    verdicts: Sequence[Verdict | None] = (None, None)
+    if distributed.is_first() and base is not None:
+        try:
+            verdicts = _compare(config, compute, held_out, base, validator, out)
+        except (UpstepError, RuntimeError) as error:
+            log.warning("verdict: none (%s)", first_line(error))
+    rows = distributed.gather([None if v is None else asdict(v) for v in verdicts])[0]
+    label_free, measured = (None if row is None else Verdict(**row) for row in rows)
+    if label_free is not None and label_free.outcome == "worse":
+        _refuse(label_free, out)
+    return label_free, measured
+
+
+def _compare(
+    config: AdaptConfig,
+    compute: Compute,
+    held_out: Source,
+    base: Backbone,
+    validator: Validator | NoValidator,
+    out: Path,
+) -> Verdicts:
+    if isinstance(validator, NoValidator):
+        validator = Validator(config, held_out, base, compute, out)
+    adapted = base.copy().vit
+    peft_format.attach(adapted, out / "adapter", any_base=True)
+    lora.merge(adapted).to(compute.device)
+    label_free, measured = label_free_verdict(*validator.features_by(adapted)), None
+    if held_out.labels is not None:
+        models = (base.copy().vit.to(compute.device), adapted)
+        read, (before, after) = _features(config, compute, held_out, base, models)
+        measured = measured_verdict(before, after, [held_out.labels[i] for i in read])
+    with output.writing(out):
+        write_atomic(out / FILE, to_json(label_free, measured))
+    return label_free, measured
+
+
+@torch.no_grad()
+def _features(
+    config: AdaptConfig, compute: Compute, held_out: Source, base: Backbone, models: Sequence[nn.Module]
+) -> tuple[list[int], list[Tensor]]:
+    """Return the indices of the readable images and each model's unit features of them, [N, D]."""
+    read: list[int] = []
+    rows: list[list[Tensor]] = [[] for _ in models]
+    arguments = base.eval_transform_args | {"batch_size": BATCH_SIZE, "num_workers": config.data.num_workers}
+    for indices, images in load_images(held_out, range(len(held_out)), **arguments, max_bad_fraction=1.0):
+        x = base.normalized(images.to(compute.device))
+        read += indices.tolist()
+        for features, vit in zip(rows, models, strict=True):
+            with compute.autocast():
+                features.append(F.normalize(pooling.features(vit, x).float(), dim=-1).cpu())
+    return read, [torch.cat(features) for features in rows]
+
+
+def _refuse(verdict: Verdict, out: Path) -> None:
+    with output.writing(out):
+        if distributed.is_first() and (out / "adapter").is_dir():
+            shutil.rmtree(out / REFUSED, ignore_errors=True)
+            (out / "adapter").rename(out / REFUSED)
+    raise CheckFailedError(
+        f"adapter: refused: {verdict.text}; use the base model, or try --preset gentle; the adapter is in "
+        f"{out / REFUSED}"
+    )
