@@ -37,6 +37,7 @@ def test_a_run_that_changes_nothing_says_so(options, tmp_path):
     assert given.outcome == "no measurable change" and given.kind == "label-free" and given.images == 16
     assert given.low < 0 < given.high and abs(given.gain) < 0.01
     assert entries(out) == {"verdict": vars(given), "measured": None} and result.measured is None
+    assert "label-free: no measurable change: " in result._repr_html_()
     body = (out / "report.html").read_text().split("<h1>")[1]
     assert body.index("<b>verdict</b> no measurable change: ") < body.index("<dl>")
 

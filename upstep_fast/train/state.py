@@ -80,7 +80,8 @@ class AdaptResult:
     def _repr_html_(self) -> str | None:
         """Return what a notebook shows; None, for the plain repr, if the run's folder cannot be read any more."""
         try:
-            return result_html(self.adapter.parent)
+            verdicts = [f"{v.kind}: {v.text}" for v in (self.verdict, self.measured) if v is not None]
+            return result_html(self.adapter.parent, verdicts)
         except (UpstepError, OSError):
             return None
 

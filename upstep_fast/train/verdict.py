@@ -36,6 +36,7 @@ from upstep_fast.runtime import distributed
 from upstep_fast.runtime import run_folder as output
 from upstep_fast.runtime.atomic_file import write_atomic
 from upstep_fast.runtime.device import Compute
+from upstep_fast.runtime.progress import track
 from upstep_fast.train.validator import REFUSED, SMALLEST, NoValidator, Validator, num_held_out
 
 log = logging.getLogger("upstep_fast")
@@ -98,7 +99,8 @@ def judge_written(
     verdicts: Sequence[Verdict | None] = (None, None)
     if distributed.is_first() and base is not None:
         try:
-            verdicts = _compare(config, compute, held_out, base, validator, out)
+            with track("verdict", len(held_out)):
+                verdicts = _compare(config, compute, held_out, base, validator, out)
         except (UpstepError, RuntimeError) as error:
             log.warning("verdict: none (%s)", first_line(error))
     rows = distributed.gather([None if v is None else asdict(v) for v in verdicts])[0]
