@@ -34,13 +34,12 @@ from upstep_fast.runtime.atomic_file import write_atomic
 from upstep_fast.runtime.device import Compute
 from upstep_fast.runtime.machine import num_workers
 from upstep_fast.runtime.progress import track
-from upstep_fast.train import verdict
 from upstep_fast.train.cost import log_cost
 from upstep_fast.train.loop import needs_base, start, train
 from upstep_fast.train.memory.fit import settle
 from upstep_fast.train.memory.images import ImageMemory, estimate
 from upstep_fast.train.state import AdaptResult
-from upstep_fast.train.validator import hold_out
+from upstep_fast.train.verdict import hold_out
 from upstep_fast.version import __version__
 
 log = logging.getLogger("upstep_fast")
@@ -68,9 +67,7 @@ def run(config: AdaptConfig) -> AdaptResult:
 
 
 def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
-    source = open_configured(config.data, "train")
-    config = verdict.with_held_out(config, len(source), distributed.size())
-    source, held_out = hold_out(source, config)
+    config, source, held_out = hold_out(config, open_configured(config.data, "train"))
     if distributed.is_first():  # before weights are fetched
         output.check(config)
     backbone = backbones.load_from(config.model)

@@ -37,6 +37,7 @@ from upstep_fast.runtime import run_folder as output
 from upstep_fast.runtime.atomic_file import write_atomic
 from upstep_fast.runtime.device import Compute
 from upstep_fast.runtime.progress import track
+from upstep_fast.train import validator
 from upstep_fast.train.validator import REFUSED, SMALLEST, NoValidator, Validator, num_held_out
 
 log = logging.getLogger("upstep_fast")
@@ -46,6 +47,12 @@ PASSES = 6  # of a held-out image: two views and, with labels, the image itself,
 BATCH_SIZE = 32
 
 Verdicts = tuple[Verdict | None, Verdict | None]  # label-free, measured
+
+
+def hold_out(config: AdaptConfig, source: Source) -> tuple[AdaptConfig, Source, Source | None]:
+    """Return the configuration of `with_held_out`, and training and held-out images. Raises ConfigError, DataError."""
+    config = with_held_out(config, len(source), distributed.size())
+    return config, *validator.hold_out(source, config)
 
 
 def with_held_out(config: AdaptConfig, num_images: int, num_ranks: int) -> AdaptConfig:
@@ -86,7 +93,7 @@ def judge_written(
     compute: Compute,
     held_out: Source | None,
     base: Backbone | None,
-    validator: Validator | NoValidator,
+    judge: Validator | NoValidator,
     out: Path,
 ) -> Verdicts:
     """Compare out/adapter with the base model and write out/verdict.json; (None, None) without held-out images.
@@ -100,7 +107,7 @@ def judge_written(
     if distributed.is_first() and base is not None:
         try:
             with track("verdict", len(held_out)):
-                verdicts = _compare(config, compute, held_out, base, validator, out)
+                verdicts = _compare(config, compute, held_out, base, judge, out)
         except (UpstepError, RuntimeError) as error:
             log.warning("verdict: none (%s)", first_line(error))
     rows = distributed.gather([None if v is None else asdict(v) for v in verdicts])[0]
@@ -115,15 +122,15 @@ def _compare(
     compute: Compute,
     held_out: Source,
     base: Backbone,
-    validator: Validator | NoValidator,
+    judge: Validator | NoValidator,
     out: Path,
 ) -> Verdicts:
-    if isinstance(validator, NoValidator):
-        validator = Validator(config, held_out, base, compute, out)
+    if isinstance(judge, NoValidator):
+        judge = Validator(config, held_out, base, compute, out)
     adapted = base.copy().vit
     peft_format.attach(adapted, out / "adapter", any_base=True)
     lora.merge(adapted).to(compute.device)
-    label_free, measured = label_free_verdict(*validator.features_by(adapted)), None
+    label_free, measured = label_free_verdict(*judge.features_by(adapted)), None
     if held_out.labels is not None:
         models = (base.copy().vit.to(compute.device), adapted)
         read, (before, after) = _features(config, compute, held_out, base, models)
