@@ -229,10 +229,23 @@ def test_a_resolved_configuration_has_its_steps_and_names_what_was_reduced():
     with pytest.raises(ValueError, match="not resolved"):
         _ = config.optimization.num_steps
     resolved = resolve(config, 24)
-    assert resolved.config.optimization.num_steps == 400
+    assert resolved.config.optimization.num_steps == 30 and resolved.has_few_images
     assert resolved.reduced == {"batch_size": (64, 24), "prototypes": (300, 24)}
     with pytest.raises(ConfigError, match="do not divide over 3 ranks"):
         resolve(config, 24, 3)
+
+
+@pytest.mark.parametrize(
+    ("num_images", "steps"), [(300, 35), (1000, 117), (3413, 399), (4000, 400), (10_240, 400), (20_000, 780)]
+)
+def test_the_default_number_of_steps(num_images, steps):
+    """max(10 N / B, min(400, 30 N / B)) for batches of B = 256; what is given is kept."""
+    resolved = resolve(from_flat(AdaptConfig, **BASE), num_images)
+    assert resolved.config.optimization.num_steps == steps
+    assert resolved.has_few_images == (steps < 400)
+    assert steps * 256 / num_images <= 30
+    given = resolve(from_flat(AdaptConfig, **BASE, steps=5000), num_images)
+    assert given.config.optimization.num_steps == 5000 and not given.has_few_images
 
 
 def test_a_size_of_memory_needs_its_unit():

@@ -23,7 +23,8 @@ def test_flops_of_a_step(model, blocks, factor):
     assert cost.step_flops(config, backbone, weights) == pytest.approx(factor * counter.get_total_flops(), rel=0.25)
 
 
-def test_a_run_says_what_it_takes(options, monkeypatch):
+def test_a_run_says_what_it_takes(options, monkeypatch, caplog):
+    caplog.set_level("INFO", "upstep_fast")
     monkeypatch.setattr(cost, "MIN_FLOPS", 0.0)
     monkeypatch.setattr(cost, "product_rate", lambda compute: 1e5)
     adapt(**options | {"report_images": False})

@@ -273,7 +273,7 @@ def test_overwrite_replaces_an_earlier_run(options, tmp_path):
 
 def test_length_by_epochs_and_by_default(options):
     config = from_flat(AdaptConfig, **{**options, "data": ("d",), "out": "o", "steps": None})
-    assert resolve_length(config, 24).config.optimization.steps == 400
+    assert resolve_length(config, 24).config.optimization.steps == 90
     assert resolve_length(config, 8000).config.optimization.steps == 10_000
     by_epochs = from_flat(AdaptConfig, **{**options, "data": ("d",), "out": "o", "steps": None, "epochs": 2.5})
     assert resolve_length(by_epochs, 80).config.optimization.steps == 25

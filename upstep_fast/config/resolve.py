@@ -1,4 +1,9 @@
-"""Values of a configuration that depend on the data: length of the run, batch, prototypes and queue."""
+"""Values of a configuration that depend on the data: length of the run, batch, prototypes and queue.
+
+Without --steps and --epochs, for N images in batches of B:
+
+    steps = max(10 N / B, min(400, 30 N / B))       10 passes over the data; few images: up to 400 steps or 30 passes
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,8 @@ from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.flat import flat, replace_flat
 from upstep_fast.errors import ConfigError
 
+MIN_PASSES, MIN_STEPS, MAX_PASSES = 10, 400, 30
+
 
 @dataclass(frozen=True)
 class Resolved:
@@ -15,6 +22,7 @@ class Resolved:
 
     config: AdaptConfig
     reduced: dict[str, tuple[int, int]]  # flag: (requested, possible)
+    has_few_images: bool  # the number of steps is that of MAX_PASSES
 
 
 def resolve(config: AdaptConfig, num_images: int, num_ranks: int = 1) -> Resolved:
@@ -36,7 +44,8 @@ def resolve(config: AdaptConfig, num_images: int, num_ranks: int = 1) -> Resolve
     requested = flat(config)
     reduced = {name: (requested[name], value) for name, value in possible.items() if value != requested[name]}
     steps = _num_steps(run.steps, run.epochs, num_images, batch)
-    return Resolved(replace_flat(config, **possible, steps=steps, epochs=None), reduced)
+    has_few_images = run.steps is None and run.epochs is None and steps < MIN_STEPS
+    return Resolved(replace_flat(config, **possible, steps=steps, epochs=None), reduced, has_few_images)
 
 
 def _num_steps(steps: int | None, epochs: float | None, num_images: int, batch: int) -> int:
@@ -44,4 +53,4 @@ def _num_steps(steps: int | None, epochs: float | None, num_images: int, batch: 
         return steps
     if epochs is not None:
         return max(1, round(epochs * num_images / batch))
-    return max(400, 10 * (num_images // batch))
+    return max(MIN_PASSES * (num_images // batch), min(MIN_STEPS, MAX_PASSES * num_images // batch))

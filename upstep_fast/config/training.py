@@ -65,7 +65,7 @@ class OptimizationConfig:
     batch_size: int = 256
     """Images per step over all devices; reduced to the number of images if there are fewer."""
     steps: int | None = None
-    """Number of steps. Default: 10 epochs, at least 400 steps. Steps the gate skips count."""
+    """Number of steps. Default: 10 epochs, or 400 steps if more, but at most 30 epochs. Steps the gate skips count."""
     epochs: float | None = None
     """Number of epochs, in place of --steps."""
     accumulate: int = 1

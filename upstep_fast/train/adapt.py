@@ -17,7 +17,7 @@ from upstep_fast.config.files import from_options, of_method
 from upstep_fast.config.flat import replace_flat
 from upstep_fast.config.options import AdaptOptions
 from upstep_fast.config.presets import with_preset
-from upstep_fast.config.resolve import resolve
+from upstep_fast.config.resolve import MAX_PASSES, resolve
 from upstep_fast.config.signatures import with_keywords
 from upstep_fast.data.curation.survey import survey
 from upstep_fast.data.sources.source import Source, open_configured
@@ -84,6 +84,8 @@ def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
             stack.enter_context(output.lock_run_folder(config))
         with held_messages() as messages:
             _log_start(resolved.reduced, compute, source)
+            if resolved.has_few_images:
+                log.info("steps: %d epochs by default for so few images; --steps or --epochs sets another", MAX_PASSES)
             # all that can refuse the configuration comes before anything in the folder is changed
             identity, state = start(config, compute, source, backbone, out)
             log_cost(config, compute, len(source), backbone, num_weights, state)
