@@ -178,4 +178,4 @@ def _row(cells: list[str], line: int, columns: dict[str, int], path: Path, width
     )
     if not name:
         raise DataError(f"data: {path}, line {line}: the path is empty")
-    return _Row(line, os.fsencode(name), label or None, split)
+    return _Row(line, os.fsencode(name), printable(os.fsencode(label)) or None, split)
