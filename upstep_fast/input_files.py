@@ -60,10 +60,13 @@ def require_regular(path: Path, field: str) -> Path:
 def read_bytes(path: Path, field: str, limit: int = MAX_TEXT_BYTES) -> bytes:
     """Return the content of a regular file. Raises ConfigError as `open_regular`, or above `limit` bytes."""
     with open_regular(path, field) as file:
-        if os.fstat(file.fileno()).st_size > limit:  # without reading them: they may be a terabyte of holes
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:  # without reading them: they may be a terabyte of holes
             raise ConfigError(f"{field}: {path} has more than {limit} bytes; is this the right file?")
         try:
-            data = file.read(limit + 1)  # not by st_size alone: the file may grow meanwhile
+            data = file.read(size + 1)  # which takes memory for as many bytes at once
+            if len(data) > size:  # it has grown, or is one of /proc, whose size is 0
+                data += file.read(limit + 1 - len(data))
         except OSError as error:
             raise ConfigError(f"{field}: cannot read {path}: {error.strerror or first_line(error)}") from error
     if len(data) > limit:

@@ -51,8 +51,8 @@ OUTPUTS = (
     *("new", "new/deep/er", "full", "file", "pipe", "loop", "old", "x.npy", "x.safetensors", "x.parquet", "x.csv"),
     *("x.html", "x.json", "x.svg", "none/x.npy", "", ".", "\udcff", "a\nb", "\x1b[2J.npy", "n" * 300, "file/x.npy"),
 )
-INPUTS = {"model", "data", "adapter", "source", "whitening", "decoder", "dirs"}
-ALIASES = {"source": "data", "dirs": "run", "decoder": "checkpoint"}  # inputs of one kind
+INPUTS = {"model", "data", "adapter", "source", "whitening", "decoder", "dirs", "run"}
+ALIASES = {"source": "data", "dirs": "run", "decoder": "checkpoint", "run": "classifier"}  # inputs of one kind
 WRITTEN = {"out", "json", "plot", "fit_whitening"}
 # a large number of these is a long run and no fault
 LENGTHS = {"steps", "epochs", "runs", "judge_patience", "judge_every", "patience", "accumulate", "max_skips"}
@@ -76,6 +76,7 @@ VALID = {
     "adapt": {"data": "photos", "out": "new"},
     "plan": {"data": "photos"},
     "finetune": {"data": "labeled", "out": "new", "epochs": "1"},
+    "predict": {"run": "classifier", "data": "labeled", "out": "x.csv"},
     "eval": {"data": "labeled", "k": "3"},
     "embed": {"data": "photos", "out": "new.npy"},
     "export": {"out": "new"},
@@ -89,6 +90,7 @@ VALID = {
 WEIGHTS = {
     "adapt": 6,
     "finetune": 4,
+    "predict": 3,
     "embed": 5,
     "eval": 4,
     "export": 3,
@@ -160,7 +162,7 @@ def changed_flags(name: str, rng: random.Random, world: Path) -> dict[str, Any]:
     """Return {flag: texts, or True or False} of a command: those of a short run, a few of them changed."""
     kinds = dict(field_kinds(COMMANDS[name].config()))
     flags: dict[str, Any] = {flag: value for flag, value in SHORT.items() if flag in kinds}
-    if "model" in kinds:
+    if "model" in kinds and name != "predict":
         flags["model"] = [f"local-dir:{world}/good/model"]
     flags |= {flag: [value] for flag, value in VALID[name].items()}
     for flag in INPUTS & set(flags) - {"model"}:

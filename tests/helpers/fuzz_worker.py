@@ -25,7 +25,14 @@ from safetensors.torch import load_file
 CPU_SECONDS, WALL_SECONDS = 20, 90
 IMPORTED = (
     *("cli.commands", "cli.help", "cli.parse", "cli.plan", "cli.doctor", "cli.benchmark", "cli.demo", "train.adapt"),
-    *("train.finetune.run", "evaluation.labeled", "evaluation.embeddings", "model.export.export", "report.page"),
+    *(
+        "train.finetune.run",
+        "train.finetune.predict",
+        "evaluation.labeled",
+        "evaluation.embeddings",
+        "model.export.export",
+        "report.page",
+    ),
 )
 MEMORY = 6 << 30  # of address space beyond the worker's own
 

@@ -47,6 +47,11 @@ def build(world: Path) -> None:
         model=model, data=good / "photos", out=good / "f.npy", fit_whitening=good / "whitening.safetensors",
         device="cpu", precision="fp32", num_workers=0,
     )  # fmt: skip
+    upstep_fast.finetune(
+        model=model, data=good / "labeled", out=good / "tuned", epochs=1, batch_size=8, losa_rank=2, num_workers=0,
+        device="cpu", precision="fp32",
+    )  # fmt: skip
+    shutil.copytree(good / "tuned" / "model", good / "classifier")
     odd_files(odd)
     odd_folders(good, odd)
     odd_contents(good, odd)
@@ -92,6 +97,7 @@ def odd_folders(good: Path, odd: Path) -> None:
     for folder, files in (
         ("model", ("config.json", "model.safetensors")),
         ("adapter", ("adapter_config.json", "adapter_model.safetensors")),
+        ("classifier", ("config.json", "trained.safetensors", "learned.safetensors")),
         ("run", ("config.toml", "metrics.jsonl", "train.log", "skipped.csv")),
     ):
         for file in files:
@@ -164,4 +170,12 @@ ODD_JSON = [
     ("adapter", "adapter_config.json", {"target_modules": 5}),
     ("adapter", "adapter_config.json", {"modules_to_save": 5}),
     ("adapter", "adapter_config.json", {"peft_type": {}}),
+    ("classifier", "config.json", {"classes": ["\x1b[2J", "=1+1"]}),
+    ("classifier", "config.json", {"classes": 3}),
+    ("classifier", "config.json", {"learned_sha256": [1]}),
+    ("classifier", "config.json", {"backbone": {"model": 7}}),
+    ("classifier", "config.json", {"backbone": {"model": "\x1b[2J", "img_size": "x"}}),
+    ("classifier", "config.json", {"settings": {"method": "losa", "lora_targets": 5}}),
+    ("classifier", "config.json", {"settings": []}),
+    ("classifier", "config.json", {"has_adapter": True}),
 ]

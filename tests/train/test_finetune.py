@@ -28,6 +28,7 @@ from upstep_fast.data.labeled import video
 from upstep_fast.data.labeled.splits import held_out, train_and_test
 from upstep_fast.errors import ConfigError, DataError, Interrupted, RunFailedError
 from upstep_fast.evaluation import labeled as labeled_evaluation
+from upstep_fast.methods.supervised import losa as finetune_losa
 from upstep_fast.methods.supervised.baselines import Baseline, layer_of, parameter_groups, set_drop_path
 from upstep_fast.methods.trainable import trained
 from upstep_fast.model import backbone as backbones
@@ -279,8 +280,8 @@ def test_a_cache_that_does_not_fit_is_refused(options, monkeypatch, where):
 
 def test_the_cached_backbone_runs_once(options, monkeypatch):
     seen = []
-    frozen = finetuning.Losa.frozen
-    monkeypatch.setattr(finetuning.Losa, "frozen", lambda self, x: seen.append(len(x)) or frozen(self, x))
+    frozen = finetune_losa.Losa.frozen
+    monkeypatch.setattr(finetune_losa.Losa, "frozen", lambda self, x: seen.append(len(x)) or frozen(self, x))
     upstep_fast.finetune(**{**options, "epochs": 4}, preset_views="none", cache="memory", patience=0)
     assert sum(seen) == 1 + 36  # one for the size, and every image of train/ once
 

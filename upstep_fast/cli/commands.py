@@ -32,6 +32,7 @@ usage: upstep-fast COMMAND [--config FILE.toml] [options]
   plan    memory and time of a run, estimated before the run; batch and level that fit in a given memory
   adapt   adapt a pretrained ViT to a folder of unlabeled images
   finetune   train a classifier on labeled images or clips, the backbone frozen or not
+  predict    write the class of each image by a fine-tuned model, and measure it where there are labels
   eval    k-NN and linear probe of a model, with and without an adapter
   embed   write features of images to a file
   export  write the adapted model for timm, transformers, PEFT, DINOv2, ONNX or torch.export
@@ -167,6 +168,7 @@ def _eval(config: Any) -> None:
 
 
 def _finetune(config: Any) -> None:
+    from upstep_fast.report.next_steps import predict_command
     from upstep_fast.runtime.terminal import format_duration, print_line
     from upstep_fast.train.finetune.run import run
 
@@ -176,7 +178,14 @@ def _finetune(config: Any) -> None:
         f"{done.metrics['trainable_parameters']:,} trainable parameters)"
     )
     print(f"test: top-1 {done.metrics['top1']:.1f}, balanced {done.metrics['balanced']:.1f}")
-    print_line(f"next: upstep_fast.load_finetuned({str(done.model)!r})")
+    print_line(f"next: {predict_command(config)}")
+    print_line(f"in Python: upstep_fast.load_finetuned({str(done.model)!r})")
+
+
+def _predict(config: Any) -> None:
+    from upstep_fast.cli.predict import run
+
+    run(config)
 
 
 def _finetune_config() -> type:
@@ -259,6 +268,7 @@ COMMANDS = {
     "plan": Command(_plan_config, _plan),
     "adapt": Command(_config("AdaptConfig", "adapt"), _adapt),
     "finetune": Command(_finetune_config, _finetune),
+    "predict": Command(_config("PredictConfig", "predict"), _predict, positional="run"),
     "eval": Command(_config("EvalConfig", "evaluate"), _eval, positional="adapter"),
     "embed": Command(_config("EmbedConfig", "evaluate"), _embed, positional="adapter"),
     "export": Command(_config("ExportConfig"), _export, positional="adapter"),

@@ -27,6 +27,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "upstep-fast finetune --model vit_base_patch16_224 --data clips/ --out classifier/ --frames 8 "
         "--preset-views none --cache disk",
     ),
+    "predict": (
+        "upstep-fast predict classifier/ --data photos/ --out predictions.csv",
+        "upstep-fast predict classifier/ --data photos/ --out predictions.csv --top 5",
+    ),
     "plan": (
         "upstep-fast plan --model vit_large_patch14_clip_224.openai --device cuda --fit 24GB",
         "upstep-fast plan --model vit_small_patch16_224 --batch-size 64 --calibrate",

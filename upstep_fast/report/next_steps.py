@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from upstep_fast.config.finetune import FinetuneConfig
 from upstep_fast.errors import printable
 from upstep_fast.report.accuracy import within_error
 from upstep_fast.report.run_record import Record, bad_steps, number, updates, waiting_share
@@ -62,6 +63,15 @@ def embed_command(config: Mapping[str, Any], out: Path) -> str:
 def _place(out: Path) -> str:
     """Return the folder of a run as a command's first argument: it names the model, its options and the adapter."""
     return f"./{out}" if str(out).startswith("-") else str(out)
+
+
+def predict_command(config: FinetuneConfig) -> str:
+    """Return the command that classifies the images of a run of finetune."""
+    out, data = Path(config.output.out), config.data
+    columns = [("--image-column", data.image_column), ("--label-column", data.label_column)]
+    named = [part for flag, name in columns if name is not None for part in (flag, name)]
+    arguments = [_place(out), "--data", *data.paths, *named, "--out", str(out / "predictions.csv")]
+    return shell_command(["upstep-fast", "predict", *arguments])
 
 
 def _hints(record: Record) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 folder/config.json            the base model, the method's settings, class names, SHA-256 of the tensors
 folder/trained.safetensors    the side network, LoRA or the backbone, and the head
 folder/adapter/               the adapter that was merged first, if there was one
+folder/learned.safetensors    size and hash of each image that the classifier has learned from (learned.py)
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,9 @@ from torch import Tensor, nn
 
 from upstep_fast.config.finetune import FinetuneConfig
 from upstep_fast.config.flat import flat, from_flat
+from upstep_fast.config.value_types import check_types
 from upstep_fast.errors import ConfigError, first_line
-from upstep_fast.input_files import read_json
+from upstep_fast.input_files import read_bytes, read_json
 from upstep_fast.methods.supervised.baselines import Baseline
 from upstep_fast.methods.supervised.losa import Losa, LosaSpec
 from upstep_fast.methods.trainable import trained
@@ -34,7 +37,10 @@ from upstep_fast.runtime.atomic_file import write_atomic
 
 log = logging.getLogger("upstep_fast")
 
-CONFIG, WEIGHTS, ADAPTER = "config.json", "trained.safetensors", "adapter"
+CONFIG, WEIGHTS, ADAPTER, LEARNED = "config.json", "trained.safetensors", "adapter", "learned.safetensors"
+MODEL = "model"  # the folder's name in that of a run
+MAX_WEIGHTS = 64 << 30  # bytes
+MAX_LEARNED = 4 << 30
 METADATA = "upstep_fast"  # name of our entry in the metadata of WEIGHTS
 FORMAT = 1
 # what `build` and the backbone are made from
@@ -83,9 +89,11 @@ def save(
     config: FinetuneConfig,
     classes: tuple[str, ...],
     identity: Mapping[str, Any],
+    learned: Tensor | None = None,
 ) -> None:
-    """Write the folder; config.json, last, names the hash of the tensors' file. Raises OSError.
+    """Write the folder; config.json, last, names the hashes of the other files. Raises OSError.
 
+    learned: from `learned.fingerprints`; None for clips.
     identity: of the base model without the adapter (`load_backbone`). It and the class names lie in the metadata of the
     tensors' file, so the hash covers them.
     """
@@ -98,6 +106,12 @@ def save(
         for name, content in peft_format.read_files(config.adapter).items():
             write_atomic(folder / ADAPTER / name, content)
     write_atomic(folder / WEIGHTS, data)
+    (folder / LEARNED).unlink(missing_ok=True)
+    learned_hash = None
+    if learned is not None:
+        content = safetensors.torch.save({"learned": learned})
+        write_atomic(folder / LEARNED, content)
+        learned_hash = hashlib.sha256(content).hexdigest()
     flags = flat(config)
     values = {
         "format": FORMAT,
@@ -106,6 +120,7 @@ def save(
         "backbone": {name: flags[name] for name in _MODEL},
         "has_adapter": config.adapter is not None,
         "sha256": hashlib.sha256(data).hexdigest(),
+        "learned_sha256": learned_hash,
     }
     write_atomic(folder / CONFIG, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
 
@@ -113,13 +128,20 @@ def save(
 def load_finetuned(
     folder: str | Path, *, model: str | None = None, img_size: int | tuple[int, int] | None = None
 ) -> nn.Module:
-    """Return the classifier saved in `folder` (OUT/model of finetune), in eval mode, fp32, on the CPU.
+    """Return the classifier saved in `folder` (OUT or OUT/model of finetune), in eval mode, fp32, on the CPU.
 
     It maps normalized images [B, C, H, W], or clips [B, T, C, H, W], to logits [B, classes]; `.classes` holds the class
     names in order. model: new location of the base model, if it was moved. img_size: another input size in pixels;
     weights of LoSA that mix tokens are interpolated. Raises ConfigError if the folder or the model cannot be used.
     """
-    folder = Path(folder)
+    return load(folder, model=model, img_size=img_size)[0]
+
+
+def load(
+    folder: str | Path, *, model: str | None = None, img_size: int | tuple[int, int] | None = None
+) -> tuple[Any, Backbone]:
+    """Return the classifier, as `load_finetuned` does, and its backbone, which has the evaluation transform."""
+    folder = model_folder(folder)
     values, tensors, belongs_to = _read(folder)
     try:
         settings, base = dict(values["settings"]), dict(values["backbone"])
@@ -128,6 +150,7 @@ def load_finetuned(
         adapter = str(folder / ADAPTER) if values["has_adapter"] else None
         if model is not None:
             fields["model"] = model
+        check_types(fields, FinetuneConfig, str(folder / CONFIG))
         config = from_flat(FinetuneConfig, **fields, adapter=adapter, data=(), out="")
         classes = tuple(str(name) for name in values["classes"])
     except (KeyError, TypeError, ValueError) as error:
@@ -141,8 +164,35 @@ def load_finetuned(
         backbone.vit.set_input_size(img_size=(img_size, img_size) if isinstance(img_size, int) else img_size)
         if isinstance(net, Losa):
             net.side.resample(grid, backbone.vit.patch_embed.grid_size, backbone.vit.num_prefix_tokens)
+        backbone = replace(backbone, img_size=tuple(backbone.vit.patch_embed.img_size))
     net.classes = classes  # type: ignore[assignment]
-    return net.requires_grad_(False).eval()
+    return net.requires_grad_(False).eval(), backbone
+
+
+def model_folder(folder: str | Path) -> Path:
+    """Return OUT/model for the folder OUT of a run, else `folder` itself."""
+    inner = Path(folder) / MODEL
+    return inner if (inner / CONFIG).is_file() else Path(folder)
+
+
+def read_learned(folder: str | Path) -> Tensor | None:
+    """Return size and hash of the images that the classifier has learned from, [N, 2] int64; None if it does not tell.
+
+    Raises ConfigError if the file is not the one that config.json names.
+    """
+    folder = model_folder(folder)
+    expected = read_json(folder / CONFIG, "run").get("learned_sha256")
+    if expected is None:
+        return None
+    data = read_bytes(folder / LEARNED, "run", MAX_LEARNED)
+    try:
+        if hashlib.sha256(data).hexdigest() == expected:
+            learned = safetensors.torch.load(data)["learned"]
+            if learned.dtype == torch.int64 and learned.ndim == 2 and learned.shape[1] == 2:
+                return learned
+    except (KeyError, SafetensorError):
+        pass
+    raise ConfigError(f"run: {folder / LEARNED} is not what {CONFIG} was written for; fine-tune again or copy both")
 
 
 def _fill(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], problem: str) -> None:
@@ -178,10 +228,10 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, An
     """Return config.json, the tensors, and the metadata of the tensors' file."""
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise ConfigError(f"{folder} holds no {name}; give the folder OUT/model")
+            raise ConfigError(f"{folder} holds no {name}; give the folder of a run of finetune (its --out)")
     try:
         values = read_json(folder / CONFIG, "model")
-        data = (folder / WEIGHTS).read_bytes()
+        data = read_bytes(folder / WEIGHTS, "model", MAX_WEIGHTS)
         if not isinstance(values, dict) or values.get("sha256") != hashlib.sha256(data).hexdigest():
             raise ConfigError(f"{folder}: {WEIGHTS} is not what {CONFIG} was written for; fine-tune again or copy both")
         if values.get("format") != FORMAT:

@@ -32,8 +32,6 @@ from upstep_fast.data.sources.source import columns_of
 from upstep_fast.data.views.view_config import view_config
 from upstep_fast.errors import ConfigError, DataError
 from upstep_fast.kernels import _dispatch as dispatch
-from upstep_fast.methods.supervised.baselines import parameter_groups
-from upstep_fast.methods.supervised.losa import Losa
 from upstep_fast.methods.trainable import trained
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.report.logs import held_messages, train_log
@@ -47,6 +45,7 @@ from upstep_fast.train.cost import log_finetune
 from upstep_fast.train.finetune import classifier as finetuned
 from upstep_fast.train.finetune import feature_cache
 from upstep_fast.train.finetune import state as finetune_state
+from upstep_fast.train.finetune.learned import fingerprints
 from upstep_fast.train.finetune.loop import Batches, InOrder, train
 from upstep_fast.train.finetune.state import State
 from upstep_fast.train.finetune.step import balanced, predict, top1
@@ -56,7 +55,7 @@ from upstep_fast.version import __version__
 log = logging.getLogger("upstep_fast")
 
 LR = {"losa": 3e-3, "lora": 6e-3, "linear": 1e-2, "full": 2e-4}
-MODEL, RESULT = "model", "result.json"
+MODEL, RESULT = finetuned.MODEL, "result.json"
 
 
 @dataclass(frozen=True)
@@ -196,7 +195,7 @@ def _prepare(config: FinetuneConfig, compute: Compute, splits: Splits, backbone:
     model = finetuned.build(backbone, config, len(splits.learn.classes)).to(compute.device)
     if config.runtime.implementation != "reference":
         model.accelerate(compute.dtype or torch.float32, compute.fp8)
-    state = fresh_state(model, config, compute)
+    state = finetune_state.fresh_state(model, config, compute)
     if config.output.resume:
         finetune_state.resume_from(state, out / output.CHECKPOINTS, identity, reader.skipped)
     cache = None
@@ -237,8 +236,15 @@ def _run(
         "seconds": state.seconds,
         "peak_bytes": peak_bytes(compute.device),
     }
-    _write(model, config, splits, metrics, out, base)
+    learned = None if config.frames else _learned(splits, config)
+    _write(model, config, splits, metrics, out, base, learned)
     return FinetuneResult(out / MODEL, metrics, state.epoch, state.best_epoch)
+
+
+def _learned(splits: Splits, config: FinetuneConfig) -> Tensor:
+    """Return size and hash of the images that the run has learned from or chosen its epoch by, for `predict`."""
+    parts, workers = (splits.learn, splits.choose), num_workers(config.data.num_workers)
+    return torch.cat([fingerprints(part.source, range(len(part.y)), workers) for part in parts])
 
 
 def _write(
@@ -248,33 +254,19 @@ def _write(
     metrics: dict[str, float],
     out: Path,
     identity: dict[str, Any],
+    learned: Tensor | None,
 ) -> None:
     """Write OUT/model, OUT/result.json and --json. Raises RunFailedError or ConfigError if one cannot be written."""
     text = (json.dumps(metrics, indent=2) + "\n").encode()
     with output.writing(out):
         tensors: dict[str, Tensor] = dict(trained(model))
-        finetuned.save(out / MODEL, tensors, config, splits.learn.classes, identity)
+        finetuned.save(out / MODEL, tensors, config, splits.learn.classes, identity, learned)
         write_atomic(out / RESULT, text)
     if config.json is not None:
         try:
             write_atomic(Path(config.json), text)
         except OSError as error:
             raise ConfigError(f"json: cannot write {config.json}: {error.strerror}") from error
-
-
-def fresh_state(model: Any, config: FinetuneConfig, compute: Compute) -> State:
-    """Return the state before the first step."""
-    taps = model.side.taps if isinstance(model, Losa) else ()
-    groups = parameter_groups(
-        model,
-        len(model.vit.blocks),
-        weight_decay=config.optimization.weight_decay,
-        layer_decay=config.optimization.layer_decay,
-        taps=taps,
-    )
-    optimizer = torch.optim.AdamW(groups, lr=config.optimization.lr or 0.0, betas=(0.9, 0.999), fused=True)
-    scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
-    return State(model, optimizer, scaler)
 
 
 def _batches(prepared: _Prepared, splits: Splits, config: FinetuneConfig, compute: Compute) -> tuple[Batches, InOrder]:

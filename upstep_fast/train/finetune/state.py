@@ -12,9 +12,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from upstep_fast.config.finetune import FinetuneConfig
 from upstep_fast.errors import ConfigError, RunFailedError
+from upstep_fast.methods.supervised.baselines import Baseline, parameter_groups
+from upstep_fast.methods.supervised.losa import Losa
 from upstep_fast.methods.trainable import trained
 from upstep_fast.runtime import checkpoint as checkpoints
+from upstep_fast.runtime.device import Compute
 from upstep_fast.train.identity import Identity, check_same, manifest_entries
 from upstep_fast.train.resume import STATE, find_checkpoint, moments, restore_moments
 
@@ -45,6 +49,21 @@ class State:
             self.best, self.best_epoch = accuracy, self.epoch
             self.best_tensors = {name: p.detach().clone() for name, p in trained(self.model).items()}
         self.epoch += 1
+
+
+def fresh_state(model: Losa | Baseline, config: FinetuneConfig, compute: Compute) -> State:
+    """Return the state before the first step."""
+    taps = model.side.taps if isinstance(model, Losa) else ()
+    groups = parameter_groups(
+        model,
+        len(model.vit.blocks),
+        weight_decay=config.optimization.weight_decay,
+        layer_decay=config.optimization.layer_decay,
+        taps=taps,
+    )
+    optimizer = torch.optim.AdamW(groups, lr=config.optimization.lr or 0.0, betas=(0.9, 0.999), fused=True)
+    scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
+    return State(model, optimizer, scaler)
 
 
 _VALUES = ("best", "best_epoch", "epoch", "bad", "seconds")
