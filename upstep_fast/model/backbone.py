@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from upstep_fast.config.base import BackboneConfig
 from upstep_fast.data.views.resize import normalize
 from upstep_fast.errors import ConfigError, first_line
-from upstep_fast.model import checks, names, registry
+from upstep_fast.model import checks, names, network, registry
 from upstep_fast.model.formats import checkpoint_files, preprocessing
 from upstep_fast.model.formats.folders import Source
 from upstep_fast.runtime.progress import track
@@ -230,8 +231,10 @@ def _describe(
 
 
 def _create(arch: str, pretrained: bool, options: dict[str, Any], name: str) -> Any:
+    from_hub = pretrained and not arch.startswith(registry.LOCAL)
     try:
-        with torch.random.fork_rng(devices=[]):  # timm draws weights before it loads them
+        # timm draws weights before it loads them
+        with torch.random.fork_rng(devices=[]), network.limited() if from_hub else contextlib.nullcontext():
             return timm.create_model(arch, pretrained=pretrained, **options)
     except TypeError as error:
         text, cure = first_line(error)[:300], registry.nearest_names(name)

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from upstep_fast.errors import ConfigError, first_line
 from upstep_fast.input_files import require_regular
+from upstep_fast.model import network
 from upstep_fast.model.formats import checkpoint_files, folders
 from upstep_fast.model.formats.folders import Source
 from upstep_fast.model.names import DEMO, HUB, HUB_IDS, KNOWN, LOCAL, demo_folder, nearest
@@ -160,7 +161,8 @@ def _hub(name: str) -> Callable[[str], Path]:
 
     def fetch(file: str) -> Path:
         try:
-            return Path(hf_hub_download(repository, file, revision=revision or None))
+            with network.limited():
+                return Path(hf_hub_download(repository, file, revision=revision or None))
         except Exception as error:  # the hub's own kinds, the network's, the file system's
             raise ConfigError(f"model: cannot load {name}: {first_line(error)[:300]}; {weights_cure(name)}") from error
 
