@@ -117,7 +117,10 @@ class DemoConfig(DeviceConfig):
     out: str = "upstep-demo"
     """Folder for the run."""
     overwrite: bool = False
-    """Replace an earlier demo in --out."""
+    """Replace an earlier run in --out."""
+    resume: bool = False
+    """Continue a stopped demo in --out. Without it and --overwrite too, a stopped demo continues and a finished one is
+    run again."""
     source: str | None = None
     """Labeled images of the model's original domain, to measure forgetting; the package includes none."""
     steps: int | None = None
@@ -127,5 +130,7 @@ class DemoConfig(DeviceConfig):
 
     def __post_init__(self) -> None:
         """Check every field. Raises ConfigError."""
+        if self.resume and self.overwrite:
+            raise ConfigError("resume and overwrite: give one of them, not both")
         at_least(self, "steps", 1)
         check_seed(self.seed)

@@ -152,7 +152,7 @@ def _pretrained(name: str) -> str | None:
 
 def nearest(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:
     """Return the candidates of smallest edit distance to `name`, which may match a part of a candidate."""
-    typed = name.lower()
+    typed = name.lower()[:80]  # no name of a model is longer
     scored = [
         (_distance(typed, other.lower()), not other.startswith("vit_"), len(other), other) for other in candidates
     ]
