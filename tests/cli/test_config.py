@@ -12,7 +12,7 @@ from upstep_fast.config.evaluate import EmbedConfig, EvalConfig
 from upstep_fast.config.explora import Dinov2Config, MaeConfig
 from upstep_fast.config.files import from_options, read_toml, renamed, to_toml
 from upstep_fast.config.finetune import FinetuneConfig
-from upstep_fast.config.flat import defaults, flat, from_flat, paths, replace_flat
+from upstep_fast.config.flat import dashed, defaults, flat, from_flat, paths, replace_flat
 from upstep_fast.config.limits import LARGEST
 from upstep_fast.config.plan import PlanConfig
 from upstep_fast.config.resolve import resolve
@@ -166,7 +166,7 @@ def test_every_field_has_a_line_of_help(capsys):
         assert stop.value.code == 0
         text = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
         for name in paths(config):
-            flag = "--" + name.replace("_", "-")
+            flag = f"--{dashed(name)}"
             helps = re.findall(rf" {flag}\b(.*?)\((?:default|required)", text)
             assert any(len(words.split()) > 3 for words in helps), flag
 
@@ -219,7 +219,7 @@ def test_help_lists_common_options_and_help_all_every_option(capsys):
 
     common, every = listed("--help"), listed("--help-all")
     assert 20 <= len(common) <= 32 and common < every and {"model", "data", "out", "gate"} <= common
-    assert {name.replace("_", "-") for name in paths(AdaptConfig)} <= every
+    assert {dashed(name) for name in paths(AdaptConfig)} <= every
     explora = listed("--help-all", "--method", "explora")
     assert "unfreeze" in explora and not {"cvr", "queue", "preset"} & explora
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Union
 
 from upstep_fast.config.files import RENAMED_FLAGS, notice_renamed
-from upstep_fast.config.flat import dashed, paths
+from upstep_fast.config.flat import dashed, paths, undashed
 from upstep_fast.errors import ConfigError
 from upstep_fast.runtime import terminal
 
@@ -68,7 +68,7 @@ _RUN = (
 COMMON: dict[str, tuple[str, ...]] = {
     "adapt": (
         *(*_RUN, "preset", "steps", "gate", "gate_rate", "judge_every", "strength", "memory", "auto_batch"),
-        *("checkpoint_every", "objective", "unfreeze"),
+        *("checkpoint_every", "objective", "unfreeze", "from_"),
     ),
     "plan": (
         *(*_RUN, "preset", "steps", "memory", "accumulate", "cuda_graphs", "shard_weights"),
@@ -92,6 +92,8 @@ SYNONYMS = {
     "workers": "num_workers",
     "resume_interrupted": "resume",
     "num_prototypes": "prototypes",
+    "adapter": "from_",
+    "init_from": "from_",
 }
 
 
@@ -114,7 +116,7 @@ def check_flags(args: Sequence[str], config_class: type) -> None:
     fields = list(paths(config_class))
     for arg in args:
         flag = arg.partition("=")[0]
-        name = flag[2:].replace("-", "_")
+        name = undashed(flag[2:])
         if not flag.startswith("--") or name in fields or name.removeprefix("no_") in fields:
             continue
         if name in ("help", "help_all") or name.startswith("tyro_"):

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Union
 
-from upstep_fast.config.flat import dashed, defaults, from_flat, paths
+from upstep_fast.config.flat import dashed, defaults, from_flat, paths, undashed
 from upstep_fast.config.value_types import describe_kind, field_kinds
 from upstep_fast.errors import ConfigError
 
@@ -94,7 +94,7 @@ def _from_flags(args: Sequence[str], kinds: Mapping[str, Any]) -> dict[str, Any]
     for arg in args:
         if arg.startswith("--"):
             flag, equals, value = arg.partition("=")
-            given.append((flag[2:].replace("-", "_"), [value] if equals else []))
+            given.append((undashed(flag[2:]), [value] if equals else []))
         elif given:
             given[-1][1].append(arg)
         else:

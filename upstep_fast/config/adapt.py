@@ -22,7 +22,7 @@ from upstep_fast.errors import ConfigError
 
 # these act on adapters, or need the base model's weights to be frozen
 _NOT_WITH_FULL = (
-    *("lora_r", "lora_alpha", "lora_targets", "lora_blocks", "distil", "base_targets", "strength"),
+    *("from_", "lora_r", "lora_alpha", "lora_targets", "lora_blocks", "distil", "base_targets", "strength"),
     *("strength_first", "shard_weights"),
 )
 
@@ -65,7 +65,7 @@ class AdaptConfig(ModelConfig):
             own = flat(self)
             for name in _NOT_WITH_FULL:
                 if own[name] != defaults(AdaptConfig)[name]:
-                    raise ConfigError(f"{name}: needs --tune lora; leave it out with full")
+                    raise ConfigError(f"{name.rstrip('_')}: needs --tune lora; leave it out with full")
         if self.experimental.strength_first == "auto" and not self.validation.every:
             raise ConfigError("strength_first: auto needs --judge-every, which holds out images to judge it on")
 

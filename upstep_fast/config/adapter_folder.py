@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from upstep_fast import input_files
+from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.base import BackboneConfig
 from upstep_fast.config.flat import dashed, paths
 from upstep_fast.config.value_types import check_types
@@ -22,6 +23,7 @@ from upstep_fast.errors import ConfigError, printable
 
 CONFIG, WEIGHTS, RUN_CONFIG = "adapter_config.json", "adapter_model.safetensors", "config.toml"
 MODEL_RECORD = "upstep_fast.model"  # metadata of WEIGHTS, which PEFT ignores
+_OF_A_RUN = ("tune", "from_")  # LoRA flags that tell nothing about the adapter
 _FIXED = ("arch", "in_chans", "mean", "std")  # of other values than the training's, features have no meaning
 
 
@@ -55,16 +57,19 @@ def holds_adapter(path: object) -> bool:
 
 
 def with_adapter(flags: Mapping[str, Any], config_class: type) -> dict[str, Any]:
-    """Return the flags of a command that takes --adapter, completed by `complete`; those of others as they are.
+    """Return the flags of a command with --adapter or --from, completed from the folder; those of others as they are.
 
     The folder of a run or adapter may be given as the model, too.
     """
     flags = dict(flags)
-    if not {"model", "adapter"} <= paths(config_class).keys():
+    name = next((flag for flag in ("adapter", "from_") if flag in paths(config_class)), None)
+    if name is None:
         return flags
-    if flags.get("adapter") is None and holds_adapter(flags.get("model")):
-        flags["adapter"] = flags.pop("model")
-    return complete(flags) if isinstance(flags.get("adapter"), (str, Path)) else flags
+    if flags.get(name) is None and holds_adapter(flags.get("model")):
+        flags[name] = flags.pop("model")
+    if not isinstance(flags.get(name), (str, Path)):
+        return flags
+    return complete(flags) if name == "adapter" else _complete_start(flags)
 
 
 def complete(flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,30 +97,55 @@ def complete(flags: Mapping[str, Any]) -> dict[str, Any]:
     return recorded | flags | {"adapter": str(folder)}
 
 
-def model_flags(folder: Path) -> dict[str, Any]:
+def _complete_start(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flags of adapt --from: model and LoRA are those of the run unless they are given.
+
+    Raises ConfigError if the folder holds no adapter or names no model.
+    """
+    if flags.get("resume") and "model" in flags and not Path(flags["from_"]).exists():
+        return dict(flags)  # a run that has begun needs it no longer
+    folder = adapter_folder(flags["from_"], "from")
+    recorded = model_flags(folder, groups=("model", "lora"))
+    if flags.get("model") is None:
+        _require_model(recorded.get("model"), folder)
+        flags = {name: value for name, value in flags.items() if name != "model"}
+    elif str(flags["model"]) != recorded.get("model"):
+        recorded = {name: value for name, value in recorded.items() if name not in ("arch", "min_matched")}
+    if "in_chans" in flags or flags.get("mean_std") == "auto":
+        recorded = {name: value for name, value in recorded.items() if name not in ("in_chans", "mean", "std")}
+    return recorded | flags | {"from_": str(folder)}
+
+
+def model_flags(folder: Path, groups: Sequence[str] = ("model",)) -> dict[str, Any]:
     """Return {flag: value} of the model that the adapter in `folder` was trained on, as far as it tells.
 
-    Raises ConfigError for damaged files and values of wrong types.
+    groups: of the run's configuration; others than the model's come from its config.toml. Raises ConfigError for
+    damaged files and values of wrong types.
     """
     values = input_files.read_json(folder / CONFIG, "adapter")
     name = values.get("base_model_name_or_path") if isinstance(values, dict) else None
     found: dict[str, Any] = {} if name is None else {"model": name}
     for run in list(folder.absolute().parents)[:2]:
-        found |= _of_run(run / RUN_CONFIG, name)
+        found = _of_run(run / RUN_CONFIG, name, groups) | found
     found |= _record(folder)
-    check_types(found, BackboneConfig, f"adapter: {folder}")
+    check_types(found, AdaptConfig, f"adapter: {folder}")
     return {flag: tuple(value) if isinstance(value, list) else value for flag, value in found.items()}
 
 
-def _of_run(path: Path, model: object) -> dict[str, Any]:
-    """Return the model's flags in a run's config.toml; {} if it is not the run that trained on `model`."""
+def _of_run(path: Path, model: object, groups: Sequence[str]) -> dict[str, Any]:
+    """Return the flags of `groups` in a run's config.toml; {} if it is not the run that trained on `model`."""
     if model is None or not path.is_file():
         return {}
-    values = input_files.read_toml(path, "config")
-    table = values.get("model")
-    if isinstance(table, dict):
-        values = table | {"model": table.get("name")}
-    return {name: values[name] for name in paths(BackboneConfig) if name in values} if values["model"] == model else {}
+    values, found = input_files.read_toml(path, "config"), dict[str, Any]()
+    for flag, (group, *field) in paths(AdaptConfig).items():
+        if group not in groups or flag in _OF_A_RUN:
+            continue
+        table = values.get(group)
+        if isinstance(table, dict) and field[0] in table:
+            found[flag] = table[field[0]]
+        elif flag in values and not isinstance(values[flag], dict):  # earlier versions wrote no tables
+            found[flag] = values[flag]
+    return found if found.get("model") == model else {}
 
 
 def _record(folder: Path) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class ExploraConfig(AdaptConfig):
 
     unused: ClassVar[tuple[str, ...]] = (
         *("preset", "head", "layout", "cvr", "cvr_weight", "prototype_init", "epsilon", "sharpen", "distil"),
-        *("strength", "tune", "lora_blocks", *paths(ExperimentalConfig)),
+        *("strength", "tune", "lora_blocks", "from_", *paths(ExperimentalConfig)),
     )
 
     method: Literal["upstep", "explora"] = "explora"
@@ -61,7 +61,7 @@ class ExploraConfig(AdaptConfig):
         own = flat(self)
         for name in self.unused:
             if own[name] != defaults(AdaptConfig)[name]:
-                raise ConfigError(f"{name}: belongs to --method upstep; leave it out with explora")
+                raise ConfigError(f"{name.rstrip('_')}: belongs to --method upstep; leave it out with explora")
         if self.gate.rule == "views":
             raise ConfigError("gate: views compares UpStep's two views; choose another with explora")
 

@@ -13,7 +13,7 @@ from typing import Any
 from upstep_fast import input_files
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.adapter_folder import with_adapter
-from upstep_fast.config.flat import flat, from_flat, groups, paths
+from upstep_fast.config.flat import flat, from_flat, groups, paths, undashed
 from upstep_fast.config.value_types import check_types
 from upstep_fast.errors import ConfigError
 
@@ -107,7 +107,7 @@ def known_flag(key: str, config_class: type, where: str) -> str:
     Raises ConfigError with the nearest name for an unknown key.
     """
     names = list(paths(config_class))
-    name = key.replace("-", "_")
+    name = undashed(key)
     if name in RENAMED_FLAGS and RENAMED_FLAGS[name] in names:
         notice_renamed(name)
         return RENAMED_FLAGS[name]

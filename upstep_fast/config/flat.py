@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import keyword
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -30,8 +31,14 @@ def flag_of(config_class: type, field: str) -> str:
 
 
 def dashed(name: str) -> str:
-    """Return a flag's name as the command line writes it."""
-    return name.replace("_", "-")
+    """Return a flag's name as the command line writes it; from_, as Python must write it, is --from."""
+    return name.rstrip("_").replace("_", "-")
+
+
+def undashed(text: str) -> str:
+    """Return a flag's name as fields and keywords have it."""
+    name = text.replace("-", "_")
+    return f"{name}_" if keyword.iskeyword(name) else name
 
 
 @functools.cache

@@ -43,6 +43,7 @@ class AdaptOptions(TypedDict, total=False):
     lora_targets: Sequence[str]
     lora_blocks: int | None
     tune: Literal["lora", "full"]
+    from_: str | Path | None
     layout: Literal["symmetric", "asymmetric"]
     head: Literal["mlp", "linear", "none"]
     head_hidden: int

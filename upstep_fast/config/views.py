@@ -120,6 +120,9 @@ class AdaptLoraConfig(LoraConfig):
     """Number of last blocks with adapters. Default: all blocks."""
     tune: Literal["lora", "full"] = "lora"
     """lora: train adapters, the model is frozen. full: train every weight, no adapters (for comparison)."""
+    start: str | None = field(default=None, metadata=flag("from_"))
+    """Run or adapter to start from: its folder, which names --model, its options and --lora-*. Head and prototypes
+    start anew. Default: a fresh adapter."""
 
     def __post_init__(self) -> None:
         """Check every field. Raises ConfigError."""

@@ -46,10 +46,16 @@ def check(vit: nn.Module, model: str | None, folder: Path, *, recorded: str | No
     model: name under which `vit` was loaded, None if it is not known. recorded: of `record`, in the adapter's files;
     without it, timm names are compared. base_model: base_model_name_or_path.
     """
+    now = "{}" if recorded is None else record(vit)  # which reads all weights
+    check_record(now, model, folder, recorded=recorded, base_model=base_model)
+
+
+def check_record(now: str, model: str | None, folder: Path, *, recorded: str | None, base_model: str | None) -> None:
+    """Raise ConfigError as `check` does; now: `record` of the base model."""
     trained_on = f"adapter: {folder} was trained on another base model ({printable(str(base_model), 200)})"
     cure = f"give that model, without an adapter merged into it; {ANY_BASE}"
     if recorded is not None:
-        different = differences(_parsed(recorded, folder), _describe(vit))
+        different = differences(_parsed(recorded, folder), json.loads(now))
         if different:
             raise ConfigError(f"{trained_on}: {printable('; '.join(different[:3]), 300)}; {cure}")
         return

@@ -47,12 +47,16 @@ log = logging.getLogger("upstep_fast")
 
 @with_keywords(AdaptConfig, Dinov2Config, MaeConfig)
 def adapt(
-    model: str | Path, data: str | Path | Sequence[str | Path], out: str | Path, **keywords: Unpack[AdaptOptions]
+    model: str | Path | None,
+    data: str | Path | Sequence[str | Path],
+    out: str | Path,
+    **keywords: Unpack[AdaptOptions],
 ) -> AdaptResult:
     """Adapt `model` to the images in `data` and write the adapter to the folder `out`.
 
     Keywords are the flags of `upstep-fast adapt --help-all`. The defaults shown are UpStep's; method="explora" has
-    its own. Raises UpstepError.
+    its own. model may be the folder of a run or adapter, which is then trained further
+    (`from_`, with None as the model). Raises UpstepError.
     """
     options = with_preset({"model": model, "data": data, "out": out, **keywords})
     config_class = of_method(AdaptConfig, options.get("method"), options.get("objective"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from upstep_fast.data.sources.source import Source
 from upstep_fast.errors import Interrupted
 from upstep_fast.methods import gate as gates
 from upstep_fast.model import peft_format
+from upstep_fast.model.adapter_start import start_from
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime import run_folder as output
@@ -27,6 +29,8 @@ from upstep_fast.train.state import AdaptResult, RunState, fresh_state
 from upstep_fast.train.step import step
 from upstep_fast.train.strength import at_strength, choose_strength
 from upstep_fast.train.validator import NoValidator, Validator
+
+log = logging.getLogger("upstep_fast")
 
 
 def train(
@@ -98,7 +102,18 @@ def start(
         pass
     if config.output.resume:
         resume.resume_from(state, out / output.CHECKPOINTS, identity)
+    if config.lora.start is not None and state.step == 0:
+        _start_from(config, state, Path(config.lora.start))
     return identity, state
+
+
+def _start_from(config: AdaptConfig, state: RunState, folder: Path) -> None:
+    """Put the adapter in `folder` into the fresh state, in place. Collective. Raises ConfigError."""
+    method = state.method
+    assert method.base_record is not None
+    start_from(method.adapters, folder, base_record=method.base_record, model=config.model.name)
+    distributed.agree_on({"from": peft_format.fingerprint(folder)})
+    log.info("from: starting from the adapter in %s; head and prototypes start anew", folder)
 
 
 def _initialize(config: AdaptConfig, compute: Compute, source: Source, state: RunState) -> None:
