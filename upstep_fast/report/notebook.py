@@ -31,11 +31,10 @@ def result_html(out: Path, verdicts: Sequence[str] = ()) -> str:
 
 def _neighbors(panels: ImagePanels) -> list[tuple[str, list[str], list[str]]]:
     """Return (image, its neighbors before, its neighbors after) of the first queries, as base64 of WebP."""
-    before, after = panels.neighbours["before"], panels.neighbours["after"]
-    rows = list(zip(panels.queries, before, after, strict=True))[:QUERIES]
+    thumbs, before, after = panels.thumbs, panels.neighbours["before"], panels.neighbours["after"]
     return [
-        (panels.thumbs[query], *([panels.thumbs[i] for i in near[:NEIGHBORS]] for near in (old, new)))
-        for query, old, new in rows
+        (thumbs[query], [thumbs[i] for i in old[:NEIGHBORS]], [thumbs[i] for i in new[:NEIGHBORS]])
+        for query, old, new in list(zip(panels.queries, before, after, strict=True))[:QUERIES]
     ]
 
 
