@@ -4,7 +4,9 @@ import pickle
 import shutil
 
 import numpy as np
+import peft
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -123,6 +125,23 @@ def test_what_can_be_loaded(m, run, model, photos):
     assert repr(m) == (f"FeatureModel({model}, adapter {run}/adapter, images [3, 24, 40], D = 48, cpu in fp32)")
     tokens = m.vit.forward_features(m.transform(m.paths(photos)[0])[None])
     assert tokens.shape == (1, 16, 48)
+
+
+def test_what_readme_hands_to_timm_and_peft_gives_features(m, run, model, photos):
+    images = torch.stack([m.transform(path) for path in m.paths(photos)[:4]])
+    base = timm.create_model(model, pretrained=True, num_classes=0, img_size=(24, 40))
+    for theirs in (
+        upstep_fast.load_adapted(run, num_classes=0),
+        upstep_fast.load_adapted(run, num_classes=0, merged=False),
+        peft.PeftModel.from_pretrained(base, run / "adapter").eval(),
+    ):
+        with torch.no_grad():
+            x = torch.nn.functional.normalize(theirs(images), dim=-1)
+        torch.testing.assert_close(x, m(images), rtol=0, atol=1e-5)
+    assert upstep_fast.load_adapted(run)(images).shape == (4, 5)  # the base model's classifier
+    assert upstep_fast.load_adapted(run, num_classes=7)(images).shape == (4, 7)
+    with pytest.raises(ConfigError, match="num_classes: got -1, must be an integer of at least 0"):
+        upstep_fast.load_adapted(run, num_classes=-1)
 
 
 @pytest.mark.parametrize(

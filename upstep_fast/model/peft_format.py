@@ -208,16 +208,19 @@ def load_adapted(
     img_size: int | Sequence[int] | None = None,
     arch: str | None = None,
     in_chans: int | None = None,
+    num_classes: int | None = None,
     merged: bool = True,
     any_base: bool = False,
 ) -> nn.Module:
     """Load a timm model with an adapter, in eval mode, fp32, on the CPU.
 
     model: the folder of a run of adapt or of an adapter, which names its model; or the model's name, with the folder as
-    `adapter`. img_size, arch, in_chans: as for `adapt`; None: as in training. merged: add the adapter to the weights,
-    so that the model is an ordinary timm model; False keeps LoraLinear modules. any_base: accept an adapter that was
-    trained on another base model of the same shapes. Raises ConfigError if the model or the adapter cannot be loaded
-    or do not fit each other.
+    `adapter`. img_size, arch, in_chans: as for `adapt`; None: as in training. num_classes: 0 takes the classifier off,
+    so that model(images) gives features [B, D] of images as `upstep_fast.load(...).transform` makes; None keeps the
+    base model's, which was not adapted; a number makes a new one of random weights. merged: add the adapter to the
+    weights, so that the model is an ordinary timm model; False keeps LoraLinear modules. any_base: accept an adapter
+    that was trained on another base model of the same shapes. Raises ConfigError if the model or the adapter cannot be
+    loaded or do not fit each other.
     """
     given = {"model": model, "adapter": adapter} if adapter is not None else {"adapter": model}
     flags = given | {"img_size": img_size, "arch": arch, "in_chans": in_chans, "any_base": any_base}
@@ -225,6 +228,10 @@ def load_adapted(
     name = str(flags["model"])
     vit = load(name, **{key: flags[key] for key in paths(BackboneConfig) if key in flags and key != "model"}).vit
     attach(vit, flags["adapter"], model=name, any_base=any_base)
+    if num_classes is not None:
+        if not isinstance(num_classes, int) or num_classes < 0:
+            raise ConfigError(f"num_classes: got {num_classes}, must be an integer of at least 0, or None")
+        vit.reset_classifier(num_classes)
     vit.requires_grad_(False)
     return merge(vit) if merged else vit
 

@@ -66,7 +66,8 @@ def _timm(job: Job) -> Written:
     def measure(images: Tensor) -> Tensor:
         return features(timm.create_model(f"local-dir:{job.folder}", pretrained=True).eval(), images)
 
-    return Written("timm", measure, 'model = timm.create_model("local-dir:FOLDER", pretrained=True)')
+    usage = 'model = timm.create_model("local-dir:FOLDER", pretrained=True, num_classes=0)  # features, no classifier'
+    return Written("timm", measure, usage)
 
 
 def _hf(job: Job) -> Written:
@@ -133,7 +134,7 @@ def _peft(job: Job) -> Written:
         served: Any = peft.PeftModel.from_pretrained(theirs, str(job.folder)).eval()
         return features(served.base_model.model, images)
 
-    usage = f'model = timm.create_model("{name}", pretrained=True)\n'
+    usage = f'model = timm.create_model("{name}", pretrained=True, num_classes=0)  # features, no classifier\n'
     if biased:  # else timm reads qkv.weight itself, past PEFT's adapter
         usage += "for block in model.blocks:\n    block.attn.qkv_bias_separate = True\n"
     if bare:  # PEFT has no place for parameters of the model itself
