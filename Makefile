@@ -5,6 +5,10 @@ BIN    := $(VENV)/bin
 # tests are many and small: on a busy machine two OpenMP threads spend their time waiting for each other
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 STAMP  := $(VENV)/.installed
+# the demo has an environment of its own, with what the package needs to run; one of `make install` is used if it is there
+DEMO_VENV  ?= .venv-demo
+DEMO_STAMP := $(DEMO_VENV)/.installed
+TORCH_CPU  ?= https://download.pytorch.org/whl/cpu
 CODE   := upstep_fast kernels bench
 
 .DEFAULT_GOAL := help
@@ -23,8 +27,21 @@ $(STAMP): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 	$(BIN)/pip install --quiet --no-build-isolation -e '.[dev]'
 	touch $@
 
-demo: install    ## adapt base_tiny to hand-sign photographs, without labels (minutes on 2 cores)
-	$(BIN)/upstep-fast demo
+# run-time dependencies only. Without an NVIDIA GPU torch is the one without NVIDIA's libraries (3 GB), where its index answers
+$(DEMO_STAMP): pyproject.toml setup.py
+	@echo "demo: installing what the package needs to run in $(DEMO_VENV)"
+	test -d $(DEMO_VENV) || $(PYTHON) -m venv $(DEMO_VENV)
+	@if [ "$$(uname)" != Linux ] || nvidia-smi -L >/dev/null 2>&1; then echo "demo: torch from PyPI"; \
+	elif $(DEMO_VENV)/bin/python -c "import urllib.request as r; r.urlopen('$(TORCH_CPU)/torch/', timeout=5)" 2>/dev/null; then \
+	  echo "demo: no NVIDIA GPU here: torch for CPUs from $(TORCH_CPU)"; \
+	  $(DEMO_VENV)/bin/pip install 'torch>=2.11' torchvision --index-url $(TORCH_CPU) || echo "demo: failed; torch from PyPI"; \
+	else echo "demo: $(TORCH_CPU) does not answer: torch from PyPI, with NVIDIA's libraries"; fi
+	$(DEMO_VENV)/bin/pip install 'setuptools>=77'
+	UPSTEP_FAST_NATIVE=none $(DEMO_VENV)/bin/pip install --no-build-isolation -e .
+	touch $@
+
+demo: $(if $(wildcard $(STAMP)),,$(DEMO_STAMP))  ## adapt a small model to hand-sign photographs, without labels (minutes on 2 cores)
+	$(if $(wildcard $(STAMP)),$(BIN),$(DEMO_VENV)/bin)/upstep-fast demo
 
 test: install    ## every test a CPU can run: unit, interpreter, ahead-of-time compiles
 	$(PYTEST) -m "not gpu and not long and not interp"
@@ -98,4 +115,4 @@ docs: install    ## build site/ from docs/; a broken link, anchor or reference e
 	@echo "open site/index.html"
 
 clean:           ## remove what make made
-	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(DEMO_VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
