@@ -1,5 +1,6 @@
 """The predict command: classes, probabilities and figures against scikit-learn, what is measured, what is written."""
 
+import copy
 import csv
 import json
 import math
@@ -17,6 +18,7 @@ import upstep_fast
 from upstep_fast.cli import commands
 from upstep_fast.data.loading.skipped_images import csv_cell
 from upstep_fast.data.sources.source import open_source
+from upstep_fast.errors import ConfigError, RunFailedError
 from upstep_fast.evaluation import confusion
 from upstep_fast.train.finetune import classifier as finetuned
 from upstep_fast.train.finetune.learned import are_among, fingerprints
@@ -228,6 +230,26 @@ def test_images_are_known_again_by_content_alone(tmp_path):
     assert fingerprints(source, [3], 0).tolist() == [[-1, 0]]
     assert are_among(source, [3, 0], torch.cat([known, torch.tensor([[-1, 0]])]), 0).tolist() == [False, True]
     assert are_among(source, [], known, 0).tolist() == []
+
+
+def test_the_loaded_model_predicts_as_the_command(tuned, labeled, tmp_path, capsys):
+    call(capsys, "predict", tuned[0], "--data", labeled, "--out", tmp_path / "p.csv", *FLAGS)
+    _, *rows = read(tmp_path / "p.csv")
+    net = copy.deepcopy(upstep_fast.load_finetuned(tuned[0]))
+    found = net.train().predict(labeled, batch_size=7, num_workers=0)
+    assert net.training and [(p.path, p.label) for p in found] == [(row[0], row[1]) for row in rows]
+    assert [p.probability for p in found] == pytest.approx([float(row[2]) for row in rows], abs=1e-4)
+    assert net.predict([labeled / "ash" / "01.png"])[0].path == str(labeled / "ash" / "01.png")
+    net.frames = 4
+    with pytest.raises(ConfigError, match="classifies clips"):
+        net.predict(labeled)
+
+
+def test_logits_that_are_not_finite_are_refused(tuned, labeled):
+    net = upstep_fast.load_finetuned(tuned[0])
+    net.head.bias[1] = torch.nan
+    with pytest.raises(RunFailedError, match=r"logits of .*ash/00.png are not finite"):
+        net.predict(labeled, num_workers=0)
 
 
 def test_clips_are_refused_by_name(tuned, labeled, tmp_path, capsys, monkeypatch):

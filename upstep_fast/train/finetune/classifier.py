@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from upstep_fast.model import lora, peft_format
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.model.identity import differences, model_identity
 from upstep_fast.runtime.atomic_file import write_atomic
+from upstep_fast.train.finetune.classify import predict_paths
 
 log = logging.getLogger("upstep_fast")
 
@@ -132,9 +134,12 @@ def load_finetuned(
 
     It maps normalized images [B, C, H, W], or clips [B, T, C, H, W], to logits [B, classes]; `.classes` holds the class
     names in order. model: new location of the base model, if it was moved. img_size: another input size in pixels;
-    weights of LoSA that mix tokens are interpolated. Raises ConfigError if the folder or the model cannot be used.
+    weights of LoSA that mix tokens are interpolated. `.predict(paths)` reads images and returns (path, label,
+    probability) of each. Raises ConfigError if the folder or the model cannot be used.
     """
-    return load(folder, model=model, img_size=img_size)[0]
+    net, backbone = load(folder, model=model, img_size=img_size)
+    net.predict = partial(predict_paths, net, backbone)
+    return net
 
 
 def load(

@@ -25,35 +25,25 @@ import torch
 from torch import Tensor
 
 from upstep_fast.config.predict import PredictConfig
-from upstep_fast.data.loading.loader import load_images
-from upstep_fast.data.loading.skipped_images import SkippedImages, csv_cell
+from upstep_fast.data.loading.skipped_images import csv_cell
 from upstep_fast.data.sources.source import Source, open_configured
-from upstep_fast.errors import ConfigError, DataError, RunFailedError
+from upstep_fast.errors import ConfigError, RunFailedError
 from upstep_fast.evaluation.confusion import class_figures, confusion_matrix
 from upstep_fast.evaluation.intervals import accuracy_interval
-from upstep_fast.model.backbone import Backbone
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime.atomic_file import require_writable
 from upstep_fast.runtime.commit import commit_together, settle
-from upstep_fast.runtime.device import Compute, resolve
+from upstep_fast.runtime.device import resolve
 from upstep_fast.runtime.machine import num_workers
 from upstep_fast.runtime.progress import track
 from upstep_fast.train.finetune import classifier as finetuned
+from upstep_fast.train.finetune.classify import Predicted, classify
 from upstep_fast.train.finetune.learned import are_among
 from upstep_fast.train.finetune.step import balanced, top1
 
 log = logging.getLogger("upstep_fast")
 
 MAX_MATRIX = 1000  # classes, of a confusion matrix
-
-
-@dataclass(frozen=True)
-class Predicted:
-    """Classes of the readable images of a source."""
-
-    indices: list[int]  # positions in the source, [n]
-    likeliest: Tensor  # [n, k] int64, classes from the likeliest on
-    probability: Tensor  # [n, k] fp32, of these
 
 
 @dataclass(frozen=True)
@@ -102,52 +92,17 @@ def run(config: PredictConfig) -> PredictResult:
         log.info("data: %s", source.summary)
         net, backbone = finetuned.load(config.run, model=config.model)
         if net.frames > 1:
-            raise ConfigError(f"run: {config.run} classifies clips; use upstep_fast.load_finetuned in Python")
-        found = predict_images(net, backbone, source, config, compute)
+            raise ConfigError(f"run: {config.run} classifies clips; call the model of upstep_fast.load_finetuned")
+        net.to(compute.device)
+        if config.runtime.implementation != "reference":
+            net.accelerate(compute.dtype or torch.float32, compute.fp8)
+        found = classify(net, backbone, source, compute, config.batch_size, config.data, config.top or 1)
         measured = _measure(found, source, net.classes, config)
         contents = {out: _predictions(found, source, net.classes, config.top)}
         if measured is not None:
             contents |= _tables(out, measured, net.classes)
         _write(out, contents)
     return PredictResult(tuple(contents), len(found.indices), len(net.classes), measured)
-
-
-@torch.no_grad()
-def predict_images(net: Any, backbone: Backbone, source: Source, config: PredictConfig, compute: Compute) -> Predicted:
-    """Return the likeliest classes of every readable image. Raises DataError, RunFailedError for bad logits."""
-    net.to(compute.device)
-    if config.runtime.implementation != "reference":
-        net.accelerate(compute.dtype or torch.float32, compute.fp8)
-    count, skipped = min(config.top or 1, len(net.classes)), SkippedImages()
-    batches = load_images(
-        source,
-        **backbone.eval_transform_args,
-        batch_size=config.batch_size,
-        num_workers=config.data.num_workers,
-        max_bad_fraction=config.data.max_bad_fraction,
-        skipped=skipped,
-    )
-    indices: list[int] = []
-    parts: list[tuple[Tensor, Tensor]] = []
-    with track("predict", len(source)) as task:
-        for at, images in batches:
-            with compute.autocast():
-                logits = net(backbone.normalized(images.to(compute.device))).float()
-            if not (finite := logits.isfinite().all(1).cpu()).all():
-                name = source.name(int(at[~finite][0]))
-                raise RunFailedError(f"run: the logits of {name} are not finite; use --precision fp32")
-            probability, likeliest = logits.softmax(1).topk(count)
-            parts.append((probability.cpu(), likeliest.cpu()))
-            indices += at.tolist()
-            task.advance(len(at))
-    for name, reason in skipped.items():
-        log.warning("skipped %s: %s", name, reason)
-    if not indices:
-        raise DataError(
-            f"data: none of the {len(source)} images could be read; the first: {next(iter(skipped.items()))}"
-        )
-    probability, likeliest = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return Predicted(indices, likeliest, probability)
 
 
 def _measure(found: Predicted, source: Source, classes: tuple[str, ...], config: PredictConfig) -> Measured | None:
