@@ -12,11 +12,12 @@ from upstep_fast.data.loading.loader import Loader
 from upstep_fast.data.sources.source import Source
 from upstep_fast.errors import Interrupted
 from upstep_fast.methods import gate as gates
-from upstep_fast.model import peft_format
+from upstep_fast.model import model_card, peft_format
 from upstep_fast.model.adapter_start import start_from
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime import run_folder as output
+from upstep_fast.runtime.atomic_file import write_atomic
 from upstep_fast.runtime.device import Compute
 from upstep_fast.runtime.signals import signals
 from upstep_fast.train import resume, verdict
@@ -84,6 +85,7 @@ def train(
                     )
         _finish(config, compute, state, loader, validator, writer, out)
         verdicts = verdict.judge_written(config, compute, held_out, base, validator, out)
+        _write_card(config, state, source, [f"{v.kind}: {v.text}" for v in verdicts if v is not None], out)
     seconds = time.monotonic() - began
     return AdaptResult(out / "adapter", state.step, state.gate.num_updates, state.loss, seconds, *verdicts)
 
@@ -139,6 +141,13 @@ def _finish(
         files = at_strength(files, *choose_strength(config, validator.gain), len(state.method.vit.blocks))
         if distributed.is_first():
             peft_format.write_files(out / "adapter", files)
+
+
+def _write_card(config: AdaptConfig, state: RunState, source: Source, verdicts: list[str], out: Path) -> None:
+    if distributed.is_first():
+        card = model_card.adapter_card(config.model.name, images=len(source), steps=state.step, verdicts=verdicts)
+        with output.writing(out):
+            write_atomic(out / "adapter" / model_card.NAME, card)
 
 
 def needs_base(config: AdaptConfig) -> bool:

@@ -30,7 +30,7 @@ from upstep_fast.data.loading.loader import load_images
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import CheckFailedError, ConfigError, RunFailedError, UpstepError, first_line
 from upstep_fast.input_files import read_bytes
-from upstep_fast.model import adapter_base, lora, peft_format
+from upstep_fast.model import adapter_base, lora, model_card, peft_format
 from upstep_fast.model import backbone as backbones
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.model.export.peft_check import features_by_peft
@@ -44,6 +44,7 @@ BOUND = 1e-4
 IMAGES = 16  # number of the user's images in the comparison
 PHOTOS, FEW = "sign_digits_64.tar", 4  # images of the package, used without --data, and their number
 MARK = "exported by upstep-fast"  # in the model card; only a folder with it is replaced
+LIBRARIES = {"timm": "timm", "hf": "transformers", "peft": "peft"}  # library_name of the hub
 MAX_CARD_BYTES = 1 << 20
 
 
@@ -96,8 +97,10 @@ def run(config: ExportConfig) -> Exported:
                 f"more than {BOUND:.0e}; "
                 "nothing was written; this format cannot hold this model, try another"
             )
-        card, base_sha256 = folder / "README.md", json.loads(base_record)["sha256"]
-        card.write_text(_card(config, base, base_sha256, written, difference, images_text))
+        card, base_sha256 = folder / model_card.NAME, json.loads(base_record)["sha256"]
+        text = _card(config, base, base_sha256, written, difference, images_text)
+        library, tags = LIBRARIES.get(config.format), ("lora",) if config.format == "peft" else ()
+        card.write_text(model_card.with_front_matter(text, base_model=base.name, library=library, tags=tags))
         for path in folder.iterdir():  # safetensors writes files that only their owner may read
             path.chmod(card.stat().st_mode)
     return Exported(Path(config.out), difference, images_text)

@@ -1,0 +1,71 @@
+"""Model cards: README.md with YAML front matter for the Hugging Face Hub, beside adapters and exported models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+
+from upstep_fast.errors import printable
+from upstep_fast.model.adapter_base import timm_name
+from upstep_fast.version import __version__
+
+NAME = "README.md"
+TAGS = ("upstep", "vision", "image-feature-extraction")
+
+
+def with_front_matter(text: str, *, base_model: str, library: str | None, tags: Sequence[str] = ()) -> str:
+    """Return a card's text below its YAML front matter; the text alone if huggingface_hub is not installed.
+
+    base_model: a model's name as `adapt` takes it; it becomes an id of the hub, or is left out if it has none.
+    library: library_name of the hub.
+    """
+    try:
+        from huggingface_hub import ModelCard, ModelCardData
+    except ImportError:
+        return text
+    fields: dict[str, Any] = {"pipeline_tag": "image-feature-extraction", "tags": [*TAGS, *tags]}
+    data = ModelCardData(base_model=hub_id(base_model), library_name=library, **fields)
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
+
+
+def adapter_card(base_model: str, *, images: int, steps: int, verdicts: Sequence[str]) -> bytes:
+    """Return the README.md of the adapter of a run: base model, number of images and steps, verdicts."""
+    name, hub = printable(base_model, 200).replace("`", "'"), hub_id(base_model)
+    loaded = f"hf-hub:{hub}" if hub else base_model
+    usage = (
+        f'model = timm.create_model("{loaded}", pretrained=True, num_classes=0)\n'
+        'model = peft.PeftModel.from_pretrained(model, "adapter")'
+        if not base_model.startswith("local-dir:") and (hub or timm.is_model(base_model.partition(".")[0]))
+        else 'model = upstep_fast.load_adapted("adapter")'
+    )
+    rows = [("base model", f"`{name}`"), ("images", f"{images:,}, without labels"), ("steps", f"{steps:,}")]
+    rows += [("verdict", " ".join(printable(text, 1000).split()).replace("|", "\\|")) for text in verdicts]
+    table = "\n".join(f"| {label} | {value} |" for label, value in rows)
+    text = f"""\
+# LoRA adapter of {name}
+
+Trained by upstep-fast {__version__} on unlabeled images.
+
+| | |
+| --- | --- |
+{table}
+
+```python
+{usage}
+```
+
+The terms of the base model apply to these weights.
+"""
+    return with_front_matter(text, base_model=base_model, library="peft", tags=("lora",)).encode()
+
+
+def hub_id(name: str) -> str | None:
+    """Return the hub's id (OWNER/NAME) of a model called by a timm or hub name; None for any other."""
+    if name.startswith("hf-hub:"):
+        return name.removeprefix("hf-hub:").partition("@")[0]
+    full = None if name.startswith("local-dir:") else timm_name(name)
+    found = None if full is None else timm.models.get_pretrained_cfg(full)
+    identifier = getattr(found, "hf_hub_id", None)
+    return f"{identifier}{full}" if identifier and identifier.endswith("/") else identifier
