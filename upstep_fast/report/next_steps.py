@@ -27,7 +27,7 @@ def next_steps(record: Record) -> list[tuple[str, str]]:
     scores = str(out / "eval.json")
     suggestions = []
     if record.scores is None:
-        reason = "Measure the accuracy, if you have labeled images as train/CLASS/… and test/CLASS/…:"
+        reason = "Measure the accuracy, if you have labeled images as CLASS/…, or train/CLASS/… and test/CLASS/…:"
         command = ["upstep-fast", "eval", _place(out), "--data", "LABELED_FOLDER", "--json", scores]
         suggestions.append((reason, f"{shell_command(command)}\n{shell_command(['upstep-fast', 'report', str(out)])}"))
     export = ["upstep-fast", "export", _place(out), "--format", "timm", "--out", str(out / "exported")]

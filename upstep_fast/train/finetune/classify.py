@@ -79,8 +79,7 @@ def classify(
 ) -> Predicted:
     """Return the `count` likeliest classes of every readable image.
 
-    net: the classifier, on the device of `compute`. Raises DataError, and RunFailedError for logits that are not
-    finite.
+    net: the classifier, on the device of `compute`. Raises DataError, and RunFailedError for logits of NaN or infinity.
     """
     count, skipped = min(count, len(net.classes)), SkippedImages()
     batches = load_images(
