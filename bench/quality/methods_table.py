@@ -38,6 +38,7 @@ METHODS: dict[str, tuple[tuple[float, ...], tuple[str, ...]]] = {
     "full": ((3e-4, 1e-3), ("--preset-views", "none", "--epochs", "6")),
 }
 ADAPT = ("--steps", "160", "--batch-size", "64", "--lr", "6e-3", "--gate", "none", "--cvr", "off", "--prototypes", "64")
+ADAPT += ("--verdict", "off")  # all images are trained on
 
 
 def run(args: argparse.Namespace) -> None:

@@ -58,7 +58,14 @@ def whole_run(steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "out")
         config = from_flat(
-            AdaptConfig, model=model, data=(data,), out=out, steps=steps, batch_size=8, report_images=False
+            AdaptConfig,
+            model=model,
+            data=(data,),
+            out=out,
+            steps=steps,
+            batch_size=8,
+            report_images=False,
+            verdict="off",
         )
         result = adapt.run(config)
         newest = max((Path(out) / "checkpoints").glob("step-*"))

@@ -56,6 +56,9 @@ def test_the_demo_says_what_it_did_and_what_to_try_next(tmp_path, capsys, monkey
     scores = json.loads((folder / "eval.json").read_text())
     for kind in ("base", "adapted", "ensemble"):
         assert kind in out and f"{scores[kind]['knn']:.1f}" in out and f"{scores[kind]['knn_whitened']:.1f}" in out
+    gain = scores["gains"]["adapted"]["knn"]
+    assert f"({gain['points']:+.1f} points, 95 % interval {gain['interval'][0]:+.1f} to" in out
+    assert "\nverdict: none" in out and "% (" in out.split("\nmeasured: ")[1].split("\n")[0]
     assert "upstep-fast adapt --model" in out and "forgetting: not measured" in out
     summary = next(line for line in out.splitlines() if line.startswith("k-NN accuracy: "))
     base, whitened, adapted, both = (float(value) for value in re.findall(r"(\d+\.\d) %", summary))

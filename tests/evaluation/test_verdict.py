@@ -111,3 +111,11 @@ def test_views_are_found_both_ways():
     assert found[0].tolist() == [int(similarity[:, i].argmax()) == i for i in range(30)]
     assert found[1].tolist() == [int(similarity[i].argmax()) == i for i in range(30)]
     assert linear_cka(x, x) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("interval", "outcome"), [((1.0, 7.4), "better"), ((-1.0, 3.0), "no m"), ((-9.0, -1.0), "wo")])
+def test_what_eval_measured_as_a_verdict(interval, outcome):
+    scores = {"base": {"knn": 60.0}, "adapted": {"knn": 64.2}, "n_test": 597}
+    given = verdict.eval_verdict(scores | {"gains": {"adapted": {"knn": {"interval": list(interval)}}}})
+    assert given.text.startswith(outcome) and "60.0 -> 64.2 % (+4.2 points, 95 % interval" in given.text
+    assert (given.low, given.high, given.images, given.kind) == (*interval, 597, "measured")

@@ -11,10 +11,11 @@ from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.flat import from_flat
 from upstep_fast.config.tools import DemoConfig
 from upstep_fast.evaluation.labeled import evaluate
+from upstep_fast.evaluation.verdict import eval_verdict
 from upstep_fast.model.names import DEMO, LOCAL, demo_folder
 from upstep_fast.report import page as html_report
 from upstep_fast.report.run_record import read_config
-from upstep_fast.report.tables import print_scores
+from upstep_fast.report.tables import print_scores, print_verdicts
 from upstep_fast.runtime import terminal
 from upstep_fast.runtime.run_folder import CONFIG
 from upstep_fast.train import adapt
@@ -52,11 +53,12 @@ def run(config: DemoConfig) -> dict[str, Any]:
         DEMO, data, adapter=adapted.adapter, source=config.source, device=config.device, json=str(out / SCORES)
     )
     page = html_report.write(out)
-    print("\nThe labels are used only now, to measure: accuracy in percent on 597 test photographs")
+    print("\nLabels serve only to measure: accuracy in percent on 597 test photographs")
     print_scores(scores)
     if config.source is None:
         print("forgetting: not measured; no images of the model's own domain are shipped (--source PATH)")
     print()
+    print_verdicts(adapted.verdict, eval_verdict(scores))
     terminal.print_line(_summary(scores))
     terminal.print_line(f"adapter: {adapted.adapter}  (made in {terminal.format_duration(time.monotonic() - start)})")
     print(

@@ -18,9 +18,9 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -89,16 +89,26 @@ def measured_verdict(base: Tensor, adapted: Tensor, labels: Sequence[str]) -> Ve
     y = torch.tensor([classes.index(labels[i]) for i in kept])
     k = max(1, min(NEIGHBORS, len(kept) // len(classes) - 1))  # more would be of other classes
     before, after = (knn_right_among(x[kept], y, k) for x in (base, adapted))
-    low, high = gain_interval(before, after)
     percents = [100 * float(right.double().mean()) for right in (before, after)]
-    gain = percents[1] - percents[0]
+    where = f"{len(kept)} held-out images of {len(classes)} classes, each among the others"
+    return _measured(percents[0], percents[1], gain_interval(before, after), len(kept), where)
+
+
+def eval_verdict(scores: Mapping[str, Any]) -> Verdict:
+    """Return the verdict by the k-NN accuracy of the adapted features that `evaluate` measured with an adapter."""
+    (low, high), count = scores["gains"]["adapted"]["knn"]["interval"], scores["n_test"]
+    percents = (scores[kind]["knn"] for kind in ("base", "adapted"))
+    return _measured(*percents, (low, high), count, f"{count} test images")
+
+
+def _measured(before: float, after: float, interval: Sequence[float], count: int, where: str) -> Verdict:
+    gain, (low, high) = after - before, interval
     outcome: Outcome = "better" if low > 0 else "worse" if high < 0 else "no measurable change"
     text = (
-        f"{outcome}: k-NN accuracy {percents[0]:.1f} -> {percents[1]:.1f} % ({_signed(gain)} points, 95 % interval "
-        f"{_signed(low)} to {_signed(high)}) on {len(kept)} held-out images of {len(classes)} classes, each among the "
-        "others"
+        f"{outcome}: k-NN accuracy {before:.1f} -> {after:.1f} % ({_signed(gain)} points, 95 % interval "
+        f"{_signed(low)} to {_signed(high)}) on {where}"
     )
-    return Verdict(text, gain, low, high, "measured", outcome, len(kept))
+    return Verdict(text, gain, low, high, "measured", outcome, count)
 
 
 def to_json(label_free: Verdict, measured: Verdict | None) -> bytes:
