@@ -13,7 +13,7 @@ from upstep_fast.cli.parse import parse
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.flat import from_flat, replace_flat
 from upstep_fast.config.plan import PlanConfig, to_bytes
-from upstep_fast.errors import ConfigError
+from upstep_fast.errors import ConfigError, RunFailedError
 from upstep_fast.runtime import machine
 from upstep_fast.runtime.device import Compute, resolve
 from upstep_fast.train.memory import count as step_memory
@@ -310,6 +310,32 @@ def test_fit_picks_batch_level_and_accumulation(capsys):
     assert found["memory"] == "lean" and found["accumulate"] > 1
     assert 64 <= found["batch_size"] * found["accumulate"] <= 64 + found["accumulate"]
     assert found["needed_bytes"] <= found["free_bytes"]
+
+
+def test_a_plan_that_does_not_fit_proposes_one_that_does(capsys, monkeypatch):
+    flags = ["--model", TINY, "--img-size", "64", "--batch-size", "64", "--device", "cpu", "--precision", "fp32"]
+    levels = plan_of(*flags, capsys=capsys)["levels"]
+    assert plan.MARGIN * levels["lean"] < levels["fast"]
+    monkeypatch.setattr(machine, "free_bytes", lambda device: round(plan.MARGIN * levels["lean"]) + 1)
+    with pytest.raises(
+        RunFailedError, match=r"^plan: --memory fast --batch-size 64 does not fit in .*; this does: "
+    ) as error:
+        plan_of(*flags, capsys=capsys)
+    assert error.value.exit_code == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] is False and found["needed_bytes"] > found["free_bytes"]
+    proposed = found["proposal"]
+    assert str(error.value).endswith(f"--memory {proposed['memory']} --batch-size {proposed['batch_size']}")
+    again = [*flags, "--memory", proposed["memory"], "--batch-size", str(proposed["batch_size"])]
+    assert plan_of(*again, capsys=capsys)["fits"] is True  # what is proposed fits
+    with pytest.raises(RunFailedError):
+        plan.run(parse(PlanConfig, flags, "upstep-fast plan"))
+    shown = capsys.readouterr().out
+    assert "does not fit: needs" in shown and "for adapt: --memory fast" not in shown
+    assert f"for adapt: --memory {proposed['memory']} --batch-size {proposed['batch_size']}" in shown
+    monkeypatch.setattr(machine, "free_bytes", lambda device: 1000)
+    with pytest.raises(RunFailedError, match="take a smaller model or --img-size"):
+        plan_of(*flags, capsys=capsys)
 
 
 def test_devices_share_the_batch(capsys):

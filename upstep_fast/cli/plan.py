@@ -20,26 +20,35 @@ from upstep_fast.config.plan import PlanConfig, to_bytes
 from upstep_fast.config.resolve import resolve as resolve_length
 from upstep_fast.data.loading.loader import CACHE_BYTES
 from upstep_fast.data.sources.source import open_configured
-from upstep_fast.errors import ConfigError
+from upstep_fast.errors import ConfigError, RunFailedError
 from upstep_fast.runtime import machine, terminal
 from upstep_fast.runtime.device import Compute, resolve
 from upstep_fast.runtime.machine import format_bytes
 from upstep_fast.runtime.progress import track
 from upstep_fast.train.memory import count as step_memory
 from upstep_fast.train.memory import measure as calibrate
-from upstep_fast.train.memory.fit import LEVELS, MARGIN, chooser, fit
+from upstep_fast.train.memory.fit import LEVELS, MARGIN, Choice, Chooser, chooser, fit
 
 CONTEXT_BYTES = 600 << 20  # of a whole GPU, what CUDA and its kernels hold before the first tensor
 
 
 def run(config: PlanConfig) -> dict[str, Any]:
-    """Print the plan and return it. Raises ConfigError where nothing fits, or for what `adapt` would refuse."""
+    """Print the plan and return it.
+
+    Raises RunFailedError, after printing, for a plan that does not fit, with one that does; ConfigError where nothing
+    fits, or for what `adapt` would refuse.
+    """
     with track("plan"):
         result = make(config)
     if config.json:
         print(json.dumps(result, indent=2))
     else:
         show(result)
+    if not result["fits"]:
+        cure = "take a smaller model or --img-size"
+        if result["proposal"]:
+            cure = f"this does: {_flags(result['proposal'])}"
+        raise RunFailedError(f"plan: {_flags(result)} does not fit in {format_bytes(result['free_bytes'])}; {cure}")
     return result
 
 
@@ -53,23 +62,18 @@ def make(config: PlanConfig) -> dict[str, Any]:
     choose = chooser(asked, compute, on)
     batch = asked.optimization.batch_size
     if config.fit is not None or asked.memory.level == "auto":
-        choice = fit(choose, batch, limit)
-        # the same batch in equal parts
-        choice = choose(choice.memory, -(-batch // -(-batch // choice.batch_size)))
+        choice = _fitting(choose, batch, limit)
     else:
         choice = choose(asked.memory.level, batch)
     planned = replace_flat(asked, memory=choice.memory, batch_size=choice.batch_size)
     step = step_memory.count(planned, compute, on=on, flops=True)
     parts = _on_one_device(step, config)
-    accumulate = asked.optimization.accumulate * -(-batch // choice.batch_size)
     result: dict[str, Any] = {
         "model": config.model.name,
         "device": on,
         "precision": compute.precision,
         "world_size": config.world_size,
-        "memory": choice.memory,
-        "batch_size": choice.batch_size * config.world_size,
-        "accumulate": accumulate,
+        **_setting(choice, asked, config.world_size),
         "parts": parts,
         "peak_bytes": sum(parts.values()),
         "needed_bytes": round(MARGIN * sum(parts.values())),
@@ -80,8 +84,35 @@ def make(config: PlanConfig) -> dict[str, Any]:
         "flops": {"forward": step.forward_flops, "backward": step.backward_flops},
         "measured": _measured(planned, compute) if config.calibrate else None,
     }
+    result["fits"] = limit is None or result["needed_bytes"] <= limit
+    result["proposal"] = None if result["fits"] else _proposal(choose, asked, limit, config.world_size)
     result["seconds"] = _seconds(result, choice.batch_size, compute) if is_here else None
     return result | _length(config, result)
+
+
+def _fitting(choose: Chooser, batch: int, limit: int | None) -> Choice:
+    """Return the choice that fits, of the same batch in equal parts. Raises ConfigError where nothing fits."""
+    choice = fit(choose, batch, limit)
+    return choose(choice.memory, -(-batch // -(-batch // choice.batch_size)))
+
+
+def _setting(choice: Choice, asked: AdaptConfig, world_size: int) -> dict[str, Any]:
+    """Return what `adapt` is to be given for this choice."""
+    accumulate = asked.optimization.accumulate * -(-asked.optimization.batch_size // choice.batch_size)
+    return {"memory": choice.memory, "batch_size": choice.batch_size * world_size, "accumulate": accumulate}
+
+
+def _proposal(choose: Chooser, asked: AdaptConfig, limit: int | None, world_size: int) -> dict[str, Any] | None:
+    """Return a setting that fits, None if there is none."""
+    try:
+        return _setting(_fitting(choose, asked.optimization.batch_size, limit), asked, world_size)
+    except ConfigError:
+        return None
+
+
+def _flags(setting: dict[str, Any]) -> str:
+    flags = f"--memory {setting['memory']} --batch-size {setting['batch_size']}"
+    return flags if setting["accumulate"] == 1 else f"{flags} --accumulate {setting['accumulate']}"
 
 
 def _where(config: PlanConfig) -> tuple[Compute, str]:
@@ -161,7 +192,7 @@ def _lines(result: dict[str, Any]) -> list[str]:
     lines = [f"peak by memory level: {levels}"]
     needed, free = result["needed_bytes"], result["free_bytes"]
     if free is not None:
-        verdict = "fits" if needed <= free else "does not fit"
+        verdict = "fits" if result["fits"] else "does not fit"
         margin = f"{100 * (MARGIN - 1):.0f} % margin included"
         lines.append(f"{verdict}: needs {format_bytes(needed)} ({margin}), {format_bytes(free)} free")
     lines.append(f"also in host memory: up to {format_bytes(result['host_cache_bytes'])} of decoded images")
@@ -172,15 +203,17 @@ def _lines(result: dict[str, Any]) -> list[str]:
     if seconds := result["seconds"]:
         rate = f"{result['batch_size'] / seconds['open']:,.3g} images/s"
         lines.append(
-            f"time per step ({seconds['from']}): {seconds['open']:.3g} s with an update, {seconds['skipped']:.3g} s "
-            f"if skipped; {rate} if no step is skipped"
+            f"time per step ({seconds['from']}): {_step_time(seconds['open'])} with an update, "
+            f"{_step_time(seconds['skipped'])} if skipped; {rate} if no step is skipped"
         )
     else:
         lines.append(f"time: unknown, this machine has no {result['device']} device")
     if total := result["total_seconds"]:
         half, whole = (terminal.format_duration(total[name]) for name in ("half_skipped", "no_skips"))
         lines.append(f"{result['steps']:,} steps: {half} if half of them are skipped, {whole} if none are")
-    flags = f"--memory {result['memory']} --batch-size {result['batch_size']}"
-    if result["accumulate"] > 1:
-        flags += f" --accumulate {result['accumulate']}"
-    return [*lines, f"for adapt: {flags}"]
+    setting = result if result["fits"] else result["proposal"]
+    return [*lines, f"for adapt: {_flags(setting)}"] if setting else lines
+
+
+def _step_time(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds < 100 else terminal.format_duration(seconds)

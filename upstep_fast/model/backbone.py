@@ -231,7 +231,7 @@ def _describe(
 
 
 def _create(arch: str, pretrained: bool, options: dict[str, Any], name: str) -> Any:
-    from_hub = pretrained and not arch.startswith(registry.LOCAL)
+    from_hub = pretrained and not arch.startswith(names.LOCAL)
     try:
         # timm draws weights before it loads them
         with torch.random.fork_rng(devices=[]), network.limited() if from_hub else contextlib.nullcontext():

@@ -7,9 +7,8 @@ import threading
 import time
 from collections.abc import Iterator
 
-from huggingface_hub import constants
+from huggingface_hub import constants, get_session
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.utils import get_session
 
 from upstep_fast.errors import first_line
 
