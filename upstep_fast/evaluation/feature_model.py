@@ -36,6 +36,7 @@ from upstep_fast.model.backbone import Backbone
 from upstep_fast.model.identity import model_identity
 from upstep_fast.runtime import machine
 from upstep_fast.runtime.device import Compute, resolve
+from upstep_fast.runtime.progress import track
 
 WHITENING = "whitening.safetensors"  # of a run's folder
 
@@ -100,8 +101,7 @@ class FeatureModel:
         num_workers: threads; None: one per core, at most 16. The features of paths equal those of `upstep-fast embed`.
         Raises DataError naming the first image that cannot be used; none is left out.
         """
-        rows = [self(batch).cpu() for batch in self._batches(images, batch_size, num_workers)]
-        return _joined(rows).numpy()
+        return self._map(self, images, batch_size, num_workers).numpy()
 
     def fit_whitening(self, images: Any, batch_size: int = 256, num_workers: int | None = None) -> FeatureModel:
         """Return this model with a whitening fitted to unlabeled images of the domain; images: as for `embed`."""
@@ -161,7 +161,21 @@ class FeatureModel:
 
     def _all_parts(self, images: Any, batch_size: int, num_workers: int | None) -> Tensor:
         """Return the unit features [N, P, D] of images, on the CPU."""
-        return _joined([self._parts(batch, True).cpu() for batch in self._batches(images, batch_size, num_workers)])
+        return self._map(lambda batch: self._parts(batch, True), images, batch_size, num_workers)
+
+    def _map(
+        self, function: Callable[[Tensor], Tensor], images: Any, batch_size: int, num_workers: int | None
+    ) -> Tensor:
+        """Return function(batch) of all batches as one tensor on the CPU, with progress. Raises DataError for none."""
+        total = len(images) if isinstance(images, (list, tuple, np.ndarray, Tensor)) and len(images) else None
+        rows = []
+        with track("features", total) as task:
+            for batch in self._batches(images, batch_size, num_workers):
+                rows.append(function(batch).cpu())
+                task.advance(len(batch))
+        if not rows:
+            raise DataError("images: there are none; give at least one")
+        return torch.cat(rows)
 
     def _batches(self, images: Any, batch_size: int, num_workers: int | None) -> Iterator[Tensor]:
         """Yield transformed images [B, C, H, W]. Raises DataError, ConfigError."""
@@ -174,12 +188,6 @@ class FeatureModel:
         with contextlib.closing(transformed_images(images, self.transform, workers, 2 * batch_size)) as each:
             while batch := list(itertools.islice(each, batch_size)):
                 yield torch.stack(batch)
-
-
-def _joined(rows: list[Tensor]) -> Tensor:
-    if not rows:
-        raise DataError("images: there are none; give at least one")
-    return torch.cat(rows)
 
 
 def load(
