@@ -42,7 +42,7 @@ class BenchConfig(DeviceConfig):
     """Time the engine against the eager reference and PEFT on this machine, forward and forward with backward."""
 
     model: str = "vit_base_patch16_224"
-    """Model to time: a timm name or local-dir:PATH."""
+    """Model to time, as `adapt --model` takes it."""
     pretrained: bool = False
     """Load the pretrained weights; random weights take the same time."""
     img_size: int | None = None

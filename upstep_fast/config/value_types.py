@@ -15,7 +15,7 @@ from upstep_fast.errors import ConfigError
 
 _WANTED: dict[Any, str] = {int: "an integer", float: "a number", bool: "True or False", str: "text", type(None): "None"}
 _PLACES = {
-    "model": "a model's name: a timm name, local-dir:PATH, hf-hub:NAME or a checkpoint file",
+    "model": "a model's name: a timm name, local-dir:PATH, hf-hub:NAME, a checkpoint file or demo",
     "data": "a path or several: folders, .tar files, text lists or hf:NAME",
     "out": "a path",
 }
