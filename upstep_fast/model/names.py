@@ -58,7 +58,7 @@ def _meta() -> dict[str, str]:
 
 
 def _clip() -> dict[str, str]:
-    known = {}
+    known: dict[str, str] = {}
     for theirs, repository, ours in (
         ("vit-b/32", "base-patch32", "base_patch32_clip_quickgelu_224"),
         ("vit-b/16", "base-patch16", "base_patch16_clip_quickgelu_224"),
