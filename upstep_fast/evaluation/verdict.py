@@ -97,8 +97,8 @@ def measured_verdict(base: Tensor, adapted: Tensor, labels: Sequence[str]) -> Ve
 def eval_verdict(scores: Mapping[str, Any]) -> Verdict:
     """Return the verdict by the k-NN accuracy of the adapted features that `evaluate` measured with an adapter."""
     (low, high), count = scores["gains"]["adapted"]["knn"]["interval"], scores["n_test"]
-    percents = (scores[kind]["knn"] for kind in ("base", "adapted"))
-    return _measured(*percents, (low, high), count, f"{count} test images")
+    before, after = scores["base"]["knn"], scores["adapted"]["knn"]
+    return _measured(before, after, (low, high), count, f"{count} test images")
 
 
 def _measured(before: float, after: float, interval: Sequence[float], count: int, where: str) -> Verdict:
