@@ -113,7 +113,7 @@ def _complete_start(flags: Mapping[str, Any]) -> dict[str, Any]:
         recorded = {name: value for name, value in recorded.items() if name not in ("arch", "min_matched")}
     if "in_chans" in flags or flags.get("mean_std") == "auto":
         recorded = {name: value for name, value in recorded.items() if name not in ("in_chans", "mean", "std")}
-    return recorded | flags | {"from_": str(folder)}
+    return {**recorded, **flags, "from_": str(folder)}
 
 
 def model_flags(folder: Path, groups: Sequence[str] = ("model",)) -> dict[str, Any]:

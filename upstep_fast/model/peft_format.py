@@ -223,7 +223,7 @@ def load_adapted(
     loaded or do not fit each other.
     """
     given = {"model": model, "adapter": adapter} if adapter is not None else {"adapter": model}
-    flags = given | {"img_size": img_size, "arch": arch, "in_chans": in_chans, "any_base": any_base}
+    flags: dict[str, Any] = given | {"img_size": img_size, "arch": arch, "in_chans": in_chans, "any_base": any_base}
     flags = adapter_folders.complete(flags)
     name = str(flags["model"])
     vit = load(name, **{key: flags[key] for key in paths(BackboneConfig) if key in flags and key != "model"}).vit

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from upstep_fast.errors import printable
 from upstep_fast.runtime import terminal
 from upstep_fast.runtime.terminal import format_duration
 
@@ -118,7 +119,7 @@ class _Display:
             self._draw(task)
         elif now - self.printed >= (SHORT if now - self._began < EARLY else LONG):
             self.printed = now
-            print(terminal.printable(task.line(), 1000), file=sys.stderr, flush=True)
+            print(printable(task.line()), file=sys.stderr, flush=True)
 
     def _draw(self, task: Task) -> None:
         if self._bar is None:
