@@ -65,7 +65,11 @@ def test_every_layout_has_the_same_splits(tmp_path, kind, splits, train, test):
         datasets.DatasetDict(sets).save_to_disk(str(tmp_path / "saved"))
         path = f"hf:{tmp_path / 'saved'}"
     if train is None:
-        assert len(open_source(path, "train")) == 4 * len(splits)
+        if kind == "csv" and "train" not in splits:
+            with pytest.raises(DataError, match="its column split holds test, val; it must hold train or training and"):
+                open_source(path, "train")
+        else:
+            assert len(open_source(path, "train")) == 4 * len(splits)
         with pytest.raises(DataError, match=r"no test images in .*; it must .*test"):
             open_source(path, "test")
         return
@@ -77,6 +81,28 @@ def test_every_layout_has_the_same_splits(tmp_path, kind, splits, train, test):
         assert all(other in source.summary for other in splits)
     if kind != "csv":
         assert len(open_source(path)) == 4 * len(splits)  # embed
+
+
+@pytest.mark.parametrize(
+    ("tops", "said"),
+    [
+        (("training_set/a", "test_set/a"), "test_set/, training_set/ are read as classes, all for training"),
+        (("train2017", "val2017"), "train2017/, val2017/ are read as classes"),
+        (("ds/train/a", "ds/test/a"), "ds/ are read as classes, all for training (ds/ looks split: "),
+        (("one/train", "one/dev", "two/x"), "one/, two/ are read as classes, all for training (one/ looks split: "),
+        (("test/a",), "test/ are read as classes"),
+        (("train/a", "train/b"), ""),
+        (("car", "plane", "train"), ""),
+        (("attest/x", "restrain/y"), ""),
+        (("train/a", "test/a"), "train/ is read; left out: test/"),
+    ],
+)
+def test_folders_that_look_like_splits_are_said(tmp_path, tops, said):
+    tree = {f"{top}/{i}.jpg": f"{top}{i}".encode() for top in tops for i in range(2)}
+    for path in (write_tree(tmp_path / "tree", tree), write_tar(tmp_path / "tree.tar", tree)):
+        summary = open_source(path, "train").summary
+        assert said in summary and (said or summary == f"{2 * len(tops)} images"), path
+        assert open_source(path).summary == f"{2 * len(tops)} images"
 
 
 def test_splits_that_differ_in_case_only_are_refused(tmp_path):
@@ -127,6 +153,12 @@ def test_no_image_takes_the_label_of_another(tmp_path):
 def test_labels_in_capitals(tmp_path):
     tree = {"0.JPG": b"a", "0.CLS": b"1", "1.Jpg": b"b", "1.Cls": b"0"}
     assert open_source(write_tar(tmp_path / "a.tar", tree)).labels == ["1", "0"]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_label(tmp_path):
+    marks = (b"", b"\xef\xbb\xbf", b"\xef\xbb\xbf ")
+    tree = {f"{i}.jpg": b"x" for i in range(3)} | {f"{i}.cls": mark + b"cat\n" for i, mark in enumerate(marks)}
+    assert open_source(write_tar(tmp_path / "a.tar", tree)).labels == ["cat"] * 3
 
 
 def test_two_labels_of_one_key_are_refused(tmp_path):
@@ -214,6 +246,8 @@ ROWS = [f"img/{i}.jpg,{'abc'[i % 3]}" for i in range(6)]
         ("first.csv", ["label,filename"], [",".join(r.split(",")[::-1]) for r in ROWS], Columns()),
         ("kaggle.csv", ["id,image_path,target"], [f"{i},{r}" for i, r in enumerate(ROWS)], Columns(None, "target")),
         ("own.csv", ["id,where,what"], [f"{i},{r}" for i, r in enumerate(ROWS)], Columns("where", "what")),
+        ("tabs.csv", ["path\tlabel"], [r.replace(",", "\t") for r in ROWS], Columns()),
+        ("bars.csv", ["path|label"], [r.replace(",", "|") for r in ROWS], Columns()),
         ("trailing.csv", ["path,label,"], [f"{r}," for r in ROWS], Columns()),
     ],
 )
@@ -230,6 +264,12 @@ def test_lists_as_people_have_them(listed, name, header, rows, columns):
             ["id,where", "0,img/0.jpg"],
             "it has id, where; name one with --image-column",
         ),
+        ("a.csv", ["path", *(r.replace(",", " ") for r in ROWS)], "a path and a label; separate its columns by commas"),
+        (
+            "a.csv",
+            ["filename,image,label", "img/0.jpg,0,a"],
+            "read from the column image; it has filename, image, label; --image-column names another",
+        ),
         ("a.txt", [r.replace(",", " ") for r in ROWS], "a path and a label; write a CSV instead"),
         ("a.txt", [r.split(",")[0].replace("/", "\\") for r in ROWS], r"write / instead of \\"),
         ("a.txt", ["https://example.org/1.jpg"], "addresses are not read"),
@@ -245,6 +285,28 @@ def test_lists_that_are_refused_name_the_cure(listed, name, lines, message):
     with pytest.raises(DataError, match=message) as error:
         open_source(write_list(listed, name, *lines))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("first", ["img/gone.jpg,d", "img/gone.TIF,d"])
+def test_a_list_without_header_whose_first_image_is_gone(listed, first):
+    source = open_source(write_list(listed, "a.csv", first, *ROWS))
+    assert source.labels == list("dabcabc") and source.name(0).endswith(first.split(",")[0])
+
+
+@pytest.mark.parametrize("words", [("0", "1"), ("fit", "Test"), ("dev", "")])
+@pytest.mark.parametrize("asked", ["train", "test"])
+def test_a_column_split_in_other_words_is_refused(listed, words, asked):
+    rows = [f"{row},{words[i % 2]}" for i, row in enumerate(ROWS)]
+    path = write_list(listed, "a.csv", "path,label,split", *rows)
+    have = ", ".join(sorted(filter(None, words)))
+    with pytest.raises(DataError, match=f"no {asked} images in .*: its column split holds {have}; .*; rename them"):
+        open_source(path, asked)
+    assert len(open_source(path)) == len(ROWS)  # embed reads all
+
+
+def test_an_empty_column_split_is_none(listed):
+    source = open_source(write_list(listed, "a.csv", "path,label,split", *(f"{row}," for row in ROWS)), "train")
+    assert len(source) == len(ROWS) and source.summary == "6 images"
 
 
 @pytest.mark.parametrize("columns", [Columns("photo"), Columns(None, "photo")])

@@ -35,6 +35,7 @@ from tiff_files import (
     write_tiff,
 )
 
+from upstep_fast.data.decode import tiff
 from upstep_fast.data.decode.image import decode
 from upstep_fast.errors import BadImage
 
@@ -248,6 +249,29 @@ def test_imagej_writes_three_channels_as_three_pages():
         out = io.BytesIO()
         tifffile.imwrite(out, array, photometric="minisblack", **options)
         assert np.array_equal(decode(out.getvalue()).numpy(), array >> 8), options
+
+
+@pytest.mark.parametrize(("axes", "said"), [("ZYX", r"3 slices \(Z\)"), ("TYX", r"3 frames \(T\)")])
+@pytest.mark.parametrize("kind", ["imagej", "ome"])
+def test_stacks_in_space_or_time_are_not_channels(kind, axes, said):
+    tifffile = pytest.importorskip("tifffile")
+    for count in (3, 5):
+        array = np.random.default_rng(0).integers(0, 256, (count, 9, 7), dtype=np.uint8)
+        out = io.BytesIO()
+        tifffile.imwrite(out, array, photometric="minisblack", metadata={"axes": axes}, **{kind: True})
+        for channels in (1, 3):
+            with pytest.raises(BadImage, match=f"a stack of {said.replace('3', str(count))}, no channels; write each"):
+                decode(out.getvalue(), channels=channels)
+    assert np.array_equal(decode(out.getvalue(), channels=5).numpy(), array)  # asked for by --in-chans 5
+
+
+def test_three_gray_pages_are_said_once(caplog):
+    pages = [np.full((9, 7, 1), value) for value in (1, 2, 3)]
+    tiff._say_pages_are_bands.cache_clear()
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            assert decode(write_tiff(pages, Kind()))[:, 0, 0].tolist() == [1, 2, 3]
+    assert caplog.text.count("three gray pages: the pages are read as red, green and blue") == 1
 
 
 def test_pages_that_are_no_bands():

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from upstep_fast.data.decode.tiff_header import MASK, THUMBNAIL, TiffPage, read_pages, stated_planes
+from upstep_fast.data.decode.tiff_header import MASK, THUMBNAIL, TiffPage, read_pages, stated_planes, stated_stack
 from upstep_fast.errors import BadImage
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def plan_tiff(data: bytes | memoryview, channels: int, max_pixels: int) -> TiffP
     if any(other.is_sparse for other in bands):
         raise BadImage("a sparse TIFF: some of its strips or tiles are not stored; write it again without SPARSE_OK")
     if num_pages > 1:
-        _check_bands(num_pages, channels)
+        _check_pages(num_pages, description, channels)
         return TiffPlan(page, num_pages, by_pillow=False, keep_alpha=False)
     return TiffPlan(page, 1, _pillow_reads(page, channels), keep_alpha=page.extra[:1] == (_ASSOCIATED,))
 
@@ -176,6 +176,27 @@ def _check_samples(page: TiffPage) -> None:
         raise BadImage(f"an array of {name}{bits}: {why} pixels have no defined range; convert it to uint8 or uint16")
     if len(set(page.bits)) > 1 or bits not in (1, 2, 4, 8, 12, 16):
         raise BadImage(f"samples of {', '.join(map(str, page.bits))} bits; convert it to 8 or 16 bits")
+
+
+def _check_pages(pages: int, description: str, channels: int) -> None:
+    """Raise BadImage unless gray pages can be bands: those of a stack are only by an explicit --in-chans above 3."""
+    stack = stated_stack(description)
+    if stack and channels in (1, 3):
+        raise BadImage(f"a stack of {stack}, no channels; write each to a file of its own, or its channels to .npy")
+    if pages != channels and channels in (1, 3):
+        raise BadImage(
+            f"a TIFF of {pages} bands (gray pages), {channels} were asked for; "
+            f"give --in-chans {pages}, or keep one page"
+        )
+    _check_bands(pages, channels)
+    if channels == 3 and stated_planes(description) < 2:
+        _say_pages_are_bands()
+
+
+@functools.cache
+def _say_pages_are_bands() -> None:
+    """Log, once a process, that three gray pages are read as red, green and blue."""
+    log.info("decode: TIFFs of three gray pages: the pages are read as red, green and blue; keep one page to read it")
 
 
 def _check_bands(bands: int, channels: int) -> None:

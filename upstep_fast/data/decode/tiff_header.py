@@ -84,6 +84,17 @@ def stated_planes(description: str) -> int:
     return int(np.prod([int(size[1]) if size else 1 for size in sizes], dtype=object))
 
 
+def stated_stack(description: str) -> str:
+    """Return what ImageJ's or OME's description says the pages are, other than channels: "3 slices (Z)"; else ""."""
+    of_imagej, of_ome = description.startswith("ImageJ="), "<OME" in description[:2000]
+    for word, axis in (("slices", "Z"), ("frames", "T")):
+        pattern = rf"^{word}=(\d{{1,9}})" if of_imagej else rf'Size{axis}="(\d{{1,6}})"'
+        size = re.search(pattern, description, re.MULTILINE) if of_imagej or of_ome else None
+        if size and int(size[1]) > 1:
+            return f"{size[1]} {word} ({axis})"
+    return ""
+
+
 def _page(tags: dict[int, np.ndarray], order: str, big: bool) -> TiffPage:
     def values(tag: int, default: tuple[int, ...]) -> tuple[int, ...]:
         stored = tags.get(tag)

@@ -18,7 +18,7 @@ from upstep_fast.data.sources.part import (
     printable,
     read_image_file,
 )
-from upstep_fast.data.sources.splits import TREE, find_splits, is_only_train, reading
+from upstep_fast.data.sources.splits import TREE, find_splits, is_only_train, reading, taken_as_classes
 from upstep_fast.errors import DataError
 
 
@@ -76,6 +76,9 @@ def open_folder(root: str, split: str | None, listing: Listing) -> list[Part]:
     if split and splits is not None:
         top = splits[split]
         listing.notes.append(reading(where, top, tops))
+    elif split:
+        below = {name: set(_folders_in(os.path.join(root, name))) for name in sorted(tops)[:8]}
+        listing.add_note(taken_as_classes(tops, below, where))
     files = walk(os.fsencode(root), os.fsencode(top), listing, IMAGE_SUFFIXES)
     return [Files(root, Names.pack(files, component=int(splits is not None or is_only_train(tops))))]
 
@@ -87,6 +90,13 @@ def top_folders(root: str) -> list[str]:
             return [os.fsdecode(e.name) for e in entries if not e.name.startswith(b".") and _is(e.is_dir)]
     except OSError as error:
         raise DataError(f"data: cannot read the folder {root}: {error.strerror}") from error
+
+
+def _folders_in(folder: str) -> list[str]:
+    try:
+        return top_folders(folder)
+    except DataError:  # `walk` says it
+        return []
 
 
 def walk(root: bytes, top: bytes, listing: Listing, suffixes: tuple[bytes, ...]) -> Iterator[bytes]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from upstep_fast.data.sources.part import ALREADY_LISTED, Columns, Listing, Part, printable, read_image_file
-from upstep_fast.data.sources.splits import find_splits, is_split, reading
+from upstep_fast.data.sources.splits import all_read, find_splits, is_split, reading
 from upstep_fast.errors import DataError
 
 LABEL_COLUMNS = ("label", "class")
@@ -106,6 +106,8 @@ def open_dataset(name: str, split: str | None, columns: Columns, listing: Listin
     if split and splits is not None:
         listing.notes.append(reading(key, splits[split], parts, folders=False))
         parts = {splits[split]: parts[splits[split]]}
+    elif split and len(parts) > 1:
+        listing.notes.append(all_read(key, parts))
     return [_rows(f"{key}/{name}", rows, columns, listing, datasets) for name, rows in parts.items()]
 
 

@@ -16,8 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from upstep_fast.data.sources.folders import Files
-from upstep_fast.data.sources.part import ALREADY_LISTED, Columns, Listing, Names, Part, open_data, printable
-from upstep_fast.data.sources.splits import find_splits, reading
+from upstep_fast.data.sources.part import (
+    ALREADY_LISTED,
+    IMAGE_SUFFIXES,
+    Columns,
+    Listing,
+    Names,
+    Part,
+    open_data,
+    printable,
+)
+from upstep_fast.data.sources.splits import TEST_NAMES, TRAIN_NAMES, all_read, find_splits, reading
 from upstep_fast.errors import DataError
 
 LIST_SUFFIXES = (".txt", ".lst", ".csv", ".tsv")
@@ -48,7 +57,10 @@ def read_list(path: Path, split: str | None, columns: Columns, listing: Listing)
     """
     table = _table(path, columns)
     _check_paths(path, table)
-    rows, splits = table.rows, find_splits({row.split for row in table.rows}, str(path))
+    rows, values = table.rows, {row.split for row in table.rows}
+    splits = find_splits(values, str(path))
+    if split and splits is None:
+        _check_split_words(path, split, values, listing)
     if split == "test" and splits is None:
         need = "a CSV with the columns path,label,split, and train and test (or val, valid, validation) in split"
         listing.without_test.append(f"it must be {need}")
@@ -57,6 +69,20 @@ def read_list(path: Path, split: str | None, columns: Columns, listing: Listing)
         listing.notes.append(reading(str(path), splits[split], {row.split for row in rows}, folders=False))
         rows = [row for row in rows if row.split == splits[split]]
     return [_part(path, _once(path, rows, listing), table.reason)]
+
+
+def _check_split_words(path: Path, split: str, values: set[str], listing: Listing) -> None:
+    """Raise DataError if a column `split` is filled and says of no row that it is for training."""
+    words = sorted(values - {""})
+    if words and not any(word.lower() in TRAIN_NAMES for word in words):
+        have = ", ".join(words[:5]) + (f" and {len(words) - 5} more" if len(words) > 5 else "")
+        raise DataError(
+            f"data: no {split} images in {path}: its column split holds {have}; "
+            f"it must hold {' or '.join(TRAIN_NAMES)} "
+            f"and one of {', '.join(TEST_NAMES)}; rename them, or the column if it is not for that"
+        )
+    if words and len(values) > 1:
+        listing.add_note(all_read(str(path), (value or "(empty)" for value in values)))
 
 
 def _part(path: Path, rows: list[_Row], reason: str) -> Files:
@@ -101,7 +127,9 @@ def _check_paths(path: Path, table: _Table) -> None:
         return
     cure = table.cure
     if any(os.path.exists(_place(path, name.rsplit(None, 1)[0])) for name in first):
-        cure = "its lines hold a path and a label; write a CSV instead, with the columns path,label"
+        is_csv = path.suffix.lower() in (".csv", ".tsv")
+        split_by = "separate its columns by commas" if is_csv else "write a CSV instead, with the columns path,label"
+        cure = f"its lines hold a path and a label; {split_by}"
     elif any(os.path.exists(_place(path, name.replace(b"\\", b"/"))) for name in first):
         cure = "write / instead of \\ in its paths"
     elif b"://" in first[0]:
@@ -130,7 +158,7 @@ def _once(path: Path, rows: list[_Row], listing: Listing) -> list[_Row]:
 def _read_csv(text: str, path: Path, columns: Columns) -> _Table:
     """Return the rows of a CSV. Raises DataError."""
     first = text.split("\n", 1)[0]
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ";" if ";" in first and "," not in first else ","
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else next((d for d in ",;\t|" if d in first), ",")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     try:
         header = [cell.strip() for cell in next(reader, [])]
@@ -140,16 +168,24 @@ def _read_csv(text: str, path: Path, columns: Columns) -> _Table:
         raise DataError(f"data: {path}, line {reader.line_num}: {error}") from error
     reason = f"has no column label or class ({path.name}); it has {have}; name one with --label-column"
     cure = "paths are relative to the list's folder"
+    if "path" in known and columns.image is None and len(header) > 1:
+        cure += f", and were read from the column {header[known['path']]}; it has {have}; --image-column names another"
     if "path" not in known:
-        at = [i for i, cell in enumerate(header) if cell and os.path.isfile(_place(path, os.fsencode(cell)))]
-        if at:  # no header, but an image's path
+        if (at := _path_in(header, path)) is not None:  # no header, but an image's path
             cells = [(1, header), *cells]
-            known = {"path": at[0]} | ({"label": 1 - at[0]} if len(header) == 2 else {})
+            known = {"path": at} | ({"label": 1 - at} if len(header) == 2 else {})
             reason = f"has no header ({path.name}); write a first line such as path,label"
         else:
             known["path"] = 0
             cure = f"no column is called path, so the first was taken; it has {have}; name one with --image-column"
     return _Table([_row(row, line, known, path, len(header)) for line, row in cells], reason, cure)
+
+
+def _path_in(cells: list[str], path: Path) -> int | None:
+    """Return which cell is an image's path: the first that exists, else the first that ends as one; None if none is."""
+    names = [os.fsencode(cell) for cell in cells]
+    there = (i for i, name in enumerate(names) if name and os.path.isfile(_place(path, name)))
+    return next(there, next((i for i, name in enumerate(names) if name.lower().endswith(IMAGE_SUFFIXES)), None))
 
 
 def _columns(header: list[str], path: Path, columns: Columns) -> dict[str, int]:

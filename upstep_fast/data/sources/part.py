@@ -86,6 +86,11 @@ class Listing:
         if kind not in self.examples:
             self.examples[kind] = printable(path)
 
+    def add_note(self, note: str) -> None:
+        """Add what is said beside the number of images; nothing if it is empty or said already."""
+        if note and note not in self.notes:
+            self.notes.append(note)
+
     def is_new(self, status: os.stat_result) -> bool:
         """Return whether a folder or file is met for the first time."""
         key = (status.st_dev, status.st_ino)

@@ -7,6 +7,7 @@ is `train` holds its classes below it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from upstep_fast.errors import DataError
@@ -14,6 +15,8 @@ from upstep_fast.errors import DataError
 SPLITS = ("train", "test")  # what a command asks for
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing", "val", "valid", "validation")
+_LIKE_TRAIN = {*TRAIN_NAMES, "trainset"}
+_LIKE_TEST = {*TEST_NAMES, "tests", "testset", "dev", "eval", "evaluation", "holdout"}
 TREE = "train/CLASS/... and test/CLASS/... (or val/, valid/, validation/)"
 
 
@@ -41,6 +44,36 @@ def find_splits(names: Iterable[str], where: str) -> dict[str, str] | None:
         if len(same) > 1:
             raise DataError(f"data: {where} has the splits {' and '.join(same)}, equal but for case; rename one")
     return {"train": found[train][0], "test": found[test][0]}
+
+
+def taken_as_classes(tops: Iterable[str], below: dict[str, set[str]], where: str) -> str:
+    """Return a note on folders that look like splits in a tree without splits; empty if there are none.
+
+    tops: folders at the tree's top, which are its classes. below: some of them, and the folders in each.
+    """
+    tops = sorted(set(tops))
+    if _look_like_splits(tops):
+        names, cure = tops, "train/ beside test/ is split"
+    elif deeper := next((top for top in tops if _look_like_splits(below.get(top, set()))), None):
+        names, cure = tops, f"{deeper}/ looks split: to read its train/ alone, give {deeper} itself"
+    else:
+        return ""
+    shown = ", ".join(f"{name}/" for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return f"{where}: no splits found, so {shown} are read as classes, all for training ({cure})"
+
+
+def all_read(where: str, names: Iterable[str]) -> str:
+    """Return the note on rows of several splits that are not train beside one for testing."""
+    return (
+        f"{where}: no train beside one of {', '.join(TEST_NAMES)}, so all is read: {', '.join(sorted(set(names))[:5])}"
+    )
+
+
+def _look_like_splits(names: Iterable[str]) -> bool:
+    """Return whether two names, or the only one, look like those of splits, one of them for testing."""
+    words = [set(re.split(r"[^a-z]+", name.lower())) for name in names]
+    tests, trains = (sum(bool(w & like) for w in words) for like in (_LIKE_TEST, _LIKE_TRAIN))
+    return tests > 0 and (tests + trains > 1 or len(words) == 1)
 
 
 def reading(where: str, chosen: str, names: Iterable[str], folders: bool = True) -> str:

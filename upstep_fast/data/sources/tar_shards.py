@@ -8,7 +8,7 @@ is a sample of its own, so that names with dots keep their labels. Of several im
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -25,7 +25,7 @@ from upstep_fast.data.sources.part import (
     printable,
     read_image_file,
 )
-from upstep_fast.data.sources.splits import TREE, find_splits, is_only_train, reading
+from upstep_fast.data.sources.splits import TREE, find_splits, is_only_train, reading, taken_as_classes
 from upstep_fast.data.sources.tar_index import TarIndex, read_index
 from upstep_fast.errors import DataError
 
@@ -95,8 +95,18 @@ def open_tars(paths: list[str], split: str | None, columns: Columns, listing: Li
     if split and splits is not None:
         prefix = os.fsencode(splits[split]) + b"\0"
         listing.notes.append(reading(where, splits[split], map(printable, tops)))
+    elif split:
+        listing.add_note(taken_as_classes(map(printable, tops), _folders_below(indexes.values()), where))
     below = splits is not None or is_only_train(names)
     return [_part(path, index, prefix, below, columns, listing) for path, index in indexes.items()]
+
+
+def _folders_below(indexes: Iterable[TarIndex]) -> dict[str, set[str]]:
+    """Return {folder at the top: names of the folders in it}."""
+    below: dict[str, set[str]] = {}
+    for path in {tuple(name.split(b"\0", 3)[:2]) for index in indexes for name in index.names if name.count(b"\0") > 1}:
+        below.setdefault(printable(path[0]), set()).add(printable(path[1]))
+    return below
 
 
 def _part(
@@ -220,9 +230,10 @@ def _labels_by_name(path: str, index: TarIndex, others: list[int], suffix: bytes
 
 def _read_label(path: str, index: TarIndex, i: int) -> str:
     try:
-        return printable(read_image_file(path, index.offsets[i], index.sizes[i]).strip())
+        text = read_image_file(path, index.offsets[i], index.sizes[i])
     except OSError as error:
         raise DataError(f"data: cannot read {_label(path, index.names[i])}: {error}") from error
+    return printable(text.removeprefix(b"\xef\xbb\xbf").strip())
 
 
 def _key(name: bytes) -> bytes:
