@@ -88,8 +88,8 @@ def test_every_layout_has_the_same_splits(tmp_path, kind, splits, train, test):
     [
         (("training_set/a", "test_set/a"), "test_set/, training_set/ are read as classes, all for training"),
         (("train2017", "val2017"), "train2017/, val2017/ are read as classes"),
-        (("ds/train/a", "ds/test/a"), "ds/ are read as classes, all for training (ds/ looks split: "),
-        (("one/train", "one/dev", "two/x"), "one/, two/ are read as classes, all for training (one/ looks split: "),
+        (("ds/train/a", "ds/test/a"), "ds/ are read as classes, all for training (ds/ looks split; "),
+        (("one/train", "one/dev", "two/x"), "one/, two/ are read as classes, all for training (one/ looks split; "),
         (("test/a",), "test/ are read as classes"),
         (("train/a", "train/b"), ""),
         (("car", "plane", "train"), ""),
@@ -302,6 +302,30 @@ def test_a_column_split_in_other_words_is_refused(listed, words, asked):
     with pytest.raises(DataError, match=f"no {asked} images in .*: its column split holds {have}; .*; rename them"):
         open_source(path, asked)
     assert len(open_source(path)) == len(ROWS)  # embed reads all
+
+
+@pytest.mark.parametrize(("name", "said"), [("set", True), ("split", False)])
+def test_splits_in_a_column_of_another_name_are_said(listed, name, said):
+    rows = [f"{row},{('train', 'Test')[i % 2]}" for i, row in enumerate(ROWS)]
+    source = open_source(write_list(listed, "a.csv", f"path,label,{name}", *rows), "train")
+    assert ("the column set holds splits and is not read; call it split" in source.summary) is said
+    assert len(source) == (6 if said else 3)
+
+
+def test_shards_of_both_splits_are_said(tmp_path):
+    for name in ("train-0", "train-1", "test-0"):
+        write_tar(tmp_path / f"{name}.tar", {f"{name}.jpg": b"x"})
+    said = "3 images; all 3 paths are for training, 2 named for training and 1 for testing"
+    assert open_source(tmp_path / "*.tar", "train").summary == said
+    assert open_source(tmp_path / "*.tar").summary == "3 images"
+    assert open_source(tmp_path / "train-*.tar", "train").summary == "2 images"
+
+
+def test_a_path_with_a_separator_in_it(listed):
+    tree = {"a|b.jpg": b"bar", "a\tb.jpg": b"tab"}
+    root = write_tree(listed / "odd", tree)
+    for name, content in tree.items():
+        assert contents(open_source(write_list(root, "a.csv", name))) == [content]
 
 
 def test_an_empty_column_split_is_none(listed):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from upstep_fast.data.sources.part import ALREADY_LISTED, Columns, Listing, Part, printable, read_image_file
-from upstep_fast.data.sources.splits import all_read, find_splits, is_split, reading
+from upstep_fast.data.sources.splits import TRAIN_NAMES, all_read, find_splits, is_split, reading
 from upstep_fast.errors import DataError
 
 LABEL_COLUMNS = ("label", "class")
@@ -106,7 +106,7 @@ def open_dataset(name: str, split: str | None, columns: Columns, listing: Listin
     if split and splits is not None:
         listing.notes.append(reading(key, splits[split], parts, folders=False))
         parts = {splits[split]: parts[splits[split]]}
-    elif split and len(parts) > 1:
+    elif split and any(part.lower() not in TRAIN_NAMES for part in parts):
         listing.notes.append(all_read(key, parts))
     return [_rows(f"{key}/{name}", rows, columns, listing, datasets) for name, rows in parts.items()]
 

@@ -48,6 +48,7 @@ class _Table:
     rows: list[_Row]
     reason: str  # why it has no labels, if it has none
     cure: str  # if none of the paths exist
+    other: str = ""  # a column that holds splits and is not called split
 
 
 def read_list(path: Path, split: str | None, columns: Columns, listing: Listing) -> list[Part]:
@@ -59,6 +60,8 @@ def read_list(path: Path, split: str | None, columns: Columns, listing: Listing)
     _check_paths(path, table)
     rows, values = table.rows, {row.split for row in table.rows}
     splits = find_splits(values, str(path))
+    if split and table.other:
+        listing.add_note(f"{path}: the column {table.other} holds splits and is not read; call it split")
     if split and splits is None:
         _check_split_words(path, split, values, listing)
     if split == "test" and splits is None:
@@ -158,8 +161,7 @@ def _once(path: Path, rows: list[_Row], listing: Listing) -> list[_Row]:
 def _read_csv(text: str, path: Path, columns: Columns) -> _Table:
     """Return the rows of a CSV. Raises DataError."""
     first = text.split("\n", 1)[0]
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else next((d for d in ",;\t|" if d in first), ",")
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(first, path))
     try:
         header = [cell.strip() for cell in next(reader, [])]
         known, have = _columns(header, path, columns), ", ".join(header)
@@ -178,7 +180,30 @@ def _read_csv(text: str, path: Path, columns: Columns) -> _Table:
         else:
             known["path"] = 0
             cure = f"no column is called path, so the first was taken; it has {have}; name one with --image-column"
-    return _Table([_row(row, line, known, path, len(header)) for line, row in cells], reason, cure)
+    return _Table(
+        [_row(row, line, known, path, len(header)) for line, row in cells],
+        reason,
+        cure,
+        _other_splits(header, cells, known),
+    )
+
+
+def _delimiter(first: str, path: Path) -> str:
+    """Return what separates the columns of a CSV: the first of these in its first line, unless that is a path."""
+    if path.suffix.lower() == ".tsv":
+        return "\t"
+    is_path = os.path.isfile(_place(path, os.fsencode(first.strip())))
+    return "," if is_path else next((d for d in ",;\t|" if d in first), ",")
+
+
+def _other_splits(header: list[str], cells: list[tuple[int, list[str]]], known: dict[str, int]) -> str:
+    """Return the name of a column that holds train beside one for testing where none is called split; else ""."""
+    for i, name in enumerate(header):
+        if "split" not in known and i not in known.values():
+            values = {row[i].strip().lower() for _, row in cells[:100_000] if len(row) > i}
+            if values & {*TRAIN_NAMES} and values & {*TEST_NAMES}:
+                return name or f"{i + 1}"
+    return ""
 
 
 def _path_in(cells: list[str], path: Path) -> int | None:

@@ -38,7 +38,7 @@ from upstep_fast.data.sources.part import (
     printable,
 )
 from upstep_fast.data.sources.patterns import matches_of
-from upstep_fast.data.sources.splits import SPLITS, TREE
+from upstep_fast.data.sources.splits import SPLITS, TREE, all_paths
 from upstep_fast.data.sources.tar_shards import open_tars
 from upstep_fast.errors import DataError, NoTestPartError
 from upstep_fast.runtime.progress import track
@@ -122,6 +122,8 @@ def open_source(paths: str | Path | Sequence[str | Path], split: str | None = No
     listing.several = len(matches) > 1
     for match in matches:
         parts += _open(match, split, columns, listing)
+    if split:
+        listing.add_note(all_paths(matches))
     parts = [part for part in parts if len(part)]
     count = sum(map(len, parts))
     left_out = f"left out: {listing.left_out()}" if listing.others else ""

@@ -7,6 +7,8 @@ is `train` holds its classes below it.
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
 from collections.abc import Iterable
 
@@ -55,7 +57,7 @@ def taken_as_classes(tops: Iterable[str], below: dict[str, set[str]], where: str
     if _look_like_splits(tops):
         names, cure = tops, "train/ beside test/ is split"
     elif deeper := next((top for top in tops if _look_like_splits(below.get(top, set()))), None):
-        names, cure = tops, f"{deeper}/ looks split: to read its train/ alone, give {deeper} itself"
+        names, cure = tops, f"{deeper}/ looks split; only folders at the top are splits"
     else:
         return ""
     shown = ", ".join(f"{name}/" for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
@@ -71,14 +73,31 @@ def all_read(where: str, names: Iterable[str]) -> str:
 
 def _look_like_splits(names: Iterable[str]) -> bool:
     """Return whether two names, or the only one, look like those of splits, one of them for testing."""
+    names = list(names)
+    trains, tests = _alike(names)
+    return tests > 0 and (tests + trains > 1 or len(names) == 1)
+
+
+def _alike(names: Iterable[str]) -> tuple[int, int]:
+    """Return how many names have a word for training in them, and how many one for testing."""
     words = [set(re.split(r"[^a-z]+", name.lower())) for name in names]
-    tests, trains = (sum(bool(w & like) for w in words) for like in (_LIKE_TEST, _LIKE_TRAIN))
-    return tests > 0 and (tests + trains > 1 or len(words) == 1)
+    trains, tests = (sum(bool(w & like) for w in words) for like in (_LIKE_TRAIN, _LIKE_TEST))
+    return trains, tests
+
+
+def all_paths(matches: Iterable[str | list[str]]) -> str:
+    """Return a note on several paths, train-0.tar and test-0.tar, that look like splits; empty if they do not."""
+    paths = itertools.chain.from_iterable([match] if isinstance(match, str) else match for match in matches)
+    names = [os.path.basename(path.rstrip("/")) for path in paths]
+    trains, tests = _alike(names)
+    if not trains or not tests:
+        return ""
+    return f"all {len(names)} paths are for training, {trains} named for training and {tests} for testing"
 
 
 def reading(where: str, chosen: str, names: Iterable[str], folders: bool = True) -> str:
     """Return which split is read and what is left out: "x: train/ is read; left out: test/, val/"."""
     slash = "/" if folders else ""
-    rest = sorted(f"{name}{slash}" for name in set(names) if name != chosen)
+    rest = sorted(f"{name or '(empty)'}{slash}" for name in set(names) if name != chosen)
     more = f" and {len(rest) - 5} more" if len(rest) > 5 else ""
     return f"{where}: {chosen}{slash} is read" + (f"; left out: {', '.join(rest[:5])}{more}" if rest else "")
