@@ -221,6 +221,11 @@ def test_a_wrong_engine_is_not_used(plant, dtype, monkeypatch, caplog):
     assert make_stream(vit, dtype).func is stream_plain
 
 
+def test_patches_of_another_network_are_a_reason():
+    vit = timm.create_model("vit_tiny_r_s16_p8_224", img_size=32, depth=1, num_classes=0)
+    assert engine.try_build(vit, torch.float32) == "its patches come from a HybridEmbed"
+
+
 def test_nothing_is_compared_without_data():
     vit = registry.blueprint("vit_tiny_patch16_224")
     assert self_check.compare(engine.build(vit, torch.float32)) is None

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 from timm.models import get_pretrained_cfg
+from vit_models import SMALL, small
 
 from upstep_fast.cli.demo import assets
 from upstep_fast.errors import ConfigError
@@ -98,6 +99,21 @@ def test_other_names_are_told_the_right_one(typed, cure, tmp_path, monkeypatch):
     with pytest.raises(ConfigError) as error:
         backbone.load(typed)
     assert cure in str(error.value) and f"unknown model {typed!r}" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("typed", ["local-dir:", "local_dir:", "hf-hub:", "hf:"])
+def test_a_prefix_with_nothing_behind_it_is_not_the_working_folder(typed, tmp_path, monkeypatch):
+    timm.models.save_for_hf(small(), tmp_path, model_args=SMALL, safe_serialization=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"^model: (local-dir:|hf-hub:) names no model; write \1(PATH|OWNER/NAME)$"):
+        backbone.load(typed)
+    assert backbone.load("local-dir:.").img_size == (32, 32)
+
+
+def test_a_refused_name_is_not_among_its_near_names():
+    assert "vit_tiny_patch16_224," not in registry.nearest_names("vit_tiny_patch16_224")
+    with pytest.raises(ConfigError, match="VisionTransformer of timm's vision_transformer_hybrid, not a plain"):
+        backbone.load("vit_tiny_r_s16_p8_224")
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,41 @@ def test_a_folder_of_transformers_gives_what_its_own_pipeline_gives(tmp_path, pi
         )
 
 
+SILENT = {
+    "a crop without a size": (DINOV2, {}, "BitImageProcessor", {"crop_size": 70}),
+    "DINOv2 at its processor's size": (DINOV2, {}, "BitImageProcessor", {}),
+    "a size without a crop": (DINOV2, {}, "BitImageProcessor", {"size": {"shortest_edge": 240}}),
+    "a square without a crop": (DINOV2, {}, "DeiTImageProcessor", {"size": {"height": 240, "width": 240}}),
+    "DINOv3 at its processor's size": (DINOV3, {}, "DINOv3ViTImageProcessor", {}),
+    "DeiT": (VIT, {"image_size": 224}, "DeiTImageProcessor", {}),
+    "ViT": (VIT, {"image_size": 224}, "ViTImageProcessor", {}),
+}
+
+
+@pytest.mark.parametrize("kind", SILENT)
+def test_what_a_processor_does_where_its_file_is_silent(tmp_path, pictures, kind):
+    (model, config), sizes, processor, stated = SILENT[kind]
+    model(config(**sizes)).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": processor} | stated))
+    process = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    assert type(process).__name__ == processor
+    expected = torch.cat([process(picture, return_tensors="pt")["pixel_values"] for picture in opened(pictures)[2:]])
+    ours = backbone.load(f"local-dir:{tmp_path}")
+    assert ours.img_size == tuple(expected.shape[2:])
+    # DINOv3's processor scales to 0..1 before it resizes: one level of 255
+    atol = 1.1 / 255 / min(ours.std) if "DINOv3" in kind else 1e-5
+    torch.testing.assert_close(prepared(ours, pictures)[2:], expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(("stated", "crop_pct"), [({}, 1.0), ({"image_processor_type": "DeiTImageProcessor"}, 0.875)])
+def test_a_model_of_one_size_keeps_it_where_its_file_states_none(tmp_path, hf_folder, stated, crop_pct):
+    shutil.copytree(hf_folder, tmp_path / "hf")
+    (tmp_path / "hf" / "preprocessor_config.json").write_text(json.dumps(stated))
+    base = backbone.load(f"local-dir:{tmp_path / 'hf'}")
+    # transformers refuses 224 x 224 for it
+    assert base.img_size == (56, 56) and base.crop_mode == "squash" and base.crop_pct == crop_pct
+
+
 @pytest.mark.parametrize("crop_mode", ["center", "squash"])
 @pytest.mark.parametrize("img_size", [(48, 48), (32, 64)])
 def test_timms_transform(tmp_path, pictures, crop_mode, img_size):

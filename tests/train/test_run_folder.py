@@ -16,6 +16,7 @@ from upstep_fast.config.files import from_options
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import ConfigError, Interrupted, RunFailedError
 from upstep_fast.methods.upstep.upstep import UpStep
+from upstep_fast.runtime import checkpoint
 from upstep_fast.runtime import run_folder as output
 from upstep_fast.runtime.device import resolve
 from upstep_fast.train import adapt as adapting
@@ -242,6 +243,22 @@ def test_outputs_that_are_links_or_pipes_are_refused(tmp_path, name, kind):
         assert not (out / name).is_symlink()
     assert target.read_text() == "mine"
     tally("hostile files", f"a {kind} in --out", 1)
+
+
+def test_checkpoints_moved_to_another_disk_are_continued_there(tmp_path):
+    out, disk = tmp_path / "out", tmp_path / "disk"
+    old_run(out)
+    (out / "checkpoints").rename(disk)
+    (out / "checkpoints").symlink_to(disk, target_is_directory=True)
+    (disk / ".tmp-5-77").mkdir()
+    with output.lock_run_folder(config(out, resume=True)):
+        output.begin(config(out, resume=True), anew=False)
+        assert not (disk / ".tmp-5-77").exists()
+        checkpoint.save(out / "checkpoints", 9, {"state": b"x"}, {})
+    assert (out / "checkpoints").is_symlink() and checkpoint.newest(disk).step == 9
+    with output.lock_run_folder(config(out, overwrite=True)):
+        output.begin(config(out, overwrite=True), anew=True)
+    assert not (out / "checkpoints").is_symlink() and checkpoint.newest(disk).step == 9
 
 
 def test_a_folder_moved_away_stops_the_run_and_the_one_in_its_place_is_left_alone(options, monkeypatch, tmp_path):

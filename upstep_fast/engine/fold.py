@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers.patch_embed import PatchEmbed
 from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingDinoV3
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
@@ -135,6 +136,8 @@ def unsupported_reason(vit: nn.Module) -> str | None:
         return f"it is a {type(vit).__name__}"
     if "forward_features" in vars(vit) or type(vit.blocks) not in (nn.Sequential, nn.ModuleList):
         return "the order in which it runs its blocks was replaced"
+    if not isinstance(vit.patch_embed, PatchEmbed):
+        return f"its patches come from a {type(vit.patch_embed).__name__}"
     if isinstance(vit, Eva) and vit.rope_mixed:
         return "its rotary positions differ from block to block"
     if isinstance(vit, Eva) and vit.rope is not None and type(vit.rope) not in ROPES:

@@ -39,14 +39,16 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("use_dora", "lora_bias", "use_qalora"), (False, None)),
     **dict.fromkeys(
         (
-            *("megatron_config", "trainable_token_indices", "velora_config", "alora_invocation_tokens"),
-            *("monteclora_config", "layer_replication", "use_bdlora", "arrow_config", "kasa_config"),
+            *("megatron_config", "velora_config", "alora_invocation_tokens"),
+            *("monteclora_config", "use_bdlora", "arrow_config", "kasa_config"),
         ),
         (None,),
     ),
+    "layer_replication": (None, []),
+    "trainable_token_indices": (None, {}),  # PEFT itself fails on []
 }
 # PEFT starts from these and leaves the base model as it is
-PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
+PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 # PEFT changes the base model when it loads an adapter that started so
 CHANGED_BASE = ("pissa", "olora")
 _MERGE = "merge the adapter with PEFT (merge_and_unload) and use the merged model"
@@ -72,7 +74,7 @@ class AdapterConfig:
     layers_pattern: tuple[str, ...]
     parameters: tuple[str, ...]
     modules_to_save: tuple[str, ...]
-    init: bool | str
+    init: bool | str | None
 
     def is_saved(self, parameter: str) -> bool:
         """Return whether PEFT saves a parameter with modules_to_save: those of modules whose names end so."""
@@ -158,7 +160,7 @@ def _refuse_options(values: Mapping[str, Any], path: Path) -> None:
                 f"{_MERGE}"
             )
     init = values.get("init_lora_weights", True)
-    if isinstance(init, (bool, str)) and (init in PLAIN_INITS or str(init).lower() in CHANGED_BASE):
+    if isinstance(init, (bool, str, type(None))) and (init in PLAIN_INITS or str(init).lower() in CHANGED_BASE):
         return
     raise ConfigError(f"adapter: {path} has init_lora_weights = {_short(init)}, which is not read: {_CONVERT}")
 

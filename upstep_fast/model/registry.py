@@ -74,6 +74,8 @@ def find(name: str, arch: str | None = None, *, pretrained: bool = True) -> Sour
     arch: the timm architecture of a checkpoint. pretrained: whether the weights will be read; False checks none of
     timm's and the hub's. Raises ConfigError.
     """
+    if name in (LOCAL, HUB):
+        raise ConfigError(f"model: {name} names no model; write {name}{'PATH' if name == LOCAL else 'OWNER/NAME'}")
     if name.startswith(LOCAL):
         return _find_folder(Path(name.removeprefix(LOCAL)), arch)
     if name.startswith(HUB):
@@ -215,6 +217,8 @@ def check_arch(arch: str, name: str) -> None:
     if not is_model_in_modules(stem, MODULES):
         family = timm.models.model_entrypoint(stem).__annotations__.get("return")
         kind = getattr(family, "__name__", str(family))
+        if kind == "VisionTransformer":  # behind another network
+            kind += f" of timm's {timm.models.model_entrypoint(stem).__module__.rpartition('.')[2]}"
         raise ConfigError(f"model: {name} is a {kind}, not a plain Vision Transformer; {nearest_names(arch)}")
     if any(fnmatch(stem, pattern) for pattern in PARALLEL):
         raise ConfigError(
@@ -223,9 +227,11 @@ def check_arch(arch: str, name: str) -> None:
 
 
 def nearest_names(name: str) -> str:
-    """Return the cure for a wrong name: the architectures nearest to it."""
+    """Return the cure for a wrong or refused name: the architectures nearest to it, without itself."""
     stem = name.removeprefix(LOCAL).removeprefix(HUB).split("/")[-1].split(".")[0]
-    return f"near names: {', '.join(nearest(stem, [known for known, _ in names()]))} (or local-dir:PATH)"
+    return (
+        f"near names: {', '.join(nearest(stem, [known for known, _ in names() if known != stem]))} (or local-dir:PATH)"
+    )
 
 
 def _cure(name: str) -> str:

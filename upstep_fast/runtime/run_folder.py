@@ -30,7 +30,7 @@ from upstep_fast.runtime.atomic_file import write_atomic
 log = logging.getLogger("upstep_fast")
 
 CONFIG, LOCK, CHECKPOINTS = "config.toml", "run.lock", "checkpoints"
-_FOLDERS = ("", CHECKPOINTS, "adapter", "best", "adapter-refused", "model", "model/adapter")  # that a run writes to
+_FOLDERS = ("", "adapter", "best", "adapter-refused", "model", "model/adapter")  # that a run writes to
 # of an attempt that left no checkpoint; its log and what was measured of the images stay
 _RESULTS = (
     "adapter",
@@ -84,6 +84,7 @@ def begin(config: AdaptConfig | FinetuneConfig, *, anew: bool) -> None:
         (out / CHECKPOINTS).mkdir(exist_ok=True)
         for folder in _FOLDERS:
             checkpoint.clean(out / folder)
+        checkpoint.clean((out / CHECKPOINTS).resolve())  # it alone may be a link
     except OSError as error:
         raise ConfigError(f"out: cannot write to {out}: {error.strerror}; choose another folder") from error
 
@@ -130,6 +131,8 @@ def _refuse_other_content(out: Path, config: AdaptConfig | FinetuneConfig) -> No
         raise ConfigError(f"out: {out} is not empty; {cure}")
     # --overwrite deletes links themselves, all but the lock, which is opened
     for path in [out / LOCK] if config.output.overwrite else [out / LOCK, *_entries(out)]:
+        if path == out / CHECKPOINTS and path.is_dir():
+            continue  # a link to a folder is how checkpoints are moved to another disk
         mode = path.lstat().st_mode if os.path.lexists(path) else stat.S_IFREG
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             kind = "a link" if stat.S_ISLNK(mode) else "a pipe or device"

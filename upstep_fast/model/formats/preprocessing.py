@@ -25,15 +25,16 @@ _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 
 _HALF = (constants.IMAGENET_INCEPTION_MEAN, constants.IMAGENET_INCEPTION_STD)
 _IMAGENET = (constants.IMAGENET_DEFAULT_MEAN, constants.IMAGENET_DEFAULT_STD)
 _CLIP = (constants.OPENAI_CLIP_MEAN, constants.OPENAI_CLIP_STD)
-# image processors of transformers: (mean, std), resample, a size of one number is a square, center crop; all are used
-# where preprocessor_config.json is silent
-_PROCESSORS: dict[str, tuple[tuple[Any, Any], int, bool, bool]] = {
-    "ViT": (_HALF, 2, True, False),
-    "DeiT": (_HALF, 3, True, True),
-    "Bit": (_CLIP, 3, False, True),
-    "CLIP": (_CLIP, 3, False, True),
-    "Siglip": (_HALF, 3, True, False),
-    "DINOv3ViT": (_IMAGENET, 2, True, False),
+_CROP = 224  # crop_size of every image processor of transformers that crops
+# the processors: (mean, std), resample, a size of one number is a square, that number, center crop; all are used where
+# preprocessor_config.json is silent
+_PROCESSORS: dict[str, tuple[tuple[Any, Any], int, bool, int, bool]] = {
+    "ViT": (_HALF, 2, True, 224, False),
+    "DeiT": (_HALF, 3, True, 256, True),
+    "Bit": (_CLIP, 3, False, 224, True),
+    "CLIP": (_CLIP, 3, False, 224, True),
+    "Siglip": (_HALF, 3, True, 224, False),
+    "DINOv3ViT": (_IMAGENET, 2, True, 224, False),
 }
 # by model_type, where it names none
 _BY_MODEL = {"vit": "ViT", "vit_mae": "ViT", "deit": "DeiT", "dinov2": "Bit", "dinov2_with_registers": "Bit"}
@@ -101,14 +102,14 @@ def from_transformers(config: Mapping[str, Any], model: Mapping[str, Any], where
         name, wanted = "ViT", {"size", "resample", "image_mean", "image_std", "do_center_crop"}
         if absent := sorted(wanted - config.keys()):
             raise ConfigError(f"{where}: the defaults of its processor are not known, and it lacks {', '.join(absent)}")
-    (mean, std), resample, is_square, crops = _PROCESSORS[name]
+    (mean, std), resample, is_square, side, crops = _PROCESSORS[name]
     _check_steps(config, where)
     normalizes = _or(config.get("do_normalize"), True)
     return {
         "mean": _values(config.get("image_mean"), mean) if normalizes else (0.0,),
         "std": _values(config.get("image_std"), std) if normalizes else (1.0,),
         "interpolation": _interpolation(_or(config.get("resample"), resample)),
-        **_geometry(config, is_square, _or(config.get("do_center_crop"), crops), model.get("image_size"), where),
+        **_geometry(config, is_square, side, _or(config.get("do_center_crop"), crops), model, where),
     }
 
 
@@ -130,21 +131,28 @@ def _check_steps(config: Mapping[str, Any], where: str) -> None:
         raise ConfigError(f"{where}: crop_pct is not understood; state size and crop_size")
 
 
-def _geometry(config: Mapping[str, Any], is_square: bool, crops: bool, own: Any, where: str) -> dict[str, Any]:
-    """Return crop_mode, crop_pct and img_size (height, width); own: the model's image_size, where no size is stated."""
-    size = {key: value for key, value in _sides(config.get("size"), is_square).items() if value is not None}
+def _geometry(
+    config: Mapping[str, Any], is_square: bool, side: int, crops: bool, model: Mapping[str, Any], where: str
+) -> dict[str, Any]:
+    """Return crop_mode, crop_pct and img_size (height, width), which is left out where it is the model's own."""
+    size: Mapping[str, Any] = {
+        key: value for key, value in _sides(config.get("size"), is_square).items() if value is not None
+    }
     crop = config.get("crop_size") if crops else None
-    if not size:
-        return {"crop_mode": "squash" if is_square and not crops else "center", "crop_pct": 1.0}
+    # transformers runs DINO's models at any size, the others at their image_size alone
+    own = _CROP if str(model.get("model_type")).startswith("dino") else model.get("image_size")
+    if not size and crop is None and own != _CROP:
+        return {"crop_mode": "squash" if is_square else "center", "crop_pct": _CROP / side if crops else 1.0}
+    size = size or _sides(side, is_square)
     if set(size) == {"shortest_edge"}:
         if not crops:
             raise ConfigError(f"{where}: size states shortest_edge without do_center_crop, so images have many sizes")
         short, mode = _pair(size["shortest_edge"], where), "center"
-        crop = _or(crop, own)
     elif set(size) == {"height", "width"}:
         short, mode = _pair((size["height"], size["width"]), where), "squash"
     else:
         raise ConfigError(f"{where}: size is {size}, must state shortest_edge, or height and width")
+    crop = _or(crop, own) if crops else None
     inner = short if crop is None else _pair(crop, where)
     if inner[0] > short[0] or inner[1] > short[1]:
         raise ConfigError(f"{where}: crop_size {list(inner)} is larger than size {size}, which pads images with black")
