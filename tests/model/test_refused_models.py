@@ -16,11 +16,16 @@ from upstep_fast.errors import ConfigError
 from upstep_fast.model.formats import checkpoint_files
 
 
+@pytest.fixture(autouse=True)
+def in_a_folder_of_images(photos, monkeypatch):
+    monkeypatch.chdir(photos)  # --data . is read before the model
+
+
 def refused(capsys, tmp_path, *args):
     """The one line of a refused command, which has written nothing."""
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as stop:
-        main(["eval", "--data", str(tmp_path), "--device", "cpu", *map(str, args)])
+        main(["embed", "--data", ".", "--out", str(tmp_path / "f.npy"), "--device", "cpu", *map(str, args)])
     said = capsys.readouterr().err.strip().splitlines()
     err = "\n".join(line for line in said if not line.startswith(("INFO", "WARNING")))
     assert stop.value.code == 2 and err.startswith("upstep-fast: ") and "\n" not in err
