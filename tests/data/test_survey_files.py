@@ -55,6 +55,7 @@ def test_damaged_files_are_made_again(source, tmp_path, name, caplog):
     want = run()
     path = tmp_path / name
     path.write_bytes(want[-1])
+    caplog.clear()
     with caplog.at_level(logging.WARNING, "upstep_fast"):
         assert run() == want and not caplog.records
     texts = [changed(want[-1], **values) for values in DAMAGED[name]]
