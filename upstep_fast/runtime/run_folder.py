@@ -91,8 +91,10 @@ def begin(config: AdaptConfig | FinetuneConfig, *, anew: bool) -> None:
 
 def check(config: AdaptConfig | FinetuneConfig) -> None:
     """Raise ConfigError early, before slow work, if `lock_run_folder` would refuse what the folder holds."""
-    _refuse_other_content(Path(config.output.out), config)
-    _refuse_run(Path(config.output.out), config)
+    out = Path(config.output.out)
+    _refuse_other_content(out, config)
+    if not os.path.lexists(out / LOCK):  # else it may be in use, which only the lock itself tells
+        _refuse_run(out, config)
 
 
 def is_own(out: Path) -> bool:
