@@ -148,3 +148,13 @@ def test_a_config_of_another_program_beside_an_adapter_is_left_alone(run, tmp_pa
     folder = shutil.copytree(run / "adapter", tmp_path / "adapter")
     (tmp_path / "config.toml").write_text('model = "theirs"\nimg_size = "large"\n')
     assert model_flags(folder) == model_flags(run / "adapter")
+
+
+def test_the_included_model_is_no_folder_of_that_name(run, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    embed("--model", "demo", "--data", photos, "--out", tmp_path / "alone.npy")
+    shutil.copytree(run, tmp_path / "demo")
+    embed("--model", "demo", "--data", photos, "--out", tmp_path / "beside.npy")
+    assert np.array_equal(np.load("alone.npy"), np.load("beside.npy"))
+    embed("./demo", "--data", photos, "--out", tmp_path / "run.npy")
+    assert np.load("run.npy").shape != np.load("alone.npy").shape

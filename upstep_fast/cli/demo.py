@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.base import DEMO
 from upstep_fast.config.flat import from_flat
 from upstep_fast.config.tools import DemoConfig
 from upstep_fast.evaluation.labeled import evaluate
 from upstep_fast.evaluation.verdict import eval_verdict
-from upstep_fast.model.names import DEMO, LOCAL, demo_folder
+from upstep_fast.model.names import LOCAL, demo_folder
 from upstep_fast.report import page as html_report
 from upstep_fast.report.run_record import read_config
 from upstep_fast.report.tables import print_scores, print_verdicts

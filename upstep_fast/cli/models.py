@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from fnmatch import fnmatch
 
+from upstep_fast.config.base import DEMO
 from upstep_fast.config.tools import ModelsConfig
 from upstep_fast.engine.fold import unsupported_reason
 from upstep_fast.errors import ConfigError
 from upstep_fast.model import registry
-from upstep_fast.model.names import DEMO
 
 HEADER = ("name", "parameters", "input", "patch", "width", "kind", "license", "pretraining", "runs on")
 _COLUMNS = "{:<{width}} {:>10} {:>9} {:>5} {:>5}  {:<6}  {:<17}  {:<27} {}"

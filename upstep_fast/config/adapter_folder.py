@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from upstep_fast import input_files
 from upstep_fast.config.adapt import AdaptConfig
-from upstep_fast.config.base import BackboneConfig
+from upstep_fast.config.base import DEMO, BackboneConfig
 from upstep_fast.config.flat import dashed, paths
 from upstep_fast.config.value_types import check_types
 from upstep_fast.errors import ConfigError, printable
@@ -59,13 +59,13 @@ def holds_adapter(path: object) -> bool:
 def with_adapter(flags: Mapping[str, Any], config_class: type) -> dict[str, Any]:
     """Return the flags of a command with --adapter or --from, completed from the folder; those of others as they are.
 
-    The folder of a run or adapter may be given as the model, too.
+    The folder of a run or adapter may be given as the model, too; DEMO is always the included model.
     """
     flags = dict(flags)
     name = next((flag for flag in ("adapter", "from_") if flag in paths(config_class)), None)
     if name is None:
         return flags
-    if flags.get(name) is None and holds_adapter(flags.get("model")):
+    if flags.get(name) is None and flags.get("model") != DEMO and holds_adapter(flags.get("model")):
         flags[name] = flags.pop("model")
     if not isinstance(flags.get(name), (str, Path)):
         return flags

@@ -9,6 +9,8 @@ from typing import Any, Literal
 from upstep_fast.config.flat import flag, flag_of
 from upstep_fast.errors import ConfigError
 
+DEMO = "demo"  # name of the small model included in the package, whatever folder of that name there is
+
 
 @dataclass(frozen=True)
 class BackboneConfig:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import timm
 
+from upstep_fast.config.base import DEMO
 from upstep_fast.model.formats import checkpoint_files
 
 log = logging.getLogger("upstep_fast")
 
 LOCAL, HUB = "local-dir:", "hf-hub:"
-DEMO = "demo"  # the small model included in the package
 # what people write for them, in lower case and with _ for -; timm's names need none
 _PREFIXES = {"hf:": HUB, "hf_hub:": HUB, "hub:": HUB, "https://huggingface.co/": HUB, "local_dir:": LOCAL, "timm:": ""}
 # whose repositories are known not to be folders of the user: nothing else is ever asked for in the hub
