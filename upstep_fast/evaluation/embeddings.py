@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import logging
 import os
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 from torch import Tensor
@@ -20,7 +19,7 @@ from upstep_fast.config.files import from_options
 from upstep_fast.config.options import EmbedOptions
 from upstep_fast.config.signatures import with_keywords
 from upstep_fast.data.sources.source import open_configured
-from upstep_fast.errors import ConfigError, RunFailedError
+from upstep_fast.errors import ConfigError
 from upstep_fast.evaluation import whitening
 from upstep_fast.evaluation.features import append_whitened, extract, load_models, unwhitened
 from upstep_fast.evaluation.whitening import Whitening
@@ -28,14 +27,14 @@ from upstep_fast.model import peft_format, pooling
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.model.identity import model_identity
 from upstep_fast.runtime import distributed
-from upstep_fast.runtime.atomic_file import require_writable
-from upstep_fast.runtime.commit import commit_together, settle
+from upstep_fast.runtime.atomic_file import require_writable, write_errors
+from upstep_fast.runtime.commit import Content, commit_together, settle
 from upstep_fast.runtime.device import resolve
 from upstep_fast.runtime.progress import track
 
 log = logging.getLogger("upstep_fast")
 
-Content = Callable[[BinaryIO], object]  # writes to an open file
+CURE = "what was there is unchanged; make room, or give another --out"
 
 
 @with_keywords(EmbedConfig)
@@ -104,7 +103,7 @@ def _check_files(out: Path, config: EmbedConfig) -> None:
     if config.fit_whitening and Path(config.fit_whitening).with_suffix("") == out.with_suffix(""):
         raise ConfigError(f"fit_whitening: {config.fit_whitening} and --out {out} need names that differ")
     files = _files(out, config)
-    with _writing():
+    with write_errors("the features", CURE):
         settle(list(files), "out")
     for path, field in files.items():
         if os.path.lexists(path) and not config.overwrite:
@@ -152,19 +151,8 @@ def _parquet(out: Path, x: Tensor, names: list[str]) -> dict[Path, Content]:
 
 
 def _write(contents: Mapping[Path, Content]) -> None:
-    with _writing():
+    with write_errors("the features", CURE):
         commit_together(contents)
-
-
-@contextlib.contextmanager
-def _writing() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RunFailedError(
-            f"out: cannot write {error.filename or 'the features'}: {error.strerror or error}; what was there "
-            "is unchanged; make room, or give another --out"
-        ) from error
 
 
 WRITERS: dict[str, Callable[[Path, Tensor, list[str]], dict[Path, Content]]] = {

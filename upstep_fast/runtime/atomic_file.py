@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from upstep_fast.errors import ConfigError
+from upstep_fast.errors import ConfigError, RunFailedError
 
 
 def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], object]) -> Path:
@@ -51,6 +51,19 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def write_errors(what: object, cure: str) -> Iterator[None]:
+    """Turn an OSError within the context into a RunFailedError of one line: the file, the reason, the cure.
+
+    what: named where the system names no file.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise RunFailedError(f"out: cannot write {error.filename or what}: {reason}; {cure}") from error
 
 
 def require_writable(path: Path, field: str) -> None:

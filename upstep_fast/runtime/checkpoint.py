@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from upstep_fast.errors import ConfigError, RunFailedError
+from upstep_fast.runtime.atomic_file import sync_folder
 
 log = logging.getLogger("upstep_fast")
 
@@ -105,11 +106,11 @@ def save(folder: Path, step: int, files: Mapping[str, bytes], manifest: Mapping[
         for name, data in files.items():
             _write(temporary / name, data)
         _write(temporary / MANIFEST, text.encode())
-        _sync(temporary)
+        sync_folder(temporary)
         if os.path.lexists(final):  # an earlier one, or whatever lies in its place
             _remove(final)
         os.replace(temporary, final)
-        _sync(folder)
+        sync_folder(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -215,23 +216,12 @@ def _write(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(folder: Path) -> None:
-    if os.name == "nt":  # Windows cannot open a directory
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _write_hint(folder: Path, name: str) -> None:
     temporary = folder / f".tmp-latest-{os.getpid()}"
     try:
         temporary.write_text(name + "\n")
-        with contextlib.suppress(
-            IsADirectoryError
-        ):  # a folder of that name is not ours to delete, and the hint for people
+        # a folder of that name is not ours to delete, and the hint is for people
+        with contextlib.suppress(IsADirectoryError):
             os.replace(temporary, folder / "latest")
     finally:
         temporary.unlink(missing_ok=True)

@@ -30,8 +30,11 @@ from upstep_fast.runtime.atomic_file import sync_folder, temporary_of, write_ato
 log = logging.getLogger("upstep_fast")
 
 
-def commit_together(contents: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
-    """Write files by the functions that write their content; the last is the one that readers open first.
+Content = bytes | Callable[[BinaryIO], object]  # as for `write_atomic`
+
+
+def commit_together(contents: Mapping[Path, Content]) -> None:
+    """Write files together; the last is the one that readers open first.
 
     Raises OSError; before the commit all files then have their old content.
     """

@@ -25,7 +25,7 @@ from upstep_fast.config.files import to_toml
 from upstep_fast.config.finetune import FinetuneConfig
 from upstep_fast.errors import ConfigError, RunFailedError
 from upstep_fast.runtime import checkpoint
-from upstep_fast.runtime.atomic_file import write_atomic
+from upstep_fast.runtime.atomic_file import write_atomic, write_errors
 
 log = logging.getLogger("upstep_fast")
 
@@ -115,13 +115,8 @@ def writing(out: Path) -> Iterator[None]:
             f"out: {out} was moved, deleted or taken over by another run; what was saved before is complete: continue "
             "it with --resume and --out at its new place"
         )
-    try:
+    with write_errors(out, "what was saved before is complete: make room and continue with --resume"):
         yield
-    except OSError as error:
-        raise RunFailedError(
-            f"out: cannot write {error.filename or out}: {error.strerror or error}; what was saved before is complete: "
-            "make room and continue with --resume"
-        ) from error
 
 
 def _refuse_other_content(out: Path, config: AdaptConfig | FinetuneConfig) -> None:

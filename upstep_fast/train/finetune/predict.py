@@ -10,7 +10,6 @@ learned from (learned.py).
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
@@ -27,11 +26,11 @@ from torch import Tensor
 from upstep_fast.config.predict import PredictConfig
 from upstep_fast.data.loading.skipped_images import csv_cell
 from upstep_fast.data.sources.source import Source, open_configured
-from upstep_fast.errors import ConfigError, RunFailedError
+from upstep_fast.errors import ConfigError
 from upstep_fast.evaluation.confusion import class_figures, confusion_matrix
 from upstep_fast.evaluation.intervals import accuracy_interval
 from upstep_fast.runtime import distributed
-from upstep_fast.runtime.atomic_file import require_writable
+from upstep_fast.runtime.atomic_file import require_writable, write_errors
 from upstep_fast.runtime.commit import commit_together, settle
 from upstep_fast.runtime.device import resolve
 from upstep_fast.runtime.machine import num_workers
@@ -43,6 +42,7 @@ from upstep_fast.train.finetune.step import balanced, top1
 
 log = logging.getLogger("upstep_fast")
 
+CURE = "make room, or give another --out"
 MAX_MATRIX = 1000  # classes, of a confusion matrix
 
 
@@ -184,7 +184,7 @@ def _csv(header: Sequence[str], rows: Iterable[Iterable[Any]]) -> bytes:
 def _check_files(out: Path, overwrite: bool) -> None:
     """Raise ConfigError, before slow work, if `out` or a table beside it cannot be written."""
     files = (*files_of(out), out)
-    with _writing():
+    with write_errors("the predictions", CURE):
         settle(list(files), "out")
     for path in files:
         if os.path.lexists(path) and not overwrite:
@@ -194,24 +194,9 @@ def _check_files(out: Path, overwrite: bool) -> None:
 
 def _write(out: Path, contents: dict[Path, bytes]) -> None:
     """Write the files together, the predictions last; tables of an earlier command do not stay beside new ones."""
-    with _writing():
+    with write_errors("the predictions", CURE):
         for path in files_of(out):
             if path not in contents:
                 path.unlink(missing_ok=True)
         others = {path: data for path, data in contents.items() if path != out}
-        commit_together({path: _writer(data) for path, data in (others | {out: contents[out]}).items()})
-
-
-def _writer(data: bytes) -> Any:
-    return lambda file: file.write(data)
-
-
-@contextlib.contextmanager
-def _writing() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RunFailedError(
-            f"out: cannot write {error.filename or 'the predictions'}: {error.strerror or error}; make room, or give "
-            "another --out"
-        ) from error
+        commit_together(others | {out: contents[out]})
