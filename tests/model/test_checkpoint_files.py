@@ -44,7 +44,7 @@ def test_a_folder_of_transformers_gives_its_features(tmp_path, kind):
     (tmp_path / "hf" / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3]}')
     ours = backbone.load(f"local-dir:{tmp_path / 'hf'}")
     assert ours.mean == (0.1, 0.2, 0.3)
-    x = images((56, 56))
+    x = images(ours.img_size)  # the processor's crop: Dinov2's is 224 if the file does not say
     with torch.no_grad():
         expected = theirs(x).last_hidden_state[:, 0]
         torch.testing.assert_close(ours.vit.forward_features(x)[:, 0], expected, rtol=0, atol=2e-5)
