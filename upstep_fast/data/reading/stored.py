@@ -1,0 +1,61 @@
+"""An image as its file declares it: the axes, one picture's place in them, and its values with their range."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+File = bytes | memoryview | str  # encoded content, or the path of a regular file (of a folder for OME-Zarr)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Axes of a file's values, from its header."""
+
+    axes: str  # in the file's order: Y rows, X columns, C bands, Z slices, T time, F frames, P positions or scenes
+    shape: tuple[int, ...]  # sizes, one per axis
+    what: str  # for messages: "DICOM CT, 12 bits"
+    levels: tuple[tuple[int, int], ...] = ()  # (height, width) of a pyramid's levels, the full size first; (): one level
+    mpp: float | None = None  # micrometers per pixel of the full size
+
+    def __post_init__(self) -> None:
+        """Check the axes. Raises ValueError."""
+        if len(self.axes) != len(self.shape) or len(set(self.axes)) != len(self.axes) or not {"Y", "X"} <= set(self.axes):
+            raise ValueError(f"axes {self.axes!r} of shape {self.shape}")
+
+    def size(self, axis: str) -> int:
+        """Return the size along an axis; 1 for one that is not there."""
+        return self.shape[self.axes.index(axis)] if axis in self.axes else 1
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One picture in a file: its place on every axis but Y, X and C, and optionally a window of one level."""
+
+    at: tuple[tuple[str, int], ...] = ()  # (axis, index); axes left out: index 0
+    window: tuple[int, int, int, int] | None = None  # top, left, height, width in pixels of the level; None: all
+    level: int = 0
+
+    def index(self, axis: str) -> int:
+        """Return the place on an axis."""
+        return dict(self.at).get(axis, 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """Values of one picture, with what its file says about them.
+
+    Physical values where the file defines them (rescale slope, BZERO, per-frame rescale), stored ones otherwise.
+    """
+
+    values: np.ndarray  # [C, H, W], integers or floats in native byte order
+    low: float | None = None  # declared range, inclusive: 0 and 4095 of 12 bits; None: none is declared (floats)
+    high: float | None = None
+    valid: np.ndarray | None = None  # [H, W] bool, False where the file says nodata; None: everywhere. NaN is invalid too
+    inverted: bool = False  # low values are white (MONOCHROME1, MINISWHITE)
+
+    @property
+    def is_8_bit(self) -> bool:
+        """Whether the values are pixels as they are."""
+        return self.values.dtype == np.uint8 and (self.low, self.high) == (0, 255)
