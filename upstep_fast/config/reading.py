@@ -27,7 +27,7 @@ class Reading:
 
     intensity: Intensity = Intensity()
     axes: str | None = None  # meaning of a file's axes, e.g. "TZYX", where the file does not say or is wrong
-    slices: Literal["auto", "middle", "all", "max"] = "auto"  # auto: all slices, frames and times; the first of animations
+    slices: Literal["auto", "middle", "all", "max"] = "auto"  # auto: all; of animations the first
     bands: tuple[int, ...] = ()  # numbers of the bands to read, from 1 on, in this order; (): all
     tile: int | None = None  # side in pixels; None: whole pictures
     stride: int | None = None  # None: the tile's side

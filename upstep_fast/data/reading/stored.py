@@ -16,12 +16,13 @@ class Layout:
     axes: str  # in the file's order: Y rows, X columns, C bands, Z slices, T time, F frames, P positions or scenes
     shape: tuple[int, ...]  # sizes, one per axis
     what: str  # for messages: "DICOM CT, 12 bits"
-    levels: tuple[tuple[int, int], ...] = ()  # (height, width) of a pyramid's levels, the full size first; (): one level
+    levels: tuple[tuple[int, int], ...] = ()  # (height, width) of a pyramid's levels, full size first; (): one level
     mpp: float | None = None  # micrometers per pixel of the full size
 
     def __post_init__(self) -> None:
         """Check the axes. Raises ValueError."""
-        if len(self.axes) != len(self.shape) or len(set(self.axes)) != len(self.axes) or not {"Y", "X"} <= set(self.axes):
+        names = set(self.axes)
+        if len(self.axes) != len(self.shape) or len(names) != len(self.axes) or not {"Y", "X"} <= names:
             raise ValueError(f"axes {self.axes!r} of shape {self.shape}")
 
     def size(self, axis: str) -> int:
@@ -52,7 +53,7 @@ class Stored:
     values: np.ndarray  # [C, H, W], integers or floats in native byte order
     low: float | None = None  # declared range, inclusive: 0 and 4095 of 12 bits; None: none is declared (floats)
     high: float | None = None
-    valid: np.ndarray | None = None  # [H, W] bool, False where the file says nodata; None: everywhere. NaN is invalid too
+    valid: np.ndarray | None = None  # [H, W] bool, False: nodata; None: all True. NaN is invalid too
     inverted: bool = False  # low values are white (MONOCHROME1, MINISWHITE)
 
     @property
