@@ -14,13 +14,13 @@ from PIL import Image
 from tiff_files import Kind, write_tiff
 
 from upstep_fast.data.decode import image as decode_module
-from upstep_fast.data.decode.budget import Budget
 from upstep_fast.data.decode.image import decode
 from upstep_fast.data.decode.size import image_size
 from upstep_fast.data.loading import fetcher
 from upstep_fast.data.loading import loader as loaders
 from upstep_fast.data.loading.loader import Loader
 from upstep_fast.data.loading.ordered_map import ordered_map
+from upstep_fast.data.reading.budget import Budget
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import ConfigError
 from upstep_fast.train.memory import images

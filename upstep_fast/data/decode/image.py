@@ -27,10 +27,10 @@ from torch import Tensor
 
 from upstep_fast.data.decode import jpeg, png
 from upstep_fast.data.decode.arrays import NPY, decode_npy
-from upstep_fast.data.decode.budget import BYTES_PER_COEFFICIENT, BYTES_PER_PIXEL, decoding, reduction
-from upstep_fast.data.decode.out_of_memory import is_out_of_memory
 from upstep_fast.data.decode.tiff import TiffPlan, decode_tiff_bands, plan_tiff, say_alpha_left_out
-from upstep_fast.data.decode.tiff_header import TIFF
+from upstep_fast.data.reading.budget import BYTES_PER_COEFFICIENT, BYTES_PER_PIXEL, decoding, reduction
+from upstep_fast.data.reading.out_of_memory import is_out_of_memory
+from upstep_fast.data.reading.tiff_header import TIFF
 from upstep_fast.errors import BadImage
 
 # of files that are read; other names are no images

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from upstep_fast.data.decode.image import from_pillow
-from upstep_fast.data.decode.out_of_memory import is_out_of_memory
+from upstep_fast.data.reading.out_of_memory import is_out_of_memory
 from upstep_fast.errors import BadImage
 
 _BY_PILLOW = (1, 3, 4)  # bands: gray, RGB, RGBA

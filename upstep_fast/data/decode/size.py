@@ -8,7 +8,7 @@ from PIL import Image
 
 from upstep_fast.data.decode.arrays import NPY, npy_header
 from upstep_fast.data.decode.image import FORMATS
-from upstep_fast.data.decode.tiff_header import TIFF, read_pages
+from upstep_fast.data.reading.tiff_header import TIFF, read_pages
 
 
 def image_size(data: bytes | memoryview) -> tuple[int, int] | None:

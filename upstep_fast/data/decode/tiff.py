@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from upstep_fast.data.decode.tiff_header import MASK, THUMBNAIL, TiffPage, read_pages, stated_planes, stated_stack
+from upstep_fast.data.reading.tiff_header import MASK, THUMBNAIL, TiffPage, read_pages, stated_planes, stated_stack
 from upstep_fast.errors import BadImage
 
 log = logging.getLogger(__name__)

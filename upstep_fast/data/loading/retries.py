@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from upstep_fast.data.decode.out_of_memory import is_out_of_memory
+from upstep_fast.data.reading.out_of_memory import is_out_of_memory
 from upstep_fast.errors import DataError, RunFailedError
 
 log = logging.getLogger(__name__)

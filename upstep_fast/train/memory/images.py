@@ -5,7 +5,7 @@ needed = held x batch x m + min(ahead, 3 x batch x m) + min(cache, N x m) + min(
 m        mean bytes of a decoded image, at the fraction of its size that the views allow
 d        bytes that decoding the largest of them takes
 held     batches beyond those that wait: in use, being put together, on a GPU also two whose views are made
-ahead, cache, decoding   the loader's and the decoder's limits (data/loading/loader.py, data/decode/budget.py)
+ahead, cache, decoding   the loader's and the decoder's limits (data/loading/loader.py, data/reading/budget.py)
 """
 
 from __future__ import annotations
