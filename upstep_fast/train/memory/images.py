@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from upstep_fast.data.decode import budget
 from upstep_fast.data.decode.size import image_size
 from upstep_fast.data.loading import loader
 from upstep_fast.data.loading.prefetch import DEPTH
+from upstep_fast.data.reading import budget
 from upstep_fast.data.sources.source import Source
 from upstep_fast.errors import ConfigError
 from upstep_fast.runtime.machine import format_bytes
