@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# tests are many and small: on a busy machine two OpenMP threads spend their time waiting for each other
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
+# two processes of one thread each: two OpenMP threads of one process spend their time waiting for each other
+JOBS   ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile
 STAMP  := $(VENV)/.installed
 # the demo has an environment of its own, with what the package needs to run; one of `make install` is used if it is there
 DEMO_VENV  ?= .venv-demo
