@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
 from typing import Literal
+
+from upstep_fast.errors import ConfigError
+
+INTENSITY = "auto, full, percentile:LO,HI, window:CENTER,WIDTH or range:LO,HI"
+_MAX_BANDS = 64
 
 
 @dataclass(frozen=True)
@@ -33,3 +40,88 @@ class Reading:
     stride: int | None = None  # None: the tile's side
     level: int | None = None  # of a pyramid; None: 0, or the one for `mpp`
     mpp: float | None = None  # micrometers per pixel wanted
+
+
+def parse_intensity(text: str) -> Intensity:
+    """Return the map that --intensity names; `auto:LO,HI`, as config.toml has it, is auto with its measured range.
+
+    Several ranges or windows, one per band, are joined by semicolons. Raises ConfigError.
+    """
+    kind, separator, values = text.strip().partition(":")
+    if kind in ("auto", "full") and not separator:
+        return Intensity(kind)  # type: ignore[arg-type]
+    if kind not in ("auto", "percentile", "window", "range"):
+        raise _refused(text, f"must be {INTENSITY}")
+    pairs = [_pair(text, part) for part in values.split(";")]
+    if kind == "percentile":
+        low, high = pairs[0]
+        if len(pairs) > 1 or not 0 <= low < high <= 100:
+            raise _refused(text, "needs two percentiles in 0 to 100, the lower one first")
+        return Intensity("percentile", (low, high))
+    if kind == "window":
+        pairs = [(center - width / 2, center + width / 2) for center, width in pairs]
+    for low, high in pairs:
+        if not (low < high and math.isfinite(high - low)):
+            what = "a width above 0" if kind == "window" else "a lower value before a higher one"
+            raise _refused(text, f"needs {what}")
+    return Intensity("auto" if kind == "auto" else "range", ranges=tuple(pairs))
+
+
+def intensity_text(intensity: Intensity) -> str:
+    """Return the text that `parse_intensity` reads as an equal map; a measured percentile map is a range."""
+    ranges = ";".join(f"{_number(low)},{_number(high)}" for low, high in intensity.ranges)
+    if intensity.kind == "percentile" and not ranges:
+        return "percentile:" + ",".join(map(_number, intensity.percentiles))
+    kind = "range" if intensity.kind == "percentile" else intensity.kind
+    return f"{kind}:{ranges}" if ranges else kind
+
+
+def parse_bands(text: str | None) -> tuple[int, ...]:
+    """Return the numbers of the bands that --bands names, () without it. Raises ConfigError."""
+    if text is None:
+        return ()
+    if not re.fullmatch(r"[0-9]{1,4}(,[0-9]{1,4})*", text.strip()):
+        raise ConfigError(f"bands: got {text}, must be numbers of bands from 1 on, as in 3,2,1")
+    bands = tuple(map(int, text.split(",")))
+    if not min(bands) >= 1 or len(bands) > _MAX_BANDS:
+        raise ConfigError(f"bands: got {text}, must be 1 to {_MAX_BANDS} numbers of bands, from 1 on")
+    return bands
+
+
+def parse_tiles(text: str | None) -> tuple[int | None, int | None]:
+    """Return the side and the stride that --tiles names, in pixels. Raises ConfigError."""
+    if text is None:
+        return None, None
+    match = re.fullmatch(r"([0-9]{1,6})(?::([0-9]{1,6}))?", text.strip())
+    if not match or not int(match[1]) or (match[2] is not None and not int(match[2])):
+        raise ConfigError(f"tiles: got {text}, must be a side in pixels, or SIDE:STRIDE, as in 224:112")
+    return int(match[1]), int(match[2]) if match[2] else None
+
+
+def check_axes(axes: str | None) -> None:
+    """Raise ConfigError unless `axes` names each axis once, with rows Y and columns X."""
+    if axes is None:
+        return
+    if len(set(axes)) != len(axes) or not {"Y", "X"} <= set(axes) <= set("YXCZTFP"):
+        raise ConfigError(
+            f"axes: got {axes}, must be letters in the file's order, each once: Y rows, X columns, C bands, Z slices, "
+            "T time, F frames, P positions; Y and X are needed, as in TZYX"
+        )
+
+
+def _pair(text: str, part: str) -> tuple[float, float]:
+    try:
+        first, second = map(float, part.split(","))
+    except ValueError:
+        raise _refused(text, f"must be {INTENSITY}; {part or 'nothing'} is not two numbers") from None
+    if not (math.isfinite(first) and math.isfinite(second)):
+        raise _refused(text, "needs finite numbers")
+    return first, second
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value == int(value) and abs(value) < 1e15 else repr(value)
+
+
+def _refused(text: str, why: str) -> ConfigError:
+    return ConfigError(f"intensity: got {text}, {why}")
