@@ -362,11 +362,11 @@ def test_the_log_ignores_a_full_disk(capsys):
 
 def test_tensorboard_holds_what_metrics_jsonl_holds(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    with report.Metrics(tmp_path / "metrics.jsonl", tensorboard=True) as metrics:
+    with report.Metrics(tmp_path / "metrics.jsonl", log_to=("tensorboard",)) as metrics:
         for i in range(3):
             metrics.write(row(i, loss=None if i == 1 else math.nan if i == 2 else 5.5))
     # as a run that was killed after two steps and resumed
-    with report.Metrics(tmp_path / "metrics.jsonl", 2, tensorboard=True) as metrics:
+    with report.Metrics(tmp_path / "metrics.jsonl", 2, ("tensorboard",)) as metrics:
         metrics.write(row(2, loss=4.5))
     events = accumulator.EventAccumulator(str(tmp_path)).Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(0, 5.5), (2, 4.5)]

@@ -27,6 +27,7 @@ class AdaptOptions(TypedDict, total=False):
     resume: bool
     log_every: int
     tensorboard: bool
+    log_to: Sequence[str]
     report_images: bool
     method: Literal["upstep", "explora"]
     preset: Literal["gentle", "balanced", "strong"] | None

@@ -11,6 +11,8 @@ from upstep_fast.config.base import DataConfig, OutputConfig, RuntimeConfig, at_
 from upstep_fast.config.flat import flag
 from upstep_fast.errors import ConfigError
 
+TRACKERS = {"tensorboard": "report", "wandb": "loggers", "mlflow": "loggers"}  # package: extra that installs it
+
 
 @dataclass(frozen=True)
 class AdaptDataConfig(DataConfig):
@@ -46,7 +48,9 @@ class AdaptOutputConfig(OutputConfig):
     log_every: int = 10
     """Steps between two log lines when the console is not a terminal."""
     tensorboard: bool = False
-    """Write TensorBoard events to --out as well."""
+    """The same as --log-to tensorboard."""
+    log_to: tuple[str, ...] = ()
+    """Also send every number of metrics.jsonl to tensorboard (events in --out), wandb or mlflow, one or several."""
     report_images: bool = True
     """Compute features of 512 images with the base and the adapted model at the end, for the plots in report.html."""
 
@@ -54,8 +58,18 @@ class AdaptOutputConfig(OutputConfig):
         """Check every field. Raises ConfigError."""
         super().__post_init__()
         at_least(self, "log_every", 1)
-        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
-            raise ConfigError("tensorboard: it is not installed; pip install 'upstep_fast[report]'")
+        # a,b,c is one value to the command line
+        object.__setattr__(self, "log_to", tuple(name for text in self.log_to for name in text.split(",") if name))
+        for name in self.trackers:
+            if name not in TRACKERS:
+                raise ConfigError(f"log_to: got {name!r}, choose from {' '.join(TRACKERS)}")
+            if importlib.util.find_spec(name) is None:
+                raise ConfigError(f"log_to: {name} is not installed; pip install 'upstep_fast[{TRACKERS[name]}]'")
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Names of the trackers that the run logs to, each once."""
+        return tuple(dict.fromkeys((*self.log_to, *(["tensorboard"] if self.tensorboard else []))))
 
 
 @dataclass(frozen=True)

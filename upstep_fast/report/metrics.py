@@ -1,15 +1,17 @@
-"""Metrics of each step: metrics.jsonl and TensorBoard events."""
+"""Metrics of each step: metrics.jsonl, and the trackers that a run logs to."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from upstep_fast.report.logs import log, steps_log
+from upstep_fast.report.trackers import Sender, TrackedRun
 
 steps_log.propagate = False
 MAX_ROW_BYTES = 1 << 20  # a longer line is none of ours
@@ -20,20 +22,16 @@ class Metrics:
 
     step: of the first row to write. Rows of earlier steps are kept; rows that a killed run wrote after its last
     checkpoint are cut off.
-    tensorboard: also write every number, under its name, to an event file in the folder.
+    log_to: names of trackers that every number is sent to as well. config: what they show of the run, by flag.
     """
 
-    def __init__(self, path: Path, step: int = 0, tensorboard: bool = False):
+    def __init__(self, path: Path, step: int = 0, log_to: Sequence[str] = (), config: Mapping[str, Any] | None = None):
         # unbuffered: a killed run loses no line, and a full disk raises where the line is written
         self._file = path.open("r+b" if step and path.exists() else "wb", buffering=0)
         self._file.truncate(_bytes_of_rows(path, step))
         self._file.seek(0, os.SEEK_END)
-        self._board: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # hides a killed run's events of steps that are repeated
-            self._board = SummaryWriter(str(path.parent), purge_step=step)
+        run = TrackedRun(path.parent, step, config or {})
+        self._trackers = [Sender(name, run) for name in log_to]
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl without buffering. Raises OSError."""
@@ -41,9 +39,10 @@ class Metrics:
         left = memoryview((json.dumps(clean) + "\n").encode())
         while left:
             left = left[self._file.write(left) :]
-        for name, value in clean.items() if self._board else ():
-            if name != "step" and isinstance(value, (int, float)):
-                self._board.add_scalar(name, value, row["step"])
+        if self._trackers:
+            numbers = {k: float(v) for k, v in clean.items() if k != "step" and isinstance(v, (int, float))}
+            for tracker in self._trackers:
+                tracker.log(row["step"], numbers)
 
     def sync(self) -> None:
         """Flush the rows to disk (fsync). Raises OSError."""
@@ -54,8 +53,8 @@ class Metrics:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._file.close()
-        if self._board:
-            self._board.close()
+        for tracker in self._trackers:
+            tracker.close(error)
 
 
 def _bytes_of_rows(path: Path, steps: int) -> int:

@@ -40,7 +40,7 @@ log = logging.getLogger("upstep_fast")
 # flags that may change between a run and its resume; model and data are compared by content, not by name
 _FREE = {
     *("model", "data", "out", "overwrite", "resume", "checkpoint_every", "log_every", "num_workers"),
-    *("max_bad_fraction", "device", "debug", "tensorboard", "verify_resume", "auto_batch", "rank_timeout"),
+    *("max_bad_fraction", "device", "debug", "tensorboard", "log_to", "verify_resume", "auto_batch", "rank_timeout"),
     *("memory_check", "report_images", "strength", "strength_first", "keep_checkpoints", "cuda_graphs", "any_base"),
     "verdict",  # the images that it holds out are not among the run's, which are compared by content
 }

@@ -48,8 +48,9 @@ class RunWriter:
         self._stack = contextlib.ExitStack()
         self._metrics: Metrics | None = None
         if distributed.is_first():
-            tensorboard, device = config.output.tensorboard, next(state.method.vit.parameters()).device.type
-            self._metrics = self._stack.enter_context(Metrics(out / "metrics.jsonl", state.step, tensorboard))
+            trackers, device = config.output.trackers, next(state.method.vit.parameters()).device.type
+            metrics = Metrics(out / "metrics.jsonl", state.step, trackers, identity.config)
+            self._metrics = self._stack.enter_context(metrics)
             self._progress = self._stack.enter_context(Progress(config, state.gate, device))
             self._writer = self._stack.enter_context(checkpoint.Writer(config.checkpoints.keep))
 

@@ -1,0 +1,196 @@
+"""Runs in Weights & Biases (offline) and MLflow (a file store), read back with the libraries' own formats."""
+
+import json
+import logging
+import threading
+import time
+
+import pytest
+
+from upstep_fast import adapt
+from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.flat import from_flat
+from upstep_fast.errors import ConfigError, Interrupted
+from upstep_fast.report import trackers
+from upstep_fast.report.metrics import Metrics
+
+
+def row(step, **values):
+    return {"step": step, "loss": 5.0 - step, "open": True, "bad": None, "images_per_s": 10.0} | values
+
+
+def write(out, steps, step=0, log_to=(), config=None):
+    """Write the rows of `steps` as a run in `out` does that starts at `step`."""
+    with Metrics(out / "metrics.jsonl", step, log_to, config) as metrics:
+        for i in steps:
+            metrics.write(row(i))
+
+
+@pytest.fixture
+def mlflow_client(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
+    return mlflow.MlflowClient((tmp_path / "store").as_uri())
+
+
+def mlflow_runs(client):
+    return client.search_runs([e.experiment_id for e in client.search_experiments()])
+
+
+def wandb_records(path):
+    """Return the records of an offline run. The file is a LevelDB log behind a header of 7 bytes."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, part, records = path.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        left = 32768 - at % 32768
+        if left < 7:  # no header begins in the last 6 bytes of a block
+            at += left
+            continue
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        part += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # full, last
+            records.append(wandb_internal_pb2.Record.FromString(part))
+            part = b""
+    return records
+
+
+def wandb_rows(records):
+    """Return {step: {name: value}} of an offline run's records."""
+    rows = [r.history for r in records if r.WhichOneof("record_type") == "history"]
+    return {h.step.num: {".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in h.item} for h in rows}
+
+
+def test_mlflow_holds_what_metrics_jsonl_holds_and_a_resumed_run_continues(mlflow_client, tmp_path):
+    many = {f"flag_{i}": i for i in range(150)} | {"data": ["photos/" + 600 * "x"]}
+    write(tmp_path, range(120), log_to=["mlflow"], config=many)
+    (run,) = mlflow_runs(mlflow_client)
+    assert run.info.status == "FINISHED" and run.info.run_name == tmp_path.name
+    assert run.data.params["flag_149"] == "149" and len(run.data.params["data"]) == 500
+    history = mlflow_client.get_metric_history(run.info.run_id, "loss")
+    assert [(m.step, m.value) for m in history] == [(i, 5.0 - i) for i in range(120)]
+    assert set(run.data.metrics) == {"loss", "open", "images_per_s"}
+    # killed after step 119 with a checkpoint at 100: steps 100 to 119 are repeated
+    write(tmp_path, range(100, 130), 100, ["mlflow"], config=many | {"flag_0": 7})
+    (same,) = mlflow_runs(mlflow_client)
+    assert same.info.run_id == run.info.run_id
+    assert [m.step for m in mlflow_client.get_metric_history(run.info.run_id, "loss")] == list(range(130))
+    # begun anew: another run
+    write(tmp_path, range(1), log_to=["mlflow"])
+    assert len(mlflow_runs(mlflow_client)) == 2
+
+
+@pytest.mark.parametrize(("error", "status"), [(Interrupted("stopped"), "KILLED"), (ValueError("bad"), "FAILED")])
+def test_mlflow_is_told_how_a_run_ended(mlflow_client, tmp_path, error, status):
+    with (
+        pytest.raises(type(error)),
+        Metrics(tmp_path / "metrics.jsonl", log_to=["mlflow"]) as metrics,
+    ):
+        metrics.write(row(0))
+        raise error
+    (run,) = mlflow_runs(mlflow_client)
+    assert run.info.status == status
+
+
+def test_weights_and_biases_holds_what_metrics_jsonl_holds_and_a_resumed_run_continues(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for name in ("WANDB_PROJECT", "WANDB_NAME", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    write(tmp_path, range(3), log_to=["wandb"], config={"lr": 0.5})
+    write(tmp_path, range(2, 4), 2, ["wandb"])
+    first, second = (wandb_records(path) for path in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb")))
+    runs = [next(r.run for r in records if r.WhichOneof("record_type") == "run") for records in (first, second)]
+    assert runs[0].run_id == runs[1].run_id == (tmp_path / "wandb-run-id.txt").read_text().strip()
+    assert runs[0].project == "upstep_fast" and runs[0].display_name == tmp_path.name
+    assert {(c.key, c.value_json) for c in runs[0].config.update if c.key == "lr"} == {("lr", "0.5")}
+    values = {step: (r["loss"], r["open"]) for step, r in wandb_rows(first).items()}
+    assert values == {0: (5.0, 1.0), 1: (4.0, 1.0), 2: (3.0, 1.0)}
+    assert sorted(wandb_rows(second)) == [2, 3]
+
+
+def test_a_run_logs_its_steps_and_flags(mlflow_client, options):
+    result = adapt(**options | {"steps": 3, "log_to": ["mlflow"], "report_images": False, "verdict": "off"})
+    (run,) = mlflow_runs(mlflow_client)
+    assert run.data.params["steps"] == "3" and run.info.run_name == "out"
+    rows = [json.loads(line) for line in (result.adapter.parent / "metrics.jsonl").read_text().splitlines()]
+    history = mlflow_client.get_metric_history(run.info.run_id, "loss")
+    assert [m.value for m in history] == [r["loss"] for r in rows if r["loss"] is not None]
+
+
+@pytest.mark.parametrize("name", ["mlflow", "wandb"])
+def test_a_missing_server_or_key_is_one_warning(name, tmp_path, monkeypatch, caplog):
+    pytest.importorskip(name)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setattr(logging.getLogger("upstep_fast"), "propagate", True)
+    write(tmp_path, range(3), log_to=[name])
+    (message,) = [r.getMessage() for r in caplog.records if r.name == "upstep_fast" and r.levelname == "WARNING"]
+    assert message.startswith(f"{name}: ") and "the run continues without it" in message
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+class Hanging:
+    """A tracker whose server never answers."""
+
+    answer = threading.Event()
+
+    def __init__(self, run):
+        self.answer.wait()
+
+
+class Full:
+    """A tracker whose disk is full from the second row on."""
+
+    def __init__(self, run):
+        self.rows = []
+
+    def log(self, rows):
+        raise OSError(28, "No space left on device")
+
+    def finish(self, status):
+        raise AssertionError("it has failed")
+
+
+@pytest.mark.parametrize(("kind", "reason"), [(Hanging, "no answer within"), (Full, "No space left on device")])
+def test_a_failing_tracker_never_holds_up_a_step(kind, reason, tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(trackers.TRACKERS, "mlflow", kind)
+    monkeypatch.setattr(trackers, "CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr(logging.getLogger("upstep_fast"), "propagate", True)
+    metrics = Metrics(tmp_path / "metrics.jsonl", log_to=["mlflow"])
+    began = time.monotonic()
+    for i in range(100):
+        metrics.write(row(i))
+    assert time.monotonic() - began < 1
+    metrics.__exit__(None, None, None)
+    (message,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert reason in message and "metrics.jsonl holds every number" in message
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 100
+    Hanging.answer.set()
+
+
+@pytest.mark.parametrize("content", ["", "../../elsewhere", "a b", "x" * 2000])
+def test_a_damaged_id_begins_a_new_run(content, tmp_path):
+    (tmp_path / "mlflow-run-id.txt").write_text(content)
+    assert trackers._run_id(trackers.TrackedRun(tmp_path, 5, {}), "mlflow") is None
+
+
+def config(**flags):
+    return from_flat(AdaptConfig, model="m", data=("d",), out="o", **flags).output.trackers
+
+
+def test_names_of_trackers(monkeypatch):
+    assert config() == ()
+    assert config(log_to=("wandb,mlflow", "wandb"), tensorboard=True) == ("wandb", "mlflow", "tensorboard")
+    with pytest.raises(ConfigError, match=r"log_to: got 'comet', choose from tensorboard wandb mlflow"):
+        config(log_to=("comet",))
+    from upstep_fast.config import training
+
+    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"log_to: wandb is not installed; pip install 'upstep_fast\[loggers\]'"):
+        config(log_to=("wandb",))
