@@ -96,7 +96,7 @@ def test_gray_and_transparent_images_are_read_as_files_are(m, tmp_path):
     assert np.array_equal(m.embed([np.rot90(rgba[..., :3], -1)]), expected)
 
 
-def test_whitened_features_equal_embeds(m, run, photos, written):
+def test_whitened_features_equal_embeds(m, run, photos, written, tmp_path):
     _, names, whitened, file = written
     by_file = upstep_fast.load(run, whiten=file, device="cpu", precision="fp32")
     assert np.array_equal(by_file.embed(photos, batch_size=10), whitened) and by_file.dim == whitened.shape[1]
@@ -105,8 +105,9 @@ def test_whitened_features_equal_embeds(m, run, photos, written):
     assert m.whitening is None and "whitened" in repr(fitted)
     with pytest.raises(ConfigError, match=r"whiten: there is no .*whitening.safetensors; .*--fit-whitening"):
         upstep_fast.load(run, whiten=True)
-    shutil.copy(file, run / "whitening.safetensors")
-    by_folder = upstep_fast.load(run, whiten=True, device="cpu", precision="fp32")
+    copy = shutil.copytree(run, tmp_path / "copy")
+    shutil.copy(file, copy / "whitening.safetensors")
+    by_folder = upstep_fast.load(copy, whiten=True, device="cpu", precision="fp32")
     assert np.array_equal(by_folder.embed(photos, batch_size=10), whitened)
 
 

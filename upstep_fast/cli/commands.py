@@ -199,9 +199,9 @@ def _embed(config: Any) -> None:
     from upstep_fast.runtime.distributed import is_first
     from upstep_fast.runtime.terminal import print_line
 
-    out = run_embed(config)
+    done = run_embed(config)
     if is_first():
-        print_line(f"features: {out}")
+        print_line(f"features: {done.out}  ({done.form}; {done.shape[0]:,} x {done.shape[1]:,})")
 
 
 def _export(config: Any) -> None:

@@ -22,6 +22,7 @@ from upstep_fast.config.value_types import check_types
 from upstep_fast.errors import ConfigError, printable
 
 CONFIG, WEIGHTS, RUN_CONFIG = "adapter_config.json", "adapter_model.safetensors", "config.toml"
+REFUSED = "adapter-refused"  # of a run that made the features worse
 MODEL_RECORD = "upstep_fast.model"  # metadata of WEIGHTS, which PEFT ignores
 _OF_A_RUN = ("tune", "from_")  # LoRA flags that tell nothing about the adapter
 _FIXED = ("arch", "in_chans", "mean", "std")  # of other values than the training's, features have no meaning
@@ -37,6 +38,11 @@ def adapter_folder(path: str | Path, field: str = "adapter") -> Path:
         raise ConfigError(f"{field}: no folder at {folder}; give the --out of adapt, or its adapter/")
     if (folder / "model" / "trained.safetensors").exists():
         raise ConfigError(f"{field}: {folder} is a run of finetune; upstep_fast.load_finetuned reads its model/")
+    if is_refused(folder):
+        raise ConfigError(
+            f"{field}: {folder} holds a run whose adapter was refused, as it made the features worse; use the base "
+            f"model, or {folder / REFUSED} all the same"
+        )
     if os.path.lexists(folder / RUN_CONFIG):
         raise ConfigError(f"{field}: {folder} holds a run without an adapter; complete it with adapt --resume")
     raise ConfigError(f"{field}: {folder} holds no {CONFIG}; give the folder OUT/adapter, or OUT of adapt")
@@ -47,6 +53,13 @@ def run_folder(path: str | Path) -> Path:
     folder = Path(path)
     is_adapter = os.path.lexists(folder / CONFIG) and not os.path.lexists(folder / RUN_CONFIG)
     return folder.parent if is_adapter and os.path.lexists(folder.absolute().parent / RUN_CONFIG) else folder
+
+
+def is_refused(path: object) -> bool:
+    """Return whether `path` is the folder of a run whose adapter was refused: the base model is kept."""
+    if not isinstance(path, (str, Path)) or "\0" in str(path) or holds_adapter(path):
+        return False
+    return all(os.path.lexists(Path(path) / name) for name in (RUN_CONFIG, f"{REFUSED}/{CONFIG}"))
 
 
 def holds_adapter(path: object) -> bool:
@@ -65,16 +78,19 @@ def with_adapter(flags: Mapping[str, Any], config_class: type) -> dict[str, Any]
     name = next((flag for flag in ("adapter", "from_") if flag in paths(config_class)), None)
     if name is None:
         return flags
-    if flags.get(name) is None and flags.get("model") != DEMO and holds_adapter(flags.get("model")):
+    model = flags.get("model")
+    if flags.get(name) is None and model != DEMO and (holds_adapter(model) or is_refused(model)):
         flags[name] = flags.pop("model")
     if not isinstance(flags.get(name), (str, Path)):
         return flags
-    return complete(flags) if name == "adapter" else _complete_start(flags)
+    keeps_base = "form" in paths(config_class)  # of what writes features
+    return complete(flags, keeps_base) if name == "adapter" else _complete_start(flags)
 
 
-def complete(flags: Mapping[str, Any]) -> dict[str, Any]:
+def complete(flags: Mapping[str, Any], keeps_base: bool = False) -> dict[str, Any]:
     """Return `flags` with adapter/ of a run as the adapter, and with the flags of its model where they have none.
 
+    keeps_base: the folder of a run whose adapter was refused stays as it is; its flags are those of the base model.
     Raises ConfigError if the folder holds no adapter or names no model, and, without any_base, if one of --arch,
     --in-chans, --mean and --std contradicts the training. --img-size and --model override: another size is a matter
     of choice, and another model is refused when it is loaded (model/adapter_base.py).
@@ -82,7 +98,8 @@ def complete(flags: Mapping[str, Any]) -> dict[str, Any]:
     model = flags.get("model")
     if model is not None and not Path(flags["adapter"]).exists():
         return dict(flags)  # refused when it is read: a command can be checked where its files are not
-    folder = adapter_folder(flags["adapter"])
+    refused = keeps_base and is_refused(flags["adapter"])
+    folder = Path(flags["adapter"], REFUSED) if refused else adapter_folder(flags["adapter"])
     flags = {name: value for name, value in flags.items() if value is not None or name not in paths(BackboneConfig)}
     recorded = model_flags(folder)
     is_other = model is not None and str(model) != recorded.get("model")
@@ -94,7 +111,7 @@ def complete(flags: Mapping[str, Any]) -> dict[str, Any]:
         recorded = {"model": recorded.get("model")}
     if is_other:  # the same weights in another place, perhaps
         recorded = {name: value for name, value in recorded.items() if name not in ("arch", "min_matched")}
-    return recorded | flags | {"adapter": str(folder)}
+    return recorded | flags | {"adapter": str(folder.parent if refused else folder)}
 
 
 def _complete_start(flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from upstep_fast.config.base import ModelConfig, RuntimeConfig, at_least, below
 from upstep_fast.errors import ConfigError
@@ -47,6 +48,8 @@ class EmbedConfig(ModelConfig):
     """Use the adapter on another base model than the one that it was trained on."""
     ensemble: bool = False
     """Concatenate the base model's and the adapted features, each of unit length."""
+    form: Literal["auto", "plain"] = "auto"
+    """auto: append whitened features if the run's folder holds their whitening; plain: the model's features alone."""
     fit_whitening: str | None = None
     """Fit whitening on these images, save it here, and append whitened features."""
     whitening: str | None = None
@@ -64,3 +67,5 @@ class EmbedConfig(ModelConfig):
             raise ConfigError("ensemble: needs --adapter; without one there is nothing to join the base features with")
         if self.fit_whitening is not None and self.whitening is not None:
             raise ConfigError("whitening and fit_whitening: give one of them, not both")
+        if self.form == "plain" and (self.fit_whitening or self.whitening) is not None:
+            raise ConfigError("form: plain features have no whitening; leave out --form, or the whitening")

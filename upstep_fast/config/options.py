@@ -29,6 +29,7 @@ class AdaptOptions(TypedDict, total=False):
     tensorboard: bool
     log_to: Sequence[str]
     report_images: bool
+    whitening: Literal["auto", "off"]
     method: Literal["upstep", "explora"]
     preset: Literal["gentle", "balanced", "strong"] | None
     batch_size: int
@@ -236,6 +237,7 @@ class EmbedOptions(TypedDict, total=False):
     adapter: str | Path | None
     any_base: bool
     ensemble: bool
+    form: Literal["auto", "plain"]
     fit_whitening: str | Path | None
     whitening: str | Path | None
     batch_size: int

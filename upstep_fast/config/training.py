@@ -53,6 +53,8 @@ class AdaptOutputConfig(OutputConfig):
     """Also send every number of metrics.jsonl to tensorboard (events in --out), wandb or mlflow, one or several."""
     report_images: bool = True
     """Compute features of 512 images with the base and the adapted model at the end, for the plots in report.html."""
+    whitening: Literal["auto", "off"] = "auto"
+    """Fit a whitening to at most 2,048 of the training images at the end, for embed; at most 5 % of the run's work."""
 
     def __post_init__(self) -> None:
         """Check every field. Raises ConfigError."""

@@ -8,12 +8,14 @@ import logging
 import os
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
 from torch import Tensor
 
+from upstep_fast.config.adapter_folder import is_refused, run_folder
 from upstep_fast.config.evaluate import EmbedConfig
 from upstep_fast.config.files import from_options
 from upstep_fast.config.options import EmbedOptions
@@ -22,7 +24,7 @@ from upstep_fast.data.sources.source import open_configured
 from upstep_fast.errors import ConfigError
 from upstep_fast.evaluation import whitening
 from upstep_fast.evaluation.features import append_whitened, extract, load_models, unwhitened
-from upstep_fast.evaluation.whitening import Whitening
+from upstep_fast.evaluation.whitening import OtherModelError, Whitening
 from upstep_fast.model import peft_format, pooling
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.model.identity import model_identity
@@ -43,15 +45,25 @@ def embed(
 ) -> Path:
     """Write the features of every image with its path to `out` and return `out`; keywords: `upstep-fast embed --help`.
 
-    Features of width D give [N, D], with ensemble [N, 2 D]; a whitening makes them three times as wide, or twice for
-    models whose features are the mean patch token. Raises UpstepError.
+    Features of width D give [N, D], with ensemble [N, 2 D]; a whitening, by default that of the run's folder, makes
+    them three times as wide, or twice for models whose features are the mean patch token. Raises UpstepError.
     """
-    return run_embed(from_options(EmbedConfig, {"model": model, "data": data, "out": out, **keywords}, "embed"))
+    return run_embed(from_options(EmbedConfig, {"model": model, "data": data, "out": out, **keywords}, "embed")).out
 
 
-def run_embed(config: EmbedConfig) -> Path:
+@dataclass(frozen=True)
+class Embedded:
+    """What `run_embed` wrote: [N, D] features, and what they are, in words."""
+
+    out: Path
+    shape: tuple[int, int]
+    form: str
+
+
+def run_embed(config: EmbedConfig) -> Embedded:
     """Run the embed command, see `embed`. Raises UpstepError."""
     out = Path(config.out)
+    config, own = with_run(config)
     if distributed.is_first():
         _check_files(out, config)
     compute = resolve(config.runtime.device, config.runtime.precision, config.runtime.implementation)
@@ -59,10 +71,13 @@ def run_embed(config: EmbedConfig) -> Path:
         source = open_configured(config.data)
         log.info("data: %s", source.summary)
         models = load_models(config)
-        whitens = bool(config.whitening or config.fit_whitening)
+        whitens = bool(config.whitening or config.fit_whitening or own)
         identity = model_identity(models["base"]) if whitens else {}
         fingerprints = whitening_fingerprints(identity["sha256"], config) if whitens else {}
-        fitted = read_whitening(config, models, fingerprints, identity) if config.whitening else {}
+        fitted: dict[str, Whitening] = {}
+        if config.whitening or own:
+            fitted = read_whitening(config, own, models, fingerprints, identity)
+            whitens = bool(fitted)
         x, indices = extract(source, models, config, compute, patches=whitens, name="embed")
         contents: dict[Path, Content] = {}
         if config.fit_whitening:
@@ -73,16 +88,52 @@ def run_embed(config: EmbedConfig) -> Path:
         if distributed.is_first():
             contents |= WRITERS[out.suffix](out, features[kind], [source.name(i) for i in indices])
             _write(contents)
-    return out
+        form = f"{kind}, whitened features appended" if fitted else f"{kind}, plain"
+        return Embedded(out, (len(indices), features[kind].shape[1]), form)
+
+
+def with_run(config: EmbedConfig) -> tuple[EmbedConfig, Path | None]:
+    """Return the configuration, without an adapter that its run refused, and the whitening in the run's folder.
+
+    None with --form plain, with another whitening, and where there is none. Both are logged. Raises ConfigError.
+    """
+    if config.adapter is None:
+        return config, None
+    folder = run_folder(config.adapter)
+    if is_refused(config.adapter):
+        if config.ensemble:
+            raise ConfigError(f"ensemble: the adapter of {folder} was refused; leave out --ensemble for the base model")
+        log.warning("adapter: that of %s was refused, as it made the features worse: base model used", folder)
+        config = replace(config, adapter=None)
+    if config.form == "plain" or config.whitening or config.fit_whitening:
+        return config, None
+    file = folder / whitening.FILE
+    if os.path.lexists(file):
+        return config, file
+    log.info("form: plain, as %s holds no %s; --fit-whitening fits one", folder, whitening.FILE)
+    return config, None
 
 
 def read_whitening(
-    config: EmbedConfig, models: Mapping[str, Backbone], fingerprints: Mapping[str, str], identity: Mapping[str, Any]
+    config: EmbedConfig,
+    own: Path | None,
+    models: Mapping[str, Backbone],
+    fingerprints: Mapping[str, str],
+    identity: Mapping[str, Any],
 ) -> dict[str, Whitening]:
-    """Return the whitenings in the file of --whitening, by model. Raises ConfigError if they are of other models."""
-    assert config.whitening is not None
+    """Return the whitenings of --whitening, or of the run's folder (`own`, of `with_run`), by model.
+
+    The folder's are left out, with a warning, if they were fitted to other models or another input. Raises ConfigError.
+    """
     base = models["base"]
-    return whitening.read(config.whitening, fingerprints, identity, (pooling.num_parts(base.vit), base.width))
+    facts = fingerprints, identity, (pooling.num_parts(base.vit), base.width)
+    try:
+        return whitening.read(config.whitening or own or "", *facts)
+    except OtherModelError as error:
+        if config.whitening:
+            raise
+        log.warning("form: plain: %s", error)
+        return {}
 
 
 def _files(out: Path, config: EmbedConfig) -> dict[Path, str]:

@@ -20,14 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from upstep_fast.config.adapter_folder import RUN_CONFIG, adapter_folder, holds_adapter, run_folder
+from upstep_fast.config.adapter_folder import RUN_CONFIG, adapter_folder, holds_adapter, is_refused, run_folder
 from upstep_fast.config.evaluate import EmbedConfig
 from upstep_fast.config.files import from_options
 from upstep_fast.data.loading.eval_transform import EvalTransform
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import ConfigError, DataError, RunFailedError
 from upstep_fast.evaluation import whitening
-from upstep_fast.evaluation.embeddings import read_whitening, whitening_fingerprints
+from upstep_fast.evaluation.embeddings import read_whitening, whitening_fingerprints, with_run
 from upstep_fast.evaluation.features import feature_function, load_models
 from upstep_fast.evaluation.image_inputs import transformed_images
 from upstep_fast.evaluation.whitening import Whitening
@@ -37,8 +37,6 @@ from upstep_fast.model.identity import model_identity
 from upstep_fast.runtime import machine
 from upstep_fast.runtime.device import Compute, resolve
 from upstep_fast.runtime.progress import track
-
-WHITENING = "whitening.safetensors"  # of a run's folder
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -194,7 +192,7 @@ def load(
     source: str | Path,
     *,
     model: str | Path | None = None,
-    whiten: bool | str | Path = False,
+    whiten: bool | str | Path | None = None,
     device: str = "auto",
     precision: str = "auto",
     implementation: str = "auto",
@@ -204,19 +202,22 @@ def load(
 
     source: the folder of a run of `adapt` or of an adapter, which names its model; or the name of a model, as `adapt`
     takes it. model: the name of an adapter's base model, where its own is at another place. whiten: append whitened
-    features: a file of `embed --fit-whitening`, or True for whitening.safetensors in the run's folder. options: arch,
+    features, which measured best: by the whitening in the run's folder if it holds one (None), must hold one (True);
+    by a file of `embed --fit-whitening`; or not at all (False). A run whose adapter was refused gives the base model.
+    options: arch,
     img_size, in_chans, mean, std, min_matched and any_base, as for `embed`; None: as in training. device, precision,
     implementation: as for `embed`. Raises ConfigError.
     """
     options |= _places(source, model)
-    fitted = _whitening_file(source, whiten) if whiten else None
-    options |= {"device": device, "precision": precision, "implementation": implementation, "whitening": fitted}
-    config = from_options(EmbedConfig, options | {"data": (), "out": ""}, "load")
+    options |= {"whitening": _whitening_file(source, whiten)} if whiten else {}
+    options |= {"form": "plain"} if whiten is False else {}
+    options |= {"device": device, "precision": precision, "implementation": implementation}
+    config, own = with_run(from_options(EmbedConfig, options | {"data": (), "out": ""}, "load"))
     resolve(device, precision, implementation)  # before the weights are read
     models = load_models(config)
     name = "base" if config.adapter is None else "adapted"
-    by = None if fitted is None else _read_whitening(config, models)[name]
-    return FeatureModel(models[name], device, precision, implementation, config.adapter, by)
+    fitted = _read_whitening(config, own, models) if config.whitening or own else {}
+    return FeatureModel(models[name], device, precision, implementation, config.adapter, fitted.get(name))
 
 
 def _places(source: str | Path, model: str | Path | None) -> dict[str, Any]:
@@ -225,20 +226,21 @@ def _places(source: str | Path, model: str | Path | None) -> dict[str, Any]:
         raise ConfigError(f"load: got a {type(source).__name__}, must be a folder of adapt or the name of a model")
     if model is None and not holds_adapter(source) and not (Path(source) / RUN_CONFIG).is_file():
         return {"model": source}
-    return {"adapter": adapter_folder(source, "load")} | ({} if model is None else {"model": model})
+    folder = source if is_refused(source) else adapter_folder(source, "load")
+    return {"adapter": folder} | ({} if model is None else {"model": model})
 
 
 def _whitening_file(source: str | Path, whiten: bool | str | Path) -> str:
     if whiten is not True:
         return str(whiten)
-    if not holds_adapter(source):
+    if not (holds_adapter(source) or is_refused(source)):
         raise ConfigError(f"whiten: {source} is no run's folder; give a file of embed --fit-whitening")
-    file = run_folder(source) / WHITENING
+    file = run_folder(source) / whitening.FILE
     if not file.exists():
         raise ConfigError(f"whiten: there is no {file}; write it with embed --fit-whitening, or use m.fit_whitening")
     return str(file)
 
 
-def _read_whitening(config: EmbedConfig, models: dict[str, Backbone]) -> dict[str, Whitening]:
+def _read_whitening(config: EmbedConfig, own: Path | None, models: dict[str, Backbone]) -> dict[str, Whitening]:
     identity = model_identity(models["base"])
-    return read_whitening(config, models, whitening_fingerprints(identity["sha256"], config), identity)
+    return read_whitening(config, own, models, whitening_fingerprints(identity["sha256"], config), identity)

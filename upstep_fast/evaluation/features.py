@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from upstep_fast.config.evaluate import EmbedConfig, EvalConfig
 from upstep_fast.config.flat import flat
@@ -32,6 +32,8 @@ from upstep_fast.runtime.progress import track
 from upstep_fast.version import __version__
 
 log = logging.getLogger("upstep_fast")
+
+FEW = 32  # images of a batch of `plain_features`
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,34 @@ def feature_function(
         return reference
     dtype = compute.dtype or torch.float32
     return engine.make_features(vit, dtype, "fast", fallback=reference, fp8=compute.fp8, pool=pool)[0]
+
+
+@torch.no_grad()
+def plain_features(
+    source: Source,
+    base: Backbone,
+    vits: Sequence[nn.Module],
+    compute: Compute,
+    num_workers: int | None,
+    pool: Callable[[Any, Tensor], Tensor],
+) -> tuple[list[int], list[Tensor]]:
+    """Return the indices of the readable images, and each model's unit features of them, fp32 [N, D] or [N, P, D].
+
+    For few images on one rank: without the engine, which compiles first. base: names the transform; vits: on the
+    device. pool: a model and normalized images -> [B, D] or [B, P, D]. Raises DataError if none can be read.
+    """
+    read: list[int] = []
+    rows: list[list[Tensor]] = [[] for _ in vits]
+    arguments = base.eval_transform_args | {"batch_size": FEW, "num_workers": num_workers}
+    for batch, images in load_images(source, **arguments, max_bad_fraction=1.0):
+        x = base.normalized(images.to(compute.device))
+        read += batch.tolist()
+        for features, vit in zip(rows, vits, strict=True):
+            with compute.autocast():
+                features.append(F.normalize(pool(vit, x).float(), dim=-1).cpu())
+    if not read:
+        raise DataError("data: none of the images could be read")
+    return read, [torch.cat(features) for features in rows]
 
 
 def unwhitened(x: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -37,8 +37,14 @@ from upstep_fast.model.identity import differences
 
 log = logging.getLogger("upstep_fast")
 
-IDENTITY = "model_identity"  # in the metadata of the file: JSON
+FILE = "whitening.safetensors"  # in the folder of a run
+IDENTITY, FORM = "model_identity", "form"  # in the metadata of the file; the first is JSON
+APPENDED = "[x / sqrt(2), w(x) / 2, w(p) / 2]"  # phi, or its equal without p
 MIN_SPREAD = 1e-10  # of unit vectors, tr(C): below it they differ only by rounding
+
+
+class OtherModelError(ConfigError):
+    """A whitening was fitted to another model than it is to be used with."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,8 @@ def content(
     identity: of the base model (`model.identity`), whose settings and preprocessing the fingerprints do not cover.
     """
     tensors = {f"{name}.{part}": x.contiguous() for name, one in fitted.items() for part, x in vars(one).items()}
-    return lambda file: file.write(save(tensors, metadata={**fingerprints, IDENTITY: json.dumps(identity or {})}))
+    metadata = {**fingerprints, IDENTITY: json.dumps(identity or {}), FORM: APPENDED}
+    return lambda file: file.write(save(tensors, metadata=metadata))
 
 
 def read(
@@ -104,23 +111,13 @@ def read(
     """Read the whitenings of these models.
 
     identity: of the base model; files of earlier versions have none. shape: (P, D) of the features; None: as in the
-    file. Raises ConfigError if the file is damaged, was fitted to other models, or holds no whitening of that shape.
+    file. Raises OtherModelError if the file was fitted to other models, ConfigError if it is damaged, of another form,
+    or holds no whitening of that shape.
     """
     require_regular(Path(path), "whitening")
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            for name, fingerprint in fingerprints.items():
-                if metadata.get(name) != fingerprint:
-                    raise ConfigError(
-                        f"whitening: {path} was not fitted to this {name} model; fit one with --fit-whitening"
-                    )
-            then = json.loads(metadata.get(IDENTITY, "{}"))  # earlier versions wrote none
-            if different := differences(then if isinstance(then, dict) else {}, identity or {}):
-                raise ConfigError(
-                    f"whitening: {path} was fitted to another model, of the same weights: {'; '.join(different[:5])}; "
-                    "fit one with --fit-whitening"
-                )
+            _check_origin(file.metadata() or {}, fingerprints, identity or {}, str(path))
             for name in fingerprints:
                 _check_shape(file, name, shape, str(path))
             fitted = {
@@ -135,6 +132,22 @@ def read(
         if reason := _unusable(one):
             raise ConfigError(f"whitening: {path}: {name} {reason}; fit one with --fit-whitening")
     return fitted
+
+
+def _check_origin(
+    metadata: Mapping[str, str], fingerprints: Mapping[str, str], identity: Mapping[str, Any], path: str
+) -> None:
+    if (form := metadata.get(FORM, APPENDED)) != APPENDED:  # earlier versions wrote none
+        raise ConfigError(f"whitening: {path} is for features of the form {form[:100]}; update upstep-fast")
+    for name, fingerprint in fingerprints.items():
+        if metadata.get(name) != fingerprint:
+            raise OtherModelError(f"whitening: {path} was not fitted to this {name} model; fit one with --fit-whitening")
+    then = json.loads(metadata.get(IDENTITY, "{}"))  # earlier versions wrote none
+    if different := differences(then if isinstance(then, dict) else {}, identity):
+        raise OtherModelError(
+            f"whitening: {path} was fitted to another model, of the same weights: {'; '.join(different[:5])}; "
+            "fit one with --fit-whitening"
+        )
 
 
 def _check_shape(file: Any, name: str, shape: tuple[int, int] | None, path: str) -> None:

@@ -51,13 +51,13 @@ class Embedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
 
     def fit(self, X: Any, y: Any = None) -> Embedder:
         """Load the model and fit the whitening to images X. Raises ConfigError, DataError, RunFailedError."""
-        model = load(self.model, device=self.device, precision=self.precision)
+        model = load(self.model, whiten=False, device=self.device, precision=self.precision)
         self.feature_model_ = model.fit_whitening(X, self.batch_size, self.num_workers) if self.whiten else model
         return self
 
     def fit_transform(self, X: Any, y: Any = None, **fit_params: Any) -> np.ndarray:
         """Fit and transform with one pass of the images X through the model -> fp32 [N, D]. Raises as `fit`."""
-        model = load(self.model, device=self.device, precision=self.precision)
+        model = load(self.model, whiten=False, device=self.device, precision=self.precision)
         if not self.whiten:
             self.feature_model_ = model
             return self.transform(X)

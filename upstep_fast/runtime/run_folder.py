@@ -41,6 +41,7 @@ _RESULTS = (
     "pictures.json",
     "model",
     "verdict.json",
+    "whitening.safetensors",
 )
 
 _held: dict[Path, tuple[int, int]] = {}  # folder: inodes of it and of its run.lock, while this process holds them

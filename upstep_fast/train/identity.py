@@ -42,6 +42,7 @@ _FREE = {
     *("model", "data", "out", "overwrite", "resume", "checkpoint_every", "log_every", "num_workers"),
     *("max_bad_fraction", "device", "debug", "tensorboard", "log_to", "verify_resume", "auto_batch", "rank_timeout"),
     *("memory_check", "report_images", "strength", "strength_first", "keep_checkpoints", "cuda_graphs", "any_base"),
+    "whitening",
     "verdict",  # the images that it holds out are not among the run's, which are compared by content
 }
 # what chooses a CPU's instructions, and so the last bits of its matrix products

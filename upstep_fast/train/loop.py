@@ -25,6 +25,7 @@ from upstep_fast.train.adapter_check import check_adapter
 from upstep_fast.train.batches import initial_views, make_loader
 from upstep_fast.train.identity import Identity, agree, identify
 from upstep_fast.train.replay_check import ReplayCheck
+from upstep_fast.train.run_whitening import write_whitening
 from upstep_fast.train.run_writer import RunWriter
 from upstep_fast.train.state import AdaptResult, RunState, fresh_state
 from upstep_fast.train.step import step
@@ -84,6 +85,7 @@ def train(
                         "continue with the same command and --resume"
                     )
         _finish(config, compute, state, loader, validator, writer, out)
+        write_whitening(config, compute, source, base, identity.backbone, out)
         verdicts = verdict.judge_written(config, compute, held_out, base, validator, out)
         _write_card(config, state, source, [f"{v.kind}: {v.text}" for v in verdicts if v is not None], out)
     seconds = time.monotonic() - began
@@ -151,10 +153,11 @@ def _write_card(config: AdaptConfig, state: RunState, source: Source, verdicts: 
 
 
 def needs_base(config: AdaptConfig) -> bool:
-    """Return whether this rank compares with the base model: validation, verdict, --verify-resume, report."""
-    makes_images = config.output.report_images and distributed.is_first()
+    """Return whether this rank needs the base model: validation, verdict, --verify-resume, report, whitening."""
+    output_of_first = config.output.report_images or config.output.whitening != "off"
+    makes_files = output_of_first and distributed.is_first()
     gives_verdict = isinstance(config.validation.verdict, int) and distributed.is_first()
-    return bool(config.validation.every or config.checkpoints.verify or makes_images or gives_verdict)
+    return bool(config.validation.every or config.checkpoints.verify or makes_files or gives_verdict)
 
 
 def gate_rule(config: AdaptConfig) -> gates.GateRule:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.adapter_folder import REFUSED
 from upstep_fast.data.keyed_random import uniform
 from upstep_fast.data.loading.loader import Loader
 from upstep_fast.data.sources.source import Source
@@ -45,7 +46,7 @@ from upstep_fast.train.strength import Gain
 
 log = logging.getLogger("upstep_fast")
 
-HISTORY, BEST, REFUSED = "judgement.jsonl", "best", "adapter-refused"
+HISTORY, BEST = "judgement.jsonl", "best"
 LARGEST, SMALLEST, SHARE = 256, 16, 0.1  # number of held-out images: SHARE of all, within these
 _VIEWS_SEED = 0x5EED  # of the held-out views; the same in every run
 

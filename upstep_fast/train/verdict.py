@@ -17,17 +17,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
 from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.adapter_folder import REFUSED
 from upstep_fast.config.flat import replace_flat
 from upstep_fast.config.resolve import resolve
 from upstep_fast.config.training import MIN_VERDICT_IMAGES
-from upstep_fast.data.loading.loader import load_images
 from upstep_fast.data.sources.source import Source
 from upstep_fast.errors import CheckFailedError, ConfigError, UpstepError, first_line
+from upstep_fast.evaluation.features import plain_features
 from upstep_fast.evaluation.verdict import FILE, Verdict, label_free_verdict, measured_verdict, to_json
 from upstep_fast.model import lora, peft_format, pooling
 from upstep_fast.model.backbone import Backbone
@@ -38,13 +35,12 @@ from upstep_fast.runtime.atomic_file import write_atomic
 from upstep_fast.runtime.device import Compute
 from upstep_fast.runtime.progress import track
 from upstep_fast.train import validator
-from upstep_fast.train.validator import REFUSED, SMALLEST, NoValidator, Validator, num_held_out
+from upstep_fast.train.validator import SMALLEST, NoValidator, Validator, num_held_out
 
 log = logging.getLogger("upstep_fast")
 
 SHARE = 0.05  # of the run
 PASSES = 6  # of a held-out image: two views and, with labels, the image itself, through two models
-BATCH_SIZE = 32
 
 Verdicts = tuple[Verdict | None, Verdict | None]  # label-free, measured
 
@@ -133,28 +129,12 @@ def _compare(
     label_free, measured = label_free_verdict(*judge.features_by(adapted)), None
     if held_out.labels is not None:
         models = (base.copy().vit.to(compute.device), adapted)
-        read, (before, after) = _features(config, compute, held_out, base, models)
+        workers = config.data.num_workers
+        read, (before, after) = plain_features(held_out, base, models, compute, workers, pooling.features)
         measured = measured_verdict(before, after, [held_out.labels[i] for i in read])
     with output.writing(out):
         write_atomic(out / FILE, to_json(label_free, measured))
     return label_free, measured
-
-
-@torch.no_grad()
-def _features(
-    config: AdaptConfig, compute: Compute, held_out: Source, base: Backbone, models: Sequence[nn.Module]
-) -> tuple[list[int], list[Tensor]]:
-    """Return the indices of the readable images and each model's unit features of them, [N, D]."""
-    read: list[int] = []
-    rows: list[list[Tensor]] = [[] for _ in models]
-    arguments = base.eval_transform_args | {"batch_size": BATCH_SIZE, "num_workers": config.data.num_workers}
-    for indices, images in load_images(held_out, range(len(held_out)), **arguments, max_bad_fraction=1.0):
-        x = base.normalized(images.to(compute.device))
-        read += indices.tolist()
-        for features, vit in zip(rows, models, strict=True):
-            with compute.autocast():
-                features.append(F.normalize(pooling.features(vit, x).float(), dim=-1).cpu())
-    return read, [torch.cat(features) for features in rows]
 
 
 def _refuse(verdict: Verdict, out: Path) -> None:
