@@ -141,7 +141,9 @@ def _check_origin(
         raise ConfigError(f"whitening: {path} is for features of the form {form[:100]}; update upstep-fast")
     for name, fingerprint in fingerprints.items():
         if metadata.get(name) != fingerprint:
-            raise OtherModelError(f"whitening: {path} was not fitted to this {name} model; fit one with --fit-whitening")
+            raise OtherModelError(
+                f"whitening: {path} was not fitted to this {name} model; fit one with --fit-whitening"
+            )
     then = json.loads(metadata.get(IDENTITY, "{}"))  # earlier versions wrote none
     if different := differences(then if isinstance(then, dict) else {}, identity):
         raise OtherModelError(
