@@ -131,7 +131,7 @@ def test_a_refused_run_keeps_the_base(copy, many, expected, tmp_path, caplog):
     assert upstep_fast.load(copy, whiten=False, **CPU).dim == 48
     all_the_same = upstep_fast.load(copy / "adapter-refused", **CPU)
     np.testing.assert_allclose(all_the_same.embed(many), expected["adapted"], rtol=0, atol=2e-4)
-    with pytest.raises(ConfigError, match="ensemble: the adapter of .* was refused"):
+    with pytest.raises(ConfigError, match=r"ensemble: the adapter of .* was refused"):
         upstep_fast.embed(copy, many, tmp_path / "e.npy", ensemble=True)
     for act in (upstep_fast.load_adapted, lambda folder: upstep_fast.evaluate(folder, many)):
         with pytest.raises(ConfigError, match=r"adapter: .* adapter was refused, .* or .*adapter-refused all the same"):
