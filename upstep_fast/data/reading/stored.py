@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from upstep_fast.errors import BadImage
+
+MAX_PIXELS = 178_956_970  # of one picture or window, Pillow's limit for an error
 File = bytes | memoryview | str  # encoded content, or the path of a regular file (of a folder for OME-Zarr)
 
 
@@ -28,6 +31,25 @@ class Layout:
     def size(self, axis: str) -> int:
         """Return the size along an axis; 1 for one that is not there."""
         return self.shape[self.axes.index(axis)] if axis in self.axes else 1
+
+    def window(self, piece: Piece) -> tuple[int, int, int, int]:
+        """Return a piece's window (top, left, height, width); the whole level without one.
+
+        Raises BadImage for a level, place or window outside the file, and for more than MAX_PIXELS pixels.
+        """
+        levels = self.levels or ((self.size("Y"), self.size("X")),)
+        if not 0 <= piece.level < len(levels):
+            raise BadImage(f"level {piece.level} of a file with {len(levels)} levels")
+        for axis, index in piece.at:
+            if not 0 <= index < self.size(axis):
+                raise BadImage(f"{axis}={index} of a file with {self.size(axis)} along {axis}")
+        rows, columns = levels[piece.level]
+        top, left, height, width = piece.window or (0, 0, rows, columns)
+        if min(top, left) < 0 or min(height, width) < 1 or top + height > rows or left + width > columns:
+            raise BadImage(f"a window of {height} x {width} at {top}, {left} in {rows} x {columns} pixels")
+        if height * width > MAX_PIXELS:
+            raise BadImage(f"{width} x {height} pixels, above the limit of {MAX_PIXELS}")
+        return top, left, height, width
 
 
 @dataclass(frozen=True)

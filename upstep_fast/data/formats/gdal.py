@@ -1,0 +1,85 @@
+"""Files opened by GDAL through rasterio: one file alone, one driver, no companions, no network.
+
+GDAL looks for files beside a picture (.aux.xml, .ovr, .msk, .wld), which may be a stranger's and change pixels. So
+folders are not listed, and only the driver that is named opens the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from upstep_fast.data.reading.stored import File
+from upstep_fast.errors import BadImage, first_line
+
+_OPTIONS = {
+    "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",  # no file is beside this one
+    "GDAL_PAM_ENABLED": "NO",  # no .aux.xml
+    "GDAL_NUM_THREADS": "1",  # images are decoded in threads already
+    "GTIFF_IGNORE_READ_ERRORS": "NO",
+    "CPL_DEBUG": "OFF",
+}
+_NAME = re.compile(r"\S*[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\S*")
+
+
+@contextlib.contextmanager
+def opened(file: File, driver: str, **options: Any) -> Iterator[Any]:
+    """Open a file as a rasterio dataset by one driver of GDAL. Raises BadImage, also for errors while it is read.
+
+    options: the driver's. A dataset is of one thread; datasets of several threads do not disturb each other.
+    """
+    rasterio = _rasterio()
+    options = {"driver": driver, "GEOREF_SOURCES": "NONE", **options}
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(rasterio.Env(**_OPTIONS))
+            if isinstance(file, str):
+                if file.startswith("/vsi"):  # a name that means a network or an archive to GDAL
+                    raise BadImage(f"the folder {os.path.dirname(file)} has a name that GDAL does not read as a folder")
+                yield stack.enter_context(rasterio.open(os.path.abspath(file), **options))
+            else:
+                memory = stack.enter_context(rasterio.io.MemoryFile(file))
+                yield stack.enter_context(memory.open(**options))
+        except rasterio.errors.RasterioError as error:
+            cause = error.__cause__ or error  # GDAL's own words
+            raise BadImage(f"cannot be decoded by GDAL: {_without_path(first_line(cause))}") from error
+
+
+def planes(dataset: Any, window: tuple[int, int, int, int]) -> np.ndarray:
+    """Return all bands of a window (top, left, height, width) as stored, [C, H, W]."""
+    top, left, height, width = window
+    array: np.ndarray = dataset.read(window=((top, top + height), (left, left + width)))
+    return array
+
+
+def num_bits(dataset: Any) -> int:
+    """Return the bits per sample that a dataset declares, the most of all bands; those of its type without a word."""
+    stated = [dataset.tags(band, ns="IMAGE_STRUCTURE").get("NBITS") for band in dataset.indexes]
+    return max(
+        int(bits) if bits else 8 * np.dtype(kind).itemsize for bits, kind in zip(stated, dataset.dtypes, strict=True)
+    )
+
+
+@functools.cache
+def _rasterio() -> Any:
+    try:
+        import rasterio
+        import rasterio.errors
+        import rasterio.io
+    except ImportError:
+        raise BadImage("needs the package rasterio: pip install 'upstep_fast[geo]'") from None
+    # that a picture lies nowhere on Earth is of no concern here
+    warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
+    return rasterio
+
+
+def _without_path(text: str) -> str:
+    """Return GDAL's text without the random name that a file in memory has there."""
+    return _NAME.sub("", text).strip()[:160]
