@@ -81,11 +81,11 @@ def _decode(data: bytes | memoryview, start: bytes, channels: int, max_pixels: i
         raise BadImage("the file is empty")
     if start.startswith(NPY):
         with decoding.hold(3 * len(data)):
-            return _shrunk(decode_npy(data, channels, max_pixels), min_side)
+            return shrunk(decode_npy(data, channels, max_pixels), min_side)
     if start[:4] in TIFF:
         return _decode_tiff(data, channels, max_pixels, min_side)
     if start.startswith(b"\xff\xd8"):
-        return _shrunk(_decode_jpeg(data, channels, max_pixels, min_side), min_side)
+        return shrunk(_decode_jpeg(data, channels, max_pixels, min_side), min_side)
     if start == png.SIGNATURE:
         png.check(data)
     return _decode_pillow(data, channels, max_pixels, min_side)
@@ -165,10 +165,10 @@ def _decode_tiff(data: bytes | memoryview, channels: int, max_pixels: int, min_s
         return _decode_pillow(data, channels, max_pixels, min_side, tiff=plan)
     with decoding.hold(plan.num_bytes):
         x = decode_tiff_bands(data, plan, channels, max_pixels)
-        return _shrunk(upright(x, plan.page.orientation), min_side)
+        return shrunk(upright(x, plan.page.orientation), min_side)
 
 
-def _shrunk(x: Tensor, min_side: int | None) -> Tensor:
+def shrunk(x: Tensor, min_side: int | None) -> Tensor:
     """Return an image at 1/2, 1/4, ... of its size, the mean over blocks, as long as both sides keep `min_side`.
 
     uint8 [C, H, W]. As libjpeg's scaled decoding: no crop of `min_side` or more pixels loses any, and a batch of large
@@ -204,7 +204,7 @@ def _decode_pillow(
                 image.load()
                 x = _to_tensor(image, channels, tiff)
             x = upright(x, orientation_of(image)).expand(channels, -1, -1)
-            return x if image.format == "JPEG" else _shrunk(x, min_side)  # a JPEG's corners are checked before
+            return x if image.format == "JPEG" else shrunk(x, min_side)  # a JPEG's corners are checked before
 
 
 def _num_bytes(image: Image.Image, size: tuple[int, int]) -> int:

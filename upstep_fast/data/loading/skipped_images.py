@@ -6,13 +6,15 @@ import csv
 import io
 from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from upstep_fast.data.decode.image import decode
+from upstep_fast.data.decode.piece import decode_piece
 from upstep_fast.data.loading.ordered_map import ordered_map
 from upstep_fast.data.loading.retries import may_pass, with_retries
+from upstep_fast.data.sources.part import Item
 from upstep_fast.data.sources.source import Source
 from upstep_fast.errors import BadImage, DataError, printable
 from upstep_fast.runtime.atomic_file import write_atomic
@@ -46,7 +48,11 @@ def read_image(source: Source, index: int, *, channels: int = 3, min_side: int |
     """Return the decoded image, uint8 [channels, H, W]. Raises BadImage, or as `with_retries`."""
 
     def read() -> Tensor:
-        return decode(read_bytes(source, index), channels=channels, min_side=min_side)
+        item = _read(source, index)
+        if item.kind is None:
+            return decode(item.file, channels=channels, min_side=min_side)  # type: ignore[arg-type]  # bytes
+        options: dict[str, Any] = {"channels": channels, "min_side": min_side, "reading": source.reading}
+        return decode_piece(item.kind, item.file, item.piece, layout=item.layout, **options)
 
     return with_retries(read, lambda: source.name(index))
 
@@ -55,6 +61,16 @@ def read_bytes(source: Source, index: int) -> bytes:
     """Return the encoded image. Raises BadImage, or OSError if it may pass: for use within `with_retries`."""
     try:
         return source.read(index)
+    except OSError as error:
+        if may_pass(error):
+            raise
+        raise BadImage(f"cannot be read: {error.strerror or error}") from error
+
+
+def _read(source: Source, index: int) -> Item:
+    """Return an image before it is decoded. Raises as `read_bytes`."""
+    try:
+        return source.item(index)
     except OSError as error:
         if may_pass(error):
             raise

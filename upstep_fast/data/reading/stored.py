@@ -59,10 +59,15 @@ class Piece:
     at: tuple[tuple[str, int], ...] = ()  # (axis, index); axes left out: index 0
     window: tuple[int, int, int, int] | None = None  # top, left, height, width in pixels of the level; None: all
     level: int = 0
+    maximum: tuple[str, int] | None = None  # (axis, size): the brightest values along it
+    stacked: tuple[str, int] | None = None  # (axis, size): its pictures are the bands
 
     def index(self, axis: str) -> int:
         """Return the place on an axis."""
         return dict(self.at).get(axis, 0)
+
+
+WHOLE = Piece()  # the first picture
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from upstep_fast.data.decode.image import SUFFIXES
-from upstep_fast.data.sources.part import NO_READER, Columns, Listing
+from upstep_fast.data.formats.kinds import NO_READER, PHOTOGRAPHS, missing_of
+from upstep_fast.data.sources.part import Columns, Listing
 
 _NO_TABLE = "write a CSV with the columns path,label, or give the folder as --data hf:FOLDER"
 _UNPACK = "unpack it and give the folder"
@@ -22,7 +22,7 @@ HINTS = {
     **dict.fromkeys((".json", ".jsonl", ".yaml", ".yml"), _NO_TABLE),
     **dict.fromkeys((".zip", ".7z", ".rar"), _UNPACK),
     **dict.fromkeys((".gz", ".tgz", ".bz2", ".xz", ".zst"), _DECOMPRESS),
-    **{suffix: "nothing here reads this kind; convert it to JPEG or PNG" for suffix in sorted(NO_READER)},
+    **{suffix: f"nothing here reads this kind; {cure}" for suffix, cure in NO_READER.items()},
 }
 
 
@@ -32,11 +32,11 @@ def no_images(where: str, split: str | None, columns: Columns, listing: Listing)
         return f"data: no test images in {where}; {'; '.join(listing.without_test)}"
     if columns.image is not None:
         return f"data: no images in {where} with the suffix {columns.image} (--image-column); give another or none"
-    message = f"data: no images in {where}; looked for files ending in {' '.join(SUFFIXES)}"
+    message = f"data: no images in {where}; looked for files ending in {' '.join(PHOTOGRAPHS)}"
     if listing.others:
         message += f"; it holds {listing.left_out()}"
     for kind in sorted(listing.others, key=lambda kind: kind not in _IN_FOLDERS):
-        if hint := _IN_FOLDERS.get(kind, HINTS.get(kind)):
+        if hint := _IN_FOLDERS.get(kind) or HINTS.get(kind) or missing_of(kind):
             path = listing.examples[kind]
             message += f"; {hint.format(path=path, folder=os.path.dirname(path))}"
             break

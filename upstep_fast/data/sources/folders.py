@@ -15,15 +15,17 @@ from upstep_fast.data.sources.part import (
     Listing,
     Names,
     Part,
+    is_unnamed_dicom,
     printable,
     read_image_file,
+    read_start,
 )
 from upstep_fast.data.sources.splits import TREE, find_splits, is_only_train, reading, taken_as_classes
 from upstep_fast.errors import DataError
 
 
 @dataclass(frozen=True, eq=False)
-class Files:
+class Files(Part):
     """Images in files, with names relative to `root` or absolute."""
 
     root: str
@@ -41,6 +43,18 @@ class Files:
     def read(self, index: int) -> bytes:
         """Return the encoded image. Raises OSError."""
         return read_image_file(self._path(index))
+
+    def file_name(self, index: int) -> str:
+        """Return the relative path."""
+        return os.fsdecode(self.names[index])
+
+    def file_path(self, index: int) -> str | None:
+        """Return the file's path."""
+        return self._path(index)
+
+    def start(self, index: int) -> bytes:
+        """Return the file's first bytes. Raises OSError."""
+        return read_start(self._path(index))
 
     def labels(self) -> list[str] | None:
         """Return the class of each image; None without classes."""
@@ -134,7 +148,7 @@ def _entries(root: bytes, folder: bytes, listing: Listing, suffixes: tuple[bytes
     for name, entry in entries.items():
         if _is(entry.is_dir):
             found.append((name, True))
-        elif not name.lower().endswith(suffixes):
+        elif not name.lower().endswith(suffixes) and not (suffixes is IMAGE_SUFFIXES and _is_unnamed_dicom(entry)):
             listing.add_other(entry.path)
         elif reason := _why_not(entry, entries, listing):
             listing.problems.append((printable(entry.path), reason))
@@ -153,6 +167,10 @@ def _why_not(entry: os.DirEntry[bytes], beside: dict[bytes, os.DirEntry[bytes]],
     if listing.has_files and not listing.is_new(entry.stat()):
         return ALREADY_LISTED
     return ""
+
+
+def _is_unnamed_dicom(entry: os.DirEntry[bytes]) -> bool:
+    return is_unnamed_dicom(entry.name, lambda: read_start(entry.path))
 
 
 def _is_features(path: bytes) -> bool:

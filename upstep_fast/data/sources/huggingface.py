@@ -17,7 +17,7 @@ LABEL_COLUMNS = ("label", "class")
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class Rows(Part):
     """One split of a dataset; images stay encoded in its arrow files."""
 
     title: str

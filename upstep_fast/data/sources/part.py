@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Protocol
 
 import numpy as np
 
-from upstep_fast.data.decode.image import SUFFIXES
+from upstep_fast.data.formats.kinds import DICOM, NO_READER, START, SUFFIXES, Kind, kind_of, missing_of, suffix_of
+from upstep_fast.data.reading.stored import WHOLE, File, Layout, Piece
 from upstep_fast.data.sources.splits import is_split
 from upstep_fast.errors import ConfigError, DataError
 from upstep_fast.input_files import open_regular
@@ -22,12 +24,6 @@ from upstep_fast.input_files import open_regular
 IMAGE_SUFFIXES = tuple(suffix.encode() for suffix in SUFFIXES)
 MAX_BYTES = 1 << 30  # of an encoded image; a larger file or member is none
 LARGE = 64 << 20  # an image of more bytes is not read out of a file that is made of holes
-# pictures of kinds that nothing here reads: worth a word where they lie among others
-NO_READER = {
-    *(".heic", ".heif", ".jxl", ".jp2", ".j2k", ".jpx", ".tga", ".ico", ".psd", ".exr", ".hdr", ".svg", ".eps", ".pdf"),
-    *(".dcm", ".svs", ".ndpi", ".nii", ".fits", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf", ".raw"),
-    *(".mp4", ".mov", ".avi", ".mkv", ".webm"),
-}
 ALREADY_LISTED = "already listed: the same file twice is counted once"
 
 Problem = tuple[str, str]
@@ -39,6 +35,16 @@ class Columns:
 
     image: str | None = None  # of a CSV or hf: data set; of a tar, the suffix of an image after its key
     label: str | None = None
+
+
+@dataclass(frozen=True)
+class Item:
+    """Image of a source before it is decoded."""
+
+    file: File
+    kind: Kind | None = None  # None: told from the bytes when they are decoded
+    piece: Piece = WHOLE
+    layout: Layout | None = None  # of the file, where it has a kind
 
 
 class Part(Protocol):
@@ -64,6 +70,30 @@ class Part(Protocol):
     def identity(self) -> Iterator[bytes]:
         """Yield names and sizes, for the source's fingerprint."""
 
+    def file_name(self, index: int) -> str:
+        """Return the name whose suffix tells the kind of the file."""
+        return self.name(index)
+
+    def file_path(self, index: int) -> str | None:
+        """Return the path of an image that is a file of its own; None for another."""
+        return None
+
+    def start(self, index: int) -> bytes:
+        """Return the first START bytes of the encoded image. Raises OSError."""
+        return self.read(index)[:START]
+
+    def item(self, index: int) -> Item:
+        """Return the encoded image, and which picture of it is meant. Raises OSError."""
+        return Item(self.read(index))
+
+    def digest(self, index: int) -> bytes:
+        """Return 8 bytes that two images share only if they are equal: BLAKE2b of the encoded one. Raises OSError."""
+        return hashlib.blake2b(self.read(index), digest_size=8).digest()
+
+    def groups(self) -> np.ndarray | None:
+        """Return the number of each image's file, [N] int64; None if each image is a file of its own."""
+        return None
+
 
 @dataclass
 class Listing:
@@ -80,8 +110,8 @@ class Listing:
 
     def add_other(self, path: bytes) -> None:
         """Count a file that is no image."""
-        suffix = os.path.splitext(path)[1].lower()
-        kind = printable(suffix) if 1 < len(suffix) <= 12 else "without a suffix"
+        suffix = suffix_of(os.fsdecode(path))
+        kind = printable(os.fsencode(suffix)) if 1 < len(suffix) <= 12 else "without a suffix"
         self.others[kind] += 1
         if kind not in self.examples:
             self.examples[kind] = printable(path)
@@ -113,10 +143,16 @@ class Listing:
     def left_out(self) -> str:
         """Return the number of files of other kinds: "3 .heic (no reader), 12 .txt"; empty if there are none."""
         kinds = self.others.most_common(8)
-        words = [f"{n:,} {kind}{' (no reader)' if kind in NO_READER else ''}" for kind, n in kinds]
+        words = [f"{n:,} {kind}{_why_left_out(kind)}" for kind, n in kinds]
         if rest := self.others.total() - sum(n for _, n in kinds):
             words.append(f"{rest:,} of other kinds")
         return ", ".join(words)
+
+
+def _why_left_out(suffix: str) -> str:
+    if suffix in NO_READER:
+        return " (no reader)"
+    return f" ({command})" if (command := missing_of(suffix)) else ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,6 +215,26 @@ def open_data(path: str | Path) -> BufferedReader:
         return open_regular(Path(path), "data")
     except ConfigError as error:
         raise DataError(str(error)) from error
+
+
+def read_start(path: str | bytes) -> bytes:
+    """Return the first START bytes of a regular file. Raises OSError, without waiting for a pipe."""
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with open(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError("not a regular file")
+        return file.read(START)
+
+
+def is_unnamed_dicom(name: bytes, start: Callable[[], bytes]) -> bool:
+    """Return whether a file without a suffix, or with the end of a UID as one, holds DICOM. start: its first bytes."""
+    suffix = os.path.splitext(name)[1][1:]
+    if suffix and not suffix.isdigit():
+        return False
+    try:
+        return kind_of("", start()) is DICOM
+    except OSError:
+        return False
 
 
 def read_image_file(path: str, offset: int = 0, size: int | None = None) -> bytes:

@@ -23,7 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from upstep_fast.config.base import DataConfig
-from upstep_fast.data.decode.image import SUFFIXES
+from upstep_fast.config.reading import Reading
+from upstep_fast.data.formats.kinds import SUFFIXES, suffix_of
 from upstep_fast.data.sources.explain import HINTS, no_images
 from upstep_fast.data.sources.folders import Files, open_folder
 from upstep_fast.data.sources.huggingface import open_dataset
@@ -31,20 +32,24 @@ from upstep_fast.data.sources.lists import LIST_SUFFIXES, read_list
 from upstep_fast.data.sources.part import (
     ALREADY_LISTED,
     Columns,
+    Item,
     Listing,
     Names,
     Part,
     Problem,
+    is_unnamed_dicom,
     printable,
+    read_start,
 )
 from upstep_fast.data.sources.patterns import matches_of
+from upstep_fast.data.sources.pieces import expand
 from upstep_fast.data.sources.splits import SPLITS, TREE, all_paths
 from upstep_fast.data.sources.tar_shards import open_tars
 from upstep_fast.errors import DataError, NoTestPartError
 from upstep_fast.runtime.progress import track
 
 log = logging.getLogger(__name__)
-_ANY = Columns()
+_ANY, _PLAIN = Columns(), Reading()
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +59,7 @@ class Source:
     parts: tuple[Part, ...]
     problems: tuple[Problem, ...] = ()  # (name, reason) of files and members that cannot be used
     summary: str = ""  # how many images were found, in which split, and what was left out
+    reading: Reading = _PLAIN
 
     @cached_property
     def _ends(self) -> list[int]:
@@ -68,9 +74,31 @@ class Source:
         return part.name(local)
 
     def read(self, index: int) -> bytes:
-        """Return the encoded image. Raises OSError if it cannot be read any more."""
+        """Return the encoded image, or the file that holds it. Raises OSError if it cannot be read any more."""
         part, local = self._locate(index)
         return part.read(local)
+
+    def item(self, index: int) -> Item:
+        """Return the encoded image, or a file and which picture of it is meant. Raises OSError."""
+        part, local = self._locate(index)
+        return part.item(local)
+
+    def digest(self, index: int) -> bytes:
+        """Return 8 bytes that two images share only if they are equal. Raises OSError."""
+        part, local = self._locate(index)
+        return part.digest(local)
+
+    def groups(self) -> np.ndarray | None:
+        """Return the number of each image's file, [N] int64; None if each image is a file of its own."""
+        of_parts = [part.groups() for part in self.parts]
+        if all(groups is None for groups in of_parts):
+            return None
+        result, first = [], 0
+        for part, groups in zip(self.parts, of_parts, strict=True):
+            numbers = np.arange(len(part)) if groups is None else groups
+            result.append(first + numbers)
+            first += int(numbers.max(initial=-1)) + 1
+        return np.concatenate(result)
 
     @cached_property
     def labels(self) -> list[str] | None:
@@ -105,12 +133,18 @@ class Source:
 
 
 @track("listing images")
-def open_source(paths: str | Path | Sequence[str | Path], split: str | None = None, columns: Columns = _ANY) -> Source:
+def open_source(
+    paths: str | Path | Sequence[str | Path],
+    split: str | None = None,
+    columns: Columns = _ANY,
+    reading: Reading = _PLAIN,
+) -> Source:
     """Return the source of the images at one or more PATHs; a file that is met twice counts once.
 
     split: "train" or "test" selects that split of each tree that has splits; of a tree without them "train" selects all
-    and "test" nothing; None selects all. columns: those that the user named. Raises DataError, naming the path and the
-    cure, when there are no images; NoTestPartError, which is one, when no path has splits and "test" is asked for.
+    and "test" nothing; None selects all. columns: those that the user named. reading: which pictures of a file are
+    images, and how their values become pixels. Raises DataError, naming the path and the cure, when there are no
+    images; NoTestPartError, which is one, when no path has splits and "test" is asked for.
     """
     if split not in (None, *SPLITS):
         raise ValueError(f"split: got {split!r}, must be None, {' or '.join(map(repr, SPLITS))}")
@@ -124,11 +158,11 @@ def open_source(paths: str | Path | Sequence[str | Path], split: str | None = No
         parts += _open(match, split, columns, listing)
     if split:
         listing.add_note(all_paths(matches))
-    parts = [part for part in parts if len(part)]
+    parts = [part for part in (expand(part, reading, listing) for part in parts) if len(part)]
     count = sum(map(len, parts))
     left_out = f"left out: {listing.left_out()}" if listing.others else ""
     words = [f"{count:,} image{'s' * (count != 1)}", *listing.notes, left_out]
-    source = Source(tuple(parts), tuple(listing.problems), "; ".join(word for word in words if word))
+    source = Source(tuple(parts), tuple(listing.problems), "; ".join(word for word in words if word), reading)
     if not count:
         kind = NoTestPartError if matches and len(listing.without_test) == len(matches) else DataError
         raise kind(no_images(", ".join(map(str, paths)), split, columns, listing))
@@ -156,12 +190,12 @@ def _open(match: str | list[str], split: str | None, columns: Columns, listing: 
         return open_dataset(match.removeprefix("hf:"), split, columns, listing)
     if os.path.isdir(match):
         return open_folder(match, split, listing)
-    suffix = os.path.splitext(match)[1].lower()
+    suffix = suffix_of(match)
     if suffix in LIST_SUFFIXES:
         return read_list(Path(match), split, columns, listing)
     if suffix in HINTS:
         raise DataError(f"data: {match} is no image, .tar file or list; {HINTS[suffix].format(path=match)}")
-    if suffix not in SUFFIXES:
+    if suffix not in SUFFIXES and not is_unnamed_dicom(os.fsencode(match), lambda: read_start(match)):
         return open_tars([match], split, columns, listing)
     if split == "test":
         listing.without_test.append(f"it must hold {TREE}; {match} is one image")

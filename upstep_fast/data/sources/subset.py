@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from upstep_fast.data.sources.part import Problem
+from upstep_fast.data.sources.part import Item, Part, Problem
 from upstep_fast.data.sources.source import Source
 
 
 @dataclass(frozen=True, eq=False)
-class Subset:
+class Subset(Part):
     """Part that holds the images at `indices` of another source, in that order."""
 
     source: Source
@@ -28,6 +28,19 @@ class Subset:
     def read(self, index: int) -> bytes:
         """Return the encoded image. Raises OSError."""
         return self.source.read(int(self.indices[index]))
+
+    def item(self, index: int) -> Item:
+        """Return the encoded image, and which picture of it is meant. Raises OSError."""
+        return self.source.item(int(self.indices[index]))
+
+    def digest(self, index: int) -> bytes:
+        """Return the digest in the source. Raises OSError."""
+        return self.source.digest(int(self.indices[index]))
+
+    def groups(self) -> np.ndarray | None:
+        """Return the number of each image's file, [N] int64; None if each image is a file of its own."""
+        groups = self.source.groups()
+        return None if groups is None else groups[self.indices]
 
     def labels(self) -> list[str] | None:
         """Return the class of each image, or None when the source has no classes."""
@@ -51,4 +64,4 @@ class Subset:
 def subset(source: Source, indices: Sequence[int] | np.ndarray, problems: Sequence[Problem] = ()) -> Source:
     """Return a source of the images at `indices` [N]; `problems` are added to those that skipped.csv lists."""
     part = Subset(source, np.asarray(indices, dtype=np.int64))
-    return Source((part,), (*source.problems, *problems), source.summary)
+    return Source((part,), (*source.problems, *problems), source.summary, source.reading)

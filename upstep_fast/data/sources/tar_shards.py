@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from upstep_fast.data.formats.kinds import START
 from upstep_fast.data.sources.part import (
     ALREADY_LISTED,
     IMAGE_SUFFIXES,
@@ -22,6 +23,7 @@ from upstep_fast.data.sources.part import (
     Listing,
     Names,
     Part,
+    is_unnamed_dicom,
     printable,
     read_image_file,
 )
@@ -34,7 +36,7 @@ _NOT_THE_IMAGE = "another image is called KEY.jpg and is read; name the suffix o
 
 
 @dataclass(frozen=True, eq=False)
-class TarMembers:
+class TarMembers(Part):
     """Images in a tar file, read by offset; the members' names are labels only."""
 
     path: str
@@ -54,6 +56,14 @@ class TarMembers:
     def read(self, index: int) -> bytes:
         """Return the encoded image. Raises OSError."""
         return read_image_file(self.path, int(self.offsets[index]), int(self.sizes[index]))
+
+    def file_name(self, index: int) -> str:
+        """Return the member's name."""
+        return os.fsdecode(self.names[index])
+
+    def start(self, index: int) -> bytes:
+        """Return the member's first bytes. Raises OSError."""
+        return read_image_file(self.path, int(self.offsets[index]), min(START, int(self.sizes[index])))
 
     def labels(self) -> list[str] | None:
         """Return the class of each image; None without classes."""
@@ -116,8 +126,8 @@ def _part(
     listing.problems += [(f"{label}/{name}", reason) for name, reason in index.problems]
     members = _last_of_each_name(path, index, prefix, listing)
     suffix = f".{columns.label or 'cls'}".lower().encode("utf-8", "surrogateescape")
-    images = [i for i in members if index.names[i].lower().endswith(IMAGE_SUFFIXES)]
-    others = [i for i in members if not index.names[i].lower().endswith(IMAGE_SUFFIXES)]
+    images = [i for i in members if _is_image(path, index, i)]
+    others = sorted(set(members) - set(images), key=index.names.__getitem__)
     for i in others:
         if not index.names[i].lower().endswith(suffix):
             listing.add_other(index.names[i].replace(b"\0", b"/"))
@@ -127,6 +137,13 @@ def _part(
     packed = Names.pack((index.names[i].replace(b"\0", b"/") for i in chosen), component=int(has_splits))
     offsets, sizes = (np.array(a, dtype=np.int64)[chosen] for a in (index.offsets, index.sizes))
     return TarMembers(path, packed, offsets, sizes, classes, reason)
+
+
+def _is_image(path: str, index: TarIndex, i: int) -> bool:
+    if index.names[i].lower().endswith(IMAGE_SUFFIXES):
+        return True
+    name, size = index.names[i].rpartition(b"\0")[2], min(START, index.sizes[i])
+    return is_unnamed_dicom(name, lambda: read_image_file(path, index.offsets[i], size))
 
 
 def _last_of_each_name(path: str, index: TarIndex, prefix: bytes, listing: Listing) -> list[int]:

@@ -1,0 +1,175 @@
+"""Files of several pictures: which ones are images, what they are called, and that those of a file stay together."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.helpers.photos import blurred_noise
+from upstep_fast.config.reading import Reading
+from upstep_fast.data.formats import kinds
+from upstep_fast.data.loading.skipped_images import read_image
+from upstep_fast.data.reading.axes import label, pieces, read
+from upstep_fast.data.reading.stored import Layout, Piece, Stored
+from upstep_fast.data.sources import open_source
+from upstep_fast.errors import BadImage, DataError
+
+
+def photo() -> Image.Image:
+    return blurred_noise(torch.Generator().manual_seed(0), 24)
+
+
+def stack_values(shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.fixture
+def stacks(monkeypatch):
+    """A kind of file, .fits, whose bytes are `np.save`d arrays with the axes in front: b"SIMPLE  =ZYX\\n"."""
+
+    def split(file) -> tuple[str, np.ndarray]:
+        data = Path(file).read_bytes() if isinstance(file, str) else bytes(file)
+        axes, _, array = data.removeprefix(b"SIMPLE  =").partition(b"\n")
+        if not axes.isalpha():
+            raise BadImage("no axes")
+        return axes.decode(), np.load(io.BytesIO(array))
+
+    def layout(file) -> Layout:
+        axes, array = split(file)
+        return Layout(axes, array.shape, "stack")
+
+    def read(file, piece) -> Stored:
+        axes, array = split(file)
+        for axis in axes:
+            if axis not in "YXC":
+                array = array.take(piece.index(axis), axes.index(axis))
+                axes = axes.replace(axis, "")
+        if "C" not in axes:
+            array, axes = array[None], "C" + axes
+        array = array.transpose([axes.index(axis) for axis in "CYX"])
+        return Stored(array, 0, 255)
+
+    monkeypatch.setattr(kinds, "missing", lambda kind: "")
+    monkeypatch.setattr(kinds, "module", lambda kind: types.SimpleNamespace(layout=layout, read=read))
+
+
+def write_stack(path: Path, axes: str, array: np.ndarray) -> None:
+    file = io.BytesIO()
+    np.save(file, array)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"SIMPLE  =" + axes.encode() + b"\n" + file.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "slices", "given", "expected"),
+    [
+        ("YX", (4, 5), "auto", None, [""]),
+        ("ZYX", (3, 4, 5), "all", None, ["z=0", "z=1", "z=2"]),
+        ("ZYX", (4, 4, 5), "middle", None, ["z=2"]),
+        ("TZYX", (2, 3, 4, 5), "middle", None, ["t=0,z=1", "t=1,z=1"]),
+        ("TZYX", (2, 3, 4, 5), "max", None, ["t=0", "t=1"]),
+        ("TYX", (3, 4, 5), "middle", None, ["t=1"]),
+        ("PCYX", (2, 3, 4, 5), "middle", None, ["p=0", "p=1"]),
+        ("FYX", (3, 4, 5), "max", None, [""]),
+        ("ZYX", (3, 4, 5), "auto", "CYX", [""]),
+        ("ZCYX", (2, 3, 4, 5), "auto", "CZYX", ["c=0", "c=1", "c=2"]),
+    ],
+)
+def test_pieces_of_a_layout(axes, shape, slices, given, expected):
+    assert [label(p) for p in pieces(Layout(axes, shape, "x"), Reading(slices=slices, axes=given))] == expected
+
+
+@pytest.mark.parametrize(("given", "said"), [("TZYX", "names 4"), ("XYZ", "moves Y or X")])
+def test_axes_that_do_not_fit(given, said):
+    with pytest.raises(BadImage, match=said):
+        pieces(Layout("ZYX", (3, 4, 5), "x"), Reading(axes=given))
+
+
+@pytest.mark.parametrize("kind", ["int16", "float32"])
+@pytest.mark.parametrize("inverted", [False, True])
+def test_maximum_is_the_brightest_valid_value(kind, inverted):
+    rng = np.random.default_rng(0)
+    values = rng.integers(-99, 99, (5, 2, 6, 7)).astype(kind)
+    valid = rng.random((5, 6, 7)) > 0.4
+    valid[:, 0, 0] = False
+    if kind == "float32":
+        values[rng.random(values.shape) > 0.8] = np.nan
+
+    def one(piece: Piece) -> Stored:
+        z = piece.index("Z")
+        return Stored(values[z], -99 - z, 99 + z, valid[z], inverted)
+
+    best = read(one, Piece(maximum=("Z", 5)))
+    masked = np.where(valid[:, None], values.astype(np.float64), np.nan)
+    filled = np.where(np.isfinite(masked), masked, np.inf if inverted else -np.inf)
+    expected = filled.min(0) if inverted else filled.max(0)
+    known = np.isfinite(expected)
+    assert np.array_equal(best.values[known], expected[known].astype(kind))
+    if kind == "float32":
+        assert best.valid is None and np.array_equal(np.isfinite(best.values), known)
+    else:
+        assert np.array_equal(best.valid, known.all(0))
+    assert (best.low, best.high) == (-103, 103)
+
+
+@pytest.mark.usefixtures("stacks")
+@pytest.mark.parametrize("container", ["folder", "tar", "list", "file"])
+def test_each_slice_is_an_image(container, tmp_path):
+    array = stack_values((3, 20, 24))
+    write_stack(tmp_path / "in/a/scan.fits", "ZYX", array)
+    if container != "file":
+        photo().save(tmp_path / "in/b.png")
+    path = {"folder": tmp_path / "in", "file": tmp_path / "in/a/scan.fits"}.get(container)
+    if container == "tar":
+        path = tmp_path / "x.tar"
+        with tarfile.open(path, "w") as tar:
+            tar.add(tmp_path / "in", "")
+    if container == "list":
+        path = tmp_path / "x.txt"
+        path.write_text("in/a/scan.fits\nin/b.png\n")
+    source = open_source(path)
+    assert [source.name(i).rpartition("scan.fits")[2] for i in range(3)] == ["#z=0", "#z=1", "#z=2"]
+    assert len(source) == (3 if container == "file" else 4)
+    for index in range(3):
+        assert torch.equal(read_image(source, index), torch.from_numpy(array[index]).expand(3, -1, -1))
+    assert "stack ZYX 3x20x24: 3 images of 1 channel" in source.summary
+    assert source.groups().tolist()[:3] == [0, 0, 0]
+    assert len({source.digest(i) for i in range(len(source))}) == len(source)
+
+
+@pytest.mark.usefixtures("stacks")
+def test_a_header_that_cannot_be_read_is_a_problem(tmp_path):
+    write_stack(tmp_path / "a.fits", "ZYX", stack_values((2, 8, 8)))
+    (tmp_path / "b.fits").write_bytes(b"SIMPLE  =\0\n")
+    source = open_source(tmp_path)
+    assert len(source) == 2 and source.problems == ((f"{tmp_path}/b.fits", "no axes"),)
+    (tmp_path / "a.fits").unlink()
+    with pytest.raises(DataError, match=r"the first of 1 problems: .*b\.fits: no axes"):
+        open_source(tmp_path)
+
+
+def test_a_missing_reader_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(kinds, "missing", lambda kind: f"pip install 'upstep_fast[{kind.extra}]'")
+    photo().save(tmp_path / "a.png")
+    (tmp_path / "b.nii.gz").write_bytes(b"x")
+    (tmp_path / "c.dcm").write_bytes(b"x")
+    assert "left out: 1 .nii.gz (pip install 'upstep_fast[medical]'), 1 .dcm" in open_source(tmp_path).summary
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(DataError, match=r"pip install 'upstep_fast\[medical\]'"):
+        open_source(tmp_path)
+
+
+@pytest.mark.usefixtures("stacks")
+def test_dicom_without_a_suffix_is_found(tmp_path):
+    for name in ("IM_0001", "1.2.840.10008"):
+        (tmp_path / name).write_bytes(bytes(128) + b"DICM")
+    (tmp_path / "README").write_text("x")
+    with pytest.raises(DataError, match="2 problems"):
+        open_source(tmp_path)

@@ -1,0 +1,185 @@
+"""Files that hold several pictures, slices, frames or tiles: a part with one image for each of them.
+
+Headers are read once, when a source is opened. A file that cannot be read is left out with its reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from upstep_fast.config.reading import Reading
+from upstep_fast.data.formats import kinds
+from upstep_fast.data.formats.kinds import Kind
+from upstep_fast.data.reading import axes
+from upstep_fast.data.reading.stored import WHOLE, File, Layout, Piece
+from upstep_fast.data.sources.part import Item, Listing, Part
+from upstep_fast.errors import BadImage
+from upstep_fast.runtime.progress import track
+
+THREADS = 8  # that read headers
+_PHOTOGRAPH: tuple[Layout | None, Sequence[Piece]] = (None, (WHOLE,))
+LAYOUTS = 3  # that are described, the most frequent ones
+
+
+@dataclass(frozen=True, eq=False)
+class Pieces(Part):
+    """Part whose images are pictures of another part's files."""
+
+    inner: Part
+    files: np.ndarray  # [F] int64, indices into `inner`
+    kinds: tuple[Kind | None, ...]  # of each file; None: a photograph
+    layouts: tuple[Layout | None, ...]  # of each file that has a kind
+    pieces: tuple[Sequence[Piece], ...]  # of each file; equal layouts share one sequence
+    ends: np.ndarray  # [F] int64: number of images up to and with each file
+    digests: dict[int, bytes] = field(default_factory=dict)  # of files, once they are known
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def name(self, index: int) -> str:
+        """Return the file's label, with the place of the picture in it: scan.nii.gz#z=12."""
+        file, piece = self._locate(index)
+        place = axes.label(piece)
+        return self.inner.name(int(self.files[file])) + (f"#{place}" if place else "")
+
+    def read(self, index: int) -> bytes:
+        """Return the encoded file that holds the picture. Raises OSError."""
+        return self.inner.read(int(self.files[self._locate(index)[0]]))
+
+    def item(self, index: int) -> Item:
+        """Return the file, and which picture of it. Raises OSError."""
+        file, piece = self._locate(index)
+        at, kind = int(self.files[file]), self.kinds[file]
+        path = self.inner.file_path(at) if kind is not None and len(self.pieces[file]) > 1 else None
+        return Item(self.inner.read(at) if path is None else _regular(path), kind, piece, self.layouts[file])
+
+    def digest(self, index: int) -> bytes:
+        """Return BLAKE2b of the file and the place in it, 8 bytes. Raises OSError."""
+        file, piece = self._locate(index)
+        at, place = int(self.files[file]), axes.label(piece)
+        if (of_file := self.digests.get(at)) is None:
+            of_file = self.digests[at] = self.inner.digest(at)
+        return hashlib.blake2b(of_file + place.encode(), digest_size=8).digest() if place else of_file
+
+    def labels(self) -> list[str] | None:
+        """Return the class of each image, its file's; None when not all files have one."""
+        labels = self.inner.labels()
+        return None if labels is None else [labels[at] for at in self.files[self.groups()]]
+
+    def unlabeled(self) -> str:
+        """Return why `labels` is None."""
+        return self.inner.unlabeled()
+
+    def groups(self) -> np.ndarray:
+        """Return the number of each image's file, [N] int64."""
+        return np.repeat(np.arange(len(self.files)), np.diff(self.ends, prepend=0))
+
+    def sizes_in_bytes(self) -> np.ndarray:
+        """Return the sizes of the images' files, [N] int64."""
+        return self.inner.sizes_in_bytes()[self.files][self.groups()]
+
+    def identity(self) -> Iterator[bytes]:
+        """Yield the files' identity, and which pictures of them are read."""
+        yield from self.inner.identity()
+        yield self.files.tobytes()
+        known: dict[int, bytes] = {}
+        for pieces in self.pieces:
+            if id(pieces) not in known:
+                known[id(pieces)] = hashlib.sha256("\n".join(map(repr, pieces)).encode()).digest()
+            yield known[id(pieces)]
+
+    def _locate(self, index: int) -> tuple[int, Piece]:
+        file = int(np.searchsorted(self.ends, index, side="right"))
+        return file, self.pieces[file][index - int(self.ends[file]) + len(self.pieces[file])]
+
+
+def expand(part: Part, reading: Reading, listing: Listing) -> Part:
+    """Return a part with one image for each picture of the files of `part`; itself where each file is one photograph.
+
+    Files whose header cannot be read, or whose reader is not installed, go to `listing`.
+    """
+    kinds_of = _kinds(part)
+    special = [index for index, kind in enumerate(kinds_of) if kind is not None and not kinds.missing(kind)]
+    absent = {index for index, kind in enumerate(kinds_of) if kind is not None and kinds.missing(kind)}
+    for index in absent:
+        listing.add_other(os.fsencode(part.file_name(index)))
+    if not special and not absent:
+        return part
+
+    def pieces_of(index: int) -> tuple[Layout, Sequence[Piece]] | str:
+        return _pieces(part, index, kinds_of[index], reading)
+
+    found: dict[int, tuple[Layout, Sequence[Piece]]] = {}
+    seen: Counter[str] = Counter()
+    with ThreadPoolExecutor(THREADS) as pool, track("reading headers", len(special), "files") as task:
+        for index, result in zip(special, pool.map(pieces_of, special), strict=True):
+            task.advance()
+            if isinstance(result, str):
+                listing.problems.append((part.name(index), result))
+                continue
+            seen[_described(result[0], reading, len(result[1]))] += 1
+            found[index] = result
+    _note(seen, listing)
+    kept = [i for i, kind in enumerate(kinds_of) if i in found or kind is None]
+    layouts, pieces = zip(*(found.get(i, _PHOTOGRAPH) for i in kept), strict=True) if kept else ((), ())
+    ends = np.cumsum([len(of_file) for of_file in pieces], dtype=np.int64)
+    return Pieces(part, np.array(kept, np.int64), tuple(kinds_of[i] for i in kept), layouts, pieces, ends)
+
+
+def _kinds(part: Part) -> list[Kind | None]:
+    """Return the kind of each file, None for photographs; their starts are read only where the name does not tell."""
+    result: list[Kind | None] = []
+    for index in range(len(part)):
+        name = part.file_name(index)
+        suffix = kinds.suffix_of(name)
+        if suffix in kinds.PHOTOGRAPHS:
+            result.append(None)
+            continue
+        try:
+            result.append(kinds.kind_of(name, part.start(index)))
+        except OSError:  # whoever decodes the image says why
+            result.append(None)
+    return result
+
+
+def _pieces(part: Part, index: int, kind: Kind | None, reading: Reading) -> tuple[Layout, Sequence[Piece]] | str:
+    """Return a file's layout and its pictures, or why it cannot be used."""
+    assert kind is not None
+    try:
+        path = part.file_path(index)
+        file: File = part.read(index) if path is None else _regular(path)
+        layout = kinds.layout(kind, file)
+        return layout, axes.pieces(layout, reading)  # equal layouts share one sequence
+    except BadImage as error:
+        return error.reason
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+
+
+def _regular(path: str) -> str:
+    """Return the path of a regular file. Raises OSError for another."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("not a regular file")
+    return path
+
+
+def _described(layout: Layout, reading: Reading, count: int) -> str:
+    bands = layout.size("C") if reading.axes is None else axes.renamed(layout, reading.axes).size("C")
+    images = f"{count:,} image{'s' * (count != 1)}"
+    return f"{axes.described(layout, reading)}: {images} of {bands} channel{'s' * (bands != 1)}"
+
+
+def _note(seen: Counter[str], listing: Listing) -> None:
+    """Say once for each layout what was made of its files, the most frequent ones first."""
+    for text, count in seen.most_common(LAYOUTS):
+        listing.add_note(text if count == 1 else f"{count:,} files {text} each")
+    if (rest := len(seen) - LAYOUTS) > 0:
+        listing.add_note(f"{rest:,} other layouts")
