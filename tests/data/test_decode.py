@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
+from upstep_fast.data.decode import fingerprint
 from upstep_fast.data.decode import image as decode_module
 from upstep_fast.data.decode.image import MAX_PIXELS, decode
 from upstep_fast.errors import BadImage
@@ -263,25 +264,25 @@ def test_min_side_decodes_large_jpegs_at_a_fraction():
 
 def test_decoder_fingerprint_changes_with_pixels(monkeypatch):
     """It is equal in another process, and changes with one level of one pixel or with a filter of the decoder."""
-    here = decode_module.decoder_fingerprint()
-    code = "from upstep_fast.data.decode.image import decoder_fingerprint as f; print(f())"
+    here = fingerprint.decoder_fingerprint()
+    code = "from upstep_fast.data.decode.fingerprint import decoder_fingerprint as f; print(f())"
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     reader, _, digest = here.partition(" ")
     assert here == there and reader in ("torchvision", "Pillow") and len(digest) == 64
     real = decode_module._to_array
 
-    def off_by_one(image, channels):
-        pixels = real(image, channels).copy()
+    def off_by_one(image, channels, tiff):
+        pixels = real(image, channels, tiff).copy()
         if image.mode == "CMYK":  # one picture of the twenty
             pixels.flat[0] ^= 1
         return pixels
 
     monkeypatch.setattr(decode_module, "_to_array", off_by_one)
-    assert decode_module.decoder_fingerprint.__wrapped__() != here
+    assert fingerprint.decoder_fingerprint.__wrapped__() != here
     monkeypatch.setattr(decode_module, "_to_array", real)
-    assert decode_module.decoder_fingerprint.__wrapped__() == here
+    assert fingerprint.decoder_fingerprint.__wrapped__() == here
     monkeypatch.setattr(JpegImageFile, "draft", lambda *_: None)
-    assert decode_module.decoder_fingerprint.__wrapped__() != here
+    assert fingerprint.decoder_fingerprint.__wrapped__() != here
 
 
 # what is not an image, or only a part of one

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from PIL import Image
+from tiff_files import BLACK_IS_ZERO, DEFLATE, FLOAT, NONE, RGB, SIGNED, UNSIGNED, WHITE_IS_ZERO, Kind, write_tiff
 
 from upstep_fast.config.reading import Intensity, Reading, intensity_text, parse_bands, parse_intensity, parse_tiles
+from upstep_fast.data.decode.image import decode
+from upstep_fast.data.decode.in_memory import pixels_of
 from upstep_fast.data.reading.intensity import to_bytes, to_pixels
 from upstep_fast.data.reading.stored import Stored
 from upstep_fast.errors import BadImage, ConfigError
@@ -184,3 +191,140 @@ def test_bands_and_tiles_are_parsed():
     for text in ("", "0", "224:0", "224:", "a", "224:112:1", "-5", "1.5"):
         with pytest.raises(ConfigError, match=r"^tiles: "):
             parse_tiles(text)
+
+
+# files: the same values in every kind that holds more than 8 bits
+
+RANGE = Reading(of_range(500, 3500))
+
+
+def mapped(values: np.ndarray, low: float = 500, high: float = 3500) -> np.ndarray:
+    return ranged(values, low, high)
+
+
+def pnm(values: np.ndarray, largest: int, magic: bytes) -> bytes:
+    plain = " ".join(map(str, values.reshape(-1).tolist())).encode()
+    body = plain if magic in (b"P2", b"P3") else values.astype(">u2").tobytes()
+    return b"%s # a comment\n%d %d\n#another\n%d\n" % (magic, values.shape[1], values.shape[0], largest) + body
+
+
+def npy(values: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, values)
+    return file.getvalue()
+
+
+def files_of(values: np.ndarray) -> dict[str, bytes]:
+    """Return files of uint16 [H, W, C] up to 4095, C = 1 or 3."""
+    imagecodecs = pytest.importorskip("imagecodecs")
+    squeezed = values[..., 0] if values.shape[2] == 1 else values
+    binary, plain = (b"P5", b"P2") if values.shape[2] == 1 else (b"P6", b"P3")
+    photometric = BLACK_IS_ZERO if values.shape[2] == 1 else RGB
+    files = {
+        "png": imagecodecs.png_encode(squeezed),
+        "pnm": pnm(values, 4095, binary),
+        "plain pnm": pnm(values, 4095, plain),
+        "npy": npy(squeezed),
+        "npy, big-endian": npy(squeezed.astype(">u2")),
+        "npy, signed": npy(squeezed.astype(np.int16)),
+        "npy, float32": npy(squeezed.astype(np.float32)),
+        "npy, float64": npy(squeezed.astype(np.float64)),
+    }
+    for order in "<>":
+        kinds = [
+            (16, UNSIGNED, ""),
+            (16, SIGNED, ", signed"),
+            (32, UNSIGNED, ""),
+            (32, SIGNED, ", signed"),
+            (32, FLOAT, ", float"),
+        ]
+        for (bits, sample_format, word), planar, compression in itertools.product(
+            kinds, (False, True), (NONE, DEFLATE)
+        ):
+            if planar and values.shape[2] == 1:
+                continue
+            kind = Kind(bits, photometric, sample_format, planar, (), order, compression)
+            files[f"tiff, {bits} bits{word}, {order}, planar {planar}, {compression}"] = write_tiff([values], kind)
+    return files
+
+
+@pytest.mark.parametrize("bands", [1, 3])
+def test_every_kind_of_file_is_mapped_by_its_values(bands):
+    values = np.random.default_rng(0).integers(0, 4096, (9, 7, bands)).astype(np.uint16)
+    want = mapped(values.transpose(2, 0, 1))
+    for name, data in files_of(values).items():
+        got = decode(data, channels=bands, reading=RANGE).numpy()
+        assert np.array_equal(got, want), name
+        assert np.array_equal(decode(data, reading=RANGE).numpy(), np.broadcast_to(want, (3, 9, 7))), name
+        chosen = Reading(RANGE.intensity, bands=(bands, 1))
+        assert np.array_equal(decode(data, channels=2, reading=chosen).numpy(), want[[bands - 1, 0]]), name
+        with pytest.raises(BadImage, match=rf"has {bands} bands?; --bands asks for number 4"):
+            decode(data, reading=Reading(bands=(4,)))
+
+
+def test_white_is_zero_is_inverted_once_after_the_map():
+    values = np.array([[0, 1000, 65535]], np.uint16)[..., None]
+    for bits, order, compression in itertools.product((12, 16), "<>", (NONE, DEFLATE)):
+        data = write_tiff([values & (1 << bits) - 1], Kind(bits, WHITE_IS_ZERO, order=order, compression=compression))
+        got = decode(data, channels=1, reading=Reading(of_range(0, 2000))).flatten().tolist()
+        assert got == [255, 255 - 128, 0], (bits, order)
+        if bits == 16:  # Pillow reads no 12 bits of which white is zero
+            assert decode(data, channels=1).flatten().tolist() == [255, 255 - (1000 >> (bits - 8)), 0]
+
+
+def test_orientation_and_alpha_of_files_of_16_bits():
+    imagecodecs = pytest.importorskip("imagecodecs")
+    values = np.arange(6, dtype=np.uint16).reshape(2, 3, 1) * 600
+    turned = decode(write_tiff([values], Kind(16, orientation=6)), channels=1, reading=RANGE)
+    assert np.array_equal(turned[0].numpy(), np.rot90(mapped(values)[..., 0], -1))
+    gray = values[..., 0]
+    alpha = np.array([[0, 65535, 65535], [32768, 65535, 0]], np.uint16)
+    over_white = [
+        round((int(v) * int(a) + 65535 * (65535 - int(a))) / 65535) for v, a in zip(gray.flat, alpha.flat, strict=True)
+    ]
+    want = mapped(np.array(over_white).reshape(2, 3))
+    got = decode(imagecodecs.png_encode(np.stack([gray, alpha], -1)), reading=RANGE)
+    assert np.array_equal(got[1].numpy(), want)
+    rgba = np.stack([gray, gray, gray, alpha], -1)
+    assert np.array_equal(decode(imagecodecs.png_encode(rgba), reading=RANGE)[2].numpy(), want)
+    assert decode(imagecodecs.png_encode(rgba), channels=4, reading=RANGE)[3].flatten().tolist() == [
+        0,
+        255,
+        255,
+        255,
+        255,
+        0,
+    ]
+
+
+def test_pixels_of_eight_bits_stay_unless_a_range_is_asked_for():
+    image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    for intensity in (Intensity(), FULL, of_range(500, 3500, "auto"), Intensity("percentile")):
+        assert torch.equal(decode(file.getvalue(), reading=Reading(intensity)), decode(file.getvalue()))
+    got = decode(file.getvalue(), reading=Reading(of_range(0, 47)))
+    assert np.array_equal(got.permute(1, 2, 0).numpy(), ranged(np.asarray(image), 0, 47))
+    green = decode(file.getvalue(), reading=Reading(bands=(2,)))
+    assert np.array_equal(green.numpy(), np.stack([np.asarray(image)[..., 1]] * 3))
+
+
+def test_images_in_memory_are_mapped_alike():
+    values = np.random.default_rng(0).integers(0, 4096, (9, 7, 3))
+    for dtype in (np.uint16, ">u2", np.int32, np.float32):
+        got = pixels_of(values.astype(dtype), reading=RANGE)
+        assert np.array_equal(got.numpy(), mapped(values.transpose(2, 0, 1))), dtype
+    gray = values[..., 0]
+    for image in (Image.fromarray(gray.astype(np.uint16)), Image.fromarray(gray.astype(np.float32))):
+        assert np.array_equal(pixels_of(image, 1, RANGE)[0].numpy(), mapped(gray)), image.mode
+    assert np.array_equal(pixels_of(values, 1, Reading(RANGE.intensity, bands=(2,)))[0].numpy(), mapped(values[..., 1]))
+
+
+def test_npy_axes_are_told_by_the_user():
+    values = np.random.default_rng(0).integers(0, 256, (3, 5, 3)).astype(np.uint8)
+    with pytest.raises(BadImage, match="cannot be told apart; give --axes YXC or CYX"):
+        decode(npy(values))
+    assert np.array_equal(decode(npy(values), reading=Reading(axes="CYX")).numpy(), values)
+    assert np.array_equal(decode(npy(values), reading=Reading(axes="YXC")).permute(1, 2, 0).numpy(), values)
+    with pytest.raises(BadImage, match="--axes YX does not fit"):
+        decode(npy(values), reading=Reading(axes="YX"))

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.data.test_decode import _mutate, encoded, mutations, picture
-from upstep_fast.data.decode import image as decode_module
-from upstep_fast.data.decode import jpeg
+from upstep_fast.data.decode import fingerprint, jpeg
 from upstep_fast.data.decode.image import decode
 from upstep_fast.errors import BadImage
 
@@ -113,9 +112,9 @@ def test_a_cut_file_is_refused(kind):
 
 
 def test_decoder_fingerprint_names_the_decoder(monkeypatch):
-    here = decode_module.decoder_fingerprint()
+    here = fingerprint.decoder_fingerprint()
     monkeypatch.setattr(jpeg, "reader", lambda: None)
-    there = decode_module.decoder_fingerprint.__wrapped__()
+    there = fingerprint.decoder_fingerprint.__wrapped__()
     assert here.startswith("torchvision ") and there.startswith("Pillow ") and here != there
 
 

@@ -41,6 +41,15 @@ class Reading:
     level: int | None = None  # of a pyramid; None: 0, or the one for `mpp`
     mpp: float | None = None  # micrometers per pixel wanted
 
+    @property
+    def keeps_photographs(self) -> bool:
+        """Whether images of 8 bits have the pixels of their files."""
+        is_as_stored = self.intensity.kind in ("auto", "full") or not self.intensity.ranges
+        return is_as_stored and not self.bands and self.tile is None
+
+
+AS_STORED = Reading()  # by the declared range: auto without a measured one
+
 
 def parse_intensity(text: str) -> Intensity:
     """Return the map that --intensity names; `auto:LO,HI`, as config.toml has it, is auto with its measured range.

@@ -22,7 +22,7 @@ from upstep_fast.config.files import renamed
 from upstep_fast.config.finetune import FinetuneConfig
 from upstep_fast.config.flat import defaults, flat
 from upstep_fast.data.decode import gpu_jpeg
-from upstep_fast.data.decode.image import decoder_fingerprint
+from upstep_fast.data.decode.fingerprint import decoder_fingerprint
 from upstep_fast.data.sources.source import Source
 from upstep_fast.errors import ConfigError, RunFailedError
 from upstep_fast.kernels import _autotune

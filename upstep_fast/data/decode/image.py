@@ -3,33 +3,40 @@
     gray, palette, 1 bit        expanded to RGB
     alpha, transparent color   composited on white; a TIFF's unassociated alpha is left out (tiff.py)
     CMYK, YCbCr, LAB            converted by Pillow; ICC profiles are not applied
-    16 bits a channel           the high byte
+    16 bits a channel           by --intensity (reading/intensity.py); without a measured range the high byte
     animated                    the first frame
     orientation                 of EXIF or TIFF, applied; a broken EXIF block is ignored
-    .npy, TIFF of other bands   uint8 or uint16; [H, W], [H, W, C] or [C, H, W] (arrays.py, tiff.py)
+    .npy, TIFF of other bands   [H, W], [H, W, C] or [C, H, W] (arrays.py, tiff.py)
 Large images are decoded at a fraction of their size where the views need no more, and the memory of images that are
 being decoded is bounded (budget.py).
 Refused, with a reason: pixels above `max_pixels` (from the header, before anything is decoded), truncated files, PNGs
-whose checksums are wrong, JPEGs that end early, signed, 32-bit and floating-point pixels, and unknown formats.
+whose checksums are wrong, JPEGs that end early, unknown formats, and signed, 32-bit and floating-point pixels where
+no range is given or measured.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
+import contextlib
 import io
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from upstep_fast.config.reading import AS_STORED, Reading
 from upstep_fast.data.decode import jpeg, png
-from upstep_fast.data.decode.arrays import NPY, decode_npy
+from upstep_fast.data.decode.arrays import NPY
+from upstep_fast.data.decode.orientation import orientation_of, upright
 from upstep_fast.data.decode.tiff import TiffPlan, decode_tiff_bands, plan_tiff, say_alpha_left_out
+from upstep_fast.data.decode.values import bands_of, plan_values
+from upstep_fast.data.formats import kinds
+from upstep_fast.data.reading import axes
 from upstep_fast.data.reading.budget import BYTES_PER_COEFFICIENT, BYTES_PER_PIXEL, decoding, reduction
+from upstep_fast.data.reading.intensity import gray_of, to_bytes, to_pixels
 from upstep_fast.data.reading.out_of_memory import is_out_of_memory
+from upstep_fast.data.reading.stored import Stored
 from upstep_fast.data.reading.tiff_header import TIFF
 from upstep_fast.errors import BadImage
 
@@ -43,8 +50,6 @@ MAX_PIXELS = 178_956_970
 # only decoders of pixels: no PostScript, no fonts, nothing that starts a program
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "AVIF")  # and TIFF, by tiff.py
 
-_EXIF_ORIENTATION = 0x0112
-
 
 def decode(
     data: bytes | memoryview,
@@ -53,20 +58,27 @@ def decode(
     max_pixels: int = MAX_PIXELS,
     min_side: int | None = None,
     name: str = "",
+    reading: Reading = AS_STORED,
 ) -> Tensor:
     """Decode an image to uint8 [channels, H, W].
 
     channels: 3: RGB, 1: gray, 4: RGBA as stored; any number for .npy and TIFF. min_side: the image is decoded at
-    1/2, 1/4, 1/8 ... of its size as long as both sides keep this many pixels. name: for the error's text. Raises
-    BadImage, or MemoryError, which says nothing about the image.
+    1/2, 1/4, 1/8 ... of its size as long as both sides keep this many pixels. name: for the error's text. reading: the
+    map of values to 8 bits, and the bands. Raises BadImage, or MemoryError, which says nothing about the image.
     """
-    start = bytes(data[:8])
+    with one_reason(data, name):
+        return _decode(data, channels, max_pixels, min_side, reading)
+
+
+@contextlib.contextmanager
+def one_reason(data: bytes | memoryview, name: str) -> Iterator[None]:
+    """Raise what any decoder raises inside as BadImage, or as MemoryError, which says nothing about the image."""
     try:
-        return _decode(data, start, channels, max_pixels, min_side)
+        yield
     except BadImage as error:
         raise BadImage(error.reason, name) from None
     except UnidentifiedImageError:
-        if start[:4] in TIFF:
+        if bytes(data[:4]) in TIFF:
             raise BadImage("a TIFF that Pillow does not read; convert it to 8-bit RGB or to .npy", name) from None
         raise BadImage(f"not an image in a known format ({_looks_like(bytes(data[:64]))})", name) from None
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and others
@@ -76,12 +88,42 @@ def decode(
         raise BadImage(reason, name) from error
 
 
-def _decode(data: bytes | memoryview, start: bytes, channels: int, max_pixels: int, min_side: int | None) -> Tensor:
-    if not start:
+def _decode(data: bytes | memoryview, channels: int, max_pixels: int, min_side: int | None, reading: Reading) -> Tensor:
+    if not data:
         raise BadImage("the file is empty")
-    if start.startswith(NPY):
-        with decoding.hold(3 * len(data)):
-            return shrunk(decode_npy(data, channels, max_pixels), min_side)
+    if (kind := kinds.kind_of("", bytes(data[: kinds.START]))) is not None:
+        return shrunk(pixels_of_values(_only_picture(kind, data, reading), reading, channels), min_side)
+    ranges, is_array = reading.intensity.ranges, bytes(data[:6]) == NPY
+    values = plan_values(data, channels, max_pixels, reading) if ranges or reading.bands or is_array else None
+    if values is not None:
+        with decoding.hold(values.num_bytes):
+            return shrunk(pixels_of_values(values.read(), reading, channels), min_side)
+    if reading.keeps_photographs:
+        return _decode_photograph(data, channels, max_pixels, min_side)
+    x = _decode_photograph(data, bands_of(data, reading) if reading.bands else channels, max_pixels, min_side)
+    planes = x[:1] if x.stride(0) == 0 else x
+    return pixels_of_values(Stored(planes.numpy(), 0, 255), reading, channels)
+
+
+def _only_picture(kind: kinds.Kind, data: bytes | memoryview, reading: Reading) -> Stored:
+    """Return the values of a file of a kind of its own that holds one picture. Raises BadImage for several."""
+    layout = kinds.layout(kind, data)
+    pictures = axes.pieces(layout, reading)
+    if len(pictures) != 1:
+        raise BadImage(f"{axes.described(layout, reading)} holds {len(pictures)} images, one was asked for")
+    return kinds.read(kind, data, pictures[0])
+
+
+def pixels_of_values(stored: Stored, reading: Reading, channels: int) -> Tensor:
+    """Return values as uint8 [channels, H, W]; colors are weighted to gray for one channel. Raises BadImage."""
+    if channels == 1 and len(stored.values) == 3 and not reading.bands:
+        return gray_of(to_bytes(stored, reading.intensity))
+    return to_pixels(stored, reading, channels)
+
+
+def _decode_photograph(data: bytes | memoryview, channels: int, max_pixels: int, min_side: int | None) -> Tensor:
+    """Decode an image by the declared range of its values. Raises BadImage, or its decoder's error."""
+    start = bytes(data[:8])
     if start[:4] in TIFF:
         return _decode_tiff(data, channels, max_pixels, min_side)
     if start.startswith(b"\xff\xd8"):
@@ -95,46 +137,6 @@ def from_pillow(image: Image.Image, channels: int = 3) -> Tensor:
     """Return a PIL image as uint8 [channels, H, W], upright, by the rules of `decode`. Raises BadImage."""
     x = _to_tensor(image, channels, None)
     return upright(x, orientation_of(image)).expand(channels, -1, -1)
-
-
-@functools.lru_cache
-def decoder_fingerprint() -> str:
-    """Return the JPEG decoder's name and SHA-256 over some images, encoded by this machine's libraries, then decoded.
-
-    A change of value means that images may have other pixels than before: another libjpeg, libwebp or Pillow
-    (RELIABILITY I7). A format that is not built in has its error hashed.
-    """
-    y, x = np.mgrid[:48, :72]
-    smooth = Image.fromarray(np.stack([x * 3, y * 5, x * y // 16], -1).astype(np.uint8))
-    gray, high = smooth.convert("L"), Image.fromarray((x * y * 19).astype(np.uint16))
-    alpha = smooth.copy()
-    alpha.putalpha(gray)
-    turned = Image.Exif()
-    turned[_EXIF_ORIENTATION] = 6
-    pictures: list[tuple[Image.Image, str, dict[str, Any], int | None]] = [
-        *((smooth, "JPEG", {"quality": q, "subsampling": s}, None) for q, s in ((50, 2), (75, 2), (92, 1), (98, 0))),
-        *((image, "JPEG", {"quality": 90}, None) for image in (gray, smooth.convert("CMYK"))),
-        (smooth, "JPEG", {"quality": 85, "progressive": True}, None),
-        (smooth, "JPEG", {"quality": 85, "exif": turned}, None),
-        *((smooth.resize((640, 480)), "JPEG", {"quality": 85}, side) for side in (60, 240)),
-        (smooth.resize((640, 480)), "PNG", {}, 60),
-        *((image, "PNG", {}, None) for image in (smooth, alpha, smooth.quantize(16), high)),
-        *((image, "WEBP", {"quality": 80}, None) for image in (smooth, alpha)),
-        (smooth, "TIFF", {"compression": "tiff_lzw"}, None),
-        (smooth.convert("YCbCr"), "TIFF", {"compression": "jpeg"}, None),
-        (smooth.quantize(32), "GIF", {}, None),
-        (smooth, "AVIF", {"quality": 80}, None),
-    ]
-    digest = hashlib.sha256()
-    for image, kind, options, side in pictures:
-        file = io.BytesIO()
-        try:
-            image.save(file, kind, **options)
-            pixels = decode(file.getvalue(), min_side=side)
-            digest.update(f"{kind} {tuple(pixels.shape)}".encode() + pixels.numpy().tobytes())
-        except (KeyError, OSError, BadImage) as error:
-            digest.update(f"{kind} {type(error).__name__}".encode())
-    return f"{'torchvision' if jpeg.reader() else 'Pillow'} {digest.hexdigest()}"
 
 
 def _decode_jpeg(data: bytes | memoryview, channels: int, max_pixels: int, min_side: int | None) -> Tensor:
@@ -224,7 +226,7 @@ def _to_array(image: Image.Image, channels: int, tiff: TiffPlan | None) -> np.nd
     """Return [H, W, channels] uint8, or [H, W] where all channels are equal."""
     mode = image.mode
     if mode == "F":
-        raise BadImage("floating-point pixels have no defined range; convert to 8 or 16 bits")
+        raise BadImage("floating-point pixels have no defined range; give --intensity range:LO,HI")
     if mode.startswith("I"):
         return _high_byte(image, tiff)
     if channels == 4 and (tiff is None or mode == "RGBA"):
@@ -260,22 +262,6 @@ def _high_byte(image: Image.Image, tiff: TiffPlan | None) -> np.ndarray:
 def _check_pixels(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise BadImage(f"{width} x {height} pixels, above the limit of {max_pixels}")
-
-
-def orientation_of(image: Image.Image) -> int:
-    """Return EXIF's orientation, 1 to 8; 1 without one."""
-    try:
-        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
-    except Exception:  # a broken EXIF block says nothing about the pixels
-        return 1
-
-
-def upright(x: Tensor, orientation: int) -> Tensor:
-    """Undo EXIF orientation 1 to 8 on [C, H, W]; other values count as 1."""
-    if orientation in (5, 6, 7, 8):
-        x = x.transpose(1, 2)
-    flips = {2: [2], 3: [1, 2], 4: [1], 6: [2], 7: [1, 2], 8: [1]}.get(orientation)
-    return x.flip(flips) if flips else x
 
 
 def _looks_like(start: bytes) -> str:

@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from upstep_fast.data.reading.intensity import gray_of
 from upstep_fast.data.reading.tiff_header import MASK, THUMBNAIL, TiffPage, read_pages, stated_planes, stated_stack
 from upstep_fast.errors import BadImage
 
 log = logging.getLogger(__name__)
-_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR, _LAB = 0, 1, 2, 3, 5, 6, 8
+WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, _PALETTE, _CMYK, _YCBCR, _LAB = 0, 1, 2, 3, 5, 6, 8
 _NAMES = {_PALETTE: "palette", _CMYK: "CMYK", _YCBCR: "YCbCr", _LAB: "Lab"}
-_ASSOCIATED, _UNASSOCIATED = 1, 2
+ASSOCIATED, UNASSOCIATED = 1, 2
 _UNCOMPRESSED, _JPEG = 1, 7
 
 
@@ -50,14 +51,19 @@ class TiffPlan:
     @property
     def inverted(self) -> bool:
         """Whether Pillow leaves 0 as white."""
-        return self.page.photometric == _WHITE_IS_ZERO and self.page.bits[0] > 8
+        return self.page.photometric == WHITE_IS_ZERO and self.page.bits[0] > 8
 
 
-def plan_tiff(data: bytes | memoryview, channels: int, max_pixels: int) -> TiffPlan:
-    """Return how a TIFF is read as `channels` bands. Raises BadImage, naming what cannot be read."""
+def plan_tiff(data: bytes | memoryview, channels: int, max_pixels: int, *, any_numbers: bool = False) -> TiffPlan:
+    """Return how a TIFF is read as `channels` bands. Raises BadImage, naming what cannot be read.
+
+    any_numbers: signed, 32-bit and floating-point samples are read too, as values (tiff_values.py).
+    """
     pages, description = read_pages(data)
     page = pages[0]
     _check_kind(page, max_pixels)
+    if not (any_numbers and is_number(page)):
+        _check_samples(page)
     bands = [other for other in pages if other.kind == page.kind] if _is_gray(page) and max(page.bits) > 1 else [page]
     stated = stated_planes(description) if _is_gray(page) else 0
     if stated > len(bands) and not description.startswith("ImageJ="):
@@ -70,7 +76,7 @@ def plan_tiff(data: bytes | memoryview, channels: int, max_pixels: int) -> TiffP
     if num_pages > 1:
         _check_pages(num_pages, description, channels)
         return TiffPlan(page, num_pages, by_pillow=False, keep_alpha=False)
-    return TiffPlan(page, 1, _pillow_reads(page, channels), keep_alpha=page.extra[:1] == (_ASSOCIATED,))
+    return TiffPlan(page, 1, _pillow_reads(page, channels), keep_alpha=page.extra[:1] == (ASSOCIATED,))
 
 
 def decode_tiff_bands(data: bytes | memoryview, plan: TiffPlan, channels: int, max_pixels: int) -> Tensor:
@@ -79,18 +85,30 @@ def decode_tiff_bands(data: bytes | memoryview, plan: TiffPlan, channels: int, m
     Raises BadImage, or tifffile's error for a broken file.
     """
     page = plan.page
-    if page.photometric not in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB) or page.bits[0] not in (8, 16):
+    if page.photometric not in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB) or page.bits[0] not in (8, 16):
         raise BadImage(f"{_described(page)} is not read; convert it to 8-bit RGB or to .npy")
+    array = read_bands(data, plan, channels * max_pixels)
+    if array.dtype.itemsize == 2:
+        array = array >> 8
+    x = torch.from_numpy(np.ascontiguousarray(array, dtype=np.uint8))
+    return _select(255 - x if page.photometric == WHITE_IS_ZERO else x, plan, channels)
+
+
+def read_bands(data: bytes | memoryview, plan: TiffPlan, limit: int) -> np.ndarray:
+    """Return all bands as stored, by tifffile, [bands, H, W]. limit: values of a tile.
+
+    Raises BadImage, or tifffile's error for a broken file.
+    """
+    page = plan.page
     try:
         import tifffile
     except ImportError:
         raise BadImage(
-            f"a TIFF of {channels} bands, {_described(page)}, needs the package tifffile: "
-            "pip install 'upstep_fast[data]', or use .npy"
+            f"{_described(page)} needs the package tifffile: pip install 'upstep_fast[data]', or use .npy"
         ) from None
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
-            array = _read_bands(file, len(data), plan, channels * max_pixels)
+            return _read_bands(file, len(data), plan, limit)
     except ValueError as error:
         if "imagecodecs" not in str(error):
             raise
@@ -98,10 +116,6 @@ def decode_tiff_bands(data: bytes | memoryview, plan: TiffPlan, channels: int, m
             f"{_described(page)}, compression {page.compression}, needs the package imagecodecs: "
             "pip install imagecodecs, or write it again without compression"
         ) from None
-    if array.dtype.itemsize == 2:
-        array = array >> 8
-    x = torch.from_numpy(np.ascontiguousarray(array, dtype=np.uint8))
-    return _select(255 - x if page.photometric == _WHITE_IS_ZERO else x, plan, channels)
 
 
 def _read_bands(file: Any, size: int, plan: TiffPlan, limit: int) -> np.ndarray:
@@ -116,12 +130,6 @@ def _read_bands(file: Any, size: int, plan: TiffPlan, limit: int) -> np.ndarray:
     if series.shape != (plan.num_pages, page.height, page.width):
         raise BadImage(f"truncated TIFF: {len(stored)} of {plan.num_pages} pages")
     return series.asarray(maxworkers=1)
-
-
-def gray_of(x: Tensor) -> Tensor:
-    """Return ITU-R 601's luma of RGB, uint8 [3, H, W] -> [1, H, W], rounded as Pillow's convert("L")."""
-    r, g, b = x.int()
-    return ((19595 * r + 38470 * g + 7471 * b + 32768) >> 16).to(torch.uint8)[None]
 
 
 def check_page(page: Any, size: int, limit: int) -> None:
@@ -163,7 +171,13 @@ def _check_kind(page: TiffPage, max_pixels: int) -> None:
         raise BadImage(f"{page.width} x {page.height} pixels, above the limit of {max_pixels}")
     if page.tile > max_pixels:
         raise BadImage(f"its tiles are of {page.tile} pixels, above the limit of {max_pixels}")
-    _check_samples(page)
+
+
+def is_number(page: TiffPage) -> bool:
+    """Return whether all samples are of one signed, unsigned or floating-point type that numpy has."""
+    kind, bits = page.formats[0], page.bits[0]
+    known = {1: (8, 16, 32, 64), 2: (8, 16, 32, 64), 3: (16, 32, 64), 4: (8, 16, 32, 64)}.get(kind, ())
+    return len(set(page.formats)) == 1 and len(set(page.bits)) == 1 and bits in known
 
 
 def _check_samples(page: TiffPage) -> None:
@@ -173,7 +187,7 @@ def _check_samples(page: TiffPage) -> None:
     if formats or bits > 16:
         name = {2: "int", 3: "float"}.get(formats[0], "complex") if formats else "uint"
         why = {"int": "signed", "float": "floating-point"}.get(name, f"{bits}-bit")
-        raise BadImage(f"an array of {name}{bits}: {why} pixels have no defined range; convert it to uint8 or uint16")
+        raise BadImage(f"an array of {name}{bits}: {why} pixels have no defined range; give --intensity range:LO,HI")
     if len(set(page.bits)) > 1 or bits not in (1, 2, 4, 8, 12, 16):
         raise BadImage(f"samples of {', '.join(map(str, page.bits))} bits; convert it to 8 or 16 bits")
 
@@ -209,22 +223,22 @@ def _check_bands(bands: int, channels: int) -> None:
 
 
 def _is_gray(page: TiffPage) -> bool:
-    return page.samples == 1 and page.photometric in (_WHITE_IS_ZERO, _BLACK_IS_ZERO)
+    return page.samples == 1 and page.photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO)
 
 
 def _pillow_reads(page: TiffPage, channels: int) -> bool:
     """Return whether Pillow gives the bands asked for rightly. Raises BadImage if the file does not have them."""
     readable = not (page.big and page.order == ">")
     if _is_gray(page):
-        bits, inverted = page.bits[0], page.photometric == _WHITE_IS_ZERO
+        bits, inverted = page.bits[0], page.photometric == WHITE_IS_ZERO
         # what Pillow reads in little-endian order only: 12 bits, and 16 bits with white as zero
         return readable and (bits <= 8 or page.order == "<" or (bits == 16 and not inverted))
-    if page.photometric in (_WHITE_IS_ZERO, _BLACK_IS_ZERO):
-        if page.samples == 2 and page.extra[:1] in ((_ASSOCIATED,), (_UNASSOCIATED,)) and channels in (1, 3):
-            return readable and page.planar == 1 and page.bits[0] == 8 and page.extra == (_UNASSOCIATED,)
+    if page.photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO):
+        if page.samples == 2 and page.extra[:1] in ((ASSOCIATED,), (UNASSOCIATED,)) and channels in (1, 3):
+            return readable and page.planar == 1 and page.bits[0] == 8 and page.extra == (UNASSOCIATED,)
         _check_bands(page.samples, channels)
         return False
-    reads = _reads_rgb if page.photometric == _RGB else _reads_other
+    reads = _reads_rgb if page.photometric == RGB else _reads_other
     return reads(page, channels, readable)
 
 
@@ -233,7 +247,7 @@ def _reads_rgb(page: TiffPage, channels: int, readable: bool) -> bool:
         _check_bands(page.samples, channels)
     is_planar = page.planar == 2
     if channels not in (1, 3):
-        return readable and not is_planar and page.extra == (_UNASSOCIATED,) and page.samples == 4
+        return readable and not is_planar and page.extra == (UNASSOCIATED,) and page.samples == 4
     right_planes = page.samples == 3 and (page.bits[0] == 8 or page.compression != _UNCOMPRESSED)
     return readable and (right_planes if is_planar else True)
 
@@ -256,7 +270,7 @@ def _reads_other(page: TiffPage, channels: int, readable: bool) -> bool:
 
 
 def _described(page: TiffPage) -> str:
-    name = {_WHITE_IS_ZERO: "gray", _BLACK_IS_ZERO: "gray", _RGB: "RGB", **_NAMES}[page.photometric]
+    name = {WHITE_IS_ZERO: "gray", BLACK_IS_ZERO: "gray", RGB: "RGB", **_NAMES}[page.photometric]
     return f"{page.bits[0]}-bit {'planar ' if page.planar == 2 else ''}{name}{' of ' + str(page.samples) + ' samples'}"
 
 
@@ -275,10 +289,10 @@ def _select(x: Tensor, plan: TiffPlan, channels: int) -> Tensor:
         return x
     if len(x) == 1:
         return x.expand(channels, -1, -1)
-    count = 3 if plan.page.photometric == _RGB else 1
+    count = 3 if plan.page.photometric == RGB else 1
     colors = x[:count]
     if plan.keep_alpha:  # colors are multiplied by alpha already
         colors = (colors.int() + 255 - x[count].int()).clamp(0, 255).to(torch.uint8)
-    elif plan.page.extra[:1] == (_UNASSOCIATED,):
+    elif plan.page.extra[:1] == (UNASSOCIATED,):
         say_alpha_left_out()
     return gray_of(colors) if channels == 1 and count == 3 else colors.expand(channels, -1, -1)

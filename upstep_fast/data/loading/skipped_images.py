@@ -49,9 +49,9 @@ def read_image(source: Source, index: int, *, channels: int = 3, min_side: int |
 
     def read() -> Tensor:
         item = _read(source, index)
-        if item.kind is None:
-            return decode(item.file, channels=channels, min_side=min_side)  # type: ignore[arg-type]  # bytes
         options: dict[str, Any] = {"channels": channels, "min_side": min_side, "reading": source.reading}
+        if item.kind is None:
+            return decode(item.file, **options)  # type: ignore[arg-type]  # bytes
         return decode_piece(item.kind, item.file, item.piece, layout=item.layout, **options)
 
     return with_retries(read, lambda: source.name(index))

@@ -82,6 +82,12 @@ def to_bytes(stored: Stored, intensity: Intensity) -> Tensor:
     return torch.from_numpy(255 - y if stored.inverted else y)
 
 
+def gray_of(x: Tensor) -> Tensor:
+    """Return ITU-R 601's luma of RGB, uint8 [3, H, W] -> [1, H, W], rounded as Pillow's convert("L")."""
+    r, g, b = x.int()
+    return ((19595 * r + 38470 * g + 7471 * b + 32768) >> 16).to(torch.uint8)[None]
+
+
 def valid_values(stored: Stored) -> np.ndarray | None:
     """Return which values of a picture are valid, bool [1 or C, H, W]; None: all. Raises BadImage if none is."""
     valid = None if stored.valid is None else stored.valid[None]
@@ -106,7 +112,7 @@ def map_range(values: np.ndarray, low: float, high: float) -> np.ndarray:
 def _full(values: np.ndarray, stored: Stored) -> np.ndarray:
     low, high = stored.low, stored.high
     if low is None or high is None or not low < high:
-        raise BadImage(f"{values.dtype} values with no declared range: give --intensity range:LO,HI")
+        raise BadImage(f"an array of {values.dtype} with no declared range: give --intensity range:LO,HI")
     if values.dtype == np.uint8 and (low, high) == (0, 255):
         return values
     if values.dtype.kind == "f":

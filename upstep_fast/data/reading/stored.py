@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,3 +88,11 @@ class Stored:
     def is_8_bit(self) -> bool:
         """Whether the values are pixels as they are."""
         return self.values.dtype == np.uint8 and (self.low, self.high) == (0, 255)
+
+
+@dataclass(frozen=True)
+class Values:
+    """Values that are read on demand, from a header that was checked."""
+
+    num_bytes: int  # memory that reading and mapping them takes at most
+    read: Callable[[], Stored]  # raises BadImage, or its library's error for a broken file
