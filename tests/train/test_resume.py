@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -492,3 +493,56 @@ def test_a_checkpoint_can_be_due_by_the_clock(options, monkeypatch):
 def test_nonsense_between_checkpoints_is_refused(value):
     with pytest.raises(ConfigError, match=r"checkpoint_every: got .* steps \(200\) or minutes \(10min\)"):
         from_flat(AdaptConfig, model="m", data=("d",), out="o", checkpoint_every=value)
+
+
+CONSTANT = {"lr_schedule": "constant", "warmup": 3}
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{"gate": "ema"}, {"gate": "random", "layout": "asymmetric", "accumulate": 3}],
+    ids=lambda e: "-".join(map(str, e.values())),
+)
+def test_a_finished_run_made_longer_equals_the_longer_run(options, tmp_path, extra):
+    """With a rate that does not depend on the number of steps; stopped by nothing but its end, twice."""
+    options |= CONSTANT | extra
+    upstep_fast.adapt(**{**options, "out": tmp_path / "whole", "steps": 16})
+    for steps in (5, 12, 16):
+        upstep_fast.adapt(**{**options, "steps": steps}, resume=steps > 5)
+    assert evidence(tmp_path / "out") == evidence(tmp_path / "whole")
+
+
+def test_a_longer_run_follows_the_schedule_of_its_new_length(finished, options, tmp_path, caplog):
+    caplog.set_level("INFO", logger="upstep_fast")
+    upstep_fast.adapt(**{**options, "steps": 20}, resume=True)
+    rates = [json.loads(line)["lr"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    planned = [12] * 12 + [20] * 8
+    expected = []
+    for step, steps in enumerate(planned):  # linear warm-up over a twentieth, then half a cosine
+        rising = 0.05 * steps
+        cosine = 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
+        expected.append(1e-3 * ((step + 1) / (rising + 1) if step < rising else cosine))
+    assert rates == pytest.approx(expected, rel=1e-6)
+    assert (
+        f"learning rate {expected[12]:.3g} now" in caplog.text
+        and "steps: 20 instead of 12: from step 12 on" in caplog.text
+    )
+    assert upstep_fast.adapt(**{**options, "steps": None}, resume=True).steps == 20  # without --steps: as before
+    with pytest.raises(ConfigError, match=r"resume: .*step-00000020 is 20 steps long; give at least as many --steps"):
+        upstep_fast.adapt(**{**options, "steps": 19}, resume=True)
+
+
+def test_an_interrupted_run_may_end_earlier(options, monkeypatch, tmp_path):
+    interrupted(options, monkeypatch, step=7)
+    assert upstep_fast.adapt(**{**options, "steps": 9}, resume=True).steps == 9
+
+
+def test_what_an_earlier_end_left_goes_when_a_run_goes_on(finished, options, monkeypatch, tmp_path):
+    left = [tmp_path / "out" / name for name in ("verdict.json", "whitening.safetensors")]
+    for path in left:
+        path.write_bytes(b"{}")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Interrupted, match="after 14 of 20 steps"):
+            upstep_fast.adapt(**{**options, "steps": 20}, resume=True)
+    assert not any(path.exists() for path in left)

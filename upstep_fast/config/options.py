@@ -38,6 +38,7 @@ class AdaptOptions(TypedDict, total=False):
     accumulate: int
     lr: float
     warmup: float
+    lr_schedule: Literal["cosine", "constant"]
     weight_decay: float
     clip: float
     lora_r: int

@@ -90,6 +90,8 @@ class OptimizationConfig:
     """Peak learning rate of adapter and head, reached after the warm-up."""
     warmup: float = 0.05
     """Length of the warm-up: below 1 a fraction of the steps, from 1 on a number of steps."""
+    lr_schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate after the warm-up: cosine falls to 0 over the steps; constant suits runs that are made longer."""
     weight_decay: float = 0.0
     """AdamW's weight decay of the head; adapters have none."""
     clip: float = 1.0

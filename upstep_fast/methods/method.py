@@ -16,7 +16,7 @@ from upstep_fast.data.views.view_config import ViewConfig
 from upstep_fast.kernels.patchify import unpatchify_reference
 from upstep_fast.methods import trainable
 from upstep_fast.methods.embeddings import Embeddings
-from upstep_fast.methods.schedules import warmup_cosine
+from upstep_fast.methods.schedules import learning_rate
 from upstep_fast.model import lora
 from upstep_fast.model.lora import LoraLinear
 
@@ -62,9 +62,8 @@ class Method(nn.Module, ABC):
 
     def schedule(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Set the learning rates, and whatever else depends on the step; group 0 has the rate that is logged."""
-        run = self.config.optimization
         for group in optimizer.param_groups:
-            group["lr"] = run.lr * warmup_cosine(step, run.num_steps, run.warmup)
+            group["lr"] = learning_rate(self.config.optimization, step)
 
     @abstractmethod
     def views(self, batch: Batch, device: torch.device) -> Views:

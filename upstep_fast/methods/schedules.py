@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import math
 
+from upstep_fast.config.training import OptimizationConfig
 
-def warmup_cosine(step: int, steps: int, warmup: float) -> float:
+
+def learning_rate(run: OptimizationConfig, step: int) -> float:
+    """Return the learning rate at `step`: linear warm-up to the peak, then as `lr_schedule` says."""
+    return run.lr * warmup_cosine(step, run.num_steps, run.warmup, is_constant=run.lr_schedule == "constant")
+
+
+def warmup_cosine(step: int, steps: int, warmup: float, is_constant: bool = False) -> float:
     """Return the factor on the peak learning rate: linear warm-up, then cosine to 0. Skipped steps advance it too.
 
-    warmup: a fraction of `steps` below 1, a number of steps from 1 on.
+    warmup: a fraction of `steps` below 1, a number of steps from 1 on. is_constant: 1 after the warm-up.
     """
     rising = warmup * steps if warmup < 1 else warmup
     if step < rising:
         return (step + 1) / (rising + 1)
+    if is_constant:
+        return 1.0
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1.0, steps - rising)))
 
 

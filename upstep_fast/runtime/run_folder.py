@@ -43,6 +43,7 @@ _RESULTS = (
     "verdict.json",
     "whitening.safetensors",
 )
+_OF_THE_END = ("adapter-refused", "verdict.json", "whitening.safetensors")
 
 _held: dict[Path, tuple[int, int]] = {}  # folder: inodes of it and of its run.lock, while this process holds them
 
@@ -70,16 +71,18 @@ def lock_run_folder(config: AdaptConfig | FinetuneConfig) -> Iterator[Path]:
         yield out
 
 
-def begin(config: AdaptConfig | FinetuneConfig, *, anew: bool) -> None:
+def begin(config: AdaptConfig | FinetuneConfig, *, anew: bool, goes_on: bool = False) -> None:
     """Write config.toml to the locked folder and remove what is not of this run.
 
     With `overwrite` that is everything, config.toml last: until then the folder is known as that of a run. anew: no
-    checkpoint is continued, so the results of an earlier attempt go too. Raises ConfigError.
+    checkpoint is continued, so the results of an earlier attempt go too. goes_on: steps are to
+    be taken, so what an earlier end has left goes. Raises ConfigError.
     """
     out = Path(config.output.out)
+    stale = _RESULTS if anew else _OF_THE_END if goes_on else ()
     try:
         for path in _entries(out):
-            if path.name != CONFIG and (config.output.overwrite or (anew and path.name in _RESULTS)):
+            if path.name != CONFIG and (config.output.overwrite or path.name in stale):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         write_atomic(out / CONFIG, to_toml(config).encode())
         (out / CHECKPOINTS).mkdir(exist_ok=True)

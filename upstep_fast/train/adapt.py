@@ -94,7 +94,7 @@ def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
             identity, state = start(config, compute, source, backbone, out)
             log_cost(config, compute, len(source), backbone, num_weights, state)
         if distributed.is_first():
-            output.begin(config, anew=state.step == 0)
+            output.begin(config, anew=state.step == 0, goes_on=state.step < config.optimization.num_steps)
             stack.enter_context(html_report.written_after(out))
             stack.enter_context(train_log(out / "train.log", messages))
             with output.writing(out):

@@ -148,19 +148,13 @@ def _validate(checkpoint: Checkpoint, identity: Identity) -> None:
         raise RunFailedError(
             f"resume: {checkpoint.path} is no checkpoint of a run ({type(error).__name__}: {error})"
         ) from error
-    if "from_" in flags and flags.get("steps") != identity.config.get("steps"):
-        cure = _cure_of_length(flags.get("steps"), checkpoint)
-    if changed:
+    steps, is_length = identity.config.get("steps"), [text.split()[0] for text in changed] == ["steps"]
+    if is_length and isinstance(steps, int) and steps < checkpoint.step:
+        raise ConfigError(f"resume: {checkpoint.path} is {checkpoint.step} steps long; give at least as many --steps")
+    if changed and not is_length:  # the length alone may change: a run goes on, or ends earlier
         raise ConfigError(
             f"resume: {checkpoint.path} was made with another configuration: {'; '.join(changed)}; {cure}"
         )
-
-
-def _cure_of_length(steps: object, checkpoint: Checkpoint) -> str:
-    return (
-        f"the learning rate falls to 0 over the {steps} steps, so the run cannot be made longer or shorter; "
-        f"train its adapter further in a new run: adapt --from {checkpoint.path.parent.parent} --out NEW"
-    )
 
 
 def _cpu() -> dict[str, str | None]:

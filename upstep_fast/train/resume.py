@@ -25,6 +25,7 @@ from upstep_fast.errors import ConfigError, RunFailedError
 from upstep_fast.kernels import _autotune
 from upstep_fast.kernels import _dispatch as dispatch
 from upstep_fast.methods.gate import GateState
+from upstep_fast.methods.schedules import learning_rate
 from upstep_fast.runtime import checkpoint as checkpoints
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime.checkpoint import Checkpoint
@@ -64,6 +65,14 @@ def resume_from(state: RunState, folder: Path, identity: Identity) -> None:
     if (newest := find_checkpoint(folder)) is not None:
         restore(state, newest, identity)
         log.info("resume: continuing after step %d of %d, from %s", newest.step, identity.config["steps"], newest.path)
+        planned = newest.manifest["config"].get("steps")
+        if planned not in (None, identity.config["steps"]):
+            log.info(
+                "steps: %s instead of %s: from step %d on, learning rate and all else that depends on the number of "
+                "steps are those of a run of %s steps; learning rate %.3g now",
+                *(identity.config["steps"], planned, newest.step, identity.config["steps"]),
+                learning_rate(state.method.config.optimization, newest.step),
+            )
 
 
 def save(state: RunState, folder: Path, identity: Identity, writer: checkpoints.Writer) -> None:

@@ -46,7 +46,13 @@ Verdicts = tuple[Verdict | None, Verdict | None]  # label-free, measured
 
 
 def hold_out(config: AdaptConfig, source: Source) -> tuple[AdaptConfig, Source, Source | None]:
-    """Return the configuration of `with_held_out`, and training and held-out images. Raises ConfigError, DataError."""
+    """Return the configuration of `with_held_out`, and training and held-out images. Raises ConfigError, DataError.
+
+    A resumed run without --steps and --epochs has as many steps as before.
+    """
+    run, out = config.optimization, Path(config.output.out)
+    if config.output.resume and run.steps is None and run.epochs is None and (steps := _recorded(out, "steps", None)):
+        config = replace_flat(config, steps=steps)
     config = with_held_out(config, len(source), distributed.size())
     return config, *validator.hold_out(source, config)
 
@@ -56,7 +62,7 @@ def with_held_out(config: AdaptConfig, num_images: int, num_ranks: int) -> Adapt
 
     A resumed run holds out what it did before. Raises ConfigError.
     """
-    if config.output.resume and (recorded := _recorded(Path(config.output.out))) is not None:
+    if config.output.resume and (recorded := _recorded(Path(config.output.out), "verdict", "off")):
         return replace_flat(config, verdict=recorded)
     if config.validation.every or config.validation.verdict != "auto":
         return config
@@ -76,10 +82,10 @@ def with_held_out(config: AdaptConfig, num_images: int, num_ranks: int) -> Adapt
     return replace_flat(config, verdict=num)
 
 
-def _recorded(out: Path) -> Any:
-    """Return `verdict` of the run in `out`; off if an earlier version made it, None if there is none."""
+def _recorded(out: Path, flag: str, default: Any) -> Any:
+    """Return a flag of the run in `out`; the default if an earlier version made it, None if there is no run."""
     try:
-        return read_config(out).get("verdict", "off")
+        return read_config(out).get(flag, default)
     except ConfigError:
         return None
 

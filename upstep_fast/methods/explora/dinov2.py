@@ -34,7 +34,7 @@ from upstep_fast.methods.explora.teacher import averaged_pairs, copy_module, mak
 from upstep_fast.methods.explora.tokens import Encoder, embed, encode
 from upstep_fast.methods.losses import dino
 from upstep_fast.methods.method import Method
-from upstep_fast.methods.schedules import cosine, linear_warmup, warmup_cosine
+from upstep_fast.methods.schedules import cosine, learning_rate, linear_warmup
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.runtime import distributed
 
@@ -106,7 +106,7 @@ class ExploraDinov2(Method):
     def schedule(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Set learning rate, weight decay, the teacher's temperature and its momentum."""
         c, run = self.config.dinov2, self.config.optimization
-        lr = run.lr * warmup_cosine(step, run.num_steps, run.warmup)
+        lr = learning_rate(run, step)
         is_frozen = step < (c.freeze_last_layer * run.num_steps if c.freeze_last_layer < 1 else c.freeze_last_layer)
         for group in optimizer.param_groups:
             group["lr"] = 0.0 if group["last"] and is_frozen else lr
