@@ -14,11 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
+from upstep_fast.config.reading import Reading
 from upstep_fast.data.loading import fetcher
 from upstep_fast.data.loading import loader as loaders
 from upstep_fast.data.loading.loader import Loader, load_images, permutation
 from upstep_fast.data.loading.ordered_map import ahead, ordered_map
 from upstep_fast.data.loading.skipped_images import SkippedImages
+from upstep_fast.data.sources.part import Item
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.data.views.make_views import random_views
 from upstep_fast.data.views.view_config import ViewConfig
@@ -284,7 +286,7 @@ def test_an_error_in_a_worker_is_raised_and_does_not_hang(images):
         def name(self, index: int) -> str:
             return str(index)
 
-        def read(self, index: int) -> bytes:
+        def item(self, index: int) -> Item:
             raise KeyError("a mistake in the source")
 
     with Loader(Broken(), batch_size=10, seed=0, num_workers=2) as loader, pytest.raises(KeyError, match="a mistake"):  # type: ignore[arg-type]
@@ -391,7 +393,7 @@ def test_data_wait_is_measured(images):
     class Gated:
         problems = ()
         open, read_so_far = threading.Event(), 0
-        source = open_source(images)
+        source, reading = open_source(images), Reading()
 
         def __len__(self) -> int:
             return 50
@@ -399,10 +401,10 @@ def test_data_wait_is_measured(images):
         def name(self, index: int) -> str:
             return self.source.name(index)
 
-        def read(self, index: int) -> bytes:
+        def item(self, index: int) -> Item:
             self.open.wait(10)
             self.read_so_far += 1
-            return self.source.read(index)
+            return self.source.item(index)
 
     gated = Gated()
     with Loader(gated, batch_size=10, seed=0, num_workers=1) as loader:  # type: ignore[arg-type]

@@ -80,4 +80,4 @@ def count_equal(train: Any, test: Any, x_train: Tensor, x_test: Tensor) -> int:
     nearest = [(part @ x_train.T).max(1) for part in x_test.split(1024)]
     similarity, index = (torch.cat([getattr(part, name) for part in nearest]) for name in ("values", "indices"))
     near = (similarity > 1 - NEARLY_EQUAL).nonzero().flatten().tolist()
-    return sum(test.read(i) == train.read(int(index[i])) for i in near)
+    return sum(test.digest(i) == train.digest(int(index[i])) for i in near)

@@ -29,9 +29,10 @@ from torch import Tensor
 
 from upstep_fast.data.curation.perceptual_hash import near, perceptual_hash
 from upstep_fast.data.decode.arrays import NPY, npy_header
-from upstep_fast.data.decode.image import FORMATS, decode
+from upstep_fast.data.decode.image import FORMATS
 from upstep_fast.data.decode.tiff import tiff_bits
-from upstep_fast.data.loading.skipped_images import SkippedImages, map_readable, read_bytes
+from upstep_fast.data.loading.skipped_images import SkippedImages, decode_item, map_readable, read_item
+from upstep_fast.data.sources.part import Item
 from upstep_fast.data.sources.source import Source
 
 VERSION = 1  # of the rules; a change makes cached verdicts stale
@@ -122,8 +123,8 @@ def triage(source: Source, *, channels: int = 3, num_workers: int = 0, max_bad_f
     kinds: list[str] = []
 
     def read(index: int) -> _Features:
-        data = read_bytes(source, index)
-        return _features(data, decode(data, channels=channels))
+        item = read_item(source, index)
+        return _features(item, decode_item(item, source.reading, channels=channels))
 
     options: dict[str, Any] = {"num_workers": num_workers, "ahead": AHEAD, "max_bad_fraction": max_bad_fraction}
     with contextlib.closing(map_readable(read, source, range(len(source)), SkippedImages(), **options)) as readable:
@@ -166,8 +167,8 @@ def _list_rare_kinds(indices: list[int], kinds: list[str], findings: _Findings) 
         findings.list(indices[at], "odd ones out", f"{names[of[at]]}, where {share}")
 
 
-def _features(data: bytes, image: Tensor) -> _Features:
-    kind, bits = _header(data)
+def _features(item: Item, image: Tensor) -> _Features:
+    kind, bits = _header(item)
     one = image[:1] if image.stride(0) == 0 else image
     _, height, width = image.shape
     pixels = image.contiguous().numpy()
@@ -201,8 +202,11 @@ def _stds(image: Tensor) -> np.ndarray:
     return np.sqrt(np.maximum(shares @ levels**2 - (shares @ levels) ** 2, 0))
 
 
-def _header(data: bytes) -> tuple[str, int]:
+def _header(item: Item) -> tuple[str, int]:
     """Return the kind of an image and its bits per channel, from the header of a file that can be decoded."""
+    if item.kind is not None:
+        return item.kind.name, 8  # its values were brought to 8 bits by their own range
+    data: bytes = item.file  # type: ignore[assignment]
     if data[:6] == NPY:
         return "an array", 8 * npy_header(io.BytesIO(data))[2].itemsize
     try:

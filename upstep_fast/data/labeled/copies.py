@@ -34,6 +34,6 @@ def copies(train: Source, test: Source) -> tuple[int, int] | None:
 
 def _is_copy(test: Source, index: int, train: Source, candidates: list[int]) -> bool:
     with contextlib.suppress(OSError):  # an image that cannot be read is told later
-        data = test.read(index)
-        return any(train.read(i) == data for i in candidates)
+        digest = test.digest(index)
+        return any(train.digest(i) == digest for i in candidates)
     return False

@@ -123,7 +123,9 @@ class Fetcher:
         for index in indices if self.gpu else ():
             if index not in self._bad and self._cache.get(index) is None:
                 with contextlib.suppress(OSError):  # the CPU's attempt reports it
-                    files[index] = self.source.read(index)
+                    item = self.source.item(index)
+                    if item.kind is None:
+                        files[index] = item.file
         if (gpu := self.gpu) is None or not files:
             return {}
         decoded = with_retries(lambda: gpu.read(list(files.values())), lambda: self.source.name(indices[0]))

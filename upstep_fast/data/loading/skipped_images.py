@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from upstep_fast.config.reading import Reading
 from upstep_fast.data.decode.image import decode
 from upstep_fast.data.decode.piece import decode_piece
 from upstep_fast.data.loading.ordered_map import ordered_map
@@ -48,27 +49,21 @@ def read_image(source: Source, index: int, *, channels: int = 3, min_side: int |
     """Return the decoded image, uint8 [channels, H, W]. Raises BadImage, or as `with_retries`."""
 
     def read() -> Tensor:
-        item = _read(source, index)
-        options: dict[str, Any] = {"channels": channels, "min_side": min_side, "reading": source.reading}
-        if item.kind is None:
-            return decode(item.file, **options)  # type: ignore[arg-type]  # bytes
-        return decode_piece(item.kind, item.file, item.piece, layout=item.layout, **options)
+        return decode_item(read_item(source, index), source.reading, channels=channels, min_side=min_side)
 
     return with_retries(read, lambda: source.name(index))
 
 
-def read_bytes(source: Source, index: int) -> bytes:
+def decode_item(item: Item, reading: Reading, *, channels: int, min_side: int | None = None) -> Tensor:
+    """Return the image, uint8 [channels, H, W]. Raises BadImage, or OSError or MemoryError, which may pass."""
+    options: dict[str, Any] = {"channels": channels, "min_side": min_side, "reading": reading}
+    if item.kind is None:
+        return decode(item.file, **options)  # type: ignore[arg-type]  # bytes
+    return decode_piece(item.kind, item.file, item.piece, layout=item.layout, **options)
+
+
+def read_item(source: Source, index: int) -> Item:
     """Return the encoded image. Raises BadImage, or OSError if it may pass: for use within `with_retries`."""
-    try:
-        return source.read(index)
-    except OSError as error:
-        if may_pass(error):
-            raise
-        raise BadImage(f"cannot be read: {error.strerror or error}") from error
-
-
-def _read(source: Source, index: int) -> Item:
-    """Return an image before it is decoded. Raises as `read_bytes`."""
     try:
         return source.item(index)
     except OSError as error:

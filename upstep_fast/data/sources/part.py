@@ -27,6 +27,7 @@ LARGE = 64 << 20  # an image of more bytes is not read out of a file that is mad
 ALREADY_LISTED = "already listed: the same file twice is counted once"
 
 Problem = tuple[str, str]
+Digest = tuple[int, bytes]  # size of the encoded image, BLAKE2b of 8 bytes
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,10 @@ class Part(Protocol):
         """Return the encoded image, and which picture of it is meant. Raises OSError."""
         return Item(self.read(index))
 
-    def digest(self, index: int) -> bytes:
-        """Return 8 bytes that two images share only if they are equal: BLAKE2b of the encoded one. Raises OSError."""
-        return hashlib.blake2b(self.read(index), digest_size=8).digest()
+    def digest(self, index: int) -> Digest:
+        """Return what two images share only if they are equal. Raises OSError."""
+        data = self.read(index)
+        return len(data), hashlib.blake2b(data, digest_size=8).digest()
 
     def groups(self) -> np.ndarray | None:
         """Return the number of each image's file, [N] int64; None if each image is a file of its own."""

@@ -20,7 +20,7 @@ from upstep_fast.data.formats import kinds
 from upstep_fast.data.formats.kinds import Kind
 from upstep_fast.data.reading import axes
 from upstep_fast.data.reading.stored import WHOLE, File, Layout, Piece
-from upstep_fast.data.sources.part import Item, Listing, Part
+from upstep_fast.data.sources.part import Digest, Item, Listing, Part
 from upstep_fast.errors import BadImage
 from upstep_fast.runtime.progress import track
 
@@ -39,7 +39,7 @@ class Pieces(Part):
     layouts: tuple[Layout | None, ...]  # of each file that has a kind
     pieces: tuple[Sequence[Piece], ...]  # of each file; equal layouts share one sequence
     ends: np.ndarray  # [F] int64: number of images up to and with each file
-    digests: dict[int, bytes] = field(default_factory=dict)  # of files, once they are known
+    digests: dict[int, Digest] = field(default_factory=dict)  # of files, once they are known
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -61,13 +61,15 @@ class Pieces(Part):
         path = self.inner.file_path(at) if kind is not None and len(self.pieces[file]) > 1 else None
         return Item(self.inner.read(at) if path is None else _regular(path), kind, piece, self.layouts[file])
 
-    def digest(self, index: int) -> bytes:
-        """Return BLAKE2b of the file and the place in it, 8 bytes. Raises OSError."""
+    def digest(self, index: int) -> Digest:
+        """Return the file's size, and BLAKE2b of the file and the place in it. Raises OSError."""
         file, piece = self._locate(index)
         at, place = int(self.files[file]), axes.label(piece)
         if (of_file := self.digests.get(at)) is None:
             of_file = self.digests[at] = self.inner.digest(at)
-        return hashlib.blake2b(of_file + place.encode(), digest_size=8).digest() if place else of_file
+        if not place:
+            return of_file
+        return of_file[0], hashlib.blake2b(of_file[1] + place.encode(), digest_size=8).digest()
 
     def labels(self) -> list[str] | None:
         """Return the class of each image, its file's; None when not all files have one."""

@@ -32,6 +32,7 @@ from upstep_fast.data.sources.lists import LIST_SUFFIXES, read_list
 from upstep_fast.data.sources.part import (
     ALREADY_LISTED,
     Columns,
+    Digest,
     Item,
     Listing,
     Names,
@@ -83,8 +84,8 @@ class Source:
         part, local = self._locate(index)
         return part.item(local)
 
-    def digest(self, index: int) -> bytes:
-        """Return 8 bytes that two images share only if they are equal. Raises OSError."""
+    def digest(self, index: int) -> Digest:
+        """Return what two images share only if they are equal. Raises OSError."""
         part, local = self._locate(index)
         return part.digest(local)
 

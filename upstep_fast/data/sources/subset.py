@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from upstep_fast.data.sources.part import Item, Part, Problem
+from upstep_fast.data.sources.part import Digest, Item, Part, Problem
 from upstep_fast.data.sources.source import Source
 
 
@@ -33,7 +33,7 @@ class Subset(Part):
         """Return the encoded image, and which picture of it is meant. Raises OSError."""
         return self.source.item(int(self.indices[index]))
 
-    def digest(self, index: int) -> bytes:
+    def digest(self, index: int) -> Digest:
         """Return the digest in the source. Raises OSError."""
         return self.source.digest(int(self.indices[index]))
 

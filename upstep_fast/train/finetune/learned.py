@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,8 +23,8 @@ def fingerprints(source: Source, indices: Sequence[int], workers: int) -> Tensor
 
     def read(index: int) -> tuple[int, int]:
         with contextlib.suppress(OSError):
-            data = source.read(index)
-            return len(data), int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
+            size, digest = source.digest(index)
+            return size, int.from_bytes(digest, "little", signed=True)
         return -1, 0
 
     found = list(ordered_map(read, indices, workers, AHEAD * max(1, workers)))

@@ -21,6 +21,7 @@ from upstep_fast.data.decode.size import image_size
 from upstep_fast.data.loading import loader
 from upstep_fast.data.loading.prefetch import DEPTH
 from upstep_fast.data.reading import budget
+from upstep_fast.data.sources.part import Item
 from upstep_fast.data.sources.source import Source
 from upstep_fast.errors import ConfigError
 from upstep_fast.runtime.machine import format_bytes
@@ -47,7 +48,7 @@ def estimate(
     decoded, decoding = [0], [0]
     for index in np.linspace(0, len(source) - 1, min(SAMPLE, len(source)), dtype=int).tolist():
         with contextlib.suppress(OSError):  # the loader reports it
-            if (size := image_size(source.read(index))) is not None:
+            if (size := _image_size(source.item(index))) is not None:
                 pixels = size[0] * size[1]
                 decoded.append(channels * pixels // budget.reduction(*size, min_side) ** 2)
                 decoding.append(max(budget.BYTES_PER_PIXEL, 4 * channels) * pixels)
@@ -58,6 +59,13 @@ def estimate(
     one = max(decoding)
     at_once = max(one, min(budget.LIMIT, max(1, num_workers) * one))
     return ImageMemory(mean, held * batch * mean + waiting + cache + at_once, batch)
+
+
+def _image_size(item: Item) -> tuple[int, int] | None:
+    """Return (height, width) of an image at full size; None if its header does not tell."""
+    if item.layout is not None:
+        return item.piece.window[2:] if item.piece.window else (item.layout.size("Y"), item.layout.size("X"))
+    return image_size(item.file)  # type: ignore[arg-type]  # bytes, as it is a photograph
 
 
 def check(images: ImageMemory, free_by_rank: Sequence[int | None], local_ranks: int) -> None:
