@@ -49,7 +49,11 @@ class Layout:
         if min(top, left) < 0 or min(height, width) < 1 or top + height > rows or left + width > columns:
             raise BadImage(f"a window of {height} x {width} at {top}, {left} in {rows} x {columns} pixels")
         if height * width > MAX_PIXELS:
-            raise BadImage(f"{width} x {height} pixels, above the limit of {MAX_PIXELS}")
+            fits = next((k for k, (h, w) in enumerate(levels) if h * w <= MAX_PIXELS), None)
+            cure = "" if fits is None else f", or --level {fits} ({levels[fits][1]} x {levels[fits][0]} pixels)"
+            raise BadImage(
+                f"{width} x {height} pixels, above the limit of {MAX_PIXELS}; give --tiles 224 to read it in tiles{cure}"
+            )
         return top, left, height, width
 
 
@@ -62,6 +66,7 @@ class Piece:
     level: int = 0
     maximum: tuple[str, int] | None = None  # (axis, size): the brightest values along it
     stacked: tuple[str, int] | None = None  # (axis, size): its pictures are the bands
+    scale: float = 1.0  # pixels of the level per pixel of the result, the unit of `window`; readers see 1 (tiles.py)
 
     def index(self, axis: str) -> int:
         """Return the place on an axis."""

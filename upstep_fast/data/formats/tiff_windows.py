@@ -1,0 +1,200 @@
+"""Windows of large TIFFs and slides by tifffile: only the tiles or strips that a window meets are read and decoded.
+
+levels        SubIFDs or reduced pages of the same shape; of Aperio's slides all tiled pages
+samples       as decode/tiff.py has them: white as zero is inverted, palettes and 1, 2, 4 bits are expanded, YCbCr in
+              JPEG and JPEG 2000 becomes RGB, colors with associated alpha are put on white
+not stored    segments of sparse files are nodata
+orientation   applied: windows are those of the upright picture
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+from PIL import Image
+
+from upstep_fast.data.formats import tiff_pyramid
+from upstep_fast.data.formats.tiff_pyramid import (
+    APERIO_YCBCR,
+    CMYK,
+    PALETTE,
+    RGB,
+    WHITE_IS_ZERO,
+    Level,
+    Pyramid,
+    open_pyramid,
+)
+from upstep_fast.data.reading.out_of_memory import is_out_of_memory
+from upstep_fast.data.reading.recent import Recent
+from upstep_fast.data.reading.regular import read_at, version_of
+from upstep_fast.data.reading.stored import File, Layout, Piece, Stored
+from upstep_fast.errors import BadImage
+
+_ASSOCIATED = 1
+_segments = Recent(256 << 20)  # decoded strips and tiles
+
+
+def layout(file: File) -> Layout:
+    """Return size, levels and resolution of a TIFF's first picture. Raises BadImage, OSError."""
+    return _layout(open_pyramid(file))
+
+
+def _layout(opened: Pyramid) -> Layout:
+    base = opened.levels[0]
+    sizes = tuple(_upright_size(level, opened.orientation) for level in opened.levels)
+    bands = 3 if opened.photometric in (PALETTE, CMYK) or _has_alpha(opened) else base.samples
+    return Layout("CYX", (bands, *sizes[0]), opened.what, sizes if len(sizes) > 1 else (), opened.mpp)
+
+
+def read(file: File, piece: Piece) -> Stored:
+    """Return a window of a level. Raises BadImage, OSError."""
+    opened = open_pyramid(file)
+    window = _layout(opened).window(piece)
+    level = opened.levels[piece.level]
+    window = _as_stored(window, _upright_size(level, opened.orientation), opened.orientation)
+    values, valid = _window(file, level, window)
+    return _upright(_in_color(values, valid, opened), opened.orientation)
+
+
+def has_data(file: File, piece: Piece) -> bool:
+    """Return whether bytes are stored for any part of a window. Raises BadImage, OSError."""
+    opened = open_pyramid(file)
+    level = opened.levels[piece.level]
+    if not level.is_sparse:
+        return True
+    size = _upright_size(level, opened.orientation)
+    window = _as_stored(piece.window or (0, 0, *size), size, opened.orientation)
+    return any(level.counts[index] for index, _, _ in _met(level, window))
+
+
+def _window(file: File, level: Level, window: tuple[int, int, int, int]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return values [C, H, W] as stored, and which are [H, W]; None: all. window: of the picture as stored."""
+    top, left, rows, columns = window
+    values = np.zeros((level.samples, rows, columns), level.dtype)
+    valid: np.ndarray | None = None
+    for index, row, column in _met(level, window):
+        first, last = max(top, row), min(top + rows, row + level.segment[0])
+        start, end = max(left, column), min(left + columns, column + level.segment[1])
+        target = np.s_[first - top : last - top, start - left : end - left]
+        if not level.counts[index]:
+            valid = np.ones((rows, columns), bool) if valid is None else valid
+            valid[target] = False
+            continue
+        part = _segment_rows(file, level, index, first - row, last - row)[:, start - column : end - column]
+        if part.shape[:2] != (last - first, end - start):
+            raise BadImage("a strip or tile that holds fewer pixels than its header says")
+        plane = slice(index // level.per_plane, index // level.per_plane + 1) if level.planar else slice(None)
+        values[plane, *target] = np.moveaxis(part, -1, 0)
+    return values, valid
+
+
+def _met(level: Level, window: tuple[int, int, int, int]) -> Iterator[tuple[int, int, int]]:
+    """Yield (index, top, left) of the segments that a window meets."""
+    top, left, rows, columns = window
+    height, width = level.segment
+    for plane in range(level.samples if level.planar else 1):
+        for row in range(top // height, (top + rows - 1) // height + 1):
+            for column in range(left // width, (left + columns - 1) // width + 1):
+                yield plane * level.per_plane + row * level.across + column, row * height, column * width
+
+
+def _segment_rows(file: File, level: Level, index: int, first: int, last: int) -> np.ndarray:
+    """Return rows of a decoded segment, [H, W, C] with the samples that it holds."""
+    offset, count = int(level.offsets[index]), int(level.counts[index])
+    samples = 1 if level.planar else level.samples
+    if level.is_plain:
+        row_bytes = level.segment[1] * samples * level.dtype.itemsize
+        if last * row_bytes > count:
+            raise BadImage("truncated TIFF: a strip or tile is too short")
+        data = read_at(file, offset + first * row_bytes, (last - first) * row_bytes)
+        array = np.frombuffer(data, level.dtype.newbyteorder(level.order)).astype(level.dtype)
+        return array.reshape(last - first, level.segment[1], samples)
+
+    def make() -> tuple[np.ndarray, int]:
+        try:
+            array = level.decode(read_at(file, offset, count), index, jpegtables=level.tables)[0][0]
+        except (MemoryError, OSError):
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise MemoryError("out of memory") from error
+            raise BadImage(f"a strip or tile cannot be decoded: {type(error).__name__}: {str(error)[:120]}") from error
+        return array, array.nbytes
+
+    if not isinstance(file, str):
+        return make()[0][first:last]
+    segment: np.ndarray = _segments.get((version_of(file), offset, index), make)
+    return segment[first:last]
+
+
+def _in_color(values: np.ndarray, valid: np.ndarray | None, opened: Pyramid) -> Stored:
+    """Return the picture's values [C, H, W] as colors or bands, with their range."""
+    base = opened.levels[0]
+    if opened.nodata is not None:
+        stated = np.isnan(values) if math.isnan(opened.nodata) else values == opened.nodata
+        valid = ~stated.all(0) if valid is None else valid & ~stated.all(0)
+    if opened.colors is not None:
+        return Stored((opened.colors[:, values[0]] >> 8).astype(np.uint8), 0, 255, valid)
+    # Aperio's 33003 holds YCbCr in JPEG 2000, which tifffile returns as it is; JPEG comes as RGB
+    mode = "CMYK" if opened.photometric == CMYK else "YCbCr" if opened.compression == APERIO_YCBCR else None
+    if mode is not None:
+        image = Image.fromarray(np.ascontiguousarray(np.moveaxis(values, 0, -1)), mode).convert("RGB")
+        return Stored(np.moveaxis(np.asarray(image), -1, 0), 0, 255, valid)
+    if base.bits < 8:  # one bit comes as bool
+        values = (values.astype(np.uint8) * (255 // ((1 << base.bits) - 1))).astype(
+            np.uint8
+        )  # exact for 1, 2 and 4 bits
+    limits = _declared(values.dtype, max(8, base.bits))
+    if _has_alpha(opened):
+        top = int(limits[1] or 1)
+        colors = values[:3].astype(np.int64) + top - values[3]
+        values = np.clip(colors, 0, top).astype(values.dtype)  # colors are multiplied by alpha already
+    return Stored(values, *limits, valid, inverted=opened.photometric == WHITE_IS_ZERO)
+
+
+def _has_alpha(opened: Pyramid) -> bool:
+    """Return whether a fourth sample is how much the colors cover."""
+    base = opened.levels[0]
+    return opened.photometric == RGB and opened.extra[:1] == (_ASSOCIATED,) and base.dtype.kind == "u"
+
+
+def _declared(dtype: np.dtype, bits: int) -> tuple[float | None, float | None]:
+    if dtype.kind == "f":
+        return None, None
+    return (0, (1 << bits) - 1) if dtype.kind == "u" else (-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
+
+
+def _upright_size(level: Level, orientation: int) -> tuple[int, int]:
+    return (level.width, level.height) if orientation in (5, 6, 7, 8) else (level.height, level.width)
+
+
+def _as_stored(window: tuple[int, int, int, int], size: tuple[int, int], orientation: int) -> tuple[int, int, int, int]:
+    """Return a window of the upright picture of (height, width) `size` as one of the picture as it is stored."""
+    (top, left, rows, columns), (height, width) = window, size
+    top = height - top - rows if orientation in (3, 4, 7, 8) else top
+    left = width - left - columns if orientation in (2, 3, 6, 7) else left
+    return (left, top, columns, rows) if orientation in (5, 6, 7, 8) else (top, left, rows, columns)
+
+
+def _upright(stored: Stored, orientation: int) -> Stored:
+    """Undo orientation 1 to 8 of [C, H, W]."""
+    values = _turned(stored.values, orientation)
+    valid = None if stored.valid is None else _turned(stored.valid, orientation)
+    return replace(stored, values=np.ascontiguousarray(values), valid=valid)
+
+
+def _turned(x: np.ndarray, orientation: int) -> np.ndarray:
+    if orientation in (5, 6, 7, 8):
+        x = np.swapaxes(x, -1, -2)
+    if orientation in (3, 4, 7, 8):
+        x = x[..., ::-1, :]
+    return x[..., ::-1] if orientation in (2, 3, 6, 7) else x
+
+
+def forget() -> None:
+    """Forget headers and segments of files."""
+    tiff_pyramid.forget()
+    _segments.clear()
