@@ -51,9 +51,7 @@ class Layout:
         if height * width > MAX_PIXELS:
             fits = next((k for k, (h, w) in enumerate(levels) if h * w <= MAX_PIXELS), None)
             cure = "" if fits is None else f", or --level {fits} ({levels[fits][1]} x {levels[fits][0]} pixels)"
-            raise BadImage(
-                f"{width} x {height} pixels, above the limit of {MAX_PIXELS}; give --tiles 224 to read it in tiles{cure}"
-            )
+            raise BadImage(f"{width} x {height} pixels, above the limit of {MAX_PIXELS}; give --tiles 224{cure}")
         return top, left, height, width
 
 
