@@ -88,14 +88,20 @@ FORMS = {
     "loss": {"gate_statistic": "loss", "gate": "prev", "queue": 12},
     "features, local": {"cvr": "sq", "cvr_on": "features", "local_views": 2},
     "disagreement": {"gate_statistic": "disagreement", "update_when": "high"},
+    "vicreg": {"objective": "vicreg", "gate": "ema"},
 }
+
+
+def changed(base, changes):
+    """The options of a form; vicreg has no prototypes to choose."""
+    return {k: v for k, v in base.items() if k != "prototypes" or "objective" not in changes} | changes
 
 
 def jobs(base, folder):
     """The runs of the launch, in order."""
 
     def adapt(name, fault=None, out=None, **changes):
-        options = base | changes | {"out": str(folder / (out or name))}
+        options = changed(base, changes) | {"out": str(folder / (out or name))}
         return {"name": name, "call": "adapt", "options": options, "fault": fault}
 
     def signal_at(step, name="SIGTERM"):
@@ -166,7 +172,7 @@ def alone(base, tmp_path):
 
     def run(**changes):
         out = tmp_path / "alone"
-        upstep_fast.adapt(**base | changes | {"out": str(out)})
+        upstep_fast.adapt(**changed(base, changes) | {"out": str(out)})
         return out
 
     return run

@@ -14,17 +14,23 @@ from typing import Annotated, Any
 
 import tyro
 
-from upstep_fast.config.flat import dashed, flag_of, groups
+from upstep_fast.config.flat import dashed, flag_of, groups, paths
 
 
-def for_tyro(config_class: type, shown: Collection[str] | None = None) -> Any:
-    """Return a subclass whose fields tyro names by their flags; shown: flags to list in --help (None: all)."""
+def for_tyro(config_class: type, shown: Collection[str] | None = None, own: Collection[str] | None = None) -> Any:
+    """Return a subclass whose fields tyro names by their flags.
+
+    shown: flags to list in --help (None: all). own: flags of this class that no other group of the whole has (None:
+    all).
+    """
     hints, fields = typing.get_type_hints(config_class), []
     for field in dataclasses.fields(config_class):
         default, name = field.default, flag_of(config_class, field.name)
         if group := groups(config_class).get(field.name):
-            kind: Any = for_tyro(group, shown)
+            kind: Any = for_tyro(group, shown, {f for f, path in paths(config_class).items() if path[0] == field.name})
             default = default if default is dataclasses.MISSING else kind(**vars(default))
+        elif own is not None and name not in own:
+            kind = Annotated[hints[field.name], tyro.conf.Fixed, tyro.conf.Suppress]
         elif shown is None or name in shown:
             kind = Annotated[hints[field.name], _argument(name, default, _docs(config_class).get(field.name, ""))]
         else:

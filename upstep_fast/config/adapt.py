@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from upstep_fast.config.base import ModelConfig
-from upstep_fast.config.flat import defaults, flat
+from upstep_fast.config.flat import defaults, flat, paths
 from upstep_fast.config.objective import ExperimentalConfig, GateConfig, ObjectiveConfig
 from upstep_fast.config.training import (
     AdaptDataConfig,
@@ -24,6 +24,11 @@ from upstep_fast.errors import ConfigError
 _NOT_WITH_FULL = (
     *("from_", "lora_r", "lora_alpha", "lora_targets", "lora_blocks", "distil", "base_targets", "strength"),
     *("strength_first", "shard_weights"),
+)
+# prototypes, their targets, and additions to clustering
+_CLUSTERING = (
+    *("prototypes", "prototype_init", "temperature", "epsilon", "sinkhorn_iterations", "sharpen", "distil"),
+    *("local_views", *(name for name in paths(ExperimentalConfig) if name != "strength_first")),
 )
 
 
@@ -59,6 +64,7 @@ class AdaptConfig(ModelConfig):
             raise ConfigError("mean_std: auto measures mean and std; do not give --mean or --std as well")
         self._check_memory()
         self._check_gate()
+        self._check_objective()
         if self.experimental.cvr_on == "features" and self.objective.cvr not in ("sq", "norm"):
             raise ConfigError(f"cvr_on: features needs --cvr sq or norm, got {self.objective.cvr}")
         if self.lora.tune == "full" and self.method == "upstep":
@@ -82,6 +88,14 @@ class AdaptConfig(ModelConfig):
                     raise ConfigError(f"cuda_graphs and {name}: give one of them, not both")
             if self.runtime.implementation == "reference":
                 raise ConfigError("cuda_graphs: only the engine is captured; leave out --implementation reference")
+
+    def _check_objective(self) -> None:
+        if self.objective.loss != "vicreg":
+            return
+        own = flat(self)
+        for name in _CLUSTERING:
+            if own[name] != defaults(AdaptConfig)[name]:
+                raise ConfigError(f"{name}: needs --objective clustering; leave it out with vicreg")
 
     def _check_gate(self) -> None:
         rule, layout = self.gate.rule, self.objective.layout

@@ -14,8 +14,11 @@ Rule = Literal["none", "prev", "ema", "median", "quantile", "views", "random", "
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Clustering (SwAV), center-vector regularization (CVR) and distillation."""
+    """Clustering (SwAV) or VICReg, center-vector regularization (CVR) and distillation."""
 
+    loss: Literal["clustering", "vicreg"] = field(default="clustering", metadata=flag("objective"))
+    """What is learned besides the penalty on the center: clustering against prototypes, or variance, invariance and
+    covariance of the embeddings (vicreg)."""
     layout: Literal["symmetric", "asymmetric"] = "symmetric"
     """symmetric: both views learn. asymmetric: one view makes targets without gradient, the other one learns."""
     head: Literal["mlp", "linear", "none"] = "mlp"

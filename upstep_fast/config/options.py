@@ -47,6 +47,7 @@ class AdaptOptions(TypedDict, total=False):
     lora_blocks: int | None
     tune: Literal["lora", "full"]
     from_: str | Path | None
+    objective: Literal["clustering", "vicreg", "dinov2", "mae"]
     layout: Literal["symmetric", "asymmetric"]
     head: Literal["mlp", "linear", "none"]
     head_hidden: int
@@ -109,7 +110,6 @@ class AdaptOptions(TypedDict, total=False):
     gate_unit: Literal["step", "image"]
     cvr_on: Literal["head", "features"]
     strength_first: float | Literal["auto"] | None
-    objective: Literal["dinov2", "mae"]
     alpha: Literal["faithful", "customary"]
     unfreeze: str
     train_class_token: bool

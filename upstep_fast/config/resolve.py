@@ -38,9 +38,10 @@ def resolve(config: AdaptConfig, num_images: int, num_ranks: int = 1) -> Resolve
         raise ConfigError(f"data: {num_images} image found, adaptation needs at least {max(2, num_ranks)}")
     possible = {
         "batch_size": batch,
-        "prototypes": min(config.objective.prototypes, num_images),
         "queue": min(config.experimental.queue, num_images),
     }
+    if config.objective.loss == "clustering":
+        possible["prototypes"] = min(config.objective.prototypes, num_images)
     requested = flat(config)
     reduced = {name: (requested[name], value) for name, value in possible.items() if value != requested[name]}
     steps = _num_steps(run.steps, run.epochs, num_images, batch)

@@ -68,7 +68,11 @@ def keyword_types(*config_classes: type) -> dict[str, str]:
             written = next(str(f.type) for f in dataclasses.fields(holder) if f.name == field)
             written = re.sub(r"tuple\[(\w+), [^]]+\]", r"Sequence[\1]", written)
             written = written.replace("'", '"')
-            found.setdefault(name, written.replace("str", "str | Path") if name in _FILES else written)
+            written = written.replace("str", "str | Path") if name in _FILES else written
+            known = found.setdefault(name, written)
+            if name == "objective" and known != written:  # each method has its own
+                more = written.removeprefix("Literal[").removesuffix("]")
+                found[name] = known if more in known else f"{known[:-1]}, {more}]"
     return found
 
 

@@ -14,6 +14,7 @@ def build(backbone: Backbone, config: AdaptConfig) -> Method:
     from upstep_fast.config.explora import Dinov2Config, MaeConfig
     from upstep_fast.methods.upstep.extended import ExtendedUpStep, has_additions
     from upstep_fast.methods.upstep.upstep import UpStep
+    from upstep_fast.methods.upstep.vicreg import UpStepVicreg
 
     if isinstance(config, Dinov2Config):
         from upstep_fast.methods.explora.dinov2 import ExploraDinov2
@@ -23,6 +24,8 @@ def build(backbone: Backbone, config: AdaptConfig) -> Method:
         from upstep_fast.methods.explora.mae import ExploraMae
 
         return ExploraMae(backbone, config)
+    if config.objective.loss == "vicreg":
+        return UpStepVicreg(backbone, config)
     return ExtendedUpStep(backbone, config) if has_additions(config) else UpStep(backbone, config)
 
 

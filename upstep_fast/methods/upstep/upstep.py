@@ -61,15 +61,18 @@ class UpStep(Method):
         self.vit = backbone.vit
         self.features: Callable[[Tensor], Tensor] = partial(features, self.vit)
         self.embedding_dim = backbone.width if config.objective.head == "none" else config.objective.head_dim
+        self._make_prototypes(config)
+        self.register_buffer("running_center", torch.zeros(self.embedding_dim))
+        self.register_buffer("base_center", torch.zeros(self.embedding_dim))
+        self.register_buffer("running_magnitude", torch.zeros(()))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.bool))
+
+    def _make_prototypes(self, config: AdaptConfig) -> None:
         prototypes = make_prototypes(config, self.embedding_dim)
         if config.objective.prototype_init == "learned":
             self.prototypes = nn.Parameter(prototypes)
         else:
             self.register_buffer("prototypes", prototypes)
-        self.register_buffer("running_center", torch.zeros(self.embedding_dim))
-        self.register_buffer("base_center", torch.zeros(self.embedding_dim))
-        self.register_buffer("running_magnitude", torch.zeros(()))
-        self.register_buffer("seen", torch.zeros((), dtype=torch.bool))
 
     def accelerate(self, dtype: torch.dtype, memory: Memory = "fast", fp8: bool = False) -> None:
         """Run the backbone on the engine in `dtype`; the plain model where the engine cannot.
