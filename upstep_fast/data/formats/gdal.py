@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from upstep_fast.data.reading.out_of_memory import is_out_of_memory
 from upstep_fast.data.reading.stored import File
 from upstep_fast.errors import BadImage, first_line
 
@@ -47,8 +48,12 @@ def opened(file: File, driver: str, **options: Any) -> Iterator[Any]:
             else:
                 memory = stack.enter_context(rasterio.io.MemoryFile(file))
                 yield stack.enter_context(memory.open(**options))
-        except rasterio.errors.RasterioError as error:
+        except BadImage:
+            raise
+        except Exception as error:  # rasterio raises its own errors, GDAL's, ValueError and OverflowError
             cause = error.__cause__ or error  # GDAL's own words
+            if is_out_of_memory(error) or is_out_of_memory(cause):
+                raise
             raise BadImage(f"cannot be decoded by GDAL: {_without_path(first_line(cause))}") from error
 
 
@@ -75,8 +80,9 @@ def _rasterio() -> Any:
         import rasterio.io
     except ImportError:
         raise BadImage("needs the package rasterio: pip install 'upstep_fast[geo]'") from None
-    # that a picture lies nowhere on Earth is of no concern here
-    warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
+    # that a picture lies nowhere on Earth, or has both nodata and alpha, is of no concern here
+    for kind in (rasterio.errors.NotGeoreferencedWarning, rasterio.errors.NodataShadowWarning):
+        warnings.filterwarnings("ignore", category=kind)
     return rasterio
 
 

@@ -85,6 +85,8 @@ def _sizes(file: File) -> _Sizes:
 def _siz(head: bytes, at: int) -> _Sizes:
     right, bottom, left, top = struct.unpack_from(">4I", head, at + 4)
     (components,) = struct.unpack_from(">H", head, at + 36)
+    if not components:
+        raise BadImage("a JPEG 2000 of 0 components")
     kinds = {struct.unpack_from("3B", head, at + 38 + 3 * component) for component in range(components)}
     if len({depth for depth, *_ in kinds}) != 1:
         raise BadImage("a JPEG 2000 whose components have several depths; convert it to TIFF")
