@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from upstep_fast.data.formats.gdal import num_bits, opened, planes
+from upstep_fast.data.reading.nodata import masked
 from upstep_fast.data.reading.stored import File, Layout, Piece, Stored
 from upstep_fast.errors import BadImage
 
@@ -49,20 +50,6 @@ def read(file: File, piece: Piece) -> Stored:
     values, low, high = scaled(values, low, high, scales, offsets)
     values, valid = masked(values, masks)
     return Stored(values, low, high, valid, inverted)
-
-
-def masked(values: np.ndarray, masks: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return values [C, H, W] and the mask [H, W] of pixels that have a value in any band.
-
-    masks: [C, H, W] bool, False: no value. Where bands differ, values become floats, NaN where a band has none.
-    """
-    if masks is None or masks.all():
-        return values, None
-    valid = masks.any(0)
-    if (masks | ~valid).all():  # all bands alike
-        return values, valid
-    wide = values.dtype.kind != "f" and values.dtype.itemsize > 2
-    return np.where(masks, values, np.nan).astype(np.float64 if wide else np.float32), valid
 
 
 def scaled(

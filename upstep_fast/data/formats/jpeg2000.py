@@ -8,9 +8,9 @@ subsampled components, components of several depths, and signed ones of at most 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 
+from upstep_fast.data.formats.boxes import boxes
 from upstep_fast.data.formats.gdal import opened, planes
 from upstep_fast.data.reading.stored import File, Layout, Piece, Stored
 from upstep_fast.errors import BadImage
@@ -103,11 +103,11 @@ def _siz(head: bytes, at: int) -> _Sizes:
 
 def _codestream(head: bytes) -> int:
     """Return the offset of a JP2's codestream. Raises BadImage for color spaces that are not read."""
-    for kind, start, end in _boxes(head, 0, len(head)):
+    for kind, start, end in boxes(head, 0, len(head)):
         if kind == b"jp2c":
             return start
         if kind == b"jp2h":
-            for inner, begin, _ in _boxes(head, start, min(end, len(head))):
+            for inner, begin, _ in boxes(head, start, min(end, len(head))):
                 if inner == b"pclr":
                     raise BadImage("a JPEG 2000 with a palette; convert it to PNG")
                 if inner == b"colr" and head[begin : begin + 1] == b"\x01":
@@ -115,17 +115,3 @@ def _codestream(head: bytes) -> int:
                     if space in _COLORS:
                         raise BadImage(f"a JPEG 2000 of {_COLORS[space]} pixels; convert it to RGB")
     return len(head)
-
-
-def _boxes(head: bytes, at: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """Yield (kind, start of the content, end) of the boxes between two offsets."""
-    while at + 8 <= end:
-        size, kind = int.from_bytes(head[at : at + 4], "big"), head[at + 4 : at + 8]
-        start = at + 8
-        if size == 1:  # the size is one of 64 bits
-            size, start = int.from_bytes(head[at + 8 : at + 16], "big"), at + 16
-        after = end if size == 0 else at + size
-        yield kind, start, after
-        if after < start:
-            return
-        at = after

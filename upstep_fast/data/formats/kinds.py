@@ -37,10 +37,8 @@ PHOTOGRAPHS = (
 )
 DICOM = Kind("DICOM", "dicom", (".dcm", ".dicom", ".dic", ".ima"), "medical", ("pydicom",))
 NIFTI = Kind("NIfTI", "nifti", (".nii", ".nii.gz"), "medical", ("nibabel",))
-FITS = Kind("FITS", "fits", (".fits", ".fit", ".fts", ".fits.gz", ".fit.gz", ".fts.gz"), "astro", ("astropy",))
-JPEG2000 = Kind(
-    "JPEG 2000", "jpeg2000", (".jp2", ".j2k", ".jpx", ".jpc", ".j2c", ".jpf"), "microscopy", ("imagecodecs",)
-)
+FITS = Kind("FITS", "fits", (".fits", ".fit", ".fts", ".fits.gz", ".fit.gz", ".fts.gz", ".fz"), "astro", ("astropy",))
+JPEG2000 = Kind("JPEG 2000", "jpeg2000", (".jp2", ".j2k", ".jpx", ".jpc", ".j2c", ".jpf"), "geo", ("rasterio",))
 JPEGXL = Kind("JPEG XL", "jpegxl", (".jxl",), "microscopy", ("imagecodecs",))
 SVS = Kind("Aperio slide", "tiff_windows", (".svs",), "microscopy", ("tifffile", "imagecodecs"))
 SLIDES = Kind(
@@ -54,7 +52,11 @@ _TO_TIFF = "convert it to a 16-bit TIFF or to .npy"
 NO_READER = {
     **dict.fromkeys((".heic", ".heif"), f"{_CONVERT}, with heif-convert or pillow-heif"),
     **dict.fromkeys((".tga", ".ico", ".psd", ".svg", ".eps", ".pdf"), _CONVERT),
-    **dict.fromkeys((".exr", ".hdr", ".pfm", ".nc", ".mrc", ".nrrd", ".mha", ".mhd", ".img"), _TO_TIFF),
+    **dict.fromkeys(
+        (".exr", ".hdr", ".pfm", ".nc", ".nc4", ".mrc", ".nrrd", ".nhdr", ".mha", ".mhd", ".img"), _TO_TIFF
+    ),
+    **dict.fromkeys((".bsq", ".bil", ".bip", ".h5", ".hdf", ".hdf5", ".grib", ".grb", ".ecw", ".sid"), _TO_TIFF),
+    ".vrt": "give the files that it names",
     **dict.fromkeys((".czi", ".lif", ".nd2", ".oib", ".vsi"), "convert it to OME-TIFF, with bioformats2raw or Fiji"),
     **dict.fromkeys((".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf", ".raw"), "develop it to TIFF"),
     **dict.fromkeys((".mp4", ".mov", ".avi", ".mkv", ".webm"), "write its frames as JPEG or PNG"),

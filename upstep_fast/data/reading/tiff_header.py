@@ -12,7 +12,11 @@ from upstep_fast.errors import BadImage
 
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
 _CODES = {1: "u1", 2: "S1", 3: "u2", 4: "u4", 13: "u4", 16: "u8", 18: "u8"}  # field types that are read
-_DESCRIPTION, _DNG_VERSION = 270, 50706
+_DESCRIPTION, _DNG_VERSION, _GDAL_METADATA, _GDAL_NODATA = 270, 50706, 42112, 42113
+_GEO = {33550, 33922, 34264, 34735, 50844, _GDAL_METADATA, _GDAL_NODATA}  # tags that only GeoTIFFs have
+_LERC = 34887
+# those before TIFF 6, and deflate under both its numbers: what GDAL, Pillow and tifffile all read
+_COMMON_COMPRESSIONS = (1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946)
 THUMBNAIL, MASK = 1, 4  # bits of NewSubfileType
 _MAX_PAGES = 1000
 
@@ -40,11 +44,21 @@ class TiffPage:
     is_sparse: bool  # some strips or tiles are not stored
     order: str  # "<" or ">"
     big: bool
+    is_geo: bool  # it has tags of GeoTIFF or GDAL
+    is_scaled: bool  # GDAL's metadata have a scale or an offset
+    nodata: str  # GDAL_NODATA; empty without it
 
     @property
     def kind(self) -> TiffPage:
         """What pages have in common that are bands of one picture."""
         return replace(self, is_sparse=False)
+
+    @property
+    def needs_gdal(self) -> bool:
+        """Whether GDAL alone reads it rightly: no other reader fills sparse files, or knows NaN in LERC and scales."""
+        plain = all(kind in (1, 4) for kind in self.formats) and set(self.bits) in ({1}, {2}, {4}, {8}, {12}, {16})
+        common = plain and not self.is_scaled and self.compression in _COMMON_COMPRESSIONS
+        return not self.is_raw and (self.is_sparse or self.compression == _LERC or (self.is_geo and not common))
 
 
 def read_pages(data: bytes | memoryview, max_pages: int = _MAX_PAGES) -> tuple[list[TiffPage], str]:
@@ -125,7 +139,15 @@ def _page(tags: dict[int, np.ndarray], order: str, big: bool) -> TiffPage:
         is_sparse=any(len(part) == 0 or part.min() == 0 for part in stored if part.dtype.kind == "u"),
         order=order,
         big=big,
+        is_geo=not _GEO.isdisjoint(tags),
+        is_scaled=bool(re.search(rb"role=.(scale|offset)", _text(tags, _GDAL_METADATA))),
+        nodata=_text(tags, _GDAL_NODATA).strip(b"\0 ").decode("latin-1"),
     )
+
+
+def _text(tags: dict[int, np.ndarray], tag: int) -> bytes:
+    stored = tags.get(tag)
+    return b"" if stored is None or stored.dtype.kind != "S" else stored.tobytes()
 
 
 def _directory(view: memoryview, at: int, order: str, big: bool) -> tuple[dict[int, np.ndarray], int]:
@@ -139,6 +161,7 @@ def _directory(view: memoryview, at: int, order: str, big: bool) -> tuple[dict[i
         tag, kind = struct.unpack_from(order + "HH", view, start)
         number = _integer(view, start + 4, order, link)
         if kind not in _CODES:
+            tags[tag] = np.zeros(0, "S1")  # that it is there
             continue
         dtype = np.dtype(order + _CODES[kind])
         where = start + 4 + link
