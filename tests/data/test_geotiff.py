@@ -1,11 +1,14 @@
 """GeoTIFFs written by GDAL: values, nodata, scales and overviews, against what was written and a second reader."""
 
 import io
+import itertools
 
 import numpy as np
 import pytest
 
-from upstep_fast.data.formats import geotiff
+from upstep_fast.config.reading import Intensity, Reading
+from upstep_fast.data.decode.image import decode
+from upstep_fast.data.formats import geotiff, kinds
 from upstep_fast.data.reading.stored import Piece
 from upstep_fast.errors import BadImage
 
@@ -220,3 +223,62 @@ def test_threads_read_their_own_files():
         results = list(pool.map(lambda file: geotiff.read(file, Piece()), files * 4))
     for stored, picture in zip(results, pictures * 4, strict=True):
         assert np.array_equal(np.nan_to_num(stored.values, nan=0), np.where(np.isnan(stored.values), 0, picture))
+
+
+def to_8_bits(values, low, high):
+    x = (values.astype(np.float64) - low) / (high - low)
+    return np.rint(255 * np.clip(x, 0, 1))
+
+
+def reading_of(low, high, bands=()):
+    return Reading(Intensity("range", ranges=((low, high),)), bands=bands)
+
+
+@pytest.mark.parametrize("compression", ["none", "deflate", "zstd", "lerc"])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "uint32", "float32"])
+def test_decode_gives_chosen_bands_and_fills_nodata_by_the_median(dtype, compression):
+    values = np.clip(values_of(dtype, bands=4), 1, 200)
+    values[:, 3:20, 5:9] = 0
+    low, high = 10, 150
+    for interleave in ("pixel", "band"):
+        data = write(values, nodata=0, compress=compression, interleave=interleave)
+        x = decode(data, reading=reading_of(low, high, (4, 3, 2)))
+        for band, y in zip((3, 2, 1), x.numpy(), strict=True):
+            expected = to_8_bits(values[band], low, high)
+            valid = expected[values[0] != 0]
+            expected[values[0] == 0] = np.sort(valid)[(len(valid) - 1) // 2]
+            assert np.array_equal(y, expected)
+
+
+def test_nodata_of_8_bits_is_filled_and_full_range_keeps_the_rest():
+    values = np.clip(values_of("uint8", bands=3), 1, 255)
+    values[:, :, :7] = 0
+    for bands in (values, values[:1]):
+        x = decode(write(bands, nodata=0, compress="deflate")).numpy()
+        assert np.array_equal(x[:, :, 7:], np.broadcast_to(bands[:, :, 7:], x[:, :, 7:].shape))
+        assert (x[:, 0, 0] == [np.sort(band[:, 7:].reshape(-1))[(37 * 38 - 1) // 2] for band in x]).all()
+    with pytest.raises(BadImage, match="no valid value"):
+        decode(write(np.zeros((3, 20, 20), np.uint8), nodata=0, compress="deflate"))
+
+
+def test_four_bands_of_a_satellite_are_never_composited():
+    values = values_of("uint8")
+    data = write(values, photometric="rgb", alpha="yes", compress="deflate")
+    assert np.array_equal(decode(data).numpy(), values[:3])
+    assert np.array_equal(decode(data, reading=Reading(bands=(4, 3, 2))).numpy(), values[[3, 2, 1]])
+    assert np.array_equal(decode(data, channels=4).numpy(), values)
+
+
+def test_gdal_reads_only_what_others_do_not():
+    plain = {"transform": rasterio.transform.from_origin(0, 9, 1, 1), "crs": "EPSG:32633"}
+    for dtype, compression, nodata in itertools.product(("uint8", "uint16"), ("none", "lzw", "deflate"), (None, 0)):
+        assert kinds.kind_of_content(write(values_of(dtype), compress=compression, nodata=nodata, **plain)) is None
+    for data in (
+        *(write(values_of("uint16"), compress=compression, **plain) for compression in ("zstd", "lzma", "lerc")),
+        *(write(values_of(dtype), compress="deflate", **plain) for dtype in ("int16", "uint32", "float32", "float64")),
+        write(values_of("uint16"), scales=(2,) * 4, offsets=(1,) * 4, compress="none"),
+        write(values_of("uint16") >> 5, nbits=11, compress="none", **plain),
+    ):
+        assert kinds.kind_of_content(data) is kinds.GEOTIFF
+    assert kinds.kind_of_content(write(values_of("float32"), compress="zstd")) is None  # no tag of GDAL's
+    assert kinds.kind_of_content(write(values_of("float32"), compress="lerc")) is kinds.GEOTIFF

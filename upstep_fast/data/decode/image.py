@@ -30,10 +30,11 @@ from upstep_fast.data.decode import jpeg, png
 from upstep_fast.data.decode.arrays import NPY
 from upstep_fast.data.decode.orientation import orientation_of, upright
 from upstep_fast.data.decode.tiff import TiffPlan, decode_tiff_bands, plan_tiff, say_alpha_left_out
+from upstep_fast.data.decode.tiff_values import has_nodata
 from upstep_fast.data.decode.values import bands_of, plan_values
 from upstep_fast.data.formats import kinds
 from upstep_fast.data.reading import axes
-from upstep_fast.data.reading.budget import BYTES_PER_COEFFICIENT, BYTES_PER_PIXEL, decoding, reduction
+from upstep_fast.data.reading.budget import BYTES_PER_COEFFICIENT, BYTES_PER_PIXEL, BYTES_PER_VALUE, decoding, reduction
 from upstep_fast.data.reading.intensity import gray_of, to_bytes, to_pixels
 from upstep_fast.data.reading.out_of_memory import is_out_of_memory
 from upstep_fast.data.reading.stored import Stored
@@ -91,10 +92,10 @@ def one_reason(data: bytes | memoryview, name: str) -> Iterator[None]:
 def _decode(data: bytes | memoryview, channels: int, max_pixels: int, min_side: int | None, reading: Reading) -> Tensor:
     if not data:
         raise BadImage("the file is empty")
-    if (kind := kinds.kind_of("", bytes(data[: kinds.START]))) is not None:
-        return shrunk(pixels_of_values(_only_picture(kind, data, reading), reading, channels), min_side)
-    ranges, is_array = reading.intensity.ranges, bytes(data[:6]) == NPY
-    values = plan_values(data, channels, max_pixels, reading) if ranges or reading.bands or is_array else None
+    if (kind := kinds.kind_of_content(data)) is not None:
+        return shrunk(pixels_of_values(_only_picture(kind, data, max_pixels, reading), reading, channels), min_side)
+    wanted = reading.intensity.ranges or reading.bands or bytes(data[:6]) == NPY or has_nodata(data)
+    values = plan_values(data, channels, max_pixels, reading) if wanted else None
     if values is not None:
         with decoding.hold(values.num_bytes):
             return shrunk(pixels_of_values(values.read(), reading, channels), min_side)
@@ -105,13 +106,16 @@ def _decode(data: bytes | memoryview, channels: int, max_pixels: int, min_side: 
     return pixels_of_values(Stored(planes.numpy(), 0, 255), reading, channels)
 
 
-def _only_picture(kind: kinds.Kind, data: bytes | memoryview, reading: Reading) -> Stored:
+def _only_picture(kind: kinds.Kind, data: bytes | memoryview, max_pixels: int, reading: Reading) -> Stored:
     """Return the values of a file of a kind of its own that holds one picture. Raises BadImage for several."""
     layout = kinds.layout(kind, data)
     pictures = axes.pieces(layout, reading)
     if len(pictures) != 1:
         raise BadImage(f"{axes.described(layout, reading)} holds {len(pictures)} images, one was asked for")
-    return kinds.read(kind, data, pictures[0])
+    height, width = layout.size("Y"), layout.size("X")
+    _check_pixels(width, height, max_pixels)
+    with decoding.hold(BYTES_PER_VALUE * height * width * layout.size("C")):
+        return kinds.read(kind, data, pictures[0])
 
 
 def pixels_of_values(stored: Stored, reading: Reading, channels: int) -> Tensor:

@@ -7,13 +7,11 @@ from torch import Tensor
 from upstep_fast.config.reading import Reading
 from upstep_fast.data.decode.image import shrunk
 from upstep_fast.data.formats import kinds
-from upstep_fast.data.reading.budget import decoding
+from upstep_fast.data.reading.budget import BYTES_PER_VALUE, decoding
 from upstep_fast.data.reading.intensity import to_pixels
 from upstep_fast.data.reading.out_of_memory import is_out_of_memory
 from upstep_fast.data.reading.stored import File, Layout, Piece
 from upstep_fast.errors import BadImage
-
-_BYTES_PER_VALUE = 12  # stored values of at most 8 bytes, their mask, and the pixels made of them
 
 
 def decode_piece(
@@ -32,7 +30,7 @@ def decode_piece(
     image.
     """
     try:
-        with decoding.hold(_BYTES_PER_VALUE * _num_values(layout, piece)):
+        with decoding.hold(BYTES_PER_VALUE * _num_values(layout, piece)):
             return shrunk(to_pixels(kinds.read(kind, file, piece), reading, channels), min_side)
     except (BadImage, OSError):
         raise

@@ -1,4 +1,4 @@
-"""Values of TIFFs above 8 bits, signed and floating-point ones too.
+"""Values of TIFFs above 8 bits, signed and floating-point ones too, and of those that name a value for nodata.
 
 Gray and RGB are read, by tifffile or, where it reads 16-bit gray alike, by Pillow; of palettes, CMYK, YCbCr and Lab
 there are no values but the 8-bit pixels that `decode` makes. White as zero is left as stored and marked as inverted.
@@ -24,8 +24,9 @@ from upstep_fast.data.decode.tiff import (
     read_bands,
     say_alpha_left_out,
 )
+from upstep_fast.data.reading.nodata import masked, nodata_masks
 from upstep_fast.data.reading.stored import Stored, Values
-from upstep_fast.data.reading.tiff_header import TiffPage, read_pages
+from upstep_fast.data.reading.tiff_header import TIFF, TiffPage, read_pages
 
 
 def plan_tiff_values(data: bytes | memoryview, channels: int, max_pixels: int, reading: Reading) -> Values | None:
@@ -47,14 +48,24 @@ def plan_tiff_values(data: bytes | memoryview, channels: int, max_pixels: int, r
         if not reading.bands:
             values = _selected(values, plan, channels, high)
         low = None if high is None else 0
-        return Stored(values, low, high, inverted=page.photometric == WHITE_IS_ZERO)
+        values, valid = masked(values, nodata_masks(values, page.nodata))
+        return Stored(values, low, high, valid, inverted=page.photometric == WHITE_IS_ZERO)
 
     return Values(plan.num_bytes, read)
 
 
 def _is_deep(page: TiffPage) -> bool:
     is_plain = page.bits and max(page.bits) <= 8 and all(kind in (1, 4) for kind in page.formats)
-    return not is_plain and page.photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB)
+    has_values = not is_plain or (page.nodata and set(page.bits) == {8})
+    return bool(has_values) and page.photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB)
+
+
+def has_nodata(data: bytes | memoryview) -> bool:
+    """Return whether content is a TIFF whose values are needed, as one of them means nodata."""
+    if bytes(data[:4]) not in TIFF:
+        return False
+    page = read_pages(data, max_pages=1)[0][0]
+    return bool(page.nodata) and _is_deep(page)
 
 
 def _is_unsigned(page: TiffPage) -> bool:
@@ -66,10 +77,12 @@ def _stored(data: bytes | memoryview, plan: TiffPlan, limit: int) -> np.ndarray:
     """Return all bands, [bands, H, W], upright, in native byte order."""
     page = plan.page
     is_gray = page.photometric == BLACK_IS_ZERO and page.samples == 1 and _is_unsigned(page)
-    if plan.by_pillow and is_gray:
+    is_color = page.photometric == RGB and page.bits[0] == 8
+    if plan.by_pillow and (is_gray or is_color):
         with Image.open(io.BytesIO(data), formats=("TIFF",)) as image:
             image.load()  # and turns it
-            return np.asarray(image)[None].astype(np.uint16)
+            values = np.asarray(image).reshape(image.height, image.width, -1)
+            return np.moveaxis(values, -1, 0).astype(np.uint8 if page.bits[0] == 8 else np.uint16)
     values = read_bands(data, plan, limit)
     return upright_array(np.ascontiguousarray(values, values.dtype.newbyteorder("=")), page.orientation)
 

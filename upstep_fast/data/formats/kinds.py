@@ -16,6 +16,7 @@ from types import ModuleType
 
 from upstep_fast.data.reading import axes
 from upstep_fast.data.reading.stored import File, Layout, Piece, Stored
+from upstep_fast.data.reading.tiff_header import read_pages
 from upstep_fast.errors import BadImage
 
 
@@ -40,6 +41,7 @@ NIFTI = Kind("NIfTI", "nifti", (".nii", ".nii.gz"), "medical", ("nibabel",))
 FITS = Kind("FITS", "fits", (".fits", ".fit", ".fts", ".fits.gz", ".fit.gz", ".fts.gz", ".fz"), "astro", ("astropy",))
 JPEG2000 = Kind("JPEG 2000", "jpeg2000", (".jp2", ".j2k", ".jpx", ".jpc", ".j2c", ".jpf"), "geo", ("rasterio",))
 JPEGXL = Kind("JPEG XL", "jpegxl", (".jxl",), "microscopy", ("imagecodecs",))
+GEOTIFF = Kind("GeoTIFF", "geotiff", (), "geo", ("rasterio",))  # that GDAL alone reads rightly
 SVS = Kind("Aperio slide", "tiff_windows", (".svs",), "microscopy", ("tifffile", "imagecodecs"))
 SLIDES = Kind(
     "whole slide", "slides", (".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".svslide", ".bif"), "slides", ("openslide",)
@@ -101,6 +103,17 @@ def kind_of(name: str, start: bytes) -> Kind | None:
     if start.startswith(_TIFF) and kind not in (SVS, SLIDES):
         return None
     return None if start.startswith(_PHOTOGRAPHS) else kind
+
+
+def kind_of_content(data: bytes | memoryview) -> Kind | None:
+    """Return the kind of encoded content; None for content that data/decode reads, or refuses."""
+    start = bytes(data[:START])
+    if not start.startswith(_TIFF):
+        return kind_of("", start)
+    try:
+        return GEOTIFF if read_pages(data, max_pages=1)[0][0].needs_gdal else None
+    except BadImage:  # decode says what is wrong
+        return None
 
 
 def _inflated(start: bytes) -> bytes:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 LIMIT = 2 << 30  # bytes
 BYTES_PER_PIXEL = 12  # Pillow's image (4), an array (3), a turned copy (3), a plane
 BYTES_PER_COEFFICIENT = 6  # a progressive JPEG keeps its coefficients at full size: 3 channels of 16 bits
+BYTES_PER_VALUE = 12  # stored values of at most 8 bytes, their mask, and the pixels made of them
 
 
 class Budget:

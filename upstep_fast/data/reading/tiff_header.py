@@ -57,8 +57,8 @@ class TiffPage:
     def needs_gdal(self) -> bool:
         """Whether GDAL alone reads it rightly: no other reader fills sparse files, or knows NaN in LERC and scales."""
         plain = all(kind in (1, 4) for kind in self.formats) and set(self.bits) in ({1}, {2}, {4}, {8}, {12}, {16})
-        common = plain and not self.is_scaled and self.compression in _COMMON_COMPRESSIONS
-        return not self.is_raw and (self.is_sparse or self.compression == _LERC or (self.is_geo and not common))
+        common = plain and not self.is_scaled and not self.is_sparse and self.compression in _COMMON_COMPRESSIONS
+        return not self.is_raw and (self.compression == _LERC or (self.is_geo and not common))
 
 
 def read_pages(data: bytes | memoryview, max_pages: int = _MAX_PAGES) -> tuple[list[TiffPage], str]:
