@@ -15,10 +15,12 @@ from PIL import Image
 from tests.helpers.photos import blurred_noise
 from upstep_fast.config.reading import Reading
 from upstep_fast.data.formats import kinds
+from upstep_fast.data.labeled.splits import HeldOut, choose_test, held_out
 from upstep_fast.data.loading.skipped_images import read_image
 from upstep_fast.data.reading.axes import label, pieces, read
 from upstep_fast.data.reading.stored import Layout, Piece, Stored
 from upstep_fast.data.sources import open_source
+from upstep_fast.data.sources.subset import split_by_file
 from upstep_fast.errors import BadImage, DataError
 
 
@@ -173,3 +175,27 @@ def test_dicom_without_a_suffix_is_found(tmp_path):
     (tmp_path / "README").write_text("x")
     with pytest.raises(DataError, match="2 problems"):
         open_source(tmp_path)
+
+
+def test_pictures_of_a_file_stay_together():
+    """Of every split: no file on both sides."""
+    rng = np.random.default_rng(0)
+    groups = np.sort(rng.integers(0, 12, 200))
+    names = [f"in/{'ab'[g % 2]}/{g}.nii#z={i}" for i, g in enumerate(groups)]
+    labels = ["ab"[g % 2] for g in groups]
+    order = rng.permutation(200).tolist()
+    chosen, rest = split_by_file(order, groups, 30)
+    test = choose_test(names, labels, HeldOut(0.4), groups).numpy()
+    tuning = held_out(torch.from_numpy(groups % 2), 0.4, 0, groups).numpy()
+    assert len(chosen) == 30
+    for held, kept in ((chosen, rest), (test, ~test), (tuning, ~tuning)):
+        assert len(groups[held]) and len(groups[kept]) and not set(groups[held]) & set(groups[kept])
+    shuffled = choose_test([names[i] for i in order], [labels[i] for i in order], HeldOut(0.4), groups[order]).numpy()
+    assert np.array_equal(shuffled, test[order])
+    assert len(set(groups[test & (groups % 2 == 0)])) == round(0.4 * 6)
+
+
+def test_one_file_cannot_be_held_out():
+    assert split_by_file(list(range(9)), np.zeros(9, np.int64), 2) == ([], list(range(9)))
+    assert not choose_test(["a#z=0", "a#z=1"], ["x", "x"], HeldOut(0.5), np.zeros(2, np.int64)).any()
+    assert not held_out(torch.zeros(2, dtype=torch.int64), 0.5, 0, np.zeros(2, np.int64)).any()

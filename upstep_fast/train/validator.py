@@ -28,7 +28,7 @@ from upstep_fast.config.adapter_folder import REFUSED
 from upstep_fast.data.keyed_random import uniform
 from upstep_fast.data.loading.loader import Loader
 from upstep_fast.data.sources.source import Source
-from upstep_fast.data.sources.subset import subset
+from upstep_fast.data.sources.subset import split_by_file, subset
 from upstep_fast.data.views.make_views import random_views
 from upstep_fast.data.views.view_config import view_config
 from upstep_fast.errors import CheckFailedError, DataError, RunFailedError, first_line
@@ -70,8 +70,12 @@ def hold_out(source: Source, config: AdaptConfig) -> tuple[Source, Source | None
             f"data: {len(source)} images are too few to hold some out; give at least {4 * SMALLEST}, "
             "or leave out --judge-every"
         )
-    held_out, rest = sorted(order[:num]), sorted(order[num:])
-    return subset(source, rest), subset(source, held_out)
+    held_out, rest = split_by_file(order, source.groups(), num)
+    if not held_out:
+        raise DataError(
+            "data: no file can be held out, each holds more than half of the images; give more files, or --verdict off"
+        )
+    return subset(source, sorted(rest)), subset(source, sorted(held_out))
 
 
 def num_held_out(num_images: int) -> int:

@@ -17,6 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.adapter_folder import REFUSED
 from upstep_fast.config.flat import replace_flat
@@ -43,6 +45,7 @@ SHARE = 0.05  # of the run
 PASSES = 6  # of a held-out image: two views and, with labels, the image itself, through two models
 
 Verdicts = tuple[Verdict | None, Verdict | None]  # label-free, measured
+MIN_FILES = 4  # of several pictures each, below which `auto` holds none out
 
 
 def hold_out(config: AdaptConfig, source: Source) -> tuple[AdaptConfig, Source, Source | None]:
@@ -53,14 +56,16 @@ def hold_out(config: AdaptConfig, source: Source) -> tuple[AdaptConfig, Source, 
     run, out = config.optimization, Path(config.output.out)
     if config.output.resume and run.steps is None and run.epochs is None and (steps := _recorded(out, "steps", None)):
         config = replace_flat(config, steps=steps)
-    config = with_held_out(config, len(source), distributed.size())
+    groups = source.groups()
+    num_files = len(source) if groups is None else len(np.unique(groups))
+    config = with_held_out(config, len(source), distributed.size(), num_files)
     return config, *validator.hold_out(source, config)
 
 
-def with_held_out(config: AdaptConfig, num_images: int, num_ranks: int) -> AdaptConfig:
+def with_held_out(config: AdaptConfig, num_images: int, num_ranks: int, num_files: int | None = None) -> AdaptConfig:
     """Return the configuration with `verdict` auto as a number of images, or off if that would be too few.
 
-    A resumed run holds out what it did before. Raises ConfigError.
+    num_files: that hold the images, whose pictures stay together; None: as many as images. A resumed run holds out what it did before. Raises ConfigError.
     """
     if config.output.resume and (recorded := _recorded(Path(config.output.out), "verdict", "off")):
         return replace_flat(config, verdict=recorded)
@@ -72,6 +77,8 @@ def with_held_out(config: AdaptConfig, num_images: int, num_ranks: int) -> Adapt
     reason = None
     if num_images < 4 * SMALLEST:
         reason = f"{num_images} images are too few to hold some out"
+    elif num_files is not None and num_files < MIN_FILES:
+        reason = f"the images are of {num_files} file{'s' * (num_files != 1)}, too few to hold one out"
     elif most < MIN_VERDICT_IMAGES:
         reason = f"{run.num_steps} steps of {run.batch_size} images are too short a run to spend 5 % of it on that"
     if reason is not None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,10 +85,13 @@ def _split(source: Source, where: str, command: str, by: HeldOut) -> tuple[Label
         raise DataError(
             f"data: {where} {source.unlabeled()}; {command} needs train/CLASS/image, CLASS/image or a label for each"
         )
-    test = choose_test([source.name(i) for i in range(len(source))], labels, by)
+    groups = source.groups()
+    test = choose_test([source.name(i) for i in range(len(source))], labels, by, groups)
     classes = len(set(labels))
     if classes < 2 or not test.any():
-        what = f"one class, {labels[0]}" if classes < 2 else "one image of each class"
+        what = (
+            f"one class, {labels[0]}" if classes < 2 else f"one {'image' if groups is None else 'file'} of each class"
+        )
         raise DataError(f"data: {where} has {what}; {command} needs at least 2 classes, and 2 images of one")
     log.info("data: %s", source.summary)
     text = "data: %s has no test part: %g %% of each of %d classes held out, seed %d"
@@ -101,20 +105,25 @@ def _counted(part: Labeled) -> Labeled:
     return replace(part, source=replace(part.source, summary=f"{len(part.y):,} images"))
 
 
-def choose_test(names: Sequence[str], labels: Sequence[str], by: HeldOut) -> Tensor:
+def choose_test(names: Sequence[str], labels: Sequence[str], by: HeldOut, groups: np.ndarray | None = None) -> Tensor:
     """Return a mask [N] over the images to hold out: `by.fraction` of each class, at least one and not all.
 
-    A class of one image is for training. names: paths; what all begin with does not count.
+    A class of one image is for training. names: paths; what all begin with does not count. groups: number of each
+    image's file, [N]; of a file of several pictures all or none are held out, and the fraction is one of files.
     """
+    files = np.arange(len(names)) if groups is None else groups
+    first = dict(zip(reversed(files.tolist()), reversed(range(len(names))), strict=True))  # file -> its first image
+    sizes = np.bincount(files, minlength=1)
     start = os.path.commonprefix(list(names)).rfind("/") + 1  # noqa: RUF071  (commonpath drops "./" and "//")
     members: dict[str, list[tuple[bytes, int]]] = {}
-    for index, (name, label) in enumerate(zip(names, labels, strict=True)):
-        key = f"{by.seed} {name[start:]}".encode("utf-8", "backslashreplace")
-        members.setdefault(label, []).append((hashlib.sha256(key).digest(), index))
+    for file, index in first.items():
+        name = names[index][start:] if sizes[file] == 1 else names[index][start:].rpartition("#")[0]
+        key = f"{by.seed} {name}".encode("utf-8", "backslashreplace")
+        members.setdefault(labels[index], []).append((hashlib.sha256(key).digest(), file))
     mask = torch.zeros(len(names), dtype=torch.bool)
-    for images in members.values():
-        count = min(max(1, round(by.fraction * len(images))), len(images) - 1)
-        mask[[index for _, index in sorted(images)[:count]]] = True
+    for of_class in members.values():
+        count = min(max(1, round(by.fraction * len(of_class))), len(of_class) - 1)
+        mask[torch.from_numpy(np.isin(files, [file for _, file in sorted(of_class)[:count]]))] = True
     return mask
 
 
@@ -142,12 +151,16 @@ def log_splits(train: Labeled, test: Labeled, copies: tuple[int, int] | None) ->
         log.warning("data: classes of train/ that test/ lacks, so they are not measured: %s", ", ".join(absent[:5]))
 
 
-def held_out(y: Tensor, fraction: float, seed: int) -> Tensor:
-    """Return a mask [N] over about `fraction` of each class, at most all but one of its images. y: [N] int64."""
+def held_out(y: Tensor, fraction: float, seed: int, groups: np.ndarray | None = None) -> Tensor:
+    """Return a mask [N] over about `fraction` of each class, at most all but one of its images.
+
+    y: [N] int64. groups: number of each image's file, [N]; of a file all or none are chosen, and not all files.
+    """
     generator = torch.Generator().manual_seed(seed)
+    files = torch.arange(len(y)) if groups is None else torch.from_numpy(groups)
     mask = torch.zeros(len(y), dtype=torch.bool)
     for label in y.unique():
-        members = (y == label).nonzero().flatten()
+        members = files[y == label].unique()
         count = min(round(fraction * len(members)), len(members) - 1)
-        mask[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+        mask |= torch.isin(files, members[torch.randperm(len(members), generator=generator)[:count]])
     return mask

@@ -61,6 +61,24 @@ class Subset(Part):
         yield self.indices.tobytes()
 
 
+def split_by_file(order: Sequence[int], groups: np.ndarray | None, num: int) -> tuple[list[int], list[int]]:
+    """Split images into (`num` of them, the rest); of a file of several pictures all are on one side.
+
+    order: a permutation of the images; its first ones are chosen. groups: as `Source.groups`. Files are taken in the
+    order of their first image until they hold `num` images, never more than half of all; what is above `num` is in
+    neither part. No file that is small enough gives no image.
+    """
+    if groups is None:
+        return list(order[:num]), list(order[num:])
+    sizes, chosen, count = np.bincount(groups), set(), 0
+    for file in dict.fromkeys(groups[list(order)].tolist()):
+        if count < num and 2 * (count + sizes[file]) <= len(order):
+            chosen.add(file)
+            count += sizes[file]
+    is_chosen = np.isin(groups, list(chosen))
+    return [i for i in order if is_chosen[i]][:num], [i for i in order if not is_chosen[i]]
+
+
 def subset(source: Source, indices: Sequence[int] | np.ndarray, problems: Sequence[Problem] = ()) -> Source:
     """Return a source of the images at `indices` [N]; `problems` are added to those that skipped.csv lists."""
     part = Subset(source, np.asarray(indices, dtype=np.int64))

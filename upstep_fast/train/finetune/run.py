@@ -28,7 +28,7 @@ from upstep_fast.data.labeled.copies import copies
 from upstep_fast.data.labeled.reader import ReaderOptions
 from upstep_fast.data.labeled.splits import HeldOut, Labeled, held_out, log_splits, train_and_test
 from upstep_fast.data.loading.skipped_images import write_skipped
-from upstep_fast.data.sources.source import columns_of
+from upstep_fast.data.sources.source import Source, columns_of
 from upstep_fast.data.views.view_config import view_config
 from upstep_fast.errors import ConfigError, DataError
 from upstep_fast.kernels import _dispatch as dispatch
@@ -130,7 +130,8 @@ def read_splits(config: FinetuneConfig) -> Splits:
         train, test = train_and_test_clips(config.data.paths, config.frames)
     if len(train.classes) < 2:
         raise DataError(f"data: train/ has one class, {train.classes[0]}; a classifier needs at least 2")
-    mask = held_out(train.y, config.optimization.held_out, config.runtime.seed)
+    groups = train.source.groups() if isinstance(train.source, Source) else None
+    mask = held_out(train.y, config.optimization.held_out, config.runtime.seed, groups)
     found = copies(train.source, test.source) if config.frames is None else None
     return Splits(train.subset((~mask).nonzero()[:, 0]), train.subset(mask.nonzero()[:, 0]), test, found)
 
