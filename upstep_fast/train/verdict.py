@@ -43,9 +43,9 @@ log = logging.getLogger("upstep_fast")
 
 SHARE = 0.05  # of the run
 PASSES = 6  # of a held-out image: two views and, with labels, the image itself, through two models
+MIN_FILES = 4  # of several pictures each, below which `auto` holds none out
 
 Verdicts = tuple[Verdict | None, Verdict | None]  # label-free, measured
-MIN_FILES = 4  # of several pictures each, below which `auto` holds none out
 
 
 def hold_out(config: AdaptConfig, source: Source) -> tuple[AdaptConfig, Source, Source | None]:
@@ -65,7 +65,8 @@ def hold_out(config: AdaptConfig, source: Source) -> tuple[AdaptConfig, Source, 
 def with_held_out(config: AdaptConfig, num_images: int, num_ranks: int, num_files: int | None = None) -> AdaptConfig:
     """Return the configuration with `verdict` auto as a number of images, or off if that would be too few.
 
-    num_files: that hold the images, whose pictures stay together; None: as many as images. A resumed run holds out what it did before. Raises ConfigError.
+    num_files: that hold the images, whose pictures stay together; None: as many as images. A resumed run holds out what
+    it did before. Raises ConfigError.
     """
     if config.output.resume and (recorded := _recorded(Path(config.output.out), "verdict", "off")):
         return replace_flat(config, verdict=recorded)

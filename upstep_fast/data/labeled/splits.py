@@ -89,9 +89,8 @@ def _split(source: Source, where: str, command: str, by: HeldOut) -> tuple[Label
     test = choose_test([source.name(i) for i in range(len(source))], labels, by, groups)
     classes = len(set(labels))
     if classes < 2 or not test.any():
-        what = (
-            f"one class, {labels[0]}" if classes < 2 else f"one {'image' if groups is None else 'file'} of each class"
-        )
+        unit = "image" if groups is None else "file"
+        what = f"one class, {labels[0]}" if classes < 2 else f"one {unit} of each class"
         raise DataError(f"data: {where} has {what}; {command} needs at least 2 classes, and 2 images of one")
     log.info("data: %s", source.summary)
     text = "data: %s has no test part: %g %% of each of %d classes held out, seed %d"
