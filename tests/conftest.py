@@ -14,6 +14,7 @@ from photos import save_photos
 from tally import AREAS, tally
 
 from upstep_fast.kernels import _dispatch
+from upstep_fast.runtime import progress
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("UPSTEP_FAST_SHARED", ROOT.parent / "shared" / "data"))
@@ -35,6 +36,12 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     skipped = call.excinfo is not None and call.excinfo.errisinstance(pytest.skip.Exception)
     if call.when == "call" and not skipped and (area := AREAS.get(item.path.name)) and item.path.parent.name != "bench":
         tally(area, getattr(item, "originalname", item.name), 1, wrong=int(call.excinfo is not None))
+
+
+@pytest.fixture(autouse=True)
+def no_progress_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the lines that a busy machine adds out of the output that tests compare."""
+    monkeypatch.setattr(progress, "SHORT", 60.0)
 
 
 @pytest.fixture(scope="session")

@@ -31,8 +31,8 @@ from upstep_fast.data.views.types import Views
 from upstep_fast.model import backbone
 from upstep_fast.runtime import machine, timing
 from upstep_fast.runtime.device import Compute, resolve
+from upstep_fast.runtime.duration import product_rate
 from upstep_fast.train import loop as trainer
-from upstep_fast.train.memory.measure import product_rate
 from upstep_fast.train.state import fresh_state
 from upstep_fast.train.step import flush, step
 

@@ -29,9 +29,9 @@ def machine(device: str) -> int:
     import torch
 
     from upstep_fast.runtime.device import resolve
+    from upstep_fast.runtime.duration import product_rate
     from upstep_fast.runtime.machine import device_card
     from upstep_fast.runtime.timing import alternate
-    from upstep_fast.train.memory.measure import product_rate
 
     emit(card=device_card(torch.device(device)))
     source = torch.empty(1 << (30 if device == "cuda" else 24), dtype=torch.uint8, device=device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -29,3 +30,4 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     finally:
         if argv is None:
             exit_signals.ignore()
+            gc.freeze()  # the interpreter's last collections would take seconds over the objects of torch's modules

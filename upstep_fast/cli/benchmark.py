@@ -26,12 +26,14 @@ from upstep_fast.model import backbone as backbones
 from upstep_fast.model import lora, pooling
 from upstep_fast.runtime.device import Compute, resolve
 from upstep_fast.runtime.machine import device_card, extra_peak_bytes, package_version
+from upstep_fast.runtime.progress import track
 from upstep_fast.runtime.timing import alternate, summarize
 
 # relative, of features and of adapter gradients, against fp32
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 2e-2, "fp8": 1e-1}
 
 
+@track("bench")
 def run(config: BenchConfig) -> dict[str, Any]:
     """Time forward and backward of one model by the eager reference, PEFT (also compiled on request) and the engine.
 

@@ -52,8 +52,8 @@ class Command:
 
     config: Callable[[], type]
     run: Callable[[Any], None]
+    module: str | None = None  # of the package, whose import takes seconds; the start-up's progress covers it
     positional: str | None = None  # the field that may be given without its flag
-    needs_models: bool = True  # imports timm before it runs
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -130,8 +130,8 @@ def _dispatch(args: list[str], debug: bool) -> None:
         from upstep_fast.report.logs import setup_logging
 
         setup_logging(debug)
-        if command.needs_models:
-            import_module("upstep_fast.model.backbone")
+        if command.module is not None:
+            import_module(f"upstep_fast.{command.module}")
     command.run(config)
 
 
@@ -263,17 +263,17 @@ def _demo(config: Any) -> None:
 
 
 COMMANDS = {
-    "bench": Command(_config("BenchConfig"), _bench),
-    "demo": Command(_config("DemoConfig"), _demo),
-    "plan": Command(_plan_config, _plan),
-    "adapt": Command(_config("AdaptConfig", "adapt"), _adapt),
-    "finetune": Command(_finetune_config, _finetune),
-    "predict": Command(_config("PredictConfig", "predict"), _predict, positional="run"),
-    "eval": Command(_config("EvalConfig", "evaluate"), _eval, positional="adapter"),
-    "embed": Command(_config("EmbedConfig", "evaluate"), _embed, positional="adapter"),
-    "export": Command(_config("ExportConfig"), _export, positional="adapter"),
-    "models": Command(_config("ModelsConfig"), _models, positional="pattern"),
-    "report": Command(_config("ReportConfig"), _report, positional="dirs"),
-    "doctor": Command(_config("DoctorConfig"), _doctor),
-    "completion": Command(_config("CompletionConfig"), _completion, positional="shell", needs_models=False),
+    "bench": Command(_config("BenchConfig"), _bench, "cli.benchmark"),
+    "demo": Command(_config("DemoConfig"), _demo, "cli.demo"),
+    "plan": Command(_plan_config, _plan, "cli.plan"),
+    "adapt": Command(_config("AdaptConfig", "adapt"), _adapt, "train.adapt"),
+    "finetune": Command(_finetune_config, _finetune, "train.finetune.run"),
+    "predict": Command(_config("PredictConfig", "predict"), _predict, "cli.predict", positional="run"),
+    "eval": Command(_config("EvalConfig", "evaluate"), _eval, "evaluation.labeled", positional="adapter"),
+    "embed": Command(_config("EmbedConfig", "evaluate"), _embed, "evaluation.embeddings", positional="adapter"),
+    "export": Command(_config("ExportConfig"), _export, "model.export.export", positional="adapter"),
+    "models": Command(_config("ModelsConfig"), _models, "cli.models", positional="pattern"),
+    "report": Command(_config("ReportConfig"), _report, "report.page", positional="dirs"),
+    "doctor": Command(_config("DoctorConfig"), _doctor, "cli.doctor"),
+    "completion": Command(_config("CompletionConfig"), _completion, positional="shell"),
 }

@@ -38,6 +38,7 @@ from upstep_fast.model import lora
 from upstep_fast.runtime import terminal
 from upstep_fast.runtime.device import resolve
 from upstep_fast.runtime.machine import default_workers, package_version
+from upstep_fast.runtime.progress import track
 
 PACKAGES = ("upstep_fast", "torch", "triton", "timm", "peft", "torchvision", "numpy", "safetensors", "pillow")
 SECONDS = 1.0  # for each of the two speeds
@@ -66,7 +67,7 @@ def run(config: DoctorConfig) -> dict[str, Any]:
 def examine(device: str = "auto") -> dict[str, Any]:
     """Return the findings, as JSON can hold them. Raises ConfigError for a device that this machine lacks."""
     compute = resolve(device, "auto")
-    with _quiet_kernels():
+    with _quiet_kernels(), track("doctor: kernels"):
         outcomes, choices = check_all(compute.device)
     checks = [{k: _finite(v) for k, v in dataclasses.asdict(outcome).items()} for outcome in outcomes]
     return {
@@ -82,6 +83,7 @@ def examine(device: str = "auto") -> dict[str, Any]:
     }
 
 
+@track("doctor: model")
 def examine_model(name: str, arch: str | None = None, device: str = "auto") -> dict[str, Any]:
     """Return whether the engine runs the model `name`, and how far it is from the plain model.
 
@@ -103,6 +105,7 @@ def examine_model(name: str, arch: str | None = None, device: str = "auto") -> d
     return found | {"runs": "engine" if reason is None else "plain model", "reason": reason}
 
 
+@track("doctor: speed of image loading")
 def loading_speed(device: torch.device, seconds: float = SECONDS) -> dict[str, float]:
     """Return images/s read and decoded from this machine's temporary folder, and images/s made into two views."""
     workers = default_workers()

@@ -9,6 +9,7 @@ from upstep_fast.config.tools import ModelsConfig
 from upstep_fast.engine.fold import unsupported_reason
 from upstep_fast.errors import ConfigError
 from upstep_fast.model import registry
+from upstep_fast.runtime.progress import track
 
 HEADER = ("name", "parameters", "input", "patch", "width", "kind", "license", "pretraining", "runs on")
 _COLUMNS = "{:<{width}} {:>10} {:>9} {:>5} {:>5}  {:<6}  {:<17}  {:<27} {}"
@@ -16,7 +17,8 @@ _COLUMNS = "{:<{width}} {:>10} {:>9} {:>5} {:>5}  {:<6}  {:<17}  {:<27} {}"
 
 def run(config: ModelsConfig) -> None:
     """Print a line for each model that matches, as soon as it is known. Raises ConfigError if none matches."""
-    found = registry.names(config.pattern)
+    with track("models"):
+        found = registry.names(config.pattern)
     if fnmatch(DEMO, config.pattern):
         found = [(DEMO, "plain"), *found]
     if not found:
@@ -25,7 +27,9 @@ def run(config: ModelsConfig) -> None:
     width = max(len(name) for name, _ in found)
     print(_COLUMNS.format(*HEADER, width=width), flush=True)
     for name, kind in found:
-        print(_COLUMNS.format(name, *_cells(name, kind), width=width), flush=True)
+        with track(f"models: {name}"):
+            cells = _cells(name, kind)
+        print(_COLUMNS.format(name, *cells, width=width), flush=True)
 
 
 def _cells(name: str, kind: str) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from upstep_fast.config.resolve import resolve as resolve_length
 from upstep_fast.data.loading.loader import CACHE_BYTES
 from upstep_fast.data.sources.source import open_configured
 from upstep_fast.errors import ConfigError, RunFailedError
-from upstep_fast.runtime import machine, terminal
+from upstep_fast.runtime import duration, machine, terminal
 from upstep_fast.runtime.device import Compute, resolve
 from upstep_fast.runtime.machine import format_bytes
 from upstep_fast.runtime.progress import track
@@ -154,7 +154,7 @@ def _seconds(result: dict[str, Any], batch: int, compute: Compute) -> dict[str, 
     if measured := result["measured"]:
         skipped, rest = (batch / measured["batch"] * measured[f"{half}_seconds"] for half in ("forward", "backward"))
     else:
-        rate = calibrate.EFFICIENCY * calibrate.product_rate(compute)
+        rate = duration.EFFICIENCY * duration.product_rate(compute)
         skipped, rest = (result["flops"][half] / rate for half in ("forward", "backward"))
     return {"open": skipped + rest, "skipped": skipped, "from": "measured" if measured else "estimated"}
 

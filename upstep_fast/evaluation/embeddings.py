@@ -23,7 +23,7 @@ from upstep_fast.config.signatures import with_keywords
 from upstep_fast.data.sources.source import open_configured
 from upstep_fast.errors import ConfigError
 from upstep_fast.evaluation import whitening
-from upstep_fast.evaluation.features import append_whitened, extract, load_models, unwhitened
+from upstep_fast.evaluation.features import append_whitened, extract, load_models, log_time, unwhitened
 from upstep_fast.evaluation.whitening import OtherModelError, Whitening
 from upstep_fast.model import peft_format, pooling
 from upstep_fast.model.backbone import Backbone
@@ -78,6 +78,7 @@ def run_embed(config: EmbedConfig) -> Embedded:
         if config.whitening or own:
             fitted = read_whitening(config, own, models, fingerprints, identity)
             whitens = bool(fitted)
+        log_time(len(source), models, compute)
         x, indices = extract(source, models, config, compute, patches=whitens, name="embed")
         contents: dict[Path, Content] = {}
         if config.fit_whitening:

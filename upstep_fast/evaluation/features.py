@@ -28,6 +28,7 @@ from upstep_fast.model.backbone import Backbone
 from upstep_fast.model.identity import model_identity
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime.device import Compute
+from upstep_fast.runtime.duration import log_estimate
 from upstep_fast.runtime.progress import track
 from upstep_fast.version import __version__
 
@@ -120,6 +121,12 @@ def _log_work(name: str, num_images: int, models: Mapping[str, Backbone]) -> Non
     millions = sum(p.numel() for p in base.vit.parameters()) / 1e6
     which = ", with and without the adapter" if len(models) > 1 else ""
     log.info("%s: %s images at %d x %d px, model of %.1f M%s", name, f"{num_images:,}", height, width, millions, which)
+
+
+def log_time(num_images: int, models: Mapping[str, Backbone], compute: Compute) -> None:
+    """Log the rough time of `extract` for so many images in all, on a CPU."""
+    flops = num_images / distributed.size() * sum(model.forward_flops for model in models.values())
+    log_estimate(flops, compute, lambda seconds: "fewer images in --data, a smaller --model or --img-size")
 
 
 def _batches(

@@ -23,7 +23,16 @@ from upstep_fast.data.sources.splits import SPLITS
 from upstep_fast.errors import RunFailedError
 from upstep_fast.evaluation import whitening
 from upstep_fast.evaluation.classifiers import knn_right, probe
-from upstep_fast.evaluation.features import Extracted, Features, Form, append_whitened, extract, load_models, unwhitened
+from upstep_fast.evaluation.features import (
+    Extracted,
+    Features,
+    Form,
+    append_whitened,
+    extract,
+    load_models,
+    log_time,
+    unwhitened,
+)
 from upstep_fast.evaluation.figures import data_notes, probe_facts, probe_notes, with_intervals
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.runtime import distributed
@@ -87,6 +96,7 @@ def _measure(config: EvalConfig, compute: Compute) -> dict[str, Any]:
     parts = train_and_test(config.data.paths, "eval", columns_of(config.data), without_test)
     sources = None if config.source is None else train_and_test((config.source,), "eval", Columns(), without_test)
     models = load_models(config)  # after the data: weights may have to be fetched
+    log_time(sum(len(part.y) for part in (*parts, *(sources or ()))), models, compute)
     train, test, labeled = _extract(parts, models, config, compute)
     whitened = partial(append_whitened, fitted={name: whitening.fit(x) for name, x in train.x.items()})
     k = min(config.k, len(train.y))

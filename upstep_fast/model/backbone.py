@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import hashlib
 import logging
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -66,6 +67,12 @@ class Backbone:
     def blocks(self) -> nn.Sequential | nn.ModuleList:
         """The transformer blocks."""
         return self.vit.blocks
+
+    @property
+    def forward_flops(self) -> float:
+        """FLOPs of a forward pass of one image, roughly: 2 per weight and patch."""
+        patches = math.prod(self.img_size) / math.prod(self.vit.patch_embed.patch_size)
+        return 2 * sum(p.numel() for p in self.vit.parameters()) * patches
 
     def copy(self) -> Backbone:
         """Return a backbone with weights of its own, frozen and in eval mode, on the CPU in fp32.

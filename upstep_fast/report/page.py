@@ -68,6 +68,7 @@ def run(config: ReportConfig) -> Path:
         raise ConfigError(f"report: cannot write {error.filename}: {error.strerror}") from error
 
 
+@track("report")
 def write(folder: Path) -> Path:
     """Write folder/report.html from the run's files and return its path. Raises ConfigError (no run) or OSError."""
     return write_atomic(folder / NAME, run_page(read_record(folder)).encode())

@@ -39,21 +39,25 @@ class Progress:
         rate = (done - self._first) * self._batch / seconds
         skipped, waited = 1 - state.num_updates / state.step, self._waited / seconds
         loss = "-" if math.isnan(self._loss) else f"{self._loss:.3f}"  # until the first step with an update
-        self._task.note = text = (
+        self._task.note = (
             f"{rate:,.0f} images/s  loss {loss}  center {row['center']:.3f}  "
             f"skipped {100 * skipped:.0f} %  data wait {100 * waited:.0f} %"
         )
         if done % self._every == 0 or done == self._steps:
             left = seconds / (done - self._first) * (self._steps - done)
-            line = f"step {done}/{self._steps}  {text}  left {terminal.format_duration(left)}"
+            line = self._line(left)
             steps_log.info("%s", line)
             if terminal.is_plain(stderr=True) and not terminal.is_quiet():
                 print(line, file=sys.stderr, flush=True)
                 progress.printed()
 
+    def _line(self, left: float) -> str:
+        return f"step {self._task.done}/{self._steps}  {self._task.note}  left {terminal.format_duration(left)}"
+
     def __enter__(self) -> Progress:
         shown = progress.track("adapt", self._steps, "steps", self._first, self._device)
         self._task = self._stack.enter_context(shown)
+        self._task.plain = self._line  # the same line between two of `log_every` steps as at them
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

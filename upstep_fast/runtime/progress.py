@@ -17,7 +17,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -28,7 +28,7 @@ from upstep_fast.runtime.terminal import format_duration
 log = logging.getLogger("upstep_fast")
 
 # seconds without a line, at most: during the first EARLY seconds, and later
-SHORT, LONG, EARLY = 2.5, 10.0, 60.0
+SHORT, LONG, EARLY = 2.0, 10.0, 60.0
 # an estimate of the time is made after so many advances, or after the first if it took so many seconds; it is logged
 # for work of at least so many seconds
 MARKS, SLOW, LONG_WORK = 4, 20.0, 60.0
@@ -44,6 +44,7 @@ class Task:
         self.name, self.total, self.unit, self.done, self._device = name, total, unit, done, device
         self._marks: list[tuple[float, int]] = []  # when units were first done, and how many then
         self.note = ""  # replaces the rate
+        self.plain: Callable[[float], str] | None = None  # replaces the line in a pipe; takes the seconds left
         self._first, self._began = done, time.monotonic()
         self._advanced = self._began
 
@@ -76,8 +77,8 @@ class Task:
         count = self.done - self._first
         return (self._advanced - self._began) / count if count else None
 
-    def line(self) -> str:
-        """Return the state as text: "embed: 1,200 of 5,000 images, 34/s, 1 min 52 s left"."""
+    def line(self, *, plain: bool = False) -> str:
+        """Return the state as text: "embed: 1,200 of 5,000 images, 34/s, 1 min 52 s left". plain: for a pipe."""
         now = time.monotonic()
         each = self.seconds_per_unit
         if self.total is None or each is None:
@@ -85,9 +86,10 @@ class Task:
             return f"{self.name}: {count}{format_duration(now - self._began)} so far"
         text = f"{self.name}: {self.done:,} of {self.total:,} {self.unit}, {self.note or _rate(each)}"
         if self.done >= self.total:
-            return text
+            since = now - self._advanced
+            return f"{text}, finishing: {format_duration(since)} so far" if since >= 1 else text
         left = max(1.0, each * (self.total - self.done) - (now - self._advanced))
-        return f"{text}, {format_duration(left)} left"
+        return self.plain(left) if plain and self.plain else f"{text}, {format_duration(left)} left"
 
 
 def _rate(each: float) -> str:
@@ -100,7 +102,9 @@ class _Display:
 
     def __init__(self, task: Task) -> None:
         self.tasks = [task]
-        self.printed = self._began = time.monotonic()
+        self._began = time.monotonic()
+        # work that follows at once on other work goes on waiting for the line that was due there
+        self.printed = _printed if self._began - _ended < SHORT else self._began
         self._stop = threading.Event()
         self._is_plain = terminal.is_plain(stderr=True)
         self._bar: Progress | None = None
@@ -119,7 +123,7 @@ class _Display:
             self._draw(task)
         elif now - self.printed >= (SHORT if now - self._began < EARLY else LONG):
             self.printed = now
-            print(printable(task.line()), file=sys.stderr, flush=True)
+            print(printable(task.line(plain=True)), file=sys.stderr, flush=True)
 
     def _draw(self, task: Task) -> None:
         if self._bar is None:
@@ -140,6 +144,7 @@ class _Display:
 
 
 _display: _Display | None = None
+_printed = _ended = time.monotonic()  # of the display before: its last line, or its start, and its end
 
 
 @contextlib.contextmanager
@@ -148,7 +153,7 @@ def track(name: str, total: int | None = None, unit: str = "images", done: int =
 
     total, unit, done: number of units of work, their name in the plural, and those done before. device: see `Task`.
     """
-    global _display
+    global _display, _printed, _ended
     task = Task(name, total, unit, done, device)
     is_first = "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0"
     if terminal.is_quiet() or not is_first:
@@ -167,6 +172,7 @@ def track(name: str, total: int | None = None, unit: str = "images", done: int =
     finally:
         _display = None
         display.close()
+        _printed, _ended = display.printed, time.monotonic()
 
 
 def printed() -> None:

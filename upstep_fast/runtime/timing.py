@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from upstep_fast.runtime.progress import track
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -31,9 +33,11 @@ def alternate(
         for run in variants.values():
             run()
     times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(runs):
-        for name, run in variants.items():
-            times[name].append(_milliseconds(run, device))
+    with track("timing", runs * len(variants), "runs") as task:
+        for _ in range(runs):
+            for name, run in variants.items():
+                times[name].append(_milliseconds(run, device))
+                task.advance()
     return times
 
 

@@ -1,10 +1,11 @@
-"""What a run takes, logged before its first step; on a CPU with a rough time if it is long.
+"""What a run takes, logged before its first step; on a CPU with a rough time (runtime/duration.py).
 
-    seconds = steps x 2 P T B (1 + b / L) / (EFFICIENCY x FLOP/s of a large matrix product)
+    adapt:    steps x 2 P T B (1 + b / L)
+    finetune: 2 P T (epochs x (N x passes + M) + test images); with a cache 2 P T (N + M + test images)
 
-A forward pass takes 2 FLOPs per weight and token, the backward pass through frozen weights as many again. P: weights of
-the model, T: tokens of all views of an image, B: images per step, b of L blocks with adapters. The time is measured in
-the first steps, too (runtime/progress.py); those of a large model may take an hour each.
+FLOPs: a forward pass takes 2 per weight and token, the backward pass through frozen weights as many again, and the
+gradient of trained weights as many once more. P: weights of the model, T: tokens of all views of an image, B: images
+per step, b of L blocks with adapters, N images to learn from, M to choose the epoch by, passes: `PASSES`.
 """
 
 from __future__ import annotations
@@ -17,14 +18,12 @@ from upstep_fast.config.finetune import FinetuneConfig
 from upstep_fast.methods.crops import view_configs
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.runtime.device import Compute
-from upstep_fast.runtime.terminal import format_duration
-from upstep_fast.train.memory.measure import EFFICIENCY, product_rate
+from upstep_fast.runtime.duration import HOUR, log_estimate
 from upstep_fast.train.state import RunState
 
 log = logging.getLogger("upstep_fast")
 
-HOUR = 3600
-MIN_FLOPS = 3e13  # a run below takes minutes on any CPU: its speed is not looked at
+PASSES = {"linear": 1, "losa": 1, "lora": 2, "full": 3}  # through the backbone in a step of finetune
 
 
 def log_cost(
@@ -43,20 +42,29 @@ def log_cost(
         *(trained / 1e6, num_weights / 1e6),
     )
     flops = (run.num_steps - state.step) * step_flops(config, backbone, num_weights)
-    if compute.device.type != "cpu" or flops < MIN_FLOPS:
-        return
-    seconds = flops / (EFFICIENCY * product_rate(compute))
-    if seconds > HOUR:
-        log.warning("time: roughly %s on this CPU; %s", format_duration(seconds), _shorter(config, seconds))
+    log_estimate(flops, compute, lambda seconds: _shorter(config, seconds))
 
 
-def log_finetune(config: FinetuneConfig, num_images: int, size: tuple[int, int], num_trained: int) -> None:
-    """Log images, epochs and trainable parameters. size: height and width of the input in pixels."""
-    run = config.optimization
+def log_finetune(
+    config: FinetuneConfig,
+    compute: Compute,
+    images: tuple[int, int, int],
+    backbone: Backbone,
+    num_trained: int,
+    epochs: int,
+) -> None:
+    """Log images, epochs and trainable parameters, and on a CPU a rough time.
+
+    images: or clips, to learn from, to choose the epoch by, and to test on. epochs: that are left.
+    """
+    run, (learn, choose, test) = config.optimization, images
     log.info(
         "finetune: %s, %s, %d epochs in batches of %d, %s trainable parameters",
-        *(config.method, _images(num_images, size), run.epochs, run.batch_size, f"{num_trained:,}"),
+        *(config.method, _images(learn, backbone.img_size), run.epochs, run.batch_size, f"{num_trained:,}"),
     )
+    passes = learn + choose if config.cache != "off" else epochs * (learn * PASSES[config.method] + choose)
+    flops = (passes + test) * (config.frames or 1) * backbone.forward_flops
+    log_estimate(flops, compute, lambda seconds: _shorter_finetune(config, seconds), " for all epochs")
 
 
 def _images(count: int, size: tuple[int, int]) -> str:
@@ -83,4 +91,13 @@ def _shorter(config: AdaptConfig, seconds: float) -> str:
     options.append(f"--steps {steps} (half an hour)" if steps >= 20 else "fewer --steps and a smaller --batch-size")
     if config.method == "upstep" and config.lora.blocks is None:
         options.append("--lora-blocks 3 (the last blocks)")
-    return f"less: {', '.join(options)}, or whitening without training: upstep-fast embed --fit-whitening FILE"
+    return f"{', '.join(options)}, or whitening without training: upstep-fast embed --fit-whitening FILE"
+
+
+def _shorter_finetune(config: FinetuneConfig, seconds: float) -> str:
+    options = ["--model demo (small, included)"]
+    if (epochs := int(config.optimization.epochs * HOUR / 2 / seconds)) >= 1:
+        options.append(f"--epochs {epochs} (half an hour)")
+    if config.cache == "off":
+        options.append("--method linear --preset-views none --cache memory (each image passes the model once)")
+    return ", ".join(options)

@@ -108,6 +108,9 @@ def run(config: FinetuneConfig) -> FinetuneResult:
             _log_start(requested, config, compute, splits)
             # all that can refuse the configuration comes before anything in the folder is changed
             prepared = _prepare(config, compute, splits, backbone, out)
+            images = (len(splits.learn.y), len(splits.choose.y), len(splits.test.y))
+            left = config.optimization.epochs - prepared.state.epoch
+            log_finetune(config, compute, images, backbone, prepared.num_trained, left)
         output.begin(config, anew=prepared.state.step == 0)
         with train_log(out / "train.log", messages):
             return _run(config, compute, splits, prepared, base, out)
@@ -185,6 +188,11 @@ class _Prepared:
     state: State
     cache: Tensor | None  # room for frozen activations, None without --cache
 
+    @property
+    def num_trained(self) -> int:
+        """Number of trained parameters."""
+        return sum(p.numel() for p in trained(self.model).values())
+
 
 def _prepare(config: FinetuneConfig, compute: Compute, splits: Splits, backbone: Backbone, out: Path) -> _Prepared:
     if compute.device.type == "cuda":
@@ -216,8 +224,6 @@ def _run(
 ) -> FinetuneResult:
     """Train, measure and write. base: identity of the base model."""
     model, state, reader, identity = prepared.model, prepared.state, prepared.reader, prepared.identity
-    num_trained = sum(p.numel() for p in trained(model).values())
-    log_finetune(config, len(splits.learn.y), reader.options.size, num_trained)
     learn, choose = _batches(prepared, splits, config, compute)
     try:
         train(state, learn, choose, config, compute, reader.skipped, out, identity)
@@ -233,7 +239,7 @@ def _run(
     metrics = {
         "top1": top1(predicted, truth),
         "balanced": balanced(predicted, truth),
-        "trainable_parameters": num_trained,
+        "trainable_parameters": prepared.num_trained,
         "seconds": state.seconds,
         "peak_bytes": peak_bytes(compute.device),
     }

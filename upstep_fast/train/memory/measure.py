@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,11 @@ from upstep_fast.config.flat import replace_flat
 from upstep_fast.data.loading.loader import Batch
 from upstep_fast.model import backbone as backbones
 from upstep_fast.runtime.device import Compute
+from upstep_fast.runtime.duration import now
 from upstep_fast.train.state import fresh_state
 from upstep_fast.train.step import forward_loss
 from upstep_fast.train.update import update
 
-# share of a large product's rate that a whole step reaches: 392 of 790 TFLOP/s for ViT-L/14 on an H200
-EFFICIENCY = 0.5
 CPU_IMAGES = 8  # of a measured step on a CPU, where a full batch may take minutes
 _COUNTED = "upstep_fast: the counted step"
 
@@ -72,12 +70,12 @@ def one_step(config: AdaptConfig, compute: Compute) -> tuple[Callable[[], None],
 
     def take_step() -> None:
         views = state.method.views(batch, compute.device)
-        began = _now(compute)
+        began = now(compute)
         with compute.autocast():
             loss = forward_loss(state.method, views, config)
-        middle = _now(compute)
+        middle = now(compute)
         update(loss, state, config)
-        seconds.extend((middle - began, _now(compute) - middle))
+        seconds.extend((middle - began, now(compute) - middle))
 
     return take_step, seconds
 
@@ -100,22 +98,3 @@ def _peak_of_cpu() -> Iterator[list[int]]:
     start = memory[0][1]["Total Allocated"] - memory[0][1]["Bytes"]
     totals = [args["Total Allocated"] for at, args in memory if span["ts"] <= at <= span["ts"] + span["dur"]]
     peak.append(max(totals) - start)
-
-
-def _now(compute: Compute) -> float:
-    if compute.device.type == "cuda":
-        torch.cuda.synchronize(compute.device)
-    return time.perf_counter()
-
-
-def product_rate(compute: Compute, width: int = 1024) -> float:
-    """Return the FLOP/s of a large matrix product in the run's precision, the median of five."""
-    rows = 16384 if compute.device.type == "cuda" else 512
-    dtype = compute.dtype or torch.float32
-    a, b = (torch.randn(*shape, device=compute.device).to(dtype) for shape in ((rows, width), (width, 4 * width)))
-    seconds = []
-    for _ in range(6):
-        began = _now(compute)
-        a @ b
-        seconds.append(_now(compute) - began)
-    return 2 * rows * width * 4 * width / sorted(seconds[1:])[2]
