@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from typing import Any
 
 
 class UpstepError(Exception):
@@ -38,6 +39,17 @@ class CheckFailedError(UpstepError):
     """The adapter check or a quality check failed; the files are kept for inspection."""
 
     exit_code = 4
+
+
+class AdapterRefusedError(CheckFailedError):
+    """The adapter of a run made the features worse, so the base model is kept.
+
+    verdict: the `Verdict`, as `AdaptResult` has it; None if there is none.
+    """
+
+    def __init__(self, message: str, verdict: Any = None):
+        super().__init__(message)
+        self.verdict = verdict
 
 
 class Interrupted(UpstepError):  # noqa: N818  (not an error: the run was stopped on request and can be resumed)

@@ -12,6 +12,7 @@ from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.flat import from_flat
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import CheckFailedError, ConfigError, DataError
+from upstep_fast.evaluation.verdict import Verdict
 from upstep_fast.model import pooling
 from upstep_fast.report.page import write
 from upstep_fast.train import validator, verdict
@@ -49,6 +50,11 @@ def test_a_wrecked_run_is_worse_and_refused(options, tmp_path):
         with pytest.raises(CheckFailedError, match=r"refused: worse: .*use the base model.*adapter-refused") as error:
             upstep_fast.adapt(**options | wild, resume=resume)
         assert error.value.exit_code == 4 and entries(out)["verdict"]["outcome"] == "worse"
+        assert error.value.verdict.text.startswith("worse: base kept; ") and error.value.verdict.text in str(
+            error.value
+        )
+        assert entries(out)["verdict"] == vars(error.value.verdict)
+        assert "| verdict | label-free: worse: base kept; " in (out / "adapter-refused" / "README.md").read_text()
         assert not (out / "adapter").exists() and (out / "adapter-refused").is_dir()
         assert "<b>verdict</b> worse: " in (out / "report.html").read_text()
 
@@ -83,6 +89,34 @@ def test_it_costs_a_twentieth_of_the_run_and_measures_where_there_are_labels(opt
     assert result.measured.kind == "measured" and result.measured.images == 16
     assert entries(tmp_path / "out")["measured"] == vars(result.measured)
     assert "<b>measured</b>" in (tmp_path / "out" / "report.html").read_text()
+
+
+def of(outcome, kind):
+    return Verdict(f"{outcome}: planted", 1.0, 1.0, 1.0, kind, outcome, 16)
+
+
+@pytest.mark.parametrize(
+    ("score", "measured", "is_refused"),
+    [
+        ("better", "worse", True),
+        ("no measurable change", "worse", True),
+        ("worse", "no measurable change", True),
+        ("worse", "better", False),
+        ("better", "no measurable change", False),
+    ],
+)
+def test_measured_changes_go_before_the_score(options, many, tmp_path, monkeypatch, score, measured, is_refused):
+    monkeypatch.setattr(verdict, "label_free_verdict", lambda *_: of(score, "label-free"))
+    monkeypatch.setattr(verdict, "measured_verdict", lambda *_: of(measured, "measured"))
+    options |= {"data": labeled(tmp_path / "labeled", many), "steps": 2, "report_images": False}
+    out = tmp_path / "out"
+    if not is_refused:
+        assert upstep_fast.adapt(**options).measured.outcome == measured and (out / "adapter").is_dir()
+        return
+    with pytest.raises(CheckFailedError, match="refused: worse: base kept; planted; use the base model"):
+        upstep_fast.adapt(**options)
+    texts = [entry["text"] for entry in entries(out).values()]
+    assert texts.count("worse: base kept; planted") == 1 and not (out / "adapter").exists()
 
 
 def held_out(images, **options):

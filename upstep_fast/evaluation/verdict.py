@@ -9,6 +9,8 @@
     better, worse             the interval lies above, below 0; label-free, worse is only a score below CLEARLY_WORSE
     no measurable change      neither
 
+"worse" of a run means that its adapter is refused and the base model kept. A measured change goes before the score.
+
 The label-free score is not in points of accuracy. How often it was right:
 STORED, counted by bench/quality/verdict_counts.py into bench/results/verdict.json.
 """
@@ -19,7 +21,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -109,6 +111,16 @@ def _measured(before: float, after: float, interval: Sequence[float], count: int
         f"{_signed(low)} to {_signed(high)}) on {where}"
     )
     return Verdict(text, gain, low, high, "measured", outcome, count)
+
+
+def decisive(label_free: Verdict, measured: Verdict | None) -> Verdict:
+    """Return the verdict that counts: the measured one if it found a change, else the label-free one."""
+    return measured if measured is not None and measured.outcome != "no measurable change" else label_free
+
+
+def with_base_kept(verdict: Verdict) -> Verdict:
+    """Return a verdict "worse" that says what follows from it."""
+    return replace(verdict, text=verdict.text.replace("worse: ", "worse: base kept; ", 1))
 
 
 def to_json(label_free: Verdict, measured: Verdict | None) -> bytes:

@@ -30,8 +30,21 @@ def with_front_matter(text: str, *, base_model: str, library: str | None, tags: 
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
 
 
-def adapter_card(base_model: str, *, images: int, steps: int, verdicts: Sequence[str]) -> bytes:
-    """Return the README.md of the adapter of a run: base model, number of images and steps, verdicts."""
+def adapter_card(
+    base_model: str,
+    *,
+    images: int | None = None,
+    steps: int | None = None,
+    verdicts: Sequence[str] = (),
+    planned: int | None = None,
+) -> bytes:
+    """Return the README.md of the adapter of a run: base model, number of images and steps, verdicts.
+
+    images, steps: None where they are not known. planned: number of steps of a run that has ended before its verdict.
+    """
+    if planned is not None and steps is not None:
+        ended = f"was interrupted at step {steps:,} of {planned:,}" if steps < planned else "failed before its verdict"
+        verdicts = [f"none: the run {ended}"]
     name, hub = printable(base_model, 200).replace("`", "'"), hub_id(base_model)
     loaded = f"hf-hub:{hub}" if hub else base_model
     usage = (
@@ -40,13 +53,18 @@ def adapter_card(base_model: str, *, images: int, steps: int, verdicts: Sequence
         if not base_model.startswith("local-dir:") and (hub or timm.is_model(base_model.partition(".")[0]))
         else 'model = upstep_fast.load_adapted("adapter")'
     )
-    rows = [("base model", f"`{name}`"), ("images", f"{images:,}, without labels"), ("steps", f"{steps:,}")]
-    rows += [("verdict", " ".join(printable(text, 1000).split()).replace("|", "\\|")) for text in verdicts]
+    rows = [("base model", f"`{name}`")]
+    if images is not None and steps is not None:
+        rows += [("images", f"{images:,}, without labels"), ("steps", f"{steps:,}")]
+    rows += [("verdict", " ".join(printable(text, 1000).split()).replace("|", "\\|")) for text in verdicts or ["none"]]
     table = "\n".join(f"| {label} | {value} |" for label, value in rows)
+    origin = f"Trained by upstep-fast {__version__} on unlabeled images."
+    if steps is None:
+        origin = f"Written by upstep-fast {__version__}; the adapter had no card."
     text = f"""\
 # LoRA adapter of {name}
 
-Trained by upstep-fast {__version__} on unlabeled images.
+{origin}
 
 | | |
 | --- | --- |

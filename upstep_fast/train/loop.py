@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.adapter_folder import REFUSED
 from upstep_fast.config.training import parse_interval
 from upstep_fast.data.loading.loader import Loader
 from upstep_fast.data.sources.source import Source
-from upstep_fast.errors import Interrupted
+from upstep_fast.errors import AdapterRefusedError, Interrupted
+from upstep_fast.evaluation.verdict import Verdict
 from upstep_fast.methods import gate as gates
 from upstep_fast.model import model_card, peft_format
 from upstep_fast.model.adapter_start import start_from
@@ -84,10 +87,14 @@ def train(
                         f"stopped after {state.step} of {num_steps} steps, all saved; "
                         "continue with the same command and --resume"
                     )
-        _finish(config, compute, state, loader, validator, writer, out)
-        write_whitening(config, compute, source, base, identity.backbone, out)
-        verdicts = verdict.judge_written(config, compute, held_out, base, validator, out)
-        _write_card(config, state, source, [f"{v.kind}: {v.text}" for v in verdicts if v is not None], out)
+        try:
+            _finish(config, compute, state, loader, validator, writer, out)
+            write_whitening(config, compute, source, base, identity.backbone, out)
+            verdicts = verdict.judge_written(config, compute, held_out, base, validator, out)
+        except AdapterRefusedError as refusal:
+            _write_card(config, state, source, [refusal.verdict], out, REFUSED)
+            raise
+        _write_card(config, state, source, verdicts, out)
     seconds = time.monotonic() - began
     return AdaptResult(out / "adapter", state.step, state.gate.num_updates, state.loss, seconds, *verdicts)
 
@@ -145,11 +152,19 @@ def _finish(
             peft_format.write_files(out / "adapter", files)
 
 
-def _write_card(config: AdaptConfig, state: RunState, source: Source, verdicts: list[str], out: Path) -> None:
+def _write_card(
+    config: AdaptConfig,
+    state: RunState,
+    source: Source,
+    verdicts: Iterable[Verdict | None],
+    out: Path,
+    folder: str = "adapter",
+) -> None:
     if distributed.is_first():
-        card = model_card.adapter_card(config.model.name, images=len(source), steps=state.step, verdicts=verdicts)
+        texts = [f"{v.kind}: {v.text}" for v in verdicts if v is not None]
+        card = model_card.adapter_card(config.model.name, images=len(source), steps=state.step, verdicts=texts)
         with output.writing(out):
-            write_atomic(out / "adapter" / model_card.NAME, card)
+            write_atomic(out / folder / model_card.NAME, card)
 
 
 def needs_base(config: AdaptConfig) -> bool:

@@ -17,11 +17,12 @@ from torch import Tensor
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.data.loading.loader import Batch, Loader
 from upstep_fast.data.sources.source import Source
-from upstep_fast.model import peft_format
+from upstep_fast.model import model_card, peft_format
 from upstep_fast.report.metrics import Metrics
 from upstep_fast.report.progress import Progress
 from upstep_fast.runtime import checkpoint, distributed
 from upstep_fast.runtime import run_folder as output
+from upstep_fast.runtime.atomic_file import write_atomic
 from upstep_fast.train import resume
 from upstep_fast.train.failures import stop_if_bad, stop_if_collapsed
 from upstep_fast.train.identity import Identity
@@ -151,6 +152,11 @@ class RunWriter:
         method = self._state.method
         files = at_given_strength(method.result_files(), self._config, len(method.vit.blocks))
         peft_format.write_files(self._out / "adapter", files)
+        name, planned = self._config.model.name, self._config.optimization.num_steps
+        card = model_card.adapter_card(
+            name, images=len(self._source), steps=self._state.step, verdicts=(), planned=planned
+        )
+        write_atomic(self._out / "adapter" / model_card.NAME, card)
         if is_chosen_at_end(self._config):
             log.warning("strength: auto is chosen at the end; %s is at full strength", self._out / "adapter")
 

@@ -31,9 +31,9 @@ from upstep_fast.data.sources.source import Source
 from upstep_fast.data.sources.subset import split_by_file, subset
 from upstep_fast.data.views.make_views import random_views
 from upstep_fast.data.views.view_config import view_config
-from upstep_fast.errors import CheckFailedError, DataError, RunFailedError, first_line
+from upstep_fast.errors import AdapterRefusedError, DataError, RunFailedError, first_line
 from upstep_fast.evaluation.label_free import CLEARLY_WORSE, judge, predicted_gain
-from upstep_fast.evaluation.verdict import FILE, Verdict, label_free_verdict, to_json
+from upstep_fast.evaluation.verdict import FILE, Verdict, label_free_verdict, to_json, with_base_kept
 from upstep_fast.input_files import read_text
 from upstep_fast.model import lora, peft_format, pooling
 from upstep_fast.model.backbone import Backbone
@@ -167,7 +167,7 @@ class Validator:
     def settle(self, files: Mapping[str, bytes]) -> Mapping[str, bytes]:
         """Return the files of the best adapter, at full strength; `files`, the last one's, without a validation.
 
-        Raises CheckFailedError if every validation is clearly worse than the base model.
+        Raises AdapterRefusedError if every validation is clearly worse than the base model.
         """
         best = self.best()
         if best is None:
@@ -192,11 +192,12 @@ class Validator:
                 shutil.rmtree(folder, ignore_errors=True)
             peft_format.write_files(refused, files)
             if self._verdict is not None:
-                write_atomic(self._out / FILE, to_json(self._verdict, None))
-        raise CheckFailedError(
+                write_atomic(self._out / FILE, to_json(with_base_kept(self._verdict), None))
+        raise AdapterRefusedError(
             "adapter: refused: on held-out images, without labels, every validation is clearly worse than the base "
-            f"model (the best, at step {best['step']}: {_points(best['predicted_gain'])}); use the base model, or try "
-            f"--preset gentle; the last adapter is in {refused}, all validations in {self._out / HISTORY}"
+            f"model (the best, at step {best['step']}: {_points(best['predicted_gain'])}); base kept: use the base "
+            f"model, or try --preset gentle; the last adapter is in {refused}, all validations in {self._out / HISTORY}",
+            self._verdict,
         )
 
     @property

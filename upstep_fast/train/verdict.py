@@ -25,9 +25,17 @@ from upstep_fast.config.flat import replace_flat
 from upstep_fast.config.resolve import resolve
 from upstep_fast.config.training import MIN_VERDICT_IMAGES
 from upstep_fast.data.sources.source import Source
-from upstep_fast.errors import CheckFailedError, ConfigError, UpstepError, first_line
+from upstep_fast.errors import AdapterRefusedError, ConfigError, UpstepError, first_line
 from upstep_fast.evaluation.features import plain_features
-from upstep_fast.evaluation.verdict import FILE, Verdict, label_free_verdict, measured_verdict, to_json
+from upstep_fast.evaluation.verdict import (
+    FILE,
+    Verdict,
+    decisive,
+    label_free_verdict,
+    measured_verdict,
+    to_json,
+    with_base_kept,
+)
 from upstep_fast.model import lora, peft_format, pooling
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.report.run_record import read_config
@@ -108,8 +116,8 @@ def judge_written(
 ) -> Verdicts:
     """Compare out/adapter with the base model and write out/verdict.json; (None, None) without held-out images.
 
-    Collective. An error of the comparison is only logged, as the run itself is complete. Raises CheckFailedError for an
-    adapter that is worse on strong evidence, RunFailedError.
+    Collective. An error of the comparison is only logged, as the run itself is complete. Raises AdapterRefusedError for
+    an adapter that is worse on strong evidence, RunFailedError.
     """
     if held_out is None or config.validation.verdict == "off":
         return None, None
@@ -122,8 +130,8 @@ def judge_written(
             log.warning("verdict: none (%s)", first_line(error))
     rows = distributed.gather([None if v is None else asdict(v) for v in verdicts])[0]
     label_free, measured = (None if row is None else Verdict(**row) for row in rows)
-    if label_free is not None and label_free.outcome == "worse":
-        _refuse(label_free, out)
+    if label_free is not None and (decided := decisive(label_free, measured)).outcome == "worse":
+        _refuse(decided, out)
     return label_free, measured
 
 
@@ -146,6 +154,9 @@ def _compare(
         workers = config.data.num_workers
         read, (before, after) = plain_features(held_out, base, models, compute, workers, pooling.features)
         measured = measured_verdict(before, after, [held_out.labels[i] for i in read])
+    if (decided := decisive(label_free, measured)).outcome == "worse":
+        kept = with_base_kept(decided)
+        label_free, measured = (kept, measured) if decided is label_free else (label_free, kept)
     with output.writing(out):
         write_atomic(out / FILE, to_json(label_free, measured))
     return label_free, measured
@@ -156,7 +167,8 @@ def _refuse(verdict: Verdict, out: Path) -> None:
         if distributed.is_first() and (out / "adapter").is_dir():
             shutil.rmtree(out / REFUSED, ignore_errors=True)
             (out / "adapter").rename(out / REFUSED)
-    raise CheckFailedError(
-        f"adapter: refused: {verdict.text}; use the base model, or try --preset gentle; the adapter is in "
-        f"{out / REFUSED}"
+    raise AdapterRefusedError(
+        f"adapter: refused: {verdict.text}; use the base model, as embed and load of {out} do, or try --preset gentle; "
+        f"the adapter is in {out / REFUSED}",
+        verdict,
     )

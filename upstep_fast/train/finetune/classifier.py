@@ -8,6 +8,7 @@ folder/learned.safetensors    size and hash of each image that the classifier ha
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -31,7 +32,7 @@ from upstep_fast.methods.supervised.baselines import Baseline
 from upstep_fast.methods.supervised.losa import Losa, LosaSpec
 from upstep_fast.methods.trainable import trained
 from upstep_fast.model import backbone as backbones
-from upstep_fast.model import lora, peft_format
+from upstep_fast.model import lora, model_card, peft_format
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.model.identity import differences, model_identity
 from upstep_fast.runtime.atomic_file import write_atomic
@@ -107,6 +108,7 @@ def save(
         (folder / ADAPTER).mkdir(exist_ok=True)
         for name, content in peft_format.read_files(config.adapter).items():
             write_atomic(folder / ADAPTER / name, content)
+        write_atomic(folder / ADAPTER / model_card.NAME, _adapter_card(config))
     write_atomic(folder / WEIGHTS, data)
     (folder / LEARNED).unlink(missing_ok=True)
     learned_hash = None
@@ -125,6 +127,15 @@ def save(
         "learned_sha256": learned_hash,
     }
     write_atomic(folder / CONFIG, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _adapter_card(config: FinetuneConfig) -> bytes:
+    """Return the card of the adapter that the classifier uses: its own, or one that names its base model."""
+    path = Path(str(config.adapter)) / model_card.NAME
+    if path.is_file():
+        with contextlib.suppress(ConfigError):
+            return read_bytes(path, "adapter")
+    return model_card.adapter_card(config.model.name)
 
 
 def load_finetuned(
