@@ -105,10 +105,7 @@ def save(
     belongs_to = {METADATA: json.dumps({"classes": list(classes), "model": identity})}
     data = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, belongs_to)
     if config.adapter is not None:
-        (folder / ADAPTER).mkdir(exist_ok=True)
-        for name, content in peft_format.read_files(config.adapter).items():
-            write_atomic(folder / ADAPTER / name, content)
-        write_atomic(folder / ADAPTER / model_card.NAME, _adapter_card(config))
+        _copy_adapter(Path(config.adapter), folder / ADAPTER, config.model.name)
     write_atomic(folder / WEIGHTS, data)
     (folder / LEARNED).unlink(missing_ok=True)
     learned_hash = None
@@ -129,13 +126,16 @@ def save(
     write_atomic(folder / CONFIG, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def _adapter_card(config: FinetuneConfig) -> bytes:
-    """Return the card of the adapter that the classifier uses: its own, or one that names its base model."""
-    path = Path(str(config.adapter)) / model_card.NAME
+def _copy_adapter(adapter: Path, folder: Path, base_model: str) -> None:
+    """Copy an adapter's files and its card; one without a card gets one that names its base model."""
+    folder.mkdir(exist_ok=True)
+    for name, content in peft_format.read_files(adapter).items():
+        write_atomic(folder / name, content)
+    card, path = model_card.adapter_card(base_model), adapter / model_card.NAME
     if path.is_file():
         with contextlib.suppress(ConfigError):
-            return read_bytes(path, "adapter")
-    return model_card.adapter_card(config.model.name)
+            card = read_bytes(path, "adapter")
+    write_atomic(folder / model_card.NAME, card)
 
 
 def load_finetuned(
