@@ -196,7 +196,7 @@ class Validator:
         raise AdapterRefusedError(
             "adapter: refused: on held-out images, without labels, every validation is clearly worse than the base "
             f"model (the best, at step {best['step']}: {_points(best['predicted_gain'])}); base kept: use the base "
-            f"model, or try --preset gentle; the last adapter is in {refused}, the validations in {self._out / HISTORY}",
+            f"model, or try --preset gentle; the last adapter is in {refused}, validations in {self._out / HISTORY}",
             self._verdict,
         )
 
