@@ -47,6 +47,11 @@ class Reading:
         is_as_stored = self.intensity.kind in ("auto", "full") or not self.intensity.ranges
         return is_as_stored and not self.bands and self.tile is None
 
+    @property
+    def is_windowed(self) -> bool:
+        """Whether parts or levels of pictures are read."""
+        return self.tile is not None or bool(self.level) or self.mpp is not None
+
 
 AS_STORED = Reading()  # by the declared range: auto without a measured one
 

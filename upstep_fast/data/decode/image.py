@@ -35,7 +35,7 @@ from upstep_fast.data.decode.values import bands_of, plan_values
 from upstep_fast.data.formats import kinds
 from upstep_fast.data.reading import axes
 from upstep_fast.data.reading.budget import BYTES_PER_COEFFICIENT, BYTES_PER_PIXEL, BYTES_PER_VALUE, decoding, reduction
-from upstep_fast.data.reading.intensity import gray_of, to_bytes, to_pixels
+from upstep_fast.data.reading.intensity import gray_of, select_bands, to_bytes, to_pixels
 from upstep_fast.data.reading.out_of_memory import is_out_of_memory
 from upstep_fast.data.reading.stored import Stored
 from upstep_fast.data.reading.tiff_header import TIFF
@@ -119,7 +119,12 @@ def _only_picture(kind: kinds.Kind, data: bytes | memoryview, max_pixels: int, r
 
 
 def pixels_of_values(stored: Stored, reading: Reading, channels: int) -> Tensor:
-    """Return values as uint8 [channels, H, W]; colors are weighted to gray for one channel. Raises BadImage."""
+    """Return values as uint8 [channels, H, W]; colors are weighted to gray for one channel. Raises BadImage.
+
+    Bands beyond the colors are left out, unless --bands names them or all are asked for.
+    """
+    if stored.colors and not reading.bands and len(stored.values) != channels:
+        stored = select_bands(stored, tuple(range(1, stored.colors + 1)))
     if channels == 1 and len(stored.values) == 3 and not reading.bands:
         return gray_of(to_bytes(stored, reading.intensity))
     return to_pixels(stored, reading, channels)
@@ -265,7 +270,7 @@ def _high_byte(image: Image.Image, tiff: TiffPlan | None) -> np.ndarray:
 
 def _check_pixels(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
-        raise BadImage(f"{width} x {height} pixels, above the limit of {max_pixels}")
+        raise BadImage(f"{width} x {height} pixels, above the limit of {max_pixels}; give --tiles 224")
 
 
 def _looks_like(start: bytes) -> str:

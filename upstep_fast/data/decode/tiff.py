@@ -168,7 +168,7 @@ def _check_kind(page: TiffPage, max_pixels: int) -> None:
     if page.subfile & THUMBNAIL:
         raise BadImage("a TIFF whose first page is a thumbnail; write the picture itself as the first page")
     if page.width * page.height > max_pixels:
-        raise BadImage(f"{page.width} x {page.height} pixels, above the limit of {max_pixels}")
+        raise BadImage(f"{page.width} x {page.height} pixels, above the limit of {max_pixels}; give --tiles 224")
     if page.tile > max_pixels:
         raise BadImage(f"its tiles are of {page.tile} pixels, above the limit of {max_pixels}")
 

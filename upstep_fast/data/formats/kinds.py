@@ -46,6 +46,11 @@ SVS = Kind("Aperio slide", "tiff_windows", (".svs",), "microscopy", ("tifffile",
 SLIDES = Kind(
     "whole slide", "slides", (".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".svslide", ".bif"), "slides", ("openslide",)
 )
+# for tiles and levels (--tiles, --level, --mpp) of files that data/decode reads as a whole
+TIFF_WINDOWS = Kind("TIFF", "tiff_windows", (), "microscopy", ("tifffile", "imagecodecs"))
+ARRAYS = Kind("array", "npy_windows", (), "", ())
+PHOTOGRAPH = Kind("photograph", "photographs", (), "", ())  # of which decode/cut.py has the pixels
+BY_PATH = (SVS, SLIDES, TIFF_WINDOWS, ARRAYS)  # read by offset, never as a whole
 KINDS = (DICOM, NIFTI, FITS, JPEG2000, JPEGXL, SVS, SLIDES)
 
 _CONVERT = "convert it to JPEG or PNG"
@@ -114,6 +119,13 @@ def kind_of_content(data: bytes | memoryview) -> Kind | None:
         return GEOTIFF if read_pages(data, max_pages=1)[0][0].needs_gdal else None
     except BadImage:  # decode says what is wrong
         return None
+
+
+def windowed(kind: Kind | None, start: bytes) -> Kind:
+    """Return the kind that gives windows of a file. kind, start: as of `kind_of`."""
+    if kind is not None:
+        return kind
+    return TIFF_WINDOWS if start.startswith(_TIFF) else ARRAYS if start.startswith(b"\x93NUMPY") else PHOTOGRAPH
 
 
 def _inflated(start: bytes) -> bytes:

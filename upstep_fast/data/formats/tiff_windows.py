@@ -33,7 +33,7 @@ from upstep_fast.data.reading.regular import read_at, version_of
 from upstep_fast.data.reading.stored import File, Layout, Piece, Stored
 from upstep_fast.errors import BadImage
 
-_ASSOCIATED = 1
+_ASSOCIATED, _UNASSOCIATED = 1, 2
 _segments = Recent(256 << 20)  # decoded strips and tiles
 
 
@@ -152,7 +152,14 @@ def _in_color(values: np.ndarray, valid: np.ndarray | None, opened: Pyramid) -> 
         top = int(limits[1] or 1)
         colors = values[:3].astype(np.int64) + top - values[3]
         values = np.clip(colors, 0, top).astype(values.dtype)  # colors are multiplied by alpha already
-    return Stored(values, *limits, valid, inverted=opened.photometric == WHITE_IS_ZERO)
+    colors = 3 if opened.photometric == RGB else 1 if opened.extra[:1] in ((_ASSOCIATED,), (_UNASSOCIATED,)) else 0
+    return Stored(
+        values,
+        *limits,
+        valid,
+        inverted=opened.photometric == WHITE_IS_ZERO,
+        colors=colors if len(values) > max(1, colors) else 0,
+    )
 
 
 def _has_alpha(opened: Pyramid) -> bool:

@@ -18,6 +18,7 @@ from dataclasses import replace
 import numpy as np
 
 from upstep_fast.config.reading import Reading
+from upstep_fast.data.reading import tiles
 from upstep_fast.data.reading.stored import Layout, Piece, Stored
 from upstep_fast.errors import BadImage
 
@@ -70,9 +71,7 @@ def described(layout: Layout, reading: Reading | None = None) -> str:
 def label(piece: Piece) -> str:
     """Return what tells a picture from others of its file, "z=12,t=3"; empty if nothing does."""
     words = [f"{axis.lower()}={index}" for axis, index in piece.at]
-    if piece.window is not None:
-        top, left = piece.window[:2]
-        words += [f"level={piece.level}", f"x={left}", f"y={top}"]
+    words += [place] if (place := tiles.named(piece)) else []
     return ",".join(words)
 
 

@@ -86,6 +86,7 @@ class Stored:
     high: float | None = None
     valid: np.ndarray | None = None  # [H, W] bool, False: nodata; None: all True. NaN is invalid too
     inverted: bool = False  # low values are white (MONOCHROME1, MINISWHITE)
+    colors: int = 0  # bands at the start that are RGB or gray, where others follow (alpha, infrared); 0: all are alike
 
     @property
     def is_8_bit(self) -> bool:

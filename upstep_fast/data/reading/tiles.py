@@ -6,6 +6,7 @@ pixel is in a tile and all tiles are of one size. A side shorter than a tile giv
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -56,6 +57,11 @@ class Grid(Sequence[Piece]):
         size = min(self.tile, self.height), min(self.tile, self.width)
         return replace(self.piece, window=(int(self.tops[row]), int(self.lefts[column]), *size))
 
+    def digest(self) -> bytes:
+        """Return SHA-256 over the tiles."""
+        text = repr((self.piece, self.height, self.width, self.tile, self.stride, self.kept is None))
+        return hashlib.sha256(text.encode() + (b"" if self.kept is None else self.kept.tobytes())).digest()
+
     def __iter__(self) -> Iterator[Piece]:
         return (self[index] for index in range(len(self)))
 
@@ -75,6 +81,15 @@ def grid(layout: Layout, reading: Reading, piece: Piece = Piece()) -> Grid:  # n
     return Grid(replace(piece, level=level, scale=scale), height, width, reading.tile, reading.stride or reading.tile)
 
 
+def at_level(layout: Layout, reading: Reading, piece: Piece) -> Piece:
+    """Return a whole picture at the level that --level or --mpp asks for. Raises BadImage."""
+    level, scale = level_of(layout, reading)
+    if scale == 1:
+        return replace(piece, level=level)
+    height, width = (max(1, int(side / scale + 1e-6)) for side in level_sizes(layout)[level])
+    return replace(piece, level=level, scale=scale, window=(0, 0, height, width))
+
+
 def level_sizes(layout: Layout) -> tuple[tuple[int, int], ...]:
     """Return (height, width) of each level, full size first."""
     return layout.levels or ((layout.size("Y"), layout.size("X")),)
@@ -91,7 +106,7 @@ def level_of(layout: Layout, reading: Reading) -> tuple[int, float]:
         level = reading.level or 0
         if level >= len(sizes):
             which = "only level 0" if len(sizes) == 1 else f"levels 0 to {len(sizes) - 1}"
-            raise BadImage(f"--level {level}: {layout.what} has {which}; give one of them, or --mpp")
+            raise BadImage(f"--level {level}: {layout.what} has {which}; give --level {len(sizes) - 1} or less")
         return level, 1.0
     if layout.mpp is None:
         raise BadImage(f"--mpp {reading.mpp:g}: {layout.what} does not say how large its pixels are; give --level")
@@ -120,21 +135,32 @@ def read_piece(read: ReadPiece, file: File, piece: Piece, layout: Layout) -> Sto
     """
     if piece.window is None or piece.scale == 1:
         return read(file, piece)
-    scale, margin = piece.scale, int(_MARGIN * max(1.0, piece.scale))
-    # in pixels of the level: the window's edges, then whole pixels around what the filter reaches
-    edges = [
-        (start * scale, (start + size) * scale) for start, size in zip(piece.window[:2], piece.window[2:], strict=True)
-    ]
-    sides = level_sizes(layout)[piece.level]
-    outer = [
-        (max(0, int(low) - margin), min(side, int(np.ceil(high)) + margin))
-        for (low, high), side in zip(edges, sides, strict=True)
-    ]
-    (top, bottom), (left, right) = outer
-    stored = read(file, replace(piece, window=(top, left, bottom - top, right - left), scale=1.0))
-    (y0, y1), (x0, x1) = edges
-    box = (x0 - left, y0 - top, min(x1 - left, right - left), min(y1 - top, bottom - top))
+    around = outer(piece, layout)
+    stored = read(file, around)
+    assert around.window is not None
+    top, left, height, width = around.window
+    (y0, y1), (x0, x1) = _edges(piece)
+    box = (x0 - left, y0 - top, min(x1 - left, width), min(y1 - top, height))
     return resized(stored, box, (piece.window[2], piece.window[3]))
+
+
+def outer(piece: Piece, layout: Layout) -> Piece:
+    """Return a window in pixels of its level, with the pixels around it that a resize reaches."""
+    if piece.window is None or piece.scale == 1:
+        return piece
+    margin, sides = int(_MARGIN * max(1.0, piece.scale)), level_sizes(layout)[piece.level]
+    (top, bottom), (left, right) = (
+        (max(0, int(low) - margin), min(side, int(np.ceil(high)) + margin))
+        for (low, high), side in zip(_edges(piece), sides, strict=True)
+    )
+    return replace(piece, window=(top, left, bottom - top, right - left), scale=1.0)
+
+
+def _edges(piece: Piece) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return (top, bottom) and (left, right) of a window in pixels of its level."""
+    assert piece.window is not None
+    top, left, height, width = (value * piece.scale for value in piece.window)
+    return (top, top + height), (left, left + width)
 
 
 def resized(stored: Stored, box: tuple[float, float, float, float], size: tuple[int, int]) -> Stored:

@@ -249,7 +249,9 @@ def read_image_file(path: str, offset: int = 0, size: int | None = None) -> byte
             raise OSError("not a regular file")
         size = status.st_size if size is None else size
         if size > MAX_BYTES:
-            raise OSError(f"{size} bytes, above the limit of {MAX_BYTES}")
+            raise OSError(
+                f"{size} bytes, above the limit of {MAX_BYTES}; a TIFF or slide is read in tiles, by --tiles 224"
+            )
         if size > LARGE and _is_hollow(status):
             raise OSError(f"{size} bytes of holes: its file of {status.st_size} bytes takes up next to nothing")
         file.seek(offset)

@@ -11,16 +11,19 @@ import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from upstep_fast.config.reading import Reading
+from upstep_fast.data.decode.piece import stored_piece
 from upstep_fast.data.formats import kinds
 from upstep_fast.data.formats.kinds import Kind
-from upstep_fast.data.reading import axes
+from upstep_fast.data.reading import axes, tiles
+from upstep_fast.data.reading.regular import read_at
 from upstep_fast.data.reading.stored import WHOLE, File, Layout, Piece
-from upstep_fast.data.sources.part import Digest, Item, Listing, Part
+from upstep_fast.data.reading.tiles import Grid
+from upstep_fast.data.sources.part import LARGE, Digest, Item, Listing, Part
 from upstep_fast.errors import BadImage
 from upstep_fast.runtime.progress import track
 
@@ -58,7 +61,8 @@ class Pieces(Part):
         """Return the file, and which picture of it. Raises OSError."""
         file, piece = self._locate(index)
         at, kind = int(self.files[file]), self.kinds[file]
-        path = self.inner.file_path(at) if kind is not None and len(self.pieces[file]) > 1 else None
+        by_path = kind in kinds.BY_PATH or (kind is not None and len(self.pieces[file]) > 1)
+        path = self.inner.file_path(at) if by_path else None
         return Item(self.inner.read(at) if path is None else _regular(path), kind, piece, self.layouts[file])
 
     def digest(self, index: int) -> Digest:
@@ -66,10 +70,18 @@ class Pieces(Part):
         file, piece = self._locate(index)
         at, place = int(self.files[file]), axes.label(piece)
         if (of_file := self.digests.get(at)) is None:
-            of_file = self.digests[at] = self.inner.digest(at)
+            of_file = self.digests[at] = self._digest(at)
         if not place:
             return of_file
         return of_file[0], hashlib.blake2b(of_file[1] + place.encode(), digest_size=8).digest()
+
+    def _digest(self, at: int) -> Digest:
+        """Return size and hash of a file; of a large one that is read by offset, the hash of its start and end."""
+        path = self.inner.file_path(at)
+        if path is None or (size := os.path.getsize(path)) <= LARGE:
+            return self.inner.digest(at)
+        ends = b"".join(bytes(read_at(path, start, LARGE >> 6)) for start in (0, size - (LARGE >> 6)))
+        return size, hashlib.blake2b(ends, digest_size=8).digest()
 
     def labels(self) -> list[str] | None:
         """Return the class of each image, its file's; None when not all files have one."""
@@ -95,7 +107,7 @@ class Pieces(Part):
         known: dict[int, bytes] = {}
         for pieces in self.pieces:
             if id(pieces) not in known:
-                known[id(pieces)] = hashlib.sha256("\n".join(map(repr, pieces)).encode()).digest()
+                known[id(pieces)] = pieces.digest() if isinstance(pieces, Grid) else _digest_of(pieces)
             yield known[id(pieces)]
 
     def _locate(self, index: int) -> tuple[int, Piece]:
@@ -103,12 +115,16 @@ class Pieces(Part):
         return file, self.pieces[file][index - int(self.ends[file]) + len(self.pieces[file])]
 
 
+def _digest_of(pieces: Sequence[Piece]) -> bytes:
+    return hashlib.sha256("\n".join(map(repr, pieces)).encode()).digest()
+
+
 def expand(part: Part, reading: Reading, listing: Listing) -> Part:
     """Return a part with one image for each picture of the files of `part`; itself where each file is one photograph.
 
     Files whose header cannot be read, or whose reader is not installed, go to `listing`.
     """
-    kinds_of = _kinds(part)
+    kinds_of = _kinds(part, reading.is_windowed)
     special = [index for index, kind in enumerate(kinds_of) if kind is not None and not kinds.missing(kind)]
     absent = {index for index, kind in enumerate(kinds_of) if kind is not None and kinds.missing(kind)}
     for index in absent:
@@ -136,17 +152,22 @@ def expand(part: Part, reading: Reading, listing: Listing) -> Part:
     return Pieces(part, np.array(kept, np.int64), tuple(kinds_of[i] for i in kept), layouts, pieces, ends)
 
 
-def _kinds(part: Part) -> list[Kind | None]:
-    """Return the kind of each file, None for photographs; their starts are read only where the name does not tell."""
+def _kinds(part: Part, is_windowed: bool) -> list[Kind | None]:
+    """Return the kind of each file, None for photographs; their starts are read only where the name does not tell.
+
+    is_windowed: whether tiles or levels are asked for, for which each file has a kind.
+    """
     result: list[Kind | None] = []
     for index in range(len(part)):
         name = part.file_name(index)
         suffix = kinds.suffix_of(name)
-        if suffix in kinds.PHOTOGRAPHS:
+        if suffix in kinds.PHOTOGRAPHS and not is_windowed:
             result.append(None)
             continue
         try:
-            result.append(kinds.kind_of(name, part.start(index)))
+            start = part.start(index)
+            kind = kinds.kind_of(name, start)
+            result.append(kinds.windowed(kind, start) if is_windowed else kind)
         except OSError:  # whoever decodes the image says why
             result.append(None)
     return result
@@ -159,11 +180,35 @@ def _pieces(part: Part, index: int, kind: Kind | None, reading: Reading) -> tupl
         path = part.file_path(index)
         file: File = part.read(index) if path is None else _regular(path)
         layout = kinds.layout(kind, file)
-        return layout, axes.pieces(layout, reading)  # equal layouts share one sequence
+        pictures = axes.pieces(layout, reading)  # equal layouts share one sequence
+        if reading.is_windowed:
+            pictures = _windows(kind, file, layout, reading, pictures)
+        if pictures and pictures[0].scale == 1:
+            layout.window(replace(pictures[0], at=()))  # refuses pictures that are too large to be read as a whole
+        return layout, pictures
     except BadImage as error:
         return error.reason
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
+
+
+def _windows(kind: Kind, file: File, layout: Layout, reading: Reading, pictures: Sequence[Piece]) -> Sequence[Piece]:
+    """Return the tiles of each picture that are not blank, or the pictures at another level. Raises as the reader."""
+    if reading.tile is None:
+        return [tiles.at_level(layout, reading, picture) for picture in pictures]
+    has_data = getattr(kinds.module(kind), "has_data", None)
+    grids = [
+        tiles.without_blank(
+            tiles.grid(layout, reading, picture),
+            layout,
+            lambda piece: stored_piece(kind, file, piece, layout),
+            None if has_data is None else lambda piece: has_data(file, tiles.outer(piece, layout)),
+        )
+        for picture in pictures
+    ]
+    if not any(map(len, grids)):
+        raise BadImage("all its tiles are blank: no band varies by more than 1 of 255 levels")
+    return grids[0] if len(grids) == 1 else [piece for grid in grids for piece in grid]
 
 
 def _regular(path: str) -> str:
@@ -184,4 +229,4 @@ def _note(seen: Counter[str], listing: Listing) -> None:
     for text, count in seen.most_common(LAYOUTS):
         listing.add_note(text if count == 1 else f"{count:,} files {text} each")
     if (rest := len(seen) - LAYOUTS) > 0:
-        listing.add_note(f"{rest:,} other layouts")
+        listing.add_note(f"{rest:,} other layout{'s' * (rest != 1)}")
