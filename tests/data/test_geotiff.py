@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import struct
 
 import numpy as np
 import pytest
@@ -225,6 +226,23 @@ def test_threads_read_their_own_files():
         assert np.array_equal(np.nan_to_num(stored.values, nan=0), np.where(np.isnan(stored.values), 0, picture))
 
 
+def test_nan_in_lerc_stays_nan():
+    values = values_of("float32")
+    values[:, 4:9, 7:30] = np.nan
+    stored = geotiff.read(write(values, compress="lerc"), Piece())
+    assert np.array_equal(stored.values, values, equal_nan=True)
+
+
+def test_orientation_that_gdal_does_not_apply_is_refused(tmp_path):
+    data = write(values_of("uint16"))
+    at = data.index(struct.pack("<HHI", 262, 3, 1))  # an entry of the directory: PhotometricInterpretation
+    turned = data[:at] + struct.pack("<HHIHH", 274, 3, 1, 6, 0) + data[at + 12 :]
+    (tmp_path / "a.tif").write_bytes(turned)
+    for file in (turned, str(tmp_path / "a.tif")):
+        with pytest.raises(BadImage, match="orientation 6"):
+            geotiff.read(file, Piece())
+
+
 def to_8_bits(values, low, high):
     x = (values.astype(np.float64) - low) / (high - low)
     return np.rint(255 * np.clip(x, 0, 1))
@@ -276,6 +294,7 @@ def test_gdal_reads_only_what_others_do_not():
     for data in (
         *(write(values_of("uint16"), compress=compression, **plain) for compression in ("zstd", "lzma", "lerc")),
         *(write(values_of(dtype), compress="deflate", **plain) for dtype in ("int16", "uint32", "float32", "float64")),
+        write(values_of("uint8"), mask=np.eye(37, 45) > 0, compress="deflate", overviews=[2], **plain),
         write(values_of("uint16"), scales=(2,) * 4, offsets=(1,) * 4, compress="none"),
         write(values_of("uint16") >> 5, nbits=11, compress="none", **plain),
     ):

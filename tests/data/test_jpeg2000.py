@@ -5,11 +5,13 @@ import struct
 import numpy as np
 import pytest
 
+from upstep_fast.config.reading import Reading
+from upstep_fast.data.decode.image import decode
 from upstep_fast.data.formats import jpeg2000
 from upstep_fast.data.reading.stored import Piece
 from upstep_fast.errors import BadImage
 
-pytest.importorskip("rasterio", reason="needs the extra [geo]")
+rasterio = pytest.importorskip("rasterio", reason="needs the extra [geo]")
 imagecodecs = pytest.importorskip("imagecodecs", reason="the writer, of the extra [microscopy]")
 
 
@@ -45,6 +47,18 @@ def test_values_of_every_depth(bits, container):
 def test_what_pillow_stretches_is_as_stored():
     values = np.full((1, 40, 40), 2500, np.uint16)
     assert jpeg2000.read(encoded(values, 12), Piece()).values.max() == 2500  # 40000 by Pillow
+
+
+def test_files_of_gdal_whose_bands_have_no_color():
+    values = picture(12, False, 4, (64, 64))
+    profile = {"driver": "JP2OpenJPEG", "count": 4, "width": 64, "height": 64, "dtype": "uint16", "nbits": 12}
+    with rasterio.io.MemoryFile(ext=".jp2") as memory:
+        with memory.open(**profile, quality=100, reversible="yes", ycc="no") as file:
+            file.write(values)
+        data = memory.read()
+    stored = jpeg2000.read(data, Piece())
+    assert np.array_equal(stored.values, values) and (stored.low, stored.high) == (0, 4095)
+    assert np.array_equal(decode(data, reading=Reading(bands=(4, 3, 2))).numpy(), values[[3, 2, 1]] >> 4)
 
 
 def test_lossy_pictures_are_those_of_a_second_decoder():

@@ -11,6 +11,7 @@ Other TIFFs are read by decode/tiff.py, which honors GDAL_NODATA too.
 
 from __future__ import annotations
 
+import mmap
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import numpy as np
 from upstep_fast.data.formats.gdal import num_bits, opened, planes
 from upstep_fast.data.reading.nodata import masked
 from upstep_fast.data.reading.stored import File, Layout, Piece, Stored
+from upstep_fast.data.reading.tiff_header import read_pages
 from upstep_fast.errors import BadImage
 
 _COLORS = (None, "MINISWHITE", "MINISBLACK", "RGB", "PALETTE", "YCBCR")  # rasterio names no MINISBLACK
@@ -30,7 +32,7 @@ def layout(file: File) -> Layout:
         count = len(dataset.overviews(1))
         bands = 3 if _palette(dataset) else dataset.count
         what = f"GeoTIFF, {_counted(bands)} of {dataset.dtypes[0]}"
-        _check(dataset)
+        _check(dataset, file)
     overviews = [_overview_shape(file, level) for level in range(count)]
     return Layout("CYX", (bands, *shape), what, (shape, *overviews) if overviews else ())
 
@@ -68,7 +70,7 @@ def scaled(
     return physical, float(ends.min()), float(ends.max())
 
 
-def _check(dataset: Any) -> None:
+def _check(dataset: Any, file: File) -> None:
     """Raise BadImage for what GDAL reads, but not as one picture of real values in known colors."""
     photometric = dataset.photometric.name.upper() if dataset.photometric else None
     if photometric not in _COLORS:
@@ -77,8 +79,21 @@ def _check(dataset: Any) -> None:
         raise BadImage(
             f"a GeoTIFF of complex values ({dataset.dtypes[0]}); write amplitude or phase to a file of its own"
         )
+    if (orientation := _orientation(file)) > 1:
+        raise BadImage(f"a GeoTIFF of orientation {orientation}, which GDAL does not apply; write it upright")
     if len(dataset.subdatasets) > 1:
         raise BadImage(f"a GeoTIFF of {len(dataset.subdatasets)} pages; write each to a file of its own")
+
+
+def _orientation(file: File) -> int:
+    """Return the orientation that the first page states, 1 for upright."""
+    if not isinstance(file, str):
+        return read_pages(file, max_pages=1)[0][0].orientation
+    with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        view = memoryview(content)
+        page = read_pages(view, max_pages=1)[0][0]
+        view.release()
+        return page.orientation
 
 
 def _masks(dataset: Any, window: tuple[int, int, int, int]) -> np.ndarray | None:

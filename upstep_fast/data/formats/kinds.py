@@ -116,7 +116,10 @@ def kind_of_content(data: bytes | memoryview) -> Kind | None:
     if not start.startswith(_TIFF):
         return kind_of("", start)
     try:
-        return GEOTIFF if read_pages(data, max_pages=1)[0][0].needs_gdal else None
+        first = read_pages(data, max_pages=1)[0][0]
+        if first.is_geo:  # a later page may be its mask
+            first = read_pages(data)[0][0]
+        return GEOTIFF if first.needs_gdal else None
     except BadImage:  # decode says what is wrong
         return None
 

@@ -47,18 +47,19 @@ class TiffPage:
     is_geo: bool  # it has tags of GeoTIFF or GDAL
     is_scaled: bool  # GDAL's metadata have a scale or an offset
     nodata: str  # GDAL_NODATA; empty without it
+    is_masked: bool = False  # a later page is its mask; known where all pages are read
 
     @property
     def kind(self) -> TiffPage:
         """What pages have in common that are bands of one picture."""
-        return replace(self, is_sparse=False)
+        return replace(self, is_sparse=False, is_masked=False)
 
     @property
     def needs_gdal(self) -> bool:
-        """Whether GDAL alone reads it rightly: no other reader fills sparse files, or knows NaN in LERC and scales."""
+        """Whether GDAL alone reads it rightly: other readers know no masks, scales, empty tiles, and no NaN in LERC."""
         plain = all(kind in (1, 4) for kind in self.formats) and set(self.bits) in ({1}, {2}, {4}, {8}, {12}, {16})
-        common = plain and not self.is_scaled and not self.is_sparse and self.compression in _COMMON_COMPRESSIONS
-        return not self.is_raw and (self.compression == _LERC or (self.is_geo and not common))
+        special = self.is_scaled or self.is_sparse or self.is_masked or self.compression not in _COMMON_COMPRESSIONS
+        return not self.is_raw and (self.compression == _LERC or (self.is_geo and (special or not plain)))
 
 
 def read_pages(data: bytes | memoryview, max_pages: int = _MAX_PAGES) -> tuple[list[TiffPage], str]:
@@ -70,7 +71,7 @@ def read_pages(data: bytes | memoryview, max_pages: int = _MAX_PAGES) -> tuple[l
     order = "<" if bytes(view[:2]) == b"II" else ">"
     big = 43 in (view[2], view[3])
     pages: list[TiffPage] = []
-    description = ""
+    description, is_masked = "", False
     seen: set[int] = set()
     at = _integer(view, 8 if big else 4, order, 8 if big else 4)
     while at and at not in seen and len(seen) < max_pages:
@@ -80,10 +81,12 @@ def read_pages(data: bytes | memoryview, max_pages: int = _MAX_PAGES) -> tuple[l
         if not pages:
             description = tags.get(_DESCRIPTION, np.zeros(0, "S1")).tobytes().decode("latin-1")
         elif page.subfile & (THUMBNAIL | MASK):
+            is_masked = is_masked or page.subfile == MASK
             continue
         pages.append(page)
     if not pages:
         raise BadImage("a TIFF without a page")
+    pages[0] = replace(pages[0], is_masked=is_masked)
     return pages, description
 
 
