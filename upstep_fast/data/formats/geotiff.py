@@ -39,9 +39,11 @@ def layout(file: File) -> Layout:
 
 def read(file: File, piece: Piece) -> Stored:
     """Return a GeoTIFF's bands, or a window of one of its overviews. Raises BadImage."""
-    window = layout(file).window(piece)
-    options = {"OVERVIEW_LEVEL": piece.level - 1 if piece.level else "NONE"}
-    with opened(file, "GTiff", **options) as dataset:
+    if piece.level:
+        layout(file).window(piece)  # refuses a level that is not there
+    with opened(file, "GTiff", OVERVIEW_LEVEL=piece.level - 1 if piece.level else "NONE") as dataset:
+        _check(dataset, file)
+        window = Layout("YX", dataset.shape, "").window(Piece(window=piece.window))
         values, masks = planes(dataset, window), _masks(dataset, window)
         colors = _palette(dataset)
         bits, scales, offsets, inverted = num_bits(dataset), dataset.scales, dataset.offsets, _is_inverted(dataset)
