@@ -388,7 +388,7 @@ def _bad():
     yield "HighBit", written(high), "HighBit 15 with BitsStored 12"
     yield "absurd size", written(huge), "truncated: 4000 of 8589672450 bytes"
     yield "absurd frames", written(frames), "truncated: 4000 of"
-    yield "slope 0", written(zero), "RescaleSlope 0"
+    yield "slope 0", written(zero), "slope 0 and intercept 5"
     yield "coded frames", written(coded_frames), "1000000 frames in"
     yield "size of the codestream", written(other_size), "declares (40, 50) rows and columns"
     yield "absurd coded size", written(wide), "above the limit"

@@ -28,12 +28,12 @@ from upstep_fast.data.formats.dicom_values import (
     color_table,
     look_up,
     physical,
-    stored_range,
     valid_mask,
     without_unused_bits,
     ybr_to_rgb,
 )
 from upstep_fast.data.formats.reasons import bad_image
+from upstep_fast.data.formats.rescale import stored_range
 from upstep_fast.data.reading.stored import File, Layout, Piece, Stored
 from upstep_fast.errors import BadImage
 

@@ -8,14 +8,8 @@ import numpy as np
 from pydicom.dataset import Dataset
 from pydicom.pixels.processing import apply_color_lut
 
+from upstep_fast.data.formats.rescale import Range, rescaled, stored_range
 from upstep_fast.errors import BadImage
-
-Range = tuple[float, float]  # declared, inclusive
-
-
-def stored_range(bits: int, is_signed: bool) -> Range:
-    """Return the range of stored integers of this many bits."""
-    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if is_signed else (0, 2**bits - 1)
 
 
 def physical(
@@ -32,19 +26,7 @@ def physical(
         data = item.LUTData
         table = _entries(data, bits, is_little_endian) if isinstance(data, bytes) else np.array(data, np.uint16)
         return look_up(values, table, first), stored_range(bits, False)
-    slope, intercept = _rescale(header, frame)
-    if (slope, intercept) == (1, 0):
-        return values, declared
-    if slope == 0 or not np.isfinite([slope, intercept]).all():
-        raise BadImage(f"RescaleSlope {slope:g} and RescaleIntercept {intercept:g} define no values")
-    if declared is None:
-        return values * slope + intercept, None
-    low, high = sorted(value * slope + intercept for value in declared)
-    if slope.is_integer() and intercept.is_integer() and max(-low, high) < 2**31:
-        low, high = int(low), int(high)
-        dtype = np.result_type(np.int16, np.min_scalar_type(min(low, -high - 1)))
-        return (values.astype(np.int64) * int(slope) + int(intercept)).astype(dtype), (low, high)
-    return values * slope + intercept, (low, high)
+    return rescaled(values, declared, *_rescale(header, frame))
 
 
 def _rescale(header: Dataset, frame: int) -> tuple[float, float]:

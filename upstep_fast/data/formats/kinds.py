@@ -37,7 +37,7 @@ PHOTOGRAPHS = (
     *(".pnm", ".pbm", ".avif", ".npy"),
 )
 DICOM = Kind("DICOM", "dicom", (".dcm", ".dicom", ".dic", ".ima"), "medical", ("pydicom",))
-NIFTI = Kind("NIfTI", "nifti", (".nii", ".nii.gz"), "medical", ("nibabel",))
+NIFTI = Kind("NIfTI", "nifti", (".nii", ".nii.gz", ".mgz", ".mgh"), "medical", ("nibabel",))
 FITS = Kind("FITS", "fits", (".fits", ".fit", ".fts", ".fits.gz", ".fit.gz", ".fts.gz", ".fz"), "astro", ("astropy",))
 JPEG2000 = Kind("JPEG 2000", "jpeg2000", (".jp2", ".j2k", ".jpx", ".jpc", ".j2c", ".jpf"), "geo", ("rasterio",))
 JPEGXL = Kind("JPEG XL", "jpegxl", (".jxl",), "microscopy", ("imagecodecs",))
