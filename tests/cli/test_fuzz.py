@@ -80,6 +80,7 @@ VALID = {
     "eval": {"data": "labeled", "k": "3"},
     "embed": {"data": "photos", "out": "new.npy"},
     "export": {"out": "new"},
+    "push": {"run": "run", "repo": "someone/adapted"},  # refused here: there is no token
     "models": {"pattern": "vit_tiny_patch16_224"},
     "report": {"dirs": "run", "out": "new.html"},
     "completion": {"shell": "bash"},
@@ -94,6 +95,7 @@ WEIGHTS = {
     "embed": 5,
     "eval": 4,
     "export": 3,
+    "push": 1,
     "report": 3,
     "plan": 2,
     "bench": 0.3,

@@ -41,9 +41,7 @@ def test_every_command_has_help_with_examples_and_the_exit_codes(capsys, name):
         words = shlex.split(example.partition(" > ")[0])
         assert words[:2] == ["upstep-fast", name]
         command = cli.COMMANDS[name]
-        rest = words[2:]
-        if command.positional and rest and not rest[0].startswith("-"):
-            rest = [f"--{command.positional}", *rest]
+        rest = command.named(words[2:])
         if rest[:1] == ["--config"]:
             rest = rest[2:]
         cli_help.check_flags(rest, command.config())

@@ -52,6 +52,7 @@ SHORTENED = {
 PARSED = {
     "upstep-fast demo": "two minutes; tests/cli/test_demo.py runs it",
     "../shared/data": "85 minutes, on data that is not shipped",
+    "upstep-fast push": "an upload; tests/model/test_hub.py runs it on a server of its own",
     "hf-hub:": "a download",
     "hf:": "a download",
     "cuda": "needs a GPU",
@@ -89,9 +90,7 @@ def parse(command: str) -> None:
     if name in ("", "--help", "--version"):
         return
     kind = cli.COMMANDS[name]
-    if kind.positional and args and not args[0].startswith("-"):
-        args = [f"--{kind.positional}", *args]
-    parse_flags(kind.config(), args, f"upstep-fast {name}")
+    parse_flags(kind.config(), kind.named(args), f"upstep-fast {name}")
 
 
 def run(command: str) -> None:

@@ -24,6 +24,8 @@ VIT = "vit_base_patch16_224"
         (f"{VIT}.dino", f"timm/{VIT}.dino"),
         ("hf-hub:facebook/dinov2-base@main", "facebook/dinov2-base"),
         ("local-dir:/models/vit", None),
+        ("facebook/dinov2-small", "facebook/dinov2-small"),
+        ("dinov2_vits14", "timm/vit_small_patch14_dinov2.lvd142m"),
         ("weights.pth", None),
         ("demo", None),
     ],
@@ -35,7 +37,8 @@ def test_base_models_are_ids_of_the_hub(name, expected):
     )
     assert card.data.base_model == expected and card.data.library_name == "peft" and "lora" in card.data.tags
     assert "| images | 1,234, without labels |" in card.text and "better \\| more" in card.text
-    assert ("timm.create_model" in card.text) == (expected is not None)
+    # timm reads no repository of transformers
+    assert ("timm.create_model" in card.text) == (expected is not None and expected.startswith("timm/"))
 
 
 def test_control_characters_and_tables_do_not_leave_their_place():

@@ -7,8 +7,9 @@ import time
 import pytest
 from huggingface_hub import constants
 
+from upstep_fast import network
 from upstep_fast.errors import ConfigError
-from upstep_fast.model import backbone, network
+from upstep_fast.model import backbone
 
 
 @pytest.fixture(autouse=True)

@@ -269,7 +269,7 @@ def test_commands_shown_are_commands(tmp_path, monkeypatch, capsys):
             assert program == "upstep-fast" and name in cli.COMMANDS
             seen.add(name)
             if name in classes:
-                rest = [f"--{cli.COMMANDS[name].positional}", *rest] if name != "adapt" else rest
+                rest = cli.COMMANDS[name].named(rest)
                 config = parse.parse(classes[name], rest, prog=name)
                 assert name == "adapt" or (config.model.arch, config.model.img_size) == ("vit_tiny_patch16_224", 64)
     assert seen == {"eval", "embed", "export", "adapt", "report"}

@@ -9,6 +9,7 @@ configuration, 3 data unusable, 4 adapter or quality check failed, 75 interrupte
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import signal
 import sys
@@ -36,6 +37,7 @@ usage: upstep-fast COMMAND [--config FILE.toml] [options]
   eval    k-NN and linear probe of a model, with and without an adapter
   embed   write features of images to a file
   export  write the adapted model for timm, transformers, PEFT, DINOv2, ONNX or torch.export
+  push    push an adapter and its card to the Hugging Face Hub
   models  list the models that can be adapted, with size, input and license
   report  write a run's HTML report again, or compare several runs
   doctor  implementations chosen on this machine, with reasons; checks every kernel
@@ -53,7 +55,18 @@ class Command:
     config: Callable[[], type]
     run: Callable[[Any], None]
     module: str | None = None  # of the package, whose import takes seconds; the start-up's progress covers it
-    positional: str | None = None  # the field that may be given without its flag
+    positional: tuple[str, ...] = ()  # the fields that may be given without their flags, in this order
+
+    def named(self, args: Sequence[str]) -> list[str]:
+        """Return `args` with the flags of those that stand in front without one; the last field takes the rest."""
+        values = list(itertools.takewhile(lambda arg: not arg.startswith("-"), args))
+        found: list[str] = []
+        for i, field in enumerate(self.positional[: len(values)]):
+            flag = f"--{dashed(field)}"
+            if any(arg.partition("=")[0] == flag for arg in args):
+                raise ConfigError(f"{field}: {values[i]!r} and {flag} both give it; give one of them")
+            found += [flag, *(values[i:] if field == self.positional[-1] else [values[i]])]
+        return [*found, *args[len(values) if found else 0 :]]
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -115,11 +128,7 @@ def _dispatch(args: list[str], debug: bool) -> None:
         hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
         raise ConfigError(f"unknown command {name!r}; {hint}")
     command = COMMANDS[name]
-    if command.positional and rest and not rest[0].startswith("-"):
-        flag = f"--{dashed(command.positional)}"
-        if any(arg.partition("=")[0] == flag for arg in rest):
-            raise ConfigError(f"{command.positional}: {rest[0]!r} and {flag} both give it; give one of them")
-        rest = [flag, *rest]
+    rest = command.named(rest)
     try:
         config = parse(command.config(), rest, prog=f"upstep-fast {name}")
     except SystemExit as stop:
@@ -212,6 +221,13 @@ def _export(config: Any) -> None:
     print_line(f"export: {done.folder}  (features differ by at most {done.difference:.1e} on {done.images})")
 
 
+def _push(config: Any) -> None:
+    from upstep_fast.model.hub import push
+    from upstep_fast.runtime.terminal import print_line
+
+    print_line(f"pushed: {push(config)}")
+
+
 def _plan(config: Any) -> None:
     from upstep_fast.cli.plan import run
 
@@ -268,12 +284,13 @@ COMMANDS = {
     "plan": Command(_plan_config, _plan, "cli.plan"),
     "adapt": Command(_config("AdaptConfig", "adapt"), _adapt, "train.adapt"),
     "finetune": Command(_finetune_config, _finetune, "train.finetune.run"),
-    "predict": Command(_config("PredictConfig", "predict"), _predict, "cli.predict", positional="run"),
-    "eval": Command(_config("EvalConfig", "evaluate"), _eval, "evaluation.labeled", positional="adapter"),
-    "embed": Command(_config("EmbedConfig", "evaluate"), _embed, "evaluation.embeddings", positional="adapter"),
-    "export": Command(_config("ExportConfig"), _export, "model.export.export", positional="adapter"),
-    "models": Command(_config("ModelsConfig"), _models, "cli.models", positional="pattern"),
-    "report": Command(_config("ReportConfig"), _report, "report.page", positional="dirs"),
+    "predict": Command(_config("PredictConfig", "predict"), _predict, "cli.predict", positional=("run",)),
+    "eval": Command(_config("EvalConfig", "evaluate"), _eval, "evaluation.labeled", positional=("adapter",)),
+    "embed": Command(_config("EmbedConfig", "evaluate"), _embed, "evaluation.embeddings", positional=("adapter",)),
+    "export": Command(_config("ExportConfig"), _export, "model.export.export", positional=("adapter",)),
+    "push": Command(_config("PushConfig"), _push, "model.hub", positional=("run", "repo")),
+    "models": Command(_config("ModelsConfig"), _models, "cli.models", positional=("pattern",)),
+    "report": Command(_config("ReportConfig"), _report, "report.page", positional=("dirs",)),
     "doctor": Command(_config("DoctorConfig"), _doctor, "cli.doctor"),
-    "completion": Command(_config("CompletionConfig"), _completion, positional="shell"),
+    "completion": Command(_config("CompletionConfig"), _completion, positional=("shell",)),
 }

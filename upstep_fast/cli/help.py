@@ -44,6 +44,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "upstep-fast embed --model vit_base_patch16_224 --data photos/ --out features.npy",
     ),
     "export": ("upstep-fast export adapted/ --format hf --out exported/",),
+    "push": ("upstep-fast push adapted/ OWNER/NAME --private",),
     "models": ("upstep-fast models", "upstep-fast models '*dinov2*'"),
     "report": ("upstep-fast report adapted/", "upstep-fast report first/ second/ --out comparison.html"),
     "doctor": ("upstep-fast doctor", "upstep-fast doctor --json"),

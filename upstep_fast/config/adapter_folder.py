@@ -1,11 +1,14 @@
 """The folder of a run or of an adapter, in place of the flags of the model that the adapter was trained on.
 
+An adapter on the hub, hf-hub:OWNER/NAME, is fetched into the hub's cache and is a folder from then on.
+
 The model's name is base_model_name_or_path of adapter_config.json. The other flags come from the record in the
 adapter's weights, else, for adapters of earlier versions, from the run's config.toml beside it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -19,13 +22,61 @@ from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.base import DEMO, BackboneConfig
 from upstep_fast.config.flat import dashed, paths
 from upstep_fast.config.value_types import check_types
-from upstep_fast.errors import ConfigError, printable
+from upstep_fast.errors import ConfigError, first_line, printable
 
 CONFIG, WEIGHTS, RUN_CONFIG = "adapter_config.json", "adapter_model.safetensors", "config.toml"
 REFUSED = "adapter-refused"  # of a run that made the features worse
 MODEL_RECORD = "upstep_fast.model"  # metadata of WEIGHTS, which PEFT ignores
+_BARE = "bare_parameters.safetensors"
+_HUB = ("hf-hub:", "hf_hub:", "hf:", "https://huggingface.co/")
 _OF_A_RUN = ("tune", "from_")  # LoRA flags that tell nothing about the adapter
 _FIXED = ("arch", "in_chans", "mean", "std")  # of other values than the training's, features have no meaning
+
+
+def fetched(path: str | Path, field: str = "adapter") -> Path:
+    """Return `path`, or, for hf-hub:OWNER/NAME or hf-hub:OWNER/NAME@REVISION, the folder it is fetched to.
+
+    Raises ConfigError if it cannot be fetched.
+    """
+    if (name := _hub_name(path)) is None:
+        return Path(path)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    from upstep_fast import network
+
+    repository, _, revision = name.partition("@")
+    try:
+        with network.limited():
+            folder = Path(hf_hub_download(repository, CONFIG, revision=revision or None)).parent
+            for file in (WEIGHTS, _BARE):
+                with contextlib.suppress(EntryNotFoundError):  # the reader of the folder says what is missing
+                    hf_hub_download(repository, file, revision=folder.name)
+    except Exception as error:  # the hub's own kinds, the network's, the file system's
+        reason = printable(first_line(error), 300)
+        raise ConfigError(
+            f"{field}: cannot fetch {path}: {reason}; check the name and the network, or give a folder"
+        ) from error
+    return folder
+
+
+def is_on_hub(path: str | Path) -> bool:
+    """Return whether `path` is hf-hub:OWNER/NAME of an adapter; False where that cannot be found out."""
+    if (name := _hub_name(path)) is None:
+        return False
+    from huggingface_hub import hf_hub_download
+
+    from upstep_fast import network
+
+    repository, _, revision = name.partition("@")
+    with contextlib.suppress(Exception), network.limited():
+        return bool(hf_hub_download(repository, CONFIG, revision=revision or None))
+    return False
+
+
+def _hub_name(path: str | Path) -> str | None:
+    prefix = next((prefix for prefix in _HUB if str(path).startswith(prefix)), None)
+    return None if prefix is None else str(path).removeprefix(prefix).rstrip("/")
 
 
 def adapter_folder(path: str | Path, field: str = "adapter") -> Path:
@@ -95,6 +146,7 @@ def complete(flags: Mapping[str, Any], keeps_base: bool = False) -> dict[str, An
     --in-chans, --mean and --std contradicts the training. --img-size and --model override: another size is a matter
     of choice, and another model is refused when it is loaded (model/adapter_base.py).
     """
+    flags = {**flags, "adapter": fetched(flags["adapter"])}
     model = flags.get("model")
     if model is not None and not Path(flags["adapter"]).exists():
         return dict(flags)  # refused when it is read: a command can be checked where its files are not
@@ -119,9 +171,10 @@ def _complete_start(flags: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises ConfigError if the folder holds no adapter or names no model.
     """
-    if flags.get("resume") and "model" in flags and not Path(flags["from_"]).exists():
+    source = fetched(flags["from_"], "from")
+    if flags.get("resume") and "model" in flags and not source.exists():
         return dict(flags)  # a run that has begun needs it no longer
-    folder = adapter_folder(flags["from_"], "from")
+    folder = adapter_folder(source, "from")
     recorded = model_flags(folder, groups=("model", "lora"))
     if flags.get("model") is None:
         _require_model(recorded.get("model"), folder)

@@ -1,4 +1,4 @@
-"""Configuration of export, models, bench, report, doctor, completion and demo."""
+"""Configuration of export, push, models, bench, report, doctor, completion and demo."""
 
 from __future__ import annotations
 
@@ -27,6 +27,18 @@ class ExportConfig(DebugConfig):
     """Images on which the exported features are compared; none: photographs included in the package."""
     overwrite: bool = False
     """Replace an earlier export in a non-empty --out."""
+
+
+@dataclass(frozen=True)
+class PushConfig(DebugConfig):
+    """Push the adapter of a run to the Hugging Face Hub: its files and its card, nothing else of the run."""
+
+    run: str
+    """Folder of a run of adapt, or of an adapter."""
+    repo: str
+    """Repository, OWNER/NAME or NAME; made if it is missing."""
+    private: bool = False
+    """Make a private repository. Default: what the owner's settings say, otherwise public."""
 
 
 @dataclass(frozen=True)

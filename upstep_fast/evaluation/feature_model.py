@@ -20,7 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from upstep_fast.config.adapter_folder import RUN_CONFIG, adapter_folder, holds_adapter, is_refused, run_folder
+from upstep_fast.config.adapter_folder import (
+    RUN_CONFIG,
+    adapter_folder,
+    fetched,
+    holds_adapter,
+    is_on_hub,
+    is_refused,
+    run_folder,
+)
 from upstep_fast.config.evaluate import EmbedConfig
 from upstep_fast.config.files import from_options
 from upstep_fast.data.loading.eval_transform import EvalTransform
@@ -224,9 +232,13 @@ def _places(source: str | Path, model: str | Path | None) -> dict[str, Any]:
     """Return the flags model and adapter."""
     if not isinstance(source, (str, Path)):
         raise ConfigError(f"load: got a {type(source).__name__}, must be a folder of adapt or the name of a model")
-    if model is None and not holds_adapter(source) and not (Path(source) / RUN_CONFIG).is_file():
+    is_adapter = is_on_hub(source)
+    if model is None and not is_adapter and not holds_adapter(source) and not (Path(source) / RUN_CONFIG).is_file():
         return {"model": source}
-    folder = source if is_refused(source) else adapter_folder(source, "load")
+    if is_adapter:
+        folder = fetched(source, "load")
+    else:
+        folder = Path(source) if is_refused(source) else adapter_folder(source, "load")
     return {"adapter": folder} | ({} if model is None else {"model": model})
 
 

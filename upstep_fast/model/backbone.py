@@ -21,10 +21,11 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from upstep_fast import network
 from upstep_fast.config.base import BackboneConfig
 from upstep_fast.data.views.resize import normalize
 from upstep_fast.errors import ConfigError, first_line
-from upstep_fast.model import checks, names, network, registry
+from upstep_fast.model import checks, names, registry
 from upstep_fast.model.formats import checkpoint_files, preprocessing
 from upstep_fast.model.formats.folders import Source
 from upstep_fast.runtime.progress import track

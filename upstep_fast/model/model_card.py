@@ -8,10 +8,13 @@ from typing import Any
 import timm
 
 from upstep_fast.errors import printable
+from upstep_fast.model import names
 from upstep_fast.model.adapter_base import timm_name
 from upstep_fast.version import __version__
 
 NAME = "README.md"
+# the hub's identifiers among those that timm's models have; others are "other" with a name
+LICENSES = ("apache-2.0", "mit", "cc-by-nc-4.0", "cc-by-4.0", "bsd-3-clause", "apple-ascl", "apple-amlr", "gemma")
 TAGS = ("upstep", "vision", "image-feature-extraction")
 
 
@@ -26,6 +29,7 @@ def with_front_matter(text: str, *, base_model: str, library: str | None, tags: 
     except ImportError:
         return text
     fields: dict[str, Any] = {"pipeline_tag": "image-feature-extraction", "tags": [*TAGS, *tags]}
+    fields |= _license(base_model)
     data = ModelCardData(base_model=hub_id(base_model), library_name=library, **fields)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
 
@@ -45,12 +49,13 @@ def adapter_card(
     if planned is not None and steps is not None:
         ended = f"was interrupted at step {steps:,} of {planned:,}" if steps < planned else "failed before its verdict"
         verdicts = [f"none: the run {ended}"]
-    name, hub = printable(base_model, 200).replace("`", "'"), hub_id(base_model)
-    loaded = f"hf-hub:{hub}" if hub else base_model
+    name = printable(base_model, 200).replace("`", "'")
+    # other repositories of the hub may be in another library's format, and demo and files have no name there
+    plain = timm_name(names.resolve(base_model))
     usage = (
-        f'model = timm.create_model("{loaded}", pretrained=True, num_classes=0)\n'
+        f'model = timm.create_model("{plain}", pretrained=True, num_classes=0)\n'
         'model = peft.PeftModel.from_pretrained(model, "adapter")'
-        if not base_model.startswith("local-dir:") and (hub or timm.is_model(base_model.partition(".")[0]))
+        if plain is not None
         else 'model = upstep_fast.load_adapted("adapter")'
     )
     rows = [("base model", f"`{name}`")]
@@ -81,9 +86,23 @@ The terms of the base model apply to these weights.
 
 def hub_id(name: str) -> str | None:
     """Return the hub's id (OWNER/NAME) of a model called by a timm or hub name; None for any other."""
-    if name.startswith("hf-hub:"):
-        return name.removeprefix("hf-hub:").partition("@")[0]
-    full = None if name.startswith("local-dir:") else timm_name(name)
-    found = None if full is None else timm.models.get_pretrained_cfg(full)
-    identifier = getattr(found, "hf_hub_id", None)
+    name = names.resolve(name)
+    if name.startswith(names.HUB):
+        return name.removeprefix(names.HUB).partition("@")[0]
+    full, config = _pretrained_cfg(name)
+    identifier = getattr(config, "hf_hub_id", None)
     return f"{identifier}{full}" if identifier and identifier.endswith("/") else identifier
+
+
+def _pretrained_cfg(name: str) -> tuple[str | None, Any]:
+    """Return timm's full name of a model and its configuration; None for what is no timm model."""
+    full = None if name.startswith(names.LOCAL) else timm_name(name)
+    return full, None if full is None else timm.models.get_pretrained_cfg(full)
+
+
+def _license(base_model: str) -> dict[str, str]:
+    """Return the hub's entries for the license of a timm model, which holds for its adapters; {} if it is unknown."""
+    name = getattr(_pretrained_cfg(names.resolve(base_model))[1], "license", None)
+    if name in (None, "unknown"):
+        return {}
+    return {"license": name} if name in LICENSES else {"license": "other", "license_name": name}

@@ -14,10 +14,10 @@ from timm.models import is_model_in_modules
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from upstep_fast import network
 from upstep_fast.config.base import DEMO
 from upstep_fast.errors import ConfigError, first_line
 from upstep_fast.input_files import require_regular
-from upstep_fast.model import network
 from upstep_fast.model.formats import checkpoint_files, folders
 from upstep_fast.model.formats.folders import Source
 from upstep_fast.model.names import HUB, HUB_IDS, KNOWN, LOCAL, demo_folder, nearest
