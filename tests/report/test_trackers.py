@@ -34,6 +34,17 @@ def mlflow_client(tmp_path, monkeypatch):
     return mlflow.MlflowClient((tmp_path / "store").as_uri())
 
 
+@pytest.fixture
+def warnings():
+    """Texts of this package's warnings, whichever handlers other tests have left on its logger."""
+    logger, texts = logging.getLogger("upstep_fast"), []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: texts.append(record.getMessage())
+    before, logger.handlers[:] = logger.handlers[:], [handler]
+    yield texts
+    logger.handlers[:] = before
+
+
 def mlflow_runs(client):
     return client.search_runs([e.experiment_id for e in client.search_experiments()])
 
@@ -121,16 +132,15 @@ def test_a_run_logs_its_steps_and_flags(mlflow_client, options):
 
 
 @pytest.mark.parametrize("name", ["mlflow", "wandb"])
-def test_a_missing_server_or_key_is_one_warning(name, tmp_path, monkeypatch, caplog):
+def test_a_missing_server_or_key_is_one_warning(name, tmp_path, monkeypatch, warnings):
     pytest.importorskip(name)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setattr(logging.getLogger("upstep_fast"), "propagate", True)
     write(tmp_path, range(3), log_to=[name])
-    (message,) = [r.getMessage() for r in caplog.records if r.name == "upstep_fast" and r.levelname == "WARNING"]
+    (message,) = warnings
     assert message.startswith(f"{name}: ") and "the run continues without it" in message
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 
@@ -158,17 +168,16 @@ class Full:
 
 
 @pytest.mark.parametrize(("kind", "reason"), [(Hanging, "no answer within"), (Full, "No space left on device")])
-def test_a_failing_tracker_never_holds_up_a_step(kind, reason, tmp_path, monkeypatch, caplog):
+def test_a_failing_tracker_never_holds_up_a_step(kind, reason, tmp_path, monkeypatch, warnings):
     monkeypatch.setitem(trackers.TRACKERS, "mlflow", kind)
     monkeypatch.setattr(trackers, "CLOSE_SECONDS", 0.1)
-    monkeypatch.setattr(logging.getLogger("upstep_fast"), "propagate", True)
     metrics = Metrics(tmp_path / "metrics.jsonl", log_to=["mlflow"])
     began = time.monotonic()
     for i in range(100):
         metrics.write(row(i))
     assert time.monotonic() - began < 1
     metrics.__exit__(None, None, None)
-    (message,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    (message,) = warnings
     assert reason in message and "metrics.jsonl holds every number" in message
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 100
     Hanging.answer.set()

@@ -146,7 +146,7 @@ def complete(flags: Mapping[str, Any], keeps_base: bool = False) -> dict[str, An
     --in-chans, --mean and --std contradicts the training. --img-size and --model override: another size is a matter
     of choice, and another model is refused when it is loaded (model/adapter_base.py).
     """
-    flags = {**flags, "adapter": fetched(flags["adapter"])}
+    flags = {**flags, "adapter": str(fetched(flags["adapter"]))}
     model = flags.get("model")
     if model is not None and not Path(flags["adapter"]).exists():
         return dict(flags)  # refused when it is read: a command can be checked where its files are not
