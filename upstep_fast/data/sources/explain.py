@@ -12,6 +12,7 @@ _UNPACK = "unpack it and give the folder"
 _DECOMPRESS = "decompress it: members of compressed tars have no offsets"
 _IN_FOLDERS = {
     ".tar": "give its tars as --data '{folder}/*.tar'",
+    ".zip": "give its zips as --data '{folder}/*.zip'",
     ".csv": "give the list itself: --data {path}",
     ".parquet": "give the folder as --data hf:{folder}",
     ".arrow": "give the folder as --data hf:{folder}",
@@ -20,7 +21,7 @@ _IN_FOLDERS = {
 HINTS = {
     **dict.fromkeys((".parquet", ".arrow"), "give it as --data hf:{path}"),
     **dict.fromkeys((".json", ".jsonl", ".yaml", ".yml"), _NO_TABLE),
-    **dict.fromkeys((".zip", ".7z", ".rar"), _UNPACK),
+    **dict.fromkeys((".7z", ".rar"), _UNPACK),
     **dict.fromkeys((".gz", ".tgz", ".bz2", ".xz", ".zst"), _DECOMPRESS),
     **{suffix: f"nothing here reads this kind; {cure}" for suffix, cure in NO_READER.items()},
 }

@@ -15,7 +15,7 @@ MAX_NAMES = 100_000  # of a pattern
 
 
 def matches_of(path: str) -> list[str | list[str]]:
-    """Return what a PATH names: the tars of one pattern together, as they are one tree, everything else one by one."""
+    """Return what a PATH names: tars or zips of one pattern together, as one tree, everything else one by one."""
     if path.startswith("hf:") or os.path.exists(path):
         return [path]
     if "://" in path or path.startswith("pipe:"):
@@ -23,7 +23,8 @@ def matches_of(path: str) -> list[str | list[str]]:
     found = _expand(path)
     if not found:
         raise DataError(f"data: no file or folder at {path}")
-    return [found] if all(match.lower().endswith(".tar") for match in found) else list(found)
+    together = any(all(match.lower().endswith(suffix) for match in found) for suffix in (".tar", ".zip"))
+    return [found] if together else list(found)
 
 
 def _expand(pattern: str) -> list[str]:

@@ -1,6 +1,6 @@
 """Sources of encoded images: folders, lists, tar shards and Hugging Face datasets.
 
-A PATH is a folder (read recursively), an image, a text or CSV list, a .tar file, a pattern of them
+A PATH is a folder (read recursively), an image, a text or CSV list, a .tar or .zip file, a pattern of them
 (`shards-{000..031}.tar`, `*.tar`), or `hf:NAME`. A tree with `train/` and one of `test/`, `val/`, `valid/` and
 the like at its top has these splits (splits.py); the class of an image is the folder directly under the split, or
 under the top where there are no splits.
@@ -46,6 +46,7 @@ from upstep_fast.data.sources.patterns import matches_of
 from upstep_fast.data.sources.pieces import expand
 from upstep_fast.data.sources.splits import SPLITS, TREE, all_paths
 from upstep_fast.data.sources.tar_shards import open_tars
+from upstep_fast.data.sources.zip_files import open_zips
 from upstep_fast.errors import DataError, NoTestPartError
 from upstep_fast.runtime.progress import track
 
@@ -151,7 +152,7 @@ def open_source(
         raise ValueError(f"split: got {split!r}, must be None, {' or '.join(map(repr, SPLITS))}")
     paths = (paths,) if isinstance(paths, (str, Path)) else tuple(paths)
     if not paths:
-        raise DataError("data: no path given; give a folder, a .tar file, a list or hf:NAME")
+        raise DataError("data: no path given; give a folder, a .tar or .zip file, a list or hf:NAME")
     listing, parts = Listing(), []
     matches = [match for path in paths for match in matches_of(str(path))]
     listing.several = len(matches) > 1
@@ -185,6 +186,8 @@ def open_configured(config: DataConfig, split: str | None = None) -> Source:
 
 
 def _open(match: str | list[str], split: str | None, columns: Columns, listing: Listing) -> list[Part]:
+    if isinstance(match, list) and match[0].lower().endswith(".zip"):
+        return open_zips(match, split, listing)
     if isinstance(match, list):
         return open_tars(match, split, columns, listing)
     if match.startswith("hf:"):
@@ -194,8 +197,10 @@ def _open(match: str | list[str], split: str | None, columns: Columns, listing: 
     suffix = suffix_of(match)
     if suffix in LIST_SUFFIXES:
         return read_list(Path(match), split, columns, listing)
+    if suffix == ".zip":
+        return open_zips([match], split, listing)
     if suffix in HINTS:
-        raise DataError(f"data: {match} is no image, .tar file or list; {HINTS[suffix].format(path=match)}")
+        raise DataError(f"data: {match} is no image, .tar or .zip file or list; {HINTS[suffix].format(path=match)}")
     if suffix not in SUFFIXES and not is_unnamed_dicom(os.fsencode(match), lambda: read_start(match)):
         return open_tars([match], split, columns, listing)
     if split == "test":

@@ -8,16 +8,15 @@ is a sample of its own, so that names with dots keep their labels. Of several im
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 
 import numpy as np
 
 from upstep_fast.data.formats.kinds import START
+from upstep_fast.data.sources.archives import choose_split, label_of, last_of_each_name, opened
 from upstep_fast.data.sources.part import (
-    ALREADY_LISTED,
     IMAGE_SUFFIXES,
     Columns,
     Listing,
@@ -27,7 +26,6 @@ from upstep_fast.data.sources.part import (
     printable,
     read_image_file,
 )
-from upstep_fast.data.sources.splits import TREE, find_splits, is_only_train, reading, taken_as_classes
 from upstep_fast.data.sources.tar_index import TarIndex, read_index
 from upstep_fast.errors import DataError
 
@@ -86,37 +84,10 @@ class TarMembers(Part):
 
 def open_tars(paths: list[str], split: str | None, columns: Columns, listing: Listing) -> list[Part]:
     """Return one part per tar file; splits are looked for over all of them together. Raises DataError."""
-    indexes = {}
-    for path in paths:
-        index = read_index(Path(path))
-        if listing.is_new(os.stat(path)):
-            indexes[path] = index
-        else:
-            listing.problems.append((printable(os.fsencode(path)), ALREADY_LISTED))
-    tops = {name.split(b"\0", 1)[0] for index in indexes.values() for name in index.names if b"\0" in name}
-    names = {os.fsdecode(top) for top in tops}
-    where = printable(os.fsencode(paths[0])) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
-    splits = find_splits(names, where)
-    if split == "test" and splits is None:
-        have = ", ".join(f"{printable(top)}/" for top in sorted(tops)[:5]) or "no folders"
-        listing.without_test.append(f"it must hold {TREE}, and has {have}")
+    indexes = opened(paths, read_index, listing)
+    if (chosen := choose_split({path: index.names for path, index in indexes.items()}, split, listing)) is None:
         return []
-    prefix = b""
-    if split and splits is not None:
-        prefix = os.fsencode(splits[split]) + b"\0"
-        listing.notes.append(reading(where, splits[split], map(printable, tops)))
-    elif split:
-        listing.add_note(taken_as_classes(map(printable, tops), _folders_below(indexes.values()), where))
-    below = splits is not None or is_only_train(names)
-    return [_part(path, index, prefix, below, columns, listing) for path, index in indexes.items()]
-
-
-def _folders_below(indexes: Iterable[TarIndex]) -> dict[str, set[str]]:
-    """Return {folder at the top: names of the folders in it}."""
-    below: dict[str, set[str]] = {}
-    for path in {tuple(name.split(b"\0", 3)[:2]) for index in indexes for name in index.names if name.count(b"\0") > 1}:
-        below.setdefault(printable(path[0]), set()).add(printable(path[1]))
-    return below
+    return [_part(path, index, *chosen, columns, listing) for path, index in indexes.items()]
 
 
 def _part(
@@ -124,7 +95,7 @@ def _part(
 ) -> TarMembers:
     label = printable(os.fsencode(path))
     listing.problems += [(f"{label}/{name}", reason) for name, reason in index.problems]
-    members = _last_of_each_name(path, index, prefix, listing)
+    members = last_of_each_name(path, index.names, prefix, listing)
     suffix = f".{columns.label or 'cls'}".lower().encode("utf-8", "surrogateescape")
     images = [i for i in members if _is_image(path, index, i)]
     others = sorted(set(members) - set(images), key=index.names.__getitem__)
@@ -144,20 +115,6 @@ def _is_image(path: str, index: TarIndex, i: int) -> bool:
         return True
     name, size = index.names[i].rpartition(b"\0")[2], min(START, index.sizes[i])
     return is_unnamed_dicom(name, lambda: read_image_file(path, index.offsets[i], size))
-
-
-def _last_of_each_name(path: str, index: TarIndex, prefix: bytes, listing: Listing) -> list[int]:
-    """Return the members under `prefix` in order of their names; as tar does, the last member of a name counts."""
-    names = index.names
-    kept: list[int] = []
-    for i in sorted(range(len(names)), key=names.__getitem__):
-        if not names[i].startswith(prefix) or names[i].rsplit(b"\0", 1)[-1].startswith(b"."):
-            continue
-        if kept and names[kept[-1]] == names[i]:
-            listing.problems.append((_label(path, names[i]), "replaced by a later member of that name"))
-            kept.pop()
-        kept.append(i)
-    return kept
 
 
 def _one_a_sample(
@@ -198,9 +155,9 @@ def _sharing(key: bytes, images: list[int], names: list[bytes], beside: set[byte
 
 def _say(path: str, names: list[bytes], left: list[int], shared: list[int], listing: Listing) -> None:
     """Add to `listing` the images that were left out of their sample, and those that may be masks."""
-    listing.problems += [(_label(path, names[i]), _NOT_THE_IMAGE) for i in left]
+    listing.problems += [(label_of(path, names[i]), _NOT_THE_IMAGE) for i in left]
     if shared:
-        example = ", ".join(_label("", names[i]) for i in shared[:2])
+        example = ", ".join(label_of("", names[i]) for i in shared[:2])
         listing.notes.append(
             f"{printable(os.fsencode(path))}: {len(shared)} images share their key with another ({example}) and all "
             "are read; if some are masks, name the suffix of the images with --image-column"
@@ -211,8 +168,8 @@ def _ambiguous(path: str, names: list[bytes], images: list[int]) -> str:
     first = names[images[0]]
     suffixes = [printable(names[i][len(_key(names[i])) + 1 :]) for i in images]
     return (
-        f"data: {printable(os.fsencode(path))}: {len(images)} images have the key {_label('', _key(first))} (a name up "
-        f"to its first dot): {', '.join(suffixes[:5])}; name the suffix to read with --image-column {suffixes[0]}"
+        f"data: {printable(os.fsencode(path))}: {len(images)} images have the key {label_of('', _key(first))} (a name "
+        f"up to its first dot): {', '.join(suffixes[:5])}; name the suffix to read with --image-column {suffixes[0]}"
     )
 
 
@@ -225,11 +182,11 @@ def _webdataset_classes(
         return None, ""
     found = [labels.get(_stem(names[i]), labels.get(_key(names[i]))) for i in images]
     if missing := [i for i, label in zip(images, found, strict=True) if label is None]:
-        first = _label(path, names[missing[0]])
+        first = label_of(path, names[missing[0]])
         return None, f"has {len(missing)} of {len(images)} images without a label KEY{suffix.decode()}, e.g. {first}"
-    texts = {i: _read_label(path, index, i) for i in found if i is not None}
+    texts = {i: _readlabel_of(path, index, i) for i in found if i is not None}
     if empty := [i for i, text in texts.items() if not text]:
-        return None, f"has empty labels, e.g. {_label(path, names[empty[0]])}"
+        return None, f"has empty labels, e.g. {label_of(path, names[empty[0]])}"
     return tuple(texts[i] for i in found if i is not None), ""
 
 
@@ -240,16 +197,16 @@ def _labels_by_name(path: str, index: TarIndex, others: list[int], suffix: bytes
         if index.names[i].lower().endswith(suffix) and index.sizes[i] <= MAX_LABEL_BYTES:
             first = labels.setdefault(index.names[i][: -len(suffix)], i)
             if first != i:
-                both = f"{_label('', index.names[first])} and {_label('', index.names[i])}"
+                both = f"{label_of('', index.names[first])} and {label_of('', index.names[i])}"
                 raise DataError(f"data: {printable(os.fsencode(path))}: {both} are two labels of one key; keep one")
     return labels
 
 
-def _read_label(path: str, index: TarIndex, i: int) -> str:
+def _readlabel_of(path: str, index: TarIndex, i: int) -> str:
     try:
         text = read_image_file(path, index.offsets[i], index.sizes[i])
     except OSError as error:
-        raise DataError(f"data: cannot read {_label(path, index.names[i])}: {error}") from error
+        raise DataError(f"data: cannot read {label_of(path, index.names[i])}: {error}") from error
     return printable(text.removeprefix(b"\xef\xbb\xbf").strip())
 
 
@@ -261,7 +218,3 @@ def _key(name: bytes) -> bytes:
 def _stem(name: bytes) -> bytes:
     folder, nul, base = name.rpartition(b"\0")
     return folder + nul + (base.rpartition(b".")[0] or base)
-
-
-def _label(path: str, name: bytes) -> str:
-    return (f"{printable(os.fsencode(path))}/" if path else "") + printable(name.replace(b"\0", b"/"))
