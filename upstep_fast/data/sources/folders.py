@@ -52,6 +52,10 @@ class Files(Part):
         """Return the file's path."""
         return self._path(index)
 
+    def other_than(self, suffixes: tuple[bytes, ...]) -> list[int]:
+        """Return the images whose names end in none of these suffixes."""
+        return self.names.other_than(suffixes)
+
     def start(self, index: int) -> bytes:
         """Return the file's first bytes. Raises OSError."""
         return read_start(self._path(index))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from upstep_fast.data.formats.kinds import kind_of
 from upstep_fast.data.sources.part import ALREADY_LISTED, Columns, Listing, Part, printable, read_image_file
 from upstep_fast.data.sources.splits import TRAIN_NAMES, all_read, find_splits, is_split, reading
 from upstep_fast.errors import DataError
@@ -43,6 +45,30 @@ class Rows(Part):
         if value["path"] is None:
             raise OSError("the row has neither bytes nor a path")
         return read_image_file(value["path"])
+
+    def file_name(self, index: int) -> str:
+        """Return the name that the image's file had; empty if the data set does not say."""
+        return self._file_names[index] if self._file_names else ""
+
+    @functools.cached_property
+    def _file_names(self) -> list[str]:
+        """Names of all files; none if a row has none, or if the rows lie behind an index."""
+        if self.rows._indices is not None:
+            return []
+        import pyarrow.compute
+
+        paths = pyarrow.compute.struct_field(self.rows.data.column(self.image), "path")
+        return [] if paths.null_count else paths.to_pylist()
+
+    def other_than(self, suffixes: tuple[bytes, ...]) -> Sequence[int]:
+        """Return the images of names that end otherwise; without names all if the first is no photograph."""
+        if self._file_names:
+            return super().other_than(suffixes)
+        try:
+            is_photograph = not len(self) or kind_of("", self.start(0)) is None
+        except OSError:
+            is_photograph = True
+        return () if is_photograph else range(len(self))
 
     def labels(self) -> list[str] | None:
         """Return the class column's values by name; None without such a column, or if a row has none."""

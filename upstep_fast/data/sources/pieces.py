@@ -5,6 +5,7 @@ Headers are read once, when a source is opened. A file that cannot be read is le
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import stat
@@ -29,6 +30,7 @@ from upstep_fast.runtime.progress import track
 
 THREADS = 8  # that read headers
 _PHOTOGRAPH: tuple[Layout | None, Sequence[Piece]] = (None, (WHOLE,))
+_PHOTOGRAPHS = tuple(suffix.encode() for suffix in kinds.PHOTOGRAPHS)
 LAYOUTS = 3  # that are described, the most frequent ones
 
 
@@ -125,12 +127,12 @@ def expand(part: Part, reading: Reading, listing: Listing) -> Part:
     Files whose header cannot be read, or whose reader is not installed, go to `listing`.
     """
     kinds_of = _kinds(part, reading.is_windowed)
+    if not any(kinds_of):
+        return part
     special = [index for index, kind in enumerate(kinds_of) if kind is not None and not kinds.missing(kind)]
-    absent = {index for index, kind in enumerate(kinds_of) if kind is not None and kinds.missing(kind)}
+    absent = (index for index, kind in enumerate(kinds_of) if kind is not None and kinds.missing(kind))
     for index in absent:
         listing.add_other(os.fsencode(part.file_name(index)))
-    if not special and not absent:
-        return part
 
     def pieces_of(index: int) -> tuple[Layout, Sequence[Piece]] | str:
         return _pieces(part, index, kinds_of[index], reading)
@@ -157,19 +159,12 @@ def _kinds(part: Part, is_windowed: bool) -> list[Kind | None]:
 
     is_windowed: whether tiles or levels are asked for, for which each file has a kind.
     """
-    result: list[Kind | None] = []
-    for index in range(len(part)):
-        name = part.file_name(index)
-        suffix = kinds.suffix_of(name)
-        if suffix in kinds.PHOTOGRAPHS and not is_windowed:
-            result.append(None)
-            continue
-        try:
+    result: list[Kind | None] = [None] * len(part)
+    for index in range(len(part)) if is_windowed else part.other_than(_PHOTOGRAPHS):
+        with contextlib.suppress(OSError):  # whoever decodes the image says why
             start = part.start(index)
-            kind = kinds.kind_of(name, start)
-            result.append(kinds.windowed(kind, start) if is_windowed else kind)
-        except OSError:  # whoever decodes the image says why
-            result.append(None)
+            kind = kinds.kind_of(part.file_name(index), start)
+            result[index] = kinds.windowed(kind, start) if is_windowed else kind
     return result
 
 

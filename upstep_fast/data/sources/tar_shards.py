@@ -59,6 +59,10 @@ class TarMembers(Part):
         """Return the member's name."""
         return os.fsdecode(self.names[index])
 
+    def other_than(self, suffixes: tuple[bytes, ...]) -> list[int]:
+        """Return the images whose names end in none of these suffixes."""
+        return self.names.other_than(suffixes)
+
     def start(self, index: int) -> bytes:
         """Return the member's first bytes. Raises OSError."""
         return read_image_file(self.path, int(self.offsets[index]), min(START, int(self.sizes[index])))

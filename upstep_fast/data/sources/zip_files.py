@@ -87,6 +87,10 @@ class ZipMembers(Part):
             raise OSError("its checksum in the zip file is another")
         return data
 
+    def other_than(self, suffixes: tuple[bytes, ...]) -> list[int]:
+        """Return the images whose names end in none of these suffixes."""
+        return self.names.other_than(suffixes)
+
     def start(self, index: int) -> bytes:
         """Return the member's first bytes. Raises OSError."""
         size = int(self.packed[index])
