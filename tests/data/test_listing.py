@@ -123,6 +123,12 @@ def test_what_is_no_folder_of_images_names_the_cure(tmp_path, tree, path, cure):
     assert cure.format(root=tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_each_suffix_is_counted(tmp_path):
+    names = ["a.JPG", "b.c.jpg", "d.png", "e/f.nii.gz.png", "g.Ab.tif", "x/y.heic", "z"]
+    source = open_source(write_tree(tmp_path, dict.fromkeys(names, b"x")))
+    assert source.summary == "5 images (2 .jpg, 2 .png, 1 .tif); left out: 1 .heic (no reader), 1 without a suffix"
+
+
 # bounds
 
 

@@ -141,7 +141,8 @@ def test_each_slice_is_an_image(container, tmp_path):
     assert len(source) == (3 if container == "file" else 4)
     for index in range(3):
         assert torch.equal(read_image(source, index), torch.from_numpy(array[index]).expand(3, -1, -1))
-    assert "stack ZYX 3x20x24: 3 images of 1 channel" in source.summary
+    kinds_found = "3 images (1 .fits)" if container == "file" else "4 images (1 .fits, 1 .png)"
+    assert source.summary == f"{kinds_found}; stack ZYX 3x20x24: 3 images of 1 channel"
     assert source.groups().tolist()[:3] == [0, 0, 0]
     assert len({source.digest(i) for i in range(len(source))}) == len(source)
 

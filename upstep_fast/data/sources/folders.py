@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -55,6 +56,10 @@ class Files(Part):
     def other_than(self, suffixes: tuple[bytes, ...]) -> list[int]:
         """Return the images whose names end in none of these suffixes."""
         return self.names.other_than(suffixes)
+
+    def suffixes(self) -> Counter[str]:
+        """Return the number of files of each suffix."""
+        return self.names.suffixes()
 
     def start(self, index: int) -> bytes:
         """Return the file's first bytes. Raises OSError."""

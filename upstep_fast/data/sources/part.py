@@ -80,6 +80,10 @@ class Part(Protocol):
         """Return the images whose names end in none of these suffixes, in lower case."""
         return [i for i in range(len(self)) if not os.fsencode(self.file_name(i)).lower().endswith(suffixes)]
 
+    def suffixes(self) -> Counter[str]:
+        """Return the number of files of each suffix."""
+        return Counter(shown_suffix(self.file_name(i)) for i in range(len(self)))
+
     def file_path(self, index: int) -> str | None:
         """Return the path of an image that is a file of its own; None for another."""
         return None
@@ -117,8 +121,7 @@ class Listing:
 
     def add_other(self, path: bytes) -> None:
         """Count a file that is no image."""
-        suffix = suffix_of(os.fsdecode(path))
-        kind = printable(os.fsencode(suffix)) if 1 < len(suffix) <= 12 else "without a suffix"
+        kind = shown_suffix(os.fsdecode(path))
         self.others[kind] += 1
         if kind not in self.examples:
             self.examples[kind] = printable(path)
@@ -156,6 +159,12 @@ class Listing:
         return ", ".join(words)
 
 
+def shown_suffix(name: str) -> str:
+    """Return a name's suffix for messages; "without a suffix" without one, or where it is none."""
+    suffix = suffix_of(name)
+    return printable(os.fsencode(suffix)) if 1 < len(suffix) <= 12 and not suffix[1:].isdigit() else "without a suffix"
+
+
 def _why_left_out(suffix: str) -> str:
     if suffix in NO_READER:
         return " (no reader)"
@@ -189,6 +198,16 @@ class Names:
         """Return the names that end in none of these suffixes, in lower case; a million take half a second."""
         blob, ends = self.blob.lower(), self.ends.tolist()
         return [i for i, (a, b) in enumerate(pairwise([0, *ends])) if not blob.endswith(suffixes, a, b)]
+
+    def suffixes(self) -> Counter[str]:
+        """Return the number of names of each suffix; a million take a second."""
+        blob, ends = self.blob, self.ends.tolist()
+        # of a path's end only: for ".nii.gz" two dots count
+        tails = Counter(blob[max(a, blob.rfind(b".", a, b - 3)) : b] for a, b in pairwise([0, *ends]))
+        result: Counter[str] = Counter()
+        for tail, count in tails.items():
+            result[shown_suffix(os.fsdecode(tail))] += count
+        return result
 
     def labels(self) -> list[str] | None:
         """Return the class folder of each name; None if one has none, or if the only classes are names of splits."""

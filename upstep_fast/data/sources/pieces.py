@@ -24,7 +24,7 @@ from upstep_fast.data.reading import axes, tiles
 from upstep_fast.data.reading.regular import read_at
 from upstep_fast.data.reading.stored import WHOLE, File, Layout, Piece
 from upstep_fast.data.reading.tiles import Grid
-from upstep_fast.data.sources.part import LARGE, Digest, Item, Listing, Part
+from upstep_fast.data.sources.part import LARGE, Digest, Item, Listing, Part, shown_suffix
 from upstep_fast.errors import BadImage
 from upstep_fast.runtime.progress import track
 
@@ -84,6 +84,10 @@ class Pieces(Part):
             return self.inner.digest(at)
         ends = b"".join(bytes(read_at(path, start, LARGE >> 6)) for start in (0, size - (LARGE >> 6)))
         return size, hashlib.blake2b(ends, digest_size=8).digest()
+
+    def suffixes(self) -> Counter[str]:
+        """Return the number of files of each suffix."""
+        return Counter(shown_suffix(self.inner.file_name(at)) for at in self.files.tolist())
 
     def labels(self) -> list[str] | None:
         """Return the class of each image, its file's; None when not all files have one."""

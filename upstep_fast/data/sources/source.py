@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -163,7 +164,7 @@ def open_source(
     parts = [part for part in (expand(part, reading, listing) for part in parts) if len(part)]
     count = sum(map(len, parts))
     left_out = f"left out: {listing.left_out()}" if listing.others else ""
-    words = [f"{count:,} image{'s' * (count != 1)}", *listing.notes, left_out]
+    words = [_counted(parts, count), *listing.notes, left_out]
     source = Source(tuple(parts), tuple(listing.problems), "; ".join(word for word in words if word), reading)
     if not count:
         kind = NoTestPartError if matches and len(listing.without_test) == len(matches) else DataError
@@ -173,6 +174,15 @@ def open_source(
     if len(listing.problems) > 5:
         log.warning("data: left out %d more; skipped.csv lists them", len(listing.problems) - 5)
     return source
+
+
+def _counted(parts: Sequence[Part], count: int) -> str:
+    """Return the number of images, and of the files of each suffix if they are several or hold several pictures."""
+    files: Counter[str] = sum((part.suffixes() for part in parts), Counter())
+    text = f"{count:,} image{'s' * (count != 1)}"
+    if len(files) < 2 and files.total() == count:
+        return text
+    return f"{text} ({', '.join(f'{n:,} {suffix}' for suffix, n in files.most_common(8))})"
 
 
 def columns_of(config: DataConfig) -> Columns:

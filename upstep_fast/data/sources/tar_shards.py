@@ -8,6 +8,7 @@ is a sample of its own, so that names with dots keep their labels. Of several im
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -62,6 +63,10 @@ class TarMembers(Part):
     def other_than(self, suffixes: tuple[bytes, ...]) -> list[int]:
         """Return the images whose names end in none of these suffixes."""
         return self.names.other_than(suffixes)
+
+    def suffixes(self) -> Counter[str]:
+        """Return the number of files of each suffix."""
+        return self.names.suffixes()
 
     def start(self, index: int) -> bytes:
         """Return the member's first bytes. Raises OSError."""

@@ -12,6 +12,7 @@ import struct
 import zipfile
 import zlib
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,6 +91,10 @@ class ZipMembers(Part):
     def other_than(self, suffixes: tuple[bytes, ...]) -> list[int]:
         """Return the images whose names end in none of these suffixes."""
         return self.names.other_than(suffixes)
+
+    def suffixes(self) -> Counter[str]:
+        """Return the number of files of each suffix."""
+        return self.names.suffixes()
 
     def start(self, index: int) -> bytes:
         """Return the member's first bytes. Raises OSError."""
