@@ -10,7 +10,9 @@ import pytest
 from upstep_fast.config.reading import Intensity, Reading
 from upstep_fast.data.decode.image import decode
 from upstep_fast.data.formats import geotiff, kinds
+from upstep_fast.data.loading.skipped_images import read_image
 from upstep_fast.data.reading.stored import Piece
+from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import BadImage
 
 rasterio = pytest.importorskip("rasterio", reason="needs the extra [geo]")
@@ -20,6 +22,7 @@ DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int6
 LOSSLESS = ("none", "lzw", "deflate", "packbits", "lzma", "zstd", "lerc")
 
 LAYOUTS = ({}, {"tiled": True, "blockxsize": 16, "blockysize": 16}, {"BIGTIFF": "YES", "ENDIANNESS": "BIG"})
+PLACED = {"transform": rasterio.Affine(1, 0, 0, 0, -1, 9), "crs": "EPSG:32633"}
 
 
 def write(bands, path=None, *, mask=None, overviews=(), scales=None, offsets=None, colors=None, **profile):
@@ -288,16 +291,36 @@ def test_four_bands_of_a_satellite_are_never_composited():
 
 
 def test_gdal_reads_only_what_others_do_not():
-    plain = {"transform": rasterio.transform.from_origin(0, 9, 1, 1), "crs": "EPSG:32633"}
     for dtype, compression, nodata in itertools.product(("uint8", "uint16"), ("none", "lzw", "deflate"), (None, 0)):
-        assert kinds.kind_of_content(write(values_of(dtype), compress=compression, nodata=nodata, **plain)) is None
+        assert kinds.kind_of_content(write(values_of(dtype), compress=compression, nodata=nodata, **PLACED)) is None
     for data in (
-        *(write(values_of("uint16"), compress=compression, **plain) for compression in ("zstd", "lzma", "lerc")),
-        *(write(values_of(dtype), compress="deflate", **plain) for dtype in ("int16", "uint32", "float32", "float64")),
-        write(values_of("uint8"), mask=np.eye(37, 45) > 0, compress="deflate", overviews=[2], **plain),
+        *(write(values_of("uint16"), compress=compression, **PLACED) for compression in ("zstd", "lzma", "lerc")),
+        *(write(values_of(dtype), compress="deflate", **PLACED) for dtype in ("int16", "uint32", "float32", "float64")),
+        write(values_of("uint8"), mask=np.eye(37, 45) > 0, compress="deflate", overviews=[2], **PLACED),
         write(values_of("uint16"), scales=(2,) * 4, offsets=(1,) * 4, compress="none"),
-        write(values_of("uint16") >> 5, nbits=11, compress="none", **plain),
+        write(values_of("uint16") >> 5, nbits=11, compress="none", **PLACED),
     ):
         assert kinds.kind_of_content(data) is kinds.GEOTIFF
     assert kinds.kind_of_content(write(values_of("float32"), compress="zstd")) is None  # no tag of GDAL's
     assert kinds.kind_of_content(write(values_of("float32"), compress="lerc")) is kinds.GEOTIFF
+
+
+def test_infrared_behind_colors_is_left_out_unless_asked_for():
+    values = values_of("uint8")
+    for compression in ("deflate", "zstd"):
+        data = write(values, photometric="rgb", nodata=None, compress=compression, **PLACED)
+        assert np.array_equal(decode(data).numpy(), values[:3])
+        assert np.array_equal(decode(data, reading=Reading(bands=(4, 2, 1))).numpy(), values[[3, 1, 0]])
+
+
+def test_tiles_and_levels_of_files_that_gdal_reads(tmp_path):
+    values = np.clip(values_of("int16", shape=(128, 192)), 1, None)
+    values[:, :64, :64] = 0
+    options = {"tiled": True, "blockxsize": 64, "blockysize": 64, "overviews": [2], "nodata": 0}
+    write(values, tmp_path / "a.tif", **options, **PLACED)
+    reading = Reading(Intensity("range", ranges=((0, 32767),)), bands=(3, 1, 2), tile=64)
+    source = open_source(tmp_path, reading=reading)
+    names = [source.name(i).partition("#")[2] for i in range(len(source))]
+    assert names == [f"level=0,x={x},y={y}" for y in (0, 64) for x in (0, 64, 128) if (x, y) != (0, 0)]
+    tile = read_image(source, names.index("level=0,x=128,y=64")).numpy()
+    assert np.array_equal(tile, to_8_bits(values[[2, 0, 1], 64:, 128:], 0, 32767))

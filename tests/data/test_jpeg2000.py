@@ -140,3 +140,12 @@ def test_what_is_not_read_is_refused_in_one_line(data, reason):
     with pytest.raises(BadImage, match=reason) as error:
         jpeg2000.read(data, Piece())
     assert "\n" not in error.value.reason and len(error.value.reason) < 250 and "vsimem" not in error.value.reason
+
+
+def test_alpha_is_left_out_unless_all_bands_are_asked_for():
+    values = picture(8, False, 4)
+    data = with_space(encoded(values, 8), 16)
+    assert np.array_equal(decode(data).numpy(), values[:3])
+    assert np.array_equal(decode(data, channels=4).numpy(), values)
+    gray = with_space(encoded(values[:2], 8), 17)
+    assert np.array_equal(decode(gray).numpy(), values[[0, 0, 0]])

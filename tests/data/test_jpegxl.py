@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from upstep_fast.data.decode.image import decode
 from upstep_fast.data.formats import jpegxl
 from upstep_fast.data.reading.stored import Piece
 from upstep_fast.errors import BadImage
@@ -78,3 +79,10 @@ def test_what_is_not_read_is_refused_in_one_line(data, reason):
     with pytest.raises(BadImage, match=reason) as error:
         jpegxl.read(data, Piece())
     assert "\n" not in error.value.reason and len(error.value.reason) < 250
+
+
+def test_alpha_is_left_out_unless_all_bands_are_asked_for():
+    values = picture(8, 4)
+    assert np.array_equal(decode(encoded(values)).numpy(), values[:3])
+    assert np.array_equal(decode(encoded(values), channels=4).numpy(), values)
+    assert np.array_equal(decode(encoded(values[:2])).numpy(), values[[0, 0, 0]])

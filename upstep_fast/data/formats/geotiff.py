@@ -11,7 +11,6 @@ Other TIFFs are read by decode/tiff.py, which honors GDAL_NODATA too.
 
 from __future__ import annotations
 
-import mmap
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,11 @@ import numpy as np
 from upstep_fast.data.formats.gdal import num_bits, opened, planes
 from upstep_fast.data.reading.nodata import masked
 from upstep_fast.data.reading.stored import File, Layout, Piece, Stored
-from upstep_fast.data.reading.tiff_header import read_pages
+from upstep_fast.data.reading.tiff_header import TiffPage, first_page
 from upstep_fast.errors import BadImage
 
-_COLORS = (None, "MINISWHITE", "MINISBLACK", "RGB", "PALETTE", "YCBCR")  # rasterio names no MINISBLACK
+_RGB, _YCBCR, _JPEG = 2, 6, 7
+_NAMES = {4: "mask", 5: "CMYK", _YCBCR: "YCbCr", 8: "Lab", 9: "Lab", 10: "Lab"}  # photometric interpretations
 
 
 def layout(file: File) -> Layout:
@@ -32,7 +32,7 @@ def layout(file: File) -> Layout:
         count = len(dataset.overviews(1))
         bands = 3 if _palette(dataset) else dataset.count
         what = f"GeoTIFF, {_counted(bands)} of {dataset.dtypes[0]}"
-        _check(dataset, file)
+        _checked(dataset, file)
     overviews = [_overview_shape(file, level) for level in range(count)]
     return Layout("CYX", (bands, *shape), what, (shape, *overviews) if overviews else ())
 
@@ -42,7 +42,7 @@ def read(file: File, piece: Piece) -> Stored:
     if piece.level:
         layout(file).window(piece)  # refuses a level that is not there
     with opened(file, "GTiff", OVERVIEW_LEVEL=piece.level - 1 if piece.level else "NONE") as dataset:
-        _check(dataset, file)
+        page = _checked(dataset, file)
         window = Layout("YX", dataset.shape, "").window(Piece(window=piece.window))
         values, masks = planes(dataset, window), _masks(dataset, window)
         colors = _palette(dataset)
@@ -53,7 +53,7 @@ def read(file: File, piece: Piece) -> Stored:
     low, high = _range(values.dtype, bits)
     values, low, high = scaled(values, low, high, scales, offsets)
     values, valid = masked(values, masks)
-    return Stored(values, low, high, valid, inverted)
+    return Stored(values, low, high, valid, inverted, colors=3 if page.photometric == _RGB and len(values) > 3 else 0)
 
 
 def scaled(
@@ -72,30 +72,20 @@ def scaled(
     return physical, float(ends.min()), float(ends.max())
 
 
-def _check(dataset: Any, file: File) -> None:
-    """Raise BadImage for what GDAL reads, but not as one picture of real values in known colors."""
-    photometric = dataset.photometric.name.upper() if dataset.photometric else None
-    if photometric not in _COLORS:
-        raise BadImage(f"a GeoTIFF of {photometric} pixels; convert it to RGB")
+def _checked(dataset: Any, file: File) -> TiffPage:
+    """Return the header of the first page. Raises BadImage for what is not one upright picture of known colors."""
+    page = first_page(file)
+    if page.photometric > 3 and (page.photometric, page.compression) != (_YCBCR, _JPEG):  # which GDAL makes RGB
+        raise BadImage(f"a GeoTIFF of {_NAMES.get(page.photometric, 'unknown')} pixels; convert it to RGB")
     if any("complex" in kind for kind in dataset.dtypes):
         raise BadImage(
             f"a GeoTIFF of complex values ({dataset.dtypes[0]}); write amplitude or phase to a file of its own"
         )
-    if (orientation := _orientation(file)) > 1:
-        raise BadImage(f"a GeoTIFF of orientation {orientation}, which GDAL does not apply; write it upright")
+    if page.orientation > 1:
+        raise BadImage(f"a GeoTIFF of orientation {page.orientation}, which GDAL does not apply; write it upright")
     if len(dataset.subdatasets) > 1:
         raise BadImage(f"a GeoTIFF of {len(dataset.subdatasets)} pages; write each to a file of its own")
-
-
-def _orientation(file: File) -> int:
-    """Return the orientation that the first page states, 1 for upright."""
-    if not isinstance(file, str):
-        return read_pages(file, max_pages=1)[0][0].orientation
-    with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        view = memoryview(content)
-        page = read_pages(view, max_pages=1)[0][0]
-        view.release()
-        return page.orientation
+    return page
 
 
 def _masks(dataset: Any, window: tuple[int, int, int, int]) -> np.ndarray | None:

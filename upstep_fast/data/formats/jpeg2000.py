@@ -1,14 +1,15 @@
 """JPEG 2000 (.jp2, .j2k) by GDAL: the values of the codestream, of 1 to 16 bits, as many components as there are.
 
 The range is the one that the codestream's SIZ marker declares. Colors are not converted: sRGB and gray are taken as
-they are, ICC profiles are not applied, alpha is a band as any other. Refused by name: palettes, sYCC, CMYK and Lab,
-subsampled components, components of several depths, and signed ones of at most 8 bits, which GDAL cuts at 0.
+they are, ICC profiles are not applied, alpha is left out unless all bands are asked for. Refused by name: palettes,
+sYCC, CMYK and Lab, subsampled components, components of several depths, and signed ones of at most 8 bits, which GDAL
+cuts at 0.
 """
 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from upstep_fast.data.formats.boxes import boxes
 from upstep_fast.data.formats.gdal import opened, planes
@@ -31,6 +32,7 @@ class _Sizes:
     components: int
     bits: int
     signed: bool
+    colors: int = 0  # components ahead of alpha, by the color space; 0: not stated
 
 
 def layout(file: File) -> Layout:
@@ -57,7 +59,8 @@ def read(file: File, piece: Piece) -> Stored:
     if len(values) != sizes.components:
         raise BadImage(f"a JPEG 2000 of {sizes.components} components, of which GDAL reads {len(values)}")
     half = 1 << sizes.bits - 1
-    return Stored(values, -half, half - 1) if sizes.signed else Stored(values, 0, 2 * half - 1)
+    low, high = (-half, half - 1) if sizes.signed else (0, 2 * half - 1)
+    return Stored(values, low, high, colors=sizes.colors if len(values) > sizes.colors else 0)
 
 
 def _whole(sizes: _Sizes) -> Layout:
@@ -71,13 +74,11 @@ def _sizes(file: File) -> _Sizes:
             head = opened_file.read(_MAX_HEADER)
     else:
         head = bytes(file[:_MAX_HEADER])
-    at = 0
-    if head.startswith(_SIGNATURE):
-        at = _codestream(head)
+    at, colors = _codestream(head) if head.startswith(_SIGNATURE) else (0, 0)
     if head[at : at + 4] != _CODESTREAM:
         raise BadImage("not a JPEG 2000, or one without a codestream in its first megabyte")
     try:
-        return _siz(head, at + 4)
+        return replace(_siz(head, at + 4), colors=colors)
     except struct.error:
         raise BadImage("truncated JPEG 2000: its header ends early") from None
 
@@ -101,11 +102,12 @@ def _siz(head: bytes, at: int) -> _Sizes:
     return _Sizes(bottom - top, right - left, components, bits, signed)
 
 
-def _codestream(head: bytes) -> int:
-    """Return the offset of a JP2's codestream. Raises BadImage for color spaces that are not read."""
+def _codestream(head: bytes) -> tuple[int, int]:
+    """Return the offset of a JP2's codestream and its number of colors. Raises BadImage for those that are not read."""
+    colors = 0
     for kind, start, end in boxes(head, 0, len(head)):
         if kind == b"jp2c":
-            return start
+            return start, colors
         if kind == b"jp2h":
             for inner, begin, _ in boxes(head, start, min(end, len(head))):
                 if inner == b"pclr":
@@ -114,4 +116,5 @@ def _codestream(head: bytes) -> int:
                     space = int.from_bytes(head[begin + 3 : begin + 7], "big")
                     if space in _COLORS:
                         raise BadImage(f"a JPEG 2000 of {_COLORS[space]} pixels; convert it to RGB")
-    return len(head)
+                    colors = {16: 3, 17: 1}.get(space, 0)
+    return len(head), 0

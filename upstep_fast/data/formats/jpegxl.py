@@ -1,7 +1,7 @@
 """JPEG XL by imagecodecs: the values of the codestream, of up to 16 bits or floating point, 1 to 4 bands.
 
-The range is that of the bits that the header declares, 0 to 1 of floats (their nominal range). Alpha is a band as any
-other. Of an animation the first frame is read. Pictures are upright: libjxl applies the orientation.
+The range is that of the bits that the header declares, 0 to 1 of floats (their nominal range). Alpha is left out
+unless all bands are asked for. Of an animation the first frame is read. Pictures are upright: libjxl turns them.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class _Header:
     bits: int
     is_float: bool
     bands: int
+    extra: int  # of these, alpha and the like
 
 
 def layout(file: File) -> Layout:
@@ -64,7 +65,8 @@ def read(file: File, piece: Piece) -> Stored:
     if values.shape != (header.bands, header.height, header.width):
         raise BadImage(f"a JPEG XL of {header.bands} bands, of which {len(values)} can be read; convert it to TIFF")
     values = np.ascontiguousarray(values[:, top : top + height, left : left + width])
-    return Stored(values, 0, 1 if header.is_float else (1 << header.bits) - 1)
+    high = 1 if header.is_float else (1 << header.bits) - 1
+    return Stored(values, 0, high, colors=header.bands - header.extra if header.extra else 0)
 
 
 def _layout(header: _Header) -> Layout:
@@ -89,14 +91,14 @@ def _header(data: bytes) -> _Header:
         raise BadImage("not a JPEG XL, or one without a codestream at its start")
     bits = _Bits(data[at + 2 : at + 2 + 4096])
     height, width = _size(bits)
-    depth, is_float, bands, orientation = _metadata(bits)
+    depth, is_float, bands, extra, orientation = _metadata(bits)
     if orientation > 4:
         height, width = width, height
     if bits.at > 8 * bits.size:
         raise BadImage("truncated JPEG XL: its header ends early")
     if not is_float and depth > 16:
         raise BadImage(f"a JPEG XL of {depth} bits; up to 16 are read")
-    return _Header(height, width, depth, is_float, bands)
+    return _Header(height, width, depth, is_float, bands, extra)
 
 
 class _Bits:
@@ -132,10 +134,10 @@ def _size(bits: _Bits, small: bool = False) -> tuple[int, int]:
     return height, height * numerator // denominator
 
 
-def _metadata(bits: _Bits) -> tuple[int, bool, int, int]:
-    """Return (bits, is float, bands, orientation) of the image's metadata. Raises BadImage."""
+def _metadata(bits: _Bits) -> tuple[int, bool, int, int, int]:
+    """Return (bits, is float, bands, extra ones of these, orientation) of the image's metadata. Raises BadImage."""
     if bits.take(1):  # all default
-        return 8, False, 3, 1
+        return 8, False, 3, 0, 1
     orientation = 1
     if bits.take(1):
         orientation = 1 + bits.take(3)
@@ -157,7 +159,7 @@ def _metadata(bits: _Bits) -> tuple[int, bool, int, int]:
         _skip_extra_channel(bits)
     bits.take(1)  # XYB
     is_gray = not bits.take(1) and not bits.take(1) and bits.choose(*_ENUM) == 1  # all default; ICC; color space
-    return depth, is_float, (1 if is_gray else 3) + extra, orientation
+    return depth, is_float, (1 if is_gray else 3) + extra, extra, orientation
 
 
 def _depth(bits: _Bits) -> tuple[int, bool]:

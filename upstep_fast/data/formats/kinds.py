@@ -11,12 +11,13 @@ import importlib
 import importlib.util
 import os
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
 from upstep_fast.data.reading import axes
 from upstep_fast.data.reading.stored import File, Layout, Piece, Stored
-from upstep_fast.data.reading.tiff_header import read_pages
+from upstep_fast.data.reading.tiff_header import first_page
 from upstep_fast.errors import BadImage
 
 
@@ -50,7 +51,7 @@ SLIDES = Kind(
 TIFF_WINDOWS = Kind("TIFF", "tiff_windows", (), "microscopy", ("tifffile", "imagecodecs"))
 ARRAYS = Kind("array", "npy_windows", (), "", ())
 PHOTOGRAPH = Kind("photograph", "photographs", (), "", ())  # of which decode/cut.py has the pixels
-BY_PATH = (SVS, SLIDES, TIFF_WINDOWS, ARRAYS)  # read by offset, never as a whole
+BY_PATH = (SVS, SLIDES, TIFF_WINDOWS, GEOTIFF, JPEG2000, ARRAYS)  # read by offset, never as a whole
 KINDS = (DICOM, NIFTI, FITS, JPEG2000, JPEGXL, SVS, SLIDES)
 
 _CONVERT = "convert it to JPEG or PNG"
@@ -115,20 +116,23 @@ def kind_of_content(data: bytes | memoryview) -> Kind | None:
     start = bytes(data[:START])
     if not start.startswith(_TIFF):
         return kind_of("", start)
-    try:
-        first = read_pages(data, max_pages=1)[0][0]
-        if first.is_geo:  # a later page may be its mask
-            first = read_pages(data)[0][0]
-        return GEOTIFF if first.needs_gdal else None
-    except BadImage:  # decode says what is wrong
-        return None
+    return GEOTIFF if _needs_gdal(data) else None
 
 
-def windowed(kind: Kind | None, start: bytes) -> Kind:
-    """Return the kind that gives windows of a file. kind, start: as of `kind_of`."""
+def windowed(kind: Kind | None, start: bytes, file: Callable[[], File]) -> Kind:
+    """Return the kind that gives windows of a file. kind, start: as of `kind_of`. Raises OSError as `file` does."""
     if kind is not None:
         return kind
-    return TIFF_WINDOWS if start.startswith(_TIFF) else ARRAYS if start.startswith(b"\x93NUMPY") else PHOTOGRAPH
+    if start.startswith(_TIFF):
+        return GEOTIFF if _needs_gdal(file()) else TIFF_WINDOWS
+    return ARRAYS if start.startswith(b"\x93NUMPY") else PHOTOGRAPH
+
+
+def _needs_gdal(file: File) -> bool:
+    try:
+        return first_page(file).needs_gdal
+    except BadImage:  # whoever reads it says what is wrong
+        return False
 
 
 def _inflated(start: bytes) -> bytes:

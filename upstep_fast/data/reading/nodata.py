@@ -32,7 +32,7 @@ def masked(values: np.ndarray, masks: np.ndarray | None) -> tuple[np.ndarray, np
     """
     if masks is None or masks.all():
         return values, None
-    valid = masks.any(0)
+    valid = np.asarray(masks.any(0))
     if (masks | ~valid).all():  # all bands alike
         return values, valid
     wide = values.dtype.kind != "f" and values.dtype.itemsize > 2

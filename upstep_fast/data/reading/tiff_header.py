@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 import re
 import struct
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from upstep_fast.data.reading.stored import File
 from upstep_fast.errors import BadImage
 
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
@@ -88,6 +91,21 @@ def read_pages(data: bytes | memoryview, max_pages: int = _MAX_PAGES) -> tuple[l
         raise BadImage("a TIFF without a page")
     pages[0] = replace(pages[0], is_masked=is_masked)
     return pages, description
+
+
+def first_page(file: File) -> TiffPage:
+    """Return the first page of a TIFF; `is_masked` is known of those with tags of GeoTIFF. Raises BadImage, OSError."""
+    if not isinstance(file, str):
+        page = read_pages(file, max_pages=1)[0][0]
+        return read_pages(file)[0][0] if page.is_geo else page
+    with open(file, "rb") as stream:
+        if not os.fstat(stream.fileno()).st_size:
+            raise BadImage("the file is empty")
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content, memoryview(content) as view:
+            try:
+                return first_page(view)
+            except BadImage as error:
+                raise BadImage(error.reason) from None  # whose traceback would hold the mapping
 
 
 def stated_planes(description: str) -> int:

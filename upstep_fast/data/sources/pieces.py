@@ -168,7 +168,7 @@ def _kinds(part: Part, is_windowed: bool) -> list[Kind | None]:
         with contextlib.suppress(OSError):  # whoever decodes the image says why
             start = part.start(index)
             kind = kinds.kind_of(part.file_name(index), start)
-            result[index] = kinds.windowed(kind, start) if is_windowed else kind
+            result[index] = kinds.windowed(kind, start, lambda at=index: _file(part, at)) if is_windowed else kind
     return result
 
 
@@ -176,8 +176,7 @@ def _pieces(part: Part, index: int, kind: Kind | None, reading: Reading) -> tupl
     """Return a file's layout and its pictures, or why it cannot be used."""
     assert kind is not None
     try:
-        path = part.file_path(index)
-        file: File = part.read(index) if path is None else _regular(path)
+        file = _file(part, index)
         layout = kinds.layout(kind, file)
         pictures = axes.pieces(layout, reading)  # equal layouts share one sequence
         if reading.is_windowed:
@@ -208,6 +207,12 @@ def _windows(kind: Kind, file: File, layout: Layout, reading: Reading, pictures:
     if not any(map(len, grids)):
         raise BadImage("all its tiles are blank: no band varies by more than 1 of 255 levels")
     return grids[0] if len(grids) == 1 else [piece for grid in grids for piece in grid]
+
+
+def _file(part: Part, index: int) -> File:
+    """Return the path of a file of its own, or the content of another. Raises OSError."""
+    path = part.file_path(index)
+    return part.read(index) if path is None else _regular(path)
 
 
 def _regular(path: str) -> str:
