@@ -128,6 +128,18 @@ def _kept(path: str, key: tuple[Any, ...]) -> Iterator[tuple[BinaryIO, _Volume]]
 def _volume(start: bytes, available: int) -> _Volume:
     """Return what a header says, checked against the bytes that the file can hold. Raises BadImage."""
     header, is_oriented = _header(start)
+    shape, dtype, offset = _stored_array(header, available)
+    slope, intercept = header.get_slope_inter()
+    if slope is None or dtype.names:
+        slope, intercept = 1, 0
+    axes, flips, note = _orientation(header) if is_oriented else ("XY", (False, False), ", orientation unknown")
+    kind, values = "MGH" if isinstance(header, MGHHeader) else "NIfTI", "RGB" if dtype.names else dtype.name
+    axes += "".join(_THIRD[: len(shape) - 2])
+    return _Volume(shape, dtype, offset, (float(slope), float(intercept)), axes, flips, f"{kind} {values}{note}")
+
+
+def _stored_array(header: Any, available: int) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Return the stored values' shape without axes of size 1 at its end, their type and offset. Raises BadImage."""
     shape = tuple(int(length) for length in header.get_data_shape())
     while len(shape) > 2 and shape[-1] == 1:
         shape = shape[:-1]
@@ -139,18 +151,7 @@ def _volume(start: bytes, available: int) -> _Volume:
     end = offset + dtype.itemsize * int(np.prod(shape, dtype=object))
     if offset < _FIRST or end > available:
         raise BadImage(f"truncated, or a wrong header: {shape} of {dtype} would end at byte {end} of {available}")
-    slope, intercept = header.get_slope_inter()
-    has_scale = slope is not None and not dtype.names
-    axes, flips, note = _orientation(header) if is_oriented else ("XY", (False, False), ", orientation unknown")
-    return _Volume(
-        shape,
-        dtype,
-        offset,
-        (float(slope), float(intercept or 0)) if has_scale else (1.0, 0.0),
-        axes + "".join(_THIRD[: len(shape) - 2]),
-        flips,
-        f"{'MGH' if isinstance(header, MGHHeader) else 'NIfTI'} {'RGB' if dtype.names else dtype.name}{note}",
-    )
+    return shape, dtype, offset
 
 
 def _header(start: bytes) -> tuple[Any, bool]:
