@@ -72,6 +72,8 @@ def open_image(file: File) -> Iterator[DicomImage]:
 
 def _image(stream: BinaryIO) -> DicomImage:
     start = stream.read(132)
+    if start[:2] == b"\x1f\x8b":
+        raise BadImage("compressed by gzip; unpack it (gunzip)")
     if start[128:] != b"DICM":
         if start[:2] not in _GROUPS:
             raise BadImage("not a DICOM file: no 'DICM' at byte 128, and no element of group 2 or 8 at its start")

@@ -25,5 +25,5 @@ def bad_image(kind: str) -> Iterator[None]:
             raise
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise BadImage(f"{kind} that cannot be read: {reason[:160]}") from error
+        reason = " ".join(str(error).split()).rpartition("available plugins: pylibjpeg: ")[2]
+        raise BadImage(f"{kind} that cannot be read: {reason[:160] or type(error).__name__}") from error
