@@ -24,6 +24,7 @@ from upstep_fast.engine.cuda_graphs import graphed
 from upstep_fast.errors import CheckFailedError, ConfigError
 from upstep_fast.model import backbone as backbones
 from upstep_fast.model import lora, pooling
+from upstep_fast.runtime.atomic_file import require_writable
 from upstep_fast.runtime.device import Compute, resolve
 from upstep_fast.runtime.machine import device_card, extra_peak_bytes, package_version
 from upstep_fast.runtime.progress import track
@@ -41,6 +42,9 @@ def run(config: BenchConfig) -> dict[str, Any]:
     Raises CheckFailedError if the engine's results are wrong.
     """
     check_plot(config.plot)
+    for field in ("json", "plot"):
+        if (path := getattr(config, field)) is not None:
+            require_writable(Path(path), field)
     compute = resolve(config.device, config.precision)
     backbone = backbones.load(config.model, img_size=config.img_size, pretrained=config.pretrained)
     images = torch.randn(config.batch_size, 3, *backbone.img_size, device=compute.device)

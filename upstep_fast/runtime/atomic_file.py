@@ -10,6 +10,8 @@ from typing import BinaryIO
 
 from upstep_fast.errors import ConfigError, RunFailedError
 
+PROBE_BYTES = 4096  # a block: an empty file can be made on a full disk
+
 
 def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], object]) -> Path:
     """Write `content` to `path` atomically and return `path`: a reader finds the old content or the new, never a part.
@@ -66,6 +68,22 @@ def write_errors(what: object, cure: str) -> Iterator[None]:
         raise RunFailedError(f"out: cannot write {error.filename or what}: {reason}; {cure}") from error
 
 
+def probe(folder: Path) -> None:
+    """Write a small file to the folder, or to the nearest of its parents that exists, and remove it again.
+
+    Raises OSError where the files of a command could not be written: no permission, read-only, full, over a quota.
+    """
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    temporary = temporary_of(folder / "probe")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(bytes(PROBE_BYTES))
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
 def require_writable(path: Path, field: str) -> None:
     """Raise ConfigError, before slow work, if `write_atomic` could not write `path`.
 
@@ -75,14 +93,10 @@ def require_writable(path: Path, field: str) -> None:
         raise ConfigError(f"{field}: no folder {path.parent}; make it, or give another path")
     if path.exists() and not path.is_file():
         raise ConfigError(f"{field}: {path} is not a regular file; give another path")
-    temporary = temporary_of(path)
     try:
-        temporary.touch()
+        probe(path.parent)
     except OSError as error:
         raise ConfigError(f"{field}: cannot write {path}: {error.strerror or error}; give another path") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def write_together(folder: Path, files: Mapping[str, bytes], last: str) -> None:

@@ -25,7 +25,7 @@ from upstep_fast.config.files import to_toml
 from upstep_fast.config.finetune import FinetuneConfig
 from upstep_fast.errors import ConfigError, RunFailedError
 from upstep_fast.runtime import checkpoint
-from upstep_fast.runtime.atomic_file import write_atomic, write_errors
+from upstep_fast.runtime.atomic_file import probe, write_atomic, write_errors
 
 log = logging.getLogger("upstep_fast")
 
@@ -94,11 +94,15 @@ def begin(config: AdaptConfig | FinetuneConfig, *, anew: bool, goes_on: bool = F
 
 
 def check(config: AdaptConfig | FinetuneConfig) -> None:
-    """Raise ConfigError early, before slow work, if `lock_run_folder` would refuse what the folder holds."""
+    """Raise ConfigError, before slow work, if `lock_run_folder` would refuse the folder or it cannot be written."""
     out = Path(config.output.out)
-    _refuse_other_content(out, config)
-    if not os.path.lexists(out / LOCK):  # else it may be in use, which only the lock itself tells
-        _refuse_run(out, config)
+    try:
+        _refuse_other_content(out, config)
+        if not os.path.lexists(out / LOCK):  # else it may be in use, which only the lock itself tells
+            _refuse_run(out, config)
+        probe(out)
+    except OSError as error:
+        raise ConfigError(f"out: cannot write to {out}: {error.strerror}; choose another folder") from error
 
 
 def is_own(out: Path) -> bool:

@@ -36,7 +36,7 @@ from upstep_fast.model.backbone import Backbone
 from upstep_fast.model.export.peft_check import features_by_peft
 from upstep_fast.model.export.writers import WRITERS, Job, Written
 from upstep_fast.model.pooling import features
-from upstep_fast.runtime.atomic_file import temporary_of
+from upstep_fast.runtime.atomic_file import probe, temporary_of
 from upstep_fast.runtime.commit import replace_folder, settle_folder
 from upstep_fast.runtime.progress import track
 
@@ -136,7 +136,10 @@ def _check(config: ExportConfig, out: Path) -> None:
             raise ConfigError(f"out: {out} is not empty; choose another folder or add --overwrite")
         if not _is_export(out / "README.md"):
             raise ConfigError(f"out: {out} holds no export of upstep-fast, so --overwrite does not replace it")
-    _probe(out)
+    try:
+        probe(out.parent)
+    except OSError as error:
+        raise ConfigError(f"out: cannot write to {out.parent}: {error.strerror or error}; choose another") from error
 
 
 def _is_export(card: Path) -> bool:
@@ -144,15 +147,6 @@ def _is_export(card: Path) -> bool:
         return MARK in read_bytes(card, "out", MAX_CARD_BYTES).decode(errors="replace")
     except ConfigError:
         return False
-
-
-def _probe(out: Path) -> None:
-    """Raise ConfigError, before slow work, if no folder can be made beside `out`."""
-    try:
-        temporary_of(out).mkdir()
-        temporary_of(out).rmdir()
-    except OSError as error:
-        raise ConfigError(f"out: cannot write to {out.parent}: {error.strerror or error}; choose another") from error
 
 
 @contextlib.contextmanager
