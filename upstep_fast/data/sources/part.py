@@ -206,7 +206,7 @@ class Names:
         tails = Counter(blob[max(a, blob.rfind(b".", a, b - 3)) : b] for a, b in pairwise([0, *ends]))
         result: Counter[str] = Counter()
         for tail, count in tails.items():
-            result[shown_suffix(os.fsdecode(tail))] += count
+            result[shown_suffix("x" + os.fsdecode(tail))] += count
         return result
 
     def labels(self) -> list[str] | None:
