@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 
 
@@ -10,3 +12,18 @@ def test_the_counts_are_those_of_the_stored_runs(bench):
     counts = bench("verdict_counts").counts([RESULTS / f"study_cpu{i}.jsonl" for i in (2, 3)])
     assert counts == json.loads((RESULTS / "verdict.json").read_text())
     assert sum(group["n"] for group in counts["runs"].values()) == 40
+    assert sum(group["n"] for group in counts["words"].values()) == 40
+    assert bench("verdict_counts").page(counts) == (RESULTS / "verdict.md").read_text()
+
+
+def test_shares_have_scipys_interval():
+    stats = pytest.importorskip("scipy.stats")
+    counts = json.loads((RESULTS / "verdict.json").read_text())
+    groups = [
+        group for key in ("runs", "adapters", "left_out", "words", "words_left_out") for group in counts[key].values()
+    ]
+    assert len(groups) == 15
+    for group in groups:
+        if group["n"]:
+            exact = stats.binomtest(group["gained"], group["n"]).proportion_ci(method="wilson")
+            assert group["share_gained_95"] == pytest.approx([100 * exact.low, 100 * exact.high], abs=0.051)

@@ -97,10 +97,15 @@ def test_too_few_labels_measure_nothing():
 
 def test_the_texts_promise_what_was_counted():
     counted = json.loads((RESULTS / "verdict.json").read_text())
-    groups = {"above_0": "runs", "between": "runs", "clearly_worse": "adapters"}
-    for group, of in groups.items():
-        counts = counted[of][group]
-        assert verdict.STORED[group] == (counts["gained"], counts["lost"], counts["n"])
+    words = counted["words"] | {"worse": counted["adapters"]["clearly_worse"]}
+    for word, counts in words.items():
+        assert verdict.STORED[word] == (counts["gained"], counts["lost"], counts["n"])
+    # "better" alone is for a word that is right nearly always
+    low, _ = counted["words"]["better"]["share_gained_95"]
+    views = random_views(200, noise=1.2)
+    given = verdict.label_free_verdict(views, 0.2 * views + 0.8 * torch.stack([views.mean(0)] * 2))
+    assert low < 95 and given.outcome == "better" and given.text.startswith("probably better: label-free score +")
+    assert given.text.endswith("an estimate: of 14 stored runs like this, 11 gained k-NN accuracy and 0 lost")
 
 
 def test_views_are_found_both_ways():

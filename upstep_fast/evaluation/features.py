@@ -29,7 +29,7 @@ from upstep_fast.model.identity import model_identity
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime.device import Compute
 from upstep_fast.runtime.duration import log_estimate
-from upstep_fast.runtime.progress import track
+from upstep_fast.runtime.progress import Task, track
 from upstep_fast.version import __version__
 
 log = logging.getLogger("upstep_fast")
@@ -214,6 +214,7 @@ def plain_features(
     compute: Compute,
     num_workers: int | None,
     pool: Callable[[Any, Tensor], Tensor],
+    task: Task,
 ) -> tuple[list[int], list[Tensor]]:
     """Return the indices of the readable images, and each model's unit features of them, fp32 [N, D] or [N, P, D].
 
@@ -229,6 +230,7 @@ def plain_features(
         for features, vit in zip(rows, vits, strict=True):
             with compute.autocast():
                 features.append(F.normalize(pool(vit, x).float(), dim=-1).cpu())
+        task.advance(len(batch))
     if not read:
         raise DataError("data: none of the images could be read")
     return read, [torch.cat(features) for features in rows]

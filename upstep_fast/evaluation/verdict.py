@@ -11,8 +11,8 @@
 
 "worse" of a run means that its adapter is refused and the base model kept. A measured change goes before the score.
 
-The label-free score is not in points of accuracy. How often it was right:
-STORED, counted by bench/quality/verdict_counts.py into bench/results/verdict.json.
+The label-free score is not in points of accuracy, and its "better" is an estimate. How often its words were right:
+STORED, counted by bench/quality/verdict_counts.py into bench/results/verdict.md.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from upstep_fast.evaluation.classifiers import knn_right_among
 from upstep_fast.evaluation.intervals import Z, gain_interval
 from upstep_fast.evaluation.label_free import CLEARLY_WORSE, DRIFT, linear_cka, views_found
 
-# group of scores: (gained k-NN accuracy, lost more than half a point, all) of the study's stored adapters
-STORED = {"above_0": (16, 2, 23), "between": (7, 8, 17), "clearly_worse": (0, 21, 21)}
+# outcome: (gained k-NN accuracy, lost more than half a point, all) of the study's stored adapters
+STORED = {"better": (11, 0, 14), "no measurable change": (12, 10, 26), "worse": (0, 21, 21)}
 NEIGHBORS = 10  # of the measured verdict
 FEWEST = 16  # images of a measured verdict
 FILE = "verdict.json"  # in the folder of the run
@@ -48,7 +48,7 @@ class Verdict:
     gain, low, high: the gain and its 95 % interval, points of k-NN accuracy if measured, else of the label-free score.
     """
 
-    text: str  # one sentence, which starts with the outcome
+    text: str  # one sentence, which starts with the outcome, after "probably" for a label-free "better"
     gain: float
     low: float
     high: float
@@ -68,13 +68,25 @@ def label_free_verdict(base: Tensor, adapted: Tensor) -> Verdict:
     before, after = (F.normalize(views.float(), dim=-1) for views in (base, adapted))
     d = 0.5 * (views_found(*after).double() - views_found(*before).double()).sum(0)
     n, drift = len(d), DRIFT * (1 - linear_cka(before[0], after[0]))
-    mean = float(d.sum()) / (n + 2)
-    half = Z * math.sqrt(float(d.square().sum()) + 1 - (n + 2) * mean**2) / (n + 2)
-    gain, low, high = (100 * value - drift for value in (float(d.mean()), mean - half, mean + half))
-    outcome: Outcome = "worse" if gain < CLEARLY_WORSE else "better" if low > 0 else "no measurable change"
+    low, high = (value - drift for value in change_interval(float(d.sum()), float(d.square().sum()), n))
+    gain = 100 * float(d.mean()) - drift
+    outcome = score_outcome(gain, low)
     interval = f"95 % interval {_signed(low)} to {_signed(high)}"
-    text = f"{outcome}: label-free score {_signed(gain)} ({interval}) on {n} held-out images; {_sureness(gain)}"
+    word = f"probably {outcome}" if outcome == "better" else outcome
+    text = f"{word}: label-free score {_signed(gain)} ({interval}) on {n} held-out images; {_sureness(outcome)}"
     return Verdict(text, gain, low, high, "label-free", outcome, n)
+
+
+def change_interval(total: float, squares: float, n: int) -> tuple[float, float]:
+    """Return the interval of mean(d) in points; total, squares: sum(d) and sum(d^2) over n images."""
+    mean = total / (n + 2)
+    half = Z * math.sqrt(squares + 1 - (n + 2) * mean**2) / (n + 2)
+    return 100 * (mean - half), 100 * (mean + half)
+
+
+def score_outcome(score: float, low: float) -> Outcome:
+    """Return the outcome of a label-free score with the lower end of its interval."""
+    return "worse" if score < CLEARLY_WORSE else "better" if low > 0 else "no measurable change"
 
 
 def measured_verdict(base: Tensor, adapted: Tensor, labels: Sequence[str]) -> Verdict | None:
@@ -129,13 +141,11 @@ def to_json(label_free: Verdict, measured: Verdict | None) -> bytes:
     return (json.dumps(entries, indent=2) + "\n").encode()
 
 
-def _sureness(score: float) -> str:
-    if score < CLEARLY_WORSE:
-        _, lost, of = STORED["clearly_worse"]
-        return f"with a score below {CLEARLY_WORSE:g}, {lost} of {of} stored adapters lost k-NN accuracy"
-    gained, lost, of = STORED["above_0" if score > 0 else "between"]
-    group = "above 0" if score > 0 else "like this"
-    return f"an estimate: with a score {group}, {gained} of {of} stored runs gained k-NN accuracy and {lost} lost"
+def _sureness(outcome: Outcome) -> str:
+    gained, lost, of = STORED[outcome]
+    if outcome == "worse":
+        return f"{lost} of {of} stored adapters with a score below {CLEARLY_WORSE:g} lost k-NN accuracy"
+    return f"an estimate: of {of} stored runs like this, {gained} gained k-NN accuracy and {lost} lost"
 
 
 def _signed(value: float) -> str:

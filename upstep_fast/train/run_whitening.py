@@ -87,8 +87,8 @@ def _fitted(
     try:
         models = load_models(embedding, backbone=base)
         vits = [model.vit.to(compute.device) for model in models.values()]
-        with track("whitening", len(source)):
-            read, rows = plain_features(source, base, vits, compute, config.data.num_workers, _parts)
+        with track("whitening", len(source)) as task:
+            read, rows = plain_features(source, base, vits, compute, config.data.num_workers, _parts, task)
         fitted = {name: whitening.fit(_finite(x)) for name, x in zip(models, rows, strict=True)}
         fingerprints = whitening_fingerprints(identity["sha256"], embedding)
     except (UpstepError, RuntimeError) as error:
