@@ -231,6 +231,6 @@ def _described(layout: Layout, reading: Reading, count: int) -> str:
 def _note(seen: Counter[str], listing: Listing) -> None:
     """Say once for each layout what was made of its files, the most frequent ones first."""
     for text, count in seen.most_common(LAYOUTS):
-        listing.add_note(text if count == 1 else f"{count:,} files {text} each")
+        listing.add_note(text if count == 1 else f"{count:,} files of {text} each")
     if (rest := len(seen) - LAYOUTS) > 0:
         listing.add_note(f"{rest:,} other layout{'s' * (rest != 1)}")
