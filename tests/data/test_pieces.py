@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import struct
 import tarfile
 import types
 from pathlib import Path
@@ -16,6 +18,7 @@ from tests.helpers.photos import blurred_noise
 from upstep_fast.config.reading import Reading
 from upstep_fast.data.formats import kinds
 from upstep_fast.data.labeled.splits import HeldOut, choose_test, held_out
+from upstep_fast.data.loading import retries
 from upstep_fast.data.loading.skipped_images import read_image
 from upstep_fast.data.reading.axes import label, pieces, read
 from upstep_fast.data.reading.stored import Layout, Piece, Stored
@@ -200,3 +203,32 @@ def test_one_file_cannot_be_held_out():
     assert split_by_file(list(range(9)), np.zeros(9, np.int64), 2) == ([], list(range(9)))
     assert not choose_test(["a#z=0", "a#z=1"], ["x", "x"], HeldOut(0.5), np.zeros(2, np.int64)).any()
     assert not held_out(torch.zeros(2, dtype=torch.int64), 0.5, 0, np.zeros(2, np.int64)).any()
+
+
+@pytest.mark.usefixtures("stacks")
+def test_errors_of_the_machine_are_not_held_against_a_file(tmp_path, monkeypatch):
+    write_stack(tmp_path / "a.fits", "ZYX", stack_values((2, 8, 8)))
+    write_stack(tmp_path / "b.fits", "ZYX", stack_values((2, 8, 8)))
+    source = open_source(tmp_path)
+    monkeypatch.setattr(retries, "WAITS", ())
+    real = Path.read_bytes
+
+    def failing(error):
+        def read(path):
+            if path.name == "b.fits":
+                raise error
+            return real(path)
+
+        monkeypatch.setattr(Path, "read_bytes", read)
+
+    failing(OSError(errno.EIO, "Input/output error"))
+    with pytest.raises(DataError, match=r"cannot read .*b\.fits: Input/output error; mend"):
+        open_source(tmp_path)
+    with pytest.raises(DataError, match=r"cannot read .*b\.fits#z=0: Input/output error"):
+        read_image(source, 2)
+    failing(OSError(errno.ENOENT, "No such file"))
+    assert open_source(tmp_path).problems == ((f"{tmp_path}/b.fits", "cannot be read: No such file"),)
+    with pytest.raises(BadImage, match="cannot be read: No such file"):
+        read_image(source, 2)
+    failing(struct.error("odd"))
+    assert open_source(tmp_path).problems == ((f"{tmp_path}/b.fits", "cannot be opened: error: odd"),)

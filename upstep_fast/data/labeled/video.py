@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upstep_fast.data.loading.retries import may_pass
+from upstep_fast.data.reading.transient import may_pass
 from upstep_fast.errors import BadImage, DataError, first_line
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg")

@@ -6,28 +6,18 @@ the reason; where the machine is, the run stops after a few tries and can be res
 
 from __future__ import annotations
 
-import errno
 import logging
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
 from upstep_fast.data.reading.out_of_memory import is_out_of_memory
+from upstep_fast.data.reading.transient import may_pass
 from upstep_fast.errors import DataError, RunFailedError
 
 log = logging.getLogger(__name__)
 R = TypeVar("R")
 WAITS = (0.1, 0.5, 2.0)  # seconds before each further try
-_PASSING = (
-    "EIO ESTALE ETIMEDOUT EMFILE ENFILE ENOMEM ENOBUFS EAGAIN EINTR EBUSY ENOTCONN ECONNRESET ECONNABORTED "
-    "ECONNREFUSED EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH EREMOTEIO ENOLINK ENODEV EDEADLK ENOLCK ESHUTDOWN"
-)
-PASSING = frozenset(getattr(errno, name) for name in _PASSING.split() if hasattr(errno, name))
-
-
-def may_pass(error: BaseException) -> bool:
-    """Return whether an error lies with the machine rather than with the file that was read."""
-    return (isinstance(error, OSError) and error.errno in PASSING) or is_out_of_memory(error)
 
 
 def with_retries(function: Callable[[], R], name: Callable[[], str]) -> R:

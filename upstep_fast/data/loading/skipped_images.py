@@ -14,7 +14,8 @@ from upstep_fast.config.reading import Reading
 from upstep_fast.data.decode.image import decode
 from upstep_fast.data.decode.piece import decode_piece
 from upstep_fast.data.loading.ordered_map import ordered_map
-from upstep_fast.data.loading.retries import may_pass, with_retries
+from upstep_fast.data.loading.retries import with_retries
+from upstep_fast.data.reading.transient import may_pass
 from upstep_fast.data.sources.part import Item
 from upstep_fast.data.sources.source import Source
 from upstep_fast.errors import BadImage, DataError, printable
@@ -59,7 +60,10 @@ def decode_item(item: Item, reading: Reading, *, channels: int, min_side: int | 
     options: dict[str, Any] = {"channels": channels, "min_side": min_side, "reading": reading}
     if item.kind is None:
         return decode(item.file, **options)  # type: ignore[arg-type]  # bytes
-    return decode_piece(item.kind, item.file, item.piece, layout=item.layout, **options)
+    try:
+        return decode_piece(item.kind, item.file, item.piece, layout=item.layout, **options)
+    except OSError as error:  # of a file that is read by its path
+        raise _as_bad_image(error) from error
 
 
 def read_item(source: Source, index: int) -> Item:
@@ -67,9 +71,12 @@ def read_item(source: Source, index: int) -> Item:
     try:
         return source.item(index)
     except OSError as error:
-        if may_pass(error):
-            raise
-        raise BadImage(f"cannot be read: {error.strerror or error}") from error
+        raise _as_bad_image(error) from error
+
+
+def _as_bad_image(error: OSError) -> OSError | BadImage:
+    """Return a BadImage for an error of the file; an error that may pass as it is."""
+    return error if may_pass(error) else BadImage(f"cannot be read: {error.strerror or error}")
 
 
 def catch_bad_image(function: Callable[[T], R]) -> Callable[[T], R | BadImage]:

@@ -21,11 +21,13 @@ from upstep_fast.data.decode.piece import stored_piece
 from upstep_fast.data.formats import kinds
 from upstep_fast.data.formats.kinds import Kind
 from upstep_fast.data.reading import axes, tiles
+from upstep_fast.data.reading.out_of_memory import is_out_of_memory
 from upstep_fast.data.reading.regular import read_at
 from upstep_fast.data.reading.stored import WHOLE, File, Layout, Piece
 from upstep_fast.data.reading.tiles import Grid
+from upstep_fast.data.reading.transient import may_pass
 from upstep_fast.data.sources.part import LARGE, Digest, Item, Listing, Part, shown_suffix
-from upstep_fast.errors import BadImage
+from upstep_fast.errors import BadImage, DataError, RunFailedError, first_line
 from upstep_fast.runtime.progress import track
 
 THREADS = 8  # that read headers
@@ -187,7 +189,15 @@ def _pieces(part: Part, index: int, kind: Kind | None, reading: Reading) -> tupl
     except BadImage as error:
         return error.reason
     except OSError as error:
+        if may_pass(error):  # the file would be missing from this run alone
+            raise DataError(
+                f"data: cannot read {part.name(index)}: {error.strerror}; mend the disk or network"
+            ) from error
         return f"cannot be read: {error.strerror or error}"
+    except Exception as error:  # libraries raise many kinds for damaged files
+        if is_out_of_memory(error):
+            raise RunFailedError(f"data: no memory for the header of {part.name(index)}; free memory") from error
+        return f"cannot be opened: {type(error).__name__}: {first_line(error)[:120]}"
 
 
 def _windows(kind: Kind, file: File, layout: Layout, reading: Reading, pictures: Sequence[Piece]) -> Sequence[Piece]:
