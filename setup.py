@@ -5,6 +5,7 @@ UPSTEP_FAST_NATIVE says what to make:
     cuda  CUDA and CPU ops; fails where it cannot
     cpu   CPU ops; fails where it cannot
     none  pure Python
+UPSTEP_FAST_URL is the repository's address, for the links in the metadata of a release; the checkout knows none.
 UPSTEP_FAST_ARCHITECTURES names the GPU generations, such as "90-real" for a quick build on one machine.
 Two files come out, beside upstep_fast/__init__.py: libupstep_ops.so (the ops, on torch's stable ABI) and _C (pybind11).
 """
@@ -114,7 +115,18 @@ class CMakeBuild(build_ext):
         return super().get_ext_filename(fullname)
 
 
+def project_urls() -> dict[str, str]:
+    """The links in a release's metadata. Branches and folders are those of this checkout."""
+    url = os.environ.get("UPSTEP_FAST_URL", "").rstrip("/")
+    if not url:
+        return {}
+    files = {"Documentation": "docs/index.md", "Changelog": "CHANGELOG.md"}
+    pages = {name: f"{url}/blob/main/{path}" for name, path in files.items()}
+    return {"Homepage": url, "Source": url, "Issues": f"{url}/issues", **pages}
+
+
 setup(
+    project_urls=project_urls(),
     ext_modules=[] if plan()[0] == "none" else [Extension(LIBRARY, []), Extension(MODULE, [])],
     cmdclass={"build_ext": CMakeBuild},
 )

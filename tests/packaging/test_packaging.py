@@ -13,9 +13,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.metadata import Metadata, RawMetadata, parse_email
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ("pyproject.toml", "setup.py", "CMakeLists.txt", "MANIFEST.in", "LICENSE", "README.md", "CHANGELOG.md")
+FILES += ("CONTRIBUTING.md", "SECURITY.md", "Makefile", "mkdocs.yml")
+URL = "https://example.org/someone/upstep_fast"
 IGNORED = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
 
 
@@ -29,7 +32,7 @@ def run(*command: str | Path, cwd: Path, check: bool = True, **environment: str)
 
 def build_wheel(source: Path, to: Path, native: str) -> Path:
     pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--no-index")
-    run(*pip, "--wheel-dir", to, source, cwd=to, UPSTEP_FAST_NATIVE=native)
+    run(*pip, "--wheel-dir", to, source, cwd=to, UPSTEP_FAST_NATIVE=native, UPSTEP_FAST_URL=URL + "/")
     (wheel,) = to.glob("*.whl")
     return wheel
 
@@ -43,6 +46,7 @@ def source(tmp_path_factory) -> Path:
         shutil.copy(ROOT / name, folder)
     for name in ("upstep_fast", "kernels", "csrc"):
         shutil.copytree(ROOT / name, folder / name, ignore=IGNORED, symlinks=True)
+    shutil.copytree(ROOT / "docs", folder / "docs")
     for name in ("tests", "bench"):  # must stay out of the wheel
         (folder / name).mkdir()
         (folder / name / "test_nothing.py").touch()
@@ -61,6 +65,18 @@ def cpu_wheel(source, tmp_path_factory) -> Path:
     run(sys.executable, "setup.py", "-q", "sdist", "--dist-dir", to, cwd=source, UPSTEP_FAST_NATIVE="none")
     (sdist,) = to.glob("*.tar.gz")
     return build_wheel(sdist, to, "cpu")
+
+
+@pytest.fixture(scope="module")
+def sdist(source, tmp_path_factory) -> Path:
+    """An unpacked sdist."""
+    to = tmp_path_factory.mktemp("sdist")
+    command = (sys.executable, "setup.py", "-q", "sdist", "--dist-dir", to)
+    run(*command, cwd=source, UPSTEP_FAST_NATIVE="none", UPSTEP_FAST_URL=URL)
+    (archive,) = to.glob("*.tar.gz")
+    shutil.unpack_archive(archive, to, filter="data")
+    (root,) = (path for path in to.iterdir() if path.is_dir())
+    return root
 
 
 def names(wheel: Path) -> list[str]:
@@ -95,6 +111,56 @@ def test_pure_wheel_holds_the_package_and_nothing_else(source, pure_wheel):
     assert not [name for name in held if name.endswith(".so")]
 
 
+def metadata_of(wheel: Path) -> RawMetadata:
+    """The wheel's metadata as an index reads them; raises for a field that an index would refuse."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        content = archive.read(name)
+    Metadata.from_email(content, validate=True)
+    raw, unparsed = parse_email(content)
+    assert not unparsed
+    return raw
+
+
+def test_metadata_are_complete(pure_wheel, sdist):
+    raw = metadata_of(pure_wheel)
+    assert raw["license_expression"] == "Apache-2.0" and raw["license_files"] == ["LICENSE"]
+    assert raw["description_content_type"] == "text/markdown" and raw["description"].startswith("# upstep_fast")
+    assert raw["summary"] and raw["author"] and raw["keywords"]
+    assert raw["project_urls"] == {
+        "Homepage": URL,
+        "Source": URL,
+        "Issues": f"{URL}/issues",
+        "Documentation": f"{URL}/blob/main/docs/index.md",
+        "Changelog": f"{URL}/blob/main/CHANGELOG.md",
+    }
+    parsed, _ = parse_email((sdist / "PKG-INFO").read_bytes())
+    assert {k: v for k, v in parsed.items() if k != "metadata_version"} == {
+        k: v for k, v in raw.items() if k != "metadata_version"
+    }
+
+
+def test_classifiers_are_known_and_say_what_is_true(pure_wheel):
+    found = metadata_of(pure_wheel)["classifiers"]
+    topics = {line.partition(" ::")[0] for line in found}
+    assert topics >= {"Development Status", "Intended Audience", "Operating System", "Programming Language", "Typing"}
+    assert not [line for line in found if line.startswith("License")]  # indexes refuse it beside license_expression
+    lowest = re.search(r">=3\.(\d+)", metadata_of(pure_wheel)["requires_python"])
+    versions = [int(v) for line in found for v in re.findall(r"Python :: 3\.(\d+)$", line)]
+    assert lowest and versions == list(range(int(lowest[1]), int(lowest[1]) + len(versions)))
+    known = pytest.importorskip("trove_classifiers").classifiers
+    assert set(found) <= known
+
+
+def test_every_file_that_is_read_at_run_time_is_in_wheel_and_sdist(source, pure_wheel, sdist):
+    held = names(pure_wheel)
+    files = [p.relative_to(source) for p in (source / "upstep_fast").rglob("*") if p.is_file() and p.suffix != ".py"]
+    assert Path("upstep_fast/py.typed") in files
+    assert not [str(path) for path in files if "kernels" not in path.parts and str(path) not in held]
+    for path in (*files, "docs/index.md", "SECURITY.md", "CHANGELOG.md", "csrc", "tests/test_nothing.py"):
+        assert (sdist / path).exists(), path
+
+
 CHECK = (
     "import upstep_fast; from upstep_fast.kernels.lora_linear import lora_linear; print(upstep_fast.kernels.__file__)"
 )
@@ -111,12 +177,8 @@ def test_kernels_in_a_bare_checkout(source):
     assert kernels_from(source) == source / "upstep_fast/kernels/__init__.py"
 
 
-def test_kernels_in_an_unpacked_sdist(source, tmp_path):
-    run(sys.executable, "setup.py", "-q", "sdist", "--dist-dir", tmp_path, cwd=source, UPSTEP_FAST_NATIVE="none")
-    (sdist,) = tmp_path.glob("*.tar.gz")
-    shutil.unpack_archive(sdist, tmp_path, filter="data")
-    (root,) = (path for path in tmp_path.iterdir() if path.is_dir())
-    assert kernels_from(root) == root / "upstep_fast/kernels/__init__.py"
+def test_kernels_in_an_unpacked_sdist(sdist):
+    assert kernels_from(sdist) == sdist / "upstep_fast/kernels/__init__.py"
 
 
 def test_kernels_in_an_editable_install(source, tmp_path):

@@ -50,10 +50,21 @@ def mlflow_runs(client):
 
 
 def wandb_records(path):
-    """Return the records of an offline run. The file is a LevelDB log behind a header of 7 bytes."""
+    """Return the records of an offline run, once its last one is on disk: a busy machine writes after `finish`."""
+    until = time.monotonic() + 20
+    while True:
+        records = read_wandb(path.read_bytes())
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            return records
+        assert time.monotonic() < until, f"{path} has no last record"
+        time.sleep(0.1)
+
+
+def read_wandb(data):
+    """Return the records in a file of Weights & Biases: a LevelDB log behind a header of 7 bytes."""
     from wandb.proto import wandb_internal_pb2
 
-    data, at, part, records = path.read_bytes(), 7, b"", []
+    at, part, records = 7, b"", []
     while at + 7 <= len(data):
         left = 32768 - at % 32768
         if left < 7:  # no header begins in the last 6 bytes of a block
