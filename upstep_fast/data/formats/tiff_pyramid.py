@@ -10,6 +10,7 @@ import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -49,12 +50,12 @@ class Level:
     order: str  # byte order, "<" or ">"
     is_sparse: bool  # some segments are not stored
 
-    @property
+    @cached_property
     def across(self) -> int:
         """Segments beside each other."""
         return math.ceil(self.width / self.segment[1])
 
-    @property
+    @cached_property
     def per_plane(self) -> int:
         """Segments of a plane, or of all samples where they are interleaved."""
         return self.across * math.ceil(self.height / self.segment[0])

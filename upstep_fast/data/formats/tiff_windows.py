@@ -73,7 +73,7 @@ def has_data(file: File, piece: Piece) -> bool:
 def _window(file: File, level: Level, window: tuple[int, int, int, int]) -> tuple[np.ndarray, np.ndarray | None]:
     """Return values [C, H, W] as stored, and which are [H, W]; None: all. window: of the picture as stored."""
     top, left, rows, columns = window
-    values = np.zeros((level.samples, rows, columns), level.dtype)
+    values = np.zeros((rows, columns, level.samples), level.dtype)
     valid: np.ndarray | None = None
     for index, row, column in _met(level, window):
         first, last = max(top, row), min(top + rows, row + level.segment[0])
@@ -86,9 +86,9 @@ def _window(file: File, level: Level, window: tuple[int, int, int, int]) -> tupl
         part = _segment_rows(file, level, index, first - row, last - row)[:, start - column : end - column]
         if part.shape[:2] != (last - first, end - start):
             raise BadImage("a strip or tile that holds fewer pixels than its header says")
-        plane = slice(index // level.per_plane, index // level.per_plane + 1) if level.planar else slice(None)
-        values[plane, *target] = np.moveaxis(part, -1, 0)
-    return values, valid
+        plane = index // level.per_plane
+        values[target][..., plane : plane + 1 if level.planar else None] = part
+    return values.transpose(2, 0, 1), valid
 
 
 def _met(level: Level, window: tuple[int, int, int, int]) -> Iterator[tuple[int, int, int]]:
@@ -188,9 +188,10 @@ def _as_stored(window: tuple[int, int, int, int], size: tuple[int, int], orienta
 
 def _upright(stored: Stored, orientation: int) -> Stored:
     """Undo orientation 1 to 8 of [C, H, W]."""
-    values = _turned(stored.values, orientation)
+    if orientation not in range(2, 9):
+        return stored
     valid = None if stored.valid is None else _turned(stored.valid, orientation)
-    return replace(stored, values=np.ascontiguousarray(values), valid=valid)
+    return replace(stored, values=np.ascontiguousarray(_turned(stored.values, orientation)), valid=valid)
 
 
 def _turned(x: np.ndarray, orientation: int) -> np.ndarray:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 
+from upstep_fast.data.reading.recent import Recent
 from upstep_fast.data.reading.stored import File
 from upstep_fast.errors import BadImage
 
+_handles = Recent(64)  # open files, closed when they are no longer among the latest
 Version = tuple[str, int, int, int]
 
 
@@ -23,17 +26,19 @@ def version_of(path: str) -> Version:
 
 
 def read_at(file: File, offset: int, size: int) -> bytes | memoryview:
-    """Return `size` bytes from `offset` on. Raises BadImage if the file ends before, OSError."""
+    """Return `size` bytes from `offset` on. Raises BadImage if the file ends before, OSError. Thread-safe."""
     if isinstance(file, str):
-        # a pipe that replaced the file after it was listed must not block
-        descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with open(descriptor, "rb", buffering=0) as opened:
-            opened.seek(offset)
-            data: bytes | memoryview = opened.read(size) or b""
-            while 0 < len(data) < size and (more := opened.read(size - len(data))):  # one read gives at most 2 GB
-                data = bytes(data) + more
+        handle: io.FileIO = _handles.get(version_of(file), lambda: (_opened(file), 1))
+        data: bytes | memoryview = os.pread(handle.fileno(), size, offset)
+        while 0 < len(data) < size and (more := os.pread(handle.fileno(), size - len(data), offset + len(data))):
+            data = bytes(data) + more  # one call gives at most 2 GB
     else:
         data = memoryview(file)[offset : offset + size]
     if len(data) != size:
         raise BadImage(f"truncated: {len(data)} of {size} bytes from {offset} on")
     return data
+
+
+def _opened(path: str) -> io.FileIO:
+    """Open a file, which a pipe that replaced it after it was listed must not block."""
+    return open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb", buffering=0)
