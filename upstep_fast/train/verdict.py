@@ -43,7 +43,7 @@ from upstep_fast.runtime import distributed
 from upstep_fast.runtime import run_folder as output
 from upstep_fast.runtime.atomic_file import write_atomic
 from upstep_fast.runtime.device import Compute
-from upstep_fast.runtime.progress import track
+from upstep_fast.runtime.progress import Task, track
 from upstep_fast.train import validator
 from upstep_fast.train.validator import SMALLEST, NoValidator, Validator, num_held_out
 
@@ -124,8 +124,8 @@ def judge_written(
     verdicts: Sequence[Verdict | None] = (None, None)
     if distributed.is_first() and base is not None:
         try:
-            with track("verdict", len(held_out)):
-                verdicts = _compare(config, compute, held_out, base, judge, out)
+            with track("verdict", len(held_out)) as task:
+                verdicts = _compare(config, compute, held_out, base, judge, out, task)
         except (UpstepError, RuntimeError) as error:
             log.warning("verdict: none (%s)", first_line(error))
     rows = distributed.gather([None if v is None else asdict(v) for v in verdicts])[0]
@@ -142,6 +142,7 @@ def _compare(
     base: Backbone,
     judge: Validator | NoValidator,
     out: Path,
+    task: Task,
 ) -> Verdicts:
     if isinstance(judge, NoValidator):
         judge = Validator(config, held_out, base, compute, out)
@@ -152,7 +153,7 @@ def _compare(
     if held_out.labels is not None:
         models = (base.copy().vit.to(compute.device), adapted)
         workers = config.data.num_workers
-        read, (before, after) = plain_features(held_out, base, models, compute, workers, pooling.features)
+        read, (before, after) = plain_features(held_out, base, models, compute, workers, pooling.features, task)
         measured = measured_verdict(before, after, [held_out.labels[i] for i in read])
     if (decided := decisive(label_free, measured)).outcome == "worse":
         kept = with_base_kept(decided)
