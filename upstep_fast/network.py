@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from huggingface_hub import constants, get_session
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -14,29 +15,34 @@ from upstep_fast.errors import first_line
 
 SECONDS = 3.0  # for an answer; looking up a name may take longer, but is not waited for
 VALID = 30.0  # seconds for which an answer holds
+ERRORS = (LocalEntryNotFoundError, OfflineModeIsEnabled)
 
 _checked: tuple[float, str | None] | None = None  # time of the last look, and why the hub is out of reach
 
 
 @contextlib.contextmanager
-def limited() -> Iterator[None]:
+def limited(*settings: Any, errors: tuple[type[Exception], ...] = ERRORS) -> Iterator[None]:
     """Read nothing but the cache within the context if the hub does not answer.
 
-    Raises ConnectionError, in one line, for what the cache does not have then.
+    settings: modules of other libraries with a setting HF_HUB_OFFLINE of their own. errors: what the libraries raise
+    for what the cache does not have then; it becomes a ConnectionError of one line.
     """
     reason = None if constants.HF_HUB_OFFLINE else unreachable()
     if reason is None:
         yield
         return
-    constants.HF_HUB_OFFLINE = True
+    offline = [module for module in (constants, *settings) if not module.HF_HUB_OFFLINE]
+    for module in offline:
+        module.HF_HUB_OFFLINE = True
     try:
         yield
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+    except errors as error:
         raise ConnectionError(
             f"no connection to {constants.ENDPOINT} ({reason}), and it is not in the cache"
         ) from error
     finally:
-        constants.HF_HUB_OFFLINE = False
+        for module in offline:
+            module.HF_HUB_OFFLINE = False
 
 
 def unreachable() -> str | None:

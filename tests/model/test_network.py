@@ -1,6 +1,10 @@
 """Weights that must be fetched where there is no network: one line, within seconds."""
 
+import itertools
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -8,7 +12,8 @@ import pytest
 from huggingface_hub import constants
 
 from upstep_fast import network
-from upstep_fast.errors import ConfigError
+from upstep_fast.data.sources.source import open_source
+from upstep_fast.errors import ConfigError, DataError
 from upstep_fast.model import backbone
 
 
@@ -93,3 +98,33 @@ def test_nobody_is_asked_offline(monkeypatch):
     with network.limited():
         pass
     assert constants.HF_HUB_OFFLINE is True
+
+
+def test_a_data_set_without_a_network_is_one_line_within_seconds(monkeypatch, tmp_path, capfd):
+    datasets = pytest.importorskip("datasets")
+    for owner, name in ((constants, "ENDPOINT"), (datasets.config, "HF_ENDPOINT")):
+        monkeypatch.setattr(owner, name, "http://127.0.0.1:9")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "data sets")
+    began = time.monotonic()
+    with pytest.raises(DataError) as error:
+        open_source("hf:nobody/nothing")
+    assert time.monotonic() - began < 5
+    line = str(error.value)
+    assert line.startswith("data: cannot load hf:nobody/nothing: no connection to http://127.0.0.1:9 (")
+    assert "\n" not in line and "HF_HOME" in line
+    assert "Retrying" not in capfd.readouterr().err
+    assert constants.HF_HUB_OFFLINE is datasets.config.HF_HUB_OFFLINE is False
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("flags", [["--data", "hf:nobody/nothing"], ["--model", "hf-hub:nobody/nothing"]])
+def test_a_command_without_a_network(tmp_path, photos, flags):
+    args = {"--model": "demo", "--data": str(photos), "--out": "out"} | {flags[0]: flags[1]}
+    command = [sys.executable, "-m", "upstep_fast", "adapt", *itertools.chain(*args.items())]
+    env = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "home")}
+    began = time.monotonic()
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import upstep_fast.train.adapt, datasets"], env=env, check=True)
+    assert started - began < 5 + (time.monotonic() - started)  # beyond the imports
+    assert done.returncode in (2, 3) and "no connection to" in done.stderr.splitlines()[-1], done.stderr

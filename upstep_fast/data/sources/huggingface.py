@@ -13,7 +13,7 @@ import numpy as np
 from upstep_fast.data.formats.kinds import kind_of
 from upstep_fast.data.sources.part import ALREADY_LISTED, Columns, Listing, Part, printable, read_image_file
 from upstep_fast.data.sources.splits import TRAIN_NAMES, all_read, find_splits, is_split, reading
-from upstep_fast.errors import DataError
+from upstep_fast.errors import DataError, first_line
 
 LABEL_COLUMNS = ("label", "class")
 
@@ -142,7 +142,19 @@ def _load(name: str, datasets: Any) -> Any:
     if kind in ("parquet", "arrow") and os.path.isfile(name):
         return datasets.load_dataset(kind, data_files=name)
     is_saved = any(os.path.isfile(os.path.join(name, file)) for file in ("dataset_dict.json", "state.json"))
-    return datasets.load_from_disk(name) if is_saved else datasets.load_dataset(name)
+    if is_saved:
+        return datasets.load_from_disk(name)
+    if os.path.exists(name):
+        return datasets.load_dataset(name)
+    from upstep_fast import network  # its import takes a moment, which folders need not
+
+    try:
+        with network.limited(datasets.config, errors=(OSError, ValueError)):
+            return datasets.load_dataset(name)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"{first_line(error)}; check the name, the network or HF_HOME, or give a folder"
+        ) from error
 
 
 def _rows(title: str, rows: Any, columns: Columns, listing: Listing, datasets: Any) -> Part:
