@@ -330,6 +330,23 @@ def test_path_and_bytes_are_alike(tmp_path):
     assert reader.layout(str(path)) == reader.layout(file)
 
 
+def test_headers_of_several_frames_are_kept(tmp_path, monkeypatch):
+    """Read once for all frames, again when the file has changed, and only the last ones are kept."""
+    monkeypatch.setattr(dicom_file, "_kept", {})
+    monkeypatch.setattr(dicom_file, "_MAX_KEPT", 2)
+    calls = []
+    real = dicom_file.read_dataset
+    monkeypatch.setattr(dicom_file, "read_dataset", lambda *args, **options: calls.append(0) or real(*args, **options))
+    paths = [tmp_path / f"{number}.dcm" for number in range(3)]
+    for number, path in enumerate(paths):
+        x = smooth((3, 4, 5), 0, 4095, "u2", number)
+        path.write_bytes(written(dicom(x, 12)))
+        assert all(np.array_equal(values_of(str(path), frame).values[0], x[frame]) for frame in (2, 0, 1))
+    assert len(calls) == 6 and len(dicom_file._kept) == 2  # the meta group and the header of each file
+    paths[2].write_bytes(written(dicom(x[:2] // 2, 12)))
+    assert np.array_equal(values_of(str(paths[2]), 1).values[0], x[1] // 2)
+
+
 def test_threads_read_alike():
     """Each decoder, called by eight threads at once."""
     x = smooth((4, 64, 64), 0, 4095, "u2")

@@ -18,6 +18,7 @@ import io
 import struct
 import warnings
 from dataclasses import replace
+from typing import BinaryIO
 
 import numpy as np
 from pydicom.encaps import get_frame
@@ -43,15 +44,15 @@ warnings.filterwarnings("ignore", module="pydicom")
 
 def layout(file: File) -> Layout:
     """Return the axes of a DICOM file: frames F if there are several, Y, X, and C of colors. Raises BadImage."""
-    with bad_image("DICOM"), open_image(file) as image:
+    with bad_image("DICOM"), open_image(file) as (image, _):
         return _layout(image)
 
 
 def read(file: File, piece: Piece) -> Stored:
     """Return a frame, or a window of it, as physical values. Raises BadImage."""
-    with bad_image("DICOM"), open_image(file) as image:
+    with bad_image("DICOM"), open_image(file) as (image, stream):
         top, left, height, width = _layout(image).window(piece)
-        stored = _stored(image, piece.index("F"))
+        stored = _stored(image, stream, piece.index("F"))
     if piece.window is None:
         return stored
     rows, columns = slice(top, top + height), slice(left, left + width)
@@ -68,8 +69,8 @@ def _layout(image: DicomImage) -> Layout:
     return Layout("".join(axes), tuple(sizes[axis] for axis in axes), f"DICOM {modality}, {values}")
 
 
-def _stored(image: DicomImage, frame: int) -> Stored:
-    raw, color = _decoded(image, frame)
+def _stored(image: DicomImage, stream: BinaryIO, frame: int) -> Stored:
+    raw, color = _decoded(image, stream, frame)
     raw = raw.astype(raw.dtype.newbyteorder("="), copy=False)
     header, options, is_little_endian = image.header, image.options, image.syntax.is_little_endian
     values, declared, bits = raw, None, 0
@@ -85,8 +86,9 @@ def _stored(image: DicomImage, frame: int) -> Stored:
         values, color = ybr_to_rgb(values, bits), "RGB"
     valid = None
     if color in MONOCHROME:
+        rescale = image.rescales[min(frame, len(image.rescales) - 1)]
         valid = valid_mask(raw, values, header, options)
-        values, declared = physical(values, declared, header, frame, is_little_endian)
+        values, declared = physical(values, declared, header, rescale, is_little_endian)
     elif color != "RGB":
         raise BadImage(f"{color} pixels of {image.syntax.name} are not read")
     low, high = declared or (None, None)
@@ -94,22 +96,21 @@ def _stored(image: DicomImage, frame: int) -> Stored:
     return Stored(bands, low, high, valid, inverted=color == "MONOCHROME1")
 
 
-def _decoded(image: DicomImage, frame: int) -> tuple[np.ndarray, str]:
+def _decoded(image: DicomImage, stream: BinaryIO, frame: int) -> tuple[np.ndarray, str]:
     """Return a frame as decoded, [H, W] or [H, W, 3], and what its samples are then: RGB where YBR was converted."""
     options = dict(image.options)
     if options["bits_allocated"] == 1 and not image.syntax.is_encapsulated:
-        return _bits(image, frame), image.color
+        return _bits(image, stream, frame), image.color
     if image.has_codestream:
-        at = image.stream.tell()
         offsets = options.get("extended_offsets")
-        code = get_frame(image.stream, frame, number_of_frames=image.frames, extended_offsets=offsets)
-        image.stream.seek(at)
+        code = get_frame(stream, frame, number_of_frames=image.frames, extended_offsets=offsets)
+        stream.seek(image.at)
         if (size := _coded_size(code)) != (expected := (options["rows"], options["columns"])):
             raise BadImage(f"its header declares {expected} rows and columns, its {image.syntax.name} data {size}")
     else:
         options["correct_unused_bits"] = False  # after padding was told apart
     values, properties = get_decoder(image.syntax).as_array(
-        image.stream,
+        stream,
         index=frame,
         raw=options["bits_allocated"] != 8,  # pydicom converts YBR of 8 bits only
         decoding_plugin=PLUGIN if image.syntax.is_encapsulated else "",
@@ -118,13 +119,13 @@ def _decoded(image: DicomImage, frame: int) -> tuple[np.ndarray, str]:
     return values, str(properties["photometric_interpretation"])
 
 
-def _bits(image: DicomImage, frame: int) -> np.ndarray:
+def _bits(image: DicomImage, stream: BinaryIO, frame: int) -> np.ndarray:
     """Return a frame of packed bits as 0 and 1. Frames do not begin with a byte, which pydicom 3.0.2 cannot read."""
     shape = image.options["rows"], image.options["columns"]
     count = shape[0] * shape[1]
     first, skipped = divmod(frame * count, 8)
-    image.stream.seek(first, io.SEEK_CUR)
-    data = np.frombuffer(image.stream.read((skipped + count + 7) // 8), np.uint8)
+    stream.seek(first, io.SEEK_CUR)
+    data = np.frombuffer(stream.read((skipped + count + 7) // 8), np.uint8)
     return np.unpackbits(data, bitorder="little")[skipped : skipped + count].reshape(shape)
 
 

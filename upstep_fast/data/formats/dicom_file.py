@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import struct
+import threading
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from pydicom import uid
 from pydicom.dataset import Dataset
@@ -16,6 +18,7 @@ from pydicom.filereader import read_dataset
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.utils import as_pixel_options
 
+from upstep_fast.data.formats.dicom_values import rescale_of_frames
 from upstep_fast.data.reading.stored import File
 from upstep_fast.errors import BadImage
 
@@ -25,19 +28,24 @@ MONOCHROME = ("MONOCHROME1", "MONOCHROME2")
 COLORS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 _UNDEFINED = 0xFFFFFFFF
 _GROUPS = (b"\x02\0", b"\x08\0", b"\0\x02", b"\0\x08")  # first element of a file without preamble, in both orders
+_KEPT_GROUPS = (0x0008, 0x0028)  # modality; description of the pixels and their tables
+_MAX_KEPT = 1000  # headers of files of several frames, a few kB each
+_kept: dict[Any, DicomImage] = {}
+_lock = threading.Lock()
 _KEYWORDS = {0x7FE00010: "PixelData", 0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData"}
 
 
 @dataclass(frozen=True)
 class DicomImage:
-    """A file whose stream stands at the value of its pixel data."""
+    """What a file's header says about its image."""
 
-    header: Dataset  # up to the pixel data
-    stream: BinaryIO
+    header: Dataset  # what the values need: groups of _KEPT_GROUPS
+    rescales: list[tuple[float, float]]  # slope and intercept of each frame; one for all of them
     syntax: uid.UID
     options: dict[str, Any]  # of pydicom's decoders: rows, columns, bits_stored ...
-    length: int | None  # declared bytes of pixel data; None: undefined, as of encapsulated data
-    rest: int  # bytes from the stream's place to its end
+    at: int  # offset of the pixel data's value
+    length: int | None  # its declared bytes; None: undefined, as of encapsulated data
+    rest: int  # bytes from there to the file's end
 
     @property
     def frames(self) -> int:
@@ -61,16 +69,36 @@ class DicomImage:
 
 
 @contextlib.contextmanager
-def open_image(file: File) -> Iterator[DicomImage]:
-    """Yield a file with its header read and checked."""
-    with open(file, "rb") if isinstance(file, str) else io.BytesIO(file) as stream:
-        image = _image(stream)
-        if reason := _unsupported_reason(image):
-            raise BadImage(reason)
-        yield image
+def open_image(file: File) -> Iterator[tuple[DicomImage, BinaryIO]]:
+    """Yield a file's header, checked, and the stream at the value of its pixel data.
+
+    Headers of files of several frames are kept: those of 500 frames take pydicom half a second. Raises BadImage.
+    """
+    with open(file, "rb") if isinstance(file, str) else io.BytesIO(file) as opened:
+        stream = cast(BinaryIO, opened)
+        status = os.fstat(stream.fileno()) if isinstance(file, str) else None
+        key = None if status is None else (file, status.st_mtime_ns, status.st_size)
+        image = _kept.get(key)
+        if image is None:
+            image, inner = _image(stream)
+            if reason := _unsupported_reason(image):
+                raise BadImage(reason)
+            if key is not None and image.frames > 1 and inner is stream:
+                _keep(key, image)
+            stream = inner
+        stream.seek(image.at)
+        yield image, stream
 
 
-def _image(stream: BinaryIO) -> DicomImage:
+def _keep(key: Any, image: DicomImage) -> None:
+    with _lock:
+        while len(_kept) >= _MAX_KEPT:
+            _kept.pop(next(iter(_kept)))
+        _kept[key] = image
+
+
+def _image(stream: BinaryIO) -> tuple[DicomImage, BinaryIO]:
+    """Return the header, and the stream that its offset counts in: another one for deflated files. Raises BadImage."""
     start = stream.read(132)
     if start[:2] == b"\x1f\x8b":
         raise BadImage("compressed by gzip; unpack it (gunzip)")
@@ -103,8 +131,11 @@ def _image(stream: BinaryIO) -> DicomImage:
     )
     at = stream.tell()
     rest = stream.seek(0, io.SEEK_END) - at
-    stream.seek(at)
-    return DicomImage(header, stream, syntax, options, None if length == _UNDEFINED else length, rest)
+    rescales = rescale_of_frames(header, int(options["number_of_frames"]))
+    for tag in [element.tag for element in header.elements() if element.tag.group not in _KEPT_GROUPS]:
+        del header[tag]
+    declared = None if length == _UNDEFINED else length
+    return DicomImage(header, rescales, syntax, options, at, declared, rest), stream
 
 
 def _is_pixel_data(tag: int, vr: str | None, length: int) -> bool:

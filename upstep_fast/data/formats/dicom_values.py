@@ -13,12 +13,12 @@ from upstep_fast.errors import BadImage
 
 
 def physical(
-    values: np.ndarray, declared: Range | None, header: Dataset, frame: int, is_little_endian: bool
+    values: np.ndarray, declared: Range | None, header: Dataset, rescale: tuple[float, float], is_little_endian: bool
 ) -> tuple[np.ndarray, Range | None]:
     """Return values through the Modality LUT, or slope * value + intercept, and their declared range.
 
-    values: [H, W]. declared: range of the stored values, None for floats. Integers stay integers where slope and
-    intercept are. Raises BadImage for a slope of 0 and for values that are not finite.
+    values: [H, W]. declared: range of the stored values, None for floats. rescale: slope and intercept. Raises BadImage
+    as `rescaled`.
     """
     if header.get("ModalityLUTSequence"):
         item = header.ModalityLUTSequence[0]
@@ -26,20 +26,31 @@ def physical(
         data = item.LUTData
         table = _entries(data, bits, is_little_endian) if isinstance(data, bytes) else np.array(data, np.uint16)
         return look_up(values, table, first), stored_range(bits, False)
-    return rescaled(values, declared, *_rescale(header, frame))
+    return rescaled(values, declared, *rescale)
 
 
-def _rescale(header: Dataset, frame: int) -> tuple[float, float]:
-    """Return slope and intercept: of the frame's functional group, the shared one, or the file."""
-    for name, index in (("PerFrameFunctionalGroupsSequence", frame), ("SharedFunctionalGroupsSequence", 0)):
-        groups = header.get(name)
-        transform = groups[index].get("PixelValueTransformationSequence") if groups and index < len(groups) else None
-        if transform:
-            header = transform[0]
-            break
-    slope, intercept = header.get("RescaleSlope"), header.get("RescaleIntercept")
-    if slope is None:
-        slope = header.get("DoseGridScaling")
+def rescale_of_frames(header: Dataset, num_frames: int) -> list[tuple[float, float]]:
+    """Return slope and intercept of each frame: of its functional group, the shared one, or the file.
+
+    One pair where all are equal.
+    """
+    shared = header.get("SharedFunctionalGroupsSequence")
+    of_all = _rescale(shared[0]) if shared else None
+    if of_all is None:
+        slope, intercept = header.get("RescaleSlope"), header.get("RescaleIntercept")
+        of_all = _pair(header.get("DoseGridScaling") if slope is None else slope, intercept)
+    groups = list(header.get("PerFrameFunctionalGroupsSequence") or ())[:num_frames]
+    pairs = [_rescale(group) or of_all for group in groups]
+    pairs += [of_all] * (num_frames > len(pairs))
+    return pairs[:1] if len(set(pairs)) == 1 else pairs
+
+
+def _rescale(group: Dataset) -> tuple[float, float] | None:
+    transform = group.get("PixelValueTransformationSequence")
+    return _pair(transform[0].get("RescaleSlope"), transform[0].get("RescaleIntercept")) if transform else None
+
+
+def _pair(slope: Any, intercept: Any) -> tuple[float, float]:
     return 1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept)
 
 
