@@ -3,12 +3,15 @@
 import gzip
 import io
 import struct
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from upstep_fast.data.formats import fits
+from upstep_fast.data.loading.skipped_images import read_image
 from upstep_fast.data.reading.stored import Piece
+from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import BadImage
 
 writer = pytest.importorskip("astropy.io.fits", reason="needs the extra [astro]")
@@ -186,3 +189,30 @@ def test_bad_files_are_refused_in_one_line(data, reason):
     with pytest.raises(BadImage, match=reason) as error:
         fits.read(data, Piece())
     assert "\n" not in error.value.reason and len(error.value.reason) < 250
+
+
+def test_folder_of_files_in_a_source(tmp_path):
+    cube, picture = values_of("int16", (3, 20, 30)), values_of("uint16", (20, 30))
+    (tmp_path / "a.fits").write_bytes(write(writer.PrimaryHDU(cube)))
+    (tmp_path / "b.fits.gz").write_bytes(gzip.compress(write(writer.PrimaryHDU(picture))))
+    (tmp_path / "c.fits").write_text("no FITS" * 1000)
+    source = open_source(tmp_path)
+    assert [source.name(i)[len(str(tmp_path)) + 1 :] for i in range(4)] == [
+        "a.fits#z=0",
+        "a.fits#z=1",
+        "a.fits#z=2",
+        "b.fits.gz",
+    ]
+    assert len(source) == 4 and any("c.fits" in name for name, _ in source.problems)
+    full = (cube[1, ::-1].astype(int) + 32768) >> 8
+    assert np.array_equal(read_image(source, 1).numpy(), np.broadcast_to(full, (3, 20, 30)))
+    assert np.array_equal(read_image(source, 3, channels=1).numpy()[0], picture[::-1] >> 8)
+
+
+def test_threads_read_their_own_files():
+    pictures = [values_of("int16", (64, 64), seed) for seed in range(8)]
+    kinds = (lambda a: [writer.PrimaryHDU(a)], lambda a: [writer.PrimaryHDU(), writer.CompImageHDU(a)])
+    files = [write(*kinds[seed % 2](picture)) for seed, picture in enumerate(pictures)]
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda file: fits.read(file, Piece()).values[0, ::-1], files * 4))
+    assert all(np.array_equal(values, picture) for values, picture in zip(results, pictures * 4, strict=True))

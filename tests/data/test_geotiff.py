@@ -2,7 +2,9 @@
 
 import io
 import itertools
+import os
 import struct
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -187,6 +189,15 @@ def test_files_beside_it_change_nothing(tmp_path):
     assert np.array_equal(plain.values, again.values) and again.valid is None and not geotiff.layout(str(path)).levels
 
 
+@pytest.mark.parametrize("name", [b"a#b?c=1,d.tif", b"a!b%20:c.tif", b"\xff\xfe.tif", b"s3:"])
+def test_names_mean_nothing_to_gdal(name, tmp_path):
+    values = values_of("uint16", bands=1)
+    path = os.path.join(os.fsencode(tmp_path), name)
+    with open(path, "wb") as file:
+        file.write(write(values))
+    assert np.array_equal(geotiff.read(os.fsdecode(path), Piece()).values, values)
+
+
 def test_other_formats_of_gdal_are_not_opened(tmp_path):
     write(values_of("uint8", bands=1), tmp_path / "a.tif")
     vrt = f"<VRTDataset rasterXSize='9' rasterYSize='9'><VRTRasterBand dataType='Byte' band='1'><SimpleSource>\
@@ -219,8 +230,6 @@ def test_what_is_not_read_is_refused_in_one_line(data, reason):
 
 
 def test_threads_read_their_own_files():
-    from concurrent.futures import ThreadPoolExecutor
-
     pictures = [values_of("uint16", seed=seed, shape=(128, 128)) for seed in range(16)]
     files = [write(picture, nodata=seed) for seed, picture in enumerate(pictures)]
     with ThreadPoolExecutor(8) as pool:

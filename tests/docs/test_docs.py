@@ -67,8 +67,19 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands(page: Path) -> list[str]:
+    """Commands of a page."""
+    return commands_of("".join(blocks(page, "console")))
+
+
+def steps(page: Path) -> list[str]:
+    """Commands, which start with their program's name, and blocks of Python, each with a newline at its end."""
+    found = re.findall(r"^```(console|python)\n(.*?)^```", page.read_text(), re.S | re.M)
+    return [step for language, text in found for step in (commands_of(text) if language == "console" else [text])]
+
+
+def commands_of(text: str) -> list[str]:
     """Commands as typed, continued lines joined, comments gone."""
-    text = "".join(blocks(page, "console")).replace("\\\n", " ")
+    text = text.replace("\\\n", " ")
     return [re.sub(r"\s+# .*", "", line[2:]).strip() for line in text.splitlines() if line.startswith("$ ")]
 
 
@@ -165,8 +176,16 @@ WITH_CODE = [page for page in PAGES if commands(page) or blocks(page, "python")]
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
 def test_every_command_and_example_of_a_page(page, workplace, adapted, capsys):
     shutil.copytree(adapted, workplace / "adapted")
-    for command in commands(page):
-        line = substituted(command)
+    for step in steps(page):
+        if step.endswith("\n"):
+            if re.search(r"\badapt\(", step):
+                shutil.rmtree("adapted")
+            exec(
+                compile(substituted(step), str(page), "exec"),
+                {"__name__": "example", "model": timm.create_model(MODEL)},
+            )
+            continue
+        line = substituted(step)
         try:
             if not line.startswith("upstep-fast"):
                 check_other(line)
@@ -175,11 +194,7 @@ def test_every_command_and_example_of_a_page(page, workplace, adapted, capsys):
             else:
                 run(line)
         except (Exception, SystemExit) as error:
-            pytest.fail(f"{page.name}: {command}\n{error}\n{capsys.readouterr().err[-2000:]}")
-    for code in blocks(page, "python"):
-        if re.search(r"\badapt\(", code):
-            shutil.rmtree("adapted")
-        exec(compile(substituted(code), str(page), "exec"), {"__name__": "example", "model": timm.create_model(MODEL)})
+            pytest.fail(f"{page.name}: {step}\n{error}\n{capsys.readouterr().err[-2000:]}")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

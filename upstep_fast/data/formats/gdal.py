@@ -12,6 +12,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,12 +42,11 @@ def opened(file: File, driver: str, **options: Any) -> Iterator[Any]:
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(rasterio.Env(**_OPTIONS))
-            if isinstance(file, str):
-                if file.startswith("/vsi"):  # a name that means a network or an archive to GDAL
-                    raise BadImage(f"the folder {os.path.dirname(file)} has a name that GDAL does not read as a folder")
-                yield stack.enter_context(rasterio.open(os.path.abspath(file), **options))
+            if isinstance(file, str) and _is_plain(path := os.path.abspath(file)):
+                yield stack.enter_context(rasterio.open(path, **options))
             else:
-                memory = stack.enter_context(rasterio.io.MemoryFile(file))
+                content = Path(file).read_bytes() if isinstance(file, str) else file
+                memory = stack.enter_context(rasterio.io.MemoryFile(content))
                 yield stack.enter_context(memory.open(**options))
         except BadImage:
             raise
@@ -70,6 +70,11 @@ def num_bits(dataset: Any) -> int:
     return max(
         int(bits) if bits else 8 * np.dtype(kind).itemsize for bits, kind in zip(stated, dataset.dtypes, strict=True)
     )
+
+
+def _is_plain(path: str) -> bool:
+    """Return whether GDAL takes a path for what it is: it must be UTF-8, and /vsi starts networks and archives."""
+    return not path.startswith("/vsi") and os.fsencode(path).decode("utf-8", "ignore") == path
 
 
 @functools.cache

@@ -105,10 +105,10 @@ def kind_of(name: str, start: bytes) -> Kind | None:
     for offset, magic, kind in _MAGIC:
         if start[offset : offset + len(magic)] == magic:
             return kind
-    kind = _BY_SUFFIX.get(suffix_of(name))
-    if start.startswith(_TIFF) and kind not in (SVS, SLIDES):
+    by_suffix = _BY_SUFFIX.get(suffix_of(name))
+    if start.startswith(_TIFF) and by_suffix not in (SVS, SLIDES):
         return None
-    return None if start.startswith(_PHOTOGRAPHS) else kind
+    return None if start.startswith(_PHOTOGRAPHS) else by_suffix
 
 
 def kind_of_content(data: bytes | memoryview) -> Kind | None:
