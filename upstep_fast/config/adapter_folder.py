@@ -30,6 +30,7 @@ MODEL_RECORD = "upstep_fast.model"  # metadata of WEIGHTS, which PEFT ignores
 _BARE = "bare_parameters.safetensors"
 _HUB = ("hf-hub:", "hf_hub:", "hf:", "https://huggingface.co/")
 _OF_A_RUN = ("tune", "from_")  # LoRA flags that tell nothing about the adapter
+READING = ("intensity", "bands")  # flags of the data that features depend on as on the model
 _FIXED = ("arch", "in_chans", "mean", "std")  # of other values than the training's, features have no meaning
 
 
@@ -135,7 +136,38 @@ def with_adapter(flags: Mapping[str, Any], config_class: type) -> dict[str, Any]
     if not isinstance(flags.get(name), (str, Path)):
         return flags
     keeps_base = "form" in paths(config_class)  # of what writes features
-    return complete(flags, keeps_base) if name == "adapter" else _complete_start(flags)
+    flags = complete(flags, keeps_base) if name == "adapter" else _complete_start(flags)
+    return _with_reading(flags, name) if READING[0] in paths(config_class) else flags
+
+
+def _with_reading(flags: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return `flags` with intensity and bands of the run whose folder the flag `name` gives, where they have none."""
+    folder = Path(flags[name])
+    if not folder.exists():
+        return dict(flags)
+    given = {key: value for key, value in flags.items() if value is not None or key not in READING}
+    return reading_flags(folder / REFUSED if is_refused(folder) else folder) | given
+
+
+def reading_flags(folder: Path) -> dict[str, Any]:
+    """Return intensity and bands that the images of an adapter's training were read with, as far as it tells.
+
+    Earlier versions recorded none: their images were read by the declared range, full. Raises ConfigError.
+    """
+    recorded = _metadata(folder)
+    found = {name: recorded[name] for name in READING if recorded.get(name) is not None}
+    is_known = bool(recorded)
+    if "intensity" not in found:
+        values = input_files.read_json(folder / CONFIG, "adapter")
+        name = values.get("base_model_name_or_path") if isinstance(values, dict) else None
+        for run in list(folder.absolute().parents)[:2]:
+            of_run = _of_run(run / RUN_CONFIG, name, ("model", "data"))
+            is_known = is_known or bool(of_run)
+            found = {key: of_run[key] for key in READING if key in of_run} | found
+    if is_known:
+        found = {"intensity": "full"} | found
+    check_types(found, AdaptConfig, f"adapter: {folder}")
+    return found
 
 
 def complete(flags: Mapping[str, Any], keeps_base: bool = False) -> dict[str, Any]:
@@ -219,7 +251,13 @@ def _of_run(path: Path, model: object, groups: Sequence[str]) -> dict[str, Any]:
 
 
 def _record(folder: Path) -> dict[str, Any]:
-    """Return the flags in the metadata of the adapter's weights; {} where there are none."""
+    """Return the flags of the model in the metadata of the adapter's weights; {} where there are none."""
+    known = paths(BackboneConfig).keys() - {"model"}
+    return {name: value for name, value in _metadata(folder).items() if name in known}
+
+
+def _metadata(folder: Path) -> dict[str, Any]:
+    """Return the record in the metadata of the adapter's weights; {} where there is none."""
     if not os.path.lexists(folder / WEIGHTS):
         return {}
     input_files.require_regular(folder / WEIGHTS, "adapter")
@@ -228,8 +266,7 @@ def _record(folder: Path) -> dict[str, Any]:
             values = json.loads((file.metadata() or {}).get(MODEL_RECORD, "{}"))
     except (SafetensorError, OSError, ValueError, RecursionError):
         return {}  # the reader of the tensors refuses a damaged file
-    known = paths(BackboneConfig).keys() - {"model"}
-    return {name: value for name, value in values.items() if name in known} if isinstance(values, dict) else {}
+    return values if isinstance(values, dict) else {}
 
 
 def _refuse_contradiction(flags: Mapping[str, Any], recorded: Mapping[str, Any], folder: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from upstep_fast.config.flat import flag, flag_of
+from upstep_fast.config.reading import Intensity, Reading, check_axes, parse_bands, parse_intensity, parse_tiles
 from upstep_fast.errors import ConfigError
 
 DEMO = "demo"  # name of the small model included in the package, whatever folder of that name there is
@@ -57,11 +58,48 @@ class DataConfig:
     """Threads that read and decode images. Default: one per core, at most 16."""
     max_bad_fraction: float = 0.01
     """Unreadable images are skipped and listed; above this fraction the run stops (exit 3)."""
+    intensity: str | None = None
+    """Brightness of values beyond 8 bits: auto, full, percentile:LO,HI, window:CENTER,WIDTH or range:LO,HI. Default:
+    that of the run, else auto."""
+    bands: str | None = None
+    """Numbers of the bands to read, from 1 on, in this order: 3,2,1. Default: those of the run, else all."""
+    slice: Literal["auto", "middle", "all", "max"] = "auto"
+    """Slices, frames and times of a file that are images; max: the brightest values. auto: all, of animations the
+    first."""
+    axes: str | None = None
+    """Meaning of a file's axes where it does not say: TZYX."""
+    tiles: str | None = None
+    """Read large images in tiles of this side in pixels, with a stride: 224 or 224:112."""
+    level: int | None = None
+    """Level of a pyramid to read, 0: full size."""
+    mpp: float | None = None
+    """Micrometers per pixel to read a slide at."""
 
     def __post_init__(self) -> None:
         """Check every field. Raises ConfigError."""
         at_least(self, "num_workers", 0)
         fraction(self, "max_bad_fraction")
+        at_least(self, "level", 0)
+        positive(self, "mpp")
+        if self.level is not None and self.mpp is not None:
+            raise ConfigError("level and mpp: give one of them, not both")
+        reading_of(self)
+
+
+def reading_of(config: DataConfig) -> Reading:
+    """Return how the images that a command's configuration names are read. Raises ConfigError."""
+    check_axes(config.axes)
+    tile, stride = parse_tiles(config.tiles)
+    return Reading(
+        intensity=Intensity() if config.intensity is None else parse_intensity(config.intensity),
+        axes=config.axes,
+        slices=config.slice,
+        bands=parse_bands(config.bands),
+        tile=tile,
+        stride=stride,
+        level=config.level,
+        mpp=config.mpp,
+    )
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,13 @@ class AdaptOptions(TypedDict, total=False):
     label_column: str | None
     num_workers: int | None
     max_bad_fraction: float
+    intensity: str | None
+    bands: str | None
+    slice: Literal["auto", "middle", "all", "max"]
+    axes: str | None
+    tiles: str | None
+    level: int | None
+    mpp: float | None
     mean_std: Literal["given", "auto"]
     decode: Literal["cpu", "cuda"]
     triage: bool
@@ -151,6 +158,13 @@ class FinetuneOptions(TypedDict, total=False):
     label_column: str | None
     num_workers: int | None
     max_bad_fraction: float
+    intensity: str | None
+    bands: str | None
+    slice: Literal["auto", "middle", "all", "max"]
+    axes: str | None
+    tiles: str | None
+    level: int | None
+    mpp: float | None
     overwrite: bool
     resume: bool
     method: Literal["losa", "lora", "linear", "full"]
@@ -208,6 +222,13 @@ class EvaluateOptions(TypedDict, total=False):
     label_column: str | None
     num_workers: int | None
     max_bad_fraction: float
+    intensity: str | None
+    bands: str | None
+    slice: Literal["auto", "middle", "all", "max"]
+    axes: str | None
+    tiles: str | None
+    level: int | None
+    mpp: float | None
     adapter: str | Path | None
     any_base: bool
     source: str | Path | None
@@ -235,6 +256,13 @@ class EmbedOptions(TypedDict, total=False):
     label_column: str | None
     num_workers: int | None
     max_bad_fraction: float
+    intensity: str | None
+    bands: str | None
+    slice: Literal["auto", "middle", "all", "max"]
+    axes: str | None
+    tiles: str | None
+    level: int | None
+    mpp: float | None
     adapter: str | Path | None
     any_base: bool
     ensemble: bool

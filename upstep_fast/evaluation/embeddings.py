@@ -20,6 +20,7 @@ from upstep_fast.config.evaluate import EmbedConfig
 from upstep_fast.config.files import from_options
 from upstep_fast.config.options import EmbedOptions
 from upstep_fast.config.signatures import with_keywords
+from upstep_fast.data.curation.intensity import measure_intensity
 from upstep_fast.data.sources.source import open_configured
 from upstep_fast.errors import ConfigError
 from upstep_fast.evaluation import whitening
@@ -71,6 +72,7 @@ def run_embed(config: EmbedConfig) -> Embedded:
         source = open_configured(config.data)
         log.info("data: %s", source.summary)
         models = load_models(config)
+        source = measure_intensity(source, channels=len(models["base"].mean), workers=config.data.num_workers)
         whitens = bool(config.whitening or config.fit_whitening or own)
         identity = model_identity(models["base"]) if whitens else {}
         fingerprints = whitening_fingerprints(identity["sha256"], config) if whitens else {}

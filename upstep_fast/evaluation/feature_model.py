@@ -29,8 +29,10 @@ from upstep_fast.config.adapter_folder import (
     is_refused,
     run_folder,
 )
+from upstep_fast.config.base import reading_of
 from upstep_fast.config.evaluate import EmbedConfig
 from upstep_fast.config.files import from_options
+from upstep_fast.config.reading import AS_STORED, Reading
 from upstep_fast.data.loading.eval_transform import EvalTransform
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import ConfigError, DataError, RunFailedError
@@ -62,6 +64,7 @@ class FeatureModel:
     implementation: str = "auto"
     adapter: str | None = None
     whitening: Whitening | None = None
+    reading: Reading = AS_STORED  # intensity and bands, as in training
     _functions: dict[bool, Callable[[Tensor], Tensor]] = field(
         default_factory=dict
     )  # by whether mean patch tokens are included
@@ -75,7 +78,8 @@ class FeatureModel:
     def transform(self) -> EvalTransform:
         """The model's evaluation transform: a path, PIL image or array [H, W, C] -> tensor [C, H, W], for datasets."""
         base = self.backbone
-        return EvalTransform(base.img_size, base.mean, base.std, base.interpolation, base.crop_pct, base.crop_mode)
+        how = base.interpolation, base.crop_pct, base.crop_mode
+        return EvalTransform(base.img_size, base.mean, base.std, *how, self.reading)
 
     @property
     def dim(self) -> int:
@@ -124,7 +128,7 @@ class FeatureModel:
 
     def paths(self, data: str | Path) -> list[str]:
         """Return the names of the images at a path, in the order of `embed`'s rows. Raises DataError."""
-        source = open_source(data)
+        source = open_source(data, reading=self.reading)
         return [source.name(index) for index in range(len(source))]
 
     def __repr__(self) -> str:
@@ -225,7 +229,8 @@ def load(
     models = load_models(config)
     name = "base" if config.adapter is None else "adapted"
     fitted = _read_whitening(config, own, models) if config.whitening or own else {}
-    return FeatureModel(models[name], device, precision, implementation, config.adapter, fitted.get(name))
+    how = device, precision, implementation
+    return FeatureModel(models[name], *how, config.adapter, fitted.get(name), reading_of(config.data))
 
 
 def _places(source: str | Path, model: str | Path | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import Tensor
 
+from upstep_fast.data.curation.intensity import measure_intensity
 from upstep_fast.data.decode.in_memory import pixels_of
 from upstep_fast.data.loading.eval_transform import EvalTransform
 from upstep_fast.data.loading.ordered_map import ordered_map
@@ -39,7 +40,7 @@ def _run(name: str, function: Callable[[], R]) -> R:
 
 
 def _of_source(path: str | Path, transform: EvalTransform) -> Iterator[Job]:
-    source = open_source(path)
+    source = measure_intensity(open_source(path, reading=transform.reading), channels=len(transform.mean))
 
     def load(index: int) -> Tensor:
         return transform.of_pixels(read_image(source, index, channels=len(transform.mean)))
@@ -59,7 +60,7 @@ def _of_items(images: Any, transform: EvalTransform) -> Iterator[Job]:
             yield f"image {index}", partial(_checked, image, transform)
         else:
             # in this thread: PIL decodes an image in place, and a list may hold it twice
-            pixels = _run(f"image {index}", partial(pixels_of, image, len(transform.mean)))
+            pixels = _run(f"image {index}", partial(pixels_of, image, len(transform.mean), transform.reading))
             yield f"image {index}", partial(transform.of_pixels, pixels)
 
 

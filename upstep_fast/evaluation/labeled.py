@@ -12,10 +12,12 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from upstep_fast.config.base import reading_of
 from upstep_fast.config.evaluate import EvalConfig
 from upstep_fast.config.files import from_options
 from upstep_fast.config.options import EvaluateOptions
 from upstep_fast.config.signatures import with_keywords
+from upstep_fast.data.curation.intensity import measure_intensity
 from upstep_fast.data.labeled.splits import HeldOut, Labeled, train_and_test
 from upstep_fast.data.sources.part import Columns
 from upstep_fast.data.sources.source import columns_of
@@ -93,9 +95,16 @@ def _write_json(path: Path, result: dict[str, Any]) -> None:
 
 def _measure(config: EvalConfig, compute: Compute) -> dict[str, Any]:
     without_test = HeldOut(config.test_fraction, config.runtime.seed)
-    parts = train_and_test(config.data.paths, "eval", columns_of(config.data), without_test)
-    sources = None if config.source is None else train_and_test((config.source,), "eval", Columns(), without_test)
+    reading = reading_of(config.data)
+    parts = train_and_test(config.data.paths, "eval", columns_of(config.data), without_test, reading)
+    sources = (
+        None if config.source is None else train_and_test((config.source,), "eval", Columns(), without_test, reading)
+    )
     models = load_models(config)  # after the data: weights may have to be fetched
+    channels = len(models["base"].mean)
+    reading = measure_intensity(parts[0].source, channels=channels, workers=config.data.num_workers).reading
+    parts = parts[0].with_reading(reading), parts[1].with_reading(reading)
+    sources = None if sources is None else (sources[0].with_reading(reading), sources[1].with_reading(reading))
     log_time(sum(len(part.y) for part in (*parts, *(sources or ()))), models, compute)
     train, test, labeled = _extract(parts, models, config, compute)
     whitened = partial(append_whitened, fitted={name: whitening.fit(x) for name, x in train.x.items()})

@@ -9,6 +9,7 @@ is refused there too.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,18 @@ def record(vit: nn.Module) -> str:
     return json.dumps(_describe(vit))
 
 
-def model_record(backbone: Backbone, config: BackboneConfig) -> str:
-    """Return the flags that build this model and its transform again, as JSON text: all of `config` but the name."""
+def model_record(backbone: Backbone, config: BackboneConfig, reading: Mapping[str, Any]) -> str:
+    """Return the flags that build this model and its transform again, as JSON text: all of `config` but the name.
+
+    reading: intensity and bands that the training's images were read with, by flag; None is left out.
+    """
     flags: dict[str, Any] = {
         "img_size": list(backbone.img_size),
         "in_chans": len(backbone.mean),
         "mean": list(backbone.mean),
         "std": list(backbone.std),
         "min_matched": config.min_matched,
-    }
+    } | {name: value for name, value in reading.items() if value is not None}
     return json.dumps(flags if config.arch is None else flags | {"arch": config.arch})
 
 

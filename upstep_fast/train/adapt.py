@@ -35,6 +35,7 @@ from upstep_fast.runtime.device import Compute
 from upstep_fast.runtime.machine import num_workers
 from upstep_fast.runtime.progress import track
 from upstep_fast.train.cost import log_cost
+from upstep_fast.train.intensity import as_recorded, with_intensity
 from upstep_fast.train.loop import needs_base, start, train
 from upstep_fast.train.memory.fit import settle
 from upstep_fast.train.memory.images import ImageMemory, estimate
@@ -71,10 +72,13 @@ def run(config: AdaptConfig) -> AdaptResult:
 
 
 def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
+    config = as_recorded(config)
     config, source, held_out = hold_out(config, open_configured(config.data, "train"))
     if distributed.is_first():  # before weights are fetched
         output.check(config)
     backbone = backbones.load_from(config.model)
+    config, source = with_intensity(config, source, len(backbone.mean))
+    held_out = None if held_out is None else replace(held_out, reading=source.reading)
     config, source, backbone, files = _survey(config, source, backbone)
     resolved = resolve(config, len(source), distributed.size())
     num_weights = sum(p.numel() for p in backbone.vit.parameters())

@@ -88,7 +88,7 @@ def identify(config: AdaptConfig | FinetuneConfig, compute: Compute, source: Sou
             "views": made_by(device),
             **(_cpu() if device.type == "cpu" else {}),
         },
-        defaults=json.loads(json.dumps(defaults(type(config)))),
+        defaults=json.loads(json.dumps(defaults(type(config)))) | {"intensity": "full"},
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from upstep_fast import methods
 from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.adapter_folder import READING
 from upstep_fast.data.loading.skipped_images import SkippedImages
 from upstep_fast.errors import ConfigError, UpstepError
 from upstep_fast.evaluation.feature_model import FeatureModel, load
@@ -93,7 +94,9 @@ def fresh_state(config: AdaptConfig, compute: Compute, backbone: backbones.Backb
     """
     if config.memory.cuda_graphs and compute.device.type != "cuda":
         raise ConfigError(f"cuda_graphs: needs a GPU, the device is {compute.device}; leave it out")
-    base_record, model_record = adapter_base.record(backbone.vit), adapter_base.model_record(backbone, config.model)
+    base_record = adapter_base.record(backbone.vit)
+    reading = {name: getattr(config.data, name) for name in READING}
+    model_record = adapter_base.model_record(backbone, config.model, reading)
     method = methods.build(backbone, config)
     method.base_record, method.model_record = base_record, model_record
     if config.runtime.shard_weights:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from upstep_fast import input_files
+from upstep_fast.config.reading import intensity_text
 from upstep_fast.data.curation.triage import VERSION, Verdict, level_counts, triage
 from upstep_fast.data.keyed_random import bits_array
 from upstep_fast.data.loading.skipped_images import SkippedImages, map_readable, read_image
@@ -75,7 +76,7 @@ def without_copies_and_blanks(
     A verdict of these images in `folder` is reused. Raises DataError when fewer than two images remain or too many are
     unreadable.
     """
-    key = {"rules": VERSION, "data": source.fingerprint(), "channels": channels}
+    key = {"rules": VERSION, "data": source.fingerprint(), "channels": channels} | _read_by(source)
 
     def inspect() -> Verdict:
         log.info("triage: inspecting %s images", f"{len(source):,}")
@@ -102,7 +103,7 @@ def mean_and_std(
     source: Source, folder: Path, *, channels: int, num_workers: int, max_bad_fraction: float
 ) -> tuple[tuple[float, ...], tuple[float, ...], bytes]:
     """Return `channel_statistics` and the text of statistics.json; values of these images in `folder` are reused."""
-    key = {"sample": SAMPLE, "data": source.fingerprint(), "channels": channels}
+    key = {"sample": SAMPLE, "data": source.fingerprint(), "channels": channels} | _read_by(source)
 
     def measure() -> dict[str, list[float]]:
         options: dict[str, Any] = {"num_workers": num_workers, "max_bad_fraction": max_bad_fraction}
@@ -157,6 +158,14 @@ def channel_statistics(
     mean, square = np.mean(of_images, 0)
     std = np.sqrt(np.maximum(square - mean**2, MIN_STD**2))
     return tuple(round(float(v), 5) for v in mean), tuple(round(float(v), 5) for v in std)
+
+
+def _read_by(source: Source) -> dict[str, str]:
+    """Return how values become pixels, for a key; nothing where it is as earlier versions did."""
+    reading = source.reading
+    if not reading.intensity.ranges and not reading.bands:
+        return {}
+    return {"intensity": intensity_text(reading.intensity), "bands": ",".join(map(str, reading.bands))}
 
 
 def _reuse_or_compute(

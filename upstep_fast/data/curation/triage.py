@@ -3,7 +3,8 @@
     exact copy    its decoded pixels are those of an earlier image            left out
     blank         standard deviation below 1 of 255 levels in every channel   left out
     near copy     its perceptual hash differs in at most 2 of 64 bits         listed (perceptual_hash.py)
-    bit depth     16-bit values that never reach 4096: nearly black           listed
+    bit depth     16-bit values by their upper eight bits that never reach
+                  4096: nearly black (none with a measured range)             listed
     odd one out   gray among color images, transparent, CMYK ...              listed, if under 5 % are
     odd shape     a side below 16 pixels, or more than 8 times the other      listed
 
@@ -124,7 +125,8 @@ def triage(source: Source, *, channels: int = 3, num_workers: int = 0, max_bad_f
 
     def read(index: int) -> _Features:
         item = read_item(source, index)
-        return _features(item, decode_item(item, source.reading, channels=channels))
+        image = decode_item(item, source.reading, channels=channels)
+        return _features(item, image, by_declared_range=not source.reading.intensity.ranges)
 
     options: dict[str, Any] = {"num_workers": num_workers, "ahead": AHEAD, "max_bad_fraction": max_bad_fraction}
     with contextlib.closing(map_readable(read, source, range(len(source)), SkippedImages(), **options)) as readable:
@@ -167,7 +169,7 @@ def _list_rare_kinds(indices: list[int], kinds: list[str], findings: _Findings) 
         findings.list(indices[at], "odd ones out", f"{names[of[at]]}, where {share}")
 
 
-def _features(item: Item, image: Tensor) -> _Features:
+def _features(item: Item, image: Tensor, by_declared_range: bool) -> _Features:
     kind, bits = _header(item)
     one = image[:1] if image.stride(0) == 0 else image
     _, height, width = image.shape
@@ -183,7 +185,7 @@ def _features(item: Item, image: Tensor) -> _Features:
         hash=perceptual_hash(image),
         std=float(_stds(one).max()),
         kind=kind,
-        depth=low if bits == 16 and 0 < brightest < 16 else None,
+        depth=low if by_declared_range and bits == 16 and 0 < brightest < 16 else None,
         shape=shape if is_odd else None,
     )
 

@@ -71,6 +71,22 @@ def decode(
         return _decode(data, channels, max_pixels, min_side, reading)
 
 
+def read_stored(
+    data: bytes | memoryview, *, channels: int = 3, reading: Reading = AS_STORED, photographs: bool = True
+) -> Stored | None:
+    """Return an image's values before their map, as bands that make `channels`, or as all where the user chose some.
+
+    photographs: return the pixels of images of 8 bits and less as values, too; otherwise None. Raises as `decode`.
+    """
+    with one_reason(data, ""):
+        if (kind := kinds.kind_of("", bytes(data[: kinds.START]))) is not None:
+            return _only_picture(kind, data, reading)
+        if (values := plan_values(data, channels, MAX_PIXELS, reading)) is not None:
+            with decoding.hold(values.num_bytes):
+                return values.read()
+        return _photograph_values(data, channels, MAX_PIXELS, None, reading) if photographs else None
+
+
 @contextlib.contextmanager
 def one_reason(data: bytes | memoryview, name: str) -> Iterator[None]:
     """Raise what any decoder raises inside as BadImage, or as MemoryError, which says nothing about the image."""
@@ -101,9 +117,15 @@ def _decode(data: bytes | memoryview, channels: int, max_pixels: int, min_side: 
             return shrunk(pixels_of_values(values.read(), reading, channels), min_side)
     if reading.keeps_photographs:
         return _decode_photograph(data, channels, max_pixels, min_side)
+    return pixels_of_values(_photograph_values(data, channels, max_pixels, min_side, reading), reading, channels)
+
+
+def _photograph_values(
+    data: bytes | memoryview, channels: int, max_pixels: int, min_side: int | None, reading: Reading
+) -> Stored:
+    """Return the pixels of an image of 8 bits and less as values; of gray ones a single band. Raises as `decode`."""
     x = _decode_photograph(data, bands_of(data, reading) if reading.bands else channels, max_pixels, min_side)
-    planes = x[:1] if x.stride(0) == 0 else x
-    return pixels_of_values(Stored(planes.numpy(), 0, 255), reading, channels)
+    return Stored((x[:1] if x.stride(0) == 0 else x).numpy(), 0, 255)
 
 
 def _only_picture(kind: kinds.Kind, data: bytes | memoryview, max_pixels: int, reading: Reading) -> Stored:

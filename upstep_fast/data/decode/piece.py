@@ -33,7 +33,7 @@ def decode_piece(
     try:
         if kind is kinds.PHOTOGRAPH and layout is not None:
             return shrunk(cut(file, piece, channels=channels, reading=reading, layout=layout), min_side)
-        with decoding.hold(BYTES_PER_VALUE * _num_values(layout, piece)):
+        with decoding.hold(BYTES_PER_VALUE * num_values(layout, piece)):
             stored = stored_piece(kind, file, piece, layout)
             return shrunk(pixels_of_values(stored, reading, channels), min_side)
     except (BadImage, OSError):
@@ -55,7 +55,7 @@ def stored_piece(kind: kinds.Kind, file: File, piece: Piece, layout: Layout | No
     return read_piece(lambda one, part: kinds.read(kind, one, part), file, piece, layout)
 
 
-def _num_values(layout: Layout | None, piece: Piece) -> int:
+def num_values(layout: Layout | None, piece: Piece) -> int:
     """Return how many values a picture has; 0 if that is not known."""
     if layout is None:
         return 0

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from upstep_fast.config.reading import AS_STORED, Reading
 from upstep_fast.data.keyed_random import uniform_array
 from upstep_fast.data.labeled import video
 from upstep_fast.data.labeled.reader import ReaderOptions
@@ -113,7 +114,7 @@ def random_frames(length: int, count: int, *, seed: int, epoch: int, index: int)
     return [int((i + u) * length / count) for i, u in enumerate(offsets)]
 
 
-def train_and_test_clips(paths: Sequence[str], frames: int) -> tuple[Labeled, Labeled]:
+def train_and_test_clips(paths: Sequence[str], frames: int, reading: Reading = AS_STORED) -> tuple[Labeled, Labeled]:
     """Return the clips of the train and test splits, both with the classes of train.
 
     Raises DataError for images that are not in train/CLASS/CLIP/, clips of fewer than `frames` frames, and classes of
@@ -121,7 +122,7 @@ def train_and_test_clips(paths: Sequence[str], frames: int) -> tuple[Labeled, La
     """
     splits, where = [], ", ".join(paths)
     for split in SPLITS:
-        clips, names, source = _list(paths, split)
+        clips, names, source = _list(paths, split, reading)
         short = [clip for clip in clips if len(clip) < frames]
         if short:
             raise DataError(
@@ -133,10 +134,10 @@ def train_and_test_clips(paths: Sequence[str], frames: int) -> tuple[Labeled, La
     return join(train, train_names, test, test_names, where)
 
 
-def _list(paths: Sequence[str], split: str) -> tuple[list[Clip], list[str], Source | None]:
+def _list(paths: Sequence[str], split: str, reading: Reading) -> tuple[list[Clip], list[str], Source | None]:
     clips, names = _videos(paths, split)
     try:
-        source: Source | None = open_source(paths, split=split)
+        source: Source | None = open_source(paths, split=split, reading=reading)
     except DataError:
         if not clips:
             raise

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from upstep_fast.config.reading import AS_STORED, Reading
 from upstep_fast.data.sources.part import Columns
 from upstep_fast.data.sources.source import Source, open_source
 from upstep_fast.data.sources.splits import SPLITS
@@ -43,6 +44,17 @@ class Labeled:
             source = self.source.subset(indices.tolist())
         return Labeled(source, self.y[indices], self.classes)
 
+    def with_reading(self, reading: Reading) -> Labeled:
+        """Return the images or clips, read in this way."""
+        if isinstance(self.source, Source):
+            return replace(self, source=replace(self.source, reading=reading))
+        frames = self.source.source  # None: videos alone
+        return (
+            self
+            if frames is None
+            else replace(self, source=replace(self.source, source=replace(frames, reading=reading)))
+        )
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -56,7 +68,11 @@ _NONE = HeldOut()
 
 
 def train_and_test(
-    paths: Sequence[str], command: str, columns: Columns = _ANY, without_test: HeldOut = _NONE
+    paths: Sequence[str],
+    command: str,
+    columns: Columns = _ANY,
+    without_test: HeldOut = _NONE,
+    reading: Reading = AS_STORED,
 ) -> tuple[Labeled, Labeled]:
     """Return the train and test splits of `paths`, both with the classes of train.
 
@@ -64,12 +80,12 @@ def train_and_test(
     """
     where = ", ".join(paths)
     try:
-        test = open_source(paths, "test", columns)
+        test = open_source(paths, "test", columns, reading)
     except NoTestPartError:
         if not without_test.fraction:
             raise
-        return _split(open_source(paths, columns=columns), where, command, without_test)
-    train = open_source(paths, "train", columns)
+        return _split(open_source(paths, columns=columns, reading=reading), where, command, without_test)
+    train = open_source(paths, "train", columns, reading)
     for split, source in zip(SPLITS, (train, test), strict=True):
         if source.labels is None:
             raise DataError(

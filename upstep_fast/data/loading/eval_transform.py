@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from upstep_fast.config.reading import AS_STORED, Reading
 from upstep_fast.data.decode.in_memory import pixels_of
 from upstep_fast.data.loading.skipped_images import read_image
 from upstep_fast.data.sources.folders import Files
@@ -30,6 +31,7 @@ class EvalTransform:
     interpolation: str = "bicubic"
     crop_pct: float = 1.0
     crop_mode: str = "center"  # center keeps the aspect ratio, squash does not
+    reading: Reading = AS_STORED  # map of values to 8 bits, and bands
 
     def __call__(self, image: Any) -> Tensor:
         """Return the transformed image, fp32 [C, *size]. Raises BadImage, or DataError if a file cannot be read."""
@@ -38,9 +40,10 @@ class EvalTransform:
     def pixels(self, image: Any) -> Tensor:
         """Return an image before resizing, uint8 [C, H, W]. Raises as calling the transform does."""
         if not isinstance(image, (str, Path)):
-            return pixels_of(image, len(self.mean))
+            return pixels_of(image, len(self.mean), self.reading)
         name = os.fsencode(image)
-        return read_image(Source((Files("", Names.pack([name], component=None)),)), 0, channels=len(self.mean))
+        source = Source((Files("", Names.pack([name], component=None)),), reading=self.reading)
+        return read_image(source, 0, channels=len(self.mean))
 
     def of_pixels(self, pixels: Tensor) -> Tensor:
         """Transform pixels, uint8 [C, H, W] -> fp32 [C, *size]."""

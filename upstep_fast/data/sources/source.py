@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from upstep_fast.config.base import DataConfig
+from upstep_fast.config.base import DataConfig, reading_of
 from upstep_fast.config.reading import Reading
 from upstep_fast.data.formats.kinds import SUFFIXES, suffix_of
 from upstep_fast.data.sources.explain import HINTS, no_images
@@ -192,7 +192,7 @@ def columns_of(config: DataConfig) -> Columns:
 
 def open_configured(config: DataConfig, split: str | None = None) -> Source:
     """Return the source that a command's configuration names. Raises DataError."""
-    return open_source(config.paths, split, columns_of(config))
+    return open_source(config.paths, split, columns_of(config), reading_of(config))
 
 
 def _open(match: str | list[str], split: str | None, columns: Columns, listing: Listing) -> list[Part]:

@@ -23,7 +23,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from upstep_fast.config.adapter_folder import with_adapter
+from upstep_fast.config.adapter_folder import reading_flags, with_adapter
+from upstep_fast.config.base import DataConfig, reading_of
 from upstep_fast.config.flat import from_flat
 from upstep_fast.config.tools import ExportConfig
 from upstep_fast.data.loading.loader import load_images
@@ -182,7 +183,7 @@ def _images(config: ExportConfig, base: Backbone) -> tuple[Tensor, str]:
     data, count, stored = config.data, IMAGES, channels
     if not data:
         data, count, stored = (str(files("upstep_fast") / "assets" / PHOTOS),), FEW, 3
-    source = open_source(data)
+    source = open_source(data, reading=reading_of(DataConfig((), **_reading(config))))
     batches = load_images(
         source,
         range(min(count, len(source))),
@@ -199,6 +200,11 @@ def _images(config: ExportConfig, base: Backbone) -> tuple[Tensor, str]:
     return base.normalized(pixels), images_text
 
 
+def _reading(config: ExportConfig) -> dict[str, Any]:
+    """Return intensity and bands that the adapter's images were read with, by flag."""
+    return {} if config.adapter is None else reading_flags(Path(config.adapter))
+
+
 def _card(
     config: ExportConfig, base: Backbone, base_sha256: str, written: Written, difference: float, images_text: str
 ) -> str:
@@ -212,6 +218,9 @@ def _card(
     adapter = "none"
     if config.adapter is not None:
         adapter = f"`{config.adapter}`, SHA-256 of its files `{peft_format.fingerprint(config.adapter)}`"
+    reading = _reading(config)
+    how = reading.get("intensity", "auto") + (f", bands {reading['bands']}" if "bands" in reading else "")
+    brightness = f"| values of more than 8 bits | brightness by `--intensity {how}` |\n" if reading else ""
     vit: Any = base.vit
     license_name = vit.pretrained_cfg.get("license")
     channels = vit.patch_embed.proj.in_channels
@@ -227,7 +236,7 @@ def _card(
 | input | {channels} x {base.img_size[0]} x {base.img_size[1]}, {base.interpolation}, crop {base.crop_pct:g} |
 | mean | {numbers(base.mean)} |
 | standard deviation | {numbers(base.std)} |
-| largest difference of a feature | {measured} |
+{brightness}| largest difference of a feature | {measured} |
 
 ```python
 {written.usage.replace("FOLDER", config.out)}

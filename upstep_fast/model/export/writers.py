@@ -18,6 +18,7 @@ from safetensors.torch import save
 from timm.layers.mlp import GluMlp
 from torch import Tensor, nn
 
+from upstep_fast.config.adapter_folder import reading_flags
 from upstep_fast.config.tools import ExportConfig
 from upstep_fast.errors import ConfigError
 from upstep_fast.model import adapter_base, lora, peft_format, peft_tensors
@@ -119,7 +120,7 @@ def _peft(job: Job) -> Written:
         name,
         fully_trained=tensors.of_modules | bare,
         base_record=job.base_record,
-        model_record=adapter_base.model_record(job.base, job.config.model),
+        model_record=adapter_base.model_record(job.base, job.config.model, reading_flags(Path(job.config.adapter))),
     )
     peft_format.write_files(job.folder, adapter)
     biased = getattr(vit.blocks[0].attn, "q_bias", None) is not None

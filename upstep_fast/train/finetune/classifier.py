@@ -23,6 +23,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from upstep_fast.config.adapter_folder import READING
+from upstep_fast.config.base import DataConfig, reading_of
 from upstep_fast.config.finetune import FinetuneConfig
 from upstep_fast.config.flat import flat, from_flat
 from upstep_fast.config.value_types import check_types
@@ -52,6 +54,7 @@ _SETTINGS = (
     *("losa_learn_scale", "lora_r", "lora_alpha", "lora_targets", "any_base"),
 )
 _MODEL = ("model", "arch", "img_size", "in_chans", "mean", "std", "min_matched")
+_PARTS = {"settings": _SETTINGS, "backbone": _MODEL, "reading": READING}  # of config.json
 
 
 def build(backbone: Backbone, config: FinetuneConfig, classes: int) -> Losa | Baseline:
@@ -117,8 +120,7 @@ def save(
     values = {
         "format": FORMAT,
         "classes": list(classes),
-        "settings": {name: flags[name] for name in _SETTINGS},
-        "backbone": {name: flags[name] for name in _MODEL},
+        **{part: {name: flags[name] for name in names} for part, names in _PARTS.items()},
         "has_adapter": config.adapter is not None,
         "sha256": hashlib.sha256(data).hexdigest(),
         "learned_sha256": learned_hash,
@@ -149,7 +151,7 @@ def load_finetuned(
     probability) of each. Raises ConfigError if the folder or the model cannot be used.
     """
     net, backbone = load(folder, model=model, img_size=img_size)
-    net.predict = partial(predict_paths, net, backbone)
+    net.predict = partial(predict_paths, net, backbone, reading=reading_of(DataConfig((), **read_reading(folder))))
     return net
 
 
@@ -189,6 +191,18 @@ def model_folder(folder: str | Path) -> Path:
     """Return OUT/model for the folder OUT of a run, else `folder` itself."""
     inner = Path(folder) / MODEL
     return inner if (inner / CONFIG).is_file() else Path(folder)
+
+
+def read_reading(folder: str | Path) -> dict[str, str]:
+    """Return intensity and bands that the classifier's images were read with, by flag; earlier versions: full.
+
+    Raises ConfigError.
+    """
+    path = model_folder(folder) / CONFIG
+    recorded = read_json(path, "run").get("reading", {"intensity": "full"})
+    recorded = {name: value for name, value in recorded.items() if name in READING and value is not None}
+    check_types(recorded, FinetuneConfig, str(path))
+    return recorded
 
 
 def read_learned(folder: str | Path) -> Tensor | None:

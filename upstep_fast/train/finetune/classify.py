@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from upstep_fast.config.base import DataConfig
+from upstep_fast.config.reading import AS_STORED, Reading
+from upstep_fast.data.curation.intensity import measure_intensity
 from upstep_fast.data.loading.loader import load_images
 from upstep_fast.data.loading.skipped_images import SkippedImages
 from upstep_fast.data.sources.source import Source, open_source
@@ -47,17 +49,18 @@ def predict_paths(
     *,
     batch_size: int = 64,
     num_workers: int | None = None,
+    reading: Reading = AS_STORED,
 ) -> list[Prediction]:
     """Return path, class and probability of every readable image of `data`, in the order of the source.
 
     data: a path or several, as `upstep-fast predict --data` takes them. The model runs in fp32 on the device where it
-    is, by the evaluation transform of its base model. num_workers: threads; None: one per core, at most 16. Raises
-    DataError for data that cannot be used, ConfigError for a model of clips.
+    is, by the evaluation transform of its base model. num_workers: threads; None: one per core, at most 16. reading:
+    that of the training. Raises DataError for data that cannot be used, ConfigError for a model of clips.
     """
     if net.frames > 1:
         raise ConfigError("predict: the model classifies clips; call it on clips [B, T, C, H, W]")
     device, was_training = net.head.weight.device, net.training
-    source = open_source(data)
+    source = measure_intensity(open_source(data, reading=reading), channels=len(backbone.mean), workers=num_workers)
     config = DataConfig(paths=(), num_workers=num_workers)
     try:
         found = classify(net.eval(), backbone, source, resolve(str(device), "fp32"), batch_size, config)

@@ -23,7 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from upstep_fast.config.adapter_folder import READING
+from upstep_fast.config.flat import replace_flat
 from upstep_fast.config.predict import PredictConfig
+from upstep_fast.data.curation.intensity import measure_intensity
 from upstep_fast.data.loading.skipped_images import csv_cell
 from upstep_fast.data.sources.source import Source, open_configured
 from upstep_fast.errors import ConfigError
@@ -88,9 +91,12 @@ def run(config: PredictConfig) -> PredictResult:
     _check_files(out, config.overwrite)
     compute = resolve(config.runtime.device, config.runtime.precision, config.runtime.implementation)
     with track("predict"):
+        given = {name: getattr(config.data, name) for name in READING if getattr(config.data, name) is not None}
+        config = replace_flat(config, **finetuned.read_reading(config.run) | given)
         source = open_configured(config.data)
         log.info("data: %s", source.summary)
         net, backbone = finetuned.load(config.run, model=config.model)
+        source = measure_intensity(source, channels=len(backbone.mean), workers=config.data.num_workers)
         if net.frames > 1:
             raise ConfigError(f"run: {config.run} classifies clips; call the model of upstep_fast.load_finetuned")
         net.to(compute.device)

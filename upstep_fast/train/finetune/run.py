@@ -17,6 +17,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from upstep_fast.config.base import reading_of
 from upstep_fast.config.files import from_options
 from upstep_fast.config.finetune import FinetuneConfig
 from upstep_fast.config.flat import replace_flat
@@ -50,6 +51,7 @@ from upstep_fast.train.finetune.loop import Batches, InOrder, train
 from upstep_fast.train.finetune.state import State
 from upstep_fast.train.finetune.step import balanced, predict, top1
 from upstep_fast.train.identity import Identity, identify
+from upstep_fast.train.intensity import as_recorded, with_intensity
 from upstep_fast.version import __version__
 
 log = logging.getLogger("upstep_fast")
@@ -98,10 +100,12 @@ def run(config: FinetuneConfig) -> FinetuneResult:
     if config.json is not None:
         require_writable(Path(config.json), "json")
     compute = resolve(config.runtime.device, config.runtime.precision, config.runtime.implementation)
+    config = as_recorded(config)
     splits = read_splits(config)
     output.check(config)  # before weights are fetched
     requested, config = config, fit_to_data(config, splits)
     backbone, base = finetuned.load_backbone(config)
+    config, splits = _with_intensity(config, splits, len(backbone.mean))
     implementation = None if config.runtime.implementation == "auto" else config.runtime.implementation
     with output.lock_run_folder(config) as out, dispatch.forced(implementation):
         with held_messages() as messages:
@@ -128,15 +132,26 @@ def read_splits(config: FinetuneConfig) -> Splits:
     """Return the labeled data of a run. Raises DataError."""
     if config.frames is None:
         without_test = HeldOut(config.test_fraction, config.runtime.seed)
-        train, test = train_and_test(config.data.paths, "finetune", columns_of(config.data), without_test)
+        columns, reading = columns_of(config.data), reading_of(config.data)
+        train, test = train_and_test(config.data.paths, "finetune", columns, without_test, reading)
     else:
-        train, test = train_and_test_clips(config.data.paths, config.frames)
+        train, test = train_and_test_clips(config.data.paths, config.frames, reading_of(config.data))
     if len(train.classes) < 2:
         raise DataError(f"data: train/ has one class, {train.classes[0]}; a classifier needs at least 2")
     groups = train.source.groups() if isinstance(train.source, Source) else None
     mask = held_out(train.y, config.optimization.held_out, config.runtime.seed, groups)
     found = copies(train.source, test.source) if config.frames is None else None
     return Splits(train.subset((~mask).nonzero()[:, 0]), train.subset(mask.nonzero()[:, 0]), test, found)
+
+
+def _with_intensity(config: FinetuneConfig, splits: Splits, channels: int) -> tuple[FinetuneConfig, Splits]:
+    """Return configuration and data with the range of intensity, measured on the images to learn from if need be."""
+    images = splits.learn.source if config.frames is None else splits.learn.source.source
+    if images is None:  # videos
+        return config, splits
+    config, images = with_intensity(config, images, channels)
+    parts = {name: getattr(splits, name).with_reading(images.reading) for name in ("learn", "choose", "test")}
+    return config, replace(splits, **parts)
 
 
 def fit_to_data(config: FinetuneConfig, splits: Splits) -> FinetuneConfig:

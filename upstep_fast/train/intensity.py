@@ -1,0 +1,38 @@
+"""Intensity of a run's images: measured before training, kept in its configuration, or as an earlier version had it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+from upstep_fast import input_files
+from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.adapter_folder import RUN_CONFIG
+from upstep_fast.config.files import flatten_tables
+from upstep_fast.config.finetune import FinetuneConfig
+from upstep_fast.config.flat import replace_flat
+from upstep_fast.config.reading import intensity_text
+from upstep_fast.data.curation.intensity import measure_intensity
+from upstep_fast.data.sources.source import Source
+
+C = TypeVar("C", AdaptConfig, FinetuneConfig)
+
+
+def as_recorded(config: C) -> C:
+    """Return the configuration of a run, with intensity full if it resumes one of an earlier version.
+
+    Another one that is given stays, and is refused as a changed flag.
+    """
+    if not config.output.resume or config.data.intensity is not None:
+        return config
+    path = Path(config.output.out) / RUN_CONFIG
+    if not path.is_file():  # no run to continue
+        return config
+    recorded = flatten_tables(input_files.read_toml(path, "resume"), type(config))
+    return config if "intensity" in recorded else replace_flat(config, intensity="full")
+
+
+def with_intensity(config: C, source: Source, channels: int) -> tuple[C, Source]:
+    """Return configuration and source with the range of intensity, measured if there is none yet."""
+    source = measure_intensity(source, channels=channels, workers=config.data.num_workers)
+    return replace_flat(config, intensity=intensity_text(source.reading.intensity)), source
