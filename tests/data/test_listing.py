@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 from trees import contents, reasons, write_tar, write_tree
 
-from upstep_fast.data.decode.image import SUFFIXES, decode
+from upstep_fast.data.decode.image import decode
+from upstep_fast.data.formats.kinds import PHOTOGRAPHS as SUFFIXES
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import DataError
 

@@ -142,8 +142,7 @@ def with_adapter(flags: Mapping[str, Any], config_class: type) -> dict[str, Any]
 
 def _with_reading(flags: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return `flags` with intensity and bands of the run whose folder the flag `name` gives, where they have none."""
-    folder = Path(flags[name])
-    if not folder.exists():
+    if not (folder := Path(flags[name])).exists():
         return dict(flags)
     given = {key: value for key, value in flags.items() if value is not None or key not in READING}
     return reading_flags(folder / REFUSED if is_refused(folder) else folder) | given
@@ -164,8 +163,7 @@ def reading_flags(folder: Path) -> dict[str, Any]:
             of_run = _of_run(run / RUN_CONFIG, name, ("model", "data"))
             is_known = is_known or bool(of_run)
             found = {key: of_run[key] for key in READING if key in of_run} | found
-    if is_known:
-        found = {"intensity": "full"} | found
+    found = ({"intensity": "full"} if is_known else {}) | found
     check_types(found, AdaptConfig, f"adapter: {folder}")
     return found
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from upstep_fast import input_files
 from upstep_fast.config.adapt import AdaptConfig
@@ -36,3 +37,13 @@ def with_intensity(config: C, source: Source, channels: int) -> tuple[C, Source]
     """Return configuration and source with the range of intensity, measured if there is none yet."""
     source = measure_intensity(source, channels=channels, workers=config.data.num_workers)
     return replace_flat(config, intensity=intensity_text(source.reading.intensity)), source
+
+
+def with_intensity_of_splits(config: FinetuneConfig, splits: Any, channels: int) -> tuple[FinetuneConfig, Any]:
+    """Return configuration and `Splits` with the range of intensity; if need be, measured on the images to learn from."""
+    images = splits.learn.source if config.frames is None else splits.learn.source.source
+    if images is None:  # videos
+        return config, splits
+    config, images = with_intensity(config, images, channels)
+    parts = {name: getattr(splits, name).with_reading(images.reading) for name in ("learn", "choose", "test")}
+    return config, replace(splits, **parts)

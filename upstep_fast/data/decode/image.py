@@ -41,11 +41,6 @@ from upstep_fast.data.reading.stored import Stored
 from upstep_fast.data.reading.tiff_header import TIFF
 from upstep_fast.errors import BadImage
 
-# of files that are read; other names are no images
-SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm"),
-    *(".pnm", ".pbm", ".avif", ".npy"),
-)
 # Pillow's limit for an error; a 27 kB PNG can claim more
 MAX_PIXELS = 178_956_970
 # only decoders of pixels: no PostScript, no fonts, nothing that starts a program

@@ -51,7 +51,7 @@ from upstep_fast.train.finetune.loop import Batches, InOrder, train
 from upstep_fast.train.finetune.state import State
 from upstep_fast.train.finetune.step import balanced, predict, top1
 from upstep_fast.train.identity import Identity, identify
-from upstep_fast.train.intensity import as_recorded, with_intensity
+from upstep_fast.train.intensity import as_recorded, with_intensity_of_splits
 from upstep_fast.version import __version__
 
 log = logging.getLogger("upstep_fast")
@@ -105,7 +105,7 @@ def run(config: FinetuneConfig) -> FinetuneResult:
     output.check(config)  # before weights are fetched
     requested, config = config, fit_to_data(config, splits)
     backbone, base = finetuned.load_backbone(config)
-    config, splits = _with_intensity(config, splits, len(backbone.mean))
+    config, splits = with_intensity_of_splits(config, splits, len(backbone.mean))
     implementation = None if config.runtime.implementation == "auto" else config.runtime.implementation
     with output.lock_run_folder(config) as out, dispatch.forced(implementation):
         with held_messages() as messages:
@@ -130,12 +130,12 @@ def _log_start(requested: FinetuneConfig, config: FinetuneConfig, compute: Compu
 
 def read_splits(config: FinetuneConfig) -> Splits:
     """Return the labeled data of a run. Raises DataError."""
+    reading = reading_of(config.data)
     if config.frames is None:
         without_test = HeldOut(config.test_fraction, config.runtime.seed)
-        columns, reading = columns_of(config.data), reading_of(config.data)
-        train, test = train_and_test(config.data.paths, "finetune", columns, without_test, reading)
+        train, test = train_and_test(config.data.paths, "finetune", columns_of(config.data), without_test, reading)
     else:
-        train, test = train_and_test_clips(config.data.paths, config.frames, reading_of(config.data))
+        train, test = train_and_test_clips(config.data.paths, config.frames, reading)
     if len(train.classes) < 2:
         raise DataError(f"data: train/ has one class, {train.classes[0]}; a classifier needs at least 2")
     groups = train.source.groups() if isinstance(train.source, Source) else None
@@ -144,21 +144,8 @@ def read_splits(config: FinetuneConfig) -> Splits:
     return Splits(train.subset((~mask).nonzero()[:, 0]), train.subset(mask.nonzero()[:, 0]), test, found)
 
 
-def _with_intensity(config: FinetuneConfig, splits: Splits, channels: int) -> tuple[FinetuneConfig, Splits]:
-    """Return configuration and data with the range of intensity, measured on the images to learn from if need be."""
-    images = splits.learn.source if config.frames is None else splits.learn.source.source
-    if images is None:  # videos
-        return config, splits
-    config, images = with_intensity(config, images, channels)
-    parts = {name: getattr(splits, name).with_reading(images.reading) for name in ("learn", "choose", "test")}
-    return config, replace(splits, **parts)
-
-
 def fit_to_data(config: FinetuneConfig, splits: Splits) -> FinetuneConfig:
-    """Return the configuration with `lr` resolved and the batch reduced to the data's size, even under mixup.
-
-    Raises DataError if there are too few images.
-    """
+    """Resolve `lr` and reduce the batch to the data's size, even under mixup. Raises DataError for too few images."""
     batch = min(config.optimization.batch_size, len(splits.learn.y))
     if config.regularization.mixup or config.regularization.cutmix:
         batch -= batch % 2  # timm pairs the images of a batch
@@ -239,9 +226,8 @@ def _run(
 ) -> FinetuneResult:
     """Train, measure and write. base: identity of the base model."""
     model, state, reader, identity = prepared.model, prepared.state, prepared.reader, prepared.identity
-    learn, choose = _batches(prepared, splits, config, compute)
     try:
-        train(state, learn, choose, config, compute, reader.skipped, out, identity)
+        train(state, *_batches(prepared, splits, config, compute), config, compute, reader.skipped, out, identity)
     finally:
         with contextlib.suppress(OSError):
             if output.is_own(out):
