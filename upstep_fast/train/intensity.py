@@ -40,7 +40,7 @@ def with_intensity(config: C, source: Source, channels: int) -> tuple[C, Source]
 
 
 def with_intensity_of_splits(config: FinetuneConfig, splits: Any, channels: int) -> tuple[FinetuneConfig, Any]:
-    """Return configuration and `Splits` with the range of intensity; if need be, measured on the images to learn from."""
+    """Return configuration and `Splits` with the range of intensity, measured on the images to learn from."""
     images = splits.learn.source if config.frames is None else splits.learn.source.source
     if images is None:  # videos
         return config, splits
