@@ -40,6 +40,9 @@ def test_its_cells_run_in_order_and_again(notebook, times):
         names = {"__name__": "notebook"}
         for cell in cells(notebook):
             exec(compile(cell, "cell", "exec"), names)
+    titles = [figure.get_suptitle() for figure in map(plt.figure, plt.get_fignums())]
+    texts = [given.text for given in (names["result"].verdict, names["result"].measured) if given]
+    assert ("\n".join(texts) or "no verdict") in titles
     assert names["after"].shape == (24, names["adapted"].dim) and names["nearest"][0] == 0
     assert names["result"].verdict is None or names["result"].verdict.text in names["result"]._repr_html_()
     plt.close("all")

@@ -75,6 +75,9 @@ def test_features_of_other_forms_equal_those_of_paths(m, written):
         np.testing.assert_allclose(m.embed(form), m.embed(list(stacked)), rtol=0, atol=2e-6)
     loader = DataLoader(Photos(names, m.transform), batch_size=7)
     np.testing.assert_allclose(m.embed(loader), features, rtol=0, atol=2e-6)
+    for key in ("pixel_values", "image", "images"):
+        rows = [{"label": 3, key: m.transform(name)} for name in names[:5]]
+        np.testing.assert_allclose(m.embed(DataLoader(rows, batch_size=2)), features[:5], rtol=0, atol=2e-6)
     x = m(torch.stack([m.transform(name) for name in names[:5]]))
     assert x.shape == (5, 48) and not x.requires_grad
     np.testing.assert_allclose(x.numpy(), features[:5], rtol=0, atol=2e-6)
@@ -162,6 +165,11 @@ def test_what_readme_hands_to_timm_and_peft_gives_features(m, run, model, photos
         (np.zeros((2, 64)), r"shape \(64,\); an image is"),
         (torch.zeros(1, 3, 9, 9), r"a tensor \[3, 9, 9\] of torch.float32; .* \[3, 24, 40\]"),
         (torch.zeros(1, 3, 24, 40, dtype=torch.uint8), "of torch.uint8"),
+        ({"image": 3}, "images: got a dict; give a folder"),
+        (
+            DataLoader([{"a": torch.zeros(3, 24, 40), "b": 1}]),
+            "images: a batch has the keys a, b; name one pixel_values",
+        ),
         (DataLoader([torch.zeros(3, 9, 9)]), r"the model takes floating-point \[B, 3, 24, 40\]"),
         (DataLoader([torch.full((3, 24, 40), torch.nan)]), "features of 1 of 1 images are not finite"),
     ],
@@ -181,6 +189,8 @@ def test_an_unreadable_image_is_named(m, photos, tmp_path):
         m.embed([good, tmp_path / "cut.png"])
     with pytest.raises(ConfigError, match="batch_size: got 0"):
         m.embed(photos, batch_size=0)
+    with pytest.raises(ConfigError, match="num_workers: got -1, must be at least 0"):
+        m.embed(photos, num_workers=-1)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ from upstep_fast.model.identity import model_identity
 from upstep_fast.runtime import machine
 from upstep_fast.runtime.device import Compute, resolve
 from upstep_fast.runtime.progress import track
+
+IMAGE_KEYS = ("pixel_values", "image", "images")  # of a DataLoader's batches, in this order
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -107,7 +109,8 @@ class FeatureModel:
 
         images: a path as --data takes it (a folder, .tar, list or hf:NAME; `m.paths` gives the order); a sequence of
         paths, PIL images, arrays [H, W, C] or transformed tensors; an array [N, H, W, C] of uint8, or of floating-point
-        values in 0..1; or a DataLoader of batches that `m.transform` made, labels beside them are ignored.
+        values in 0..1; or a DataLoader of batches that `m.transform` made: tensors, tuples with them first, or
+        dictionaries with pixel_values, image or images; labels beside them are ignored.
         num_workers: threads; None: one per core, at most 16. The features of paths equal those of `upstep-fast embed`.
         Raises DataError naming the first image that cannot be used; none is left out.
         """
@@ -189,15 +192,25 @@ class FeatureModel:
 
     def _batches(self, images: Any, batch_size: int, num_workers: int | None) -> Iterator[Tensor]:
         """Yield transformed images [B, C, H, W]. Raises DataError, ConfigError."""
-        if batch_size < 1:
-            raise ConfigError(f"batch_size: got {batch_size}, must be at least 1")
+        for name, value, low in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+            if value is not None and value < low:
+                raise ConfigError(f"{name}: got {value}, must be at least {low}")
         if isinstance(images, DataLoader):
-            yield from (batch[0] if isinstance(batch, (tuple, list)) else batch for batch in images)
+            yield from map(_images_of, images)
             return
         workers = machine.num_workers(num_workers)
         with contextlib.closing(transformed_images(images, self.transform, workers, 2 * batch_size)) as each:
             while batch := list(itertools.islice(each, batch_size)):
                 yield torch.stack(batch)
+
+
+def _images_of(batch: Any) -> Tensor:
+    """Return the images of a DataLoader's batch: itself, the first of a tuple, or an entry of a dictionary."""
+    if isinstance(batch, Mapping):
+        if (name := next((name for name in IMAGE_KEYS if name in batch), None)) is None:
+            raise DataError(f"images: a batch has the keys {', '.join(map(str, batch))}; name one {IMAGE_KEYS[0]}")
+        return batch[name]
+    return batch[0] if isinstance(batch, (tuple, list)) else batch
 
 
 def load(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,7 +50,11 @@ def _of_source(path: str | Path, transform: EvalTransform) -> Iterator[Job]:
 
 
 def _of_items(images: Any, transform: EvalTransform) -> Iterator[Job]:
-    if not isinstance(images, Iterable) or (isinstance(images, np.ndarray) and images.ndim in (0, 3)):
+    if (
+        not isinstance(images, Iterable)
+        or isinstance(images, Mapping)
+        or (isinstance(images, np.ndarray) and images.ndim in (0, 3))
+    ):
         got = f"an array of shape {images.shape}" if isinstance(images, np.ndarray) else f"a {type(images).__name__}"
         raise DataError(f"images: got {got}; give a folder, a list of images, or an array [N, H, W, C]")
     for index, image in enumerate(images):

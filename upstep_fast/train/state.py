@@ -59,7 +59,12 @@ class RunState:
 
 @dataclass(frozen=True)
 class AdaptResult:
-    """Result of a finished run."""
+    """Result of a finished run; in a notebook it shows the verdict, the outcome and the next lines.
+
+    adapter: its folder. steps, opened: steps taken, and those with an update. loss: of the last update. seconds: of the
+    training. verdict: better, no measurable change, or None, without labels. measured: the same by the labels of the
+    held-out images. An adapter that is worse raises AdapterRefusedError, which has the verdict.
+    """
 
     adapter: Path
     steps: int
@@ -75,7 +80,10 @@ class AdaptResult:
         return self.adapter.parent / REPORT
 
     def model(self, **options: Any) -> FeatureModel:
-        """Return the adapted model, for features in memory; options: as for `upstep_fast.load`. Raises ConfigError."""
+        """Return the adapted model, for features in memory: whitened ones appended if the run's folder has a whitening.
+
+        options: as for `upstep_fast.load`, such as whiten=False. Raises ConfigError.
+        """
         return load(self.adapter.parent, **options)
 
     def _repr_html_(self) -> str | None:
