@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from tally import tally
@@ -11,6 +12,7 @@ from tally import tally
 from upstep_fast import cli
 from upstep_fast.cli.commands import main
 from upstep_fast.model import backbone
+from upstep_fast.report import logs
 from upstep_fast.runtime import atomic_file, exit_signals
 from upstep_fast.train import adapt as adapting
 from upstep_fast.train import loop
@@ -51,6 +53,60 @@ def test_a_signal_while_modules_are_imported(tmp_path, moment, number):
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
     tally("signals", "during imports", 1)
+
+
+ENTRY = "from upstep_fast.cli import main; main()"  # as the installed command
+
+
+def interrupted(args, cwd, after):
+    """Send SIGINT after so many seconds; return exit code, lines, and the seconds to the last line."""
+    command = [sys.executable, "-c", ENTRY, *map(str, args)]
+    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    time.sleep(after)
+    process.send_signal(signal.SIGINT)
+    began, lines = time.monotonic(), []
+    for line in process.stdout:
+        lines.append(line.rstrip("\n"))
+        took = time.monotonic() - began
+    return process.wait(60), lines, took
+
+
+# before the first tenth of a second it is Python itself that starts
+MOMENTS = [0.2, *(pytest.param(after, marks=pytest.mark.long) for after in (0.6, 1.2, 2.5, 4.0, 8.0))]
+
+
+@pytest.mark.parametrize("after", MOMENTS)
+def test_ctrl_c_is_answered_at_once(model, photos, tmp_path, after):
+    args = ["adapt", "--model", model, "--data", photos, "--out", "out", "--steps", 100_000, "--device", "cpu"]
+    code, lines, took = interrupted(args, tmp_path, after)
+    assert code == 75 and "Traceback" not in "\n".join(lines), lines
+    assert lines[-1].startswith(("upstep-fast: interrupted", "upstep-fast: stopped after ")), lines
+    # less than one second on a machine that does nothing else
+    assert took < 2, (took, lines)
+
+
+def test_a_step_that_takes_long_says_that_it_was_heard(handlers, flags, monkeypatch, caplog):
+    step = loop.step
+
+    def slow(state, *args, **kwargs):
+        if state.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            began = time.monotonic()
+            while not heard() and time.monotonic() - began < 5:
+                time.sleep(0.02)
+            waited.append(time.monotonic() - began)
+        return step(state, *args, **kwargs)
+
+    def heard():
+        return [text for text in caplog.messages if text.startswith("SIGINT: stopping as soon as this step is done")]
+
+    waited = []
+    monkeypatch.setattr(loop, "step", slow)
+    monkeypatch.setattr(logs.log, "propagate", True)
+    monkeypatch.setattr(logs, "setup_logging", lambda debug: None)
+    caplog.set_level("INFO", "upstep_fast")
+    assert ends(main, "adapt", *flags) == 75
+    assert len(heard()) == 1 and waited[0] < 1
 
 
 def test_nohup_is_respected(tmp_path):

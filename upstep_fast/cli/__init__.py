@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     As the program itself (None) it handles signals from here on, before anything slow is imported.
     """
     if argv is None:
-        exit_signals.install()
+        exit_signals.install(starting=True)
     try:
         from upstep_fast.cli.commands import main as run
 

@@ -141,6 +141,7 @@ def _dispatch(args: list[str], debug: bool) -> None:
         setup_logging(debug)
         if command.module is not None:
             import_module(f"upstep_fast.{command.module}")
+    exit_signals.started()
     command.run(config)
 
 

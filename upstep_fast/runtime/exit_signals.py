@@ -1,15 +1,21 @@
 """Signals that end the program, from its first import on; the training loop has handlers of its own (signals.py).
 
 SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt, so that unfinished files are removed and locks released on the way
-out, and the exit code is that of an interrupted run. Imports nothing slow.
+out, and the exit code is that of an interrupted run. While the program still imports there is nothing to remove, and
+imports can drop exceptions and go on for seconds: until `started` it ends in the handler. Imports nothing slow.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 from typing import Any, NoReturn
 
+from upstep_fast.errors import Interrupted
+
 _received: list[int] = []
+_is_starting = False
 
 
 def numbers() -> list[int]:
@@ -18,10 +24,18 @@ def numbers() -> list[int]:
     return [number for number in known if signal.getsignal(number) != signal.SIG_IGN]
 
 
-def install() -> None:
-    """Let these signals raise KeyboardInterrupt in the main thread."""
+def install(*, starting: bool = False) -> None:
+    """Let these signals raise KeyboardInterrupt in the main thread. starting: or end the process, until `started`."""
+    global _is_starting
+    _is_starting = starting
     for number in numbers():
         signal.signal(number, _interrupt)
+
+
+def started() -> None:
+    """From now on let signals raise KeyboardInterrupt."""
+    global _is_starting
+    _is_starting = False
 
 
 def ignore() -> None:
@@ -48,4 +62,13 @@ def forget() -> None:
 
 def _interrupt(number: int, frame: Any) -> NoReturn:
     _received.append(number)
+    if _is_starting:
+        _exit()
     raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+def _exit() -> NoReturn:
+    shown = b"\r\x1b[2K\x1b[?25h" if os.isatty(2) and os.environ.get("TERM") != "dumb" else b""  # a progress bar
+    with contextlib.suppress(OSError):  # not by print: what the signal interrupts may be printing
+        os.write(2, shown + b"upstep-fast: interrupted\n")
+    os._exit(Interrupted.exit_code)

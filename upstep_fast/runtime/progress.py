@@ -105,6 +105,7 @@ class _Display:
         self._began = time.monotonic()
         # work that follows at once on other work goes on waiting for the line that was due there
         self.printed = _printed if self._began - _ended < SHORT else self._began
+        self.said: list[str] = []  # lines that wait to be printed
         self._stop = threading.Event()
         self._is_plain = terminal.is_plain(stderr=True)
         self._bar: Progress | None = None
@@ -114,6 +115,8 @@ class _Display:
     def _run(self) -> None:
         while not self._stop.wait(0.1):
             with contextlib.suppress(Exception):  # a closed stream must not end more than the progress
+                while self.said:
+                    log.info("%s", self.said.pop(0))
                 self._show()
 
     def _show(self) -> None:
@@ -179,3 +182,9 @@ def printed() -> None:
     """Note that a line was just printed, so that the next one of the progress is not due yet."""
     if _display is not None:
         _display.printed = time.monotonic()
+
+
+def say(text: str) -> None:
+    """Log a line from the display's thread: a signal handler must not print, as what it interrupts may be printing."""
+    if _display is not None:
+        _display.said.append(text)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from upstep_fast.runtime import distributed, exit_signals
+from upstep_fast.runtime import distributed, exit_signals, progress
 
 NUM_FLAGS = 2  # stop, save
 
@@ -60,8 +60,11 @@ def signals(save_seconds: float = 0.0) -> Iterator[StopRequests]:
 
     def stop(number: int, frame: Any) -> None:
         requests.stop = True
+        text = f"{signal.Signals(number).name}: stopping as soon as this step is done and saved"
         if not distributed.launched():
             signal.signal(number, previous[number])
+            text += "; once more stops at once"
+        progress.say(text)
 
     def save(number: int, frame: Any) -> None:
         requests.save = True
