@@ -13,15 +13,22 @@ from PIL import Image
 
 import upstep_fast
 from upstep_fast.cli import main
+from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.adapter_folder import adapter_folder, reading_flags
 from upstep_fast.config.base import DataConfig, reading_of
+from upstep_fast.config.files import to_toml
+from upstep_fast.config.finetune import FinetuneConfig
+from upstep_fast.config.flat import from_flat, replace_flat
 from upstep_fast.config.reading import Intensity, Reading, parse_intensity
 from upstep_fast.data.curation.intensity import SAMPLE, measure_intensity
 from upstep_fast.data.curation.triage import triage
 from upstep_fast.data.loading.skipped_images import read_image
+from upstep_fast.data.reading.intensity import to_bytes
+from upstep_fast.data.reading.stored import Stored
 from upstep_fast.data.sources.source import open_configured, open_source
 from upstep_fast.errors import ConfigError
 from upstep_fast.report.run_record import read_config
+from upstep_fast.train.intensity import as_recorded
 
 
 def write(folder, images, suffix=".npy"):
@@ -274,3 +281,28 @@ def test_the_loader_and_triage_read_alike(run):
     first = read_image(open_configured(config), 0)
     measured = measure_intensity(open_source(images), channels=3)
     assert torch.equal(first, read_image(measured, 0))
+
+
+def test_a_resumed_run_of_an_earlier_version_keeps_the_declared_range(tmp_path):
+    for config_class in (AdaptConfig, FinetuneConfig):
+        flags = {"model": "demo", "data": (str(tmp_path),), "out": str(tmp_path), "resume": True}
+        config = from_flat(config_class, **flags)
+        earlier = "\n".join(line for line in to_toml(config).splitlines() if "intensity" not in line)
+        (tmp_path / "config.toml").write_text(earlier)
+        assert as_recorded(config).data.intensity == "full"
+        (tmp_path / "config.toml").write_text(to_toml(replace_flat(config, intensity="auto:1,2")))
+        assert as_recorded(config).data.intensity is None
+        (tmp_path / "config.toml").unlink()
+        assert as_recorded(config).data.intensity is None
+
+
+def test_tiles_of_pictures_are_measured_by_the_whole_picture(tmp_path):
+    images = [image * 16 for image in twelve_bits(2, size=96)]
+    plain = the_range(open_source(write(tmp_path, images, ".png")))
+    tiles = open_source(tmp_path, reading=Reading(tile=32))
+    assert len(tiles) == 18
+    ((low, high),) = the_range(tiles).ranges
+    assert (low, high) == pytest.approx(plain.ranges[0], rel=0.02)
+    first = read_image(measure_intensity(tiles, channels=3), 0)
+    want = to_bytes(Stored(images[0][None, :32, :32], 0, 65535), Intensity("range", ranges=((low, high),)))
+    assert torch.equal(first[:1], want)

@@ -19,13 +19,14 @@ import numpy as np
 from upstep_fast.config.reading import Intensity
 from upstep_fast.data.decode.image import one_reason, read_stored
 from upstep_fast.data.decode.piece import num_values, stored_piece
+from upstep_fast.data.decode.values import may_be_deep
 from upstep_fast.data.formats import kinds
 from upstep_fast.data.keyed_random import bits_array
 from upstep_fast.data.loading.skipped_images import SkippedImages, map_readable, read_item
 from upstep_fast.data.reading.budget import BYTES_PER_VALUE, decoding
 from upstep_fast.data.reading.intensity import select_bands, valid_values
 from upstep_fast.data.reading.stored import Stored
-from upstep_fast.data.sources.part import Item, read_image_file
+from upstep_fast.data.sources.part import Item, read_image_file, read_start
 from upstep_fast.data.sources.source import Source
 from upstep_fast.runtime.machine import num_workers
 from upstep_fast.runtime.progress import track
@@ -96,7 +97,11 @@ def _samples(source: Source, channels: int, workers: int | None, count: int) -> 
 def _stored(item: Item, source: Source, channels: int, every: bool) -> Stored | None:
     reading = source.reading
     if item.kind in (None, kinds.PHOTOGRAPH):  # of tiles, the whole picture
-        data = read_image_file(item.file) if isinstance(item.file, str) else item.file
+        data = item.file
+        if isinstance(data, str):  # perhaps a large one, of many tiles
+            if not every and not may_be_deep(read_start(data)):
+                return None
+            data = read_image_file(data)
         stored = read_stored(data, channels=channels, reading=reading, photographs=every)
     else:
         with decoding.hold(BYTES_PER_VALUE * num_values(item.layout, item.piece)), one_reason(b"", ""):

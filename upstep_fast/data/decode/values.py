@@ -26,6 +26,7 @@ from upstep_fast.data.reading.stored import Stored, Values
 from upstep_fast.data.reading.tiff_header import TIFF, read_pages
 from upstep_fast.errors import BadImage
 
+START = 26  # bytes of a file that tell whether it may hold more than 8 bits
 _WHITE = 0xFFFF  # of 16 bits
 _BYTES_PER_PIXEL = 40  # four samples of 16 bits, and 32 bits each while alpha is composited
 _COLORS = {0: 1, 2: 3, 4: 1, 6: 3}  # PNG's color type -> samples besides alpha
@@ -37,16 +38,23 @@ def plan_values(data: bytes | memoryview, channels: int, max_pixels: int, readin
     They are upright, as bands that make `channels`, or all bands where the user chose some. Raises BadImage for a
     header that says no image.
     """
-    start = bytes(data[:26])
+    start = bytes(data[:START])
+    if not may_be_deep(start):
+        return None
     if start.startswith(NPY):
         return plan_npy(data, channels, max_pixels, reading)
     if start[:4] in TIFF:
         return plan_tiff_values(data, channels, max_pixels, reading)
     if start.startswith(png.SIGNATURE):
-        return _plan_png(data, channels, max_pixels, reading) if start[24:25] == b"\x10" else None
-    if start[:2] in pnm.KINDS:
-        return pnm.plan_pnm(data, max_pixels)
-    return None
+        return _plan_png(data, channels, max_pixels, reading)
+    return pnm.plan_pnm(data, max_pixels)
+
+
+def may_be_deep(start: bytes) -> bool:
+    """Return whether a file that starts with these START bytes may hold more than 8 bits."""
+    if start.startswith(png.SIGNATURE):
+        return start[24:25] == b"\x10"
+    return start.startswith(NPY) or start[:4] in TIFF or start[:2] in pnm.KINDS
 
 
 def bands_of(data: bytes | memoryview, reading: Reading) -> int:
