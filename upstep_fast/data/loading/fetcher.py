@@ -120,12 +120,12 @@ class Fetcher:
 
     def _decode_on_gpu(self, indices: list[int]) -> dict[int, Tensor | None]:
         """Return the GPU's images of those that are neither cached nor bad; None where the CPU has to decode."""
-        files = {}
+        files: dict[int, bytes | memoryview] = {}
         for index in indices if self.gpu else ():
             if index not in self._bad and self._cache.get(index) is None:
                 with contextlib.suppress(OSError):  # the CPU's attempt reports it
                     item = self.source.item(index)
-                    if item.kind is None:
+                    if item.kind is None and not isinstance(item.file, str):
                         files[index] = item.file
         if (gpu := self.gpu) is None or not files:
             return {}

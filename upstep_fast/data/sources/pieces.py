@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
@@ -170,7 +171,7 @@ def _kinds(part: Part, is_windowed: bool) -> list[Kind | None]:
         with contextlib.suppress(OSError):  # whoever decodes the image says why
             start = part.start(index)
             kind = kinds.kind_of(part.file_name(index), start)
-            result[index] = kinds.windowed(kind, start, lambda at=index: _file(part, at)) if is_windowed else kind
+            result[index] = kinds.windowed(kind, start, partial(_file, part, index)) if is_windowed else kind
     return result
 
 
@@ -180,7 +181,7 @@ def _pieces(part: Part, index: int, kind: Kind | None, reading: Reading) -> tupl
     try:
         file = _file(part, index)
         layout = kinds.layout(kind, file)
-        pictures = axes.pieces(layout, reading)  # equal layouts share one sequence
+        pictures: Sequence[Piece] = axes.pieces(layout, reading)  # equal layouts share one sequence
         if reading.is_windowed:
             pictures = _windows(kind, file, layout, reading, pictures)
         if pictures and pictures[0].scale == 1:
