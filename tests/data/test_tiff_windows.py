@@ -303,3 +303,36 @@ def test_halved_levels_are_block_means():
     image = picture(64, 64)
     blocks = image.reshape(32, 2, 32, 2, 3).astype(float).mean((1, 3))
     assert np.abs(halved(image, 1) - blocks).max() <= 0.5
+
+
+def check_mutations(tmp_path, count) -> None:
+    rng = np.random.default_rng(0)
+    files = []
+    for form, compression in itertools.product(("aperio", "subifds"), ("jpeg", "zlib", "lzw", "zstd", None)):
+        write_pyramid(tmp_path / "a.tif", picture(150, 200), form, compression=compression)
+        files.append((tmp_path / "a.tif").read_bytes())
+    refused = 0
+    for k in range(count):
+        data = bytearray(files[k % len(files)])
+        if k % 4 == 0:
+            data = data[: rng.integers(0, len(data))]
+        for _ in range(rng.integers(1, 8) if k % 4 else 0):
+            start = (0, 0, len(data) - 1500)[k % 3]  # of the header, of all, of the later pages
+            data[rng.integers(start, start + 1500 if k % 3 != 1 else len(data))] = rng.integers(256)
+        try:
+            layout = tiff_windows.layout(bytes(data))
+            for level, (height, width) in enumerate(layout.levels or (layout.shape[1:],)):
+                tiff_windows.read(bytes(data), Piece(window=(0, 0, min(height, 64), min(width, 64)), level=level))
+        except BadImage as error:
+            refused += 1
+            assert "\n" not in error.reason
+    assert refused > count // 4
+
+
+def test_damaged_files_are_read_or_refused(tmp_path):
+    check_mutations(tmp_path, 120)
+
+
+@pytest.mark.long
+def test_many_damaged_files_are_read_or_refused(tmp_path):
+    check_mutations(tmp_path, 5000)

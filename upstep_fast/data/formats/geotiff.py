@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from upstep_fast.data.formats import tiff_windows
 from upstep_fast.data.formats.gdal import num_bits, opened, planes
 from upstep_fast.data.reading.nodata import masked
 from upstep_fast.data.reading.stored import File, Layout, Piece, Stored
@@ -126,3 +127,11 @@ def _overview_shape(file: File, level: int) -> tuple[int, int]:
 
 def _counted(bands: int) -> str:
     return "1 band" if bands == 1 else f"{bands} bands"
+
+
+def has_data(file: File, piece: Piece) -> bool:
+    """Return whether bytes may be stored for any part of a window, without opening the file by GDAL each time."""
+    try:
+        return piece.level > 0 or tiff_windows.has_data(file, piece)
+    except BadImage:  # no tifffile, or a kind that it does not read
+        return True
