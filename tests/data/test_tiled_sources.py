@@ -10,10 +10,12 @@ from large_files import picture, write_pyramid, write_sparse
 from PIL import Image
 
 from upstep_fast.config.reading import Reading
+from upstep_fast.data.curation.intensity import measure_intensity
 from upstep_fast.data.curation.triage import triage
 from upstep_fast.data.decode import cut
 from upstep_fast.data.decode.image import decode
 from upstep_fast.data.loading.skipped_images import read_image
+from upstep_fast.data.reading.intensity import map_range
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import BadImage, DataError
 
@@ -115,6 +117,25 @@ def test_blank_tiles_are_no_images_and_blank_pictures_are_listed(tmp_path):
     ]
     ((name, reason),) = source.problems
     assert name.endswith("b.tif") and "blank" in reason
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".npy"])
+def test_tiles_of_12_bits_in_16_are_not_blank(tmp_path, suffix):
+    values = np.full((128, 192), 300, np.uint16)
+    values[:64] += np.random.default_rng(0).integers(0, 900, (64, 192), dtype=np.uint16)
+    if suffix == ".npy":
+        np.save(tmp_path / "a.npy", values)
+    else:
+        Image.fromarray(values).save(tmp_path / f"a{suffix}")
+    source = measure_intensity(open_source(str(tmp_path), reading=Reading(tile=64)), channels=3)
+    assert [source.name(index).rpartition("#")[2] for index in range(len(source))] == [
+        f"level=0,x={x},y=0" for x in (0, 64, 128)
+    ]
+    ((low, high),) = source.reading.intensity.ranges
+    # of PNGs the whole picture is measured, of others the tiles
+    assert low == pytest.approx(300, abs=10) and high == pytest.approx(1195, abs=10)
+    expected = map_range(values[:64, 64:128], low, high)
+    assert np.array_equal(read_image(source, 1).numpy(), np.stack([expected] * 3))
 
 
 def test_triage_takes_tiles_as_images(tmp_path):

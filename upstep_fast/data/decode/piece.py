@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from upstep_fast.config.reading import AS_STORED, Reading
-from upstep_fast.data.decode.cut import cut
+from upstep_fast.config.reading import Reading
+from upstep_fast.data.decode.cut import cut, cut_values
 from upstep_fast.data.decode.image import pixels_of_values, shrunk
 from upstep_fast.data.formats import kinds
 from upstep_fast.data.reading.budget import BYTES_PER_VALUE, decoding
@@ -48,8 +48,7 @@ def decode_piece(
 def stored_piece(kind: kinds.Kind, file: File, piece: Piece, layout: Layout | None) -> Stored:
     """Return one picture or tile, resized where its scale is not 1. Raises as its reader."""
     if kind is kinds.PHOTOGRAPH and layout is not None:
-        pixels = cut(file, piece, channels=layout.size("C"), reading=AS_STORED, layout=layout)
-        return Stored(pixels.numpy(), 0, 255)
+        return cut_values(file, piece, layout=layout)
     if layout is None or piece.scale == 1:
         return kinds.read(kind, file, piece)
     return read_piece(lambda one, part: kinds.read(kind, one, part), file, piece, layout)

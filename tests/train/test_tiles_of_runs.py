@@ -1,0 +1,96 @@
+"""Tiles in the commands: adapt, eval, embed and predict on slides, with names that tell the place."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from large_files import picture, write_pyramid
+from safetensors import safe_open
+
+import upstep_fast
+from upstep_fast.cli import main
+
+QUICK = {"device": "cpu", "precision": "fp32", "num_workers": 1}
+
+
+def command(*words):
+    """Return the exit code of a command."""
+    with pytest.raises(SystemExit) as end:
+        main([str(word) for word in words])
+    return end.value.code or 0
+
+
+@pytest.fixture(scope="module")
+def slide_folder(tmp_path_factory):
+    """Two classes of two slides each; a quarter of each slide is blank."""
+    folder = tmp_path_factory.mktemp("slides")
+    for name, shift in (("a/0.svs", 0), ("a/1.tif", 40), ("b/2.svs", 80), ("b/3.tif", 120)):
+        (folder / name).parent.mkdir(exist_ok=True)
+        image = np.roll(picture(128, 128), shift, 0)
+        image[:64, :64] = 245
+        form = "aperio" if name.endswith("svs") else "subifds"
+        write_pyramid(folder / name, image, form, levels=2, tile=(32, 32), compression="zlib")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(short_run, model, slide_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "out"
+    upstep_fast.adapt(model, slide_folder, out, **short_run | {"tiles": "32", "batch_size": 8, "verdict": "off"})
+    return out
+
+
+PLACES = [f"level=0,x={x},y={y}" for y in (0, 32, 64, 96) for x in (0, 32, 64, 96) if x >= 64 or y >= 64]
+FILES = ["a/0.svs", "a/1.tif", "b/2.svs", "b/3.tif"]
+NAMES = [f"{file}#{place}" for file in FILES for place in PLACES]
+
+
+def test_adapt_trains_on_tiles_and_records_them(run):
+    config = (run / "config.toml").read_text()
+    assert 'tiles = "32"' in config
+    assert not (run / "skipped.csv").is_file() or len((run / "skipped.csv").read_text().splitlines()) == 1
+
+
+def test_embed_names_tiles(run, slide_folder, tmp_path):
+    out = tmp_path / "features.safetensors"
+    assert command("embed", run, "--data", slide_folder, "--out", out, "--tiles", "32", "--device", "cpu") == 0
+    with safe_open(out, "np") as file:
+        names = json.loads(file.metadata()["paths"])
+        assert len(file.get_tensor("features")) == 48
+    assert names == [f"{slide_folder}/{name}" for name in NAMES]
+
+
+def test_eval_holds_out_whole_files(run, slide_folder, capsys):
+    words = ("--data", slide_folder, "--tiles", "32", "--device", "cpu", "--test-fraction", "0.5")
+    assert command("eval", run, *words) == 0
+    assert "24 train, 24 test" in capsys.readouterr().out  # one file of each class
+
+
+def test_predict_names_tiles(model, slide_folder, tmp_path):
+    options = {"method": "linear", "epochs": 1, "batch_size": 8, "preset_views": "none", "tiles": "32", **QUICK}
+    upstep_fast.finetune(model, slide_folder, tmp_path / "run", **options)
+    out = tmp_path / "predictions.csv"
+    assert command("predict", tmp_path / "run", "--data", slide_folder, "--tiles", "32", "--out", out) == 0
+    with open(out, newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    assert [row[0] for row in rows] == [f"{slide_folder}/{name}" for name in NAMES]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--tiles", "0"), "tiles: got 0"),
+        (("--tiles", "32x32"), "tiles: got 32x32"),
+        (("--tiles", "32", "--level", "9"), "--level 9"),
+        (("--tiles", "32", "--mpp", "0.1"), "--mpp 0.1"),
+        (("--level", "1", "--mpp", "1"), "level and mpp"),
+    ],
+)
+def test_a_bad_choice_is_one_line(run, slide_folder, tmp_path, capsys, words, message):
+    out = tmp_path / "features.safetensors"
+    assert command("embed", run, "--data", slide_folder, "--out", out, *words, "--device", "cpu") in (2, 3)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error and len(error) < 600
