@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from upstep_fast.config.reading import Intensity, Reading
+from upstep_fast.data.curation.intensity import measure_intensity
 from upstep_fast.data.decode.image import decode
 from upstep_fast.data.formats import geotiff, kinds
 from upstep_fast.data.loading.skipped_images import read_image
@@ -333,3 +334,21 @@ def test_tiles_and_levels_of_files_that_gdal_reads(tmp_path):
     assert names == [f"level=0,x={x},y={y}" for y in (0, 64) for x in (0, 64, 128) if (x, y) != (0, 0)]
     tile = read_image(source, names.index("level=0,x=128,y=64")).numpy()
     assert np.array_equal(tile, to_8_bits(values[[2, 0, 1], 64:, 128:], 0, 32767))
+
+
+@pytest.mark.parametrize("compression", ["deflate", "zstd", "lerc"])
+@pytest.mark.parametrize(
+    ("dtype", "bands"), [("uint16", (4, 3, 2)), ("int16", (4, 3, 2)), ("float32", (4, 3, 2)), ("uint16", ())]
+)
+def test_measured_intensity_leaves_nodata_out(tmp_path, dtype, bands, compression):
+    nodata = -9999 if dtype != "uint16" else 0
+    pictures = [np.random.default_rng(i).integers(1000, 2001, (4, 64, 64)).astype(dtype) for i in range(4)]
+    for i, picture in enumerate(pictures):
+        picture[:, : 10 * i] = nodata
+        write(picture, tmp_path / f"{i}.tif", nodata=nodata, compress=compression, photometric="rgb", **PLACED)
+    source = measure_intensity(open_source(tmp_path, reading=Reading(bands=bands)), channels=3)
+    ((low, high),) = source.reading.intensity.ranges
+    shown = [band - 1 for band in bands or (1, 2, 3)]
+    valid = np.concatenate([picture[shown, 10 * i :].reshape(-1) for i, picture in enumerate(pictures)])
+    assert np.allclose((low, high), np.percentile(valid, (0.5, 99.5)), atol=2)
+    assert abs(read_image(source, 0).float().mean() - 127.5) < 3

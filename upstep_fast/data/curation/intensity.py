@@ -24,7 +24,7 @@ from upstep_fast.data.formats import kinds
 from upstep_fast.data.keyed_random import bits_array
 from upstep_fast.data.loading.skipped_images import SkippedImages, map_readable, read_item
 from upstep_fast.data.reading.budget import BYTES_PER_VALUE, decoding
-from upstep_fast.data.reading.intensity import select_bands, valid_values
+from upstep_fast.data.reading.intensity import chosen_bands, valid_values
 from upstep_fast.data.reading.stored import Stored
 from upstep_fast.data.sources.part import Item, read_image_file, read_start
 from upstep_fast.data.sources.source import Source
@@ -106,7 +106,7 @@ def _stored(item: Item, source: Source, channels: int, every: bool) -> Stored | 
     else:
         with decoding.hold(BYTES_PER_VALUE * num_values(item.layout, item.piece)), one_reason(b"", ""):
             stored = stored_piece(item.kind, item.file, item.piece, item.layout)
-    return stored if stored is None else select_bands(stored, reading.bands)
+    return stored if stored is None else chosen_bands(stored, reading, channels)
 
 
 def _values(stored: Stored, index: int) -> _Sample:

@@ -35,7 +35,7 @@ from upstep_fast.data.decode.values import bands_of, plan_values
 from upstep_fast.data.formats import kinds
 from upstep_fast.data.reading import axes
 from upstep_fast.data.reading.budget import BYTES_PER_COEFFICIENT, BYTES_PER_PIXEL, BYTES_PER_VALUE, decoding, reduction
-from upstep_fast.data.reading.intensity import gray_of, select_bands, to_bytes, to_pixels
+from upstep_fast.data.reading.intensity import chosen_bands, gray_of, to_bytes, to_pixels
 from upstep_fast.data.reading.out_of_memory import is_out_of_memory
 from upstep_fast.data.reading.stored import Stored
 from upstep_fast.data.reading.tiff_header import TIFF
@@ -74,8 +74,8 @@ def read_stored(
     photographs: return the pixels of images of 8 bits and less as values, too; otherwise None. Raises as `decode`.
     """
     with one_reason(data, ""):
-        if (kind := kinds.kind_of("", bytes(data[: kinds.START]))) is not None:
-            return _only_picture(kind, data, reading)
+        if (kind := kinds.kind_of_content(data)) is not None:
+            return _only_picture(kind, data, MAX_PIXELS, reading)
         if (values := plan_values(data, channels, MAX_PIXELS, reading)) is not None:
             with decoding.hold(values.num_bytes):
                 return values.read()
@@ -136,12 +136,9 @@ def _only_picture(kind: kinds.Kind, data: bytes | memoryview, max_pixels: int, r
 
 
 def pixels_of_values(stored: Stored, reading: Reading, channels: int) -> Tensor:
-    """Return values as uint8 [channels, H, W]; colors are weighted to gray for one channel. Raises BadImage.
-
-    Bands beyond the colors are left out, unless --bands names them or all are asked for.
-    """
-    if stored.colors and not reading.bands and len(stored.values) != channels:
-        stored = select_bands(stored, tuple(range(1, stored.colors + 1)))
+    """Return values as uint8 [channels, H, W]; colors are weighted to gray for one channel. Raises BadImage."""
+    if not reading.bands:
+        stored = chosen_bands(stored, reading, channels)
     if channels == 1 and len(stored.values) == 3 and not reading.bands:
         return gray_of(to_bytes(stored, reading.intensity))
     return to_pixels(stored, reading, channels)

@@ -37,6 +37,16 @@ def to_pixels(stored: Stored, reading: Reading, channels: int) -> Tensor:
     return to_bytes(bands, reading.intensity).expand(channels, -1, -1)
 
 
+def chosen_bands(stored: Stored, reading: Reading, channels: int) -> Stored:
+    """Return a picture of the bands that --bands names; without it, of the colors, unless all bands are asked for.
+
+    Raises BadImage.
+    """
+    if stored.colors and not reading.bands and len(stored.values) != channels:
+        return select_bands(stored, tuple(range(1, stored.colors + 1)))
+    return select_bands(stored, reading.bands)
+
+
 def select_bands(stored: Stored, bands: tuple[int, ...]) -> Stored:
     """Return a picture of the bands of these numbers, from 1 on, in this order; () selects all. Raises BadImage."""
     if not bands:
