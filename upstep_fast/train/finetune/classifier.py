@@ -196,11 +196,16 @@ def model_folder(folder: str | Path) -> Path:
 def read_reading(folder: str | Path) -> dict[str, str]:
     """Return intensity and bands that the classifier's images were read with, by flag; earlier versions: full.
 
-    Raises ConfigError.
+    A folder without a model gives {}: `load` refuses it. Raises ConfigError.
     """
     path = model_folder(folder) / CONFIG
-    recorded = read_json(path, "run").get("reading", {"intensity": "full"})
-    recorded = {name: value for name, value in recorded.items() if name in READING and value is not None}
+    values = read_json(path, "run") if path.is_file() else None
+    if not isinstance(values, dict):
+        return {}
+    reading = values.get("reading", {"intensity": "full"})
+    if not isinstance(reading, dict):
+        raise ConfigError(f"{path} is not that of a fine-tuned model: reading is {type(reading).__name__}")
+    recorded = {name: value for name, value in reading.items() if name in READING and value is not None}
     check_types(recorded, FinetuneConfig, str(path))
     return recorded
 
