@@ -88,9 +88,9 @@ def _page(count: int, load: float, rows: list[str], lines: list[str]) -> str:
     table = "\n".join(rows)
     return f"""# The first hour, timed
 
-`python bench/first_hour.py PHOTOS OUT.md`, {datetime.date.today()}, commit {commit.stdout.strip()}; {count} photographs in PHOTOS.
-{processor_name()}, {os.cpu_count()} cores, Python {platform.python_version()}. Load of the machine (1 min): {load:.1f} before,
-{os.getloadavg()[0]:.1f} after; on an idle machine it is the 1 to 2 of these commands.
+`python bench/first_hour.py PHOTOS OUT.md`, {datetime.date.today()}, commit {commit.stdout.strip()}; {count} photographs
+in PHOTOS. {processor_name()}, {os.cpu_count()} cores, Python {platform.python_version()}. Load of the machine (1 min):
+{load:.1f} before, {os.getloadavg()[0]:.1f} after; these commands alone make 1 to 2 of it.
 
 | command | seconds | longest silence, seconds |
 | --- | ---: | ---: |

@@ -17,7 +17,7 @@ from upstep_fast import errors
 from upstep_fast.cli import commands as cli
 from upstep_fast.cli import help as cli_help
 from upstep_fast.config.adapt import AdaptConfig
-from upstep_fast.config.flat import paths
+from upstep_fast.config.flat import dashed, defaults, from_flat, paths
 
 ROOT = Path(__file__).resolve().parents[2]
 FAST = (
@@ -45,6 +45,35 @@ def test_every_command_has_help_with_examples_and_the_exit_codes(capsys, name):
         if rest[:1] == ["--config"]:
             rest = rest[2:]
         cli_help.check_flags(rest, command.config())
+
+
+@pytest.mark.parametrize("name", cli_help.COMMON)
+def test_help_fits_on_one_screen(capsys, name):
+    code, out, _ = call(capsys, name, "--help")
+    rows = sum(-(-max(len(line), 1) // 100) for line in out.splitlines())  # on a terminal of 100 columns
+    assert code == 0 and rows <= 50
+    config = cli.COMMANDS[name].config()
+    options = re.findall(r"^  --([a-z-]+)(?: \S+)*? {1,}([A-Za-z].*)$", out.partition("\nupstep-fast ")[0], re.M)
+    assert [flag for flag, _ in options][: len(required(config))] == required(config)
+    assert {flag for flag, _ in options} == {dashed(f) for f in cli_help.COMMON[name] if f in paths(config)}
+    assert f"{name} --help-all lists all options" in out
+
+
+def required(config):
+    return [dashed(name) for name in paths(config) if name not in defaults(config)]
+
+
+def test_the_short_help_tells_choices_and_defaults(capsys):
+    lines = call(capsys, "adapt", "--help")[1].splitlines()
+    (method,) = [line for line in lines if line.startswith("  --method")]
+    assert method.split(None, 2)[2] == "upstep, explora: adaptation method (upstep)"
+    (batch,) = [line for line in lines if line.startswith("  --batch-size")]
+    assert (
+        batch.endswith("(256)")
+        and from_flat(AdaptConfig, model="m", data=("d",), out="o").optimization.batch_size == 256
+    )
+    (model,) = [line for line in lines if line.startswith("  --model")]
+    assert model.endswith("(required)")
 
 
 def test_the_first_page_lists_every_command(capsys):

@@ -64,11 +64,11 @@ exit codes: 0 done, 1 failed, 2 usage or configuration, 3 data unusable, 4 adapt
 # flags that --help lists, with the required ones first; --help-all lists all
 _RUN = (
     *("model", "data", "out", "arch", "img_size", "method", "overwrite", "resume", "batch_size", "epochs", "lr"),
-    *("lora_r", "lora_targets", "preset_views", "crop_min", "num_workers", "device", "precision", "seed", "debug"),
+    *("lora_r", "lora_targets", "preset_views", "device", "precision", "seed"),
 )
 COMMON: dict[str, tuple[str, ...]] = {
     "adapt": (
-        *(*_RUN, "preset", "steps", "gate", "gate_rate", "judge_every", "strength", "memory", "auto_batch"),
+        *(*_RUN, "preset", "steps", "gate", "judge_every", "strength", "memory", "auto_batch"),
         *("checkpoint_every", "objective", "unfreeze", "from_"),
     ),
     "plan": (

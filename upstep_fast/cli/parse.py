@@ -81,10 +81,15 @@ def _print_help(config_class: type, prog: str, *, show_all: bool) -> None:
     import tyro
 
     from upstep_fast.cli import help as cli_help
+    from upstep_fast.cli.short_help import print_short
     from upstep_fast.cli.tyro_class import for_tyro
 
+    command = prog.split()[-1]
+    shown = cli_help.shown_flags(config_class, command, show_all=show_all)
+    if command in cli_help.COMMON and not show_all:
+        print_short(config_class, prog, shown)
+        raise SystemExit(0)
     cli_help.plain_help()
-    shown = cli_help.shown_flags(config_class, prog.split()[-1], show_all=show_all)
     tyro.cli(for_tyro(config_class, shown), args=["--help"], prog=prog, config=(tyro.conf.OmitArgPrefixes,))
 
 

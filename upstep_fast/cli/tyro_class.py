@@ -32,7 +32,7 @@ def for_tyro(config_class: type, shown: Collection[str] | None = None, own: Coll
         elif own is not None and name not in own:
             kind = Annotated[hints[field.name], tyro.conf.Fixed, tyro.conf.Suppress]
         elif shown is None or name in shown:
-            kind = Annotated[hints[field.name], _argument(name, default, _docs(config_class).get(field.name, ""))]
+            kind = Annotated[hints[field.name], _argument(name, default, field_docs(config_class).get(field.name, ""))]
         else:
             kind = Annotated[hints[field.name], tyro.conf.Suppress]
         fields.append((field.name, kind, dataclasses.field(default=default, metadata=field.metadata)))
@@ -42,16 +42,22 @@ def for_tyro(config_class: type, shown: Collection[str] | None = None, own: Coll
 
 
 def _argument(name: str, default: Any, doc: str) -> Any:
-    # None stands for a default that the help text describes: "... Default: 10 epochs."
+    doc, described = split_default(doc, default)
+    if described is None:
+        return tyro.conf.arg(name=dashed(name), help=doc)
+    return tyro.conf.arg(name=dashed(name), help=doc, help_behavior_hint=f"(default: {described})")
+
+
+def split_default(doc: str, default: Any) -> tuple[str, str | None]:
+    """Return a help text without its description of the default, and that, for a default of None: "10 epochs"."""
     described = re.search(r" Default: (.*?)\.(?= |$)", doc)
     if default is not None or not described:
-        return tyro.conf.arg(name=dashed(name), help=doc)
-    doc = doc.replace(described[0], "", 1)
-    return tyro.conf.arg(name=dashed(name), help=doc, help_behavior_hint=f"(default: {described[1]})")
+        return doc, None
+    return doc.replace(described[0], "", 1), described[1]
 
 
 @functools.cache
-def _docs(config_class: Any) -> dict[str, str]:
+def field_docs(config_class: Any) -> dict[str, str]:
     """Return {field: its docstring on one line}, those of base classes included."""
     found: dict[str, str] = {}
     for base in reversed(config_class.__mro__[:-1]):
