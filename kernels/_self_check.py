@@ -70,7 +70,7 @@ def check(
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
     """Compute ||got - expected|| / ||expected|| in float64."""
-    got, expected = got.detach().double().cpu(), expected.detach().double().cpu()
+    got, expected = got.detach().cpu().double(), expected.detach().cpu().double()
     return float((got - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float64).tiny))
 
 

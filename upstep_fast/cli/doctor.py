@@ -41,6 +41,8 @@ from upstep_fast.runtime.machine import default_workers, package_version
 from upstep_fast.runtime.progress import track
 
 PACKAGES = ("upstep_fast", "torch", "triton", "timm", "peft", "torchvision", "numpy", "safetensors", "pillow")
+# as docs/reference.md says it
+WITHOUT_ON_MPS = "Triton and CUDA kernels, fp16, fp8, CUDA graphs, torchrun, nvJPEG, --adapter-ema, float64"
 SECONDS = 1.0  # for each of the two speeds
 IMAGES = 32  # generated, of a common photo's shape
 SIZE = (480, 360)
@@ -198,7 +200,9 @@ def _machine(device: torch.device) -> dict[str, Any]:
         "CPU capability": torch.backends.cpu.get_cpu_capability(),
         "device": str(device),
     }
-    if torch.cuda.is_available():
+    if device.type == "mps":
+        facts["GPU"] = f"Apple GPU; without it: {WITHOUT_ON_MPS}"
+    elif torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(device if device.type == "cuda" else 0)
         facts["GPU"] = f"{properties.name}, sm_{properties.major}{properties.minor}"
         facts["GPU memory"] = f"{properties.total_memory / 2**30:.1f} GiB"

@@ -58,6 +58,8 @@ def make(config: PlanConfig) -> dict[str, Any]:
     is_here = compute.device.type == on
     if config.calibrate and not is_here:
         raise ConfigError(f"calibrate: there is no {on} device here; leave it out, or plan for the CPU")
+    if config.calibrate and on == "mps":
+        raise ConfigError("calibrate: the memory of an Apple GPU is not measured; leave it out")
     limit = _limit(config, compute, is_here)
     choose = chooser(asked, compute, on)
     batch = asked.optimization.batch_size

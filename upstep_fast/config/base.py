@@ -115,7 +115,7 @@ class DeviceConfig(DebugConfig):
     """The device to compute on."""
 
     device: str = field(default="auto", kw_only=True)
-    """auto, cpu, cuda or cuda:N. auto: the GPU if there is one."""
+    """auto, cpu, cuda, cuda:N or mps (Apple). auto: the CUDA GPU if there is one."""
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def _noise(vit: Any, like: Tensor) -> Tensor:
 
 def _relative(ours: Tensor, theirs: Tensor) -> float:
     """Compute ||ours - theirs|| / ||theirs||; 0 where both are zero."""
-    ours, theirs = ours.detach().double(), theirs.detach().double()
+    ours, theirs = ours.detach().cpu().double(), theirs.detach().cpu().double()
     difference = (ours - theirs).norm().item()
     return difference / max(theirs.norm().item(), torch.finfo(torch.float64).tiny) if difference else 0.0
 

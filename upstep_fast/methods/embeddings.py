@@ -14,6 +14,7 @@ from torch import Tensor
 from upstep_fast.kernels.center_vector import center_vector_partial
 
 Extras = TypeVar("Extras")
+WITHOUT_FLOAT64 = ("mps",)  # types of devices
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,10 @@ class Embeddings(Generic[Extras]):
 
 def unit_embeddings(u: Tensor, extras: Extras = None) -> Embeddings[Extras]:  # type: ignore[assignment]
     """Normalize a head's outputs u [V, B, d] to unit length and compute their center vector over this rank's images."""
-    z, sums, _ = center_vector_partial(u.flatten(0, 1), num_views=len(u))
+    rows, on_host = u.flatten(0, 1), u.device.type in WITHOUT_FLOAT64  # which the sums are in
+    z, sums, _ = center_vector_partial(rows.cpu() if on_host else rows, num_views=len(u))
+    if on_host:
+        z, sums = z.to(u.device), sums.float().to(u.device)
     view_sums = sums[:-2].view(len(u), -1)
     center = (view_sums.sum(0) / len(z)).float()
     magnitudes = torch.cat([center.detach()[None], view_sums.detach().float() / u.shape[1]]).norm(dim=-1)

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from upstep_fast.errors import ConfigError
 from upstep_fast.runtime import distributed, exit_signals
 
+_NAMES = {"cpu": "a CPU", "cuda": "a GPU", "mps": "an Apple GPU"}
 _DTYPES = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
 
@@ -57,13 +58,15 @@ def resolve(device: str, precision: str, implementation: str = "auto") -> Comput
     exit_signals.check()  # every command comes here once torch is imported
     resolved = _resolve_device(device)
     interpreted = implementation == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    if implementation in ("triton", "cuda") and resolved.type == "cpu" and not interpreted:
-        raise ConfigError(f"implementation: {implementation} needs a GPU, the device is cpu; use auto or reference")
+    if implementation in ("triton", "cuda") and resolved.type != "cuda" and not interpreted:
+        raise ConfigError(
+            f"implementation: {implementation} needs a CUDA GPU, the device is {resolved.type}; use auto or reference"
+        )
     if precision == "auto":
         return Compute(resolved, _fast_precision(resolved))
-    if precision == "fp16" and resolved.type == "cpu":
-        raise ConfigError("precision: fp16 needs a GPU; use bf16 or fp32 on a CPU")
-    if precision == "fp8" and (resolved.type == "cpu" or torch.cuda.get_device_capability(resolved) < (8, 9)):
+    if precision == "fp16" and resolved.type != "cuda":  # the loss scaling computes in float64, which MPS lacks
+        raise ConfigError(f"precision: fp16 needs a CUDA GPU; use bf16 or fp32 on {_NAMES[resolved.type]}")
+    if precision == "fp8" and (resolved.type != "cuda" or torch.cuda.get_device_capability(resolved) < (8, 9)):
         raise ConfigError("precision: fp8 needs a GPU with fp8 matrix products (Ada, Hopper or newer); use bf16")
     if precision == "bf16" and resolved.type == "cuda" and torch.cuda.get_device_capability(resolved)[0] < 8:
         raise ConfigError("precision: this GPU has no bf16, which needs Ampere or newer; use fp16 or fp32")
@@ -74,11 +77,15 @@ def _resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError as error:
-        raise ConfigError(f"device: {name!r} is not a device; use auto, cpu, cuda or cuda:N") from error
+        raise ConfigError(f"device: {name!r} is not a device; use auto, cpu, cuda, cuda:N or mps") from error
     if device.type == "cuda" and device.index is None and distributed.launched():
         device = torch.device("cuda", distributed.local_rank())
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device: {device.type} is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type not in _NAMES:
+        raise ConfigError(f"device: {device.type} is not supported; use auto, cpu, cuda, cuda:N or mps")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("device: mps needs an Apple GPU, which torch does not find here; use --device cpu")
+    if device.type == "mps" and distributed.launched():
+        raise ConfigError("device: mps runs in one process; start without torchrun, or use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device: {name} does not exist ({torch.cuda.device_count()} GPUs found); use --device cpu")
     return device
@@ -87,6 +94,8 @@ def _resolve_device(name: str) -> torch.device:
 def _fast_precision(device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+    if device.type == "mps":
+        return "fp32"  # bf16 on request: not measured
     # on a CPU bf16 is faster only with native bf16 products (AVX512-BF16 or AMX); without them it is emulated
     native = any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return "bf16" if native else "fp32"

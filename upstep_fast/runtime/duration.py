@@ -57,4 +57,6 @@ def now(compute: Compute) -> float:
     """Return the time in seconds once the device has done its work."""
     if compute.device.type == "cuda":
         torch.cuda.synchronize(compute.device)
+    if compute.device.type == "mps":
+        torch.mps.synchronize()
     return time.perf_counter()

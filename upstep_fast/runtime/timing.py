@@ -55,6 +55,11 @@ def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
         end.record()
         end.synchronize()
         return start.elapsed_time(end)
+    if device.type == "mps":
+        began = time.perf_counter()
+        run()
+        torch.mps.synchronize()
+        return 1e3 * (time.perf_counter() - began)
     # with one thread the process's CPU time excludes the work of other processes
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     start_s = clock()

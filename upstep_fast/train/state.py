@@ -102,6 +102,8 @@ def fresh_state(config: AdaptConfig, compute: Compute, backbone: backbones.Backb
     """
     if config.memory.cuda_graphs and compute.device.type != "cuda":
         raise ConfigError(f"cuda_graphs: needs a GPU, the device is {compute.device}; leave it out")
+    if compute.device.type == "mps" and config.experimental.adapter_ema:
+        raise ConfigError("adapter_ema: counts in float64, which an Apple GPU lacks; leave it out, or use --device cpu")
     base_record = adapter_base.record(backbone.vit)
     reading = {name: getattr(config.data, name) for name in READING}
     model_record = adapter_base.model_record(backbone, config.model, reading)

@@ -96,14 +96,16 @@ def multi_crop(
     """
     _check_images(images, indices, crops)
     device = torch.device(device)
+    # an Apple GPU has no float64, which boxes are in, and its memory is the CPU's
+    on = torch.device("cpu") if device.type == "mps" else device
     heights, widths = (np.array([image.shape[axis] for image in images]) for axis in (1, 2))
-    packed = None if device.type == "cpu" else pack(images, device)
+    packed = None if on.type == "cpu" else pack(images, on)
     of_crops, first = [], 0
     for config, views in crops:
         key = {"seed": seed, "epoch": epoch, "indices": np.asarray(indices, np.int64), "views": views, "first": first}
         params = draw_params(config, heights, widths, **key)  # type: ignore[arg-type]
-        x = _make(images, packed, params, config, device, patch, dtype)
-        of_crops.append(x.unflatten(0, (views, len(images))))
+        x = _make(images, packed, params, config, on, patch, dtype)
+        of_crops.append(x.unflatten(0, (views, len(images))).to(device))
         first += views
     return of_crops
 

@@ -50,9 +50,9 @@ def draw(
     return MaskedCrops.of(
         crops[0],
         local,
-        masked=torch.from_numpy(masked).to(device, non_blocking=True),
-        indices=torch.from_numpy(np.flatnonzero(masked)).to(device, non_blocking=True),
-        weights=torch.from_numpy(weights).float().to(device, non_blocking=True),
+        masked=torch.from_numpy(masked).to(device, non_blocking=device.type == "cuda"),
+        indices=torch.from_numpy(np.flatnonzero(masked)).to(device, non_blocking=device.type == "cuda"),
+        weights=torch.from_numpy(weights).float().to(device, non_blocking=device.type == "cuda"),
     )
 
 

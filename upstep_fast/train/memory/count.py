@@ -66,12 +66,12 @@ class StepMemory:
 def count(config: AdaptConfig, compute: Compute, *, on: str | None = None, flops: bool = False) -> StepMemory:
     """Count an update step of one batch; no weight is loaded or allocated, nothing is computed.
 
-    on: "cuda" or "cpu", the device of the counted step; None: compute.device. flops: count FLOPs too, which takes
-    longer. Raises ConfigError for an unknown model.
+    on: "cuda", "mps" or "cpu", the device of the counted step; None: compute.device. flops: count FLOPs too, which
+    takes longer. Raises ConfigError for an unknown model.
     """
     on, config = on or compute.device.type, replace_flat(config, cuda_graphs=False)  # graphs hold what a step holds
     # autograd cannot run backward for a device that is absent: a CPU stands in
-    stands_in = on == "cuda" and not torch.cuda.is_available()
+    stands_in = on == "mps" or (on == "cuda" and not torch.cuda.is_available())
     device = torch.device("cpu" if stands_in else on)
     with torch.device("meta"):
         backbone = backbones.load_from(config.model, pretrained=False)
@@ -80,7 +80,7 @@ def count(config: AdaptConfig, compute: Compute, *, on: str | None = None, flops
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     # what the engine leaves to torch.compile is counted in eager mode: an upper bound
     with fake, seen, device, torch.compiler.set_stance("force_eager"):
-        method, optimizer = _prepare(backbone, config, compute, seen, stands_in)
+        method, optimizer = _prepare(backbone, config, compute, seen, fuses=stands_in and on == "cuda")
     likes = _view_shapes(method, len(backbone.mean), config.optimization.batch_size)
     with fake, seen, device, torch.compiler.set_stance("force_eager"):
         seen.part = "views"
@@ -105,7 +105,7 @@ def count(config: AdaptConfig, compute: Compute, *, on: str | None = None, flops
 
 
 def _prepare(
-    backbone: backbones.Backbone, config: AdaptConfig, compute: Compute, seen: _Storages, stands_in: bool
+    backbone: backbones.Backbone, config: AdaptConfig, compute: Compute, seen: _Storages, fuses: bool
 ) -> tuple[Any, torch.optim.Optimizer]:
     """Return the method, with gradients, and its optimizer, with moments: the first step has neither."""
     seen.part = "weights"
@@ -115,7 +115,7 @@ def _prepare(
     seen.part = "folded"
     if config.runtime.implementation != "reference":
         method.accelerate(compute.dtype or torch.float32, config.memory.level, compute.fp8)  # type: ignore[arg-type]
-    if stands_in and compute.dtype is not None:
+    if fuses and compute.dtype is not None:
         _fuse(method)
     seen.part = "gradients"
     for group in method.parameter_groups():

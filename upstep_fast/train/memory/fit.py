@@ -132,8 +132,8 @@ def settle(config: AdaptConfig, compute: Compute, decoded: ImageMemory | None = 
 
 
 def _host_bytes(compute: Compute, decoded: ImageMemory | None) -> int:
-    """Return what the loader's images take of the step's memory: on a CPU they share it."""
-    if compute.device.type != "cpu":
+    """Return what the loader's images take of the step's memory: on a CPU and an Apple GPU they share it."""
+    if compute.device.type == "cuda":
         return 0
     return max(CACHE_BYTES, decoded.needed if decoded else 0)
 
