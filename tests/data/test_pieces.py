@@ -23,6 +23,7 @@ from upstep_fast.data.loading.skipped_images import read_image
 from upstep_fast.data.reading.axes import label, pieces, read
 from upstep_fast.data.reading.stored import Layout, Piece, Stored
 from upstep_fast.data.sources import open_source
+from upstep_fast.data.sources.pieces import gaps
 from upstep_fast.data.sources.subset import split_by_file
 from upstep_fast.errors import BadImage, DataError
 
@@ -232,3 +233,37 @@ def test_errors_of_the_machine_are_not_held_against_a_file(tmp_path, monkeypatch
         read_image(source, 2)
     failing(struct.error("odd"))
     assert open_source(tmp_path).problems == ((f"{tmp_path}/b.fits", "cannot be opened: error: odd"),)
+
+
+def test_a_series_of_files_stays_together_and_its_gaps_are_said(tmp_path):
+    """DICOM files with real headers: three slices of one series, of which one is missing, and one of another."""
+    pydicom = pytest.importorskip("pydicom")
+    data = pydicom.dcmread(pydicom.data.get_testdata_file("CT_small.dcm"))
+    for series, number in (("1.2.3", 1), ("1.2.3", 2), ("1.2.3", 4), ("1.2.4", 7), ("", 9), ("", 12)):
+        data.SeriesInstanceUID, data.InstanceNumber = series, number
+        data.save_as(tmp_path / f"{number:02}.dcm")
+    source = open_source(tmp_path)
+    assert source.groups().tolist() == [0, 0, 0, 3, 4, 5]
+    assert "1 of 2 series have gaps: 1.2.3 lacks number 3" in source.summary
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        ([1, 3, 5], ""),  # numbers go up by 2
+        ([1, 3, 7], "1 of 1 series have gaps: s lacks number 5"),
+        ([1, 2, 3, 8], "1 of 1 series have gaps: s lacks number 4, 5, 6 and 1 more"),
+        ([1, 2, 1 << 40], ""),  # some slices of many
+        ([5], ""),
+        ([None, 1, 1], ""),
+    ],
+)
+def test_gaps(numbers, said):
+    assert gaps([Layout("YX", (2, 2), "x", series="s", number=number) for number in numbers]) == said
+
+
+def test_a_series_in_two_classes():
+    """Of each class at least one file is for training, though a series has files in both."""
+    groups, labels = np.array([0, 0, 0, 1, 2]), ["a", "b", "b", "b", "a"]
+    test = choose_test([f"{i}.dcm" for i in range(5)], labels, HeldOut(0.5), groups).tolist()
+    assert test[1] == test[2] and sum(test) in (2, 3) and len({test[0], test[4]}) == len({test[1], test[3]}) == 2

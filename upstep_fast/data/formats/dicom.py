@@ -21,6 +21,7 @@ from dataclasses import replace
 from typing import BinaryIO
 
 import numpy as np
+from pydicom import Dataset
 from pydicom.encaps import get_frame
 from pydicom.pixels.decoders.base import get_decoder
 
@@ -66,7 +67,20 @@ def _layout(image: DicomImage) -> Layout:
     axes = [axis for axis, size in sizes.items() if size > 1 or axis in "YX"]
     modality = str(image.header.get("Modality") or "image")[:16]
     values = "floats" if image.is_float else f"{image.options['bits_stored']} bits"
-    return Layout("".join(axes), tuple(sizes[axis] for axis in axes), f"DICOM {modality}, {values}")
+    return Layout(
+        "".join(axes),
+        tuple(sizes[axis] for axis in axes),
+        f"DICOM {modality}, {values}",
+        series=str(image.header.get("SeriesInstanceUID") or ""),
+        number=_instance_number(image.header),
+    )
+
+
+def _instance_number(header: Dataset) -> int | None:
+    try:
+        return int(header.InstanceNumber)
+    except (AttributeError, TypeError, ValueError, OverflowError):  # it says nothing about the pixels
+        return None
 
 
 def _stored(image: DicomImage, stream: BinaryIO, frame: int) -> Stored:

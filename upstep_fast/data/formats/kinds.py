@@ -145,8 +145,7 @@ def _inflated(start: bytes) -> bytes:
 @functools.cache
 def missing(kind: Kind) -> str:
     """Return the command that installs what a kind's reader needs; empty if it is installed."""
-    modules = (*kind.packages, f"upstep_fast.data.formats.{kind.module}")
-    if all(importlib.util.find_spec(name) for name in modules):
+    if all(importlib.util.find_spec(package) for package in kind.packages):
         return ""
     return f"pip install 'upstep_fast[{kind.extra}]'"
 

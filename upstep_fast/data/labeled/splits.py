@@ -105,7 +105,7 @@ def _split(source: Source, where: str, command: str, by: HeldOut) -> tuple[Label
     test = choose_test([source.name(i) for i in range(len(source))], labels, by, groups)
     classes = len(set(labels))
     if classes < 2 or not test.any():
-        unit = "image" if groups is None else "file"
+        unit = "image" if groups is None else "file or series"
         what = f"one class, {labels[0]}" if classes < 2 else f"one {unit} of each class"
         raise DataError(f"data: {where} has {what}; {command} needs at least 2 classes, and 2 images of one")
     log.info("data: %s", source.summary)
@@ -124,9 +124,9 @@ def choose_test(names: Sequence[str], labels: Sequence[str], by: HeldOut, groups
     """Return a mask [N] over the images to hold out: `by.fraction` of each class, at least one and not all.
 
     A class of one image is for training. names: paths; what all begin with does not count. groups: number of each
-    image's file, [N]; of a file of several pictures all or none are held out, and the fraction is one of files.
+    image's file or series, [N]; of its pictures all or none are held out, and the fraction is one of files.
     """
-    files = np.arange(len(names)) if groups is None else groups
+    files = np.arange(len(names)) if groups is None else _within_classes(groups, labels)
     first = dict(zip(reversed(files.tolist()), reversed(range(len(names))), strict=True))  # file -> its first image
     sizes = np.bincount(files, minlength=1)
     start = os.path.commonprefix(list(names)).rfind("/") + 1  # noqa: RUF071  (commonpath drops "./" and "//")
@@ -166,13 +166,20 @@ def log_splits(train: Labeled, test: Labeled, copies: tuple[int, int] | None) ->
         log.warning("data: classes of train/ that test/ lacks, so they are not measured: %s", ", ".join(absent[:5]))
 
 
+def _within_classes(groups: np.ndarray, labels: Any) -> np.ndarray:
+    """Return numbers, [N], that two images share if they have one file or series, and one class."""
+    classes = np.unique(np.asarray(labels), return_inverse=True)[1]
+    return np.unique(classes * (int(groups.max(initial=0)) + 1) + groups, return_inverse=True)[1]
+
+
 def held_out(y: Tensor, fraction: float, seed: int, groups: np.ndarray | None = None) -> Tensor:
     """Return a mask [N] over about `fraction` of each class, at most all but one of its images.
 
-    y: [N] int64. groups: number of each image's file, [N]; of a file all or none are chosen, and not all files.
+    y: [N] int64. groups: number of each image's file or series, [N]; of its pictures all or none are chosen, and not
+    all files.
     """
     generator = torch.Generator().manual_seed(seed)
-    files = torch.arange(len(y)) if groups is None else torch.from_numpy(groups)
+    files = torch.arange(len(y)) if groups is None else torch.from_numpy(_within_classes(groups, y.numpy()))
     mask = torch.zeros(len(y), dtype=torch.bool)
     for label in y.unique():
         members = files[y == label].unique()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -22,6 +22,9 @@ class Layout:
     what: str  # for messages: "DICOM CT, 12 bits"
     levels: tuple[tuple[int, int], ...] = ()  # (height, width) of a pyramid's levels, full size first; (): one level
     mpp: float | None = None  # micrometers per pixel of the full size
+    # of a file that is a part of a series, its name and the place in it; equal layouts may differ in them
+    series: str = field(default="", compare=False)
+    number: int | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         """Check the axes. Raises ValueError."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import stat
 from collections import Counter
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 
@@ -95,19 +97,25 @@ class Pieces(Part):
     def labels(self) -> list[str] | None:
         """Return the class of each image, its file's; None when not all files have one."""
         labels = self.inner.labels()
-        return None if labels is None else [labels[at] for at in self.files[self.groups()]]
+        return None if labels is None else [labels[at] for at in self.files[self._file_of_each()]]
 
     def unlabeled(self) -> str:
         """Return why `labels` is None."""
         return self.inner.unlabeled()
 
     def groups(self) -> np.ndarray:
-        """Return the number of each image's file, [N] int64."""
+        """Return the number of each image's file, or of the first file of its series, [N] int64."""
+        first: dict[str, int] = {}
+        of_series = [layout.series if layout else "" for layout in self.layouts]
+        of_files = [first.setdefault(series, file) if series else file for file, series in enumerate(of_series)]
+        return np.array(of_files, np.int64)[self._file_of_each()]
+
+    def _file_of_each(self) -> np.ndarray:
         return np.repeat(np.arange(len(self.files)), np.diff(self.ends, prepend=0))
 
     def sizes_in_bytes(self) -> np.ndarray:
         """Return the sizes of the images' files, [N] int64."""
-        return self.inner.sizes_in_bytes()[self.files][self.groups()]
+        return self.inner.sizes_in_bytes()[self.files][self._file_of_each()]
 
     def identity(self) -> Iterator[bytes]:
         """Yield the files' identity, and which pictures of them are read."""
@@ -155,6 +163,7 @@ def expand(part: Part, reading: Reading, listing: Listing) -> Part:
             seen[_described(result[0], reading, len(result[1]))] += 1
             found[index] = result
     _note(seen, listing)
+    listing.add_note(gaps([layout for layout, _ in found.values()]))
     kept = [i for i, kind in enumerate(kinds_of) if i in found or kind is None]
     layouts, pieces = zip(*(found.get(i, _PHOTOGRAPH) for i in kept), strict=True) if kept else ((), ())
     ends = np.cumsum([len(of_file) for of_file in pieces], dtype=np.int64)
@@ -245,3 +254,23 @@ def _note(seen: Counter[str], listing: Listing) -> None:
         listing.add_note(text if count == 1 else f"{count:,} files of {text} each")
     if (rest := len(seen) - LAYOUTS) > 0:
         listing.add_note(f"{rest:,} other layout{'s' * (rest != 1)}")
+
+
+def gaps(layouts: Sequence[Layout]) -> str:
+    """Return a note on series whose files leave out numbers; empty if there are none."""
+    numbers: dict[str, set[int]] = {}
+    for layout in layouts:
+        if layout.series and layout.number is not None:
+            numbers.setdefault(layout.series, set()).add(layout.number)
+    missing = {}
+    for series, of_series in numbers.items():
+        there = sorted(of_series)
+        step = math.gcd(*(b - a for a, b in pairwise(there)))  # numbers may go up by 2
+        is_dense = (there[-1] - there[0]) // (step or 1) < 2 * len(there)  # else the files are a choice of slices
+        if is_dense and (absent := set(range(there[0], there[-1], step or 1)) - of_series):
+            missing[series] = sorted(absent)
+    if not missing:
+        return ""
+    series, absent = next(iter(missing.items()))
+    shown = ", ".join(map(str, absent[:3])) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
+    return f"{len(missing):,} of {len(numbers):,} series have gaps: {series} lacks number {shown}"
