@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -47,7 +47,7 @@ class Level:
     decode: Callable[..., Any]
     tables: bytes | None
     is_plain: bool  # rows lie in a segment as they are
-    order: str  # byte order, "<" or ">"
+    order: Literal["<", ">"]  # of bytes
     is_sparse: bool  # some segments are not stored
 
     @cached_property

@@ -51,7 +51,7 @@ class Grid(Sequence[Piece]):
     def __len__(self) -> int:
         return len(self.tops) * len(self.lefts) if self.kept is None else len(self.kept)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def, override]  # one tile; slices are not needed
+    def __getitem__(self, index):  # one tile; slices are not needed
         place = int(range(len(self))[index] if self.kept is None else self.kept[index])
         row, column = divmod(place, len(self.lefts))
         size = min(self.tile, self.height), min(self.tile, self.width)
@@ -279,6 +279,6 @@ def _span(start: int, size: int, shrink: float, limit: int) -> tuple[int, int]:
     return low, max(low + 1, min(limit, round((start + size) * shrink)))
 
 
-def _resize(plane: np.ndarray, mode: str, box: tuple[float, ...], size: tuple[int, int]) -> Image.Image:
+def _resize(plane: np.ndarray, mode: str, box: tuple[float, float, float, float], size: tuple[int, int]) -> Image.Image:
     image = Image.fromarray(np.ascontiguousarray(plane, np.uint8 if mode == "L" else np.float32))
     return image.resize(size[::-1], Image.Resampling.BILINEAR, box=box)
