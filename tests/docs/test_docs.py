@@ -56,6 +56,7 @@ PARSED = {
     "hf-hub:": "a download",
     "hf:": "a download",
     "cuda": "needs a GPU",
+    "--data ct/ --out adapted/": "no scans are shipped; docs/radiology.md makes some",
     "clips/": "no clips are shipped; tests/train/test_finetune.py runs them",
 }
 # programs whose commands are checked but not run, and what is checked in `check_other`
