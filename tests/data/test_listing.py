@@ -130,6 +130,24 @@ def test_each_suffix_is_counted(tmp_path):
     assert source.summary == "5 images (2 .jpg, 2 .png, 1 .tif); left out: 1 without a suffix, 1 .heic (no reader)"
 
 
+@pytest.mark.parametrize(
+    ("names", "count", "example"),
+    [
+        (["images/1.jpg", "images/2.jpg", "masks/1.png"], 1, "masks/1.png"),
+        (["a/1.jpg", "a/1_mask.png", "a/2.jpg", "a/2-Seg.PNG"], 2, "a/1_mask.png"),
+        (["x/1.jpg", "x/Thumbs/1.jpg"], 1, "x/Thumbs/1.jpg"),
+        (["with_mask/1.jpg", "without_mask/2.jpg", "massage/3.jpg"], 0, ""),
+        (["masks/1.png", "masks/2.png"], 0, ""),
+    ],
+)
+def test_files_named_like_masks_are_said(tmp_path, names, count, example):
+    tree = dict.fromkeys(names, b"x")
+    for source in (open_source(write_tree(tmp_path / "f", tree)), open_source(write_tar(tmp_path / "f.tar", tree))):
+        said = f"; {count} files are named like masks or thumbnails ({example}) and are read; move them if they are"
+        assert len(source) == len(names) and (said in source.summary) is (count > 0)
+        assert count or "masks or" not in source.summary
+
+
 # bounds
 
 

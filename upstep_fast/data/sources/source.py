@@ -30,6 +30,7 @@ from upstep_fast.data.sources.explain import HINTS, no_images
 from upstep_fast.data.sources.folders import Files, open_folder
 from upstep_fast.data.sources.huggingface import open_dataset
 from upstep_fast.data.sources.lists import LIST_SUFFIXES, read_list
+from upstep_fast.data.sources.masks import named_like_masks
 from upstep_fast.data.sources.part import (
     ALREADY_LISTED,
     Columns,
@@ -163,6 +164,7 @@ def open_source(
         listing.add_note(all_paths(matches))
     parts = [part for part in (expand(part, reading, listing) for part in parts) if len(part)]
     count = sum(map(len, parts))
+    listing.add_note(named_like_masks(parts))
     left_out = f"left out: {listing.left_out()}" if listing.others else ""
     words = [_counted(parts, count), *listing.notes, left_out]
     source = Source(tuple(parts), tuple(listing.problems), "; ".join(word for word in words if word), reading)
