@@ -86,12 +86,25 @@ def test_new_files_move_few_others():
         ({"ash/1.jpg": b"1", "elm/2.jpg": b"2"}, "has one image of each class; eval needs .* 2 images of one"),
         ({"ash/1.jpg": b"1", "2.jpg": b"2"}, "outside class folders; eval needs train/CLASS/image, CLASS/image or a"),
         ({"val/a/1.jpg": b"1", "test/a/2.jpg": b"2"}, "is a split, not a class"),
+        ({"all/ash/1.jpg": b"1", "all/elm/2.jpg": b"2"}, r"one level deeper, so give --data \S+/data/all$"),
+        ({"all/train/ash/1.jpg": b"1", "all/test/ash/2.jpg": b"2"}, r"one level deeper, so give --data \S+/data/all$"),
+        (
+            {"1.jpg": b"1", "2.jpg": b"2", "metadata.csv": b"file_name,species\n1.jpg,a\n2.jpg,b\n"},
+            r"give the CSV with them: --data \S+/data/metadata.csv --label-column NAME$",
+        ),
     ],
 )
 def test_what_cannot_be_split_is_refused(tmp_path, tree, message):
     with pytest.raises(DataError, match=message) as error:
         parts(write_tree(tmp_path / "data", tree))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["valid", "dev", "eval", "Evaluation", "holdout"])
+def test_a_test_part_is_used_whatever_it_is_called(tmp_path, name):
+    tree = {"train/a/1.jpg": b"1", "train/b/2.jpg": b"2", f"{name}/a/3.jpg": b"3"}
+    train, test = train_and_test([str(write_tree(tmp_path / "data", tree))], "eval", without_test=BY)
+    assert train.classes == ("a", "b") and len(train.y) == 2 and len(test.y) == 1
 
 
 def test_a_test_part_is_used_as_it_is(tmp_path):

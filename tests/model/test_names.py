@@ -28,6 +28,8 @@ BASE = Path(assets()[0].removeprefix("local-dir:"))
         ("openai/clip-vit-base-patch32", "vit_base_patch32_clip_quickgelu_224.openai"),
         ("ViT-L/14@336px", "vit_large_patch14_clip_quickgelu_336.openai"),
         ("dinov2_vits14", "vit_small_patch14_dinov2.lvd142m"),
+        ("mae_vit_base_patch16", "vit_base_patch16_224.mae"),
+        ("mae_vit_huge_patch14", "vit_huge_patch14_224.mae"),
         ("dinov2_vitg14_reg", "vit_giant_patch14_reg4_dinov2.lvd142m"),
         ("dino_vitb8", "vit_base_patch8_224.dino"),
         ("timm/vit_base_patch16_224.augreg_in21k", "vit_base_patch16_224.augreg_in21k"),
@@ -86,6 +88,9 @@ def test_demo_is_the_included_model_in_any_folder_and_is_said_once(tmp_path, mon
     ("typed", "cure"),
     [
         ("dinov2-small", "near names: facebook/dinov2-small, "),
+        ("vit_b_16", "near names: vit_base_patch16_224, "),
+        ("ViT-L-14", "near names: vit_large_patch14_224, "),
+        ("torchvision/vit_h_14", "near names: vit_huge_patch14_224, "),
         ("vit_bas_patch16_224", "near names: vit_base_patch16_224, "),
         ("nodine", "_dinov"),
         ("somebody/model", "write hf-hub:somebody/model; near names: "),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
@@ -15,6 +16,7 @@ from upstep_fast.model.formats import checkpoint_files
 
 log = logging.getLogger("upstep_fast")
 
+_SIZES = {"t": "tiny", "s": "small", "b": "base", "l": "large", "h": "huge", "g": "giant"}
 LOCAL, HUB = "local-dir:", "hf-hub:"
 # what people write for them, in lower case and with _ for -; timm's names need none
 _PREFIXES = {"hf:": HUB, "hf_hub:": HUB, "hub:": HUB, "https://huggingface.co/": HUB, "local_dir:": LOCAL, "timm:": ""}
@@ -39,6 +41,8 @@ def _meta() -> dict[str, str]:
         known[f"dinov2_vit{short}14_reg"] = f"vit_{size}_patch14_reg4_dinov2.lvd142m"
     for short, size in {"s": "small", "b": "base"}.items():
         known |= {f"dino_vit{short}{patch}": f"vit_{size}_patch{patch}_224.dino" for patch in (8, 16)}
+    known |= {f"mae_vit_{size}_patch{n}": f"vit_{size}_patch{n}_224.mae" for size, n in (("base", 16), ("large", 16))}
+    known["mae_vit_huge_patch14"] = "vit_huge_patch14_224.mae"
     sizes = {
         "s16": "small",
         "s16plus": "small_plus",
@@ -148,6 +152,15 @@ def _pretrained(name: str) -> str | None:
         return None
     spelled = {known.lower(): known for known in timm.list_pretrained(f"{architecture}.*")}
     return spelled.get(name) if tag else architecture
+
+
+def spelled_out(name: str) -> str:
+    """Return a name like ViT-B-16 or vit_b_16 as timm spells it, vit_base_patch16_224; others as they are.
+
+    torchvision and OpenCLIP call their models so; timm has the architecture, but other weights.
+    """
+    found = re.fullmatch(r"(?:.*/)?vit[-_]([tsblhg])[-_/](\d+)", name.lower())
+    return f"vit_{_SIZES[found[1]]}_patch{found[2]}_224" if found else name
 
 
 def nearest(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:

@@ -20,7 +20,7 @@ from upstep_fast.errors import ConfigError, first_line
 from upstep_fast.input_files import require_regular
 from upstep_fast.model.formats import checkpoint_files, folders
 from upstep_fast.model.formats.folders import Source
-from upstep_fast.model.names import HUB, HUB_IDS, KNOWN, LOCAL, demo_folder, nearest
+from upstep_fast.model.names import HUB, HUB_IDS, KNOWN, LOCAL, demo_folder, nearest, spelled_out
 
 MODULES = ("vision_transformer", "deit", "eva")  # of timm, whose models are plain ViTs
 PARALLEL = ("*_18x2_*", "*_xp_*", "vit_pwee_*", "vit_dpwee_*")  # architectures with attention and MLP in parallel
@@ -239,7 +239,7 @@ def _cure(name: str) -> str:
     """Return the cure for a name that is none of timm's, no folder and no checkpoint file."""
     if Path(name).is_file():
         return f"the endings of checkpoint files are {', '.join(sorted(checkpoint_files.SUFFIXES))}"
-    near = ", ".join(nearest(name, [*(known for known, _ in names()), *KNOWN, *HUB_IDS]))
+    near = ", ".join(nearest(spelled_out(name), [*(known for known, _ in names()), *KNOWN, *HUB_IDS]))
     if "/" in name:
         return (
             f"there is no such folder; for a repository of the hub write hf-hub:{name.strip('/')}; near names: {near}"

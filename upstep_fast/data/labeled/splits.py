@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,22 +85,24 @@ def train_and_test(
     except NoTestPartError:
         if not without_test.fraction:
             raise
-        return _split(open_source(paths, columns=columns, reading=reading), where, command, without_test)
+        return _split(open_source(paths, columns=columns, reading=reading), paths, command, without_test)
     train = open_source(paths, "train", columns, reading)
     for split, source in zip(SPLITS, (train, test), strict=True):
         if source.labels is None:
             raise DataError(
                 f"data: {where} {source.unlabeled()}; {command} needs {split}/CLASS/image files or a label for each"
+                f"{_metadata(paths)}"
             )
     return join(train, train.labels or [], test, test.labels or [], where)
 
 
-def _split(source: Source, where: str, command: str, by: HeldOut) -> tuple[Labeled, Labeled]:
+def _split(source: Source, paths: Sequence[str], command: str, by: HeldOut) -> tuple[Labeled, Labeled]:
     """Return both parts of images without a test part. Raises DataError."""
-    labels = source.labels
+    labels, where = source.labels, ", ".join(paths)
     if labels is None:
         raise DataError(
             f"data: {where} {source.unlabeled()}; {command} needs train/CLASS/image, CLASS/image or a label for each"
+            f"{_metadata(paths)}"
         )
     groups = source.groups()
     test = choose_test([source.name(i) for i in range(len(source))], labels, by, groups)
@@ -107,13 +110,29 @@ def _split(source: Source, where: str, command: str, by: HeldOut) -> tuple[Label
     if classes < 2 or not test.any():
         unit = "image" if groups is None else "file or series"
         what = f"one class, {labels[0]}" if classes < 2 else f"one {unit} of each class"
-        raise DataError(f"data: {where} has {what}; {command} needs at least 2 classes, and 2 images of one")
+        cure = _deeper(paths, labels[0]) if classes < 2 else ""
+        raise DataError(f"data: {where} has {what}; {command} needs at least 2 classes, and 2 images of one{cure}")
     log.info("data: %s", source.summary)
     text = "data: %s has no test part: %g %% of each of %d classes held out, seed %d"
     log.info(text, where, 100 * by.fraction, classes, by.seed)
     y = torch.tensor([sorted(set(labels)).index(label) for label in labels])
     whole = Labeled(source, y, tuple(sorted(set(labels))))
     return tuple(_counted(whole.subset(mask.nonzero()[:, 0])) for mask in (~test, test))  # type: ignore[return-value]
+
+
+def _deeper(paths: Sequence[str], only: str) -> str:
+    """Return the cure for folders that lie in one more folder, called `only`; empty if there are none."""
+    inner = next((path for path in (Path(top, only) for top in paths) if path.is_dir()), None)
+    if inner is None or not any(path.is_dir() for path in inner.iterdir()):
+        return ""
+    return f"; the folders are one level deeper, so give --data {inner}"
+
+
+def _metadata(paths: Sequence[str]) -> str:
+    """Return the cure for images whose classes are in metadata.csv beside them; empty if there is none."""
+    found = [path for top in map(Path, paths) for path in (top / "metadata.csv", *top.glob("*/metadata.csv"))]
+    files = [str(path) for path in found if path.is_file()]
+    return f"; give the CSV with them: --data {' '.join(sorted(files))} --label-column NAME" if files else ""
 
 
 def _counted(part: Labeled) -> Labeled:

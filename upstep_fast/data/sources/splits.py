@@ -16,9 +16,9 @@ from upstep_fast.errors import DataError
 
 SPLITS = ("train", "test")  # what a command asks for
 TRAIN_NAMES = ("train", "training")
-TEST_NAMES = ("test", "testing", "val", "valid", "validation")
+TEST_NAMES = ("test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation", "holdout")
 _LIKE_TRAIN = {*TRAIN_NAMES, "trainset"}
-_LIKE_TEST = {*TEST_NAMES, "tests", "testset", "dev", "eval", "evaluation", "holdout"}
+_LIKE_TEST = {*TEST_NAMES, "tests", "testset"}
 TREE = "train/CLASS/... and test/CLASS/... (or val/, valid/, validation/)"
 
 
