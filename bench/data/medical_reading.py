@@ -7,6 +7,8 @@ volume of 256 x 256 x 100 voxels. Both sides read the same file from a path in t
 
     dicom    dcmread, pixel_array with pydicom's choice of decoder, apply_modality_lut
     nifti    nibabel.load, and the slice of dataobj; slices in order
+
+And `adapt` on 10,000 slices of 256 x 256 pixels: how long a step waits for its views, as a fraction of the step.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import datetime
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -78,6 +81,27 @@ def library_dicom(path: Path) -> np.ndarray:
     return apply_modality_lut(ds.pixel_array, ds)
 
 
+def loader_wait(folder: Path, rng: np.random.Generator, files: int = 10_000, steps: int = 12) -> dict[str, float]:
+    """Return the median wait for views of the included model's steps, in seconds and as a fraction of the step."""
+    data = folder / "slices"
+    data.mkdir()
+    write_dicom(data / "first.dcm", np.zeros((256, 256), np.uint16), None)
+    header = (data / "first.dcm").read_bytes()[: -2 * 256 * 256]
+    (data / "first.dcm").unlink()
+    smooth = slice_of(rng)
+    for number in range(files):
+        top, left = rng.integers(0, 256, 2)
+        values = smooth[top : top + 256, left : left + 256] + rng.integers(0, 64, (256, 256), np.uint16)
+        (data / f"{number}.dcm").write_bytes(header + values.tobytes())
+    flags = ["--steps", str(steps), "--batch-size", "64", "--verdict", "off", "--intensity", "window:40,400"]
+    run = [sys.executable, "-m", "upstep_fast", "adapt", "--model", "demo", "--data", data, "--out", folder / "run"]
+    subprocess.run([*map(str, run), *flags], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()][2:]
+    wait = statistics.median(row["data_wait"] for row in rows)
+    step = statistics.median(64 / row["images_per_s"] for row in rows)
+    return {"files": files, "step_s": round(step, 3), "wait_s": round(wait, 4), "ratio": round(wait / step, 4)}
+
+
 def main() -> int:
     warnings.simplefilter("ignore")
     rng = np.random.default_rng(0)
@@ -98,6 +122,7 @@ def main() -> int:
                 lambda k, p=path: np.asarray(nibabel.load(p).dataobj[..., k % 100]),
                 99,
             )
+        found["adapt, wait for views"] = loader_wait(Path(folder), rng)
     machine = {"cpu": processor_name(), "cores": os.cpu_count(), "gpu": "none"}
     versions = {"pydicom": pydicom.__version__, "nibabel": nibabel.__version__}
     command = f"python bench/data/medical_reading.py {sys.argv[1]}"

@@ -30,7 +30,7 @@ NATIVE = (
     uid.ExplicitVRBigEndian,
     uid.DeflatedExplicitVRLittleEndian,
 )
-LOSSLESS = (uid.RLELossless, uid.JPEG2000Lossless, uid.JPEGLSLossless, uid.JPEGLosslessSV1)
+LOSSLESS = (uid.RLELossless, uid.JPEG2000Lossless, uid.JPEGLSLossless, uid.JPEGLosslessSV1, uid.HTJ2KLossless)
 
 
 def values_of(file, frame=0):
@@ -47,6 +47,8 @@ def coded(frame, syntax, bits):
         return imagecodecs.jpegls_encode(frame.view(f"u{frame.dtype.itemsize}"))
     if syntax == uid.JPEGLosslessSV1:
         return imagecodecs.ljpeg_encode(frame.view(f"u{frame.dtype.itemsize}") & (2**bits - 1), bitspersample=bits)
+    if syntax == uid.HTJ2KLossless:
+        return imagecodecs.htj2k_encode(frame, reversible=True)
     return imagecodecs.jpeg2k_encode(frame, level=0, codecformat="j2k", reversible=True, bitspersample=bits)
 
 
@@ -352,7 +354,8 @@ def test_threads_read_alike():
     x = smooth((4, 64, 64), 0, 4095, "u2")
     files = [written(compressed(dicom(x, 12), x, syntax)) for syntax in LOSSLESS]
     with ThreadPoolExecutor(8) as pool:
-        jobs = [(i % 4, frame, pool.submit(values_of, files[i % 4], frame)) for i in range(64) for frame in range(4)]
+        places = [(i % len(files), frame) for i in range(60) for frame in range(4)]
+        jobs = [(file, frame, pool.submit(values_of, files[file], frame)) for file, frame in places]
         for _, frame, job in jobs:
             assert np.array_equal(job.result().values[0], x[frame])
 
@@ -446,6 +449,49 @@ def test_bytes_changed_at_random_never_crash():
             for at in rng.integers(128, len(data), 3):
                 data[at] = rng.integers(256)
             try:
+                assert "\n" not in reader.layout(bytes(data)).what
                 assert values_of(bytes(data)).values.ndim == 3
             except BadImage as error:
                 assert "\n" not in error.reason
+
+
+def test_unused_bits_are_masked():
+    """Junk above BitsStored, also above the sign."""
+    rng = np.random.default_rng(0)
+    for bits, kind in itertools.product((9, 10, 12, 15), "ui"):
+        x = smooth((20, 30), *limits(bits, kind), f"{kind}2")
+        junk = rng.integers(0, 2 ** (16 - bits), x.shape).astype(np.uint16) << bits
+        file = written(dicom(((x.view(np.uint16) & (2**bits - 1)) | junk).view(x.dtype), bits))
+        assert np.array_equal(values_of(file).values[0], x)
+
+
+def test_windows_of_the_file_are_not_applied_and_monochrome1_is_inverted_once():
+    """After the rescale: by hand, in float64."""
+    x = smooth((20, 30), 0, 4095, "u2")
+    elements = {"RescaleSlope": 2, "RescaleIntercept": -1024, "PhotometricInterpretation": "MONOCHROME1"}
+    plain = values_of(written(dicom(x, 12, **elements)))
+    voi = Dataset()
+    voi.LUTDescriptor, voi.LUTData = [2, 0, 16], np.array([0, 65535], "<u2").tobytes()
+    windowed = dicom(x, 12, WindowCenter=40, WindowWidth=400, VOILUTSequence=Sequence([voi]), **elements)
+    assert np.array_equal(values_of(written(windowed)).values, plain.values)
+    y = to_bytes(plain, Intensity("range", ranges=((-160, 240),))).numpy()[0]
+    scaled = np.clip((x.astype(np.float64) * 2 - 1024 + 160) / 400, 0, 1)
+    assert np.array_equal(y, 255 - np.rint(255 * scaled).astype(np.uint8))
+
+
+def test_padding_everywhere_is_no_picture():
+    stored = values_of(written(dicom(np.full((4, 5), 7, np.uint16), 12, PixelPaddingValue=7)))
+    with pytest.raises(BadImage, match="no valid value"):
+        to_bytes(stored, Intensity("full"))
+
+
+def test_extended_jpeg_of_12_bits():
+    """Against libjpeg-turbo, through imagecodecs: one level at most."""
+    y, x = np.mgrid[:64, :80]
+    picture = (2000 + 1500 * np.sin(x / 9) * np.cos(y / 7)).astype(np.uint16)
+    code = imagecodecs.jpeg8_encode(picture, level=95, bitspersample=12)
+    ds = dicom(picture, 12, syntax=uid.ExplicitVRLittleEndian)
+    ds.file_meta.TransferSyntaxUID = uid.JPEGExtended12Bit
+    ds.PixelData = encapsulate([code])
+    values = values_of(written(ds)).values[0].astype(int)
+    assert np.abs(values - imagecodecs.jpeg8_decode(code)).max() <= 1 and np.abs(values - picture).max() < 60

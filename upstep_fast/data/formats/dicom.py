@@ -37,7 +37,7 @@ from upstep_fast.data.formats.dicom_values import (
 from upstep_fast.data.formats.reasons import bad_image
 from upstep_fast.data.formats.rescale import stored_range
 from upstep_fast.data.reading.stored import File, Layout, Piece, Stored
-from upstep_fast.errors import BadImage
+from upstep_fast.errors import BadImage, printable
 
 # lax files make pydicom warn; their values are right, or the file is refused
 warnings.filterwarnings("ignore", module="pydicom")
@@ -65,7 +65,7 @@ def _layout(image: DicomImage) -> Layout:
     sizes = {"F": image.frames, "Y": image.options["rows"], "X": image.options["columns"]}
     sizes["C"] = 1 if image.color in MONOCHROME else 3
     axes = [axis for axis, size in sizes.items() if size > 1 or axis in "YX"]
-    modality = str(image.header.get("Modality") or "image")[:16]
+    modality = printable(str(image.header.get("Modality") or "image"), 16)
     values = "floats" if image.is_float else f"{image.options['bits_stored']} bits"
     return Layout(
         "".join(axes),

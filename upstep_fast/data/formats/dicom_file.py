@@ -20,7 +20,7 @@ from pydicom.pixels.utils import as_pixel_options
 
 from upstep_fast.data.formats.dicom_values import rescale_of_frames
 from upstep_fast.data.reading.stored import File
-from upstep_fast.errors import BadImage
+from upstep_fast.errors import BadImage, printable
 
 MAX_INFLATED = 1 << 30  # bytes of a deflated file
 PLUGIN = "pylibjpeg"  # pydicom's name of the decoders
@@ -55,7 +55,7 @@ class DicomImage:
     @property
     def color(self) -> str:
         """Photometric interpretation: MONOCHROME1, RGB ..."""
-        return str(self.options.get("photometric_interpretation", ""))
+        return printable(str(self.options.get("photometric_interpretation", "")), 32)
 
     @property
     def is_float(self) -> bool:
@@ -109,7 +109,7 @@ def _image(stream: BinaryIO) -> tuple[DicomImage, BinaryIO]:
     meta = read_dataset(stream, is_implicit_VR=False, is_little_endian=True, stop_when=lambda tag, *_: tag >> 16 != 2)
     syntax = uid.UID(meta.get("TransferSyntaxUID") or _guessed_syntax(stream))
     if not syntax.is_transfer_syntax:
-        raise BadImage(f"an unknown transfer syntax ({str(syntax)[:64]})")
+        raise BadImage(f"an unknown transfer syntax ({printable(syntax, 64)})")
     if syntax == uid.DeflatedExplicitVRLittleEndian:
         stream, syntax = _inflated(stream), uid.ExplicitVRLittleEndian
     header = read_dataset(stream, syntax.is_implicit_VR, syntax.is_little_endian, stop_when=_is_pixel_data)
@@ -164,7 +164,7 @@ def _without_pixels(header: Dataset, meta: Dataset) -> str:
     if "DirectoryRecordSequence" in header or meta.get("MediaStorageSOPClassUID") == uid.MediaStorageDirectoryStorage:
         return "a DICOMDIR, which lists files; give the folder of the images"
     kind = uid.UID(header.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID") or "")
-    return f"a DICOM file without pixel data ({kind.name or 'of an unknown class'})"
+    return f"a DICOM file without pixel data ({printable(kind.name, 64) or 'of an unknown class'})"
 
 
 def _unsupported_reason(image: DicomImage) -> str | None:
