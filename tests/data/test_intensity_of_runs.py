@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import tomllib
 from dataclasses import replace
@@ -22,6 +23,7 @@ from upstep_fast.config.flat import from_flat, replace_flat
 from upstep_fast.config.reading import Intensity, Reading, parse_intensity
 from upstep_fast.data.curation.intensity import SAMPLE, measure_intensity
 from upstep_fast.data.curation.triage import triage
+from upstep_fast.data.decode.image import read_stored
 from upstep_fast.data.loading.skipped_images import read_image
 from upstep_fast.data.reading.intensity import to_bytes
 from upstep_fast.data.reading.stored import Stored
@@ -306,3 +308,11 @@ def test_tiles_of_pictures_are_measured_by_the_whole_picture(tmp_path):
     first = read_image(measure_intensity(tiles, channels=3), 0)
     want = to_bytes(Stored(images[0][None, :32, :32], 0, 65535), Intensity("range", ranges=((low, high),)))
     assert torch.equal(first[:1], want)
+
+
+def test_values_of_content_are_told_from_its_bytes():
+    fits = pytest.importorskip("astropy.io.fits", reason="install upstep_fast[astro]")
+    values = np.arange(-6, 6, dtype=np.int16).reshape(3, 4)
+    file = io.BytesIO()
+    fits.writeto(file, values)
+    assert np.array_equal(read_stored(file.getvalue()).values[0], values[::-1])  # the first row is at the bottom
