@@ -7,8 +7,10 @@ import pytest
 from large_files import picture, tifffile, write_pyramid
 from PIL import Image
 
+from upstep_fast.config.reading import Reading
 from upstep_fast.data.formats import slides, tiff_windows
 from upstep_fast.data.reading.stored import Piece
+from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import BadImage
 
 openslide = pytest.importorskip("openslide", reason="install upstep_fast[slides]")
@@ -110,6 +112,21 @@ def _linked_folder(folder):
     return folder / "data" / "s.mrxs"
 
 
+def _stated_elsewhere(folder):
+    path = _without_folder(folder)
+    (folder / "s").mkdir()
+    (folder / "s" / "Slidedat.ini").write_text("[DATAFILE]\nFILE_COUNT=1\nFILE_0=../../../etc/hostname\n")
+    return path
+
+
+def _null_byte(folder):
+    return write_vms(folder, picture(64, 64), MapFile="a\0b.jpg")
+
+
+def _long_line(folder):
+    return write_vms(folder, picture(64, 64), MapFile="a" + " " * 900_000 + "b")
+
+
 def _text(folder):
     (folder / "s.ndpi").write_text("not a slide")
     return folder / "s.ndpi"
@@ -130,6 +147,9 @@ BAD = {
     _linked: "is a link",
     _without_folder: "without its folder s/",
     _linked_folder: "is a link",
+    _stated_elsewhere: "outside of its folder",
+    _null_byte: "beside it",
+    _long_line: "slide",
     _text: "not a slide",
     _empty: "empty",
     _sixteen_bits: "16 bits a channel",
@@ -146,3 +166,13 @@ def test_a_bad_slide_is_refused_in_one_line(tmp_path, make):
 def test_a_slide_in_an_archive_is_refused():
     with pytest.raises(BadImage, match="archive"):
         slides.layout(b"II*\0")
+
+
+@pytest.mark.parametrize("reading", [Reading(), Reading(tile=128)])
+def test_the_pictures_of_a_slide_are_no_images_of_their_own(tmp_path, reading):
+    write_vms(tmp_path, picture(256, 512))
+    Image.fromarray(picture(128, 128)).save(tmp_path / "other.png")
+    source = open_source(str(tmp_path), reading=reading)
+    files = {source.name(index).partition("#")[0].rpartition("/")[2] for index in range(len(source))}
+    assert files == {"slide.vms", "other.png"} and len(source) == (9 if reading.tile else 2)
+    assert "2 files of slides" in source.summary

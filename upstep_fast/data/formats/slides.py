@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import re
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from upstep_fast.errors import BadImage
 _HANDLES = 16  # files that are kept open
 _opened_files = Recent(_HANDLES)  # each counts as 1
 _MAX_LEVELS = 64
+OF_FILES = (".vms", ".vmu")  # slides whose pixels lie in pictures beside them
 _MAX_TEXT = 1 << 20  # bytes of a .vms file
 
 
@@ -73,30 +73,43 @@ def _open(file: File) -> Any:
     return _opened_files.get(version_of(file), make)
 
 
-def _check_companions(path: str) -> None:
-    """Raise BadImage if a slide's other files are missing or lie elsewhere than beside it."""
+def companions(path: str) -> list[str]:
+    """Return the other files of a slide, by their paths relative to its folder. Raises BadImage, OSError."""
     folder, name = os.path.split(path)
     stem, suffix = os.path.splitext(name)
-    if suffix.lower() == ".mrxs":
-        if not os.path.isdir(os.path.join(folder, stem)):
-            raise BadImage(f"a MIRAX slide without its folder {stem}/; copy it beside the .mrxs file")
-        others = [stem, *(os.path.join(stem, other) for other in os.listdir(os.path.join(folder, stem)))]
-    elif suffix.lower() in (".vms", ".vmu"):
-        others = re.findall(
-            r"(?m)^(?:ImageFile|MapFile|OptimisationFile|MacroImage)[^=\n]*=[ \t]*(\S.*?)\s*$", _text(path)
-        )
-    else:
-        return
+    if suffix.lower() in OF_FILES:
+        return _values(path, ("ImageFile", "MapFile", "OptimisationFile", "MacroImage"))
+    if suffix.lower() != ".mrxs":
+        return []
+    inside = os.path.join(folder, stem)
+    if not os.path.isdir(inside):
+        raise BadImage(f"a MIRAX slide without its folder {stem}/; copy it beside the .mrxs file")
+    index = os.path.join(inside, "Slidedat.ini")
+    stated = _values(index, ("FILE_", "INDEXFILE")) if os.path.isfile(index) else []
+    return [stem, *(os.path.join(stem, other) for other in (*os.listdir(inside), *stated))]
+
+
+def _check_companions(path: str) -> None:
+    """Raise BadImage if a slide's other files are missing or lie elsewhere than beside it."""
+    folder = os.path.dirname(path)
     top = os.path.realpath(folder or ".")
-    for other in others:
-        if os.path.realpath(os.path.join(folder, other)) != os.path.normpath(os.path.join(top, other)) or (
-            os.path.commonpath((top, os.path.normpath(os.path.join(top, other)))) != top
-        ):
-            raise BadImage(f"its file {other} lies outside of its folder, or is a link; copy the file beside the slide")
+    for other in companions(path):
+        beside = os.path.normpath(os.path.join(top, other))
+        is_link = os.path.realpath(os.path.join(folder, other)) != beside
+        if is_link or os.path.commonpath((top, beside)) != top or beside == top:
+            raise BadImage(
+                f"its file {other[:200]} lies outside of its folder, or is a link; copy the file beside the slide"
+            )
 
 
-def _text(path: str) -> str:
-    return bytes(read_at(path, 0, min(os.path.getsize(path), _MAX_TEXT))).decode("latin-1")
+def _values(path: str, keys: tuple[str, ...]) -> list[str]:
+    """Return the values of the lines KEY...=VALUE of a text file, for keys that start so. Raises BadImage, OSError."""
+    text = bytes(read_at(path, 0, min(os.path.getsize(path), _MAX_TEXT))).decode("latin-1")
+    lines = (line.partition("=") for line in text.splitlines())
+    values = [value.strip() for key, _, value in lines if key.strip().startswith(keys) and value.strip()]
+    if bad := next((value for value in values if "\0" in value or "\\" in value), None):
+        raise BadImage(f"it names a file {bad[:80]!r}; a slide's files lie beside it")
+    return values
 
 
 def _check_bits(path: str) -> None:

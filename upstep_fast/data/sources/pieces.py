@@ -23,6 +23,7 @@ from upstep_fast.config.reading import Reading
 from upstep_fast.data.decode.piece import stored_piece
 from upstep_fast.data.formats import kinds
 from upstep_fast.data.formats.kinds import Kind
+from upstep_fast.data.formats.slides import OF_FILES, companions
 from upstep_fast.data.reading import axes, tiles
 from upstep_fast.data.reading.out_of_memory import is_out_of_memory
 from upstep_fast.data.reading.regular import read_at
@@ -144,7 +145,8 @@ def expand(part: Part, reading: Reading, listing: Listing) -> Part:
     kinds_of = _kinds(part, reading.is_windowed)
     if not any(kinds_of):
         return part
-    special = [index for index, kind in enumerate(kinds_of) if kind is not None and not kinds.missing(kind)]
+    owned = _owned(part, listing)
+    special = [index for index, kind in enumerate(kinds_of) if kind and index not in owned and not kinds.missing(kind)]
     absent = (index for index, kind in enumerate(kinds_of) if kind is not None and kinds.missing(kind))
     for index in absent:
         listing.add_other(os.fsencode(part.file_name(index)))
@@ -164,10 +166,23 @@ def expand(part: Part, reading: Reading, listing: Listing) -> Part:
             found[index] = result
     _note(seen, listing)
     listing.add_note(gaps([layout for layout, _ in found.values()]))
-    kept = [i for i, kind in enumerate(kinds_of) if i in found or kind is None]
+    kept = [i for i, kind in enumerate(kinds_of) if i in found or (kind is None and i not in owned)]
     layouts, pieces = zip(*(found.get(i, _PHOTOGRAPH) for i in kept), strict=True) if kept else ((), ())
     ends = np.cumsum([len(of_file) for of_file in pieces], dtype=np.int64)
     return Pieces(part, np.array(kept, np.int64), tuple(kinds_of[i] for i in kept), layouts, pieces, ends)
+
+
+def _owned(part: Part, listing: Listing) -> set[int]:
+    """Return the images that are files of a slide beside them (.vms), and say how many they are."""
+    paths = (part.file_path(index) for index in range(len(part)) if part.file_name(index).lower().endswith(OF_FILES))
+    files: set[str] = set()
+    for path in paths:
+        with contextlib.suppress(BadImage, OSError):  # whoever opens the slide says why
+            files |= {os.path.join(os.path.dirname(path), name) for name in companions(path)} if path else set()
+    owned = {index for index in range(len(part)) if part.file_path(index) in files} if files else set()
+    if owned:
+        listing.add_note(f"{len(owned):,} files of slides beside them are no images of their own")
+    return owned
 
 
 def _kinds(part: Part, is_windowed: bool) -> list[Kind | None]:
