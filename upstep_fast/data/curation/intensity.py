@@ -119,7 +119,7 @@ def _values(stored: Stored, index: int) -> _Sample:
     values = stored.values.reshape(bands, count)[:, places]
     if valid is None:
         return _Sample(values, 0.0)
-    is_valid = valid.reshape(len(valid), count).all(0)
+    is_valid: np.ndarray = np.logical_and.reduce(valid.reshape(len(valid), count))
     return _Sample(values[:, is_valid[places]], 1 - float(is_valid.mean()))
 
 

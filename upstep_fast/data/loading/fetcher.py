@@ -60,7 +60,7 @@ class Fetcher:
     ) -> None:
         self.source, self.seed, self.channels, self.min_side = source, seed, channels, min_side
         self.max_bad_fraction, self.transform = max_bad_fraction, transform
-        self.gpu = gpu if source.reading.keeps_photographs else None
+        self.gpu = gpu if gpu and source.reading.keeps_photographs else None
         self._bad: dict[int, str] = {}  # index -> reason, so that a bad file is read once
         self._cache = _Cache(cache)
 

@@ -193,7 +193,7 @@ def model_folder(folder: str | Path) -> Path:
     return inner if (inner / CONFIG).is_file() else Path(folder)
 
 
-def read_reading(folder: str | Path) -> dict[str, str]:
+def read_reading(folder: str | Path) -> dict[str, Any]:
     """Return intensity and bands that the classifier's images were read with, by flag; earlier versions: full.
 
     A folder without a model gives {}: `load` refuses it. Raises ConfigError.
