@@ -10,6 +10,9 @@ STAMP  := $(VENV)/.installed
 DEMO_VENV  ?= .venv-demo
 DEMO_STAMP := $(DEMO_VENV)/.installed
 TORCH_CPU  ?= https://download.pytorch.org/whl/cpu
+# runs a command and says every two seconds that it still runs: pip unpacks gigabytes without a word
+ticking = @( s=0; while sleep 2 && kill -0 $$$$ 2>/dev/null; do s=$$((s + 2)); echo "demo: installing, $$s s so far"; done ) & \
+	tick=$$!; $(1); code=$$?; kill $$tick; exit $$code
 CODE   := upstep_fast kernels bench
 
 .DEFAULT_GOAL := help
@@ -31,14 +34,14 @@ $(STAMP): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 # run-time dependencies only. Without an NVIDIA GPU torch is the one without NVIDIA's libraries (3 GB), where its index answers
 $(DEMO_STAMP): pyproject.toml setup.py
 	@echo "demo: installing what the package needs to run in $(DEMO_VENV)"
-	test -d $(DEMO_VENV) || $(PYTHON) -m venv $(DEMO_VENV)
-	@if [ "$$(uname)" != Linux ] || nvidia-smi -L >/dev/null 2>&1; then echo "demo: torch from PyPI"; \
+	$(call ticking,test -d $(DEMO_VENV) || $(PYTHON) -m venv $(DEMO_VENV))
+	$(call ticking,if [ "$$(uname)" != Linux ] || nvidia-smi -L >/dev/null 2>&1; then echo "demo: torch from PyPI"; \
 	elif $(DEMO_VENV)/bin/python -c "import urllib.request as r; r.urlopen('$(TORCH_CPU)/torch/', timeout=5)" 2>/dev/null; then \
 	  echo "demo: no NVIDIA GPU here: torch for CPUs from $(TORCH_CPU)"; \
 	  $(DEMO_VENV)/bin/pip install 'torch>=2.11' torchvision --index-url $(TORCH_CPU) || echo "demo: failed; torch from PyPI"; \
-	else echo "demo: $(TORCH_CPU) does not answer: torch from PyPI, with NVIDIA's libraries"; fi
-	$(DEMO_VENV)/bin/pip install 'setuptools>=77'
-	UPSTEP_FAST_NATIVE=none $(DEMO_VENV)/bin/pip install --no-build-isolation -e .
+	else echo "demo: $(TORCH_CPU) does not answer: torch from PyPI with NVIDIA's libraries"; fi)
+	$(call ticking,$(DEMO_VENV)/bin/pip install 'setuptools>=77')
+	$(call ticking,UPSTEP_FAST_NATIVE=none $(DEMO_VENV)/bin/pip install --no-build-isolation -e .)
 	touch $@
 
 demo: $(if $(wildcard $(STAMP)),,$(DEMO_STAMP))  ## adapt a small model to hand-sign photographs, without labels (minutes on 2 cores)

@@ -70,6 +70,15 @@ def test_the_demo_installs_what_it_needs_once(make, gpu, reachable, first, line)
     assert make("demo", gpu=gpu, reachable=reachable)[0] == ["upstep-fast demo"]
 
 
+def test_an_installation_is_not_silent(make, tmp_path):
+    """Pip unpacks torch for minutes without a line; the lines end with it, and a failure stays one."""
+    slow = PYTHON.replace("chmod +x", "printf 'sleep 5\\n' >> \"$3/bin/pip\"; chmod +x")
+    program(tmp_path / "python3", slow)
+    _, printed = make("demo")
+    assert printed.count("demo: installing, 2 s so far") == printed.count("demo: installing, 4 s so far") >= 2
+    assert "6 s so far" not in printed
+
+
 def test_the_demo_uses_the_environment_of_make_install(make, tmp_path):
     subprocess.run([tmp_path / "python3", "-m", "venv", tmp_path / "all"], check=True, env={"PATH": os.environ["PATH"]})
     (tmp_path / "all" / ".installed").touch()
