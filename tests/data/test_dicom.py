@@ -439,6 +439,16 @@ def test_deflated_data_are_bounded(monkeypatch):
         values_of(file)
 
 
+def test_missing_decoders_are_named(monkeypatch):
+    """No other decoder takes their place."""
+    x = smooth((8, 9), 0, 4095, "u2")
+    file = written(compressed(dicom(x, 12), [x], uid.JPEG2000Lossless))
+    decoder = dicom_file.get_decoder(uid.JPEG2000Lossless)
+    monkeypatch.setattr(decoder, "_available", {"pillow": decoder._available["pillow"]})
+    with pytest.raises(BadImage, match=r"JPEG 2000 .* pip install 'upstep_fast\[medical\]'"):
+        reader.layout(file)
+
+
 def test_bytes_changed_at_random_never_crash():
     rng = np.random.default_rng(0)
     x = smooth((16, 16), 0, 4095, "u2")
