@@ -11,7 +11,7 @@ import pytest
 
 from upstep_fast.config.reading import Intensity, Reading
 from upstep_fast.data.curation.intensity import measure_intensity
-from upstep_fast.data.decode.image import decode
+from upstep_fast.data.decode.image import decode, read_stored
 from upstep_fast.data.formats import geotiff, kinds
 from upstep_fast.data.loading.skipped_images import read_image
 from upstep_fast.data.reading.stored import Piece
@@ -352,3 +352,23 @@ def test_measured_intensity_leaves_nodata_out(tmp_path, dtype, bands, compressio
     valid = np.concatenate([picture[shown, 10 * i :].reshape(-1) for i, picture in enumerate(pictures)])
     assert np.allclose((low, high), np.percentile(valid, (0.5, 99.5)), atol=2)
     assert abs(read_image(source, 0).float().mean() - 127.5) < 3
+
+
+@pytest.mark.parametrize("interleave", ["pixel", "band"])
+@pytest.mark.parametrize("compression", ["none", "lzw", "deflate", "packbits"])
+def test_plain_files_have_the_values_that_gdal_gives(compression, interleave):
+    cases = itertools.product(("uint8", "uint16"), (1, 2, 3, 4, 7), (None, 3), (None, "minisblack"), (False, True))
+    for dtype, bands, nodata, photometric, tiled in cases:
+        values = values_of(dtype, bands, (32, 48))
+        values[:, :5] = 3
+        values[0, 9] = 3  # in one band alone
+        options = {"tiled": tiled, **({"blockxsize": 16, "blockysize": 16} if tiled else {})}
+        options |= {} if photometric is None else {"photometric": photometric}
+        data = write(values, nodata=nodata, compress=compression, interleave=interleave, **options, **PLACED)
+        by_gdal = geotiff.read(data, Piece())
+        by_us = read_stored(data, channels=bands, reading=Reading(bands=tuple(range(1, bands + 1))))
+        assert kinds.kind_of_content(data) is None
+        assert np.array_equal(by_us.values, by_gdal.values, equal_nan=by_gdal.values.dtype.kind == "f")
+        assert (by_us.low, by_us.high, by_us.inverted) == (by_gdal.low, by_gdal.high, by_gdal.inverted)
+        assert (by_us.valid is None) == (by_gdal.valid is None)
+        assert by_us.valid is None or np.array_equal(by_us.valid, by_gdal.valid)

@@ -6,7 +6,7 @@
     alpha         associated: composited on white. Unassociated: left out, since GDAL tags any fourth band as such
 
 Pillow reads most kinds, through libtiff. The rest goes to tifffile, among it what Pillow 13 reads wrongly: planar
-16-bit samples without compression (low bytes), planar gray with alpha, planar Lab.
+16-bit samples without compression (low bytes, an error for gray), planar gray with alpha, planar Lab.
 """
 
 from __future__ import annotations
@@ -232,7 +232,8 @@ def _pillow_reads(page: TiffPage, channels: int) -> bool:
     if _is_gray(page):
         bits, inverted = page.bits[0], page.photometric == WHITE_IS_ZERO
         # what Pillow reads in little-endian order only: 12 bits, and 16 bits with white as zero
-        return readable and (bits <= 8 or page.order == "<" or (bits == 16 and not inverted))
+        stumbles = bits == 16 and page.stated_planar == 2 and page.compression == _UNCOMPRESSED
+        return readable and not stumbles and (bits <= 8 or page.order == "<" or (bits == 16 and not inverted))
     if page.photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO):
         if page.samples == 2 and page.extra[:1] in ((ASSOCIATED,), (UNASSOCIATED,)) and channels in (1, 3):
             return readable and page.planar == 1 and page.bits[0] == 8 and page.extra == (UNASSOCIATED,)

@@ -35,7 +35,8 @@ class TiffPage:
     samples: int
     formats: tuple[int, ...]  # 1 unsigned, 2 signed, 3 floating point
     photometric: int
-    planar: int  # 1: interleaved, 2: one plane per sample
+    planar: int  # 1: interleaved, 2: one plane per sample; 1 of one sample
+    stated_planar: int  # as the file has it
     extra: tuple[int, ...]  # 0 unspecified, 1 associated alpha, 2 unassociated alpha
     compression: int
     orientation: int
@@ -149,6 +150,7 @@ def _page(tags: dict[int, np.ndarray], order: str, big: bool) -> TiffPage:
         formats=values(339, (1,)),
         photometric=value(262, 1),
         planar=value(284, 1) if samples > 1 else 1,
+        stated_planar=value(284, 1),
         extra=values(338, ()),
         compression=value(259, 1),
         orientation=value(274, 1),
