@@ -267,3 +267,20 @@ def test_a_series_in_two_classes():
     groups, labels = np.array([0, 0, 0, 1, 2]), ["a", "b", "b", "b", "a"]
     test = choose_test([f"{i}.dcm" for i in range(5)], labels, HeldOut(0.5), groups).tolist()
     assert test[1] == test[2] and sum(test) in (2, 3) and len({test[0], test[4]}) == len({test[1], test[3]}) == 2
+
+
+@pytest.mark.usefixtures("stacks")
+@pytest.mark.parametrize("names", [["a.png", "scan.fits"], [None, None], ["scan.fits", None]])
+def test_rows_of_a_dataset(tmp_path, names):
+    """Kinds are told by the files' names; without them the first row tells whether the rows are photographs."""
+    datasets = pytest.importorskip("datasets")
+    write_stack(tmp_path / "scan.fits", "ZYX", stack_values((3, 8, 8)))
+    photo().save(tmp_path / "a.png")
+    stack, picture = (tmp_path / "scan.fits").read_bytes(), (tmp_path / "a.png").read_bytes()
+    rows = [stack, picture] if names[0] == "scan.fits" or names[0] is None else [picture, stack]
+    image = [{"bytes": data, "path": name} for data, name in zip(rows, names, strict=True)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    datasets.Dataset.from_dict({"image": image, "label": ["x", "y"]}, features=features).save_to_disk(tmp_path / "set")
+    source = open_source(f"hf:{tmp_path / 'set'}")
+    assert len(source) == 4 and sorted(source.labels).count("x" if rows[0] == stack else "y") == 3
+    assert sum("#z=" in source.name(i) for i in range(4)) == 3

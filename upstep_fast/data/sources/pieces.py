@@ -286,6 +286,6 @@ def gaps(layouts: Sequence[Layout]) -> str:
             missing[series] = sorted(absent)
     if not missing:
         return ""
-    series, absent = next(iter(missing.items()))
-    shown = ", ".join(map(str, absent[:3])) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
+    series, places = next(iter(missing.items()))
+    shown = ", ".join(map(str, places[:3])) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
     return f"{len(missing):,} of {len(numbers):,} series have gaps: {series} lacks number {shown}"
