@@ -15,6 +15,7 @@ from PIL import Image
 from trees import contents, reasons, write_tar, write_tree
 
 from upstep_fast.data.decode.image import decode
+from upstep_fast.data.formats.kinds import NO_READER
 from upstep_fast.data.formats.kinds import PHOTOGRAPHS as SUFFIXES
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import DataError
@@ -27,6 +28,15 @@ def test_files_of_other_kinds_are_counted(tmp_path):
     for source in (open_source(write_tree(tmp_path / "f", tree)), open_source(write_tar(tmp_path / "f.tar", tree))):
         found, left_out = source.summary.split("; left out: ")
         assert found == "2 images (1 .jpg, 1 .jfif)" and set(left_out.split(", ")) == words
+
+
+def test_pictures_that_nothing_reads_are_named_with_the_cure(tmp_path):
+    for suffix in (".exr", ".hdr", ".pfm", ".nc", ".bil", ".mrc", ".nrrd", ".dng", ".heic", ".vrt", ".ecw", ".h5"):
+        root = write_tree(tmp_path / suffix[1:], {f"x{suffix}": b"x"})
+        with pytest.raises(DataError) as error:
+            open_source(root)
+        assert f"1 {suffix}" in str(error.value) and NO_READER[suffix] in str(error.value)
+        assert "\n" not in str(error.value)
 
 
 def test_many_kinds_are_summed_up(tmp_path):
