@@ -278,6 +278,11 @@ def test_orientation_and_alpha_of_files_of_16_bits():
     turned = decode(write_tiff([values], Kind(16, orientation=6)), channels=1, reading=RANGE)
     assert np.array_equal(turned[0].numpy(), np.rot90(mapped(values)[..., 0], -1))
     gray = values[..., 0]
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.fromarray(gray).save(file, "PNG", exif=exif)
+    turned = decode(file.getvalue(), channels=1, reading=RANGE)
+    assert np.array_equal(turned[0].numpy(), np.rot90(mapped(gray), -1))
     alpha = np.array([[0, 65535, 65535], [32768, 65535, 0]], np.uint16)
     over_white = [
         round((int(v) * int(a) + 65535 * (65535 - int(a))) / 65535) for v, a in zip(gray.flat, alpha.flat, strict=True)

@@ -299,7 +299,7 @@ def test_a_resumed_run_of_an_earlier_version_keeps_the_declared_range(tmp_path):
 
 
 def test_tiles_of_pictures_are_measured_by_the_whole_picture(tmp_path):
-    images = [image * 16 for image in twelve_bits(2, size=96)]
+    images = twelve_bits(2, size=96)
     plain = the_range(open_source(write(tmp_path, images, ".png")))
     tiles = open_source(tmp_path, reading=Reading(tile=32))
     assert len(tiles) == 18

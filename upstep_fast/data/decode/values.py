@@ -28,6 +28,7 @@ from upstep_fast.errors import BadImage
 
 START = 26  # bytes of a file that tell whether it may hold more than 8 bits
 _WHITE = 0xFFFF  # of 16 bits
+_EXIF_MARKS = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # of a PNG
 _BYTES_PER_PIXEL = 40  # four samples of 16 bits, and 32 bits each while alpha is composited
 _COLORS = {0: 1, 2: 3, 4: 1, 6: 3}  # PNG's color type -> samples besides alpha
 
@@ -75,7 +76,9 @@ def _plan_png(data: bytes | memoryview, channels: int, max_pixels: int, reading:
             raise BadImage(f"{width} x {height} pixels, above the limit of {max_pixels}")
         if "transparency" in image.info:
             png.scale_transparent_color(data, image)  # refuses what is ambiguous
-        orientation, clear = orientation_of(image), image.info.get("transparency")
+        # asked for EXIF, Pillow decodes the picture to look behind it
+        has_exif = any(mark in bytes(data) for mark in _EXIF_MARKS)
+        orientation, clear = orientation_of(image) if has_exif else 1, image.info.get("transparency")
     count = _COLORS[data[25]]
 
     def read() -> Stored:
