@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import pickle
 import struct
 import tarfile
 import types
@@ -149,6 +150,8 @@ def test_each_slice_is_an_image(container, tmp_path):
     assert source.summary == f"{kinds_found}; stack ZYX 3x20x24: 3 images of 1 channel"
     assert source.groups().tolist()[:3] == [0, 0, 0]
     assert len({source.digest(i) for i in range(len(source))}) == len(source)
+    sent = pickle.loads(pickle.dumps(source))  # as to the workers of a DataLoader
+    assert sent.fingerprint() == source.fingerprint() and torch.equal(read_image(sent, 2), read_image(source, 2))
 
 
 @pytest.mark.usefixtures("stacks")

@@ -31,7 +31,7 @@ def decode_piece(
     MemoryError, which say nothing about the image.
     """
     try:
-        if kind is kinds.PHOTOGRAPH and layout is not None:
+        if kind == kinds.PHOTOGRAPH and layout is not None:
             return shrunk(cut(file, piece, channels=channels, reading=reading, layout=layout), min_side)
         with decoding.hold(BYTES_PER_VALUE * num_values(layout, piece)):
             stored = stored_piece(kind, file, piece, layout)
@@ -47,7 +47,7 @@ def decode_piece(
 
 def stored_piece(kind: kinds.Kind, file: File, piece: Piece, layout: Layout | None) -> Stored:
     """Return one picture or tile, resized where its scale is not 1. Raises as its reader."""
-    if kind is kinds.PHOTOGRAPH and layout is not None:
+    if kind == kinds.PHOTOGRAPH and layout is not None:
         return cut_values(file, piece, layout=layout)
     if layout is None or piece.scale == 1:
         return kinds.read(kind, file, piece)
