@@ -18,7 +18,8 @@ from upstep_fast.config.base import DEMO
 from upstep_fast.config.tools import PushConfig
 from upstep_fast.errors import ConfigError, RunFailedError, first_line, printable
 from upstep_fast.model import model_card, names, peft_config
-from upstep_fast.model.peft_format import CONFIG, FILES
+from upstep_fast.model.peft_config import CONFIG
+from upstep_fast.model.peft_format import FILES
 from upstep_fast.runtime.progress import track
 
 MAX_BYTES = 1 << 34  # of one file of an adapter
@@ -33,7 +34,7 @@ def push(config: PushConfig) -> str:
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(config.repo)

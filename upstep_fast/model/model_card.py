@@ -46,6 +46,7 @@ def adapter_card(
 
     images, steps: None where they are not known. planned: number of steps of a run that has ended before its verdict.
     """
+    # lizard forgives: half of it is the text
     if planned is not None and steps is not None:
         ended = f"was interrupted at step {steps:,} of {planned:,}" if steps < planned else "failed before its verdict"
         verdicts = [f"none: the run {ended}"]

@@ -124,7 +124,7 @@ class MLflow:
         from mlflow.entities import Param
 
         self._client = MlflowClient()
-        self._id = _run_id(run, "mlflow")
+        self._id: Any = _run_id(run, "mlflow")
         self._sent = -1  # last step that the run has
         if self._id is not None:
             self._client.update_run(self._id, status="RUNNING")
