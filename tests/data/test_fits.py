@@ -184,6 +184,9 @@ def test_windows_are_those_of_the_displayed_picture(tmp_path):
         (write(writer.PrimaryHDU(values_of("int16", (90, 90))))[:-9000], "truncated"),
         (write(writer.PrimaryHDU(values_of("int16", (2, 2, 2, 2, 2, 2)))), "6 axes"),
     ],
+    ids=lambda value: (
+        value if isinstance(value, str) else ""
+    ),  # of the reasons: bytes differ between the processes of pytest-xdist
 )
 def test_bad_files_are_refused_in_one_line(data, reason):
     with pytest.raises(BadImage, match=reason) as error:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import upstep_fast
 from upstep_fast.cli.commands import main
 from upstep_fast.errors import CheckFailedError, ConfigError
-from upstep_fast.model import adapter_base, lora, peft_config, peft_format
+from upstep_fast.model import adapter_base, lora, model_card, peft_config, peft_format
 from upstep_fast.model.backbone import load
 from upstep_fast.model.export.export import export
 from upstep_fast.model.pooling import features
@@ -178,14 +178,21 @@ def test_finetune_copies_the_adapter_and_nothing_beside_it(base, adapter, labele
     secret.write_text("secret")
     for path in adapter.iterdir():
         (folder / path.name).symlink_to(path)
-    (folder / "notes").symlink_to(secret)
+    (folder / model_card.NAME).unlink(missing_ok=True)
+    for name in ("notes", model_card.NAME):
+        (folder / name).symlink_to(secret)
     (folder / "state.safetensors").write_bytes(b"x")
     (folder / "more").mkdir()
     result = upstep_fast.finetune(base, labeled, tmp_path / "out", adapter=folder, method="linear", epochs=1)
     copied = result.model / "adapter"
-    assert {path.name for path in copied.iterdir()} == {peft_format.CONFIG, peft_format.WEIGHTS}
+    assert {path.name for path in copied.iterdir()} == {
+        peft_format.CONFIG,
+        peft_format.WEIGHTS,
+        model_card.NAME,
+    }
     assert not any(path.is_symlink() for path in copied.iterdir())
     assert peft_format.fingerprint(copied) == peft_format.fingerprint(adapter)
+    assert "secret" not in (copied / model_card.NAME).read_text()
 
 
 def test_the_export_compares_its_reading_of_the_adapter_with_peft(base, adapter, tmp_path, monkeypatch):

@@ -57,6 +57,17 @@ def test_only_the_adapter_and_its_card_are_pushed(hub, run_folder, photos, capsy
     assert before == {path: path.read_bytes() for path in before}
 
 
+def test_a_card_that_is_a_link_is_not_pushed(run_folder, tmp_path):
+    """A link in a stranger's folder may name any file of the user."""
+    folder, secret = tmp_path / "adapter", tmp_path / "secret"
+    shutil.copytree(run_folder / "adapter", folder)
+    secret.write_text("secret")
+    (folder / "README.md").unlink()
+    (folder / "README.md").symlink_to(secret)
+    card = hubs.files_to_push(folder)["README.md"]
+    assert b"secret" not in card and b"image-feature-extraction" in card
+
+
 def test_the_card_names_task_library_tags_images_and_verdict(hub, run_folder):
     push(run_folder / "adapter", "adapted")
     card = ModelCard(hub.repositories[f"{OWNER}/adapted"].files["README.md"].decode())

@@ -145,10 +145,27 @@ def newest(folder: Path) -> Checkpoint | None:
 
 def load(path: Path) -> Checkpoint:
     """Return the checkpoint in folder `path`. Raises DamagedError; ConfigError if its format is newer than FORMAT."""
+    body = _manifest(path)
+    files = {name: _verified(path, name, facts) for name, facts in body["files"].items()}
+    return Checkpoint(path, body["step"], body, files)
+
+
+def recorded(folder: Path) -> dict[str, Any] | None:
+    """Return the newest intact manifest in `folder`, without the files it names; None if there is none.
+
+    Raises ConfigError if it was written by a later version of this package.
+    """
+    for _, path in sorted(_checkpoints(folder), reverse=True):
+        with contextlib.suppress(DamagedError):
+            return _manifest(path)
+    return None
+
+
+def _manifest(path: Path) -> dict[str, Any]:
     if path.is_symlink():
         raise DamagedError("a link, not a folder")
     try:
-        body = json.loads(_read(path / MANIFEST, MAX_MANIFEST_BYTES))
+        body: dict[str, Any] = json.loads(_read(path / MANIFEST, MAX_MANIFEST_BYTES))
         digest = body.pop("sha256")
         canonical = _canonical(body)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -165,7 +182,7 @@ def load(path: Path) -> Checkpoint:
         )
     if _step(path) != step:
         raise DamagedError(f"{MANIFEST} belongs to step {step}")
-    return Checkpoint(path, step, body, {name: _verified(path, name, facts) for name, facts in named.items()})
+    return body
 
 
 def is_temporary(path: Path) -> bool:

@@ -15,6 +15,9 @@ from upstep_fast.config.flat import replace_flat
 from upstep_fast.config.reading import intensity_text
 from upstep_fast.data.curation.intensity import measure_intensity
 from upstep_fast.data.sources.source import Source
+from upstep_fast.errors import ConfigError
+from upstep_fast.runtime import checkpoint
+from upstep_fast.runtime.run_folder import CHECKPOINTS
 
 C = TypeVar("C", AdaptConfig, FinetuneConfig)
 
@@ -26,11 +29,22 @@ def as_recorded(config: C) -> C:
     """
     if not config.output.resume or config.data.intensity is not None:
         return config
-    path = Path(config.output.out) / RUN_CONFIG
-    if not path.is_file():  # no run to continue
-        return config
-    recorded = flatten_tables(input_files.read_toml(path, "resume"), type(config))
-    return config if "intensity" in recorded else replace_flat(config, intensity="full")
+    recorded = _recorded(Path(config.output.out), type(config))
+    return config if recorded is None or "intensity" in recorded else replace_flat(config, intensity="full")
+
+
+def _recorded(out: Path, config_class: type) -> dict[str, Any] | None:
+    """Return the flags of the run to continue: of its checkpoint, or of config.toml, which users edit, before one."""
+    manifest = checkpoint.recorded(out / CHECKPOINTS)
+    if manifest is not None:
+        flags = manifest.get("config")
+        return flags if isinstance(flags, dict) else None  # refused where the checkpoint is read
+    if not (out / RUN_CONFIG).is_file():  # no run to continue
+        return None
+    try:
+        return flatten_tables(input_files.read_toml(out / RUN_CONFIG, "resume"), config_class)
+    except ConfigError:  # the run starts anew, and writes it again
+        return None
 
 
 def with_intensity(config: C, source: Source, channels: int) -> tuple[C, Source]:
