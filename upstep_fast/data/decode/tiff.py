@@ -67,9 +67,7 @@ def plan_tiff(data: bytes | memoryview, channels: int, max_pixels: int, *, any_n
     bands = [other for other in pages if other.kind == page.kind] if _is_gray(page) and max(page.bits) > 1 else [page]
     stated = stated_planes(description) if _is_gray(page) else 0
     if stated > len(bands) and not description.startswith("ImageJ="):
-        raise BadImage(
-            f"one file of an OME-TIFF of {stated} planes in several files; join them, e.g. by tifffile, or use .npy"
-        )
+        raise BadImage(f"one file of an OME-TIFF of {stated} planes in several files; join them, e.g. by Fiji")
     num_pages = max(len(bands), stated)
     if any(other.is_sparse for other in bands):
         raise BadImage("a sparse TIFF: some of its strips or tiles are not stored; write it again without SPARSE_OK")
@@ -196,11 +194,14 @@ def _check_pages(pages: int, description: str, channels: int) -> None:
     """Raise BadImage unless gray pages can be bands: those of a stack are only by an explicit --in-chans above 3."""
     stack = stated_stack(description)
     if stack and channels in (1, 3):
-        raise BadImage(f"a stack of {stack}, no channels; write each to a file of its own, or its channels to .npy")
+        raise BadImage(
+            f"a stack of {stack}, no channels; write each to a file of its own, its channels to .npy, "
+            "or read it with --slice all"
+        )
     if pages != channels and channels in (1, 3):
         raise BadImage(
             f"a TIFF of {pages} bands (gray pages), {channels} were asked for; "
-            f"give --in-chans {pages}, or keep one page"
+            f"give --in-chans {pages}, --axes ZYX if they are slices, or keep one page"
         )
     _check_bands(pages, channels)
     if channels == 3 and stated_planes(description) < 2:

@@ -17,7 +17,7 @@ from types import ModuleType
 
 from upstep_fast.data.reading import axes
 from upstep_fast.data.reading.stored import File, Layout, Piece, Stored
-from upstep_fast.data.reading.tiff_header import first_page
+from upstep_fast.data.reading.tiff_header import first_page, is_stack
 from upstep_fast.errors import BadImage
 
 
@@ -49,10 +49,12 @@ SLIDES = Kind(
 )
 # for tiles and levels (--tiles, --level, --mpp) of files that data/decode reads as a whole
 TIFF_WINDOWS = Kind("TIFF", "tiff_windows", (), "microscopy", ("tifffile", "imagecodecs"))
+STACKS = Kind("TIFF stack", "tiff_stacks", (), "microscopy", ("tifffile",))  # told from the description (is_stack)
+ZARR = Kind("OME-Zarr", "ome_zarr", (".zarr",), "microscopy", ("zarr",))  # a folder
 ARRAYS = Kind("array", "npy_windows", (), "", ())
 PHOTOGRAPH = Kind("photograph", "photographs", (), "", ())  # of which decode/cut.py has the pixels
-BY_PATH = (SVS, SLIDES, TIFF_WINDOWS, GEOTIFF, JPEG2000, ARRAYS)  # read by offset, never as a whole
-KINDS = (DICOM, NIFTI, FITS, JPEG2000, JPEGXL, SVS, SLIDES)
+BY_PATH = (SVS, SLIDES, TIFF_WINDOWS, STACKS, ZARR, GEOTIFF, JPEG2000, ARRAYS)  # read by offset, never as a whole
+KINDS = (DICOM, NIFTI, FITS, JPEG2000, JPEGXL, SVS, SLIDES, ZARR)
 
 _CONVERT = "convert it to JPEG or PNG"
 _TO_TIFF = "convert it to a 16-bit TIFF or to .npy"
@@ -65,7 +67,10 @@ NO_READER = {
     ),
     **dict.fromkeys((".bsq", ".bil", ".bip", ".h5", ".hdf", ".hdf5", ".grib", ".grb", ".ecw", ".sid"), _TO_TIFF),
     ".vrt": "give the files that it names",
-    **dict.fromkeys((".czi", ".lif", ".nd2", ".oib", ".vsi"), "convert it to OME-TIFF, with bioformats2raw or Fiji"),
+    **dict.fromkeys(
+        (".czi", ".lif", ".nd2", ".oib", ".oif", ".vsi", ".lsm", ".stk", ".dv", ".ims", ".zvi"),
+        "convert it to OME-TIFF, with bioformats2raw or Fiji",
+    ),
     **dict.fromkeys((".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf", ".raw"), "develop it to TIFF"),
     **dict.fromkeys((".mp4", ".mov", ".avi", ".mkv", ".webm"), "write its frames as JPEG or PNG"),
 }
@@ -124,8 +129,22 @@ def windowed(kind: Kind | None, start: bytes, file: Callable[[], File]) -> Kind:
     if kind is not None:
         return kind
     if start.startswith(_TIFF):
-        return GEOTIFF if _needs_gdal(file()) else TIFF_WINDOWS
+        if _states_stack(content := file()):
+            return STACKS
+        return GEOTIFF if _needs_gdal(content) else TIFF_WINDOWS
     return ARRAYS if start.startswith(b"\x93NUMPY") else PHOTOGRAPH
+
+
+def stack_of(file: File, any_pages: bool) -> Kind | None:
+    """Return the kind of a TIFF whose description names planes; with `any_pages` also of others of several pages."""
+    return STACKS if _states_stack(file, any_pages) else None
+
+
+def _states_stack(file: File, any_pages: bool = False) -> bool:
+    try:
+        return is_stack(file, any_pages)
+    except BadImage:  # whoever reads it says what is wrong
+        return False
 
 
 def _needs_gdal(file: File) -> bool:

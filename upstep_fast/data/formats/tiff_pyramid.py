@@ -99,17 +99,8 @@ def _parsed(file: str | io.BytesIO, size: int) -> Pyramid:
         with tifffile.TiffFile(file) as tiff:
             pages = levels_of(tiff)
             base = pages[0]
-            return Pyramid(
-                levels=tuple(_level(page, size) for page in pages),
-                photometric=int(base.photometric),
-                compression=int(base.compression),
-                orientation=int(base.tags.valueof(_ORIENTATION, 1)),
-                extra=tuple(map(int, base.extrasamples)),
-                colors=base.colormap if base.photometric == PALETTE else None,
-                nodata=float(base.nodata) if _NODATA in base.tags else None,  # tifffile's is 0 without the tag
-                what=f"{'Aperio slide' if tiff.is_svs else 'TIFF'}, {base.bitspersample} bits",
-                mpp=micrometers_per_pixel(tiff, base),
-            )
+            what = f"{'Aperio slide' if tiff.is_svs else 'TIFF'}, {base.bitspersample} bits"
+            return pyramid_of(tiff, base, tuple(level_of(page, size) for page in pages), what)
     except (BadImage, MemoryError, OSError):
         raise
     except Exception as error:  # TiffFileError, struct.error, ValueError and others, for broken headers
@@ -118,7 +109,22 @@ def _parsed(file: str | io.BytesIO, size: int) -> Pyramid:
         raise BadImage(f"its TIFF header cannot be read: {type(error).__name__}: {str(error)[:120]}") from error
 
 
-def _level(page: Any, size: int) -> Level:
+def pyramid_of(tiff: Any, page: Any, levels: tuple[Level, ...], what: str) -> Pyramid:
+    """Return levels with what a page of tifffile says of their colors."""
+    return Pyramid(
+        levels=levels,
+        photometric=int(page.photometric),
+        compression=int(page.compression),
+        orientation=int(page.tags.valueof(_ORIENTATION, 1)),
+        extra=tuple(map(int, page.extrasamples)),
+        colors=page.colormap if page.photometric == PALETTE else None,
+        nodata=float(page.nodata) if _NODATA in page.tags else None,  # tifffile's is 0 without the tag
+        what=what,
+        mpp=micrometers_per_pixel(tiff, page),
+    )
+
+
+def level_of(page: Any, size: int) -> Level:
     """Return what is needed of a page of tifffile. size: of the file. Raises BadImage for kinds that are not read."""
     _check(page)
     offsets, counts = (np.array(part, np.int64) for part in (page.dataoffsets, page.databytecounts))
@@ -139,12 +145,18 @@ def _level(page: Any, size: int) -> Level:
         order=page.parent.byteorder,
         is_sparse=not (offsets.all() and counts.all()),
     )
-    expected = level.per_plane * (level.samples if level.planar else 1)
-    if len(offsets) != expected or len(counts) != expected or (level.offsets + level.counts > size).any():
-        raise BadImage("truncated TIFF: its data ends before its last pixel")
+    check_segments(level, size)
     if not level.is_plain and rows * columns * (1 if level.planar else level.samples) > _MAX_SEGMENT:
         raise BadImage(f"its strips or tiles of {rows} x {columns} pixels are too large; write it again in tiles")
     return level
+
+
+def check_segments(level: Level, size: int) -> None:
+    """Raise BadImage unless all segments lie in a file of `size` bytes."""
+    expected = level.per_plane * (level.samples if level.planar else 1)
+    lengths = {len(level.offsets), len(level.counts)}
+    if lengths != {expected} or (level.offsets + level.counts > size).any():
+        raise BadImage("truncated TIFF: its data ends before its last pixel")
 
 
 def _check(page: Any) -> None:

@@ -39,10 +39,11 @@ _segments = Recent(256 << 20)  # decoded strips and tiles
 
 def layout(file: File) -> Layout:
     """Return size, levels and resolution of a TIFF's first picture. Raises BadImage, OSError."""
-    return _layout(open_pyramid(file))
+    return pyramid_layout(open_pyramid(file))
 
 
-def _layout(opened: Pyramid) -> Layout:
+def pyramid_layout(opened: Pyramid) -> Layout:
+    """Return the layout of one picture with its levels."""
     base = opened.levels[0]
     sizes = tuple(_upright_size(level, opened.orientation) for level in opened.levels)
     bands = 3 if opened.photometric in (PALETTE, CMYK) or _has_alpha(opened) else base.samples
@@ -51,8 +52,12 @@ def _layout(opened: Pyramid) -> Layout:
 
 def read(file: File, piece: Piece) -> Stored:
     """Return a window of a level. Raises BadImage, OSError."""
-    opened = open_pyramid(file)
-    window = _layout(opened).window(piece)
+    return read_window(file, open_pyramid(file), piece)
+
+
+def read_window(file: File, opened: Pyramid, piece: Piece) -> Stored:
+    """Return a window of a level of a picture whose segments are known. Raises BadImage, OSError."""
+    window = pyramid_layout(opened).window(piece)
     level = opened.levels[piece.level]
     window = _as_stored(window, _upright_size(level, opened.orientation), opened.orientation)
     values, valid = _window(file, level, window)

@@ -67,9 +67,8 @@ def check_bands(count: int, channels: int, bands: tuple[int, ...] = ()) -> None:
     if count in (1, channels):
         return
     chosen = "--bands selects" if bands else "has"
-    numbers = ",".join(str(n) for n in range(1, channels + 1))
-    cure = f"--bands {numbers} or " if count > channels else ""
-    raise BadImage(f"{chosen} {count} bands, {channels} were asked for; give {cure}--in-chans {count}")
+    numbers = ",".join(str(n) for n in range(1, channels + 1)) if count > channels else "1"
+    raise BadImage(f"{chosen} {count} bands, {channels} were asked for; give --bands {numbers} or --in-chans {count}")
 
 
 def to_bytes(stored: Stored, intensity: Intensity) -> Tensor:

@@ -11,6 +11,7 @@ from upstep_fast.data.reading.stored import File
 from upstep_fast.errors import BadImage
 
 _handles = Recent(64)  # open files, closed when they are no longer among the latest
+ZARR_METADATA = ("zarr.json", ".zattrs", ".zgroup", ".zarray")
 Version = tuple[str, int, int, int]
 
 
@@ -23,6 +24,12 @@ def version_of(path: str) -> Version:
     if not stat.S_ISREG(status.st_mode):
         raise OSError("not a regular file")
     return path, status.st_size, status.st_ino, status.st_mtime_ns
+
+
+def is_zarr(path: str | bytes) -> bool:
+    """Return whether a path is a Zarr store: a folder with metadata that ends in .zarr, one file for a listing."""
+    place = os.fsdecode(path)
+    return place.lower().endswith(".zarr") and any(os.path.isfile(os.path.join(place, name)) for name in ZARR_METADATA)
 
 
 def read_at(file: File, offset: int, size: int) -> bytes | memoryview:

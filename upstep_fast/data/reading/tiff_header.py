@@ -6,13 +6,16 @@ import mmap
 import os
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
 from upstep_fast.data.reading.stored import File
 from upstep_fast.errors import BadImage
 
+T = TypeVar("T")
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
 _CODES = {1: "u1", 2: "S1", 3: "u2", 4: "u4", 13: "u4", 16: "u8", 18: "u8"}  # field types that are read
 _DESCRIPTION, _DNG_VERSION, _GDAL_METADATA, _GDAL_NODATA = 270, 50706, 42112, 42113
@@ -96,15 +99,55 @@ def read_pages(data: bytes | memoryview, max_pages: int = _MAX_PAGES) -> tuple[l
 
 def first_page(file: File) -> TiffPage:
     """Return the first page of a TIFF; `is_masked` is known of those with tags of GeoTIFF. Raises BadImage, OSError."""
+
+    def read(view: bytes | memoryview) -> TiffPage:
+        page = read_pages(view, max_pages=1)[0][0]
+        return read_pages(view)[0][0] if page.is_geo else page
+
+    return _mapped(file, read)
+
+
+def is_stack(file: File, any_pages: bool = False) -> bool:
+    """Return whether a file is a TIFF whose description names planes: of ImageJ, of OME, or axes of tifffile.
+
+    any_pages: other TIFFs of several pages count as well. Raises BadImage, OSError.
+    """
+
+    def look(view: bytes | memoryview) -> bool:
+        if bytes(view[:4]) not in TIFF:
+            return False
+        pages, description = read_pages(view, max_pages=1 + any_pages)
+        if any_pages and len(pages) > 1:
+            return True
+        if description.startswith("{"):
+            axes, sizes = shaped_axes(description)
+            return any(axis not in "YXSC" and size > 1 for axis, size in zip(axes, sizes, strict=True))
+        if description.startswith("ImageJ="):
+            return stated_planes(description) > 1
+        is_set = "<OME" in description[:2000] and ("<BinaryOnly" in description or description.count("<Image ") > 1)
+        return is_set or stated_planes(description) > max(1, pages[0].samples)  # SizeC counts samples
+
+    return _mapped(file, look)
+
+
+def shaped_axes(description: str) -> tuple[str, tuple[int, ...]]:
+    """Return axes and sizes that tifffile's own description states, as JSON; empty without them."""
+    axes = re.search(r'"axes": "([A-Z]{2,16})"', description)
+    shape = re.match(r'\{"shape": \[([0-9, ]+)\]', description)
+    sizes = tuple(int(size) for size in shape[1].split(",") if size.strip()) if shape else ()
+    return (axes[1], sizes) if axes and len(axes[1]) == len(sizes) else ("", ())
+
+
+def _mapped(file: File, read: Callable[[bytes | memoryview], T]) -> T:
+    """Return what `read` makes of a file's content, which is mapped into memory. Raises as it, BadImage, OSError."""
     if not isinstance(file, str):
-        page = read_pages(file, max_pages=1)[0][0]
-        return read_pages(file)[0][0] if page.is_geo else page
+        return read(file)
     with open(file, "rb") as stream:
         if not os.fstat(stream.fileno()).st_size:
             raise BadImage("the file is empty")
         with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content, memoryview(content) as view:
             try:
-                return first_page(view)
+                return read(view)
             except BadImage as error:
                 raise BadImage(error.reason) from None  # whose traceback would hold the mapping
 
@@ -116,7 +159,7 @@ def stated_planes(description: str) -> int:
         return int(match[1]) if match else 1
     if "<OME" not in description[:2000]:
         return 0
-    sizes = [re.search(rf'Size{axis}="(\d{{1,6}})"', description) for axis in "CZT"]
+    sizes = [re.search(rf'Size{axis}="(\d{{1,9}})"', description) for axis in "CZT"]
     return int(np.prod([int(size[1]) if size else 1 for size in sizes], dtype=object))
 
 
@@ -124,7 +167,7 @@ def stated_stack(description: str) -> str:
     """Return what ImageJ's or OME's description says the pages are, other than channels: "3 slices (Z)"; else ""."""
     of_imagej, of_ome = description.startswith("ImageJ="), "<OME" in description[:2000]
     for word, axis in (("slices", "Z"), ("frames", "T")):
-        pattern = rf"^{word}=(\d{{1,9}})" if of_imagej else rf'Size{axis}="(\d{{1,6}})"'
+        pattern = rf"^{word}=(\d{{1,9}})" if of_imagej else rf'Size{axis}="(\d{{1,9}})"'
         size = re.search(pattern, description, re.MULTILINE) if of_imagej or of_ome else None
         if size and int(size[1]) > 1:
             return f"{size[1]} {word} ({axis})"

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from upstep_fast.data.decode.arrays import npy_header
+from upstep_fast.data.reading.regular import is_zarr
+from upstep_fast.data.sources.file_kinds import is_unnamed_dicom
 from upstep_fast.data.sources.part import (
     ALREADY_LISTED,
     IMAGE_SUFFIXES,
     Listing,
     Names,
     Part,
-    is_unnamed_dicom,
     printable,
     read_image_file,
     read_start,
@@ -56,6 +57,10 @@ class Files(Part):
     def other_than(self, suffixes: tuple[bytes, ...]) -> list[int]:
         """Return the images whose names end in none of these suffixes."""
         return self.names.other_than(suffixes)
+
+    def ending_in(self, suffixes: tuple[bytes, ...]) -> list[int]:
+        """Return the images whose names end in one of these suffixes."""
+        return self.names.ending_in(suffixes)
 
     def suffixes(self) -> Counter[str]:
         """Return the number of files of each suffix."""
@@ -110,7 +115,8 @@ def top_folders(root: str) -> list[str]:
     """Return the names of the folders in `root`. Raises DataError if it cannot be read."""
     try:
         with os.scandir(os.fsencode(root)) as entries:
-            return [os.fsdecode(e.name) for e in entries if not e.name.startswith(b".") and _is(e.is_dir)]
+            folders = [e for e in entries if not e.name.startswith(b".") and _is(e.is_dir)]
+            return [os.fsdecode(e.name) for e in folders if not is_zarr(e.path)]
     except OSError as error:
         raise DataError(f"data: cannot read the folder {root}: {error.strerror}") from error
 
@@ -156,7 +162,7 @@ def _entries(root: bytes, folder: bytes, listing: Listing, suffixes: tuple[bytes
         entries = {entry.name: entry for entry in scanned if not entry.name.startswith(b".")}  # .DS_Store, ._photo.jpg
     for name, entry in entries.items():
         if _is(entry.is_dir):
-            found.append((name, True))
+            found.append((name, not (suffixes is IMAGE_SUFFIXES and is_zarr(entry.path))))
         elif not name.lower().endswith(suffixes) and not (suffixes is IMAGE_SUFFIXES and _is_unnamed_dicom(entry)):
             listing.add_other(entry.path)
         elif reason := _why_not(entry, entries, listing):

@@ -70,6 +70,10 @@ class Rows(Part):
             is_photograph = True
         return () if is_photograph else range(len(self))
 
+    def ending_in(self, suffixes: tuple[bytes, ...]) -> Sequence[int]:
+        """Return the images of names that end so; none without names."""
+        return super().ending_in(suffixes) if self._file_names else ()
+
     def labels(self) -> list[str] | None:
         """Return the class column's values by name; None without such a column, or if a row has none."""
         if self.label is None:

@@ -7,7 +7,7 @@ import os
 import stat
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BufferedReader
 from itertools import pairwise
@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from upstep_fast.data.formats.kinds import DICOM, NO_READER, START, SUFFIXES, Kind, kind_of, missing_of, suffix_of
+from upstep_fast.data.formats.kinds import NO_READER, START, SUFFIXES, Kind, missing_of, suffix_of
 from upstep_fast.data.reading.stored import WHOLE, File, Layout, Piece
 from upstep_fast.data.sources.splits import is_split
 from upstep_fast.errors import ConfigError, DataError
@@ -79,6 +79,10 @@ class Part(Protocol):
     def other_than(self, suffixes: tuple[bytes, ...]) -> Sequence[int]:
         """Return the images whose names end in none of these suffixes, in lower case."""
         return [i for i in range(len(self)) if not os.fsencode(self.file_name(i)).lower().endswith(suffixes)]
+
+    def ending_in(self, suffixes: tuple[bytes, ...]) -> Sequence[int]:
+        """Return the images whose names end in one of these suffixes, in lower case."""
+        return [i for i in range(len(self)) if os.fsencode(self.file_name(i)).lower().endswith(suffixes)]
 
     def suffixes(self) -> Counter[str]:
         """Return the number of files of each suffix."""
@@ -199,6 +203,13 @@ class Names:
         blob, ends = self.blob.lower(), self.ends.tolist()
         return [i for i, (a, b) in enumerate(pairwise([0, *ends])) if not blob.endswith(suffixes, a, b)]
 
+    def ending_in(self, suffixes: tuple[bytes, ...]) -> list[int]:
+        """Return the names that end in one of these suffixes, in lower case."""
+        blob = self.blob.lower()
+        if not any(suffix in blob for suffix in suffixes):
+            return []
+        return [i for i, (a, b) in enumerate(pairwise([0, *self.ends.tolist()])) if blob.endswith(suffixes, a, b)]
+
     def suffixes(self) -> Counter[str]:
         """Return the number of names of each suffix; a million take a second."""
         blob, ends = self.blob, self.ends.tolist()
@@ -255,17 +266,6 @@ def read_start(path: str | bytes) -> bytes:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise OSError("not a regular file")
         return file.read(START)
-
-
-def is_unnamed_dicom(name: bytes, start: Callable[[], bytes]) -> bool:
-    """Return whether a file without a suffix, or with the end of a UID as one, holds DICOM. start: its first bytes."""
-    suffix = os.path.splitext(name)[1][1:]
-    if suffix and not suffix.isdigit():
-        return False
-    try:
-        return kind_of("", start()) is DICOM
-    except OSError:
-        return False
 
 
 def read_image_file(path: str, offset: int = 0, size: int | None = None) -> bytes:

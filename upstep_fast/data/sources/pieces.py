@@ -9,12 +9,10 @@ import contextlib
 import hashlib
 import math
 import os
-import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -30,13 +28,13 @@ from upstep_fast.data.reading.regular import read_at
 from upstep_fast.data.reading.stored import WHOLE, File, Layout, Piece
 from upstep_fast.data.reading.tiles import Grid
 from upstep_fast.data.reading.transient import may_pass
+from upstep_fast.data.sources.file_kinds import digest_of_folder, file_of, in_place, kinds_in
 from upstep_fast.data.sources.part import LARGE, Digest, Item, Listing, Part, shown_suffix
 from upstep_fast.errors import BadImage, DataError, RunFailedError, first_line
 from upstep_fast.runtime.progress import track
 
 THREADS = 8  # that read headers
 _PHOTOGRAPH: tuple[Layout | None, Sequence[Piece]] = (None, (WHOLE,))
-_PHOTOGRAPHS = tuple(suffix.encode() for suffix in kinds.PHOTOGRAPHS)
 LAYOUTS = 3  # that are described, the most frequent ones
 
 
@@ -71,7 +69,7 @@ class Pieces(Part):
         at, kind = int(self.files[file]), self.kinds[file]
         by_path = kind in kinds.BY_PATH or (kind is not None and len(self.pieces[file]) > 1)
         path = self.inner.file_path(at) if by_path else None
-        return Item(self.inner.read(at) if path is None else _regular(path), kind, piece, self.layouts[file])
+        return Item(self.inner.read(at) if path is None else in_place(path), kind, piece, self.layouts[file])
 
     def digest(self, index: int) -> Digest:
         """Return the file's size, and BLAKE2b of the file and the place in it. Raises OSError."""
@@ -86,6 +84,8 @@ class Pieces(Part):
     def _digest(self, at: int) -> Digest:
         """Return size and hash of a file; of a large one that is read by offset, the hash of its start and end."""
         path = self.inner.file_path(at)
+        if path is not None and os.path.isdir(path):
+            return digest_of_folder(path)
         if path is None or (size := os.path.getsize(path)) <= LARGE:
             return self.inner.digest(at)
         ends = b"".join(bytes(read_at(path, start, LARGE >> 6)) for start in (0, size - (LARGE >> 6)))
@@ -142,7 +142,7 @@ def expand(part: Part, reading: Reading, listing: Listing) -> Part:
 
     Files whose header cannot be read, or whose reader is not installed, go to `listing`.
     """
-    kinds_of = _kinds(part, reading.is_windowed)
+    kinds_of = kinds_in(part, reading)
     if not any(kinds_of):
         return part
     owned = _owned(part, listing)
@@ -185,25 +185,11 @@ def _owned(part: Part, listing: Listing) -> set[int]:
     return owned
 
 
-def _kinds(part: Part, is_windowed: bool) -> list[Kind | None]:
-    """Return the kind of each file, None for photographs; their starts are read only where the name does not tell.
-
-    is_windowed: whether tiles or levels are asked for, for which each file has a kind.
-    """
-    result: list[Kind | None] = [None] * len(part)
-    for index in range(len(part)) if is_windowed else part.other_than(_PHOTOGRAPHS):
-        with contextlib.suppress(OSError):  # whoever decodes the image says why
-            start = part.start(index)
-            kind = kinds.kind_of(part.file_name(index), start)
-            result[index] = kinds.windowed(kind, start, partial(_file, part, index)) if is_windowed else kind
-    return result
-
-
 def _pieces(part: Part, index: int, kind: Kind | None, reading: Reading) -> tuple[Layout, Sequence[Piece]] | str:
     """Return a file's layout and its pictures, or why it cannot be used."""
     assert kind is not None
     try:
-        file = _file(part, index)
+        file = file_of(part, index)
         layout = kinds.layout(kind, file)
         pictures: Sequence[Piece] = axes.pieces(layout, reading)  # equal layouts share one sequence
         if reading.is_windowed:
@@ -242,19 +228,6 @@ def _windows(kind: Kind, file: File, layout: Layout, reading: Reading, pictures:
     if not any(map(len, grids)):
         raise BadImage("all its tiles are blank: no band varies by more than 1 of 255 levels")
     return grids[0] if len(grids) == 1 else [piece for grid in grids for piece in grid]
-
-
-def _file(part: Part, index: int) -> File:
-    """Return the path of a file of its own, or the content of another. Raises OSError."""
-    path = part.file_path(index)
-    return part.read(index) if path is None else _regular(path)
-
-
-def _regular(path: str) -> str:
-    """Return the path of a regular file. Raises OSError for another."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError("not a regular file")
-    return path
 
 
 def _described(layout: Layout, reading: Reading, count: int) -> str:

@@ -26,7 +26,9 @@ import numpy as np
 from upstep_fast.config.base import DataConfig, reading_of
 from upstep_fast.config.reading import Reading
 from upstep_fast.data.formats.kinds import SUFFIXES, suffix_of
+from upstep_fast.data.reading.regular import is_zarr
 from upstep_fast.data.sources.explain import HINTS, no_images
+from upstep_fast.data.sources.file_kinds import is_unnamed_dicom
 from upstep_fast.data.sources.folders import Files, open_folder
 from upstep_fast.data.sources.huggingface import open_dataset
 from upstep_fast.data.sources.lists import LIST_SUFFIXES, read_list
@@ -40,7 +42,6 @@ from upstep_fast.data.sources.part import (
     Names,
     Part,
     Problem,
-    is_unnamed_dicom,
     printable,
     read_start,
 )
@@ -204,7 +205,7 @@ def _open(match: str | list[str], split: str | None, columns: Columns, listing: 
         return open_tars(match, split, columns, listing)
     if match.startswith("hf:"):
         return open_dataset(match.removeprefix("hf:"), split, columns, listing)
-    if os.path.isdir(match):
+    if os.path.isdir(match) and not is_zarr(match):
         return open_folder(match, split, listing)
     suffix = suffix_of(match)
     if suffix in LIST_SUFFIXES:

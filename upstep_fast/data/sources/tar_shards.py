@@ -17,13 +17,13 @@ import numpy as np
 
 from upstep_fast.data.formats.kinds import START
 from upstep_fast.data.sources.archives import choose_split, label_of, last_of_each_name, opened
+from upstep_fast.data.sources.file_kinds import is_unnamed_dicom
 from upstep_fast.data.sources.part import (
     IMAGE_SUFFIXES,
     Columns,
     Listing,
     Names,
     Part,
-    is_unnamed_dicom,
     printable,
     read_image_file,
 )
@@ -63,6 +63,10 @@ class TarMembers(Part):
     def other_than(self, suffixes: tuple[bytes, ...]) -> list[int]:
         """Return the images whose names end in none of these suffixes."""
         return self.names.other_than(suffixes)
+
+    def ending_in(self, suffixes: tuple[bytes, ...]) -> list[int]:
+        """Return the images whose names end in one of these suffixes."""
+        return self.names.ending_in(suffixes)
 
     def suffixes(self) -> Counter[str]:
         """Return the number of files of each suffix."""

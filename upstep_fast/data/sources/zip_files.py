@@ -21,6 +21,7 @@ import numpy as np
 
 from upstep_fast.data.formats.kinds import START
 from upstep_fast.data.sources.archives import choose_split, last_of_each_name, opened
+from upstep_fast.data.sources.file_kinds import is_unnamed_dicom
 from upstep_fast.data.sources.part import (
     IMAGE_SUFFIXES,
     LARGE,
@@ -29,7 +30,6 @@ from upstep_fast.data.sources.part import (
     Names,
     Part,
     Problem,
-    is_unnamed_dicom,
     open_data,
     printable,
     read_image_file,
@@ -91,6 +91,10 @@ class ZipMembers(Part):
     def other_than(self, suffixes: tuple[bytes, ...]) -> list[int]:
         """Return the images whose names end in none of these suffixes."""
         return self.names.other_than(suffixes)
+
+    def ending_in(self, suffixes: tuple[bytes, ...]) -> list[int]:
+        """Return the images whose names end in one of these suffixes."""
+        return self.names.ending_in(suffixes)
 
     def suffixes(self) -> Counter[str]:
         """Return the number of files of each suffix."""
