@@ -21,6 +21,7 @@ from upstep_fast import input_files
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.base import DEMO, BackboneConfig
 from upstep_fast.config.flat import dashed, paths
+from upstep_fast.config.reading import READING, merged
 from upstep_fast.config.value_types import check_types
 from upstep_fast.errors import ConfigError, first_line, printable
 
@@ -30,7 +31,6 @@ MODEL_RECORD = "upstep_fast.model"  # metadata of WEIGHTS, which PEFT ignores
 _BARE = "bare_parameters.safetensors"
 _HUB = ("hf-hub:", "hf_hub:", "hf:", "https://huggingface.co/")
 _OF_A_RUN = ("tune", "from_")  # LoRA flags that tell nothing about the adapter
-READING = ("intensity", "bands")  # flags of the data that features depend on as on the model
 _FIXED = ("arch", "in_chans", "mean", "std")  # of other values than the training's, features have no meaning
 
 
@@ -141,15 +141,15 @@ def with_adapter(flags: Mapping[str, Any], config_class: type) -> dict[str, Any]
 
 
 def _with_reading(flags: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return `flags` with intensity and bands of the run whose folder the flag `name` gives, where they have none."""
+    """Return `flags` with the reading of the run whose folder the flag `name` gives, where they have none."""
     if not (folder := Path(flags[name])).exists():
         return dict(flags)
-    given = {key: value for key, value in flags.items() if value is not None or key not in READING}
-    return reading_flags(folder / REFUSED if is_refused(folder) else folder) | given
+    others = {key: value for key, value in flags.items() if key not in READING}
+    return others | merged(reading_flags(folder / REFUSED if is_refused(folder) else folder), flags)
 
 
 def reading_flags(folder: Path) -> dict[str, Any]:
-    """Return intensity and bands that the images of an adapter's training were read with, as far as it tells.
+    """Return how the images of an adapter's training were read, by flag of READING, as far as it tells.
 
     Earlier versions recorded none: their images were read by the declared range, full. Raises ConfigError.
     """

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from upstep_fast.config.flat import flag, flag_of
-from upstep_fast.config.reading import Intensity, Reading, check_axes, parse_bands, parse_intensity, parse_tiles
+from upstep_fast.config.reading import NONE, Intensity, Reading, check_axes, parse_bands, parse_intensity, parse_tiles
 from upstep_fast.errors import ConfigError
 
 DEMO = "demo"  # name of the small model included in the package, whatever folder of that name there is
@@ -62,43 +62,48 @@ class DataConfig:
     """Brightness of values beyond 8 bits: auto, full, percentile:LO,HI, window:CENTER,WIDTH or range:LO,HI. Default:
     that of the run, else auto."""
     bands: str | None = None
-    """Numbers of the bands to read, from 1 on, in this order: 3,2,1. Default: those of the run, else all."""
-    slice: Literal["auto", "middle", "all", "max"] = "auto"
-    """Slices, frames and times of a file that are images; max: the brightest values. auto: all, of animations the
-    first."""
+    """Numbers of the bands to read, from 1 on, in this order: 3,2,1; none: all. Default: those of the run, else all."""
+    slice: Literal["auto", "middle", "all", "max"] | None = None
+    """Slices, frames and times of a file that are images; max: the brightest values; auto: all, of animations the
+    first. Default: that of the run, else auto."""
     axes: str | None = None
-    """Meaning of a file's axes where it does not say: TZYX."""
+    """Meaning of a file's axes where it does not say: TZYX; none: as the file says. Default: that of the run."""
     tiles: str | None = None
-    """Read large images in tiles of this side in pixels, with a stride: 224 or 224:112."""
-    level: int | None = None
-    """Level of a pyramid to read, 0: full size."""
-    mpp: float | None = None
-    """Micrometers per pixel to read a slide at."""
+    """Read large images in tiles of this side in pixels, with a stride: 224 or 224:112; none: whole pictures. Default:
+    those of the run, else none."""
+    level: int | Literal["none"] | None = None
+    """Level of a pyramid to read, 0: full size; or none. Default: that of the run."""
+    mpp: float | Literal["none"] | None = None
+    """Micrometers per pixel to read a slide at; or none. Default: that of the run."""
 
     def __post_init__(self) -> None:
         """Check every field. Raises ConfigError."""
         at_least(self, "num_workers", 0)
         fraction(self, "max_bad_fraction")
-        at_least(self, "level", 0)
-        positive(self, "mpp")
-        if self.level is not None and self.mpp is not None:
+        if self.level != NONE:
+            at_least(self, "level", 0)
+        if self.mpp != NONE:
+            positive(self, "mpp")
+        if not {None, NONE} & {self.level, self.mpp}:
             raise ConfigError("level and mpp: give one of them, not both")
         reading_of(self)
 
 
 def reading_of(config: DataConfig) -> Reading:
     """Return how the images that a command's configuration names are read. Raises ConfigError."""
-    check_axes(config.axes)
-    tile, stride = parse_tiles(config.tiles)
+    names = ("bands", "axes", "tiles", "level", "mpp")
+    given = {name: None if (value := getattr(config, name)) == NONE else value for name in names}
+    check_axes(given["axes"])
+    tile, stride = parse_tiles(given["tiles"])
     return Reading(
         intensity=Intensity() if config.intensity is None else parse_intensity(config.intensity),
-        axes=config.axes,
-        slices=config.slice,
-        bands=parse_bands(config.bands),
+        axes=given["axes"],
+        slices=config.slice or "auto",
+        bands=parse_bands(given["bands"]),
         tile=tile,
         stride=stride,
-        level=config.level,
-        mpp=config.mpp,
+        level=given["level"],
+        mpp=given["mpp"],
     )
 
 

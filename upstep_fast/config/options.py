@@ -22,11 +22,11 @@ class AdaptOptions(TypedDict, total=False):
     max_bad_fraction: float
     intensity: str | None
     bands: str | None
-    slice: Literal["auto", "middle", "all", "max"]
+    slice: Literal["auto", "middle", "all", "max"] | None
     axes: str | None
     tiles: str | None
-    level: int | None
-    mpp: float | None
+    level: int | Literal["none"] | None
+    mpp: float | Literal["none"] | None
     mean_std: Literal["given", "auto"]
     decode: Literal["cpu", "cuda"]
     triage: bool
@@ -160,11 +160,11 @@ class FinetuneOptions(TypedDict, total=False):
     max_bad_fraction: float
     intensity: str | None
     bands: str | None
-    slice: Literal["auto", "middle", "all", "max"]
+    slice: Literal["auto", "middle", "all", "max"] | None
     axes: str | None
     tiles: str | None
-    level: int | None
-    mpp: float | None
+    level: int | Literal["none"] | None
+    mpp: float | Literal["none"] | None
     overwrite: bool
     resume: bool
     method: Literal["losa", "lora", "linear", "full"]
@@ -224,11 +224,11 @@ class EvaluateOptions(TypedDict, total=False):
     max_bad_fraction: float
     intensity: str | None
     bands: str | None
-    slice: Literal["auto", "middle", "all", "max"]
+    slice: Literal["auto", "middle", "all", "max"] | None
     axes: str | None
     tiles: str | None
-    level: int | None
-    mpp: float | None
+    level: int | Literal["none"] | None
+    mpp: float | Literal["none"] | None
     adapter: str | Path | None
     any_base: bool
     source: str | Path | None
@@ -258,11 +258,11 @@ class EmbedOptions(TypedDict, total=False):
     max_bad_fraction: float
     intensity: str | None
     bands: str | None
-    slice: Literal["auto", "middle", "all", "max"]
+    slice: Literal["auto", "middle", "all", "max"] | None
     axes: str | None
     tiles: str | None
-    level: int | None
-    mpp: float | None
+    level: int | Literal["none"] | None
+    mpp: float | Literal["none"] | None
     adapter: str | Path | None
     any_base: bool
     ensemble: bool

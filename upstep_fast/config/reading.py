@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from upstep_fast.errors import ConfigError
 
+# flags of the data that features depend on as on the model: kept with a run, and taken from it by other commands
+READING = ("intensity", "bands", "axes", "slice", "tiles", "level", "mpp")
+NONE = "none"  # value of such a flag that stands for its absence, whatever the run has
 INTENSITY = "auto, full, percentile:LO,HI, window:CENTER,WIDTH or range:LO,HI"
 _MAX_BANDS = 64
 
@@ -52,8 +56,27 @@ class Reading:
         """Whether parts or levels of pictures are read."""
         return self.tile is not None or bool(self.level) or self.mpp is not None
 
+    def described(self) -> dict[str, str]:
+        """Return what features depend on, by flag. Pixels of 8 bits, and values without a measured range, tell none."""
+        is_measured = self.intensity.ranges or self.intensity.kind != "auto"
+        return ({"intensity": intensity_text(self.intensity)} if is_measured else {}) | {
+            "bands": ",".join(map(str, self.bands)) or NONE,
+            "axes": self.axes or NONE,
+            "slice": self.slices,
+            "tiles": str(self.tile or NONE),
+            "level": str(self.level or NONE),
+            "mpp": str(self.mpp or NONE),
+        }
+
 
 AS_STORED = Reading()  # by the declared range: auto without a measured one
+
+
+def merged(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return flags of READING: those given, and recorded ones of the others. level and mpp exclude each other."""
+    own = {name: given[name] for name in READING if given.get(name) is not None}
+    excluded = {other for name, other in (("level", "mpp"), ("mpp", "level")) if own.get(name, NONE) != NONE}
+    return {name: value for name, value in recorded.items() if name not in excluded} | own
 
 
 def parse_intensity(text: str) -> Intensity:

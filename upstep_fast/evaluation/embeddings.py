@@ -19,6 +19,7 @@ from upstep_fast.config.adapter_folder import is_refused, run_folder
 from upstep_fast.config.evaluate import EmbedConfig
 from upstep_fast.config.files import from_options
 from upstep_fast.config.options import EmbedOptions
+from upstep_fast.config.run_reading import log_of_adapter
 from upstep_fast.config.signatures import with_keywords
 from upstep_fast.data.curation.intensity import measure_intensity
 from upstep_fast.data.sources.source import open_configured
@@ -28,7 +29,6 @@ from upstep_fast.evaluation.features import append_whitened, extract, load_model
 from upstep_fast.evaluation.whitening import OtherModelError, Whitening
 from upstep_fast.model import peft_format, pooling
 from upstep_fast.model.backbone import Backbone
-from upstep_fast.model.identity import model_identity
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime.atomic_file import require_writable, write_errors
 from upstep_fast.runtime.commit import Content, commit_together, settle
@@ -74,7 +74,7 @@ def run_embed(config: EmbedConfig) -> Embedded:
         models = load_models(config)
         source = measure_intensity(source, channels=len(models["base"].mean), workers=config.data.num_workers)
         whitens = bool(config.whitening or config.fit_whitening or own)
-        identity = model_identity(models["base"]) if whitens else {}
+        identity = whitening.identity_of(models["base"], source.reading) if whitens else {}
         fingerprints = whitening_fingerprints(identity["sha256"], config) if whitens else {}
         fitted: dict[str, Whitening] = {}
         if config.whitening or own:
@@ -103,6 +103,7 @@ def with_run(config: EmbedConfig) -> tuple[EmbedConfig, Path | None]:
     if config.adapter is None:
         return config, None
     folder = run_folder(config.adapter)
+    log_of_adapter(config.adapter, config.data)
     if is_refused(config.adapter):
         if config.ensemble:
             raise ConfigError(f"ensemble: the adapter of {folder} was refused; leave out --ensemble for the base model")

@@ -43,7 +43,6 @@ from upstep_fast.evaluation.image_inputs import transformed_images
 from upstep_fast.evaluation.whitening import Whitening
 from upstep_fast.model import pooling
 from upstep_fast.model.backbone import Backbone
-from upstep_fast.model.identity import model_identity
 from upstep_fast.runtime import machine
 from upstep_fast.runtime.device import Compute, resolve
 from upstep_fast.runtime.progress import track
@@ -66,7 +65,7 @@ class FeatureModel:
     implementation: str = "auto"
     adapter: str | None = None
     whitening: Whitening | None = None
-    reading: Reading = AS_STORED  # intensity and bands, as in training
+    reading: Reading = AS_STORED  # as in training
     _functions: dict[bool, Callable[[Tensor], Tensor]] = field(
         default_factory=dict
     )  # by whether mean patch tokens are included
@@ -229,9 +228,8 @@ def load(
     takes it. model: the name of an adapter's base model, where its own is at another place. whiten: append whitened
     features, which measured best: by the whitening in the run's folder if it holds one (None), must hold one (True);
     by a file of `embed --fit-whitening`; or not at all (False). A run whose adapter was refused gives the base model.
-    options: arch,
-    img_size, in_chans, mean, std, min_matched and any_base, as for `embed`; None: as in training. device, precision,
-    implementation: as for `embed`. Raises ConfigError.
+    options: arch, img_size, in_chans, mean, std, min_matched, any_base, intensity, bands, axes, slice, tiles, level and
+    mpp, as for `embed`; None: as in training. device, precision, implementation: as for `embed`. Raises ConfigError.
     """
     options |= _places(source, model)
     options |= {"whitening": _whitening_file(source, whiten)} if whiten else {}
@@ -272,5 +270,5 @@ def _whitening_file(source: str | Path, whiten: bool | str | Path) -> str:
 
 
 def _read_whitening(config: EmbedConfig, own: Path | None, models: dict[str, Backbone]) -> dict[str, Whitening]:
-    identity = model_identity(models["base"])
+    identity = whitening.identity_of(models["base"], reading_of(config.data))
     return read_whitening(config, own, models, whitening_fingerprints(identity["sha256"], config), identity)

@@ -16,6 +16,7 @@ from upstep_fast.config.base import reading_of
 from upstep_fast.config.evaluate import EvalConfig
 from upstep_fast.config.files import from_options
 from upstep_fast.config.options import EvaluateOptions
+from upstep_fast.config.run_reading import log_of_adapter
 from upstep_fast.config.signatures import with_keywords
 from upstep_fast.data.curation.intensity import measure_intensity
 from upstep_fast.data.labeled.splits import HeldOut, Labeled, train_and_test
@@ -95,6 +96,7 @@ def _write_json(path: Path, result: dict[str, Any]) -> None:
 
 def _measure(config: EvalConfig, compute: Compute) -> dict[str, Any]:
     without_test = HeldOut(config.test_fraction, config.runtime.seed)
+    log_of_adapter(config.adapter, config.data)
     reading = reading_of(config.data)
     parts = train_and_test(config.data.paths, "eval", columns_of(config.data), without_test, reading)
     sources = (

@@ -31,14 +31,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from upstep_fast.config.reading import Reading
 from upstep_fast.errors import ConfigError, first_line
 from upstep_fast.input_files import require_regular
-from upstep_fast.model.identity import differences
+from upstep_fast.model.backbone import Backbone
+from upstep_fast.model.identity import differences, model_identity
 
 log = logging.getLogger("upstep_fast")
 
 FILE = "whitening.safetensors"  # in the folder of a run
 IDENTITY, FORM = "model_identity", "form"  # in the metadata of the file; the first is JSON
+READING = "reading"  # in the identity: how the images were read, by flag
 APPENDED = "[x / sqrt(2), w(x) / 2, w(p) / 2]"  # phi, or its equal without p
 MIN_SPREAD = 1e-10  # of unit vectors, tr(C): below it they differ only by rounding
 
@@ -90,12 +93,17 @@ def whitened(x: Tensor, fitted: Whitening) -> Tensor:
     return F.normalize(torch.einsum("npd,pde->npe", x - fitted.mean, fitted.matrix), dim=-1)
 
 
+def identity_of(base: Backbone, reading: Reading) -> dict[str, Any]:
+    """Return what a whitening belongs to: the base model without adapters, and how its images are read, as JSON."""
+    return model_identity(base) | {READING: reading.described()}
+
+
 def content(
     fitted: Mapping[str, Whitening], fingerprints: Mapping[str, str], identity: Mapping[str, Any] | None = None
 ) -> Callable[[BinaryIO], object]:
     """Return a function that writes whitenings and model fingerprints, by name ("base", "adapted"), as safetensors.
 
-    identity: of the base model (`model.identity`), whose settings and preprocessing the fingerprints do not cover.
+    identity: of the base model (`identity_of`), whose settings and preprocessing the fingerprints do not cover.
     """
     tensors = {f"{name}.{part}": x.contiguous() for name, one in fitted.items() for part, x in vars(one).items()}
     metadata = {**fingerprints, IDENTITY: json.dumps(identity or {}), FORM: APPENDED}
@@ -144,11 +152,26 @@ def _check_origin(
             raise OtherModelError(
                 f"whitening: {path} was not fitted to this {name} model; fit one with --fit-whitening"
             )
-    then = json.loads(metadata.get(IDENTITY, "{}"))  # earlier versions wrote none
-    if different := differences(then if isinstance(then, dict) else {}, identity):
+    recorded = json.loads(metadata.get(IDENTITY, "{}"))  # earlier versions wrote none
+    then = recorded if isinstance(recorded, dict) else {}
+    if different := differences(then, identity):
         raise OtherModelError(
             f"whitening: {path} was fitted to another model, of the same weights: {'; '.join(different[:5])}; "
             "fit one with --fit-whitening"
+        )
+    _check_reading(then.get(READING), identity.get(READING), path)
+
+
+def _check_reading(then: object, now: object, path: str) -> None:
+    """Raise OtherModelError if a flag is in both readings with two values; files of earlier versions tell none."""
+    if not (isinstance(then, dict) and isinstance(now, dict)):
+        return
+    names = [name for name in now if then.get(name, now[name]) != now[name]]
+    if names:
+        different = "; ".join(f"--{name} was {str(then[name])[:100]}, is {now[name]}" for name in names)
+        raise OtherModelError(
+            f"whitening: {path} was fitted to images that were read otherwise: {different}; read them alike, or fit "
+            "one with --fit-whitening"
         )
 
 

@@ -32,7 +32,7 @@ def record(vit: nn.Module) -> str:
 def model_record(backbone: Backbone, config: BackboneConfig, reading: Mapping[str, Any]) -> str:
     """Return the flags that build this model and its transform again, as JSON text: all of `config` but the name.
 
-    reading: intensity and bands that the training's images were read with, by flag; None is left out.
+    reading: how the training's images were read, by flag; None is left out.
     """
     flags: dict[str, Any] = {
         "img_size": list(backbone.img_size),

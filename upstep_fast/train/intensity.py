@@ -11,8 +11,9 @@ from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.adapter_folder import RUN_CONFIG
 from upstep_fast.config.files import flatten_tables
 from upstep_fast.config.finetune import FinetuneConfig
-from upstep_fast.config.flat import replace_flat
+from upstep_fast.config.flat import flat, replace_flat
 from upstep_fast.config.reading import intensity_text
+from upstep_fast.config.run_reading import log_of_adapter
 from upstep_fast.data.curation.intensity import measure_intensity
 from upstep_fast.data.sources.source import Source
 from upstep_fast.errors import ConfigError
@@ -49,6 +50,8 @@ def _recorded(out: Path, config_class: type) -> dict[str, Any] | None:
 
 def with_intensity(config: C, source: Source, channels: int) -> tuple[C, Source]:
     """Return configuration and source with the range of intensity, measured if there is none yet."""
+    flags = flat(config)
+    log_of_adapter(flags.get("adapter") or flags.get("from_"), config.data)
     source = measure_intensity(source, channels=channels, workers=config.data.num_workers)
     return replace_flat(config, intensity=intensity_text(source.reading.intensity)), source
 

@@ -90,6 +90,7 @@ def _fitted(
         with track("whitening", len(source)) as task:
             read, rows = plain_features(source, base, vits, compute, config.data.num_workers, _parts, task)
         fitted = {name: whitening.fit(_finite(x)) for name, x in zip(models, rows, strict=True)}
+        identity = {**identity, whitening.READING: source.reading.described()}
         fingerprints = whitening_fingerprints(identity["sha256"], embedding)
     except (UpstepError, RuntimeError) as error:
         log.warning("whitening: none (%s)", first_line(error))

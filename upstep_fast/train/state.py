@@ -12,7 +12,7 @@ from torch import Tensor
 
 from upstep_fast import methods
 from upstep_fast.config.adapt import AdaptConfig
-from upstep_fast.config.adapter_folder import READING
+from upstep_fast.config.reading import READING
 from upstep_fast.data.loading.skipped_images import SkippedImages
 from upstep_fast.errors import ConfigError, UpstepError
 from upstep_fast.evaluation.feature_model import FeatureModel, load

@@ -26,6 +26,7 @@ from torch import Tensor
 from upstep_fast.config.adapter_folder import reading_flags, with_adapter
 from upstep_fast.config.base import DataConfig, reading_of
 from upstep_fast.config.flat import from_flat
+from upstep_fast.config.reading import AS_STORED, READING
 from upstep_fast.config.tools import ExportConfig
 from upstep_fast.data.loading.loader import load_images
 from upstep_fast.data.sources.source import open_source
@@ -183,7 +184,8 @@ def _images(config: ExportConfig, base: Backbone) -> tuple[Tensor, str]:
     data, count, stored = config.data, IMAGES, channels
     if not data:
         data, count, stored = (str(files("upstep_fast") / "assets" / PHOTOS),), FEW, 3
-    source = open_source(data, reading=reading_of(DataConfig((), **_reading(config))))
+    reading = reading_of(DataConfig((), **_reading(config))) if config.data else AS_STORED
+    source = open_source(data, reading=reading)
     batches = load_images(
         source,
         range(min(count, len(source))),
@@ -201,7 +203,7 @@ def _images(config: ExportConfig, base: Backbone) -> tuple[Tensor, str]:
 
 
 def _reading(config: ExportConfig) -> dict[str, Any]:
-    """Return intensity and bands that the adapter's images were read with, by flag."""
+    """Return how the adapter's images were read, by flag."""
     return {} if config.adapter is None else reading_flags(Path(config.adapter))
 
 
@@ -221,6 +223,8 @@ def _card(
     reading = _reading(config)
     how = reading.get("intensity", "auto") + (f", bands {reading['bands']}" if "bands" in reading else "")
     brightness = f"| values of more than 8 bits | brightness by `--intensity {how}` |\n" if reading else ""
+    parts = " ".join(f"--{name} {reading[name]}" for name in READING[2:] if name in reading)
+    brightness += f"| parts of files | `{parts}` |\n" if parts else ""
     vit: Any = base.vit
     license_name = vit.pretrained_cfg.get("license")
     channels = vit.patch_embed.proj.in_channels

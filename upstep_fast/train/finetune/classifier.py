@@ -23,10 +23,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from upstep_fast.config.adapter_folder import READING
 from upstep_fast.config.base import DataConfig, reading_of
 from upstep_fast.config.finetune import FinetuneConfig
 from upstep_fast.config.flat import flat, from_flat
+from upstep_fast.config.reading import READING
 from upstep_fast.config.value_types import check_types
 from upstep_fast.errors import ConfigError, first_line
 from upstep_fast.input_files import read_bytes, read_json
@@ -194,7 +194,7 @@ def model_folder(folder: str | Path) -> Path:
 
 
 def read_reading(folder: str | Path) -> dict[str, Any]:
-    """Return intensity and bands that the classifier's images were read with, by flag; earlier versions: full.
+    """Return how the classifier's images were read, by flag of READING; earlier versions: full.
 
     A folder without a model gives {}: `load` refuses it. Raises ConfigError.
     """

@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upstep_fast.config.adapter_folder import READING
 from upstep_fast.config.flat import replace_flat
 from upstep_fast.config.predict import PredictConfig
+from upstep_fast.config.reading import merged
+from upstep_fast.config.run_reading import log_taken
 from upstep_fast.data.curation.intensity import measure_intensity
 from upstep_fast.data.loading.skipped_images import csv_cell
 from upstep_fast.data.sources.source import Source, open_configured
@@ -91,8 +92,9 @@ def run(config: PredictConfig) -> PredictResult:
     _check_files(out, config.overwrite)
     compute = resolve(config.runtime.device, config.runtime.precision, config.runtime.implementation)
     with track("predict"):
-        given = {name: getattr(config.data, name) for name in READING if getattr(config.data, name) is not None}
-        config = replace_flat(config, **finetuned.read_reading(config.run) | given)
+        recorded = finetuned.read_reading(config.run)
+        config = replace_flat(config, **merged(recorded, vars(config.data)))
+        log_taken(recorded, config.data, config.run)
         source = open_configured(config.data)
         log.info("data: %s", source.summary)
         net, backbone = finetuned.load(config.run, model=config.model)
