@@ -264,6 +264,10 @@ def test_every_kind_of_file_is_mapped_by_its_values(bands):
 
 def test_white_is_zero_is_inverted_once_after_the_map():
     values = np.array([[0, 1000, 65535]], np.uint16)[..., None]
+    eight = write_tiff([np.array([[0, 100, 255]], np.uint8)[..., None]], Kind(8, WHITE_IS_ZERO))
+    got = decode(eight, channels=1, reading=Reading(of_range(0, 200))).flatten().tolist()
+    assert got == [255, 255 - 128, 0]  # and not the range of pixels that are turned already
+    assert decode(eight, channels=1).flatten().tolist() == [255, 155, 0]
     for bits, order, compression in itertools.product((12, 16), "<>", (NONE, DEFLATE)):
         data = write_tiff([values & (1 << bits) - 1], Kind(bits, WHITE_IS_ZERO, order=order, compression=compression))
         got = decode(data, channels=1, reading=Reading(of_range(0, 2000))).flatten().tolist()

@@ -129,9 +129,19 @@ def test_nodata_does_not_count_and_is_said(tmp_path, caplog):
 def test_constant_images_and_given_ranges(tmp_path):
     source = open_source(write(tmp_path, [np.full((20, 20), 700, np.uint16)] * 2))
     assert the_range(source).ranges == ((700, 701),)
+    for number, folder in ((3e9, "large"), (1e17, "vast")):
+        constant = open_source(write(tmp_path / folder, [np.full((20, 20), number, np.float32)] * 2, suffix=".npy"))
+        ((low, high),) = the_range(constant).ranges
+        assert low == np.float32(number) and low < high
     for text in ("full", "range:0,5"):
         given = replace(source, reading=Reading(parse_intensity(text)))
         assert measure_intensity(given, channels=3) is given
+
+
+def test_a_narrow_range_far_from_zero_keeps_its_ends(tmp_path):
+    values = 3_000_000_000 + np.arange(400, dtype=np.uint32).reshape(20, 20)
+    ((low, high),) = the_range(open_source(write(tmp_path, [values] * 2, suffix=".npy"))).ranges
+    assert (low - 3e9, high - 3e9) == pytest.approx(tuple(np.percentile(np.arange(400), (0.5, 99.5))), abs=0.01)
 
 
 def test_twelve_bits_in_sixteen_are_no_longer_nearly_black(tmp_path):

@@ -20,11 +20,12 @@ from upstep_fast.config.reading import Reading
 from upstep_fast.data.formats import kinds
 from upstep_fast.data.labeled.splits import HeldOut, choose_test, held_out
 from upstep_fast.data.loading import retries
+from upstep_fast.data.loading.eval_transform import EvalTransform
 from upstep_fast.data.loading.skipped_images import read_image
 from upstep_fast.data.reading.axes import label, pieces, read
 from upstep_fast.data.reading.stored import Layout, Piece, Stored
 from upstep_fast.data.sources import open_source
-from upstep_fast.data.sources.pieces import gaps
+from upstep_fast.data.sources.series import gaps
 from upstep_fast.data.sources.subset import split_by_file
 from upstep_fast.errors import BadImage, DataError
 
@@ -161,8 +162,10 @@ def test_a_header_that_cannot_be_read_is_a_problem(tmp_path):
     source = open_source(tmp_path)
     assert len(source) == 2 and source.problems == ((f"{tmp_path}/b.fits", "no axes"),)
     (tmp_path / "a.fits").unlink()
-    with pytest.raises(DataError, match=r"the first of 1 problems: .*b\.fits: no axes"):
+    with pytest.raises(DataError, match=r"that can be used; the first of 1 problems: .*b\.fits: no axes$"):
         open_source(tmp_path)
+    with pytest.raises(DataError, match=r"^data: \S*b\.fits: no axes$"):
+        open_source(tmp_path / "b.fits")
 
 
 def test_a_missing_reader_is_named(tmp_path, monkeypatch):
@@ -287,3 +290,18 @@ def test_rows_of_a_dataset(tmp_path, names):
     source = open_source(f"hf:{tmp_path / 'set'}")
     assert len(source) == 4 and sorted(source.labels).count("x" if rows[0] == stack else "y") == 3
     assert sum("#z=" in source.name(i) for i in range(4)) == 3
+
+
+def test_a_path_is_read_by_the_reader_of_its_folder(stacks, tmp_path):
+    transform = EvalTransform((8, 8), (0.5,) * 3, (0.25,) * 3)
+    array = stack_values((3, 8, 8))
+    write_stack(tmp_path / "one" / "a.fits", "ZYX", array[:1])
+    write_stack(tmp_path / "three.fits", "ZYX", array)
+    # told by its name
+    (tmp_path / "one" / "a.fits").rename(tmp_path / "one" / "a.mgh")
+    source = open_source(tmp_path / "one")
+    expected = read_image(source, 0)
+    assert torch.equal(expected[0], torch.from_numpy(array[0]))
+    assert torch.equal(transform.pixels(tmp_path / "one" / "a.mgh"), expected)
+    with pytest.raises(BadImage, match="stack ZYX 3x8x8 holds 3 images, one was asked for"):
+        transform(tmp_path / "three.fits")

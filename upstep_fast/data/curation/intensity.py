@@ -130,11 +130,16 @@ def _ranges(samples: list[_Sample], percentiles: tuple[float, float]) -> tuple[t
         groups = [np.concatenate([s.values.reshape(-1) for s in samples if len(s.values) in (1, 3)])]
     else:
         groups = [np.concatenate([s.values[band] for s in samples if len(s.values) == bands]) for band in range(bands)]
-    ranges = []
-    for values in groups:
-        low, high = (float(f"{v:.6g}") for v in np.percentile(values.astype(np.float64), percentiles))
-        ranges.append((low, high if low < high else low + 1))
-    return tuple(ranges)
+    return tuple(_rounded(*np.percentile(values.astype(np.float64), percentiles).tolist()) for values in groups)
+
+
+def _rounded(low: float, high: float) -> tuple[float, float]:
+    """Return a range in six digits, or as many more as its ends have in common: 3,000,000,000 to 3,000,001,000."""
+    largest = max(abs(low), abs(high))
+    if not high - low > 1e-9 * largest:
+        return low, low + max(1.0, 1e-6 * largest)
+    digits = 6 + max(0, int(np.log10(largest / (high - low))))
+    return float(f"{low:.{digits}g}"), float(f"{high:.{digits}g}")
 
 
 def _log(ranges: tuple[tuple[float, float], ...], samples: list[_Sample], intensity: Intensity) -> None:

@@ -56,7 +56,8 @@ def plan_tiff_values(data: bytes | memoryview, channels: int, max_pixels: int, r
 
 def _is_deep(page: TiffPage) -> bool:
     is_plain = page.bits and max(page.bits) <= 8 and all(kind in (1, 4) for kind in page.formats)
-    has_values = not is_plain or (page.nodata and set(page.bits) == {8})
+    is_mapped = bool(page.nodata) or (page.photometric == WHITE_IS_ZERO and page.samples == 1)  # as stored, not turned
+    has_values = not is_plain or (is_mapped and set(page.bits) == {8})
     return bool(has_values) and page.photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB)
 
 
@@ -76,12 +77,14 @@ def _is_unsigned(page: TiffPage) -> bool:
 def _stored(data: bytes | memoryview, plan: TiffPlan, limit: int) -> np.ndarray:
     """Return all bands, [bands, H, W], upright, in native byte order."""
     page = plan.page
-    is_gray = page.photometric == BLACK_IS_ZERO and page.samples == 1 and _is_unsigned(page)
+    turned = page.photometric == WHITE_IS_ZERO and page.bits[0] == 8  # by Pillow
+    is_gray = (page.photometric == BLACK_IS_ZERO or turned) and page.samples == 1 and _is_unsigned(page)
     is_color = page.photometric == RGB and page.bits[0] == 8
     if plan.by_pillow and (is_gray or is_color):
         with Image.open(io.BytesIO(data), formats=("TIFF",)) as image:
             image.load()  # and turns it
             values = np.asarray(image).reshape(image.height, image.width, -1)
+            values = 255 - values if turned else values
             return np.moveaxis(values, -1, 0).astype(np.uint8 if page.bits[0] == 8 else np.uint16)
     values = read_bands(data, plan, limit)
     return upright_array(np.ascontiguousarray(values, values.dtype.newbyteorder("=")), page.orientation)

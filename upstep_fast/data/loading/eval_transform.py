@@ -14,6 +14,7 @@ from upstep_fast.data.decode.in_memory import pixels_of
 from upstep_fast.data.loading.skipped_images import read_image
 from upstep_fast.data.sources.folders import Files
 from upstep_fast.data.sources.part import Names
+from upstep_fast.data.sources.pieces import only_picture
 from upstep_fast.data.sources.source import Source
 from upstep_fast.data.views.resize import eval_resize, normalize
 
@@ -42,7 +43,8 @@ class EvalTransform:
         if not isinstance(image, (str, Path)):
             return pixels_of(image, len(self.mean), self.reading)
         name = os.fsencode(image)
-        source = Source((Files("", Names.pack([name], component=None)),), reading=self.reading)
+        part = only_picture(Files("", Names.pack([name], component=None)), self.reading)
+        source = Source((part,), reading=self.reading)
         return read_image(source, 0, channels=len(self.mean))
 
     def of_pixels(self, pixels: Tensor) -> Tensor:

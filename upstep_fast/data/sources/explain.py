@@ -33,6 +33,11 @@ def no_images(where: str, split: str | None, columns: Columns, listing: Listing)
         return f"data: no test images in {where}; {'; '.join(listing.without_test)}"
     if columns.image is not None:
         return f"data: no images in {where} with the suffix {columns.image} (--image-column); give another or none"
+    problems = listing.problems
+    if problems and not listing.others:  # images, none of which can be used
+        name, reason = problems[0]
+        others = f"no images in {where} that can be used; the first of {len(problems):,} problems: "
+        return f"data: {'' if name == where else others}{name}: {reason}"
     message = f"data: no images in {where}; looked for files ending in {' '.join(PHOTOGRAPHS)}"
     if listing.others:
         message += f"; it holds {listing.left_out()}"
@@ -41,6 +46,5 @@ def no_images(where: str, split: str | None, columns: Columns, listing: Listing)
             path = listing.examples[kind]
             message += f"; {hint.format(path=path, folder=os.path.dirname(path))}"
             break
-    problems = listing.problems
     first = f"; the first of {len(problems)} problems: {problems[0][0]}: {problems[0][1]}" if problems else ""
     return f"{message}{first}"

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 
 import numpy as np
 
@@ -30,6 +28,7 @@ from upstep_fast.data.reading.tiles import Grid
 from upstep_fast.data.reading.transient import may_pass
 from upstep_fast.data.sources.file_kinds import digest_of_folder, file_of, in_place, kinds_in
 from upstep_fast.data.sources.part import LARGE, Digest, Item, Listing, Part, shown_suffix
+from upstep_fast.data.sources.series import gaps
 from upstep_fast.errors import BadImage, DataError, RunFailedError, first_line
 from upstep_fast.runtime.progress import track
 
@@ -172,6 +171,23 @@ def expand(part: Part, reading: Reading, listing: Listing) -> Part:
     return Pieces(part, np.array(kept, np.int64), tuple(kinds_of[i] for i in kept), layouts, pieces, ends)
 
 
+def only_picture(part: Part, reading: Reading) -> Part:
+    """Return a part of one file with its only picture, by the reader that `expand` gives it.
+
+    Raises BadImage, also for a file of several pictures.
+    """
+    (kind,) = kinds_in(part, reading)
+    if kind is None:
+        return part
+    found = _pieces(part, 0, kind, reading)
+    if isinstance(found, str):
+        raise BadImage(found)
+    layout, pieces = found
+    if len(pieces) != 1:
+        raise BadImage(f"{axes.described(layout, reading)} holds {len(pieces):,} images, one was asked for")
+    return Pieces(part, np.zeros(1, np.int64), (kind,), (layout,), (pieces,), np.ones(1, np.int64))
+
+
 def _owned(part: Part, listing: Listing) -> set[int]:
     """Return the images that are files of a slide beside them (.vms), and say how many they are."""
     paths = (part.file_path(index) for index in range(len(part)) if part.file_name(index).lower().endswith(OF_FILES))
@@ -242,23 +258,3 @@ def _note(seen: Counter[str], listing: Listing) -> None:
         listing.add_note(text if count == 1 else f"{count:,} files of {text} each")
     if (rest := len(seen) - LAYOUTS) > 0:
         listing.add_note(f"{rest:,} other layout{'s' * (rest != 1)}")
-
-
-def gaps(layouts: Sequence[Layout]) -> str:
-    """Return a note on series whose files leave out numbers; empty if there are none."""
-    numbers: dict[str, set[int]] = {}
-    for layout in layouts:
-        if layout.series and layout.number is not None:
-            numbers.setdefault(layout.series, set()).add(layout.number)
-    missing = {}
-    for series, of_series in numbers.items():
-        there = sorted(of_series)
-        step = math.gcd(*(b - a for a, b in pairwise(there)))  # numbers may go up by 2
-        is_dense = (there[-1] - there[0]) // (step or 1) < 2 * len(there)  # else the files are a choice of slices
-        if is_dense and (absent := set(range(there[0], there[-1], step or 1)) - of_series):
-            missing[series] = sorted(absent)
-    if not missing:
-        return ""
-    series, places = next(iter(missing.items()))
-    shown = ", ".join(map(str, places[:3])) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
-    return f"{len(missing):,} of {len(numbers):,} series have gaps: {series} lacks number {shown}"
