@@ -119,6 +119,20 @@ def test_probe_chooses_on_train_alone():
     assert len(PROBE_WEIGHTS) > 1
 
 
+def test_the_probe_chooses_by_file(monkeypatch):
+    """No file has images on both sides of the choice, and files are on both."""
+    train, sides = clusters(100), []
+    groups = np.arange(100) // 5  # twenty files of five classes each
+    monkeypatch.setattr(classifiers, "_right", lambda model, x, y: sides.append(x) or torch.ones(len(x)))
+    probe(train, train, groups=groups)
+    mean, std = train.x.mean(0), train.x.std(0, correction=0)
+    rows = ((train.x - mean) / std)[:, None].isclose(sides[0], atol=1e-5).all(-1).any(1).numpy()
+    files = {(label, file) for label, file in zip(train.y.tolist(), groups, strict=True)}
+    out = {(label, file) for label, file, row in zip(train.y.tolist(), groups, rows, strict=True) if row}
+    kept = {(label, file) for label, file, row in zip(train.y.tolist(), groups, rows, strict=True) if not row}
+    assert rows.sum() == len(sides[0]) and out and kept and not out & kept and out | kept == files
+
+
 def test_probe_with_one_image_a_class():
     train = Features(torch.eye(4), torch.arange(4), tuple("abcd"))
     assert linear_probe(train, train) == 100.0

@@ -88,6 +88,22 @@ def test_measured_accuracy_is_scikit_learns():
     assert f"{percents[0]:.1f} -> {percents[1]:.1f} %" in given.text and "60 held-out images of 3 classes" in given.text
 
 
+def test_pictures_of_one_file_are_no_neighbors_of_each_other():
+    """Each file is a point of its own, so only its own pictures would tell its class."""
+    generator = torch.Generator().manual_seed(0)
+    points = F.normalize(torch.randn(12, 64, generator=generator), dim=-1)
+    x = F.normalize(points.repeat_interleave(5, 0) + 0.01 * torch.randn(60, 64, generator=generator), dim=-1)
+    labels, files = [f"class {i // 5 % 2}" for i in range(60)], np.arange(60) // 5
+    assert "100.0 -> 100.0 %" in verdict.measured_verdict(x, x, labels).text
+    given = verdict.measured_verdict(x, x, labels, files)
+    y = torch.tensor([int(label[-1]) for label in labels])
+    weights = ((x @ x.T - 1) / 0.07).exp() * (torch.from_numpy(files)[:, None] != torch.from_numpy(files))
+    kept = weights * (weights >= weights.topk(10).values[:, -1:])
+    accuracy = 100 * ((kept @ F.one_hot(y).float()).argmax(1) == y).double().mean()
+    assert f"{accuracy:.1f} -> {accuracy:.1f} %" in given.text and accuracy < 90
+    assert "60 held-out images of 2 classes, each among the others of other files; 12 files, whose pic" in given.text
+
+
 def test_too_few_labels_measure_nothing():
     x = F.normalize(torch.randn(20, 4), dim=-1)
     assert verdict.measured_verdict(x, x, ["a"] * 20) is None

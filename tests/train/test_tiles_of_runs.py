@@ -71,7 +71,11 @@ def test_embed_names_tiles(run, slide_folder, tmp_path):
 def test_eval_holds_out_whole_files(run, slide_folder, capsys):
     words = ("--data", slide_folder, "--tiles", "32", "--device", "cpu", "--test-fraction", "0.5")
     assert command("eval", run, *words) == 0
-    assert "24 train, 24 test" in capsys.readouterr().out  # one file of each class
+    out = capsys.readouterr().out
+    assert "24 train, 24 test" in out  # one file of each class
+    assert (
+        "note: the 24 measured images are pictures of 2 files or series: the 95 % intervals count them as indep" in out
+    )
 
 
 def test_predict_names_tiles(model, slide_folder, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,9 +48,13 @@ def knn_correct(train: Features, test: Features, k: int = 20) -> Tensor:
     return torch.cat(correct)
 
 
-def knn_right_among(x: Tensor, y: Tensor, k: int) -> Tensor:
-    """Return which images k-NN gets right by the other images, [N] bool. x: [N, D] unit; y: [N] int64 from 0."""
-    similarity = (x @ x.T).fill_diagonal_(-torch.inf)
+def knn_right_among(x: Tensor, y: Tensor, k: int, files: Tensor | None = None) -> Tensor:
+    """Return which images k-NN gets right by the images of other files, [N] bool. x: [N, D] unit; y: [N] int64 from 0.
+
+    files: number of each image's file, [N] int64; None: each image is one.
+    """
+    files = torch.arange(len(x)) if files is None else files
+    similarity = (x @ x.T).masked_fill_(files[:, None] == files, -torch.inf)
     return _voted(similarity, F.one_hot(y).float(), min(k, len(x) - 1)) == y
 
 
@@ -74,17 +79,18 @@ def linear_probe(train: Features, test: Features, *, seed: int = 0) -> float:
     return 100.0 * probe(train, test, seed=seed).right.float().mean().item()
 
 
-def probe(train: Features, test: Features, *, seed: int = 0) -> Probe:
+def probe(train: Features, test: Features, *, seed: int = 0, groups: np.ndarray | None = None) -> Probe:
     """Fit logistic regression; its L2 weight is chosen on a part of `train`, the smallest of equally good ones.
 
-    With one image per class nothing can be held out, and the middle weight is taken.
+    groups: number of the file of each image of `train`, [N]: no file is on both sides of that choice; None: each image
+    is one. With one file per class nothing can be held out, and the middle weight is taken.
     """
     mean, std = train.x.mean(0), train.x.std(0, correction=0).clamp_min(1e-6)
     x, x_test = (train.x - mean) / std, (test.x - mean) / std
     if len(x) < x.shape[1]:  # the weights lie in the span of the training images: the same fit in N dimensions
         basis = torch.linalg.qr(x.T)[0]
         x, x_test = x @ basis, x_test @ basis
-    held_out = held_out_of(train.y, PROBE_HELD_OUT, seed)
+    held_out = held_out_of(train.y, PROBE_HELD_OUT, seed, groups)
     classes = len(train.classes)
     best, at_edge, converged, start = PROBE_WEIGHTS[len(PROBE_WEIGHTS) // 2], False, True, None
     if held_out.any():

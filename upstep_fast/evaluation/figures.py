@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,10 +65,21 @@ def data_notes(train: Labeled, test: Labeled, x_train: Tensor, x_test: Tensor, k
         yield f"k: {k} neighbors were asked for, there are {len(x_train)} training images; k is {len(x_train)}"
     if len(train.classes) == 1:
         yield f"one class, {train.classes[0]!r}: every image is right, whatever the features; the figures say nothing"
+    yield from shared_files_note(test.source)
     if equal := count_equal(train.source, test.source, x_train, x_test):
         yield (
             f"{equal} of {len(x_test)} test images are training images too, byte for byte: the figures are too high; "
             "leave them out of one part"
+        )
+
+
+def shared_files_note(source: Any) -> Iterator[str]:
+    """Yield a line if images of a `Source` are pictures of one file, which are alike."""
+    groups = source.groups()
+    if groups is not None and (files := len(np.unique(groups))) < len(groups):
+        yield (
+            f"the {len(groups):,} measured images are pictures of {files:,} files or series: the 95 % intervals count them "
+            "as independent, so they are too narrow"
         )
 
 

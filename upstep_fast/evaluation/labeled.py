@@ -110,7 +110,7 @@ def _measure(config: EvalConfig, compute: Compute) -> dict[str, Any]:
     log_time(sum(len(part.y) for part in (*parts, *(sources or ()))), models, compute)
     train, test, labeled = _extract(parts, models, config, compute)
     whitened = partial(append_whitened, fitted={name: whitening.fit(x) for name, x in train.x.items()})
-    k = min(config.k, len(train.y))
+    k, groups = min(config.k, len(train.y)), labeled[0].source.groups()
     right: Right = {}
     probes: dict[str, dict[str, Any]] = {}
     forms: dict[str, Form] = {"": unwhitened, "_whitened": whitened}
@@ -118,7 +118,7 @@ def _measure(config: EvalConfig, compute: Compute) -> dict[str, Any]:
         for suffix, form in forms.items():
             for kind, bank, queries in _pairs(form, train, test):
                 right.setdefault(kind, {})[f"knn{suffix}"] = knn_right(bank, queries, k)
-                probed = probe(bank, queries)
+                probed = probe(bank, queries, groups=groups)
                 right[kind][f"linear{suffix}"] = probed.right
                 probes.setdefault(kind, {})[f"linear{suffix}"] = probe_facts(probed)
     result, details = with_intervals(right)

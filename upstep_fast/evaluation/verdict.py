@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -89,22 +90,29 @@ def score_outcome(score: float, low: float) -> Outcome:
     return "worse" if score < CLEARLY_WORSE else "better" if low > 0 else "no measurable change"
 
 
-def measured_verdict(base: Tensor, adapted: Tensor, labels: Sequence[str]) -> Verdict | None:
-    """Return the verdict by labels: k-NN accuracy of each image among the others.
+def measured_verdict(
+    base: Tensor, adapted: Tensor, labels: Sequence[str], files: np.ndarray | None = None
+) -> Verdict | None:
+    """Return the verdict by labels: k-NN accuracy of each image among those of other files.
 
-    k: as many as the other images of a class on average, at most NEIGHBORS. base, adapted: [N, D] unit features.
-    Images that are alone in their class are left out; None with fewer than FEWEST others or fewer than two classes.
+    k: as many as the other images of a class on average, at most NEIGHBORS. base, adapted: [N, D] unit features. files:
+    number of each image's file, [N]; None: each image is one. Images of a class with one file are left out; None with
+    fewer than FEWEST others or fewer than two classes.
     """
-    counts = Counter(labels)
+    of_files = range(len(labels)) if files is None else files.tolist()
+    counts = Counter(label for label, _ in set(zip(labels, of_files, strict=True)))
     kept = [i for i, label in enumerate(labels) if counts[label] > 1]
     classes = sorted({labels[i] for i in kept})
     if len(kept) < FEWEST or len(classes) < 2:
         return None
     y = torch.tensor([classes.index(labels[i]) for i in kept])
     k = max(1, min(NEIGHBORS, len(kept) // len(classes) - 1))  # more would be of other classes
-    before, after = (knn_right_among(x[kept], y, k) for x in (base, adapted))
+    among = torch.tensor([of_files[i] for i in kept])
+    before, after = (knn_right_among(x[kept], y, k, among) for x in (base, adapted))
     percents = [100 * float(right.double().mean()) for right in (before, after)]
     where = f"{len(kept)} held-out images of {len(classes)} classes, each among the others"
+    if (num_files := len(among.unique())) < len(kept):
+        where += f" of other files; {num_files} files, whose pictures the interval counts as independent"
     return _measured(percents[0], percents[1], gain_interval(before, after), len(kept), where)
 
 

@@ -154,7 +154,9 @@ def _compare(
         models = (base.copy().vit.to(compute.device), adapted)
         workers = config.data.num_workers
         read, (before, after) = plain_features(held_out, base, models, compute, workers, pooling.features, task)
-        measured = measured_verdict(before, after, [held_out.labels[i] for i in read])
+        groups = held_out.groups()
+        files = None if groups is None else groups[read]
+        measured = measured_verdict(before, after, [held_out.labels[i] for i in read], files)
     if (decided := decisive(label_free, measured)).outcome == "worse":
         kept = with_base_kept(decided)
         label_free, measured = (kept, measured) if decided is label_free else (label_free, kept)

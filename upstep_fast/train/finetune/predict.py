@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,8 +31,10 @@ from upstep_fast.config.run_reading import log_taken
 from upstep_fast.data.curation.intensity import measure_intensity
 from upstep_fast.data.loading.skipped_images import csv_cell
 from upstep_fast.data.sources.source import Source, open_configured
+from upstep_fast.data.sources.subset import subset
 from upstep_fast.errors import ConfigError
 from upstep_fast.evaluation.confusion import class_figures, confusion_matrix
+from upstep_fast.evaluation.figures import shared_files_note
 from upstep_fast.evaluation.intervals import accuracy_interval
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime.atomic_file import require_writable, write_errors
@@ -137,6 +140,8 @@ def _measure(found: Predicted, source: Source, classes: tuple[str, ...], config:
         text = "data: %d of %d labeled images are left out of the accuracy, as the model has learned from them"
         log.warning(text, int(learned.sum()), len(keep))
     keep = keep[~learned]
+    for note in shared_files_note(subset(source, np.array([found.indices[i] for i in keep], np.int64))):
+        log.info("data: %s", note)
     return Measured(found.likeliest[keep, 0], truth[keep], int(learned.sum())) if len(keep) else None
 
 
