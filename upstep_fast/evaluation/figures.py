@@ -78,8 +78,8 @@ def shared_files_note(source: Any) -> Iterator[str]:
     groups = source.groups()
     if groups is not None and (files := len(np.unique(groups))) < len(groups):
         yield (
-            f"the {len(groups):,} measured images are pictures of {files:,} files or series: the 95 % intervals count them "
-            "as independent, so they are too narrow"
+            f"the {len(groups):,} measured images are pictures of {files:,} files or series: the 95 % intervals count "
+            "them as independent, so they are too narrow"
         )
 
 
