@@ -88,7 +88,10 @@ def test_every_layout_has_the_same_splits(tmp_path, kind, splits, train, test):
     [
         (("training_set/a", "test_set/a"), "test_set/, training_set/ are read as classes, all for training"),
         (("train2017", "val2017"), "train2017/, val2017/ are read as classes"),
-        (("ds/train/a", "ds/test/a"), "ds/ are read as classes, all for training (ds/ looks split; "),
+        (
+            ("train2/train/a", "train2/test/a", "b/x"),
+            "b/, train2/ are read as classes, all for training (train2/ looks ",
+        ),
         (("one/train", "one/dev", "two/x"), "one/, two/ are read as classes, all for training (one/ looks split; "),
         (("test/a",), "test/ are read as classes"),
         (("train/a", "train/b"), ""),

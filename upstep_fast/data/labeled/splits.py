@@ -11,7 +11,6 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -91,7 +90,6 @@ def train_and_test(
         if source.labels is None:
             raise DataError(
                 f"data: {where} {source.unlabeled()}; {command} needs {split}/CLASS/image files or a label for each"
-                f"{_metadata(paths)}"
             )
     return join(train, train.labels or [], test, test.labels or [], where)
 
@@ -102,7 +100,6 @@ def _split(source: Source, paths: Sequence[str], command: str, by: HeldOut) -> t
     if labels is None:
         raise DataError(
             f"data: {where} {source.unlabeled()}; {command} needs train/CLASS/image, CLASS/image or a label for each"
-            f"{_metadata(paths)}"
         )
     groups = source.groups()
     test = choose_test([source.name(i) for i in range(len(source))], labels, by, groups)
@@ -110,29 +107,13 @@ def _split(source: Source, paths: Sequence[str], command: str, by: HeldOut) -> t
     if classes < 2 or not test.any():
         unit = "image" if groups is None else "file or series"
         what = f"one class, {labels[0]}" if classes < 2 else f"one {unit} of each class"
-        cure = _deeper(paths, labels[0]) if classes < 2 else ""
-        raise DataError(f"data: {where} has {what}; {command} needs at least 2 classes, and 2 images of one{cure}")
+        raise DataError(f"data: {where} has {what}; {command} needs at least 2 classes, and 2 images of one")
     log.info("data: %s", source.summary)
     text = "data: %s has no test part: %g %% of each of %d classes held out, seed %d"
     log.info(text, where, 100 * by.fraction, classes, by.seed)
     y = torch.tensor([sorted(set(labels)).index(label) for label in labels])
     whole = Labeled(source, y, tuple(sorted(set(labels))))
     return tuple(_counted(whole.subset(mask.nonzero()[:, 0])) for mask in (~test, test))  # type: ignore[return-value]
-
-
-def _deeper(paths: Sequence[str], only: str) -> str:
-    """Return the cure for folders that lie in one more folder, called `only`; empty if there are none."""
-    inner = next((path for path in (Path(top, only) for top in paths) if path.is_dir()), None)
-    if inner is None or not any(path.is_dir() for path in inner.iterdir()):
-        return ""
-    return f"; the folders are one level deeper, so give --data {inner}"
-
-
-def _metadata(paths: Sequence[str]) -> str:
-    """Return the cure for images whose classes are in metadata.csv beside them; empty if there is none."""
-    found = [path for top in map(Path, paths) for path in (top / "metadata.csv", *top.glob("*/metadata.csv"))]
-    files = [str(path) for path in found if path.is_file()]
-    return f"; give the CSV with them: --data {' '.join(sorted(files))} --label-column NAME" if files else ""
 
 
 def _counted(part: Labeled) -> Labeled:
@@ -164,11 +145,13 @@ def choose_test(names: Sequence[str], labels: Sequence[str], by: HeldOut, groups
 def join(
     train: Any, train_names: Sequence[str], test: Any, test_names: Sequence[str], where: str
 ) -> tuple[Labeled, Labeled]:
-    """Return both splits with classes as indices into train's. Raises DataError for classes that train lacks."""
+    """Return both splits with classes as indices into train's. Raises DataError for one class or those train lacks."""
     unknown = sorted(set(test_names) - set(train_names))
     if unknown:
         raise DataError(f"data: {where}: classes in test/ that train/ lacks: {', '.join(unknown[:5])}")
     classes = tuple(sorted(set(train_names)))
+    if len(classes) < 2:
+        raise DataError(f"data: {where}: train/ has one class, {classes[0]}; a classifier needs at least 2")
     index = {name: i for i, name in enumerate(classes)}
     y_train, y_test = (torch.tensor([index[name] for name in names]) for names in (train_names, test_names))
     return Labeled(train, y_train, classes), Labeled(test, y_test, classes)

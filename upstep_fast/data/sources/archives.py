@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from upstep_fast.data.sources.part import ALREADY_LISTED, Listing, printable
-from upstep_fast.data.sources.splits import TREE, find_splits, is_only_train, reading, taken_as_classes
+from upstep_fast.data.sources.part import ALREADY_LISTED, IMAGE_SUFFIXES, Listing, printable
+from upstep_fast.data.sources.tree import Children, Tree, find_tree
 
 Index = TypeVar("Index")
 
@@ -28,44 +28,45 @@ def opened(paths: list[str], read_index: Callable[[Path], Index], listing: Listi
     return indexes
 
 
-def choose_split(names_of: Mapping[str, list[bytes]], split: str | None, listing: Listing) -> tuple[bytes, bool] | None:
-    """Return (what the names of the split's members start with, whether classes lie below a split).
+def choose_split(names_of: Mapping[str, list[bytes]], split: str | None, listing: Listing) -> Tree | None:
+    """Return where the members of the split and their classes lie; None for "test" of a tree without splits.
 
-    names_of: members' names by archive; together they are one tree. Returns None for "test" of a tree without splits.
+    names_of: members' names by archive; together they are one tree. Raises DataError as `find_tree`.
     """
-    tops = {name.split(b"\0", 1)[0] for names in names_of.values() for name in names if b"\0" in name}
-    folders, paths = {os.fsdecode(top) for top in tops}, list(names_of)
+    paths = list(names_of)
     where = printable(os.fsencode(next(iter(paths), ""))) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
-    splits = find_splits(folders, where)
-    if split == "test" and splits is None:
-        have = ", ".join(f"{printable(top)}/" for top in sorted(tops)[:5]) or "no folders"
-        listing.without_test.append(f"it must hold {TREE}, and has {have}")
+    tree = find_tree(_children(names_of.values()), split, where, listing.add_note)
+    if isinstance(tree, str):
+        listing.without_test.append(tree)
         return None
-    prefix = b""
-    if split and splits is not None:
-        prefix = os.fsencode(splits[split]) + b"\0"
-        listing.notes.append(reading(where, splits[split], map(printable, tops)))
-    elif split:
-        listing.add_note(taken_as_classes(map(printable, tops), _folders_below(names_of.values()), where))
-    return prefix, splits is not None or is_only_train(folders)
+    return tree
 
 
-def _folders_below(of_archives: Iterable[list[bytes]]) -> dict[str, set[str]]:
-    """Return {folder at the top: names of the folders in it}."""
-    below: dict[str, set[str]] = {}
-    for path in {tuple(name.split(b"\0", 3)[:2]) for names in of_archives for name in names if name.count(b"\0") > 1}:
-        below.setdefault(printable(path[0]), set()).add(printable(path[1]))
-    return below
+def _children(of_archives: Iterable[list[bytes]]) -> Children:
+    """Return the function that gives the folders in a folder of the archives, and whether it holds images."""
+    folders: dict[str, set[str]] = {}
+    paths = [name.rpartition(b"\0")[::2] for names in of_archives for name in names]
+    images = {path for path, name in paths if name.lower().endswith(IMAGE_SUFFIXES) and name[:1] != b"."}
+    for path in {path for path, _ in paths}:
+        parts = os.fsdecode(path).split("\0") if path else []
+        for depth, part in enumerate(parts):
+            if part.startswith(".") or part == "__MACOSX":
+                break
+            folders.setdefault("/".join(parts[:depth]), set()).add(part)
+    return lambda folder: (folders.get(folder, set()), os.fsencode(folder).replace(b"/", b"\0") in images)
 
 
-def last_of_each_name(path: str, names: list[bytes], prefix: bytes, listing: Listing) -> list[int]:
-    """Return the members under `prefix` in order of their names, without hidden ones.
+def last_of_each_name(path: str, names: list[bytes], tree: Tree, listing: Listing) -> list[int]:
+    """Return the members of `tree` in order of their names, without hidden ones.
 
     Of several members of one name the last counts, as tar does it; the others go to `listing`.
     """
     kept: list[int] = []
+    prefix = os.fsencode(tree.prefix).replace(b"/", b"\0")
     for i in sorted(range(len(names)), key=names.__getitem__):
         if not names[i].startswith(prefix) or names[i].rsplit(b"\0", 1)[-1].startswith(b"."):
+            continue
+        if tree.inner and not tree.keeps(names[i].replace(b"\0", b"/")):
             continue
         if kept and names[kept[-1]] == names[i]:
             listing.problems.append((label_of(path, names[i]), "replaced by a later member of that name"))

@@ -22,7 +22,7 @@ from upstep_fast.data.sources.part import (
     read_image_file,
     read_start,
 )
-from upstep_fast.data.sources.splits import TREE, find_splits, is_only_train, reading, taken_as_classes
+from upstep_fast.data.sources.tree import Children
 from upstep_fast.errors import DataError
 
 
@@ -92,25 +92,6 @@ class Files(Part):
         return os.path.join(self.root, os.fsdecode(self.names[index]))
 
 
-def open_folder(root: str, split: str | None, listing: Listing) -> list[Part]:
-    """Return the part of all images under `root`, or of one split. Raises DataError if the folder cannot be read."""
-    tops = top_folders(root)
-    splits, where = find_splits(tops, root), printable(os.fsencode(root))
-    if split == "test" and splits is None:
-        names = ", ".join(printable(os.fsencode(f"{name}/")) for name in sorted(tops)[:5]) or "no folders"
-        listing.without_test.append(f"it must hold {TREE}, and has {names}")
-        return []
-    top = ""
-    if split and splits is not None:
-        top = splits[split]
-        listing.notes.append(reading(where, top, tops))
-    elif split:
-        below = {name: set(_folders_in(os.path.join(root, name))) for name in sorted(tops)[:8]}
-        listing.add_note(taken_as_classes(tops, below, where))
-    files = walk(os.fsencode(root), os.fsencode(top), listing, IMAGE_SUFFIXES)
-    return [Files(root, Names.pack(files, component=int(splits is not None or is_only_train(tops))))]
-
-
 def top_folders(root: str) -> list[str]:
     """Return the names of the folders in `root`. Raises DataError if it cannot be read."""
     try:
@@ -121,11 +102,25 @@ def top_folders(root: str) -> list[str]:
         raise DataError(f"data: cannot read the folder {root}: {error.strerror}") from error
 
 
-def _folders_in(folder: str) -> list[str]:
-    try:
-        return top_folders(folder)
-    except DataError:  # `walk` says it
-        return []
+def children(root: str) -> Children:
+    """Return the function that gives the folders in a folder under `root`, and whether it holds images."""
+
+    def of(folder: str) -> tuple[set[str], bool]:
+        place = os.path.join(root, folder) if folder else root
+        try:
+            found = set(top_folders(place)) - {"__MACOSX"}
+            with os.scandir(os.fsencode(place)) as entries:
+                has_images = any(
+                    e.name.lower().endswith(IMAGE_SUFFIXES) and e.name[:1] != b"." and not _is(e.is_dir)
+                    for e in entries
+                )
+            return found, has_images
+        except (OSError, DataError):
+            if not folder:
+                raise
+            return set(), False  # `walk` says it
+
+    return of
 
 
 def walk(root: bytes, top: bytes, listing: Listing, suffixes: tuple[bytes, ...]) -> Iterator[bytes]:

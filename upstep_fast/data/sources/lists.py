@@ -36,7 +36,9 @@ MAX_LIST_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
+class Row:
+    """Row of a list."""
+
     line: int
     path: bytes
     label: str | None = None
@@ -45,7 +47,7 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Table:
-    rows: list[_Row]
+    rows: list[Row]
     reason: str  # why it has no labels, if it has none
     cure: str  # if none of the paths exist
     other: str = ""  # a column that holds splits and is not called split
@@ -88,7 +90,7 @@ def _check_split_words(path: Path, split: str, values: set[str], listing: Listin
         listing.add_note(all_read(str(path), (value or "(empty)" for value in values)))
 
 
-def _part(path: Path, rows: list[_Row], reason: str) -> Files:
+def _part(path: Path, rows: list[Row], reason: str) -> Files:
     classes = [row.label for row in rows if row.label is not None]
     if classes and len(classes) < len(rows):
         first = next(row.line for row in rows if row.label is None)
@@ -98,16 +100,17 @@ def _part(path: Path, rows: list[_Row], reason: str) -> Files:
 
 
 def _table(path: Path, columns: Columns) -> _Table:
-    text = _read(path)
+    text = read_text(path)
     if path.suffix.lower() in (".csv", ".tsv"):
         return _read_csv(text.decode("utf-8", "surrogateescape"), path, columns)
-    rows = [_Row(line, name.strip()) for line, name in enumerate(text.splitlines(), 1) if name.strip()]
+    rows = [Row(line, name.strip()) for line, name in enumerate(text.splitlines(), 1) if name.strip()]
     rows = [row for row in rows if not row.path.startswith(b"#") or os.path.exists(_place(path, row.path))]
     reason = f"is a list without classes ({path.name}); write a CSV with the columns path,label"
     return _Table(rows, reason, "paths are relative to the list's folder")
 
 
-def _read(path: Path) -> bytes:
+def read_text(path: Path) -> bytes:
+    """Return the bytes of a text file of at most MAX_LIST_BYTES, without a byte order mark. Raises DataError."""
     with open_data(path) as file:
         text = file.read(MAX_LIST_BYTES + 1).removeprefix(b"\xef\xbb\xbf")
     if len(text) > MAX_LIST_BYTES:
@@ -141,9 +144,9 @@ def _check_paths(path: Path, table: _Table) -> None:
     raise DataError(f"data: none of the first {len(first)} paths in {path} exist, e.g. {example}; {cure}")
 
 
-def _once(path: Path, rows: list[_Row], listing: Listing) -> list[_Row]:
+def _once(path: Path, rows: list[Row], listing: Listing) -> list[Row]:
     """Return the rows without repeated paths. Raises DataError if a path is repeated with another label."""
-    known: dict[bytes, _Row] = {}
+    known: dict[bytes, Row] = {}
     for row in rows:
         key, label = os.path.normpath(row.path), row.label
         first = known.get(key)
@@ -158,16 +161,20 @@ def _once(path: Path, rows: list[_Row], listing: Listing) -> list[_Row]:
     return list(known.values())
 
 
-def _read_csv(text: str, path: Path, columns: Columns) -> _Table:
-    """Return the rows of a CSV. Raises DataError."""
-    first = text.split("\n", 1)[0]
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(first, path))
+def csv_cells(text: str, path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Return the first row of a CSV, and the others with the lines they end in. Raises DataError."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text.split("\n", 1)[0], path))
     try:
         header = [cell.strip() for cell in next(reader, [])]
-        known, have = _columns(header, path, columns), ", ".join(header)
-        cells = [(reader.line_num, row) for row in reader if row]
+        return header, [(reader.line_num, row) for row in reader if row]
     except csv.Error as error:
         raise DataError(f"data: {path}, line {reader.line_num}: {error}") from error
+
+
+def _read_csv(text: str, path: Path, columns: Columns) -> _Table:
+    """Return the rows of a CSV. Raises DataError."""
+    header, cells = csv_cells(text, path)
+    known, have = columns_of_header(header, path, columns), ", ".join(header)
     reason = f"has no column label or class ({path.name}); it has {have}; name one with --label-column"
     cure = "paths are relative to the list's folder"
     if "path" in known and columns.image is None and len(header) > 1:
@@ -181,7 +188,7 @@ def _read_csv(text: str, path: Path, columns: Columns) -> _Table:
             known["path"] = 0
             cure = f"no column is called path, so the first was taken; it has {have}; name one with --image-column"
     return _Table(
-        [_row(row, line, known, path, len(header)) for line, row in cells],
+        [row_of(row, line, known, path, len(header)) for line, row in cells],
         reason,
         cure,
         _other_splits(header, cells, known),
@@ -213,7 +220,7 @@ def _path_in(cells: list[str], path: Path) -> int | None:
     return next(there, next((i for i, name in enumerate(names) if name.lower().endswith(IMAGE_SUFFIXES)), None))
 
 
-def _columns(header: list[str], path: Path, columns: Columns) -> dict[str, int]:
+def columns_of_header(header: list[str], path: Path, columns: Columns) -> dict[str, int]:
     """Return the indices of the columns "path", "label" and "split" that there are. Raises DataError."""
     lower = [name.lower() for name in header]
     found = {}
@@ -231,7 +238,8 @@ def _columns(header: list[str], path: Path, columns: Columns) -> dict[str, int]:
     return found
 
 
-def _row(cells: list[str], line: int, columns: dict[str, int], path: Path, width: int) -> _Row:
+def row_of(cells: list[str], line: int, columns: dict[str, int], path: Path, width: int) -> Row:
+    """Return a row of a table of `width` columns. Raises DataError for one without a path, or too short."""
     if len(cells) <= max(columns.values()):
         raise DataError(f"data: {path}, line {line}: {len(cells)} columns, the header has {width}")
     name, label, split = (
@@ -239,4 +247,4 @@ def _row(cells: list[str], line: int, columns: dict[str, int], path: Path, width
     )
     if not name:
         raise DataError(f"data: {path}, line {line}: the path is empty")
-    return _Row(line, os.fsencode(name), printable(os.fsencode(label)) or None, split)
+    return Row(line, os.fsencode(name), printable(os.fsencode(label)) or None, split)

@@ -182,15 +182,17 @@ class Names:
     blob: bytes
     ends: np.ndarray  # [N] int64
     component: int | None  # index of the folder that is the class: 0, or 1 under train/ and test/; None: no classes
+    under_split: bool = False  # whether the folder before the class must be a split
 
     @classmethod
-    def pack(cls, names: Iterable[bytes], component: int | None = 0) -> Names:
+    def pack(cls, names: Iterable[bytes], component: int | None = 0, under_split: bool = False) -> Names:
         """Pack relative paths with "/" between their components."""
         blob, ends = bytearray(), array("q")
         for name in names:
             blob += name
             ends.append(len(blob))
-        return cls(bytes(blob), np.frombuffer(ends, dtype=np.int64) if ends else np.zeros(0, np.int64), component)
+        packed = np.frombuffer(ends, dtype=np.int64) if ends else np.zeros(0, np.int64)
+        return cls(bytes(blob), packed, component, under_split)
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -241,7 +243,7 @@ class Names:
         folders = self[index].split(b"/")[:-1]
         if self.component is None or len(folders) <= self.component:
             return None
-        if self.component and not is_split(folders[0].decode("latin-1")):
+        if self.under_split and not is_split(folders[self.component - 1].decode("latin-1")):
             return None
         return folders[self.component]
 

@@ -29,8 +29,9 @@ from upstep_fast.data.formats.kinds import SUFFIXES, suffix_of
 from upstep_fast.data.reading.regular import is_zarr
 from upstep_fast.data.sources.explain import HINTS, no_images
 from upstep_fast.data.sources.file_kinds import is_unnamed_dicom
-from upstep_fast.data.sources.folders import Files, open_folder
+from upstep_fast.data.sources.folders import Files
 from upstep_fast.data.sources.huggingface import open_dataset
+from upstep_fast.data.sources.image_folder import open_folder
 from upstep_fast.data.sources.lists import LIST_SUFFIXES, read_list
 from upstep_fast.data.sources.masks import named_like_masks
 from upstep_fast.data.sources.part import (
@@ -206,7 +207,7 @@ def _open(match: str | list[str], split: str | None, columns: Columns, listing: 
     if match.startswith("hf:"):
         return open_dataset(match.removeprefix("hf:"), split, columns, listing)
     if os.path.isdir(match) and not is_zarr(match):
-        return open_folder(match, split, listing)
+        return open_folder(match, split, columns, listing)
     suffix = suffix_of(match)
     if suffix in LIST_SUFFIXES:
         return read_list(Path(match), split, columns, listing)

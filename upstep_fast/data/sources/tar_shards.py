@@ -28,6 +28,7 @@ from upstep_fast.data.sources.part import (
     read_image_file,
 )
 from upstep_fast.data.sources.tar_index import TarIndex, read_index
+from upstep_fast.data.sources.tree import Tree
 from upstep_fast.errors import DataError
 
 MAX_LABEL_BYTES = 256
@@ -98,17 +99,15 @@ class TarMembers(Part):
 def open_tars(paths: list[str], split: str | None, columns: Columns, listing: Listing) -> list[Part]:
     """Return one part per tar file; splits are looked for over all of them together. Raises DataError."""
     indexes = opened(paths, read_index, listing)
-    if (chosen := choose_split({path: index.names for path, index in indexes.items()}, split, listing)) is None:
+    if (tree := choose_split({path: index.names for path, index in indexes.items()}, split, listing)) is None:
         return []
-    return [_part(path, index, *chosen, columns, listing) for path, index in indexes.items()]
+    return [_part(path, index, tree, columns, listing) for path, index in indexes.items()]
 
 
-def _part(
-    path: str, index: TarIndex, prefix: bytes, has_splits: bool, columns: Columns, listing: Listing
-) -> TarMembers:
+def _part(path: str, index: TarIndex, tree: Tree, columns: Columns, listing: Listing) -> TarMembers:
     label = printable(os.fsencode(path))
     listing.problems += [(f"{label}/{name}", reason) for name, reason in index.problems]
-    members = last_of_each_name(path, index.names, prefix, listing)
+    members = last_of_each_name(path, index.names, tree, listing)
     suffix = f".{columns.label or 'cls'}".lower().encode("utf-8", "surrogateescape")
     images = [i for i in members if _is_image(path, index, i)]
     others = sorted(set(members) - set(images), key=index.names.__getitem__)
@@ -118,7 +117,8 @@ def _part(
     beside = {_stem(index.names[i]) for i in others}
     chosen = _one_a_sample(path, index, images, beside, columns.image, listing)
     classes, reason = _webdataset_classes(path, index, chosen, others, suffix)
-    packed = Names.pack((index.names[i].replace(b"\0", b"/") for i in chosen), component=int(has_splits))
+    relative = (index.names[i].replace(b"\0", b"/") for i in chosen)
+    packed = Names.pack(relative, tree.component, tree.under_split)
     offsets, sizes = (np.array(a, dtype=np.int64)[chosen] for a in (index.offsets, index.sizes))
     return TarMembers(path, packed, offsets, sizes, classes, reason)
 

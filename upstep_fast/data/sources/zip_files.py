@@ -34,6 +34,7 @@ from upstep_fast.data.sources.part import (
     printable,
     read_image_file,
 )
+from upstep_fast.data.sources.tree import Tree
 from upstep_fast.errors import DataError
 
 MAX_RATIO = 100  # of the sizes of a large member and of its compressed bytes
@@ -130,20 +131,21 @@ class ZipMembers(Part):
 def open_zips(paths: list[str], split: str | None, listing: Listing) -> list[Part]:
     """Return one part per zip file; splits are looked for over all of them together. Raises DataError."""
     indexes = opened(paths, read_index, listing)
-    if (chosen := choose_split({path: index.names for path, index in indexes.items()}, split, listing)) is None:
+    if (tree := choose_split({path: index.names for path, index in indexes.items()}, split, listing)) is None:
         return []
-    return [_part(path, index, *chosen, listing) for path, index in indexes.items()]
+    return [_part(path, index, tree, listing) for path, index in indexes.items()]
 
 
-def _part(path: str, index: ZipIndex, prefix: bytes, has_splits: bool, listing: Listing) -> ZipMembers:
+def _part(path: str, index: ZipIndex, tree: Tree, listing: Listing) -> ZipMembers:
     listing.problems += [(f"{printable(os.fsencode(path))}/{name}", reason) for name, reason in index.problems]
     images = []
-    for i in last_of_each_name(path, index.names, prefix, listing):
+    for i in last_of_each_name(path, index.names, tree, listing):
         if _is_image(path, index, i):
             images.append(i)
         else:
             listing.add_other(index.names[i].replace(b"\0", b"/"))
-    names = Names.pack((index.names[i].replace(b"\0", b"/") for i in images), component=int(has_splits))
+    relative = (index.names[i].replace(b"\0", b"/") for i in images)
+    names = Names.pack(relative, tree.component, tree.under_split)
     columns = (index.headers, index.packed, index.sizes, index.checksums, index.deflated)
     headers, packed, sizes, checksums, deflated = (np.array(column, np.int64)[images] for column in columns)
     return ZipMembers(path, names, headers, packed, sizes, checksums, deflated.astype(bool))

@@ -136,8 +136,6 @@ def read_splits(config: FinetuneConfig) -> Splits:
         train, test = train_and_test(config.data.paths, "finetune", columns_of(config.data), without_test, reading)
     else:
         train, test = train_and_test_clips(config.data.paths, config.frames, reading)
-    if len(train.classes) < 2:
-        raise DataError(f"data: train/ has one class, {train.classes[0]}; a classifier needs at least 2")
     groups = train.source.groups() if isinstance(train.source, Source) else None
     mask = held_out(train.y, config.optimization.held_out, config.runtime.seed, groups)
     found = copies(train.source, test.source) if config.frames is None else None
