@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
+from build.__main__ import main_parser
 from PIL import Image
 
 from upstep_fast.cli import commands as cli
@@ -138,7 +139,9 @@ def check_other(command: str) -> None:
             assert word.startswith("-") or (ROOT / word).exists(), word
     if words[0] == "torchrun" and "upstep_fast" in words:
         parse("upstep-fast " + shlex.join(words[words.index("upstep_fast") + 1 :]))
-    if words[:2] == ["python", "-m"]:
+    if words[:3] == ["python", "-m", "build"]:  # its wheel and sdist: tests/packaging
+        main_parser().parse_args(words[3:])
+    elif words[:2] == ["python", "-m"]:
         subprocess.run([sys.executable, *words[1:]], check=True, capture_output=True, cwd="/")
 
 
