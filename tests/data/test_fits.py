@@ -1,5 +1,6 @@
 """FITS images against the arrays that were written and, uncompressed, against the file's bytes."""
 
+import errno
 import gzip
 import io
 import struct
@@ -219,3 +220,13 @@ def test_threads_read_their_own_files():
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(lambda file: fits.read(file, Piece()).values[0, ::-1], files * 4))
     assert all(np.array_equal(values, picture) for values, picture in zip(results, pictures * 4, strict=True))
+
+
+@pytest.mark.parametrize("number", [errno.EIO, None])
+def test_errors_of_the_machine_are_no_fault_of_the_file(number, monkeypatch):
+    def failing(stream):
+        raise OSError("odd") if number is None else OSError(number, "Input/output error")
+
+    monkeypatch.setattr(fits, "_first_image", failing)
+    with pytest.raises(BadImage if number is None else OSError, match="odd" if number is None else "Input/output"):
+        fits.layout(b"SIMPLE  =")

@@ -4,6 +4,7 @@ import io
 import itertools
 import os
 import struct
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -372,3 +373,12 @@ def test_plain_files_have_the_values_that_gdal_gives(compression, interleave):
         assert (by_us.low, by_us.high, by_us.inverted) == (by_gdal.low, by_gdal.high, by_gdal.inverted)
         assert (by_us.valid is None) == (by_gdal.valid is None)
         assert by_us.valid is None or np.array_equal(by_us.valid, by_gdal.valid)
+
+
+def test_no_warning_where_another_thread_resets_the_filters():
+    data = write(np.zeros((1, 8, 8), np.int16))
+    geotiff.layout(data)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.resetwarnings()
+        geotiff.layout(data)
+    assert not caught

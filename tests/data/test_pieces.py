@@ -18,7 +18,7 @@ from PIL import Image
 from tests.helpers.photos import blurred_noise
 from upstep_fast.config.reading import Reading
 from upstep_fast.data.formats import kinds
-from upstep_fast.data.labeled.splits import HeldOut, choose_test, held_out
+from upstep_fast.data.labeled.splits import HeldOut, Labeled, choose_test, held_out
 from upstep_fast.data.loading import retries
 from upstep_fast.data.loading.eval_transform import EvalTransform
 from upstep_fast.data.loading.skipped_images import read_image
@@ -28,6 +28,7 @@ from upstep_fast.data.sources import open_source
 from upstep_fast.data.sources.series import gaps
 from upstep_fast.data.sources.subset import split_by_file
 from upstep_fast.errors import BadImage, DataError
+from upstep_fast.evaluation.figures import data_notes
 
 
 def photo() -> Image.Image:
@@ -305,3 +306,18 @@ def test_a_path_is_read_by_the_reader_of_its_folder(stacks, tmp_path):
     assert torch.equal(transform.pixels(tmp_path / "one" / "a.mgh"), expected)
     with pytest.raises(BadImage, match="stack ZYX 3x8x8 holds 3 images, one was asked for"):
         transform(tmp_path / "three.fits")
+
+
+def test_eval_says_that_pictures_of_a_file_are_alike(stacks, tmp_path):
+    for name, depth in (("a/1", 3), ("a/2", 3), ("b/3", 3), ("b/4", 1)):
+        write_stack(tmp_path / f"{name}.fits", "ZYX", stack_values((depth, 8, 8)))
+    source = open_source(tmp_path)
+    part = Labeled(source, torch.zeros(len(source), dtype=torch.int64), ("a", "b"))
+    features = torch.eye(len(source))
+    said = list(data_notes(part, part.subset(torch.arange(7)), features.flip(0), features[:7], 1))
+    assert said[-1].startswith("the 7 test images are of 3 files or series: those of one are alike")
+    assert not [
+        note
+        for note in data_notes(part, part.subset(torch.tensor([0, 3])), features, features[:2], 1)
+        if "alike" in note
+    ]

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from upstep_fast.config.reading import AS_STORED, Reading
-from upstep_fast.data.decode.image import MAX_PIXELS, decode, read_stored
+from upstep_fast.data.decode.image import decode, read_stored
 from upstep_fast.data.formats.photographs import check_size
 from upstep_fast.data.reading.recent import Recent
 from upstep_fast.data.reading.regular import read_at, version_of
-from upstep_fast.data.reading.stored import File, Layout, Piece, Stored
+from upstep_fast.data.reading.stored import MAX_PIXELS, File, Layout, Piece, Stored
 from upstep_fast.data.reading.tiles import read_piece
 
 KEPT_BYTES = 512 << 20  # of decoded pictures

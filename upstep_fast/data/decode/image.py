@@ -37,12 +37,10 @@ from upstep_fast.data.reading import axes
 from upstep_fast.data.reading.budget import BYTES_PER_COEFFICIENT, BYTES_PER_PIXEL, BYTES_PER_VALUE, decoding, reduction
 from upstep_fast.data.reading.intensity import chosen_bands, gray_of, to_bytes, to_pixels
 from upstep_fast.data.reading.out_of_memory import is_out_of_memory
-from upstep_fast.data.reading.stored import Stored
+from upstep_fast.data.reading.stored import MAX_PIXELS, Stored
 from upstep_fast.data.reading.tiff_header import TIFF
 from upstep_fast.errors import BadImage
 
-# Pillow's limit for an error; a 27 kB PNG can claim more
-MAX_PIXELS = 178_956_970
 # only decoders of pixels: no PostScript, no fonts, nothing that starts a program
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "AVIF")  # and TIFF, by tiff.py
 

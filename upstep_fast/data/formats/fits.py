@@ -234,7 +234,7 @@ def _stream(file: File) -> Iterator[BinaryIO]:
         except BadImage:
             raise
         except Exception as error:  # gzip raises EOFError and zlib.error, astropy OSError, ValueError, TypeError ...
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or getattr(error, "errno", None) is not None:  # of the machine
                 raise
             raise BadImage(f"cannot be decoded by astropy: {first_line(error)[:160]}") from error
 

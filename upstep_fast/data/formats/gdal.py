@@ -38,6 +38,8 @@ def opened(file: File, driver: str, **options: Any) -> Iterator[Any]:
     options: the driver's. A dataset is of one thread; datasets of several threads do not disturb each other.
     """
     rasterio = _rasterio()
+    # that a picture lies nowhere on Earth, or has both nodata and alpha, is of no concern here
+    _silence(rasterio.errors.NotGeoreferencedWarning, rasterio.errors.NodataShadowWarning)
     options = {"driver": driver, "GEOREF_SOURCES": "NONE", **options}
     with contextlib.ExitStack() as stack:
         try:
@@ -52,7 +54,8 @@ def opened(file: File, driver: str, **options: Any) -> Iterator[Any]:
             raise
         except Exception as error:  # rasterio raises its own errors, GDAL's, ValueError and OverflowError
             cause = error.__cause__ or error  # GDAL's own words
-            if is_out_of_memory(error) or is_out_of_memory(cause):
+            of_machine = isinstance(error, OSError) and error.errno is not None
+            if of_machine or is_out_of_memory(error) or is_out_of_memory(cause):
                 raise
             raise BadImage(f"cannot be decoded by GDAL: {_without_path(first_line(cause))}") from error
 
@@ -85,10 +88,14 @@ def _rasterio() -> Any:
         import rasterio.io
     except ImportError:
         raise BadImage("needs the package rasterio: pip install 'upstep_fast[geo]'") from None
-    # that a picture lies nowhere on Earth, or has both nodata and alpha, is of no concern here
-    for kind in (rasterio.errors.NotGeoreferencedWarning, rasterio.errors.NodataShadowWarning):
-        warnings.filterwarnings("ignore", category=kind)
     return rasterio
+
+
+def _silence(*kinds: type[Warning]) -> None:
+    """Ignore warnings of these kinds, again where a `warnings.catch_warnings` of another thread has ended that."""
+    for kind in kinds:
+        if ("ignore", None, kind, None, 0) not in warnings.filters:
+            warnings.filterwarnings("ignore", category=kind)
 
 
 def _without_path(text: str) -> str:

@@ -17,7 +17,7 @@ from types import ModuleType
 
 from upstep_fast.data.reading import axes
 from upstep_fast.data.reading.stored import File, Layout, Piece, Stored
-from upstep_fast.data.reading.tiff_header import first_page, is_stack
+from upstep_fast.data.reading.tiff_header import TIFF, first_page, is_stack
 from upstep_fast.errors import BadImage
 
 
@@ -78,7 +78,6 @@ NO_READER = {
 SUFFIXES = (*PHOTOGRAPHS, *(suffix for kind in KINDS for suffix in kind.suffixes))
 START = 400  # bytes of a file that its kind is told from
 _BY_SUFFIX = {suffix: kind for kind in KINDS for suffix in kind.suffixes}
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PHOTOGRAPHS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"\x93NUMPY")
 _MAGIC = (
     (128, b"DICM", DICOM),
@@ -111,7 +110,7 @@ def kind_of(name: str, start: bytes) -> Kind | None:
         if start[offset : offset + len(magic)] == magic:
             return kind
     by_suffix = _BY_SUFFIX.get(suffix_of(name))
-    if start.startswith(_TIFF) and by_suffix not in (SVS, SLIDES):
+    if start.startswith(TIFF) and by_suffix not in (SVS, SLIDES):
         return None
     return None if start.startswith(_PHOTOGRAPHS) else by_suffix
 
@@ -119,7 +118,7 @@ def kind_of(name: str, start: bytes) -> Kind | None:
 def kind_of_content(data: bytes | memoryview) -> Kind | None:
     """Return the kind of encoded content; None for content that data/decode reads, or refuses."""
     start = bytes(data[:START])
-    if not start.startswith(_TIFF):
+    if not start.startswith(TIFF):
         return kind_of("", start)
     return GEOTIFF if _needs_gdal(data) else None
 
@@ -128,7 +127,7 @@ def windowed(kind: Kind | None, start: bytes, file: Callable[[], File]) -> Kind:
     """Return the kind that gives windows of a file. kind, start: as of `kind_of`. Raises OSError as `file` does."""
     if kind is not None:
         return kind
-    if start.startswith(_TIFF):
+    if start.startswith(TIFF):
         if _states_stack(content := file()):
             return STACKS
         return GEOTIFF if _needs_gdal(content) else TIFF_WINDOWS

@@ -9,7 +9,7 @@ import numpy as np
 
 from upstep_fast.errors import BadImage
 
-MAX_PIXELS = 178_956_970  # of one picture or window, Pillow's limit for an error
+MAX_PIXELS = 178_956_970  # of one picture or window, Pillow's limit for an error; a 27 kB PNG can claim more
 File = bytes | memoryview | str  # encoded content, or the path of a regular file (of a folder for OME-Zarr)
 
 
