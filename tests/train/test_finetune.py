@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import logging
 import shutil
 import signal
 import subprocess
@@ -163,8 +164,9 @@ def test_only_what_the_method_names_learns(options, method):
         assert others and all(name.startswith("side.") or "lora_" in name for name in others)
 
 
-def test_the_best_epoch_by_the_held_out_part_is_kept(options, tmp_path, monkeypatch):
+def test_the_best_epoch_by_the_held_out_part_is_kept(options, tmp_path, monkeypatch, caplog):
     """Accuracies by hand: the second epoch is best, and patience ends the run two epochs later."""
+    caplog.set_level(logging.INFO, "upstep_fast")
     at_epoch = {}
     accuracies = iter([50.0, 80.0, 60.0, 80.0, 99.0])
 
@@ -184,6 +186,7 @@ def test_the_best_epoch_by_the_held_out_part_is_kept(options, tmp_path, monkeypa
     monkeypatch.setattr(State, "end_epoch", spy)
     result = upstep_fast.finetune(**{**options, "epochs": 9}, patience=2)
     assert (result.epochs, result.best_epoch) == (4, 1)
+    assert "patience: 2 epochs in a row were no better; stopped after epoch 4 of 9" in caplog.text
     saved = trained(upstep_fast.load_finetuned(result.model).requires_grad_(True))
     for name, value in at_epoch[1].items():
         assert torch.equal(saved[name], value)
@@ -226,6 +229,21 @@ def test_a_resumed_run_equals_the_uninterrupted_one(options, tmp_path, method, m
     assert a == b
     losses = [[row["loss"] for row in rows(tmp_path / name)] for name in ("whole", "out")]
     assert losses[0] == losses[1] and len(losses[0]) == 9
+
+
+def test_a_finished_run_goes_on_for_more_epochs(options, tmp_path, caplog):
+    """Its further steps have the learning rates of the longer run; fewer epochs than it has are refused."""
+    caplog.set_level(logging.INFO, "upstep_fast")
+    extra = {"method": "linear", "patience": 0}
+    whole = upstep_fast.finetune(**{**options, **extra, "out": tmp_path / "whole", "epochs": 5})
+    first = upstep_fast.finetune(**options, **extra)
+    longer = upstep_fast.finetune(**{**options, **extra, "epochs": 5}, resume=True)
+    assert (first.epochs, longer.epochs, whole.epochs) == (3, 5, 5) and "epochs: 5 instead of 3" in caplog.text
+    a, b = rows(tmp_path / "out"), rows(tmp_path / "whole")
+    assert len(a) == len(b) == 15 and [row["lr"] for row in a[9:]] == [row["lr"] for row in b[9:]]
+    assert a[0]["loss"] == b[0]["loss"]
+    with pytest.raises(ConfigError, match="is 5 epochs long; give at least as many --epochs"):
+        upstep_fast.finetune(**{**options, **extra, "epochs": 4}, resume=True)
 
 
 def test_resume_refuses_other_labels_of_the_same_files(options, monkeypatch):

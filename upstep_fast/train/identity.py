@@ -148,13 +148,19 @@ def _validate(checkpoint: Checkpoint, identity: Identity) -> None:
         raise RunFailedError(
             f"resume: {checkpoint.path} is no checkpoint of a run ({type(error).__name__}: {error})"
         ) from error
-    steps, is_length = identity.config.get("steps"), [text.split()[0] for text in changed] == ["steps"]
-    if is_length and isinstance(steps, int) and steps < checkpoint.step:
-        raise ConfigError(f"resume: {checkpoint.path} is {checkpoint.step} steps long; give at least as many --steps")
-    if changed and not is_length:  # the length alone may change: a run goes on, or ends earlier
+    length = "steps" if "steps" in identity.config else "epochs"  # of adapt, of finetune
+    if [text.split()[0] for text in changed] == [length]:  # it alone may change: a run goes on, or ends earlier
+        _check_length(checkpoint, length, identity.config[length])
+    elif changed:
         raise ConfigError(
             f"resume: {checkpoint.path} was made with another configuration: {'; '.join(changed)}; {cure}"
         )
+
+
+def _check_length(checkpoint: Checkpoint, length: str, now: object) -> None:
+    done = checkpoint.step if length == "steps" else checkpoint.manifest["state"]["epoch"]
+    if isinstance(now, int) and isinstance(done, int) and now < done:
+        raise ConfigError(f"resume: {checkpoint.path} is {done} {length} long; give at least as many --{length}")
 
 
 def _cpu() -> dict[str, str | None]:

@@ -207,6 +207,16 @@ def _reading(config: ExportConfig) -> dict[str, Any]:
     return {} if config.adapter is None else reading_flags(Path(config.adapter))
 
 
+def _reading_rows(config: ExportConfig) -> str:
+    """Return the rows of the card's table on how images are read; "" without an adapter."""
+    if not (reading := _reading(config)):
+        return ""
+    how = reading.get("intensity", "auto") + (f", bands {reading['bands']}" if "bands" in reading else "")
+    parts = " ".join(f"--{name} {reading[name]}" for name in READING[2:] if name in reading)
+    rows = f"| values of more than 8 bits | brightness by `--intensity {how}` |\n"
+    return rows + (f"| parts of files | `{parts}` |\n" if parts else "")
+
+
 def _card(
     config: ExportConfig, base: Backbone, base_sha256: str, written: Written, difference: float, images_text: str
 ) -> str:
@@ -220,11 +230,6 @@ def _card(
     adapter = "none"
     if config.adapter is not None:
         adapter = f"`{config.adapter}`, SHA-256 of its files `{peft_format.fingerprint(config.adapter)}`"
-    reading = _reading(config)
-    how = reading.get("intensity", "auto") + (f", bands {reading['bands']}" if "bands" in reading else "")
-    brightness = f"| values of more than 8 bits | brightness by `--intensity {how}` |\n" if reading else ""
-    parts = " ".join(f"--{name} {reading[name]}" for name in READING[2:] if name in reading)
-    brightness += f"| parts of files | `{parts}` |\n" if parts else ""
     vit: Any = base.vit
     license_name = vit.pretrained_cfg.get("license")
     channels = vit.patch_embed.proj.in_channels
@@ -240,7 +245,7 @@ def _card(
 | input | {channels} x {base.img_size[0]} x {base.img_size[1]}, {base.interpolation}, crop {base.crop_pct:g} |
 | mean | {numbers(base.mean)} |
 | standard deviation | {numbers(base.std)} |
-{brightness}| largest difference of a feature | {measured} |
+{_reading_rows(config)}| largest difference of a feature | {measured} |
 
 ```python
 {written.usage.replace("FOLDER", config.out)}

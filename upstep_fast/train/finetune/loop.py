@@ -53,7 +53,7 @@ def train(
         signals() as requests,
         track("finetune", num_steps, "steps", state.step, compute.device.type) as task,
     ):
-        while state.step < num_steps and not _should_stop(state, config):
+        while state.step < num_steps and not _has_stopped(state, config):
             began = time.monotonic()
             row = train_step(state, *next(batches), logits, mix, config, compute, num_steps)
             task.advance()
@@ -80,9 +80,14 @@ def _raise_if_over(state: State, row: dict[str, Any], stop: bool, num_steps: int
         raise Interrupted(f"{done}; continue with the same command and --resume")
 
 
-def _should_stop(state: State, config: FinetuneConfig) -> bool:
-    patience = config.optimization.patience
-    return bool(config.optimization.held_out and patience and state.epoch - 1 - state.best_epoch >= patience)
+def _has_stopped(state: State, config: FinetuneConfig) -> bool:
+    """Return whether --patience ends the run here, and log it then."""
+    run = config.optimization
+    if not (run.held_out and run.patience and state.epoch - 1 - state.best_epoch >= run.patience):
+        return False
+    text = "patience: %d epochs in a row were no better; stopped after epoch %d of %d"
+    log.info(text, run.patience, state.epoch, run.epochs)
+    return True
 
 
 def _end_epoch(state: State, row: dict[str, Any], config: FinetuneConfig, accuracy: Callable[[], float]) -> None:

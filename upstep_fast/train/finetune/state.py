@@ -110,6 +110,11 @@ def resume_from(state: State, folder: Path, identity: Identity, skipped: dict[st
         raise RunFailedError(f"resume: {checkpoint.path} is no checkpoint of such a run ({error})") from error
     state.step = checkpoint.step
     log.info("resume: continuing after step %d, from %s", checkpoint.step, checkpoint.path)
+    planned, epochs = checkpoint.manifest["config"].get("epochs"), identity.config["epochs"]
+    if planned != epochs:
+        log.info(
+            "epochs: %s instead of %s: from here on, the learning rate is that of a run of that length", epochs, planned
+        )
 
 
 def _tensors(state: State) -> dict[str, Tensor]:
