@@ -33,6 +33,8 @@ def no_images(where: str, split: str | None, columns: Columns, listing: Listing)
         return f"data: no test images in {where}; {'; '.join(listing.without_test)}"
     if columns.image is not None:
         return f"data: no images in {where} with the suffix {columns.image} (--image-column); give another or none"
+    if any(map(missing_of, listing.others)):
+        return f"data: no images in {where} without the packages that read them; it holds {listing.left_out()}"
     problems = listing.problems
     if problems and not listing.others:  # images, none of which can be used
         name, reason = problems[0]
@@ -42,7 +44,7 @@ def no_images(where: str, split: str | None, columns: Columns, listing: Listing)
     if listing.others:
         message += f"; it holds {listing.left_out()}"
     for kind in sorted(listing.others, key=lambda kind: kind not in _IN_FOLDERS):
-        if hint := _IN_FOLDERS.get(kind) or HINTS.get(kind) or missing_of(kind):
+        if hint := _IN_FOLDERS.get(kind) or HINTS.get(kind):
             path = listing.examples[kind]
             message += f"; {hint.format(path=path, folder=os.path.dirname(path))}"
             break
