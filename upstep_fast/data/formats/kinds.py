@@ -52,6 +52,7 @@ TIFF_WINDOWS = Kind("TIFF", "tiff_windows", (), "microscopy", ("tifffile", "imag
 STACKS = Kind("TIFF stack", "tiff_stacks", (), "microscopy", ("tifffile",))  # told from the description (is_stack)
 ZARR = Kind("OME-Zarr", "ome_zarr", (".zarr",), "microscopy", ("zarr",))  # a folder
 ARRAYS = Kind("array", "npy_windows", (), "", ())
+ANIMATIONS = Kind("animation", "animations", (), "", ())  # whose frames --slice chooses
 PHOTOGRAPH = Kind("photograph", "photographs", (), "", ())  # of which decode/cut.py has the pixels
 BY_PATH = (SVS, SLIDES, TIFF_WINDOWS, STACKS, ZARR, GEOTIFF, JPEG2000, ARRAYS)  # read by offset, never as a whole
 KINDS = (DICOM, NIFTI, FITS, JPEG2000, JPEGXL, SVS, SLIDES, ZARR)

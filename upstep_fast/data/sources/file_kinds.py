@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from upstep_fast.config.reading import Reading
-from upstep_fast.data.formats import kinds
+from upstep_fast.data.formats import animations, kinds
 from upstep_fast.data.formats.kinds import Kind
 from upstep_fast.data.reading.regular import is_zarr, read_at
 from upstep_fast.data.reading.stored import File
@@ -41,6 +41,10 @@ def kinds_in(part: Part, reading: Reading) -> list[Kind | None]:
     if not reading.is_windowed:
         for index in _stacks(part, reading):
             result[index] = kinds.STACKS
+        for index in part.ending_in(animations.SUFFIXES) if reading.slices != "auto" else ():
+            with contextlib.suppress(OSError):  # as above
+                if animations.is_animation(file_of(part, index)):
+                    result[index] = kinds.ANIMATIONS
     return result
 
 
