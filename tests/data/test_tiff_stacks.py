@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +163,31 @@ def test_white_as_zero_and_orientation():
     stored = kinds.read(STACKS, file.getvalue(), Piece((("Z", 1),)))
     assert stored.inverted and (stored.low, stored.high) == (0, 65535)
     assert np.array_equal(stored.values[0], np.rot90(array[1], -1))
+
+
+def test_nodata_and_tiles_that_are_not_stored():
+    array = np.random.default_rng(0).integers(1, 256, (2, 2, 32, 32), dtype=np.uint8)
+    array[1, 0, 3, 4] = array[1, 1, 5, 6] = 0
+    file = io.BytesIO()
+    options = {"photometric": "minisblack", "metadata": {"axes": "ZCYX"}, "ome": True}
+    tifffile.imwrite(file, array, extratags=[(42113, "s", 1, "0", False)], **options)
+    stored = kinds.read(STACKS, file.getvalue(), Piece((("Z", 1),)))
+    assert np.array_equal(stored.valid, (array[1] > 0).all(0))
+    tiles = [zlib.compress(plane.tobytes()) for plane in array.reshape(4, 32, 32)]
+    file = io.BytesIO()
+    tifffile.imwrite(
+        file,
+        iter([*tiles[:3], b""]),
+        shape=array.shape,
+        dtype="u1",
+        tile=(32, 32),
+        compression="zlib",
+        **options,
+    )
+    layout = kinds.layout(STACKS, file.getvalue())
+    assert layout.shape == (2, 2, 32, 32)
+    stored = kinds.read(STACKS, file.getvalue(), Piece((("Z", 1),)))
+    assert np.array_equal(stored.values[0], array[1, 0]) and not stored.valid.any()
 
 
 def test_a_folder_of_stacks(tmp_path):

@@ -63,9 +63,14 @@ def read(file: File, piece: Piece) -> Stored:
         bands.append(replace(band, values=band.values[samples], colors=0) if stack.inner else band)
     if len(bands) == 1:
         return bands[0]
-    masks = [np.ones(band.values.shape[1:], bool) if band.valid is None else band.valid for band in bands]
-    valid = np.logical_and.reduce(masks) if any(band.valid is not None for band in bands) else None
-    return replace(bands[0], values=np.concatenate([band.values for band in bands]), valid=valid, colors=0)
+    masks = [band.valid for band in bands if band.valid is not None]
+    valid = np.logical_and.reduce(masks) if masks else None
+    values = np.empty((sum(len(band.values) for band in bands), *bands[0].values.shape[1:]), bands[0].values.dtype)
+    start = 0
+    for band in bands:
+        values[start : start + len(band.values)] = band.values
+        start += len(band.values)
+    return replace(bands[0], values=values, valid=valid, colors=0)
 
 
 def _places(axes: tuple[tuple[str, int], ...], piece: Piece) -> list[int]:

@@ -78,9 +78,14 @@ def has_data(file: File, piece: Piece) -> bool:
 def _window(file: File, level: Level, window: tuple[int, int, int, int]) -> tuple[np.ndarray, np.ndarray | None]:
     """Return values [C, H, W] as stored, and which are [H, W]; None: all. window: of the picture as stored."""
     top, left, rows, columns = window
+    met = list(_met(level, window))
+    if len(met) == 1 and level.counts[met[0][0]]:  # without a copy
+        index, row, column = met[0]
+        part = _segment_rows(file, level, index, top - row, top + rows - row, _is_whole(level, window, row, column))
+        return _cut(part, left - column, rows, columns).transpose(2, 0, 1), None
     values = np.zeros((rows, columns, level.samples), level.dtype)
     valid: np.ndarray | None = None
-    for index, row, column in _met(level, window):
+    for index, row, column in met:
         first, last = max(top, row), min(top + rows, row + level.segment[0])
         start, end = max(left, column), min(left + columns, column + level.segment[1])
         target = np.s_[first - top : last - top, start - left : end - left]
@@ -88,12 +93,26 @@ def _window(file: File, level: Level, window: tuple[int, int, int, int]) -> tupl
             valid = np.ones((rows, columns), bool) if valid is None else valid
             valid[target] = False
             continue
-        part = _segment_rows(file, level, index, first - row, last - row)[:, start - column : end - column]
-        if part.shape[:2] != (last - first, end - start):
-            raise BadImage("a strip or tile that holds fewer pixels than its header says")
+        is_whole = _is_whole(level, window, row, column)
+        part = _segment_rows(file, level, index, first - row, last - row, is_whole)
+        part = _cut(part, start - column, last - first, end - start)
         plane = index // level.per_plane
         values[target][..., plane : plane + 1 if level.planar else None] = part
     return values.transpose(2, 0, 1), valid
+
+
+def _cut(part: np.ndarray, start: int, rows: int, columns: int) -> np.ndarray:
+    part = part[:, start : start + columns]
+    if part.shape[:2] != (rows, columns):
+        raise BadImage("a strip or tile that holds fewer pixels than its header says")
+    return part
+
+
+def _is_whole(level: Level, window: tuple[int, int, int, int], row: int, column: int) -> bool:
+    """Return whether a window takes all pixels of the segment at a place."""
+    top, left, rows, columns = window
+    ends = min(row + level.segment[0], level.height), min(column + level.segment[1], level.width)
+    return top <= row and left <= column and top + rows >= ends[0] and left + columns >= ends[1]
 
 
 def _met(level: Level, window: tuple[int, int, int, int]) -> Iterator[tuple[int, int, int]]:
@@ -106,8 +125,11 @@ def _met(level: Level, window: tuple[int, int, int, int]) -> Iterator[tuple[int,
                 yield plane * level.per_plane + row * level.across + column, row * height, column * width
 
 
-def _segment_rows(file: File, level: Level, index: int, first: int, last: int) -> np.ndarray:
-    """Return rows of a decoded segment, [H, W, C] with the samples that it holds."""
+def _segment_rows(file: File, level: Level, index: int, first: int, last: int, is_whole: bool) -> np.ndarray:
+    """Return rows of a decoded segment, [H, W, C] with the samples that it holds.
+
+    is_whole: all of it is used at once, so that it is not kept for the next window.
+    """
     offset, count = int(level.offsets[index]), int(level.counts[index])
     samples = 1 if level.planar else level.samples
     if level.is_plain:
@@ -115,7 +137,7 @@ def _segment_rows(file: File, level: Level, index: int, first: int, last: int) -
         if last * row_bytes > count:
             raise BadImage("truncated TIFF: a strip or tile is too short")
         data = read_at(file, offset + first * row_bytes, (last - first) * row_bytes)
-        array = np.frombuffer(data, level.dtype.newbyteorder(level.order)).astype(level.dtype)
+        array = np.frombuffer(data, level.dtype.newbyteorder(level.order)).astype(level.dtype, copy=False)
         return array.reshape(last - first, level.segment[1], samples)
 
     def make() -> tuple[np.ndarray, int]:
@@ -129,7 +151,7 @@ def _segment_rows(file: File, level: Level, index: int, first: int, last: int) -
             raise BadImage(f"a strip or tile cannot be decoded: {type(error).__name__}: {str(error)[:120]}") from error
         return array, array.nbytes
 
-    if not isinstance(file, str):
+    if is_whole or not isinstance(file, str):
         return make()[0][first:last]
     segment: np.ndarray = _segments.get((version_of(file), offset, index), make)
     return segment[first:last]
