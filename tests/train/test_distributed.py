@@ -10,10 +10,13 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import upstep_fast
@@ -97,6 +100,14 @@ def changed(base, changes):
     return {k: v for k, v in base.items() if k != "prototypes" or "objective" not in changes} | changes
 
 
+def twelve_bits(folder):
+    """A folder of PNGs of 16 bits with values of 12."""
+    folder.mkdir()
+    for i, image in enumerate(np.random.default_rng(0).integers(300, 4000, (16, 40, 40)).astype(np.uint16)):
+        Image.fromarray(image).save(folder / f"{i:02}.png")
+    return folder
+
+
 def jobs(base, folder):
     """The runs of the launch, in order."""
 
@@ -123,6 +134,7 @@ def jobs(base, folder):
         adapt("odd", batch_size=9),
         adapt("verified", verify_resume=2, checkpoint_every=2),
         {**adapt("differs"), "per_rank": {"lr": [1e-3, 2e-3]}},
+        adapt("twelve bits", data=str(twelve_bits(folder / "deep"))),
     ]
     embed = {k: base[k] for k in ("model", "data", "precision", "device", "num_workers")} | {"out": "x.npy"}
     fewer, weights = folder / "fewer", folder / "weights"
@@ -227,6 +239,19 @@ def test_fifty_steps_of_two_ranks_are_those_of_one(ranks, alone):
 @pytest.mark.parametrize("name", FORMS)
 def test_every_form_is_the_same_on_two_ranks(ranks, alone, name):
     close(ranks / name, alone(**FORMS[name]))
+
+
+def test_both_ranks_measure_the_intensity_that_one_process_measures(ranks, alone):
+    """Percentiles 0.5 and 99.5 of all values."""
+    measured = [
+        [line for line in found["lines"] if "intensity: values" in line] for found in outcome(ranks, "twelve bits")
+    ]
+    assert len(measured[0]) == 1 and measured[0] == measured[1]
+    values = np.stack([np.asarray(Image.open(path)) for path in sorted((ranks / "deep").iterdir())])
+    kept = tomllib.loads((ranks / "twelve bits" / "config.toml").read_text())["data"]["intensity"]
+    low, high = map(float, kept.removeprefix("auto:").split(","))
+    assert (low, high) == pytest.approx(np.percentile(values.astype(np.float64), (0.5, 99.5)), rel=1e-3)
+    close(ranks / "twelve bits", alone(data=str(ranks / "deep")))
 
 
 def test_only_rank_0_writes_and_the_result_is_the_same_on_both(ranks):
