@@ -23,6 +23,7 @@ from upstep_fast.data.reading.stored import File
 from upstep_fast.errors import BadImage, printable
 
 MAX_INFLATED = 1 << 30  # bytes of a deflated file
+LARGE, MAX_RATIO = 64 << 20, 100  # no image of more bytes is packed into less than a hundredth
 PLUGIN = "pylibjpeg"  # pydicom's name of the decoders
 MONOCHROME = ("MONOCHROME1", "MONOCHROME2")
 COLORS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
@@ -153,10 +154,14 @@ def _guessed_syntax(stream: BinaryIO) -> uid.UID:
 
 
 def _inflated(stream: BinaryIO) -> BinaryIO:
-    """Return the data set of a deflated file, at most MAX_INFLATED bytes."""
-    data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(stream.read(), MAX_INFLATED + 1)
-    if len(data) > MAX_INFLATED:
-        raise BadImage(f"deflated data of more than {MAX_INFLATED} bytes; store it in another transfer syntax")
+    """Return the data set of a deflated file, as large as MAX_INFLATED and MAX_RATIO allow."""
+    packed = stream.read()
+    limit = min(MAX_INFLATED, max(LARGE, MAX_RATIO * len(packed)))
+    data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, limit + 1)
+    if len(data) > limit:
+        raise BadImage(
+            f"deflated data of more than {limit} bytes in {len(packed)}; store it in another transfer syntax"
+        )
     return io.BytesIO(data)
 
 
