@@ -185,16 +185,17 @@ def test_flags_of_reading_reach_the_source(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(model, tmp_path_factory):
     """Return the folder of a run on images of 12 bits, and the images."""
     root = tmp_path_factory.mktemp("intensity")
     for label, seed in (("a", 0), ("b", 1)):
         write(root / "images" / label, twelve_bits(8, seed=seed, size=64))
-    assert command("adapt", "--model", "demo", "--data", root / "images", "--out", root / "run", *SHORT) == 0
+    assert command("adapt", "--model", model, "--data", root / "images", "--out", root / "run", *SHORT) == 0
     return root / "run", root / "images"
 
 
 SHORT = ["--steps", "2", "--batch-size", "4", "--no-report-images", "--whitening", "off", "--precision", "fp32"]
+SHORT += ["--head-hidden", "32", "--head-dim", "16", "--prototypes", "8"]
 
 
 def test_the_run_and_its_adapter_keep_the_measured_range(run):
@@ -251,29 +252,29 @@ def test_an_earlier_adapter_reads_by_the_declared_range(run, tmp_path):
     assert reading_flags(folder / "adapter") == {"intensity": "full"}
 
 
-def test_another_intensity_is_no_continuation(run, capsys):
+def test_another_intensity_is_no_continuation(run, model, capsys):
     folder, images = run
-    again = ["adapt", "--model", "demo", "--data", images, "--out", folder, *SHORT, "--resume"]
+    again = ["adapt", "--model", model, "--data", images, "--out", folder, *SHORT, "--resume"]
     assert command(*again) == 0
     assert command(*again, "--intensity", "full") == 2
     assert "intensity" in capsys.readouterr().err
 
 
-def test_eval_measures_once_and_reads_both_parts_alike(run, caplog):
+def test_eval_measures_once_and_reads_both_parts_alike(run, model, caplog):
     folder, images = run
     caplog.set_level(logging.INFO, "upstep_fast")
     of_run = upstep_fast.evaluate(folder, images, k=3, precision="fp32")
     assert "intensity: values" not in caplog.text
-    alone = upstep_fast.evaluate("demo", images, k=3, precision="fp32")
+    alone = upstep_fast.evaluate(model, images, k=3, precision="fp32")
     assert caplog.text.count("intensity: values") == 1
     assert of_run["n_test"] == alone["n_test"]
 
 
-def test_a_classifier_predicts_by_the_range_of_its_training(run, tmp_path):
+def test_a_classifier_predicts_by_the_range_of_its_training(run, model, tmp_path):
     _, images = run
     out = tmp_path / "classifier"
     options = {"epochs": 1, "method": "linear", "precision": "fp32", "batch_size": 4}
-    upstep_fast.finetune("demo", images, out, **options)
+    upstep_fast.finetune(model, images, out, **options)
     assert tomllib.loads((out / "config.toml").read_text())["data"]["intensity"].startswith("auto:")
     net = upstep_fast.load_finetuned(out)
     dark = write(tmp_path / "dark", [image // 10 for image in twelve_bits(3, size=64)])

@@ -70,10 +70,9 @@ def test_options_of_clustering_are_refused(model, photos, tmp_path, extra):
         upstep_fast.adapt(model, photos, tmp_path / "out", objective="vicreg", steps=2, **extra)
 
 
-def test_training_lowers_the_loss(model, photos, tmp_path):
-    options = dict(
-        objective="vicreg", steps=60, batch_size=24, lr=3e-3, gate="none", cvr="off", verdict="off", num_workers=0
-    )
-    upstep_fast.adapt(model, photos, tmp_path / "out", report_images=False, **options)
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert len(losses) == 60 and np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+def test_training_lowers_the_loss(options):
+    options = {name: value for name, value in options.items() if name not in ("prototypes", "head_hidden", "head_dim")}
+    own = dict(objective="vicreg", steps=20, batch_size=12, lr=1e-2, gate="none", cvr="off", verdict="off")
+    upstep_fast.adapt(**options | own | {"whitening": "off", "report_images": False})
+    losses = [json.loads(line)["loss"] for line in (options["out"] / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 20 and np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
