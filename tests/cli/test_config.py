@@ -126,6 +126,28 @@ def test_flags_override_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("recorded", "flags", "length"),
+    [
+        ("steps = 40", ["--epochs", "6"], (None, 6.0)),
+        ("epochs = 6", ["--steps", "40"], (40, None)),
+        ("steps = 40", [], (40, None)),
+    ],
+)
+def test_a_length_in_the_other_unit_overrides_the_file(tmp_path, recorded, flags, length):
+    (tmp_path / "c.toml").write_text(f'model = "m"\ndata = ["a"]\nout = "o"\n{recorded}\n')
+    config = parse(AdaptConfig, ["--config", str(tmp_path / "c.toml"), *flags], "upstep-fast adapt")
+    assert (config.optimization.steps, config.optimization.epochs) == length
+
+
+def test_a_repeated_flag_is_said(capsys):
+    flags = ["--model", "m", "--data", "d", "--out", "o"]
+    assert parse(AdaptConfig, [*flags, "--lr", "1", "--lr", "2"], "upstep-fast adapt").optimization.lr == 2
+    assert capsys.readouterr().err == "upstep-fast: lr: given more than once; the last counts: '2'\n"
+    parse(AdaptConfig, [*flags, "--lr", "2", "--lr=2"], "upstep-fast adapt")
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("lora_rank = 3", r"unknown key 'lora_rank'; did you mean lora_r"),

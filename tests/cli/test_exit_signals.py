@@ -173,7 +173,7 @@ def test_a_signal_before_the_first_step(handlers, flags, monkeypatch, tmp_path, 
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_after_the_last_step_lets_the_run_end_and_a_second_one_does_not(
+def test_a_signal_after_the_last_step_waits_for_the_adapter_and_a_second_one_does_not(
     handlers, flags, monkeypatch, tmp_path, capsys, number
 ):
     with monkeypatch.context() as patch:
@@ -184,7 +184,20 @@ def test_a_signal_after_the_last_step_lets_the_run_end_and_a_second_one_does_not
     assert not (tmp_path / "out" / "run.lock").exists()
     with monkeypatch.context() as patch:
         sends(patch, loop, "check_adapter", number)
-        assert ends(main, "adapt", *flags, "--resume") == 0
+        assert ends(main, "adapt", *flags, "--resume") == 75
+    assert "stopped after all 6 steps, before the verdict; the adapter is written" in capsys.readouterr().err
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
+    assert ends(main, "adapt", *flags, "--resume") == 0
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_during_the_verdict_ends_at_once(handlers, flags, monkeypatch, tmp_path, capsys, number):
+    with monkeypatch.context() as patch:
+        sends(patch, loop.verdict, "judge_written", number)
+        assert ends(main, "adapt", *flags) == 75
+    assert "stopped after all 6 steps, before the verdict; the adapter" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out" / "run.lock").exists()
+    assert ends(main, "adapt", *flags, "--resume") == 0
 
 
 def test_sighup_in_the_loop_saves_the_state(handlers, flags, monkeypatch, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any, Literal, Union
 
 from upstep_fast.config.flat import dashed, defaults, from_flat, paths, undashed
 from upstep_fast.config.value_types import describe_kind, field_kinds
-from upstep_fast.errors import ConfigError
+from upstep_fast.errors import MAX_LINE, ConfigError, printable
 
 HELP = {"-h", "--help", "--help-all"}
 
@@ -37,6 +38,9 @@ def parse(config_class: type, args: Sequence[str], prog: str) -> Any:
     kinds = field_kinds(config_class)
     from_file = {name: _from_toml(name, value, kinds[name], f"config {file}: ") for name, value in values.items()}
     own = _from_flags(args, kinds)
+    for name, other in (("steps", "epochs"), ("epochs", "steps")):  # a run's config.toml holds the steps
+        if name in own and other not in own:
+            from_file.pop(other, None)
     flags = with_preset(from_file)
     if "preset" in own:  # the user's own goes before the file
         flags |= with_preset({"preset": own["preset"]})
@@ -94,7 +98,7 @@ def _print_help(config_class: type, prog: str, *, show_all: bool) -> None:
 
 
 def _from_flags(args: Sequence[str], kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """Return {flag: value} of --flag VALUE ..., --flag=VALUE, --flag and --no-flag; the last one of a flag counts."""
+    """Return {flag: value} of --flag VALUE ..., --flag=VALUE, --flag and --no-flag; of several the last counts."""
     given: list[tuple[str, list[str]]] = []
     for arg in args:
         if arg.startswith("--"):
@@ -104,8 +108,13 @@ def _from_flags(args: Sequence[str], kinds: Mapping[str, Any]) -> dict[str, Any]
             given[-1][1].append(arg)
         else:
             raise ConfigError(f"{arg!r} follows no flag; write --flag value")
+    texts_of: dict[str, list[str]] = {}
     values: dict[str, Any] = {}
     for name, texts in given:
+        if texts_of.setdefault(name, texts) != texts:
+            texts_of[name] = texts
+            text = printable(f"{name}: given more than once; the last counts: {_shown(texts)}", MAX_LINE)
+            print(f"upstep-fast: {text}", file=sys.stderr)
         field = name if name in kinds else name.removeprefix("no_")
         if kinds[field] is not bool:
             if field != name:

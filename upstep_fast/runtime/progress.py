@@ -28,7 +28,7 @@ from upstep_fast.runtime.terminal import format_duration
 log = logging.getLogger("upstep_fast")
 
 # seconds without a line, at most: during the first EARLY seconds, and later
-SHORT, LONG, EARLY = 1.5, 10.0, 60.0  # the import of torch lets no thread run for another second
+SHORT, LONG, EARLY = 1.5, 2.5, 60.0  # the import of torch lets no thread run for another second
 # an estimate of the time is made after so many advances, or after the first if it took so many seconds; it is logged
 # for work of at least so many seconds
 MARKS, SLOW, LONG_WORK = 4, 20.0, 60.0

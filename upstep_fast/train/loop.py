@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from upstep_fast.config.adapt import AdaptConfig
@@ -22,7 +23,7 @@ from upstep_fast.runtime import distributed
 from upstep_fast.runtime import run_folder as output
 from upstep_fast.runtime.atomic_file import write_atomic
 from upstep_fast.runtime.device import Compute
-from upstep_fast.runtime.signals import signals
+from upstep_fast.runtime.signals import StopRequests, signals
 from upstep_fast.train import resume, verdict
 from upstep_fast.train.adapter_check import check_adapter
 from upstep_fast.train.batches import initial_views, make_loader
@@ -62,8 +63,9 @@ def train(
     with (
         make_loader(config, source, state, compute) as loader,
         RunWriter(config, state, source, loader, out, identity) as writer,
-        signals(every_seconds) as requests,
+        contextlib.ExitStack() as handlers,
     ):
+        requests = handlers.enter_context(signals(every_seconds))
         replay = ReplayCheck(config, compute, source, base, rule, identity, writer)
         with writer.saves_on_exit():
             if state.step == 0 and state.method.needs_init:
@@ -89,14 +91,34 @@ def train(
                     )
         try:
             _finish(config, compute, state, loader, validator, writer, out)
-            write_whitening(config, compute, source, base, identity.backbone, out)
-            verdicts = verdict.judge_written(config, compute, held_out, base, validator, out)
+            with _ends_on_signal(handlers, requests, state.step):
+                write_whitening(config, compute, source, base, identity.backbone, out)
+                verdicts = verdict.judge_written(config, compute, held_out, base, validator, out)
         except AdapterRefusedError as refusal:
             _write_card(config, state, source, [refusal.verdict], out, REFUSED)
             raise
         _write_card(config, state, source, verdicts, out)
     seconds = time.monotonic() - began
     return AdaptResult(out / "adapter", state.step, state.gate.num_updates, state.loss, seconds, *verdicts)
+
+
+@contextlib.contextmanager
+def _ends_on_signal(handlers: contextlib.ExitStack, requests: StopRequests, num_steps: int) -> Iterator[None]:
+    """Let a signal end this context at once, or before it if one has come: all steps and the adapter are written.
+
+    Under torchrun, which repeats signals, the context is completed. Raises Interrupted.
+    """
+    try:
+        if not distributed.launched():
+            handlers.close()
+            if requests.stop:
+                raise KeyboardInterrupt
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"stopped after all {num_steps} steps, before the verdict; the adapter is written, and the same command "
+            "with --resume completes the run"
+        ) from None
 
 
 def start(
