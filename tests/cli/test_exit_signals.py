@@ -223,3 +223,10 @@ def test_the_program_ignores_signals_once_its_exit_code_is_decided(handlers, mon
     assert stop.value.code == 0
     for number in SIGNALS:
         os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_do_not_change_the_exit_code(tmp_path, closed):
+    command = f'exec "$0" -c "{ENTRY}" adapt --steps ten {closed}'
+    done = subprocess.run(["sh", "-c", command, sys.executable], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -19,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     As the program itself (None) it handles signals from here on, before anything slow is imported.
     """
     if argv is None:
+        _open_streams()
         exit_signals.install(starting=True)
     try:
         from upstep_fast.cli.commands import main as run
@@ -31,3 +33,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if argv is None:
             exit_signals.ignore()
             gc.freeze()  # the interpreter's last collections would take seconds over the objects of torch's modules
+
+
+def _open_streams() -> None:
+    """Open stdin, stdout and stderr on the null device where they are closed (`2>&-`), when Python has None for them."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.open(os.devnull, os.O_RDWR)  # takes the closed number, which a file of ours would get otherwise
+            setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115  (for the whole program)
