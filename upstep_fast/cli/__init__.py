@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _open_streams() -> None:
-    """Open stdin, stdout and stderr on the null device where they are closed (`2>&-`), when Python has None for them."""
+    """Open stdin, stdout and stderr on the null device where they are closed (`2>&-`): Python has None for them."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             os.open(os.devnull, os.O_RDWR)  # takes the closed number, which a file of ours would get otherwise

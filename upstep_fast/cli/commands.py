@@ -165,7 +165,7 @@ def _adapt(config: Any) -> None:
         return
     duration = format_duration(result.seconds)
     print_verdicts(result.verdict, result.measured)
-    print_line(f"adapter: {result.adapter}  ({result.steps} steps, {result.opened} with an update, {duration})")
+    print_line(f"adapter: {result.adapter}  ({result.steps} step{'s' * (result.steps != 1)}, {result.opened} with an update, {duration})")
     print_line(f"report: {out / 'report.html'}")
     print_line(f"next: {embed_command(read_config(out), out)}")
 
@@ -184,7 +184,7 @@ def _finetune(config: Any) -> None:
 
     done = run(config)
     print_line(
-        f"model: {done.model}  ({done.epochs} epochs, {format_duration(done.metrics['seconds'])}, "
+        f"model: {done.model}  ({done.epochs} epoch{'s' * (done.epochs != 1)}, {format_duration(done.metrics['seconds'])}, "
         f"{done.metrics['trainable_parameters']:,} trainable parameters)"
     )
     print(f"test: top-1 {done.metrics['top1']:.1f}, balanced {done.metrics['balanced']:.1f}")

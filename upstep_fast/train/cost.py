@@ -59,8 +59,8 @@ def log_finetune(
     """
     run, (learn, choose, test) = config.optimization, images
     log.info(
-        "finetune: %s, %s, %d epochs in batches of %d, %s trainable parameters",
-        *(config.method, _images(learn, backbone.img_size), run.epochs, run.batch_size, f"{num_trained:,}"),
+        "finetune: %s, %s, %d epoch%s in batches of %d, %s trainable parameters",
+        *(config.method, _images(learn, backbone.img_size), run.epochs, 's' * (run.epochs != 1), run.batch_size, f"{num_trained:,}"),
     )
     passes = learn + choose if config.cache != "off" else epochs * (learn * PASSES[config.method] + choose)
     flops = (passes + test) * (config.frames or 1) * backbone.forward_flops
