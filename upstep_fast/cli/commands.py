@@ -165,7 +165,9 @@ def _adapt(config: Any) -> None:
         return
     duration = format_duration(result.seconds)
     print_verdicts(result.verdict, result.measured)
-    print_line(f"adapter: {result.adapter}  ({result.steps} step{'s' * (result.steps != 1)}, {result.opened} with an update, {duration})")
+    print_line(
+        f"adapter: {result.adapter}  ({result.steps} step{'s' * (result.steps != 1)}, {result.opened} with an update, {duration})"
+    )
     print_line(f"report: {out / 'report.html'}")
     print_line(f"next: {embed_command(read_config(out), out)}")
 

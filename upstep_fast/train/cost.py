@@ -58,9 +58,10 @@ def log_finetune(
     images: or clips, to learn from, to choose the epoch by, and to test on. epochs: that are left.
     """
     run, (learn, choose, test) = config.optimization, images
+    epochs_text = f"{run.epochs} epoch{'s' * (run.epochs != 1)}"
     log.info(
-        "finetune: %s, %s, %d epoch%s in batches of %d, %s trainable parameters",
-        *(config.method, _images(learn, backbone.img_size), run.epochs, 's' * (run.epochs != 1), run.batch_size, f"{num_trained:,}"),
+        "finetune: %s, %s, %s in batches of %d, %s trainable parameters",
+        *(config.method, _images(learn, backbone.img_size), epochs_text, run.batch_size, f"{num_trained:,}"),
     )
     passes = learn + choose if config.cache != "off" else epochs * (learn * PASSES[config.method] + choose)
     flops = (passes + test) * (config.frames or 1) * backbone.forward_flops
