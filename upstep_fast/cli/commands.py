@@ -152,16 +152,12 @@ def _config(name: str, module: str = "tools") -> Callable[[], type]:
     return load
 
 
-def _counted(count: int, unit: str) -> str:
-    return f"{count} {unit}{'s' * (count != 1)}"
-
-
 def _adapt(config: Any) -> None:
     from upstep_fast.report.next_steps import embed_command
     from upstep_fast.report.run_record import read_config
     from upstep_fast.report.tables import print_verdicts
     from upstep_fast.runtime.distributed import is_first
-    from upstep_fast.runtime.terminal import format_duration, print_line
+    from upstep_fast.runtime.terminal import counted, format_duration, print_line
     from upstep_fast.train.adapt import run
 
     result, out = run(config), Path(config.output.out)
@@ -170,7 +166,7 @@ def _adapt(config: Any) -> None:
     duration = format_duration(result.seconds)
     print_verdicts(result.verdict, result.measured)
     print_line(
-        f"adapter: {result.adapter}  ({_counted(result.steps, 'step')}, {result.opened} with an update, {duration})"
+        f"adapter: {result.adapter}  ({counted(result.steps, 'step')}, {result.opened} with an update, {duration})"
     )
     print_line(f"report: {out / 'report.html'}")
     print_line(f"next: {embed_command(read_config(out), out)}")
@@ -185,12 +181,12 @@ def _eval(config: Any) -> None:
 
 def _finetune(config: Any) -> None:
     from upstep_fast.report.next_steps import predict_command
-    from upstep_fast.runtime.terminal import format_duration, print_line
+    from upstep_fast.runtime.terminal import counted, format_duration, print_line
     from upstep_fast.train.finetune.run import run
 
     done = run(config)
     print_line(
-        f"model: {done.model}  ({_counted(done.epochs, 'epoch')}, {format_duration(done.metrics['seconds'])}, "
+        f"model: {done.model}  ({counted(done.epochs, 'epoch')}, {format_duration(done.metrics['seconds'])}, "
         f"{done.metrics['trainable_parameters']:,} trainable parameters)"
     )
     print(f"test: top-1 {done.metrics['top1']:.1f}, balanced {done.metrics['balanced']:.1f}")

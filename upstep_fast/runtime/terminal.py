@@ -111,3 +111,8 @@ def show(table: rich.table.Table) -> None:
         table.box = box.MARKDOWN
         table.title_justify = "left"
     console().print(table)
+
+
+def counted(count: int, unit: str) -> str:
+    """Return "1 step", "2 steps"."""
+    return f"{count} {unit}{'s' * (count != 1)}"
