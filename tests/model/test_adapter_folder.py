@@ -130,6 +130,14 @@ def test_folders_that_lack_what_is_needed(run, photos, tmp_path, capsys):
     assert "holds no adapter_config.json" in text(tmp_path / "empty")
     (tmp_path / "empty" / "config.toml").write_text("")
     assert "holds a run without an adapter" in text(tmp_path / "empty")
+    as_model = refused(capsys, "embed", "--model", tmp_path / "empty", "--data", photos, "--out", tmp_path / "f.npy")
+    assert f"{tmp_path / 'empty'} holds a run without an adapter; complete it with adapt --resume" in as_model
+    further = refused(capsys, "adapt", "--model", tmp_path / "empty", "--data", photos, "--out", tmp_path / "more")
+    assert "holds a run without an adapter" in further
+    (tmp_path / "empty" / "model").mkdir()
+    (tmp_path / "empty" / "model" / "trained.safetensors").touch()
+    as_model = refused(capsys, "eval", "--model", tmp_path / "empty", "--data", photos)
+    assert "is a run of finetune; upstep_fast.load_finetuned reads its model/" in as_model
     nameless = shutil.copytree(run / "adapter", tmp_path / "nameless")
     config = json.loads((nameless / "adapter_config.json").read_text())
     for name, wanted in (

@@ -4,15 +4,23 @@ import json
 import logging
 import threading
 import time
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
+import torch
+from photos import save_photos
+from PIL import Image
 
-from upstep_fast import adapt
+from upstep_fast import adapt, finetune
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.flat import from_flat
 from upstep_fast.errors import ConfigError, Interrupted
+from upstep_fast.methods.gate import GateState
 from upstep_fast.report import trackers
 from upstep_fast.report.metrics import Metrics
+from upstep_fast.runtime import distributed
+from upstep_fast.train.run_writer import RunWriter
 
 
 def row(step, **values):
@@ -140,6 +148,107 @@ def test_a_run_logs_its_steps_and_flags(mlflow_client, options):
     rows = [json.loads(line) for line in (result.adapter.parent / "metrics.jsonl").read_text().splitlines()]
     history = mlflow_client.get_metric_history(run.info.run_id, "loss")
     assert [m.value for m in history] == [r["loss"] for r in rows if r["loss"] is not None]
+
+
+VALUES = {"verdict": "better: by 2.0", "verdict_gain": 2.0, "final_loss": float("nan")}
+
+
+def test_the_result_of_a_run_reaches_every_tracker(mlflow_client, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with Metrics(tmp_path / "metrics.jsonl", 0, ["mlflow", "wandb", "tensorboard"]) as metrics:
+        metrics.write(row(0))
+        metrics.conclude(1, VALUES)
+    (run,) = mlflow_runs(mlflow_client)
+    assert run.data.tags["verdict"] == VALUES["verdict"] and run.data.metrics["verdict_gain"] == 2.0
+    assert "final_loss" not in run.data.metrics and run.info.status == "FINISHED"
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    updates = [r.summary.update for r in wandb_records(path) if r.WhichOneof("record_type") == "summary"]
+    summary = {".".join(i.nested_key) or i.key: json.loads(i.value_json) for update in updates for i in update}
+    assert {name: summary.get(name) for name in VALUES} == VALUES | {"final_loss": None}
+    events = reader.EventAccumulator(str(tmp_path))
+    events.Reload()
+    (scalar,) = events.Scalars("verdict_gain")
+    (text,) = events.Tensors("verdict/text_summary")
+    assert (scalar.step, scalar.value) == (1, 2.0) and text.tensor_proto.string_val == [VALUES["verdict"].encode()]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+class Recorder:
+    """A tracker that keeps what it is sent."""
+
+    made: ClassVar[list] = []
+
+    def __init__(self, run):
+        self.run, self.rows, self.result, self.status = run, [], None, None
+        self.made.append(self)
+
+    def log(self, rows):
+        self.rows += rows
+
+    def conclude(self, step, values):
+        self.result = (step, dict(values))
+
+    def finish(self, status):
+        self.status = status
+
+
+@pytest.fixture
+def recorders(monkeypatch):
+    pytest.importorskip("mlflow")
+    monkeypatch.setattr(Recorder, "made", [])
+    monkeypatch.setitem(trackers.TRACKERS, "mlflow", Recorder)
+    return Recorder.made
+
+
+def test_adapt_sends_its_verdict(recorders, options, tmp_path):
+    (tmp_path / "more").mkdir()
+    flags = {"data": save_photos(tmp_path / "more", 64), "steps": 4, "log_to": ["mlflow"], "report_images": False}
+    result = adapt(**options | flags | {"verdict": 16})
+    (tracker,) = recorders
+    step, values = tracker.result
+    assert step == 4 == len(tracker.rows) and tracker.status == "FINISHED"
+    assert (values["verdict"], values["verdict_gain"]) == (result.verdict.text, result.verdict.gain)
+    assert values["updates"] == result.opened
+
+
+def test_finetune_sends_its_rows_and_results(recorders, model, tmp_path):
+    for split, count in (("train", 6), ("test", 2)):
+        for label in "ab":
+            for i in range(count):
+                path = tmp_path / "labeled" / split / label / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (40, 40), (40 * i, 255 * (label == "a"), 0)).save(path)
+    result = finetune(
+        model,
+        tmp_path / "labeled",
+        tmp_path / "out",
+        method="linear",
+        epochs=2,
+        batch_size=4,
+        device="cpu",
+        num_workers=0,
+        log_to=("mlflow,mlflow",),
+    )
+    (tracker,) = recorders
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [step for step, _ in tracker.rows] == [r["step"] for r in rows] and tracker.status == "FINISHED"
+    assert [numbers["loss"] for _, numbers in tracker.rows] == [r["loss"] for r in rows]
+    assert tracker.result == (len(rows), result.metrics) and tracker.run.config["method"] == "linear"
+
+
+def test_a_second_rank_has_no_tracker(recorders, options, monkeypatch, tmp_path):
+    config = from_flat(AdaptConfig, **{**options, "data": ("d",), "out": "o", "log_to": ("mlflow",)})
+    state = SimpleNamespace(step=0, method=SimpleNamespace(vit=torch.nn.Linear(1, 1)), gate=GateState())
+    for is_first in (False, True):
+        monkeypatch.setattr(distributed, "is_first", lambda first=is_first: first)
+        folder = tmp_path / str(is_first)
+        folder.mkdir()
+        with RunWriter(config, state, None, None, folder, SimpleNamespace(config={})) as writer:
+            if not is_first:
+                writer.conclude([None])
+        assert len(recorders) == is_first and (folder / "metrics.jsonl").exists() == is_first
 
 
 @pytest.mark.parametrize("name", ["mlflow", "wandb"])

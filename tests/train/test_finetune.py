@@ -39,6 +39,7 @@ from upstep_fast.train.finetune import classifier as finetuned
 from upstep_fast.train.finetune import feature_cache
 from upstep_fast.train.finetune import loop as finetune_loop
 from upstep_fast.train.finetune import run as finetuning
+from upstep_fast.train.finetune import splits as finetune_splits
 from upstep_fast.train.finetune import step as finetune_step
 from upstep_fast.train.finetune.state import State
 
@@ -128,8 +129,8 @@ def test_a_run_learns_and_what_it_writes_can_be_loaded(options, labeled, tmp_pat
 
 def test_eval_and_finetune_hold_out_the_same_images_without_a_test_part(options, labeled, monkeypatch, caplog):
     caplog.set_level("INFO", logger="upstep_fast")
-    seen, real = {}, finetuning.train_and_test
-    for module, command in ((finetuning, "finetune"), (labeled_evaluation, "eval")):
+    seen, real = {}, finetune_splits.train_and_test
+    for module, command in ((finetune_splits, "finetune"), (labeled_evaluation, "eval")):
 
         def kept(*args, command=command, **keywords):
             parts = real(*args, **keywords)
@@ -248,7 +249,7 @@ def test_a_finished_run_goes_on_for_more_epochs(options, tmp_path, caplog):
 
 def test_resume_refuses_other_labels_of_the_same_files(options, monkeypatch):
     upstep_fast.finetune(**options)
-    real = finetuning.train_and_test
+    real = finetune_splits.train_and_test
 
     for change, message in (
         (lambda train: {"y": 2 - train.y}, "or other names, labels or sizes"),  # other images are held out
@@ -259,7 +260,7 @@ def test_resume_refuses_other_labels_of_the_same_files(options, monkeypatch):
             train, test = real(*args)
             return dataclasses.replace(train, **change(train)), test
 
-        monkeypatch.setattr(finetuning, "train_and_test", turned)
+        monkeypatch.setattr(finetune_splits, "train_and_test", turned)
         with pytest.raises(ConfigError, match=message) as error:
             upstep_fast.finetune(**options, resume=True)
         assert "\n" not in str(error.value)

@@ -109,16 +109,22 @@ def run_folder(path: str | Path) -> Path:
 
 def is_refused(path: object) -> bool:
     """Return whether `path` is the folder of a run whose adapter was refused: the base model is kept."""
-    if not isinstance(path, (str, Path)) or "\0" in str(path) or holds_adapter(path):
-        return False
-    return all(os.path.lexists(Path(path) / name) for name in (RUN_CONFIG, f"{REFUSED}/{CONFIG}"))
+    return _holds(path, RUN_CONFIG, f"{REFUSED}/{CONFIG}") and not holds_adapter(path)
+
+
+def is_run(path: object) -> bool:
+    """Return whether `path` is the folder of a run, with or without an adapter, and of no model."""
+    return _holds(path, RUN_CONFIG) and not _holds(path, "config.json")
 
 
 def holds_adapter(path: object) -> bool:
     """Return whether `path` is the folder of an adapter or of a run with one."""
-    if not isinstance(path, (str, Path)) or "\0" in str(path):
-        return False
-    return any(os.path.lexists(folder / CONFIG) for folder in (Path(path), Path(path) / "adapter"))
+    return _holds(path, CONFIG) or _holds(path, f"adapter/{CONFIG}")
+
+
+def _holds(path: object, *names: str) -> bool:
+    is_path = isinstance(path, (str, Path)) and "\0" not in str(path)
+    return is_path and all(os.path.lexists(Path(str(path), name)) for name in names)
 
 
 def with_adapter(flags: Mapping[str, Any], config_class: type) -> dict[str, Any]:
@@ -131,7 +137,7 @@ def with_adapter(flags: Mapping[str, Any], config_class: type) -> dict[str, Any]
     if name is None:
         return flags
     model = flags.get("model")
-    if flags.get(name) is None and model != DEMO and (holds_adapter(model) or is_refused(model)):
+    if flags.get(name) is None and model != DEMO and (holds_adapter(model) or is_run(model)):
         flags[name] = flags.pop("model")
     if not isinstance(flags.get(name), (str, Path)):
         return flags
@@ -227,7 +233,9 @@ def model_flags(folder: Path, groups: Sequence[str] = ("model",)) -> dict[str, A
     found: dict[str, Any] = {} if name is None else {"model": name}
     for run in list(folder.absolute().parents)[:2]:
         found = _of_run(run / RUN_CONFIG, name, groups) | found
-    found |= _record(folder)
+    found |= {
+        flag: value for flag, value in _metadata(folder).items() if flag in paths(BackboneConfig).keys() - {"model"}
+    }
     check_types(found, AdaptConfig, f"adapter: {folder}")
     return {flag: tuple(value) if isinstance(value, list) else value for flag, value in found.items()}
 
@@ -248,12 +256,6 @@ def _of_run(path: Path, model: object, groups: Sequence[str]) -> dict[str, Any]:
     return found if found.get("model") == model else {}
 
 
-def _record(folder: Path) -> dict[str, Any]:
-    """Return the flags of the model in the metadata of the adapter's weights; {} where there are none."""
-    known = paths(BackboneConfig).keys() - {"model"}
-    return {name: value for name, value in _metadata(folder).items() if name in known}
-
-
 def _metadata(folder: Path) -> dict[str, Any]:
     """Return the record in the metadata of the adapter's weights; {} where there is none."""
     if not os.path.lexists(folder / WEIGHTS):
@@ -270,7 +272,8 @@ def _metadata(folder: Path) -> dict[str, Any]:
 def _refuse_contradiction(flags: Mapping[str, Any], recorded: Mapping[str, Any], folder: Path) -> None:
     for name in _FIXED:
         if name in flags and name in recorded and not _equal(flags[name], recorded[name]):
-            now, then = (printable(_text(of[name]), 100) for of in (flags, recorded))
+            values = (of[name] if isinstance(of[name], (list, tuple)) else [of[name]] for of in (flags, recorded))
+            now, then = (printable(" ".join(map(str, value)), 100) for value in values)
             raise ConfigError(
                 f"{name}: got {now}, but the adapter in {folder} was trained with {then}; leave out --{dashed(name)}, "
                 "or --any-base (any_base=True in Python) uses the adapter all the same"
@@ -283,10 +286,6 @@ def _equal(now: Any, then: Any) -> bool:
         length = max(len(now), len(then))
         now, then = (tuple(value) * length if len(value) == 1 else tuple(value) for value in (now, then))
     return bool(now == then)
-
-
-def _text(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _require_model(name: object, folder: Path) -> None:

@@ -7,8 +7,22 @@ from typing import Literal
 
 from upstep_fast.config.base import ModelConfig, OutputConfig, RuntimeConfig, at_least, below, fraction, positive
 from upstep_fast.config.flat import flag
+from upstep_fast.config.training import checked_trackers
 from upstep_fast.config.views import BasicViewsConfig, LoraConfig
 from upstep_fast.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class FinetuneOutputConfig(OutputConfig):
+    """The folder of a run and what is logged."""
+
+    log_to: tuple[str, ...] = ()
+    """Also send every number of metrics.jsonl to tensorboard (events in --out), wandb or mlflow, one or several."""
+
+    def __post_init__(self) -> None:
+        """Check every field. Raises ConfigError."""
+        super().__post_init__()
+        object.__setattr__(self, "log_to", checked_trackers(self.log_to))
 
 
 @dataclass(frozen=True)
@@ -103,7 +117,7 @@ class LosaConfig:
 class FinetuneConfig(ModelConfig):
     """Train a classifier on labeled images: CLASS/image, or train/CLASS/image and test/CLASS/image, or clips."""
 
-    output: OutputConfig
+    output: FinetuneOutputConfig
     method: Literal["losa", "lora", "linear", "full"] = "losa"
     """Trained weights: a side network (losa), LoRA in the backbone, a linear layer on its features, or all."""
     adapter: str | None = None

@@ -167,6 +167,7 @@ class FinetuneOptions(TypedDict, total=False):
     mpp: float | Literal["none"] | None
     overwrite: bool
     resume: bool
+    log_to: Sequence[str]
     method: Literal["losa", "lora", "linear", "full"]
     adapter: str | Path | None
     any_base: bool

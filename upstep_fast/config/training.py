@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -41,6 +42,17 @@ class AdaptRuntimeConfig(RuntimeConfig):
         positive(self, "rank_timeout")
 
 
+def checked_trackers(given: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of trackers, each once; a,b,c is one value to the command line. Raises ConfigError."""
+    names = tuple(dict.fromkeys(name for text in given for name in text.split(",") if name))
+    for name in names:
+        if name not in TRACKERS:
+            raise ConfigError(f"log_to: got {name!r}, choose from {' '.join(TRACKERS)}")
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"log_to: {name} is not installed; pip install 'upstep_fast[{TRACKERS[name]}]'")
+    return names
+
+
 @dataclass(frozen=True)
 class AdaptOutputConfig(OutputConfig):
     """The folder of a run and what is logged."""
@@ -60,13 +72,8 @@ class AdaptOutputConfig(OutputConfig):
         """Check every field. Raises ConfigError."""
         super().__post_init__()
         at_least(self, "log_every", 1)
-        # a,b,c is one value to the command line
-        object.__setattr__(self, "log_to", tuple(name for text in self.log_to for name in text.split(",") if name))
-        for name in self.trackers:
-            if name not in TRACKERS:
-                raise ConfigError(f"log_to: got {name!r}, choose from {' '.join(TRACKERS)}")
-            if importlib.util.find_spec(name) is None:
-                raise ConfigError(f"log_to: {name} is not installed; pip install 'upstep_fast[{TRACKERS[name]}]'")
+        object.__setattr__(self, "log_to", checked_trackers(self.log_to))
+        checked_trackers(self.trackers)  # --tensorboard too
 
     @property
     def trackers(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from upstep_fast.report.logs import log, steps_log
-from upstep_fast.report.trackers import Sender, TrackedRun
+from upstep_fast.report.trackers import Sender, TrackedRun, Values
 
 steps_log.propagate = False
 MAX_ROW_BYTES = 1 << 20  # a longer line is none of ours
@@ -43,6 +43,12 @@ class Metrics:
             numbers = {k: float(v) for k, v in clean.items() if k != "step" and isinstance(v, (int, float))}
             for tracker in self._trackers:
                 tracker.log(row["step"], numbers)
+
+    def conclude(self, step: int, values: Values) -> None:
+        """Send the result of the run to the trackers; numbers that are not finite are left out."""
+        known = {k: v for k, v in values.items() if isinstance(v, str) or math.isfinite(v)}
+        for tracker in self._trackers:
+            tracker.conclude(step, known)
 
     def sync(self) -> None:
         """Flush the rows to disk (fsync). Raises OSError."""

@@ -35,6 +35,9 @@ _MAX_ROWS = 50  # sent at once
 _FINISHED, _FAILED, _KILLED = "FINISHED", "FAILED", "KILLED"
 
 
+Values = Mapping[str, float | str]  # the result of a run
+
+
 @dataclass(frozen=True)
 class TrackedRun:
     """What a tracker is told of a run. step: of the first row that it gets, above 0 in a resumed run."""
@@ -49,6 +52,9 @@ class Tracker(Protocol):
 
     def log(self, rows: Sequence[tuple[int, dict[str, float]]]) -> None:
         """Send rows: step and {name: number}."""
+
+    def conclude(self, step: int, values: Values) -> None:
+        """Send the result of the run, numbers and texts, after `step` steps."""
 
     def finish(self, status: str) -> None:
         """Close the run. status: FINISHED, FAILED or KILLED."""
@@ -67,6 +73,12 @@ class TensorBoard:
         for step, numbers in rows:
             for name, value in numbers.items():
                 self._writer.add_scalar(name, value, step)
+
+    def conclude(self, step: int, values: Values) -> None:
+        """Write numbers as scalars, texts as texts."""
+        for name, value in values.items():
+            add = self._writer.add_text if isinstance(value, str) else self._writer.add_scalar
+            add(name, value, step)
 
     def finish(self, status: str) -> None:
         """Close the event file."""
@@ -106,6 +118,10 @@ class WeightsAndBiases:
         """Send rows; the library ignores steps that it has already."""
         for step, numbers in rows:
             self._run.log(numbers, step=step)
+
+    def conclude(self, step: int, values: Values) -> None:
+        """Put the values into the run's summary."""
+        self._run.summary.update(values)
 
     def finish(self, status: str) -> None:
         """Close the run; a status other than FINISHED shows as failed."""
@@ -148,6 +164,15 @@ class MLflow:
         for part in _parts(metrics, 1000):
             self._client.log_batch(self._id, metrics=part)
 
+    def conclude(self, step: int, values: Values) -> None:
+        """Send numbers as metrics, texts as tags."""
+        from mlflow.entities import Metric, RunTag
+
+        now = time.time_ns() // 1_000_000
+        metrics = [Metric(k, v, now, step) for k, v in values.items() if not isinstance(v, str)]
+        tags = [RunTag(k, v[:500]) for k, v in values.items() if isinstance(v, str)]
+        self._client.log_batch(self._id, metrics=metrics, tags=tags)
+
     def finish(self, status: str) -> None:
         """Set the run's status."""
         self._client.set_terminated(self._id, status)
@@ -160,12 +185,18 @@ TRACKERS: dict[str, Callable[[TrackedRun], Tracker]] = {
 }
 
 
+@dataclass(frozen=True)
+class _Result:
+    step: int
+    values: Values
+
+
 class Sender:
     """Thread that opens a tracker and sends it rows."""
 
     def __init__(self, name: str, run: TrackedRun):
         self._name, self._run = name, run
-        self._rows: queue.SimpleQueue[tuple[int, dict[str, float]] | str] = queue.SimpleQueue()
+        self._rows: queue.SimpleQueue[tuple[int, dict[str, float]] | _Result | str] = queue.SimpleQueue()
         self._failed = False
         # a daemon: a request that never ends must not keep the program
         self._thread = threading.Thread(target=self._work, name=f"upstep_fast-{name}", daemon=True)
@@ -177,6 +208,10 @@ class Sender:
             self._fail(f"{_MAX_WAITING:,} steps are not sent yet")
         if not self._failed:
             self._rows.put((step, numbers))
+
+    def conclude(self, step: int, values: Values) -> None:
+        """Queue the result of the run; returns at once."""
+        self._rows.put(_Result(step, values))
 
     def close(self, error: BaseException | None) -> None:
         """Send the remaining rows and close the tracker, within CLOSE_SECONDS. error: what ended the run, or None."""
@@ -196,8 +231,10 @@ class Sender:
                 rows = [self._rows.get()]
                 while len(rows) < _MAX_ROWS and not self._rows.empty():
                     rows.append(self._rows.get())
-                if numbers := [row for row in rows if not isinstance(row, str)]:
+                if numbers := [row for row in rows if isinstance(row, tuple)]:
                     tracker.log(numbers)
+                for result in (row for row in rows if isinstance(row, _Result)):
+                    tracker.conclude(result.step, result.values)
                 if isinstance(rows[-1], str):
                     return tracker.finish(rows[-1])
         except Exception as error:  # libraries raise classes of their own, and those of their transport

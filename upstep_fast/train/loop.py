@@ -95,8 +95,10 @@ def train(
                 write_whitening(config, compute, source, base, identity.backbone, out)
                 verdicts = verdict.judge_written(config, compute, held_out, base, validator, out)
         except AdapterRefusedError as refusal:
+            writer.conclude([refusal.verdict])
             _write_card(config, state, source, [refusal.verdict], out, REFUSED)
             raise
+        writer.conclude(verdicts)
         _write_card(config, state, source, verdicts, out)
     seconds = time.monotonic() - began
     return AdaptResult(out / "adapter", state.step, state.gate.num_updates, state.loss, seconds, *verdicts)

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,6 +17,7 @@ from torch import Tensor
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.data.loading.loader import Batch, Loader
 from upstep_fast.data.sources.source import Source
+from upstep_fast.evaluation.verdict import Verdict
 from upstep_fast.model import model_card, peft_format
 from upstep_fast.report.metrics import Metrics
 from upstep_fast.report.progress import Progress
@@ -89,6 +90,18 @@ class RunWriter:
         if self._metrics:
             self._progress.update(row, self._state.gate)
             self._metrics.write(row)
+
+    def conclude(self, verdicts: Iterable[Verdict | None]) -> None:
+        """Send the verdicts and the final figures to the trackers."""
+        if self._metrics is None:
+            return
+        values: dict[str, float | str] = {"updates": self._state.gate.num_updates, "final_loss": self._state.loss}
+        for v in verdicts:
+            if v is not None:
+                name = "measured" if v.kind == "measured" else "verdict"
+                figures = {"gain": v.gain, "low": v.low, "high": v.high, "images": v.images}
+                values |= {name: v.text} | {f"{name}_{key}": value for key, value in figures.items()}
+        self._metrics.conclude(self._state.step, values)
 
     def save(self) -> None:
         """Start writing a checkpoint in the background. Collective: each rank has skipped images of its own."""

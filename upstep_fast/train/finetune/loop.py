@@ -39,17 +39,17 @@ def train(
     skipped: SkippedImages,
     out: Path,
     identity: Identity,
+    metrics: Metrics,
 ) -> None:
     """Train in place to the last epoch, or until --patience epochs in a row were no better. Raises UpstepError.
 
-    skipped: images that `learn` could not read. Writes metrics.jsonl and checkpoints to `out`.
+    skipped: images that `learn` could not read. Writes rows to `metrics` and checkpoints to `out`.
     """
     per_epoch = identity.data["images"] // config.optimization.batch_size
     num_steps, logits = config.optimization.epochs * per_epoch, make_logits(state.model, config)
     mix = make_mixup(config, state.model.head.out_features)  # type: ignore[union-attr,arg-type]
     batches = learn(state.step)
     with (
-        Metrics(out / "metrics.jsonl", state.step) as metrics,
         signals() as requests,
         track("finetune", num_steps, "steps", state.step, compute.device.type) as task,
     ):

@@ -17,25 +17,21 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from upstep_fast.config.base import reading_of
 from upstep_fast.config.files import from_options
 from upstep_fast.config.finetune import FinetuneConfig
-from upstep_fast.config.flat import replace_flat
 from upstep_fast.config.options import FinetuneOptions
 from upstep_fast.config.signatures import with_keywords
 from upstep_fast.data.labeled.batches import Reader
-from upstep_fast.data.labeled.clips import train_and_test_clips
-from upstep_fast.data.labeled.copies import copies
 from upstep_fast.data.labeled.reader import ReaderOptions
-from upstep_fast.data.labeled.splits import HeldOut, Labeled, held_out, log_splits, train_and_test
+from upstep_fast.data.labeled.splits import Labeled, log_splits
 from upstep_fast.data.loading.skipped_images import write_skipped
-from upstep_fast.data.sources.source import Source, columns_of
 from upstep_fast.data.views.view_config import view_config
 from upstep_fast.errors import ConfigError, DataError
 from upstep_fast.kernels import _dispatch as dispatch
 from upstep_fast.methods.trainable import trained
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.report.logs import held_messages, train_log
+from upstep_fast.report.metrics import Metrics
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime import run_folder as output
 from upstep_fast.runtime.atomic_file import require_writable, write_atomic
@@ -48,6 +44,7 @@ from upstep_fast.train.finetune import feature_cache
 from upstep_fast.train.finetune import state as finetune_state
 from upstep_fast.train.finetune.learned import fingerprints
 from upstep_fast.train.finetune.loop import Batches, InOrder, train
+from upstep_fast.train.finetune.splits import Splits, fit_to_data, read_splits
 from upstep_fast.train.finetune.state import State
 from upstep_fast.train.finetune.step import balanced, predict, top1
 from upstep_fast.train.identity import Identity, identify
@@ -56,7 +53,6 @@ from upstep_fast.version import __version__
 
 log = logging.getLogger("upstep_fast")
 
-LR = {"losa": 3e-3, "lora": 6e-3, "linear": 1e-2, "full": 2e-4}
 MODEL, RESULT = finetuned.MODEL, "result.json"
 
 
@@ -68,16 +64,6 @@ class FinetuneResult:
     metrics: dict[str, float]  # content of --json
     epochs: int
     best_epoch: int
-
-
-@dataclass(frozen=True)
-class Splits:
-    """Labeled data of a run."""
-
-    learn: Labeled
-    choose: Labeled  # held out of train/; chooses the epoch
-    test: Labeled
-    copies: tuple[int, int] | None  # test images found to be training images too, and those looked at
 
 
 @with_keywords(FinetuneConfig)
@@ -126,34 +112,6 @@ def _log_start(requested: FinetuneConfig, config: FinetuneConfig, compute: Compu
     if was != batch:
         log.warning("batch_size: reduced from %d to %d for the images there are", was, batch)
     log_splits(splits.learn, splits.test, splits.copies)
-
-
-def read_splits(config: FinetuneConfig) -> Splits:
-    """Return the labeled data of a run. Raises DataError."""
-    reading = reading_of(config.data)
-    if config.frames is None:
-        without_test = HeldOut(config.test_fraction, config.runtime.seed)
-        train, test = train_and_test(config.data.paths, "finetune", columns_of(config.data), without_test, reading)
-    else:
-        train, test = train_and_test_clips(config.data.paths, config.frames, reading)
-    groups = train.source.groups() if isinstance(train.source, Source) else None
-    mask = held_out(train.y, config.optimization.held_out, config.runtime.seed, groups)
-    found = copies(train.source, test.source) if config.frames is None else None
-    return Splits(train.subset((~mask).nonzero()[:, 0]), train.subset(mask.nonzero()[:, 0]), test, found)
-
-
-def fit_to_data(config: FinetuneConfig, splits: Splits) -> FinetuneConfig:
-    """Resolve `lr` and reduce the batch to the data's size, even under mixup. Raises DataError for too few images."""
-    batch = min(config.optimization.batch_size, len(splits.learn.y))
-    if config.regularization.mixup or config.regularization.cutmix:
-        batch -= batch % 2  # timm pairs the images of a batch
-    if batch < 2:
-        raise DataError(f"data: {len(splits.learn.y)} images to learn from, at least 2 are needed")
-    if config.optimization.held_out and not len(splits.choose.y):
-        log.warning("held_out: %s of each class is no image; the last epoch is kept", config.optimization.held_out)
-        config = replace_flat(config, held_out=0.0)
-    lr = LR[config.method] if config.optimization.lr is None else config.optimization.lr
-    return replace_flat(config, batch_size=batch, lr=lr)
 
 
 def make_reader(config: FinetuneConfig, backbone: Backbone, device: torch.device) -> Reader:
@@ -223,28 +181,39 @@ def _run(
     config: FinetuneConfig, compute: Compute, splits: Splits, prepared: _Prepared, base: dict[str, Any], out: Path
 ) -> FinetuneResult:
     """Train, measure and write. base: identity of the base model."""
-    model, state, reader, identity = prepared.model, prepared.state, prepared.reader, prepared.identity
+    state, flags = prepared.state, prepared.identity.config
+    with Metrics(out / "metrics.jsonl", state.step, config.output.log_to, flags) as metrics:
+        _train(config, compute, splits, prepared, out, metrics)
+        predicted, truth = predict(prepared.model, _in_order(splits.test, prepared.reader), compute)
+        figures = {
+            "top1": top1(predicted, truth),
+            "balanced": balanced(predicted, truth),
+            "trainable_parameters": prepared.num_trained,
+            "seconds": state.seconds,
+            "peak_bytes": peak_bytes(compute.device),
+        }
+        learned = None if config.frames else _learned(splits, config)
+        _write(prepared.model, config, splits, figures, out, base, learned)
+        metrics.conclude(state.step, figures)
+    return FinetuneResult(out / MODEL, figures, state.epoch, state.best_epoch)
+
+
+def _train(
+    config: FinetuneConfig, compute: Compute, splits: Splits, prepared: _Prepared, out: Path, metrics: Metrics
+) -> None:
+    """Train in place; at the end the model has the best epoch's weights."""
+    state, reader = prepared.state, prepared.reader
     try:
-        train(state, *_batches(prepared, splits, config, compute), config, compute, reader.skipped, out, identity)
+        batches = _batches(prepared, splits, config, compute)
+        train(state, *batches, config, compute, reader.skipped, out, prepared.identity, metrics)
     finally:
         with contextlib.suppress(OSError):
             if output.is_own(out):
                 write_skipped(out / "skipped.csv", [*splits.learn.source.problems, *reader.skipped.items()])
     if state.best_tensors:
         with torch.no_grad():
-            for name, parameter in trained(model).items():
+            for name, parameter in trained(prepared.model).items():
                 parameter.copy_(state.best_tensors[name])
-    predicted, truth = predict(model, _in_order(splits.test, reader), compute)
-    metrics = {
-        "top1": top1(predicted, truth),
-        "balanced": balanced(predicted, truth),
-        "trainable_parameters": prepared.num_trained,
-        "seconds": state.seconds,
-        "peak_bytes": peak_bytes(compute.device),
-    }
-    learned = None if config.frames else _learned(splits, config)
-    _write(model, config, splits, metrics, out, base, learned)
-    return FinetuneResult(out / MODEL, metrics, state.epoch, state.best_epoch)
 
 
 def _learned(splits: Splits, config: FinetuneConfig) -> Tensor:
