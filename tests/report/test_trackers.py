@@ -295,7 +295,7 @@ def test_a_failing_tracker_never_holds_up_a_step(kind, reason, tmp_path, monkeyp
     began = time.monotonic()
     for i in range(100):
         metrics.write(row(i))
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 20  # a row that waited for the tracker would take a minute
     metrics.__exit__(None, None, None)
     (message,) = warnings
     assert reason in message and "metrics.jsonl holds every number" in message
