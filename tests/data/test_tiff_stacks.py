@@ -293,3 +293,20 @@ def test_the_lack_of_the_extra_is_said(tmp_path, monkeypatch):
     tifffile.imwrite(tmp_path / "photo.tif", np.zeros((H, W), np.uint8))
     monkeypatch.setattr(kinds, "missing", lambda kind: "pip install 'upstep_fast[microscopy]'")
     assert "left out: 1 .tif" in open_source(tmp_path).summary
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(3000, marks=pytest.mark.long)])
+def test_damaged_files_are_read_or_refused(count):
+    rng = np.random.default_rng(0)
+    array = values_of("TZCYX", "u1")
+    files = [written(array, "ome", "TZCYX", compression="zlib"), written(array, "imagej", "TZCYX")]
+    for number in range(count):
+        data = bytearray(files[number % 2])
+        for at in rng.integers((64, 1600, len(data))[number % 3], size=3):
+            data[at] = rng.integers(256)
+        try:
+            layout = kinds.layout(STACKS, bytes(data))
+            if layout.size("Y") * layout.size("X") < 1e7:
+                kinds.read(STACKS, bytes(data), axes.pieces(layout, Reading())[0])
+        except BadImage as error:
+            assert "\n" not in str(error)

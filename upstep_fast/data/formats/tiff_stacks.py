@@ -99,8 +99,7 @@ def _parsed(file: str | io.BytesIO, size: int) -> _Stack:
     except ImportError:
         raise BadImage("stacks in TIFFs need tifffile: pip install 'upstep_fast[microscopy]'") from None
     # readers of sets of files would open others
-    alone = {"_multifile": False, "is_mmstack": False, "is_ndtiff": False}
-    with bad_image("a TIFF"), tifffile.TiffFile(file, **alone) as tiff:
+    with bad_image("a TIFF"), tifffile.TiffFile(file, _multifile=False, is_mmstack=False, is_ndtiff=False) as tiff:
         text = str(tiff.pages[0].aspage().description or "")
         _check_counts(text)
         series = list(tiff.series)
