@@ -8,6 +8,7 @@ import contextlib
 
 import pytest
 import torch
+from torch.optim import optimizer as optimizers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -15,15 +16,22 @@ import upstep_fast
 from upstep_fast import methods
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.explora import Dinov2Config, MaeConfig
+from upstep_fast.config.finetune import FinetuneConfig
 from upstep_fast.config.flat import from_flat
 from upstep_fast.data.loading.loader import Batch
 from upstep_fast.errors import ConfigError
 from upstep_fast.methods import embeddings
+from upstep_fast.methods.explora.teacher import averaged_pairs
 from upstep_fast.model import backbone as backbones
 from upstep_fast.runtime import device as devices
 from upstep_fast.runtime.device import Compute, resolve
 from upstep_fast.train import state as states
+from upstep_fast.train.finetune import classifier
+from upstep_fast.train.finetune import state as finetune_state
+from upstep_fast.train.finetune import step as finetune_step
+from upstep_fast.train.state import make_optimizer
 from upstep_fast.train.step import forward_loss
+from upstep_fast.train.update import update
 
 HAS_MPS = torch.backends.mps.is_available()
 needs_mps = pytest.mark.skipif(not HAS_MPS, reason="needs an Apple GPU")
@@ -36,11 +44,21 @@ class NoFloat64(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.aten._to_copy.default and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
             return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return 1.0
         result = func(*args, **kwargs)
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and leaf.device.type == "meta" and leaf.dtype == torch.float64:
                 raise TypeError(f"{func} makes float64 on the device")
         return result
+
+
+@pytest.fixture
+def fused_on_meta(monkeypatch):
+    """Let fused AdamW, which MPS has, take tensors of the meta device."""
+    devices_of_fused = optimizers._get_fused_kernels_supported_devices
+    monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: [*devices_of_fused(), "meta"])
+    assert "mps" in devices_of_fused()
 
 
 def settings(short_run, model, **flags):
@@ -58,7 +76,7 @@ def settings(short_run, model, **flags):
         (Dinov2Config, {"method": "explora", "local_views": 2}),
     ],
 )
-def test_no_step_makes_float64_on_the_device(config_class, flags, short_run, model, monkeypatch):
+def test_no_step_makes_float64_on_the_device(config_class, flags, short_run, model, monkeypatch, fused_on_meta):
     known = {name: value for name, value in short_run.items() if name not in getattr(config_class, "unused", ())}
     config = from_flat(config_class, **settings(known, model, **flags))
     monkeypatch.setattr(embeddings, "WITHOUT_FLOAT64", ("meta",))
@@ -70,8 +88,37 @@ def test_no_step_makes_float64_on_the_device(config_class, flags, short_run, mod
     images = [torch.randint(256, (3, 40, 40), dtype=torch.uint8) for _ in range(4)]
     views = method.views(Batch(images, torch.arange(4), 0, 0), torch.device("cpu"))
     views = tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, views)
+    if config_class is Dinov2Config:  # Module.to("meta") has made new parameters
+        modules = ("teacher", "vit"), ("teacher_head", "head"), ("teacher_patch_head", "patch_head")
+        pairs = [averaged_pairs(getattr(method, teacher), getattr(method, student)) for teacher, student in modules]
+        method._averaged = [pair for part in pairs for pair in part]
+    state = states.RunState(
+        method=method,
+        optimizer=make_optimizer(method, config),
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        got_grad=torch.zeros(len(method.must_receive_grad()), dtype=torch.bool, device="meta"),
+    )
     with NoFloat64():
-        forward_loss(method, views, config).backward()
+        update(forward_loss(method, views, config), state, config)
+    moments = [value for values in state.optimizer.state.values() for value in values.values()]
+    assert moments and all(value.dtype == torch.float32 for value in moments)
+
+
+@pytest.mark.parametrize("flags", [{}, {"method": "lora"}, {"method": "linear"}, {"method": "full"}])
+def test_no_step_of_finetune_makes_float64_on_the_device(flags, model, monkeypatch, fused_on_meta):
+    config = from_flat(FinetuneConfig, model=model, data=("d",), out="o", lr=1e-3, batch_size=4, **flags)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    net = classifier.build(backbones.load_from(config.model), config, 3).to("meta")
+    net.accelerate(torch.float32, False)
+    state = finetune_state.fresh_state(net, config, Compute(torch.device("cpu"), "fp32"))
+    x, y = (
+        torch.zeros(4, 3, *net.vit.patch_embed.img_size, device="meta"),
+        torch.zeros(4, dtype=torch.long, device="meta"),
+    )
+    logits = finetune_step.make_logits(net, config)
+    with NoFloat64():
+        row = finetune_step.train_step(state, x, y, logits, None, config, Compute(torch.device("cpu"), "fp32"), 10)
+    assert row["loss"] == 1.0 and row["bad"] is None and state.optimizer.state
 
 
 @pytest.mark.skipif(HAS_MPS, reason="there is an Apple GPU")
