@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from fake_hub import OWNER, TOKEN, fake_hub
 
 from upstep_fast import adapt, finetune
 from upstep_fast.cli.commands import COMMANDS
@@ -121,6 +122,16 @@ def finetuned(tmp_path_factory, model, labeled):
     return out
 
 
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """The name of a repository, on a hub of this machine that commands find."""
+    with fake_hub() as hub, pytest.MonkeyPatch.context() as patch:
+        for name, value in {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}.items():
+            patch.setenv(name, value)
+        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf")))
+        yield f"{OWNER}/adapted"
+
+
 CPU = ["--device", "cpu"]
 SMALL = [*CPU, "--num-workers", 0]
 HEADS = "--prototypes 8 --head-hidden 32 --head-dim 16 --lora-r 2 --precision fp32 --batch-size 8"
@@ -145,6 +156,7 @@ def commands(of) -> dict[str, tuple[list[object], list[str]]]:
         "export": ([run, "--out", "out"], ["model.peft_format:attach=3.5", "model.lora:merge=3.5"]),
         "predict": ([of("finetuned"), *labeled(), "--out", "out.csv"], ["train.finetune.learned:fingerprints=3.5"]),
         "plan": (images, ["train.memory.count:count=3.5", "train.memory.measure:product_rate=3.5"]),
+        "push": ([run, of("repository")], ["model.hub:files_to_push=3.5", "network:unreachable=3.5"]),
         "models": (["vit_tiny_patch16_*"], ["model.registry:names=3.5", "model.registry:without_weights=3.5"]),
         "report": ([run], ["report.run_record:read_record=3.5"]),
         "doctor": (
