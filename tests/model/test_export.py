@@ -366,7 +366,8 @@ def test_other_wrong_arguments(tmp_path, monkeypatch):
         assert error.value.exit_code in (2, 3) and not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="no folder"):
         export(name, tmp_path / "no" / "out")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
+    found, hidden = importlib.util.find_spec, ("onnx", "onnxruntime", "onnxscript", "transformers")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *of: None if name in hidden else found(name, *of))
     for format, cure in (("onnx", r"pip install 'upstep_fast\[onnx\]'"), ("hf", "pip install transformers")):
         with pytest.raises(ConfigError, match=cure):
             export(name, tmp_path / "out", format=format)
