@@ -121,7 +121,7 @@ class WeightsAndBiases:
 
     def conclude(self, step: int, values: Values) -> None:
         """Put the values into the run's summary."""
-        self._run.summary.update(values)
+        self._run.summary.update(dict(values))
 
     def finish(self, status: str) -> None:
         """Close the run; a status other than FINISHED shows as failed."""
