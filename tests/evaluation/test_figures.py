@@ -98,7 +98,6 @@ def signs(photos, tmp_path):
     [
         (dict(), 3, ()),
         (dict(), 20, ("k: 20 neighbors were asked for, there are 12 training images",)),
-        (dict(classes=("a",)), 3, ("one class, 'a': every image is right",)),
         (dict(equal=2), 3, ("2 of 8 test images are training images too",)),
     ],
 )
