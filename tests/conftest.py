@@ -44,6 +44,13 @@ def no_progress_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "SHORT", 60.0)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_logreport(report: pytest.TestReport):
+    """Send what a test has printed to pytest-xdist's main process as text that can be encoded."""
+    report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections]
+    return (yield)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real weights and images; skips where it is absent."""

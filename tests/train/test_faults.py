@@ -424,9 +424,13 @@ def test_the_run_continues_while_a_checkpoint_is_written(options, monkeypatch, t
     assert sorted(kept) == [3, 6, 9, 10]
 
 
-def test_a_signal_at_the_last_step_does_not_spoil_the_end(options, monkeypatch, tmp_path):
-    on_each_step(monkeypatch, lambda step: signal.raise_signal(signal.SIGTERM) if step == 9 else None)
-    assert upstep_fast.adapt(**options).steps == 10
+def test_a_signal_at_the_last_step_leaves_the_adapter_and_a_run_to_complete(options, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        on_each_step(patch, lambda step: signal.raise_signal(signal.SIGTERM) if step == 9 else None)
+        with pytest.raises(Interrupted, match="stopped after all 10 steps, before the verdict; the adapter is written"):
+            upstep_fast.adapt(**options)
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
+    assert upstep_fast.adapt(**options, resume=True).steps == 10
 
 
 def test_stopping_takes_one_step(options, monkeypatch, tmp_path):
