@@ -1,6 +1,7 @@
 """The benchmark's runner: it alternates, checks before it times, and its figures are those it measured."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -81,7 +82,9 @@ def test_a_wrong_engine_is_not_timed(monkeypatch):
 def test_the_benchmarks_are_collected_and_the_stored_run_names_them():
     root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "pytest", "bench", "--collect-only", "-q", "--benchmark-only"]
-    found = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240)
+    # of its own: pytest-benchmark refuses --benchmark-only in what looks like a worker of pytest-xdist
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    found = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240, env=own)
     names = set(re.findall(r"^bench/.*::.*$", found.stdout, re.M))
     timed = {
         str(path.relative_to(root)) for path in (root / "bench").rglob("bench_*.py") if "def test_" in path.read_text()

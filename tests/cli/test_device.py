@@ -39,7 +39,7 @@ def test_bf16_is_refused_where_a_gpu_lacks_it(gpu):
     [
         ("tpu", "auto", "not a device"),
         ("meta", "auto", "not supported"),
-        ("cpu", "fp16", "fp16 needs a GPU"),
+        ("cpu", "fp16", "fp16 needs a CUDA GPU"),
         ("cpu", "fp8", "fp8 needs a GPU"),
     ],
 )

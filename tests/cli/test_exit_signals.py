@@ -106,7 +106,7 @@ def test_a_step_that_takes_long_says_that_it_was_heard(handlers, flags, monkeypa
     monkeypatch.setattr(logs, "setup_logging", lambda debug: None)
     caplog.set_level("INFO", "upstep_fast")
     assert ends(main, "adapt", *flags) == 75
-    assert len(heard()) == 1 and waited[0] < 60  # heard while the step was still running
+    assert heard() and waited[0] < 60  # while the step was still running
 
 
 def test_nohup_is_respected(tmp_path):
