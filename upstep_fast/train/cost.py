@@ -19,6 +19,7 @@ from upstep_fast.methods.crops import view_configs
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.runtime.device import Compute
 from upstep_fast.runtime.duration import HOUR, log_estimate
+from upstep_fast.runtime.terminal import counted
 from upstep_fast.train.state import RunState
 
 log = logging.getLogger("upstep_fast")
@@ -58,10 +59,15 @@ def log_finetune(
     images: or clips, to learn from, to choose the epoch by, and to test on. epochs: that are left.
     """
     run, (learn, choose, test) = config.optimization, images
-    epochs_text = f"{run.epochs} epoch{'s' * (run.epochs != 1)}"
     log.info(
         "finetune: %s, %s, %s in batches of %d, %s trainable parameters",
-        *(config.method, _images(learn, backbone.img_size), epochs_text, run.batch_size, f"{num_trained:,}"),
+        *(
+            config.method,
+            _images(learn, backbone.img_size),
+            counted(run.epochs, "epoch"),
+            run.batch_size,
+            f"{num_trained:,}",
+        ),
     )
     passes = learn + choose if config.cache != "off" else epochs * (learn * PASSES[config.method] + choose)
     flops = (passes + test) * (config.frames or 1) * backbone.forward_flops

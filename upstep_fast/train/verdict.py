@@ -44,6 +44,7 @@ from upstep_fast.runtime import run_folder as output
 from upstep_fast.runtime.atomic_file import write_atomic
 from upstep_fast.runtime.device import Compute
 from upstep_fast.runtime.progress import Task, track
+from upstep_fast.runtime.terminal import counted
 from upstep_fast.train import validator
 from upstep_fast.train.validator import SMALLEST, NoValidator, Validator, num_held_out
 
@@ -87,7 +88,7 @@ def with_held_out(config: AdaptConfig, num_images: int, num_ranks: int, num_file
     if num_images < 4 * SMALLEST:
         reason = f"{num_images} images are too few to hold some out"
     elif num_files is not None and num_files < MIN_FILES:
-        reason = f"the images are of {num_files} file{'s' * (num_files != 1)} or series, too few to hold one out"
+        reason = f"the images are of {counted(num_files, 'file')} or series, too few to hold one out"
     elif most < MIN_VERDICT_IMAGES:
         reason = f"{run.num_steps} steps of {run.batch_size} images are too short a run to spend 5 % of it on that"
     if reason is not None:

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from upstep_fast.data.curation.perceptual_hash import near, perceptual_hash
 from upstep_fast.data.decode.arrays import NPY, npy_header
-from upstep_fast.data.decode.image import FORMATS
 from upstep_fast.data.decode.tiff import tiff_bits
+from upstep_fast.data.formats.photographs import FORMATS
 from upstep_fast.data.loading.skipped_images import SkippedImages, decode_item, map_readable, read_item
 from upstep_fast.data.sources.part import Item
 from upstep_fast.data.sources.source import Source

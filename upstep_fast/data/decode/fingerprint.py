@@ -12,7 +12,7 @@ from PIL import Image
 
 from upstep_fast.data.decode import jpeg
 from upstep_fast.data.decode.image import decode
-from upstep_fast.data.decode.orientation import EXIF_ORIENTATION
+from upstep_fast.data.reading.orientation import EXIF_ORIENTATION
 from upstep_fast.errors import BadImage
 
 

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from upstep_fast.data.decode.orientation import orientation_of, upright
+from upstep_fast.data.reading.orientation import orientation_of, upright
 from upstep_fast.data.reading.out_of_memory import is_out_of_memory
 from upstep_fast.data.reading.stored import MAX_PIXELS
 from upstep_fast.errors import ConfigError

@@ -28,21 +28,19 @@ from torch import Tensor
 from upstep_fast.config.reading import AS_STORED, Reading
 from upstep_fast.data.decode import jpeg, png
 from upstep_fast.data.decode.arrays import NPY
-from upstep_fast.data.decode.orientation import orientation_of, upright
 from upstep_fast.data.decode.tiff import TiffPlan, decode_tiff_bands, plan_tiff, say_alpha_left_out
 from upstep_fast.data.decode.tiff_values import has_nodata
 from upstep_fast.data.decode.values import bands_of, plan_values
 from upstep_fast.data.formats import kinds
+from upstep_fast.data.formats.photographs import FORMATS  # and TIFF, by tiff.py
 from upstep_fast.data.reading import axes
 from upstep_fast.data.reading.budget import BYTES_PER_COEFFICIENT, BYTES_PER_PIXEL, BYTES_PER_VALUE, decoding, reduction
 from upstep_fast.data.reading.intensity import chosen_bands, gray_of, to_bytes, to_pixels
-from upstep_fast.data.reading.out_of_memory import is_out_of_memory
+from upstep_fast.data.reading.orientation import orientation_of, upright
+from upstep_fast.data.reading.out_of_memory import error_of_library
 from upstep_fast.data.reading.stored import MAX_PIXELS, Stored
 from upstep_fast.data.reading.tiff_header import TIFF
 from upstep_fast.errors import BadImage
-
-# only decoders of pixels: no PostScript, no fonts, nothing that starts a program
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "AVIF")  # and TIFF, by tiff.py
 
 
 def decode(
@@ -92,10 +90,7 @@ def one_reason(data: bytes | memoryview, name: str) -> Iterator[None]:
             raise BadImage("a TIFF that Pillow does not read; convert it to 8-bit RGB or to .npy", name) from None
         raise BadImage(f"not an image in a known format ({_looks_like(bytes(data[:64]))})", name) from None
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and others
-        if is_out_of_memory(error):
-            raise MemoryError(f"{name}: out of memory" if name else "out of memory") from error
-        reason = f"cannot be decoded: {type(error).__name__}: {str(error)[:120]}".replace("\n", " ")
-        raise BadImage(reason, name) from error
+        raise error_of_library(error, "cannot be decoded", name) from error
 
 
 def _decode(data: bytes | memoryview, channels: int, max_pixels: int, min_side: int | None, reading: Reading) -> Tensor:

@@ -11,9 +11,9 @@ from torch import Tensor
 from upstep_fast.config.reading import AS_STORED, Reading
 from upstep_fast.data.decode.arrays import stored_array
 from upstep_fast.data.decode.image import from_pillow
-from upstep_fast.data.decode.orientation import orientation_of, upright
 from upstep_fast.data.reading.intensity import to_bytes, to_pixels
-from upstep_fast.data.reading.out_of_memory import is_out_of_memory
+from upstep_fast.data.reading.orientation import orientation_of, upright
+from upstep_fast.data.reading.out_of_memory import error_of_library
 from upstep_fast.data.reading.stored import Stored
 from upstep_fast.errors import BadImage
 
@@ -65,9 +65,7 @@ def _converted(image: Image.Image, channels: int) -> Tensor:
     except BadImage:
         raise
     except Exception as error:  # a file that PIL opened is decoded only now: OSError, SyntaxError and others
-        if is_out_of_memory(error):
-            raise MemoryError("out of memory") from error
-        raise BadImage(f"cannot be decoded: {type(error).__name__}: {str(error)[:120]}".replace("\n", " ")) from error
+        raise error_of_library(error, "cannot be decoded") from error
 
 
 def _stored(values: np.ndarray, reading: Reading) -> Stored:

@@ -9,7 +9,7 @@ from upstep_fast.data.decode.cut import cut, cut_values
 from upstep_fast.data.decode.image import pixels_of_values, shrunk
 from upstep_fast.data.formats import kinds
 from upstep_fast.data.reading.budget import BYTES_PER_VALUE, decoding
-from upstep_fast.data.reading.out_of_memory import is_out_of_memory
+from upstep_fast.data.reading.out_of_memory import error_of_library
 from upstep_fast.data.reading.stored import File, Layout, Piece, Stored
 from upstep_fast.data.reading.tiles import level_sizes, read_piece
 from upstep_fast.errors import BadImage
@@ -39,10 +39,7 @@ def decode_piece(
     except (BadImage, OSError):
         raise
     except Exception as error:  # libraries raise many kinds for damaged files
-        if is_out_of_memory(error):
-            raise MemoryError("out of memory") from error
-        reason = f"cannot be decoded: {type(error).__name__}: {str(error)[:120]}".replace("\n", " ")
-        raise BadImage(reason) from error
+        raise error_of_library(error, "cannot be decoded") from error
 
 
 def stored_piece(kind: kinds.Kind, file: File, piece: Piece, layout: Layout | None) -> Stored:

@@ -7,7 +7,7 @@ import io
 from PIL import Image
 
 from upstep_fast.data.decode.arrays import NPY, npy_header
-from upstep_fast.data.decode.image import FORMATS
+from upstep_fast.data.formats.photographs import FORMATS
 from upstep_fast.data.reading.tiff_header import TIFF, read_pages
 
 

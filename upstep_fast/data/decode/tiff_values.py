@@ -12,7 +12,6 @@ import numpy as np
 from PIL import Image
 
 from upstep_fast.config.reading import Reading
-from upstep_fast.data.decode.orientation import upright_array
 from upstep_fast.data.decode.tiff import (
     ASSOCIATED,
     BLACK_IS_ZERO,
@@ -25,6 +24,7 @@ from upstep_fast.data.decode.tiff import (
     say_alpha_left_out,
 )
 from upstep_fast.data.reading.nodata import masked, nodata_masks
+from upstep_fast.data.reading.orientation import upright_array
 from upstep_fast.data.reading.stored import Stored, Values
 from upstep_fast.data.reading.tiff_header import TIFF, TiffPage, read_pages
 

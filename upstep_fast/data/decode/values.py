@@ -20,8 +20,8 @@ from PIL import Image
 from upstep_fast.config.reading import Reading
 from upstep_fast.data.decode import png, pnm
 from upstep_fast.data.decode.arrays import NPY, plan_npy
-from upstep_fast.data.decode.orientation import orientation_of, upright_array
 from upstep_fast.data.decode.tiff_values import plan_tiff_values
+from upstep_fast.data.reading.orientation import orientation_of, upright_array
 from upstep_fast.data.reading.stored import Stored, Values
 from upstep_fast.data.reading.tiff_header import TIFF, read_pages
 from upstep_fast.errors import BadImage

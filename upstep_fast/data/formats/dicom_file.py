@@ -19,11 +19,11 @@ from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.utils import as_pixel_options
 
 from upstep_fast.data.formats.dicom_values import rescale_of_frames
+from upstep_fast.data.reading.regular import LARGE, MAX_RATIO
 from upstep_fast.data.reading.stored import File
 from upstep_fast.errors import BadImage, printable
 
 MAX_INFLATED = 1 << 30  # bytes of a deflated file
-LARGE, MAX_RATIO = 64 << 20, 100  # no image of more bytes is packed into less than a hundredth
 PLUGIN = "pylibjpeg"  # pydicom's name of the decoders
 MONOCHROME = ("MONOCHROME1", "MONOCHROME2")
 COLORS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")

@@ -21,6 +21,7 @@ from upstep_fast.data.reading.nodata import masked
 from upstep_fast.data.reading.stored import File, Layout, Piece, Stored
 from upstep_fast.data.reading.tiff_header import TiffPage, first_page
 from upstep_fast.errors import BadImage
+from upstep_fast.runtime.terminal import counted
 
 _RGB, _YCBCR, _JPEG = 2, 6, 7
 _NAMES = {4: "mask", 5: "CMYK", _YCBCR: "YCbCr", 8: "Lab", 9: "Lab", 10: "Lab"}  # photometric interpretations
@@ -32,7 +33,7 @@ def layout(file: File) -> Layout:
         shape = (dataset.height, dataset.width)
         count = len(dataset.overviews(1))
         bands = 3 if _palette(dataset) else dataset.count
-        what = f"GeoTIFF, {_counted(bands)} of {dataset.dtypes[0]}"
+        what = f"GeoTIFF, {counted(bands, 'band')} of {dataset.dtypes[0]}"
         _checked(dataset, file)
     overviews = [_overview_shape(file, level) for level in range(count)]
     return Layout("CYX", (bands, *shape), what, (shape, *overviews) if overviews else ())
@@ -123,10 +124,6 @@ def _range(dtype: np.dtype, bits: int) -> tuple[float | None, float | None]:
 def _overview_shape(file: File, level: int) -> tuple[int, int]:
     with opened(file, "GTiff", OVERVIEW_LEVEL=level) as dataset:
         return dataset.height, dataset.width
-
-
-def _counted(bands: int) -> str:
-    return "1 band" if bands == 1 else f"{bands} bands"
 
 
 def has_data(file: File, piece: Piece) -> bool:

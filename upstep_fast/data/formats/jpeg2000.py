@@ -15,6 +15,7 @@ from upstep_fast.data.formats.boxes import boxes
 from upstep_fast.data.formats.gdal import opened, planes
 from upstep_fast.data.reading.stored import File, Layout, Piece, Stored
 from upstep_fast.errors import BadImage
+from upstep_fast.runtime.terminal import counted
 
 _DRIVER = "JP2OpenJPEG"
 _SIGNATURE = b"\0\0\0\x0cjP  \r\n\x87\n"
@@ -45,7 +46,7 @@ def layout(file: File) -> Layout:
     for level in range(count):
         with opened(file, _DRIVER, OVERVIEW_LEVEL=level) as dataset:
             smaller.append((dataset.height, dataset.width))
-    what = f"JPEG 2000, {sizes.components} component{'s' * (sizes.components > 1)} of {sizes.bits} bits"
+    what = f"JPEG 2000, {counted(sizes.components, 'component')} of {sizes.bits} bits"
     return Layout("CYX", (sizes.components, *shape), what, (shape, *smaller) if smaller else ())
 
 

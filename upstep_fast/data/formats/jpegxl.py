@@ -14,6 +14,7 @@ from upstep_fast.data.formats.boxes import boxes
 from upstep_fast.data.reading.out_of_memory import is_out_of_memory
 from upstep_fast.data.reading.stored import File, Layout, Piece, Stored
 from upstep_fast.errors import BadImage, first_line
+from upstep_fast.runtime.terminal import counted
 
 _CODESTREAM = b"\xff\x0a"
 _CONTAINER = b"\0\0\0\x0cJXL \r\n\x87\n"
@@ -70,7 +71,7 @@ def read(file: File, piece: Piece) -> Stored:
 
 
 def _layout(header: _Header) -> Layout:
-    what = f"JPEG XL, {header.bands} band{'s' * (header.bands > 1)} of {header.bits} bits"
+    what = f"JPEG XL, {counted(header.bands, 'band')} of {header.bits} bits"
     return Layout("CYX", (header.bands, header.height, header.width), what)
 
 

@@ -10,14 +10,15 @@ import io
 
 from PIL import Image
 
-from upstep_fast.data.reading.out_of_memory import is_out_of_memory
+from upstep_fast.data.reading.orientation import TRANSPOSED, orientation_of
+from upstep_fast.data.reading.out_of_memory import error_of_library
 from upstep_fast.data.reading.stored import MAX_PIXELS, File, Layout
 from upstep_fast.errors import BadImage
 
 LEVELS = 4
+# only decoders of pixels: no PostScript, no fonts, nothing that starts a program
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "AVIF")
 _GRAY = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "F")
-_ORIENTATION, _TRANSPOSED = 0x0112, (5, 6, 7, 8)
 
 
 def layout(file: File) -> Layout:
@@ -26,16 +27,14 @@ def layout(file: File) -> Layout:
         with Image.open(file if isinstance(file, str) else io.BytesIO(file), formats=FORMATS) as image:
             width, height = image.size
             kind, bands = image.format or "picture", 1 if image.mode in _GRAY else 3
-            if _orientation(image) in _TRANSPOSED:
+            if orientation_of(image) in TRANSPOSED:
                 height, width = width, height
     except OSError as error:
         if error.errno is not None:  # of the disk or network; UnidentifiedImageError has none
             raise
         raise BadImage("not an image in a known format") from error
     except Exception as error:  # SyntaxError, struct.error and others, for broken headers
-        if is_out_of_memory(error):
-            raise MemoryError("out of memory") from error
-        raise BadImage(f"its header cannot be read: {type(error).__name__}: {str(error)[:120]}") from error
+        raise error_of_library(error, "its header cannot be read") from error
     sizes = tuple((-(-height // 2**k), -(-width // 2**k)) for k in range(LEVELS) if min(height, width) >= 2**k)
     return Layout("YXC", (height, width, bands), kind, sizes if len(sizes) > 1 else ())
 
@@ -50,10 +49,3 @@ def check_size(layout: Layout, level: int) -> None:
             f"{width} x {height} pixels of a {layout.what}, which is decoded as a whole, above the limit of "
             f"{MAX_PIXELS}; write it as a tiled TIFF{', or give a higher --level' if is_scaled else ''}"
         )
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # a broken EXIF block says nothing about the pixels
-        return 1

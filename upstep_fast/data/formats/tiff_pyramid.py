@@ -16,9 +16,9 @@ from typing import Any, Literal
 import numpy as np
 
 from upstep_fast.data.formats.tiff_levels import levels_of, micrometers_per_pixel
-from upstep_fast.data.reading.out_of_memory import is_out_of_memory
+from upstep_fast.data.reading.out_of_memory import error_of_library
 from upstep_fast.data.reading.recent import Recent
-from upstep_fast.data.reading.regular import version_of
+from upstep_fast.data.reading.regular import kept_header
 from upstep_fast.data.reading.stored import File
 from upstep_fast.errors import BadImage
 
@@ -78,16 +78,7 @@ class Pyramid:
 
 def open_pyramid(file: File) -> Pyramid:
     """Return the levels of a TIFF's first picture, from its header. Raises BadImage, OSError, MemoryError."""
-    if not isinstance(file, str):
-        return _parsed(io.BytesIO(file), len(file))
-    key = version_of(file)
-
-    def make() -> tuple[Pyramid, int]:
-        opened = _parsed(file, key[1])
-        return opened, sum(16 * len(level.offsets) + 10_000 for level in opened.levels)
-
-    opened: Pyramid = _files.get(key, make)
-    return opened
+    return kept_header(_files, file, _parsed, lambda opened: sum(16 * len(x.offsets) + 10_000 for x in opened.levels))
 
 
 def _parsed(file: str | io.BytesIO, size: int) -> Pyramid:
@@ -104,9 +95,7 @@ def _parsed(file: str | io.BytesIO, size: int) -> Pyramid:
     except (BadImage, MemoryError, OSError):
         raise
     except Exception as error:  # TiffFileError, struct.error, ValueError and others, for broken headers
-        if is_out_of_memory(error):
-            raise MemoryError("out of memory") from error
-        raise BadImage(f"its TIFF header cannot be read: {type(error).__name__}: {str(error)[:120]}") from error
+        raise error_of_library(error, "its TIFF header cannot be read") from error
 
 
 def pyramid_of(tiff: Any, page: Any, levels: tuple[Level, ...], what: str) -> Pyramid:
@@ -127,7 +116,6 @@ def pyramid_of(tiff: Any, page: Any, levels: tuple[Level, ...], what: str) -> Py
 def level_of(page: Any, size: int) -> Level:
     """Return what is needed of a page of tifffile. size: of the file. Raises BadImage for kinds that are not read."""
     _check(page)
-    offsets, counts = (np.array(part, np.int64) for part in (page.dataoffsets, page.databytecounts))
     rows, columns = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, page.imagewidth)
     level = Level(
         height=page.imagelength,
@@ -137,18 +125,24 @@ def level_of(page: Any, size: int) -> Level:
         bits=page.bitspersample,
         segment=(rows if page.is_tiled else min(rows, page.imagelength), columns),
         planar=page.planarconfig == 2 and page.samplesperpixel > 1,
-        offsets=offsets,
-        counts=np.where(offsets == 0, 0, counts) if offsets.shape == counts.shape else counts,
+        **segments_of(page),
         decode=page.decode,
         tables=page.jpegtables,
         is_plain=(int(page.compression), page.predictor, page.fillorder, page.bitspersample % 8) == (1, 1, 1, 0),
         order=page.parent.byteorder,
-        is_sparse=not (offsets.all() and counts.all()),
     )
     check_segments(level, size)
     if not level.is_plain and rows * columns * (1 if level.planar else level.samples) > _MAX_SEGMENT:
         raise BadImage(f"its strips or tiles of {rows} x {columns} pixels are too large; write it again in tiles")
     return level
+
+
+def segments_of(page: Any) -> dict[str, Any]:
+    """Return where the segments of a page of tifffile lie, as fields of `Level`; those without bytes are of size 0."""
+    offsets, counts = (np.array(part, np.int64) for part in (page.dataoffsets, page.databytecounts))
+    if offsets.shape == counts.shape:
+        counts = np.where(offsets == 0, 0, counts)
+    return {"offsets": offsets, "counts": counts, "is_sparse": not (offsets.all() and counts.all())}
 
 
 def check_segments(level: Level, size: int) -> None:

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 
 from upstep_fast.data.formats.reasons import bad_image
-from upstep_fast.data.formats.tiff_pyramid import Level, Pyramid, check_segments, level_of, pyramid_of
+from upstep_fast.data.formats.tiff_pyramid import Level, Pyramid, check_segments, level_of, pyramid_of, segments_of
 from upstep_fast.data.formats.tiff_windows import pyramid_layout, read_window
 from upstep_fast.data.reading.recent import Recent
-from upstep_fast.data.reading.regular import version_of
+from upstep_fast.data.reading.regular import kept_header
 from upstep_fast.data.reading.stored import File, Layout, Piece, Stored
 from upstep_fast.errors import BadImage
 
@@ -80,17 +80,9 @@ def _places(axes: tuple[tuple[str, int], ...], piece: Piece) -> list[int]:
 
 
 def _opened(file: File) -> _Stack:
-    if not isinstance(file, str):
-        return _parsed(io.BytesIO(file), len(file))
-    key = version_of(file)
-
-    def make() -> tuple[_Stack, int]:
-        opened = _parsed(file, key[1])
-        planes = [plane for planes in opened.levels for plane in planes]
-        return opened, sum(16 * len(plane.offsets) + 1_000 for plane in planes)
-
-    opened: _Stack = _files.get(key, make)
-    return opened
+    return kept_header(
+        _files, file, _parsed, lambda opened: sum(16 * len(x.offsets) + 1_000 for level in opened.levels for x in level)
+    )
 
 
 def _parsed(file: str | io.BytesIO, size: int) -> _Stack:
@@ -201,15 +193,10 @@ def _planes(series: Any, count: int, size: int) -> list[Level]:
         if len(pages) != count or any(page is None for page in pages):
             there = sum(page is not None for page in pages)
             raise BadImage(f"truncated TIFF: {there} of {count} planes are there")
-        planes = [_placed(first, page) for page in pages]
+        planes = [replace(first, **segments_of(page)) for page in pages]
     for plane in planes:
         check_segments(plane, size)
     return planes
-
-
-def _placed(level: Level, page: Any) -> Level:
-    offsets, counts = (np.array(part, np.int64) for part in (page.dataoffsets, page.databytecounts))
-    return replace(level, offsets=offsets, counts=counts, is_sparse=not (offsets.all() and counts.all()))
 
 
 def forget() -> None:

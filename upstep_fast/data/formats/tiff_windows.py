@@ -27,7 +27,8 @@ from upstep_fast.data.formats.tiff_pyramid import (
     Pyramid,
     open_pyramid,
 )
-from upstep_fast.data.reading.out_of_memory import is_out_of_memory
+from upstep_fast.data.reading.orientation import upright_array
+from upstep_fast.data.reading.out_of_memory import error_of_library
 from upstep_fast.data.reading.recent import Recent
 from upstep_fast.data.reading.regular import read_at, version_of
 from upstep_fast.data.reading.stored import File, Layout, Piece, Stored
@@ -146,9 +147,7 @@ def _segment_rows(file: File, level: Level, index: int, first: int, last: int, i
         except (MemoryError, OSError):
             raise
         except Exception as error:
-            if is_out_of_memory(error):
-                raise MemoryError("out of memory") from error
-            raise BadImage(f"a strip or tile cannot be decoded: {type(error).__name__}: {str(error)[:120]}") from error
+            raise error_of_library(error, "a strip or tile cannot be decoded") from error
         return array, array.nbytes
 
     if is_whole or not isinstance(file, str):
@@ -217,16 +216,8 @@ def _upright(stored: Stored, orientation: int) -> Stored:
     """Undo orientation 1 to 8 of [C, H, W]."""
     if orientation not in range(2, 9):
         return stored
-    valid = None if stored.valid is None else _turned(stored.valid, orientation)
-    return replace(stored, values=np.ascontiguousarray(_turned(stored.values, orientation)), valid=valid)
-
-
-def _turned(x: np.ndarray, orientation: int) -> np.ndarray:
-    if orientation in (5, 6, 7, 8):
-        x = np.swapaxes(x, -1, -2)
-    if orientation in (3, 4, 7, 8):
-        x = x[..., ::-1, :]
-    return x[..., ::-1] if orientation in (2, 3, 6, 7) else x
+    valid = None if stored.valid is None else upright_array(stored.valid, orientation)
+    return replace(stored, values=np.ascontiguousarray(upright_array(stored.values, orientation)), valid=valid)
 
 
 def forget() -> None:

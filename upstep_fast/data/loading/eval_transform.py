@@ -13,7 +13,7 @@ from upstep_fast.config.reading import AS_STORED, Reading
 from upstep_fast.data.decode.in_memory import pixels_of
 from upstep_fast.data.loading.skipped_images import read_image
 from upstep_fast.data.sources.folders import Files
-from upstep_fast.data.sources.part import Names
+from upstep_fast.data.sources.names import Names
 from upstep_fast.data.sources.pieces import only_picture
 from upstep_fast.data.sources.source import Source
 from upstep_fast.data.views.resize import eval_resize, normalize

@@ -23,6 +23,7 @@ from torch import Tensor
 from upstep_fast.config.reading import Intensity, Reading
 from upstep_fast.data.reading.stored import Stored
 from upstep_fast.errors import BadImage
+from upstep_fast.runtime.terminal import counted
 
 _STRIP = 1 << 20  # values that are computed in float64 at once
 
@@ -59,7 +60,7 @@ def select_bands(stored: Stored, bands: tuple[int, ...]) -> Stored:
 def require_bands(bands: tuple[int, ...], count: int) -> None:
     """Raise BadImage unless a picture of `count` bands has all these."""
     if max(bands, default=0) > count:
-        raise BadImage(f"has {count} band{'s' * (count != 1)}; --bands asks for number {max(bands)}")
+        raise BadImage(f"has {counted(count, 'band')}; --bands asks for number {max(bands)}")
 
 
 def check_bands(count: int, channels: int, bands: tuple[int, ...] = ()) -> None:

@@ -6,14 +6,38 @@ Names have NUL in place of "/", so that their order as bytes is that of paths, c
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+
+from upstep_fast.data.sources.names import NamedPart
 from upstep_fast.data.sources.part import ALREADY_LISTED, IMAGE_SUFFIXES, Listing, printable
 from upstep_fast.data.sources.tree import Children, Tree, find_tree
 
 Index = TypeVar("Index")
+
+
+class Members(NamedPart):
+    """Images in an archive; the members' names are labels only."""
+
+    path: str
+    sizes: np.ndarray  # [N] int64, bytes
+
+    def name(self, index: int) -> str:
+        """Return a printable path."""
+        return f"{printable(os.fsencode(self.path))}/{printable(self.names[index])}"
+
+    def sizes_in_bytes(self) -> np.ndarray:
+        """Return the members' sizes, [N] int64."""
+        return self.sizes
+
+    def identity(self) -> Iterator[bytes]:
+        """Yield names and sizes."""
+        yield self.names.blob
+        yield self.names.ends.tobytes()
+        yield self.sizes.tobytes()
 
 
 def opened(paths: list[str], read_index: Callable[[Path], Index], listing: Listing) -> dict[str, Index]:

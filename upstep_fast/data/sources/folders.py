@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -12,12 +11,11 @@ import numpy as np
 from upstep_fast.data.decode.arrays import npy_header
 from upstep_fast.data.reading.regular import is_zarr
 from upstep_fast.data.sources.file_kinds import is_unnamed_dicom
+from upstep_fast.data.sources.names import NamedPart, Names
 from upstep_fast.data.sources.part import (
     ALREADY_LISTED,
     IMAGE_SUFFIXES,
     Listing,
-    Names,
-    Part,
     printable,
     read_image_file,
     read_start,
@@ -27,16 +25,13 @@ from upstep_fast.errors import DataError
 
 
 @dataclass(frozen=True, eq=False)
-class Files(Part):
+class Files(NamedPart):
     """Images in files, with names relative to `root` or absolute."""
 
     root: str
     names: Names
     classes: tuple[str, ...] | None = None  # given by a list, instead of by folders
     reason: str = ""  # why a list gives no classes
-
-    def __len__(self) -> int:
-        return len(self.names)
 
     def name(self, index: int) -> str:
         """Return a printable path."""
@@ -46,25 +41,9 @@ class Files(Part):
         """Return the encoded image. Raises OSError."""
         return read_image_file(self._path(index))
 
-    def file_name(self, index: int) -> str:
-        """Return the relative path."""
-        return os.fsdecode(self.names[index])
-
     def file_path(self, index: int) -> str | None:
         """Return the file's path."""
         return self._path(index)
-
-    def other_than(self, suffixes: tuple[bytes, ...]) -> list[int]:
-        """Return the images whose names end in none of these suffixes."""
-        return self.names.other_than(suffixes)
-
-    def ending_in(self, suffixes: tuple[bytes, ...]) -> list[int]:
-        """Return the images whose names end in one of these suffixes."""
-        return self.names.ending_in(suffixes)
-
-    def suffixes(self) -> Counter[str]:
-        """Return the number of files of each suffix."""
-        return self.names.suffixes()
 
     def start(self, index: int) -> bytes:
         """Return the file's first bytes. Raises OSError."""

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 from upstep_fast.data.sources.folders import Files, children, walk
 from upstep_fast.data.sources.metadata import Metadata, read_metadata
-from upstep_fast.data.sources.part import IMAGE_SUFFIXES, Columns, Listing, Names, Part, printable, shown_suffix
+from upstep_fast.data.sources.names import Names
+from upstep_fast.data.sources.part import IMAGE_SUFFIXES, Columns, Listing, Part, printable, shown_suffix
 from upstep_fast.data.sources.splits import find_splits, is_split, reading
 from upstep_fast.data.sources.tree import Children, Tree, find_tree
 

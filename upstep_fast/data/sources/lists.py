@@ -16,16 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from upstep_fast.data.sources.folders import Files
-from upstep_fast.data.sources.part import (
-    ALREADY_LISTED,
-    IMAGE_SUFFIXES,
-    Columns,
-    Listing,
-    Names,
-    Part,
-    open_data,
-    printable,
-)
+from upstep_fast.data.sources.names import Names
+from upstep_fast.data.sources.part import ALREADY_LISTED, IMAGE_SUFFIXES, Columns, Listing, Part, open_data, printable
 from upstep_fast.data.sources.splits import TEST_NAMES, TRAIN_NAMES, all_read, find_splits, reading
 from upstep_fast.errors import DataError
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from upstep_fast.data.sources.part import Names, Part, printable
+from upstep_fast.data.sources.names import Names
+from upstep_fast.data.sources.part import Part, printable
 from upstep_fast.data.sources.pieces import Pieces
 
 _WORDS = (b"mask", b"seg", b"annotation", b"thumb", b"truth")

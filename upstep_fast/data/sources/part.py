@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
-from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BufferedReader
-from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from upstep_fast.data.formats.kinds import NO_READER, START, SUFFIXES, Kind, missing_of, suffix_of
+from upstep_fast.data.reading.regular import LARGE, MAX_RATIO, open_plain
 from upstep_fast.data.reading.stored import WHOLE, File, Layout, Piece
-from upstep_fast.data.sources.splits import is_split
 from upstep_fast.errors import ConfigError, DataError
 from upstep_fast.input_files import open_regular
 
 IMAGE_SUFFIXES = tuple(suffix.encode() for suffix in SUFFIXES)
 MAX_BYTES = 1 << 30  # of an encoded image; a larger file or member is none
-LARGE = 64 << 20  # an image of more bytes is not read out of a file that is made of holes
 ALREADY_LISTED = "already listed: the same file twice is counted once"
 
 Problem = tuple[str, str]
@@ -175,79 +171,6 @@ def _why_left_out(suffix: str) -> str:
     return f" ({command})" if (command := missing_of(suffix)) else ""
 
 
-@dataclass(frozen=True, eq=False)
-class Names:
-    """Relative paths, joined into one bytes object."""
-
-    blob: bytes
-    ends: np.ndarray  # [N] int64
-    component: int | None  # index of the folder that is the class: 0, or 1 under train/ and test/; None: no classes
-    under_split: bool = False  # whether the folder before the class must be a split
-
-    @classmethod
-    def pack(cls, names: Iterable[bytes], component: int | None = 0, under_split: bool = False) -> Names:
-        """Pack relative paths with "/" between their components."""
-        blob, ends = bytearray(), array("q")
-        for name in names:
-            blob += name
-            ends.append(len(blob))
-        packed = np.frombuffer(ends, dtype=np.int64) if ends else np.zeros(0, np.int64)
-        return cls(bytes(blob), packed, component, under_split)
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, index: int) -> bytes:
-        return self.blob[self.ends[index - 1] if index else 0 : self.ends[index]]
-
-    def other_than(self, suffixes: tuple[bytes, ...]) -> list[int]:
-        """Return the names that end in none of these suffixes, in lower case; a million take half a second."""
-        blob, ends = self.blob.lower(), self.ends.tolist()
-        return [i for i, (a, b) in enumerate(pairwise([0, *ends])) if not blob.endswith(suffixes, a, b)]
-
-    def ending_in(self, suffixes: tuple[bytes, ...]) -> list[int]:
-        """Return the names that end in one of these suffixes, in lower case."""
-        blob = self.blob.lower()
-        if not any(suffix in blob for suffix in suffixes):
-            return []
-        return [i for i, (a, b) in enumerate(pairwise([0, *self.ends.tolist()])) if blob.endswith(suffixes, a, b)]
-
-    def suffixes(self) -> Counter[str]:
-        """Return the number of names of each suffix; a million take a second."""
-        blob, ends = self.blob, self.ends.tolist()
-        # of a path's end only: for ".nii.gz" two dots count
-        tails = Counter(blob[max(a, blob.rfind(b".", a, b - 3)) : b] for a, b in pairwise([0, *ends]))
-        result: Counter[str] = Counter()
-        for tail, count in tails.items():
-            result[shown_suffix("x" + os.fsdecode(tail))] += count
-        return result
-
-    def labels(self) -> list[str] | None:
-        """Return the class folder of each name; None if one has none, or if the only classes are names of splits."""
-        known: dict[bytes, str] = {}
-        labels = []
-        for index in range(len(self)):
-            if (folder := self._class_folder(index)) is None:
-                return None
-            labels.append(known.setdefault(folder, printable(folder)))
-        return None if known and all(map(is_split, known.values())) else labels
-
-    def unlabeled(self) -> str:
-        """Return why `labels` is None."""
-        first = next((i for i in range(len(self)) if self._class_folder(i) is None), None)
-        if first is None:
-            return f"({printable(self[0].split(b'/', 1)[0])}/ is a split, not a class) has images outside class folders"
-        return f"({printable(self[first])}) has images outside class folders"
-
-    def _class_folder(self, index: int) -> bytes | None:
-        folders = self[index].split(b"/")[:-1]
-        if self.component is None or len(folders) <= self.component:
-            return None
-        if self.under_split and not is_split(folders[self.component - 1].decode("latin-1")):
-            return None
-        return folders[self.component]
-
-
 def printable(name: bytes) -> str:
     """Return a label that can be encoded, for any bytes; control characters stay, as whoever prints it escapes them."""
     return name.decode("utf-8", "backslashreplace")
@@ -263,30 +186,23 @@ def open_data(path: str | Path) -> BufferedReader:
 
 def read_start(path: str | bytes) -> bytes:
     """Return the first START bytes of a regular file. Raises OSError, without waiting for a pipe."""
-    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with open(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise OSError("not a regular file")
-        return file.read(START)
+    with open_plain(path) as file:
+        return bytes(file.read(START))
 
 
 def read_image_file(path: str, offset: int = 0, size: int | None = None) -> bytes:
     """Return `size` bytes of a regular file from `offset` on; by default all. Raises OSError, as transient ones are."""
-    # a fifo that replaced a file after listing must not block, and a file that grew must not fill the memory
-    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with open(fd, "rb") as file:  # buffered: one unbuffered read may return less than there is
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError("not a regular file")
+    with open_plain(path) as file:  # buffered: one unbuffered read may return less than there is
+        status = os.fstat(file.fileno())
         size = status.st_size if size is None else size
-        if size > MAX_BYTES:
+        if size > MAX_BYTES:  # a file that grew must not fill the memory
             raise OSError(
                 f"{size} bytes, above the limit of {MAX_BYTES}; a TIFF or slide is read in tiles, by --tiles 224"
             )
         if size > LARGE and _is_hollow(status):
             raise OSError(f"{size} bytes of holes: its file of {status.st_size} bytes takes up next to nothing")
         file.seek(offset)
-        data = file.read(size) or b""
+        data: bytes = file.read(size) or b""
     if len(data) != size:
         raise OSError(f"{len(data)} of {size} bytes could be read")
     return data
@@ -295,4 +211,4 @@ def read_image_file(path: str, offset: int = 0, size: int | None = None) -> byte
 def _is_hollow(status: os.stat_result) -> bool:
     """Return whether a file takes up less than 1/100 of its size; 0 blocks: the file system does not say."""
     stored = 512 * getattr(status, "st_blocks", 0)
-    return 0 < stored < status.st_size // 100
+    return 0 < stored < status.st_size // MAX_RATIO

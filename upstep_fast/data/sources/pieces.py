@@ -22,12 +22,12 @@ from upstep_fast.data.formats.kinds import Kind
 from upstep_fast.data.formats.slides import OF_FILES, companions
 from upstep_fast.data.reading import axes, tiles
 from upstep_fast.data.reading.out_of_memory import is_out_of_memory
-from upstep_fast.data.reading.regular import read_at
+from upstep_fast.data.reading.regular import LARGE, read_at
 from upstep_fast.data.reading.stored import WHOLE, File, Layout, Piece
 from upstep_fast.data.reading.tiles import Grid
 from upstep_fast.data.reading.transient import may_pass
 from upstep_fast.data.sources.file_kinds import digest_of_folder, file_of, in_place, kinds_in
-from upstep_fast.data.sources.part import LARGE, Digest, Item, Listing, Part, shown_suffix
+from upstep_fast.data.sources.part import Digest, Item, Listing, Part, shown_suffix
 from upstep_fast.data.sources.series import gaps
 from upstep_fast.errors import BadImage, DataError, RunFailedError, first_line
 from upstep_fast.runtime.progress import track

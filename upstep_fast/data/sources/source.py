@@ -34,13 +34,13 @@ from upstep_fast.data.sources.huggingface import open_dataset
 from upstep_fast.data.sources.image_folder import open_folder
 from upstep_fast.data.sources.lists import LIST_SUFFIXES, read_list
 from upstep_fast.data.sources.masks import named_like_masks
+from upstep_fast.data.sources.names import Names
 from upstep_fast.data.sources.part import (
     ALREADY_LISTED,
     Columns,
     Digest,
     Item,
     Listing,
-    Names,
     Part,
     Problem,
     printable,

@@ -8,25 +8,16 @@ is a sample of its own, so that names with dots keep their labels. Of several im
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
 
 from upstep_fast.data.formats.kinds import START
-from upstep_fast.data.sources.archives import choose_split, label_of, last_of_each_name, opened
+from upstep_fast.data.sources.archives import Members, choose_split, label_of, last_of_each_name, opened
 from upstep_fast.data.sources.file_kinds import is_unnamed_dicom
-from upstep_fast.data.sources.part import (
-    IMAGE_SUFFIXES,
-    Columns,
-    Listing,
-    Names,
-    Part,
-    printable,
-    read_image_file,
-)
+from upstep_fast.data.sources.names import Names
+from upstep_fast.data.sources.part import IMAGE_SUFFIXES, Columns, Listing, Part, printable, read_image_file
 from upstep_fast.data.sources.tar_index import TarIndex, read_index
 from upstep_fast.data.sources.tree import Tree
 from upstep_fast.errors import DataError
@@ -36,7 +27,7 @@ _NOT_THE_IMAGE = "another image is called KEY.jpg and is read; name the suffix o
 
 
 @dataclass(frozen=True, eq=False)
-class TarMembers(Part):
+class TarMembers(Members):
     """Images in a tar file, read by offset; the members' names are labels only."""
 
     path: str
@@ -46,32 +37,9 @@ class TarMembers(Part):
     classes: tuple[str, ...] | None = None  # from .cls members, as webdataset writes them
     reason: str = ""  # why only some have classes
 
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def name(self, index: int) -> str:
-        """Return a printable path."""
-        return f"{printable(os.fsencode(self.path))}/{printable(self.names[index])}"
-
     def read(self, index: int) -> bytes:
         """Return the encoded image. Raises OSError."""
         return read_image_file(self.path, int(self.offsets[index]), int(self.sizes[index]))
-
-    def file_name(self, index: int) -> str:
-        """Return the member's name."""
-        return os.fsdecode(self.names[index])
-
-    def other_than(self, suffixes: tuple[bytes, ...]) -> list[int]:
-        """Return the images whose names end in none of these suffixes."""
-        return self.names.other_than(suffixes)
-
-    def ending_in(self, suffixes: tuple[bytes, ...]) -> list[int]:
-        """Return the images whose names end in one of these suffixes."""
-        return self.names.ending_in(suffixes)
-
-    def suffixes(self) -> Counter[str]:
-        """Return the number of files of each suffix."""
-        return self.names.suffixes()
 
     def start(self, index: int) -> bytes:
         """Return the member's first bytes. Raises OSError."""
@@ -84,16 +52,6 @@ class TarMembers(Part):
     def unlabeled(self) -> str:
         """Return why `labels` is None."""
         return self.reason or f"{self.names.unlabeled()}, and no KEY.cls members"
-
-    def sizes_in_bytes(self) -> np.ndarray:
-        """Return the members' sizes, [N] int64."""
-        return self.sizes
-
-    def identity(self) -> Iterator[bytes]:
-        """Yield names and sizes."""
-        yield self.names.blob
-        yield self.names.ends.tobytes()
-        yield self.sizes.tobytes()
 
 
 def open_tars(paths: list[str], split: str | None, columns: Columns, listing: Listing) -> list[Part]:

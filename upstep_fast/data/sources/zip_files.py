@@ -12,22 +12,20 @@ import struct
 import zipfile
 import zlib
 from array import array
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from upstep_fast.data.formats.kinds import START
-from upstep_fast.data.sources.archives import choose_split, last_of_each_name, opened
+from upstep_fast.data.reading.regular import LARGE, MAX_RATIO
+from upstep_fast.data.sources.archives import Members, choose_split, last_of_each_name, opened
 from upstep_fast.data.sources.file_kinds import is_unnamed_dicom
+from upstep_fast.data.sources.names import Names
 from upstep_fast.data.sources.part import (
     IMAGE_SUFFIXES,
-    LARGE,
     MAX_BYTES,
     Listing,
-    Names,
     Part,
     Problem,
     open_data,
@@ -37,7 +35,6 @@ from upstep_fast.data.sources.part import (
 from upstep_fast.data.sources.tree import Tree
 from upstep_fast.errors import DataError
 
-MAX_RATIO = 100  # of the sizes of a large member and of its compressed bytes
 _LOCAL = struct.Struct("<4s2xH18xHH")  # signature, flags, lengths of the name and of the extra field
 _ENCRYPTED, _UTF8, _UNIX = 0x41, 0x800, 3  # flags, and a system that a zip was made on
 _METHODS = {9: "deflate64", 12: "bzip2", 14: "LZMA", 93: "zstd", 95: "xz", 97: "WavPack"}
@@ -57,27 +54,16 @@ class ZipIndex:
 
 
 @dataclass(frozen=True, eq=False)
-class ZipMembers(Part):
+class ZipMembers(Members):
     """Images in a zip file."""
 
-    file: str
+    path: str
     names: Names
     headers: np.ndarray  # [N] int64, offsets of local headers, bytes
     packed: np.ndarray  # [N] int64, sizes in the file, bytes
     sizes: np.ndarray  # [N] int64, bytes
     checksums: np.ndarray  # [N] int64, CRC-32
     deflated: np.ndarray  # [N] bool
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def name(self, index: int) -> str:
-        """Return a printable path."""
-        return f"{printable(os.fsencode(self.file))}/{printable(self.names[index])}"
-
-    def file_name(self, index: int) -> str:
-        """Return the member's name."""
-        return os.fsdecode(self.names[index])
 
     def read(self, index: int) -> bytes:
         """Return the encoded image. Raises OSError, also for a wrong checksum."""
@@ -89,25 +75,13 @@ class ZipMembers(Part):
             raise OSError("its checksum in the zip file is another")
         return data
 
-    def other_than(self, suffixes: tuple[bytes, ...]) -> list[int]:
-        """Return the images whose names end in none of these suffixes."""
-        return self.names.other_than(suffixes)
-
-    def ending_in(self, suffixes: tuple[bytes, ...]) -> list[int]:
-        """Return the images whose names end in one of these suffixes."""
-        return self.names.ending_in(suffixes)
-
-    def suffixes(self) -> Counter[str]:
-        """Return the number of files of each suffix."""
-        return self.names.suffixes()
-
     def start(self, index: int) -> bytes:
         """Return the member's first bytes. Raises OSError."""
         size = int(self.packed[index])
         return self._content(index, size if self.deflated[index] else min(size, START), START)[:START]
 
     def _content(self, index: int, packed: int, size: int) -> bytes:
-        return _read_member(self.file, int(self.headers[index]), packed, size, bool(self.deflated[index]))
+        return _read_member(self.path, int(self.headers[index]), packed, size, bool(self.deflated[index]))
 
     def labels(self) -> list[str] | None:
         """Return the class folder of each image; None without classes."""
@@ -116,16 +90,6 @@ class ZipMembers(Part):
     def unlabeled(self) -> str:
         """Return why `labels` is None."""
         return self.names.unlabeled()
-
-    def sizes_in_bytes(self) -> np.ndarray:
-        """Return the members' sizes, [N] int64."""
-        return self.sizes
-
-    def identity(self) -> Iterator[bytes]:
-        """Yield names and sizes."""
-        yield self.names.blob
-        yield self.names.ends.tobytes()
-        yield self.sizes.tobytes()
 
 
 def open_zips(paths: list[str], split: str | None, listing: Listing) -> list[Part]:

@@ -7,8 +7,8 @@ from PIL import Image
 from torch import Tensor
 
 EXIF_ORIENTATION = 0x0112
-_TRANSPOSED = (5, 6, 7, 8)
-_FLIPS = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}  # axes, after the transposition
+TRANSPOSED = (5, 6, 7, 8)
+_FLIPS = {2: (-1,), 3: (-2, -1), 4: (-2,), 6: (-1,), 7: (-2, -1), 8: (-2,)}  # axes, after the transposition
 
 
 def orientation_of(image: Image.Image) -> int:
@@ -21,14 +21,14 @@ def orientation_of(image: Image.Image) -> int:
 
 def upright(x: Tensor, orientation: int) -> Tensor:
     """Undo EXIF orientation 1 to 8 on [C, H, W]; other values count as 1."""
-    if orientation in _TRANSPOSED:
+    if orientation in TRANSPOSED:
         x = x.transpose(1, 2)
     flips = _FLIPS.get(orientation)
     return x.flip(flips) if flips else x
 
 
 def upright_array(x: np.ndarray, orientation: int) -> np.ndarray:
-    """Undo EXIF orientation as `upright`, on an array [C, H, W]."""
-    if orientation in _TRANSPOSED:
-        x = x.swapaxes(1, 2)
+    """Undo EXIF orientation as `upright`, on an array [..., H, W]."""
+    if orientation in TRANSPOSED:
+        x = x.swapaxes(-2, -1)
     return np.flip(x, _FLIPS.get(orientation, ()))
