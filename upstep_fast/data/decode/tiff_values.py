@@ -26,7 +26,7 @@ from upstep_fast.data.decode.tiff import (
 from upstep_fast.data.reading.nodata import masked, nodata_masks
 from upstep_fast.data.reading.orientation import upright_array
 from upstep_fast.data.reading.stored import Stored, Values
-from upstep_fast.data.reading.tiff_header import TIFF, TiffPage, read_pages
+from upstep_fast.data.reading.tiff_header import TIFF, TiffPage, is_special, read_pages
 
 
 def plan_tiff_values(data: bytes | memoryview, channels: int, max_pixels: int, reading: Reading) -> Values | None:
@@ -63,7 +63,7 @@ def _is_deep(page: TiffPage) -> bool:
 
 def has_nodata(data: bytes | memoryview) -> bool:
     """Return whether content is a TIFF whose values are needed, as one of them means nodata."""
-    if bytes(data[:4]) not in TIFF:
+    if bytes(data[:4]) not in TIFF or not is_special(data):
         return False
     page = read_pages(data, max_pages=1)[0][0]
     return bool(page.nodata) and _is_deep(page)

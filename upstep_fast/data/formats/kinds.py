@@ -17,7 +17,7 @@ from types import ModuleType
 
 from upstep_fast.data.reading import axes
 from upstep_fast.data.reading.stored import File, Layout, Piece, Stored
-from upstep_fast.data.reading.tiff_header import TIFF, first_page, is_stack
+from upstep_fast.data.reading.tiff_header import TIFF, is_stack, needs_gdal
 from upstep_fast.errors import BadImage
 
 
@@ -149,7 +149,7 @@ def _states_stack(file: File, any_pages: bool = False) -> bool:
 
 def _needs_gdal(file: File) -> bool:
     try:
-        return first_page(file).needs_gdal
+        return needs_gdal(file)
     except BadImage:  # whoever reads it says what is wrong
         return False
 

@@ -20,7 +20,7 @@ TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
 _CODES = {1: "u1", 2: "S1", 3: "u2", 4: "u4", 13: "u4", 16: "u8", 18: "u8"}  # field types that are read
 _DESCRIPTION, _DNG_VERSION, _GDAL_METADATA, _GDAL_NODATA = 270, 50706, 42112, 42113
 _GEO = {33550, 33922, 34264, 34735, 50844, _GDAL_METADATA, _GDAL_NODATA}  # tags that only GeoTIFFs have
-_LERC = 34887
+_COMPRESSION, _SHORT, _LERC = 259, 3, 34887
 # those before TIFF 6, and deflate under both its numbers: what GDAL, Pillow and tifffile all read
 _COMMON_COMPRESSIONS = (1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946)
 THUMBNAIL, MASK = 1, 4  # bits of NewSubfileType
@@ -97,14 +97,38 @@ def read_pages(data: bytes | memoryview, max_pages: int = _MAX_PAGES) -> tuple[l
     return pages, description
 
 
+def is_special(data: bytes | memoryview) -> bool:
+    """Return whether the first page of a TIFF has tags of GeoTIFF or GDAL, or LERC's compression.
+
+    No values are read: for plain TIFFs, which are most, `read_pages` takes several times as long. Raises BadImage for a
+    broken file.
+    """
+    view = memoryview(data)
+    order, big = "<" if bytes(view[:2]) == b"II" else ">", 43 in (view[2], view[3])
+    link, head, entry = (8, 8, "HHQH6x") if big else (4, 2, "HHIH2x")
+    at = _integer(view, 8 if big else 4, order, link)
+    end = at + head + struct.calcsize(order + entry) * _integer(view, at, order, head)
+    if end > len(view):
+        return True  # `read_pages` says what is wrong
+    entries = struct.iter_unpack(order + entry, view[at + head : end])
+    return any(
+        tag in _GEO or (tag == _COMPRESSION and (kind != _SHORT or value == _LERC)) for tag, kind, _, value in entries
+    )
+
+
 def first_page(file: File) -> TiffPage:
     """Return the first page of a TIFF; `is_masked` is known of those with tags of GeoTIFF. Raises BadImage, OSError."""
+    return _mapped(file, _first_page)
 
-    def read(view: bytes | memoryview) -> TiffPage:
-        page = read_pages(view, max_pages=1)[0][0]
-        return read_pages(view)[0][0] if page.is_geo else page
 
-    return _mapped(file, read)
+def needs_gdal(file: File) -> bool:
+    """Return whether GDAL alone reads a TIFF rightly (`TiffPage.needs_gdal`). Raises BadImage, OSError."""
+    return _mapped(file, lambda view: is_special(view) and _first_page(view).needs_gdal)
+
+
+def _first_page(view: bytes | memoryview) -> TiffPage:
+    page = read_pages(view, max_pages=1)[0][0]
+    return read_pages(view)[0][0] if page.is_geo else page
 
 
 def is_stack(file: File, any_pages: bool = False) -> bool:
