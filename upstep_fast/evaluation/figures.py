@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from upstep_fast.data.labeled.splits import Labeled
-from upstep_fast.data.sources.source import Source
 from upstep_fast.evaluation.classifiers import PROBE_WEIGHTS, Probe
 from upstep_fast.evaluation.intervals import accuracy_interval, gain_interval
-from upstep_fast.runtime.terminal import counted
 
 NEARLY_EQUAL = 1e-4  # 1 - cosine below which the images themselves are compared
 
@@ -70,12 +68,6 @@ def data_notes(train: Labeled, test: Labeled, x_train: Tensor, x_test: Tensor, k
         yield (
             f"{equal} of {len(x_test)} test images are training images too, byte for byte: the figures are too high; "
             "leave them out of one part"
-        )
-    groups = test.source.groups() if isinstance(test.source, Source) else None
-    if groups is not None and (files := len(np.unique(groups))) < len(groups):
-        yield (
-            f"the {len(groups)} test images are of {counted(files, 'file')} or series: those of one are alike, "
-            "so the 95 % intervals, which count images, are too narrow"
         )
 
 
