@@ -21,6 +21,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.adapter_folder import REFUSED
 from upstep_fast.config.files import to_toml
 from upstep_fast.config.finetune import FinetuneConfig
 from upstep_fast.errors import ConfigError, RunFailedError
@@ -30,12 +31,12 @@ from upstep_fast.runtime.atomic_file import probe, write_atomic, write_errors
 log = logging.getLogger("upstep_fast")
 
 CONFIG, LOCK, CHECKPOINTS = "config.toml", "run.lock", "checkpoints"
-_FOLDERS = ("", "adapter", "best", "adapter-refused", "model", "model/adapter")  # that a run writes to
+_FOLDERS = ("", "adapter", "best", REFUSED, "model", "model/adapter")  # that a run writes to
 # of an attempt that left no checkpoint; its log and what was measured of the images stay
 _RESULTS = (
     "adapter",
     "best",
-    "adapter-refused",
+    REFUSED,
     "judgement.jsonl",
     "bad_batches.json",
     "pictures.json",
@@ -43,7 +44,7 @@ _RESULTS = (
     "verdict.json",
     "whitening.safetensors",
 )
-_OF_THE_END = ("adapter-refused", "verdict.json", "whitening.safetensors")
+_OF_THE_END = (REFUSED, "verdict.json", "whitening.safetensors")
 
 _held: dict[Path, tuple[int, int]] = {}  # folder: inodes of it and of its run.lock, while this process holds them
 
