@@ -66,9 +66,8 @@ def push(config: PushConfig) -> str:
 def files_to_push(folder: Path) -> dict[str, bytes]:
     """Return the files of the adapter in `folder` as they are pushed, by name. Raises ConfigError."""
     found = [name for name in FILES if os.path.lexists(folder / name)]
-    card = folder / model_card.NAME
-    if os.path.lexists(card) and not card.is_symlink():  # a card is any text: a link may name a private file
-        found.append(card.name)
+    if model_card.card_in(folder) is not None:
+        found.append(model_card.NAME)
     files = {name: input_files.read_bytes(folder / name, "push", MAX_BYTES) for name in found}
     values = peft_config.read(folder)
     base = values.base_model or ""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -32,6 +34,12 @@ def with_front_matter(text: str, *, base_model: str, library: str | None, tags: 
     fields |= _license(base_model)
     data = ModelCardData(base_model=hub_id(base_model), library_name=library, **fields)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
+
+
+def card_in(folder: Path) -> Path | None:
+    """Return the path of a folder's card; None without one, and for a link: a card is any text, of any private file."""
+    path = folder / NAME
+    return path if os.path.lexists(path) and not path.is_symlink() else None
 
 
 def adapter_card(

@@ -133,8 +133,8 @@ def _copy_adapter(adapter: Path, folder: Path, base_model: str) -> None:
     folder.mkdir(exist_ok=True)
     for name, content in peft_format.read_files(adapter).items():
         write_atomic(folder / name, content)
-    card, path = model_card.adapter_card(base_model), adapter / model_card.NAME
-    if path.is_file() and not path.is_symlink():  # a card is any text: a link may name a private file
+    card = model_card.adapter_card(base_model)
+    if (path := model_card.card_in(adapter)) is not None:
         with contextlib.suppress(ConfigError):
             card = read_bytes(path, "adapter")
     write_atomic(folder / model_card.NAME, card)
