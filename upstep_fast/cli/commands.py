@@ -17,9 +17,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NoReturn
 
+from upstep_fast.cli import runs
 from upstep_fast.cli.error_lines import describe_system_error, format_warning, print_error, print_traceback
 from upstep_fast.cli.parse import HELP, parse, take
 from upstep_fast.config.flat import dashed
@@ -152,148 +152,25 @@ def _config(name: str, module: str = "tools") -> Callable[[], type]:
     return load
 
 
-def _adapt(config: Any) -> None:
-    from upstep_fast.report.next_steps import embed_command
-    from upstep_fast.report.run_record import read_config
-    from upstep_fast.report.tables import print_verdicts
-    from upstep_fast.runtime.distributed import is_first
-    from upstep_fast.runtime.terminal import counted, format_duration, print_line
-    from upstep_fast.train.adapt import run
-
-    result, out = run(config), Path(config.output.out)
-    if not is_first():
-        return
-    duration = format_duration(result.seconds)
-    print_verdicts(result.verdict, result.measured)
-    print_line(
-        f"adapter: {result.adapter}  ({counted(result.steps, 'step')}, {result.opened} with an update, {duration})"
-    )
-    print_line(f"report: {out / 'report.html'}")
-    print_line(f"next: {embed_command(read_config(out), out)}")
-
-
-def _eval(config: Any) -> None:
-    from upstep_fast.evaluation.labeled import run
-    from upstep_fast.report.tables import print_scores
-
-    run(config, print_scores)
-
-
-def _finetune(config: Any) -> None:
-    from upstep_fast.report.next_steps import predict_command
-    from upstep_fast.runtime.terminal import counted, format_duration, print_line
-    from upstep_fast.train.finetune.run import run
-
-    done = run(config)
-    print_line(
-        f"model: {done.model}  ({counted(done.epochs, 'epoch')}, {format_duration(done.metrics['seconds'])}, "
-        f"{done.metrics['trainable_parameters']:,} trainable parameters)"
-    )
-    print(f"test: top-1 {done.metrics['top1']:.1f}, balanced {done.metrics['balanced']:.1f}")
-    print_line(f"next: {predict_command(config)}")
-    print_line(f"in Python: upstep_fast.load_finetuned({str(done.model)!r})")
-
-
-def _predict(config: Any) -> None:
-    from upstep_fast.cli.predict import run
-
-    run(config)
-
-
-def _finetune_config() -> type:
-    from upstep_fast.config.finetune import FinetuneConfig
-
-    return FinetuneConfig
-
-
-def _embed(config: Any) -> None:
-    from upstep_fast.evaluation.embeddings import run_embed
-    from upstep_fast.runtime.distributed import is_first
-    from upstep_fast.runtime.terminal import print_line
-
-    done = run_embed(config)
-    if is_first():
-        print_line(f"features: {done.out}  ({done.form}; {done.shape[0]:,} x {done.shape[1]:,})")
-
-
-def _export(config: Any) -> None:
-    from upstep_fast.model.export.export import run
-    from upstep_fast.runtime.terminal import print_line
-
-    done = run(config)
-    print_line(f"export: {done.folder}  (features differ by at most {done.difference:.1e} on {done.images})")
-
-
-def _push(config: Any) -> None:
-    from upstep_fast.model.hub import push
-    from upstep_fast.runtime.terminal import print_line
-
-    print_line(f"pushed: {push(config)}")
-
-
-def _plan(config: Any) -> None:
-    from upstep_fast.cli.plan import run
-
-    run(config)
-
-
-def _plan_config() -> type:
-    from upstep_fast.config.plan import PlanConfig
-
-    return PlanConfig
-
-
-def _models(config: Any) -> None:
-    from upstep_fast.cli.models import run
-
-    run(config)
-
-
-def _bench(config: Any) -> None:
-    from upstep_fast.cli.benchmark import run
-    from upstep_fast.report.tables import print_timings
-
-    print_timings(run(config))
-
-
-def _report(config: Any) -> None:
-    from upstep_fast.report.page import run
-    from upstep_fast.runtime.terminal import print_line
-
-    print_line(f"report: {run(config)}")
-
-
-def _doctor(config: Any) -> None:
-    from upstep_fast.cli.doctor import run
-
-    run(config)
-
-
 def _completion(config: Any) -> None:
     from upstep_fast.cli.help import completion
 
     completion(config.shell, {name: command.config() for name, command in COMMANDS.items()})
 
 
-def _demo(config: Any) -> None:
-    from upstep_fast.cli.demo import run
-
-    run(config)
-
-
 COMMANDS = {
-    "bench": Command(_config("BenchConfig"), _bench, "cli.benchmark"),
-    "demo": Command(_config("DemoConfig"), _demo, "cli.demo"),
-    "plan": Command(_plan_config, _plan, "cli.plan"),
-    "adapt": Command(_config("AdaptConfig", "adapt"), _adapt, "train.adapt"),
-    "finetune": Command(_finetune_config, _finetune, "train.finetune.run"),
-    "predict": Command(_config("PredictConfig", "predict"), _predict, "cli.predict", positional=("run",)),
-    "eval": Command(_config("EvalConfig", "evaluate"), _eval, "evaluation.labeled", positional=("adapter",)),
-    "embed": Command(_config("EmbedConfig", "evaluate"), _embed, "evaluation.embeddings", positional=("adapter",)),
-    "export": Command(_config("ExportConfig"), _export, "model.export.export", positional=("adapter",)),
-    "push": Command(_config("PushConfig"), _push, "model.hub", positional=("run", "repo")),
-    "models": Command(_config("ModelsConfig"), _models, "cli.models", positional=("pattern",)),
-    "report": Command(_config("ReportConfig"), _report, "report.page", positional=("dirs",)),
-    "doctor": Command(_config("DoctorConfig"), _doctor, "cli.doctor"),
+    "bench": Command(_config("BenchConfig"), runs.bench, "cli.benchmark"),
+    "demo": Command(_config("DemoConfig"), runs.demo, "cli.demo"),
+    "plan": Command(_config("PlanConfig", "plan"), runs.plan, "cli.plan"),
+    "adapt": Command(_config("AdaptConfig", "adapt"), runs.adapt, "train.adapt"),
+    "finetune": Command(_config("FinetuneConfig", "finetune"), runs.finetune, "train.finetune.run"),
+    "predict": Command(_config("PredictConfig", "predict"), runs.predict, "cli.predict", positional=("run",)),
+    "eval": Command(_config("EvalConfig", "evaluate"), runs.evaluate, "evaluation.labeled", positional=("adapter",)),
+    "embed": Command(_config("EmbedConfig", "evaluate"), runs.embed, "evaluation.embeddings", positional=("adapter",)),
+    "export": Command(_config("ExportConfig"), runs.export, "model.export.export", positional=("adapter",)),
+    "push": Command(_config("PushConfig"), runs.push, "model.hub", positional=("run", "repo")),
+    "models": Command(_config("ModelsConfig"), runs.models, "cli.models", positional=("pattern",)),
+    "report": Command(_config("ReportConfig"), runs.report, "report.page", positional=("dirs",)),
+    "doctor": Command(_config("DoctorConfig"), runs.doctor, "cli.doctor"),
     "completion": Command(_config("CompletionConfig"), _completion, positional=("shell",)),
 }

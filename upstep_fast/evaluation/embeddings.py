@@ -6,7 +6,6 @@ import importlib.util
 import json
 import logging
 import os
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from upstep_fast.data.curation.intensity import measure_intensity
 from upstep_fast.data.sources.source import open_configured
 from upstep_fast.errors import ConfigError
 from upstep_fast.evaluation import whitening
+from upstep_fast.evaluation.feature_table import name_line
 from upstep_fast.evaluation.features import append_whitened, extract, load_models, log_time, unwhitened
 from upstep_fast.evaluation.whitening import OtherModelError, Whitening
 from upstep_fast.model import peft_format, pooling
@@ -175,14 +175,6 @@ def whitening_fingerprints(base: str, config: EmbedConfig) -> dict[str, str]:
 
 def _names_of(out: Path) -> Path:
     return out.with_suffix(".txt")
-
-
-def name_line(name: str) -> str:
-    """Return a name as one line: itself, or a JSON string if it holds a control character or begins with a quote."""
-    plain = not name.startswith('"') and all(
-        unicodedata.category(char) not in ("Cc", "Cs", "Zl", "Zp") for char in name
-    )
-    return name if plain else json.dumps(name)
 
 
 def _npy(out: Path, x: Tensor, names: list[str]) -> dict[Path, Content]:

@@ -1,0 +1,103 @@
+"""Features of images with their names, read from the files and folders that `embed` writes."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from upstep_fast.errors import ConfigError, DataError, first_line
+from upstep_fast.input_files import read_text, require_regular
+
+FACTS = "upstep_fast"  # in the metadata of Parquet and safetensors: what the features are, as JSON
+FEATURES = "features"  # the column, or the tensor; a folder may hold others, such as "base"
+MAX_NAMES_BYTES = 1 << 34
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureTable:
+    """Features by image. Made by `read_features`."""
+
+    names: tuple[str, ...]  # as `Source.name` gives them, in order
+    x: np.ndarray  # [N, D] fp32, finite, no row 0
+    facts: dict[str, Any]  # model, fingerprint, form, dim, version; {} where the file has none
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def read_features(path: str | Path, column: str = FEATURES) -> FeatureTable:
+    """Return the features in a .npy (with its .txt), .safetensors or .parquet file, or in a folder of .parquet files.
+
+    column: which features of a Parquet file. Raises DataError for what cannot be read, for names that do not match, and
+    for rows that are not finite or are 0.
+    """
+    path = Path(path)
+    kind = "folder" if path.is_dir() else path.suffix
+    if kind not in _READERS:
+        raise DataError(f"features: {path} must be a {', '.join(_READERS)} that embed wrote")
+    try:
+        table = _READERS[kind](path, column)
+    except (ConfigError, OSError, ValueError, KeyError, ImportError) as error:
+        raise DataError(f"features: cannot read {path}: {first_line(error).removeprefix('features: ')}") from error
+    if table.x.ndim != 2 or len(table.x) != len(table.names):
+        raise DataError(f"features: {path} holds features {list(table.x.shape)} and {len(table.names)} names")
+    norms = np.linalg.norm(table.x, axis=1)
+    if bad := int((~np.isfinite(norms) | (norms == 0)).sum()):
+        raise DataError(f"features: {bad} of {len(norms)} rows of {path} are not finite or are 0; embed them again")
+    return table
+
+
+def name_line(name: str) -> str:
+    """Return a name as one line: itself, or a JSON string if it holds a control character or begins with a quote."""
+    plain = not name.startswith('"') and all(
+        unicodedata.category(char) not in ("Cc", "Cs", "Zl", "Zp") for char in name
+    )
+    return name if plain else json.dumps(name)
+
+
+def name_of_line(line: str) -> str:
+    """Return the name in a line of `name_line`. Raises ValueError."""
+    return json.loads(line) if line.startswith('"') else line
+
+
+def _npy(path: Path, column: str) -> FeatureTable:
+    lines = read_text(path.with_suffix(".txt"), "features", MAX_NAMES_BYTES).split("\n")
+    x = np.load(require_regular(path, "features"), allow_pickle=False)
+    return FeatureTable(tuple(map(name_of_line, lines[:-1])), x.astype(np.float32, copy=False), {})
+
+
+def _safetensors(path: Path, column: str) -> FeatureTable:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(require_regular(path, "features"), "np") as file:
+            metadata, x = file.metadata() or {}, file.get_tensor(column)
+    except SafetensorError as error:
+        raise ValueError(first_line(error)) from error
+    facts = json.loads(metadata.get(FACTS, "{}"))
+    return FeatureTable(tuple(json.loads(metadata["paths"])), x.astype(np.float32, copy=False), facts)
+
+
+def _parquet(path: Path, column: str) -> FeatureTable:
+    import pyarrow.parquet
+
+    file = require_regular(path, "features")
+    table = pyarrow.parquet.read_table(file, columns=["path", column])
+    facts = json.loads((table.schema.metadata or {}).get(FACTS.encode(), b"{}"))
+    values = table.column(column).combine_chunks()
+    width = values.type.list_size
+    x = values.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+    return FeatureTable(tuple(table.column("path").to_pylist()), x.astype(np.float32, copy=False), facts)
+
+
+_READERS: dict[str, Callable[[Path, str], FeatureTable]] = {
+    ".npy": _npy,
+    ".safetensors": _safetensors,
+    ".parquet": _parquet,
+}
