@@ -1,0 +1,26 @@
+"""What the commands that look through a run's images have in common: the run, its images and their features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from upstep_fast.config.base import RuntimeConfig, at_least
+
+
+@dataclass(frozen=True)
+class RunFeaturesConfig:
+    """A run and the features of images by its model."""
+
+    run: str
+    """Folder of a run (--out of adapt)."""
+    data: tuple[str, ...] = ()
+    """Images: folders, .tar files, text lists, or hf:NAME. Default: those that the run was trained on."""
+    features: str | None = None
+    """Folder or file of features that embed wrote. Default: RUN/features, embedded first as far as they are missing."""
+    batch_size: int = 256
+    """Images per forward pass."""
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    def __post_init__(self) -> None:
+        """Check every field. Raises ConfigError."""
+        at_least(self, "batch_size", 1)
