@@ -13,6 +13,7 @@ import argparse
 import datetime
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -21,6 +22,8 @@ from pathlib import Path
 
 from upstep_fast.runtime.machine import processor_name
 
+# pip's lines about the machine's own package indexes, and its progress bars
+_OF_PIP = re.compile(r"Looking in (indexes|links): |WARNING: Location |━")
 REPOSITORY = Path(__file__).resolve().parent.parent
 COMMANDS = (
     "git clone --quiet REPOSITORY upstep_fast",
@@ -75,12 +78,18 @@ def _run(command: str, folder: Path, start: float, lines: list[str]) -> float:
         for line in process.stdout:
             now = time.monotonic()
             silence, last = max(silence, now - last), now
-            lines.append(f"{now - start:7.1f}  {line.rstrip().replace(str(folder), '~')[:240]}".rstrip())
+            if not _OF_PIP.search(line):
+                lines.append(f"{now - start:7.1f}  {_shown(line, folder)}".rstrip())
     silence = max(silence, time.monotonic() - last)
     lines.append(f"{time.monotonic() - start:7.1f}  (exit code {process.returncode})")
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
     return silence
+
+
+def _shown(line: str, folder: Path) -> str:
+    """Return a line without its end, at most 240 characters, with shorter paths."""
+    return re.sub(r"Processing /\S*/", "Processing ", line.rstrip().replace(str(folder), "~"))[:240]
 
 
 def _page(count: int, load: float, rows: list[str], lines: list[str]) -> str:

@@ -139,5 +139,19 @@ def test_the_time_of_all_is_told_once_it_is_known(monkeypatch):
         return list(messages)
 
     assert said([15, 1, 1, 1, 1, 1], 7800) == ["adapt: about 2 h 10 min on this CPU"]  # the first step compiles
-    assert said([3600, 3600], 400, "cuda") == ["adapt: about 16 d 16 h on this GPU"]  # no need to wait for a second one
+    # no need to wait for a second step; but a first one that compiled is no measure of the others
+    assert said([3600, 3600], 400, "cuda") == ["adapt: at most 16 d 16 h on this GPU"]
+    assert said([25, 2, 2, 2], 60) == ["adapt: at most 25 min on this CPU", "adapt: about 2 min on this CPU"]
     assert said([1, 1, 1, 1], 30) == said([1, 1, 1, 1], 7800, device="") == said([1, 1], 7800) == []
+
+
+def test_the_time_left_does_not_count_the_first_units_once_others_followed(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    task, left = Task("adapt", 10, "steps"), []
+    for seconds in (25, 2, 2):
+        clock[0] += seconds
+        task.advance()
+        left.append(task.seconds_per_unit)
+    assert left == [25, 2, 2]
+    assert task.line() == "adapt: 3 of 10 steps, 0.1/s, 14 s left"

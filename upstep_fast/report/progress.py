@@ -44,8 +44,7 @@ class Progress:
             f"skipped {100 * skipped:.0f} %  data wait {100 * waited:.0f} %"
         )
         if done % self._every == 0 or done == self._steps:
-            left = seconds / (done - self._first) * (self._steps - done)
-            line = self._line(left)
+            line = self._line((self._task.seconds_per_unit or 0.0) * (self._steps - done))
             steps_log.info("%s", line)
             if terminal.is_plain(stderr=True) and not terminal.is_quiet():
                 print(line, file=sys.stderr, flush=True)

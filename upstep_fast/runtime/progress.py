@@ -52,30 +52,31 @@ class Task:
         """Count `count` more units as done."""
         self.done += count
         self._advanced = time.monotonic()
-        if self._device and self.total and len(self._marks) < MARKS:
-            self._estimate()
+        if len(self._marks) < MARKS:
+            self._marks.append((self._advanced, self.done))
+            if self._device and self.total:
+                self._estimate()
 
     def _estimate(self) -> None:
-        """Log the time of all units once enough is done: the first ones compile and warm up, so they count less."""
-        self._marks.append((self._advanced, self.done))
-        (first, at), (last, done) = self._marks[0], self._marks[-1]
-        assert self.total is not None
-        if len(self._marks) == MARKS and done > at:
-            seconds = self.total * (last - first) / (done - at)
-        elif len(self._marks) == 1 and first - self._began >= SLOW:
-            seconds = self.total * (first - self._began) / (at - self._first)
-            self._marks *= MARKS
-        else:
+        """Log the time of all units once enough is done: the first ones compile and warm up, so they do not count.
+
+        If the first took long, it gives an upper bound at once.
+        """
+        each = self.seconds_per_unit
+        slow = len(self._marks) == 1 and self._advanced - self._began >= SLOW
+        if each is None or not (slow or len(self._marks) == MARKS):
             return
-        if seconds >= LONG_WORK:
+        assert self.total is not None
+        if (seconds := self.total * each) >= LONG_WORK:
             where = {"cpu": "this CPU", "cuda": "this GPU"}.get(self._device, self._device)
-            log.info("%s: about %s on %s", self.name, format_duration(seconds), where)
+            how = "at most" if slow else "about"
+            log.info("%s: %s %s on %s", self.name, how, format_duration(seconds), where)
 
     @property
     def seconds_per_unit(self) -> float | None:
-        """Seconds per unit so far; None before the first."""
-        count = self.done - self._first
-        return (self._advanced - self._began) / count if count else None
+        """Seconds that a unit takes: without the first ones if others followed; None before the first."""
+        began, first = self._marks[0] if self._marks and self.done > self._marks[0][1] else (self._began, self._first)
+        return (self._advanced - began) / (self.done - first) if self.done > first else None
 
     def line(self, *, plain: bool = False) -> str:
         """Return the state as text: "embed: 1,200 of 5,000 images, 34/s, 1 min 52 s left". plain: for a pipe."""
@@ -84,7 +85,8 @@ class Task:
         if self.total is None or each is None:
             count = "" if self.total is None else f"0 of {self.total - self._first:,} {self.unit}, "
             return f"{self.name}: {count}{format_duration(now - self._began)} so far"
-        text = f"{self.name}: {self.done:,} of {self.total:,} {self.unit}, {self.note or _rate(each)}"
+        average = (self._advanced - self._began) / (self.done - self._first)
+        text = f"{self.name}: {self.done:,} of {self.total:,} {self.unit}, {self.note or _rate(average)}"
         if self.done >= self.total:
             since = now - self._advanced
             return f"{text}, finishing: {format_duration(since)} so far" if since >= 1 else text
