@@ -54,6 +54,8 @@ class EmbedConfig(ModelConfig):
     """Fit whitening on these images, save it here, and append whitened features."""
     whitening: str | None = None
     """Append features whitened by this file of --fit-whitening, for images to compare with the fitted ones."""
+    with_base: bool = False
+    """Write the base model's plain features too, as the column `base`, in one pass over the images."""
     batch_size: int = 256
     """Images per forward pass."""
     overwrite: bool = False

@@ -270,6 +270,7 @@ class EmbedOptions(TypedDict, total=False):
     form: Literal["auto", "plain"]
     fit_whitening: str | Path | None
     whitening: str | Path | None
+    with_base: bool
     batch_size: int
     overwrite: bool
     debug: bool

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import os
@@ -21,22 +20,26 @@ from upstep_fast.config.options import EmbedOptions
 from upstep_fast.config.run_reading import log_of_adapter
 from upstep_fast.config.signatures import with_keywords
 from upstep_fast.data.curation.intensity import measure_intensity
-from upstep_fast.data.sources.source import open_configured
+from upstep_fast.data.sources.source import Source, open_configured
 from upstep_fast.errors import ConfigError
-from upstep_fast.evaluation import whitening
+from upstep_fast.evaluation import feature_facts, feature_parquet, whitening
+from upstep_fast.evaluation.feature_job import FeatureJob
+from upstep_fast.evaluation.feature_parquet import FACTS, FEATURES
 from upstep_fast.evaluation.feature_table import name_line
-from upstep_fast.evaluation.features import append_whitened, extract, load_models, log_time, unwhitened
+from upstep_fast.evaluation.features import extract, load_models, log_time
 from upstep_fast.evaluation.whitening import OtherModelError, Whitening
+from upstep_fast.input_files import read_bytes
 from upstep_fast.model import peft_format, pooling
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime.atomic_file import require_writable, write_errors
 from upstep_fast.runtime.commit import Content, commit_together, settle
-from upstep_fast.runtime.device import resolve
+from upstep_fast.runtime.device import Compute, resolve
 from upstep_fast.runtime.progress import track
 
 log = logging.getLogger("upstep_fast")
 
+MAX_WHITENING_BYTES = 1 << 32
 CURE = "what was there is unchanged; make room, or give another --out"
 
 
@@ -69,30 +72,41 @@ def run_embed(config: EmbedConfig) -> Embedded:
         _check_files(out, config)
     compute = resolve(config.runtime.device, config.runtime.precision, config.runtime.implementation)
     with distributed.joined(compute.device, "repeat the command"), track("embed"):
-        source = open_configured(config.data)
-        log.info("data: %s", source.summary)
-        models = load_models(config)
-        source = measure_intensity(source, channels=len(models["base"].mean), workers=config.data.num_workers)
-        whitens = bool(config.whitening or config.fit_whitening or own)
-        identity = whitening.identity_of(models["base"], source.reading) if whitens else {}
-        fingerprints = whitening_fingerprints(identity["sha256"], config) if whitens else {}
-        fitted: dict[str, Whitening] = {}
-        if config.whitening or own:
-            fitted = read_whitening(config, own, models, fingerprints, identity)
-            whitens = bool(fitted)
-        log_time(len(source), models, compute)
-        x, indices = extract(source, models, config, compute, patches=whitens, name="embed")
-        contents: dict[Path, Content] = {}
-        if config.fit_whitening:
-            fitted = {name: whitening.fit(x[name]) for name in models}
-            contents[Path(config.fit_whitening)] = whitening.content(fitted, fingerprints, identity)
-        features = append_whitened(x, fitted) if fitted else unwhitened(x)
-        kind = "ensemble" if config.ensemble else "adapted" if config.adapter else "base"
-        if distributed.is_first():
-            contents |= WRITERS[out.suffix](out, features[kind], [source.name(i) for i in indices])
-            _write(contents)
-        form = f"{kind}, whitened features appended" if fitted else f"{kind}, plain"
-        return Embedded(out, (len(indices), features[kind].shape[1]), form)
+        job = _open(config, own, compute, open_configured(config.data))
+        return _embed_file(out, job)
+
+
+def _open(config: EmbedConfig, own: Path | None, compute: Compute, source: Source) -> FeatureJob:
+    log.info("data: %s", source.summary)
+    models = load_models(config)
+    source = measure_intensity(source, channels=len(models["base"].mean), workers=config.data.num_workers)
+    identity = whitening.identity_of(models["base"], source.reading)
+    fitted: dict[str, Whitening] = {}
+    if config.whitening or own:
+        fingerprints = whitening_fingerprints(identity["sha256"], config)
+        fitted = read_whitening(config, own, models, fingerprints, identity)
+    content = read_bytes(Path(config.whitening or own or ""), "whitening", MAX_WHITENING_BYTES) if fitted else None
+    fingerprint = feature_facts.fingerprint(identity, config.adapter, content)
+    return FeatureJob(config, source, models, compute, fitted, identity, fingerprint)
+
+
+def _embed_file(out: Path, job: FeatureJob) -> Embedded:
+    config, source, models = job.config, job.source, job.models
+    log_time(len(source), models, job.compute)
+    whitens = bool(config.fit_whitening or job.fitted)
+    x, indices = extract(source, models, config, job.compute, patches=whitens, name="embed")
+    contents: dict[Path, Content] = {}
+    if config.fit_whitening:
+        fitted = {name: whitening.fit(x[name]) for name in models}
+        content = whitening.content(fitted, whitening_fingerprints(job.identity["sha256"], config), job.identity)
+        contents[Path(config.fit_whitening)] = content
+        fingerprint = feature_facts.fingerprint(job.identity, config.adapter, content)
+        job = replace(job, fitted=fitted, fingerprint=fingerprint)
+    features = job.features(x)
+    if distributed.is_first():
+        contents |= WRITERS[out.suffix](out, features, [source.name(i) for i in indices], job.facts)
+        _write(contents)
+    return Embedded(out, (len(indices), features[FEATURES].shape[1]), job.form)
 
 
 def with_run(config: EmbedConfig) -> tuple[EmbedConfig, Path | None]:
@@ -151,8 +165,10 @@ def _check_files(out: Path, config: EmbedConfig) -> None:
     """Raise ConfigError, before slow work, if `out` or the whitening file cannot be written."""
     if out.suffix not in WRITERS:
         raise ConfigError(f"out: {out.name} must end in {', '.join(WRITERS)}")
-    if out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise ConfigError("out: .parquet needs pyarrow; `pip install pyarrow`, or write .npy or .safetensors")
+    if out.suffix == ".parquet":
+        feature_parquet.require_pyarrow("out")
+    if out.suffix == ".npy" and config.with_base:
+        raise ConfigError("with_base: a .npy holds one array; write .safetensors, .parquet or a folder")
     if config.fit_whitening is not None and not Path(config.fit_whitening).name:
         raise ConfigError(f"fit_whitening: got {config.fit_whitening!r}, must name a file")
     if config.fit_whitening and Path(config.fit_whitening).with_suffix("") == out.with_suffix(""):
@@ -177,24 +193,21 @@ def _names_of(out: Path) -> Path:
     return out.with_suffix(".txt")
 
 
-def _npy(out: Path, x: Tensor, names: list[str]) -> dict[Path, Content]:
+def _npy(out: Path, x: Mapping[str, Tensor], names: list[str], facts: Mapping[str, Any]) -> dict[Path, Content]:
     lines = "".join(f"{name_line(name)}\n" for name in names).encode()
-    return {out: lambda file: np.save(file, x.numpy()), _names_of(out): lambda file: file.write(lines)}
+    return {out: lambda file: np.save(file, x[FEATURES].numpy()), _names_of(out): lambda file: file.write(lines)}
 
 
-def _safetensors(out: Path, x: Tensor, names: list[str]) -> dict[Path, Content]:
+def _safetensors(out: Path, x: Mapping[str, Tensor], names: list[str], facts: Mapping[str, Any]) -> dict[Path, Content]:
     from safetensors.torch import save
 
-    return {out: lambda file: file.write(save({"features": x}, {"paths": json.dumps(names)}))}
+    metadata = {"paths": json.dumps(names), FACTS: json.dumps(facts)}
+    return {out: lambda file: file.write(save(dict(x), metadata))}
 
 
-def _parquet(out: Path, x: Tensor, names: list[str]) -> dict[Path, Content]:
-    import pyarrow
-    import pyarrow.parquet
-
-    column = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(x.numpy().ravel()), x.shape[1])
-    table = pyarrow.table({"path": names, "features": column})
-    return {out: lambda file: pyarrow.parquet.write_table(table, file)}
+def _parquet(out: Path, x: Mapping[str, Tensor], names: list[str], facts: Mapping[str, Any]) -> dict[Path, Content]:
+    columns = {name: rows.numpy() for name, rows in x.items()}
+    return {out: lambda file: feature_parquet.write_table(names, columns, {FACTS: facts}, file)}
 
 
 def _write(contents: Mapping[Path, Content]) -> None:
@@ -202,7 +215,7 @@ def _write(contents: Mapping[Path, Content]) -> None:
         commit_together(contents)
 
 
-WRITERS: dict[str, Callable[[Path, Tensor, list[str]], dict[Path, Content]]] = {
+WRITERS: dict[str, Callable[[Path, Mapping[str, Tensor], list[str], Mapping[str, Any]], dict[Path, Content]]] = {
     ".npy": _npy,
     ".safetensors": _safetensors,
     ".parquet": _parquet,

@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 
 from upstep_fast.errors import ConfigError, DataError, first_line
+from upstep_fast.evaluation import feature_parquet
+from upstep_fast.evaluation.feature_parquet import BASE, FACTS, FEATURES
 from upstep_fast.input_files import read_text, require_regular
 
-FACTS = "upstep_fast"  # in the metadata of Parquet and safetensors: what the features are, as JSON
-FEATURES = "features"  # the column, or the tensor; a folder may hold others, such as "base"
+__all__ = ["BASE", "FACTS", "FEATURES", "FeatureTable", "name_line", "name_of_line", "read_features"]
+
 MAX_NAMES_BYTES = 1 << 34
+_UNREADABLE = (ConfigError, OSError, ValueError, KeyError, TypeError, NotImplementedError, RecursionError, MemoryError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +46,7 @@ def read_features(path: str | Path, column: str = FEATURES) -> FeatureTable:
         raise DataError(f"features: {path} must be a {', '.join(_READERS)} that embed wrote")
     try:
         table = _READERS[kind](path, column)
-    except (ConfigError, OSError, ValueError, KeyError, ImportError) as error:
+    except _UNREADABLE as error:
         raise DataError(f"features: cannot read {path}: {first_line(error).removeprefix('features: ')}") from error
     if table.x.ndim != 2 or len(table.x) != len(table.names):
         raise DataError(f"features: {path} holds features {list(table.x.shape)} and {len(table.names)} names")
@@ -67,6 +70,8 @@ def name_of_line(line: str) -> str:
 
 
 def _npy(path: Path, column: str) -> FeatureTable:
+    if column != FEATURES:
+        raise ValueError(f"a .npy has no {column}")
     lines = read_text(path.with_suffix(".txt"), "features", MAX_NAMES_BYTES).split("\n")
     x = np.load(require_regular(path, "features"), allow_pickle=False)
     return FeatureTable(tuple(map(name_of_line, lines[:-1])), x.astype(np.float32, copy=False), {})
@@ -77,27 +82,27 @@ def _safetensors(path: Path, column: str) -> FeatureTable:
 
     try:
         with safe_open(require_regular(path, "features"), "np") as file:
+            if column not in file.keys():  # noqa: SIM118  (not a dict)
+                raise ValueError(f"it has no tensor {column}, but {', '.join(list(file.keys())[:20])}")
             metadata, x = file.metadata() or {}, file.get_tensor(column)
     except SafetensorError as error:
         raise ValueError(first_line(error)) from error
-    facts = json.loads(metadata.get(FACTS, "{}"))
-    return FeatureTable(tuple(json.loads(metadata["paths"])), x.astype(np.float32, copy=False), facts)
+    names, facts = json.loads(metadata.get("paths", "null")), json.loads(metadata.get(FACTS, "{}"))
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or not isinstance(facts, dict):
+        raise ValueError("its metadata names no images")
+    return FeatureTable(tuple(names), x.astype(np.float32, copy=False), facts)
 
 
 def _parquet(path: Path, column: str) -> FeatureTable:
-    import pyarrow.parquet
-
-    file = require_regular(path, "features")
-    table = pyarrow.parquet.read_table(file, columns=["path", column])
-    facts = json.loads((table.schema.metadata or {}).get(FACTS.encode(), b"{}"))
-    values = table.column(column).combine_chunks()
-    width = values.type.list_size
-    x = values.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
-    return FeatureTable(tuple(table.column("path").to_pylist()), x.astype(np.float32, copy=False), facts)
+    feature_parquet.require_pyarrow("features")
+    read = feature_parquet.read_folder if path.is_dir() else feature_parquet.read_file
+    names, x, facts = read(path, column)
+    return FeatureTable(tuple(names), x, facts)
 
 
 _READERS: dict[str, Callable[[Path, str], FeatureTable]] = {
     ".npy": _npy,
     ".safetensors": _safetensors,
     ".parquet": _parquet,
+    "folder": _parquet,
 }

@@ -77,7 +77,50 @@ def load_models(config: EvalConfig | EmbedConfig, *, backbone: Backbone | None =
     return {"base": base, "adapted": adapted}
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Extractor:
+    """The models with their engines, built once, that `extract` and the writer of a folder run on parts of a source."""
+
+    source: Source
+    models: dict[str, Backbone]
+    functions: dict[str, Callable[[Tensor], Tensor]]
+    config: EvalConfig | EmbedConfig
+    compute: Compute
+
+    @torch.no_grad()
+    def run(
+        self, indices: Sequence[int], skipped: SkippedImages, task: Task, max_bad_fraction: float
+    ) -> tuple[list[int], dict[str, list[Tensor]]]:
+        """Return the indices read, and {model: batches of unit features [B, P, D] on the CPU}, of images at `indices`.
+
+        skipped: collects the images that cannot be read. Raises as `extract` does.
+        """
+        base, rows = self.models["base"], dict[str, list[Tensor]]((kind, []) for kind in self.models)
+        read: list[int] = []
+        for batch_indices, images in _batches(self.source, indices, base, self.config, skipped, max_bad_fraction):
+            x = base.normalized(images.to(self.compute.device))
+            read += batch_indices.tolist()
+            for kind, run in self.functions.items():
+                with self.compute.autocast():
+                    rows[kind].append(F.normalize(run(x).float(), dim=-1).cpu())
+                _check_finite(rows[kind][-1], kind, self.source, batch_indices, self.compute)
+            distributed.require_ranks()
+            task.advance(len(batch_indices))
+        return read, rows
+
+
+def make_extractor(
+    source: Source, models: dict[str, Backbone], config: EvalConfig | EmbedConfig, compute: Compute, patches: bool
+) -> Extractor:
+    """Return the extractor of these models, after all ranks have agreed on what they run. patches: as for `extract`."""
+    _agree(source, models["base"], config)
+    pool = pooling.pooled_and_patch_mean if patches else pooling.pooled_only
+    how = config.runtime.implementation, compute, pool
+    with torch.no_grad():
+        functions = {kind: feature_function(model, *how) for kind, model in models.items()}
+    return Extractor(source, models, functions, config, compute)
+
+
 def extract(
     source: Source,
     models: dict[str, Backbone],
@@ -92,31 +135,19 @@ def extract(
     torchrun each rank reads a part of the images, and all ranks return all features. name: of the progress line. Raises
     DataError, and RunFailedError for features that are not finite.
     """
-    base = models["base"]
-    _agree(source, base, config)
-    pool = pooling.pooled_and_patch_mean if patches else pooling.pooled_only
-    runs = {kind: feature_function(m, config.runtime.implementation, compute, pool) for kind, m in models.items()}
-    rows: dict[str, list[Tensor]] = {kind: [] for kind in models}
-    local_indices: list[int] = []
+    extractor = make_extractor(source, models, config, compute, patches)
     skipped = SkippedImages()
     part = distributed.own_part(len(source))
-    _log_work(name, len(source), models)
+    log_work(name, len(source), models)
     with track(name, len(part), device=compute.device.type) as task:
-        for batch_indices, images in _batches(source, part, base, config, skipped):
-            x = base.normalized(images.to(compute.device))
-            local_indices += batch_indices.tolist()
-            for kind, run in runs.items():
-                with compute.autocast():
-                    rows[kind].append(F.normalize(run(x).float(), dim=-1).cpu())
-                _check_finite(rows[kind][-1], kind, source, batch_indices, compute)
-            distributed.require_ranks()
-            task.advance(len(batch_indices))
+        local_indices, rows = extractor.run(part, skipped, task, config.data.max_bad_fraction)
     distributed.wait_for_ranks()
     indices = _gather_indices(local_indices, skipped, len(source))
     return {kind: _gather_features(rows[kind], model, patches) for kind, model in models.items()}, indices
 
 
-def _log_work(name: str, num_images: int, models: Mapping[str, Backbone]) -> None:
+def log_work(name: str, num_images: int, models: Mapping[str, Backbone]) -> None:
+    """Log how many images the models are to run on, and the size of both."""
     base, height, width = models["base"], *models["base"].img_size
     millions = sum(p.numel() for p in base.vit.parameters()) / 1e6
     which = ", with and without the adapter" if len(models) > 1 else ""
@@ -130,7 +161,12 @@ def log_time(num_images: int, models: Mapping[str, Backbone], compute: Compute) 
 
 
 def _batches(
-    source: Source, part: range, base: Backbone, config: EvalConfig | EmbedConfig, skipped: SkippedImages
+    source: Source,
+    part: Sequence[int],
+    base: Backbone,
+    config: EvalConfig | EmbedConfig,
+    skipped: SkippedImages,
+    max_bad_fraction: float,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     return load_images(
         source,
@@ -138,7 +174,7 @@ def _batches(
         **base.eval_transform_args,
         batch_size=config.batch_size,
         num_workers=config.data.num_workers,
-        max_bad_fraction=config.data.max_bad_fraction,
+        max_bad_fraction=max_bad_fraction,
         skipped=skipped,
     )
 

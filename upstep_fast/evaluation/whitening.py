@@ -20,10 +20,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -100,14 +100,14 @@ def identity_of(base: Backbone, reading: Reading) -> dict[str, Any]:
 
 def content(
     fitted: Mapping[str, Whitening], fingerprints: Mapping[str, str], identity: Mapping[str, Any] | None = None
-) -> Callable[[BinaryIO], object]:
-    """Return a function that writes whitenings and model fingerprints, by name ("base", "adapted"), as safetensors.
+) -> bytes:
+    """Return the file of whitenings and model fingerprints, by name ("base", "adapted"), as safetensors.
 
     identity: of the base model (`identity_of`), whose settings and preprocessing the fingerprints do not cover.
     """
     tensors = {f"{name}.{part}": x.contiguous() for name, one in fitted.items() for part, x in vars(one).items()}
     metadata = {**fingerprints, IDENTITY: json.dumps(identity or {}), FORM: APPENDED}
-    return lambda file: file.write(save(tensors, metadata=metadata))
+    return save(tensors, metadata=metadata)
 
 
 def read(
