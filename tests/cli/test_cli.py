@@ -364,10 +364,15 @@ def test_a_wrong_value_is_one_line(capsys, args, line):
     assert (code, out, err) == (2, "", f"upstep-fast: {line}\n")
 
 
-def test_missing_and_stray_arguments_are_one_line(capsys):
+def test_missing_and_stray_arguments_are_one_line(capsys, tmp_path):
     needed = "adapt: --data and --out must be given; upstep-fast adapt --help shows an example"
     assert call(capsys, "adapt", "--model", "m")[2] == f"upstep-fast: {needed}\n"
     assert call(capsys, "adapt", "m", "--data", "d")[2] == "upstep-fast: 'm' follows no flag; write --flag value\n"
+    folder = str(tmp_path)
+    assert call(capsys, "adapt", folder)[2] == f"upstep-fast: {folder!r} follows no flag; write --data {folder}\n"
+    (tmp_path / "adapter_config.json").write_text("{}")
+    cure = f"--from {folder} starts from the adapter of that run"
+    assert call(capsys, "adapt", folder)[2] == f"upstep-fast: {folder!r} follows no flag; {cure}\n"
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,7 @@ def test_a_pickled_model_gives_the_same_features(m, photos):
 def test_what_can_be_loaded(m, run, model, photos):
     base = upstep_fast.load(model, device="cpu")
     assert base.adapter is None and base.dim == 48 and "no adapter" in repr(base)
+    assert repr(upstep_fast.load("demo", device="cpu")).startswith("FeatureModel(demo, ")
     of_adapter = upstep_fast.load(run / "adapter", model=model, img_size=(24, 40), device="cpu", precision="fp32")
     for other in (of_adapter, upstep_fast.load(run / "adapter", device="cpu", precision="fp32")):
         assert np.array_equal(other.embed(photos), m.embed(photos))

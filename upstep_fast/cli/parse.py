@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, Literal, Union
 
 from upstep_fast.config.flat import dashed, defaults, from_flat, paths, undashed
@@ -107,7 +108,7 @@ def _from_flags(args: Sequence[str], kinds: Mapping[str, Any]) -> dict[str, Any]
         elif given:
             given[-1][1].append(arg)
         else:
-            raise ConfigError(f"{arg!r} follows no flag; write --flag value")
+            raise ConfigError(f"{arg!r} follows no flag; {_flag_of(arg, kinds)}")
     texts_of: dict[str, list[str]] = {}
     values: dict[str, Any] = {}
     for name, texts in given:
@@ -172,6 +173,17 @@ def _wanted(kind: Any) -> str:
     parts = [part for part in typing.get_args(kind) if part is not type(None)]
     is_union = typing.get_origin(kind) in (Union, types.UnionType)
     return " or ".join(map(describe_kind, parts)) if is_union else describe_kind(kind)
+
+
+def _flag_of(arg: str, flags: Container[str]) -> str:
+    """Return which flag a value that stands in front without one may be meant for, from what lies there."""
+    from upstep_fast.config.adapter_folder import holds_adapter, is_run
+
+    if "from_" in flags and (holds_adapter(arg) or is_run(arg)):
+        return f"--from {arg} starts from the adapter of that run"
+    if "data" in flags and os.path.lexists(arg):
+        return f"write --data {arg}"
+    return "write --flag value"
 
 
 def _shown(texts: Sequence[str]) -> str:

@@ -43,6 +43,7 @@ from upstep_fast.evaluation.image_inputs import transformed_images
 from upstep_fast.evaluation.whitening import Whitening
 from upstep_fast.model import pooling
 from upstep_fast.model.backbone import Backbone
+from upstep_fast.model.names import shown
 from upstep_fast.runtime import machine
 from upstep_fast.runtime.device import Compute, resolve
 from upstep_fast.runtime.progress import track
@@ -140,7 +141,7 @@ class FeatureModel:
         adapter = f"adapter {self.adapter}" if self.adapter else "no adapter"
         whitened = "whitened, " if self.whitening else ""
         where = f"{self.compute.device} in {self.compute.precision}"
-        return f"FeatureModel({self.backbone.name}, {adapter}, {size}, {whitened}D = {self.dim}, {where})"
+        return f"FeatureModel({shown(self.backbone.name)}, {adapter}, {size}, {whitened}D = {self.dim}, {where})"
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the fields with weights on the CPU and without the engine's functions, which are built again."""

@@ -56,7 +56,7 @@ def adapter_card(
     """
     # lizard forgives: half of it is the text
     if planned is not None and steps is not None:
-        ended = f"was interrupted at step {steps:,} of {planned:,}" if steps < planned else "failed before its verdict"
+        ended = f"was interrupted at step {steps:,} of {planned:,}" if steps < planned else "ended before its verdict"
         verdicts = [f"none: the run {ended}"]
     name = printable(base_model, 200).replace("`", "'")
     # other repositories of the hub may be in another library's format, and demo and files have no name there

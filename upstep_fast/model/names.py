@@ -99,6 +99,11 @@ def demo_folder() -> Path:
     return Path(str(files("upstep_fast") / "assets" / "base_tiny"))
 
 
+def shown(name: str) -> str:
+    """Return a resolved name as a reader is to see it: "demo" for the model included in the package."""
+    return DEMO if name == f"{LOCAL}{demo_folder()}" else name
+
+
 def resolve(name: str, arch: str | None = None) -> str:
     """Return the name that loads what `name` certainly means; other names as they are. Logs a replaced name once.
 
