@@ -41,7 +41,8 @@ class EmbedConfig(ModelConfig):
     """Write the features of images, with their paths, to a file."""
 
     out: str = field(kw_only=True)
-    """File to write: .npy (paths beside it in .txt), .safetensors or .parquet."""
+    """File to write: .npy (paths beside it in .txt), .safetensors or .parquet; or a folder, FOLDER/, of Parquet shards:
+    constant memory, resumed and extended by repeating the command."""
     adapter: str | None = None
     """Folder of a run of adapt, or of an adapter; names --model and its options."""
     any_base: bool = False
@@ -56,6 +57,10 @@ class EmbedConfig(ModelConfig):
     """Append features whitened by this file of --fit-whitening, for images to compare with the fitted ones."""
     with_base: bool = False
     """Write the base model's plain features too, as the column `base`, in one pass over the images."""
+    shard_size: int | None = None
+    """Images in each shard of a folder. Default: as many as make 32 MB."""
+    moved: tuple[str, ...] = ()
+    """OLD=NEW: a folder of images that a folder of features names, as it was and as it is now."""
     batch_size: int = 256
     """Images per forward pass."""
     overwrite: bool = False
@@ -65,6 +70,7 @@ class EmbedConfig(ModelConfig):
     def __post_init__(self) -> None:
         """Check every field. Raises ConfigError."""
         at_least(self, "batch_size", 1)
+        at_least(self, "shard_size", 1)
         if self.ensemble and self.adapter is None:
             raise ConfigError("ensemble: needs --adapter; without one there is nothing to join the base features with")
         if self.fit_whitening is not None and self.whitening is not None:

@@ -271,6 +271,8 @@ class EmbedOptions(TypedDict, total=False):
     fit_whitening: str | Path | None
     whitening: str | Path | None
     with_base: bool
+    shard_size: int | None
+    moved: Sequence[str]
     batch_size: int
     overwrite: bool
     debug: bool

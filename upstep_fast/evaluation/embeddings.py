@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -22,7 +23,7 @@ from upstep_fast.config.signatures import with_keywords
 from upstep_fast.data.curation.intensity import measure_intensity
 from upstep_fast.data.sources.source import Source, open_configured
 from upstep_fast.errors import ConfigError
-from upstep_fast.evaluation import feature_facts, feature_parquet, whitening
+from upstep_fast.evaluation import embed_folder, feature_facts, feature_folder, feature_parquet, whitening
 from upstep_fast.evaluation.feature_job import FeatureJob
 from upstep_fast.evaluation.feature_parquet import FACTS, FEATURES
 from upstep_fast.evaluation.feature_table import name_line
@@ -62,18 +63,26 @@ class Embedded:
     out: Path
     shape: tuple[int, int]
     form: str
+    counts: str = ""  # of a folder: what was there and what is new, in words
 
 
 def run_embed(config: EmbedConfig) -> Embedded:
     """Run the embed command, see `embed`. Raises UpstepError."""
-    out = Path(config.out)
+    out, shards = Path(config.out), feature_folder.is_folder(config.out)
     config, own = with_run(config)
-    if distributed.is_first():
-        _check_files(out, config)
-    compute = resolve(config.runtime.device, config.runtime.precision, config.runtime.implementation)
-    with distributed.joined(compute.device, "repeat the command"), track("embed"):
-        job = _open(config, own, compute, open_configured(config.data))
-        return _embed_file(out, job)
+    with contextlib.ExitStack() as stack:
+        target = feature_folder.target_of(out, config)
+        if distributed.is_first():
+            stack.enter_context(feature_folder.locked(out, config)) if shards else _check_files(out, config)
+        compute = resolve(config.runtime.device, config.runtime.precision, config.runtime.implementation)
+        with distributed.joined(compute.device, "repeat the command"), track("embed"):
+            source = open_configured(config.data)
+            if not shards:
+                return _embed_file(out, _open(config, own, compute, source))
+            source = feature_folder.with_recorded_intensity(source, feature_folder.plans_of(target))
+            job, counts = embed_folder.run(_open(config, own, compute, source), target)
+            shape = counts.there + counts.new, job.columns[FEATURES]
+            return Embedded(out, shape, job.form, str(counts))
 
 
 def _open(config: EmbedConfig, own: Path | None, compute: Compute, source: Source) -> FeatureJob:
@@ -164,7 +173,10 @@ def _files(out: Path, config: EmbedConfig) -> dict[Path, str]:
 def _check_files(out: Path, config: EmbedConfig) -> None:
     """Raise ConfigError, before slow work, if `out` or the whitening file cannot be written."""
     if out.suffix not in WRITERS:
-        raise ConfigError(f"out: {out.name} must end in {', '.join(WRITERS)}")
+        raise ConfigError(f"out: {out.name} must end in {', '.join(WRITERS)}, or in / for a folder")
+    if config.shard_size or config.moved:
+        field = "shard_size" if config.shard_size else "moved"
+        raise ConfigError(f"{field}: {out} is one file; give a folder, --out {out.with_suffix('')}/, or leave it out")
     if out.suffix == ".parquet":
         feature_parquet.require_pyarrow("out")
     if out.suffix == ".npy" and config.with_base:

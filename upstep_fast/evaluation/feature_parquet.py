@@ -9,9 +9,10 @@ keep the first one's metadata alone. Images of the plan that could not be read a
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,8 +26,9 @@ FACTS = "upstep_fast"  # in the metadata of Parquet and safetensors: what the fe
 SKIPPED = "upstep_fast.skipped"  # in the metadata of a shard: {name: reason} of images that could not be read, as JSON
 FEATURES, BASE = "features", "base"  # the columns, or tensors; the second holds the base model's plain features
 RECORD = ("model", "version", "precision")  # facts that may differ between shards: the fingerprint tells the model
-ROW_GROUP = 4096  # rows
-_PLAN = re.compile(r"plan-(\d{3,9})\.parquet", re.ASCII)
+ROW_GROUP = 4096  # rows of features
+NAMES = 1 << 16  # rows of names
+_FILE = re.compile(r"(plan|part)-(\d{3,9})(-\d{5,9})?\.parquet", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -90,21 +92,34 @@ def read_plans(folder: Path) -> list[Plan]:
     """Return the plans of a folder of features, in order; [] if it holds none. Raises DataError, ConfigError."""
     import pyarrow.parquet
 
-    found = sorted(int(match[1]) for path in folder.iterdir() if (match := _PLAN.fullmatch(path.name)))
-    if found != list(range(len(found))):
+    found = {"plan": set[int](), "part": set[int]()}
+    for match in (_FILE.fullmatch(path.name) for path in folder.iterdir()):
+        if match and (match[1] == "part") == bool(match[3]):
+            found[match[1]].add(int(match[2]))
+    numbers = range(1 + max(found["plan"] | found["part"], default=-1))
+    if lost := [number for number in numbers if number not in found["plan"]]:
         raise DataError(
-            f"features: {folder} has the plans {found[:20]}, of which some are lost; embed to another --out"
+            f"features: {folder} has lost plan-{lost[0]:03d}.parquet, the names of its images; embed to another --out, "
+            "or all again with --overwrite"
         )
     plans = []
-    for number in found:
+    for number in numbers:
         path = folder / f"plan-{number:03d}.parquet"
         try:
             file = pyarrow.parquet.read_metadata(require_regular(path, "features"))
             values = _json_of(file.metadata, FACTS)
             plans.append(Plan(folder, number, _positive(values["shard_size"]), file.num_rows, values))
         except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
-            raise DataError(f"features: {path} is damaged ({first_line(error)}); embed to another --out") from error
+            raise DataError(
+                f"features: {path} is damaged ({first_line(error)}); embed to another --out, or all again "
+                "with --overwrite"
+            ) from error
     return plans
+
+
+def holds_features(folder: Path) -> bool:
+    """Return whether a folder has a plan or a shard."""
+    return folder.is_dir() and any(_FILE.fullmatch(path.name) for path in folder.iterdir())
 
 
 def read_file(path: Path, column: str) -> tuple[list[str], np.ndarray, dict[str, Any]]:
@@ -155,6 +170,17 @@ def read_shard(path: Path, column: str) -> tuple[list[str], np.ndarray, dict[str
         raise DataError(f"features: {path} is damaged ({first_line(error)}); delete it and repeat embed") from error
 
 
+def read_shard_facts(path: Path) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Return the number of rows, the facts and {name: reason} of skipped images of a shard. Raises DataError."""
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.read_metadata(require_regular(path, "features"))
+        return file.num_rows, _json_of(file.metadata, FACTS), _json_of(file.metadata, SKIPPED)
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise DataError(f"features: {path} is damaged ({first_line(error)}); delete it and repeat embed") from error
+
+
 def require_complete(plans: Sequence[Plan]) -> None:
     """Raise DataError naming shards that are missing."""
     missing = [plan.shard(k) for plan in plans for k in plan.missing()]
@@ -175,6 +201,18 @@ def require_same(then: Mapping[str, Any], now: Mapping[str, Any], where: object)
                 f"features: {where} are of another kind: {name} {is_}, not {was}; embed to another --out, or all again "
                 "with --overwrite"
             )
+
+
+def write_names(names: Iterable[str], metadata: Mapping[str, Any], file: BinaryIO) -> None:
+    """Write names as the column `path` to an open file, without having all of them in memory at once."""
+    import pyarrow
+    import pyarrow.parquet
+
+    schema = pyarrow.schema([("path", pyarrow.string())], {key: json.dumps(value) for key, value in metadata.items()})
+    rest = iter(names)
+    with pyarrow.parquet.ParquetWriter(file, schema, compression="zstd", use_dictionary=False) as writer:
+        while some := list(itertools.islice(rest, NAMES)):
+            writer.write_batch(pyarrow.record_batch([pyarrow.array(some, pyarrow.string())], schema=schema))
 
 
 def write_table(
