@@ -275,7 +275,7 @@ def test_lists_as_people_have_them(listed, name, header, rows, columns):
         ),
         ("a.txt", [r.replace(",", " ") for r in ROWS], "a path and a label; write a CSV instead"),
         ("a.txt", [r.split(",")[0].replace("/", "\\") for r in ROWS], r"write / instead of \\"),
-        ("a.txt", ["https://example.org/1.jpg"], "addresses are not read"),
+        ("a.txt", ["ftp://example.org/1.jpg"], "addresses of this kind are not read"),
         (
             "a.csv",
             ["path,label", "img/0.jpg,a", "./img/0.jpg,b"],

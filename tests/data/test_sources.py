@@ -106,7 +106,7 @@ def test_a_source_can_be_pickled_and_read_by_threads(tree):
 
 
 @pytest.mark.parametrize(
-    "path", ["nothing", "none-*.tar", "none-{000..003}.tar", "http://example.org/a.tar", "pipe:cat a"]
+    "path", ["nothing", "none-*.tar", "none-{000..003}.tar", "ftp://example.org/a.tar", "pipe:cat a"]
 )
 def test_a_path_that_is_not_there(tmp_path, path):
     with pytest.raises(DataError) as caught:

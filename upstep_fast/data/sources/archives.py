@@ -24,10 +24,11 @@ class Members(NamedPart):
 
     path: str
     sizes: np.ndarray  # [N] int64, bytes
+    address: str  # of a remote archive, whose content is read from the cache; else empty
 
     def name(self, index: int) -> str:
         """Return a printable path."""
-        return f"{printable(os.fsencode(self.path))}/{printable(self.names[index])}"
+        return f"{printable(os.fsencode(self.address or self.path))}/{printable(self.names[index])}"
 
     def sizes_in_bytes(self) -> np.ndarray:
         """Return the members' sizes, [N] int64."""
@@ -59,14 +60,14 @@ def choose_split(names_of: Mapping[str, list[bytes]], split: str | None, listing
     """
     paths = list(names_of)
     where = printable(os.fsencode(next(iter(paths), ""))) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
-    tree = find_tree(_children(names_of.values()), split, where, listing.add_note)
+    tree = find_tree(children_in(names_of.values()), split, where, listing.add_note)
     if isinstance(tree, str):
         listing.without_test.append(tree)
         return None
     return tree
 
 
-def _children(of_archives: Iterable[list[bytes]]) -> Children:
+def children_in(of_archives: Iterable[list[bytes]]) -> Children:
     """Return the function that gives the folders in a folder of the archives, and whether it holds images."""
     folders: dict[str, set[str]] = {}
     paths = [name.rpartition(b"\0")[::2] for names in of_archives for name in names]

@@ -151,7 +151,7 @@ def _why_not(entry: os.DirEntry[bytes], beside: dict[bytes, os.DirEntry[bytes]],
     """Return why a file with an image's suffix is none; empty if it is one."""
     if not _is(entry.is_file):
         return "a link to nothing" if entry.is_symlink() else "not a regular file"
-    if entry.name.endswith(b".npy") and entry.name[:-4] + b".txt" in beside and _is_features(entry.path):
+    if entry.name.endswith(b".npy") and entry.name[:-4] + b".txt" in beside and is_features(entry.path):
         return "features that embed has written, no image"
     if listing.has_files and not listing.is_new(entry.stat()):
         return ALREADY_LISTED
@@ -162,7 +162,7 @@ def _is_unnamed_dicom(entry: os.DirEntry[bytes]) -> bool:
     return is_unnamed_dicom(entry.name, lambda: read_start(entry.path))
 
 
-def _is_features(path: bytes) -> bool:
+def is_features(path: bytes) -> bool:
     """Return whether a .npy file holds floats [N, D]; images are of whole numbers."""
     try:
         with open(path, "rb") as file:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 from upstep_fast.data.sources.folders import Files, children, walk
 from upstep_fast.data.sources.metadata import Metadata, read_metadata
@@ -19,15 +20,37 @@ from upstep_fast.data.sources.splits import find_splits, is_split, reading
 from upstep_fast.data.sources.tree import Children, Tree, find_tree
 
 
+@dataclass(frozen=True)
+class Place:
+    """Folder of images on this machine or another."""
+
+    root: str
+    tables: str  # local folder with its metadata.csv and metadata.jsonl
+    children: Children
+    files: Callable[[str], Iterable[bytes]]  # images in a folder and below, relative to the root, sorted
+    part: Callable[[Names, tuple[str, ...] | None, str], Part]  # names, classes, why there are none
+
+
 def open_folder(root: str, split: str | None, columns: Columns, listing: Listing) -> list[Part]:
     """Return the part of all images under `root`, or of one split.
 
     Raises DataError if the folder cannot be read, or as `find_tree` and `read_metadata` do.
     """
-    where, folders_in = printable(os.fsencode(root)), functools.cache(children(root))
+
+    def files(top: str) -> Iterable[bytes]:
+        return walk(os.fsencode(root), os.fsencode(top), listing, IMAGE_SUFFIXES)
+
+    place = Place(root, root, functools.cache(children(root)), files, functools.partial(Files, root))
+    return open_place(place, split, columns, listing)
+
+
+def open_place(place: Place, split: str | None, columns: Columns, listing: Listing) -> list[Part]:
+    """Return the part of all images of a folder, or of one split. Raises DataError as `open_folder`."""
+    root, folders_in = place.root, place.children
+    where = printable(os.fsencode(root))
     tree = find_tree(folders_in, None, where, listing.add_note)
     assert isinstance(tree, Tree)
-    tables = _tables(root, tree, folders_in, columns, listing)
+    tables = _tables(place.tables, tree, folders_in, columns, listing)
     words = {row.split for table in tables for row in table.rows.values()}
     by_column = find_splits(words, where) if split else None
     if by_column is None and split:
@@ -35,12 +58,11 @@ def open_folder(root: str, split: str | None, columns: Columns, listing: Listing
         if isinstance(tree, str):
             listing.without_test.append(tree)
             return []
-    files = walk(os.fsencode(root), os.fsencode(tree.prefix.rstrip("/")), listing, IMAGE_SUFFIXES)
-    names = [name for name in files if tree.keeps(name)]
+    names = [name for name in place.files(tree.prefix.rstrip("/")) if tree.keeps(name)]
     if by_column is not None:
         tables = [table.of_split(by_column[split or ""]) for table in tables]
         listing.add_note(reading(str(tables[0].path), by_column[split or ""], words, folders=False))
-    return [_part(root, names, tree, tables, listing)]
+    return [_part(place, names, tree, tables, listing)]
 
 
 def _tables(root: str, tree: Tree, folders_in: Children, columns: Columns, listing: Listing) -> list[Metadata]:
@@ -52,18 +74,18 @@ def _tables(root: str, tree: Tree, folders_in: Children, columns: Columns, listi
     return [table for table in found if table is not None]
 
 
-def _part(root: str, names: Sequence[bytes], tree: Tree, tables: Sequence[Metadata], listing: Listing) -> Files:
+def _part(place: Place, names: Sequence[bytes], tree: Tree, tables: Sequence[Metadata], listing: Listing) -> Part:
     """Return the images that the metadata names, with its classes; those of the folders without it."""
     names, used = _named(names, os.fsencode(tree.prefix), tables, listing)
     if not any(table.label for table in used):
         reason = used[0].reason if used else ""
-        return Files(root, Names.pack(names, tree.component, tree.under_split), None, reason)
+        return place.part(Names.pack(names, tree.component, tree.under_split), None, reason)
     labels = {name: row.label for table in used for name, row in table.rows.items()}
     classes = [label for name in names if (label := labels.get(name)) is not None]
     if len(classes) == len(names):
-        return Files(root, Names.pack(names, None), tuple(classes))
+        return place.part(Names.pack(names, None), tuple(classes), "")
     reason = f"has {len(names) - len(classes)} images without a label in {used[0].path.name}"
-    return Files(root, Names.pack(names, None), None, reason)
+    return place.part(Names.pack(names, None), None, reason)
 
 
 def _named(

@@ -1,10 +1,10 @@
 """Lists of images: a text file with one path a line, or a CSV.
 
-Paths are relative to the list's folder, or absolute. Blank lines and lines that start with "#" and name no file are
-ignored. A CSV's header names the column of paths, one of PATH_COLUMNS or --image-column (else it is the first), that of
-the classes, one of LABEL_COLUMNS or --label-column, and, with a column `split`, which rows are for training and which
-for testing. A CSV whose first line holds a path has no header: it is the column of paths, and the other of two columns
-is the class. The order is that of the list.
+Paths are relative to the list's folder, absolute, or addresses (s3://, https:// ...). Blank lines and lines that start
+with "#" and name no file are ignored. A CSV's header names the column of paths, one of PATH_COLUMNS or --image-column
+(else it is the first), that of the classes, one of LABEL_COLUMNS or --label-column, and, with a column `split`, which
+rows are for training and which for testing. A CSV whose first line holds a path has no header: it is the column of
+paths, and the other of two columns is the class. The order is that of the list.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from __future__ import annotations
 import csv
 import io
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from upstep_fast.data.remote.address import PROTOCOLS, is_address, joined, shown
 from upstep_fast.data.sources.folders import Files
 from upstep_fast.data.sources.names import Names
 from upstep_fast.data.sources.part import ALREADY_LISTED, IMAGE_SUFFIXES, Columns, Listing, Part, open_data, printable
+from upstep_fast.data.sources.remote_files import RemoteFiles
 from upstep_fast.data.sources.splits import TEST_NAMES, TRAIN_NAMES, all_read, find_splits, reading
 from upstep_fast.errors import DataError
 
@@ -45,12 +47,15 @@ class _Table:
     other: str = ""  # a column that holds splits and is not called split
 
 
-def read_list(path: Path, split: str | None, columns: Columns, listing: Listing) -> list[Part]:
-    """Return the files of a list, or those of one split.
+def read_list(path: Path, split: str | None, columns: Columns, listing: Listing, root: str = "") -> list[Part]:
+    """Return the files of a list, or those of one split. root: address of the folder that a remote list lies in.
 
     Raises DataError if it cannot be read, is empty, none of its first paths exist, or it contradicts itself.
     """
     table = _table(path, columns)
+    if root:
+        rows = [replace(row, path=os.fsencode(joined(root, os.fsdecode(row.path)))) for row in table.rows]
+        table = replace(table, rows=rows)
     _check_paths(path, table)
     rows, values = table.rows, {row.split for row in table.rows}
     splits = find_splits(values, str(path))
@@ -88,7 +93,8 @@ def _part(path: Path, rows: list[Row], reason: str) -> Files:
         first = next(row.line for row in rows if row.label is None)
         reason = f"has {len(rows) - len(classes)} images without a label ({path.name}, first in line {first})"
     names = Names.pack([row.path for row in rows], component=None)
-    return Files(os.path.dirname(path) or ".", names, tuple(classes) if len(classes) == len(rows) else None, reason)
+    kind = RemoteFiles if any(is_address(row.path) for row in rows) else Files
+    return kind(os.path.dirname(path) or ".", names, tuple(classes) if len(classes) == len(rows) else None, reason)
 
 
 def _table(path: Path, columns: Columns) -> _Table:
@@ -96,7 +102,7 @@ def _table(path: Path, columns: Columns) -> _Table:
     if path.suffix.lower() in (".csv", ".tsv"):
         return _read_csv(text.decode("utf-8", "surrogateescape"), path, columns)
     rows = [Row(line, name.strip()) for line, name in enumerate(text.splitlines(), 1) if name.strip()]
-    rows = [row for row in rows if not row.path.startswith(b"#") or os.path.exists(_place(path, row.path))]
+    rows = [row for row in rows if not row.path.startswith(b"#") or _exists(path, row.path)]
     reason = f"is a list without classes ({path.name}); write a CSV with the columns path,label"
     return _Table(rows, reason, "paths are relative to the list's folder")
 
@@ -113,7 +119,12 @@ def read_text(path: Path) -> bytes:
 
 
 def _place(path: Path, name: bytes) -> bytes:
-    return os.path.join(os.fsencode(os.path.dirname(path) or "."), name)
+    return name if is_address(name) else os.path.join(os.fsencode(os.path.dirname(path) or "."), name)
+
+
+def _exists(path: Path, name: bytes) -> bool:
+    """Return whether a file is there; of an address that is told when it is read."""
+    return is_address(name) or os.path.exists(_place(path, name))
 
 
 def _check_paths(path: Path, table: _Table) -> None:
@@ -121,7 +132,7 @@ def _check_paths(path: Path, table: _Table) -> None:
     first = [row.path for row in table.rows[:100]]
     if not first:
         raise DataError(f"data: the list {path} names no images; write one path a line")
-    if any(os.path.exists(_place(path, name)) for name in first):
+    if any(_exists(path, name) for name in first):
         return
     cure = table.cure
     if any(os.path.exists(_place(path, name.rsplit(None, 1)[0])) for name in first):
@@ -131,8 +142,8 @@ def _check_paths(path: Path, table: _Table) -> None:
     elif any(os.path.exists(_place(path, name.replace(b"\\", b"/"))) for name in first):
         cure = "write / instead of \\ in its paths"
     elif b"://" in first[0]:
-        cure = "addresses are not read; download the images first"
-    example = printable(first[0])
+        cure = f"addresses of this kind are not read; read are {', '.join(f'{name}://' for name in PROTOCOLS)}"
+    example = shown(printable(first[0]))
     raise DataError(f"data: none of the first {len(first)} paths in {path} exist, e.g. {example}; {cure}")
 
 
@@ -140,17 +151,27 @@ def _once(path: Path, rows: list[Row], listing: Listing) -> list[Row]:
     """Return the rows without repeated paths. Raises DataError if a path is repeated with another label."""
     known: dict[bytes, Row] = {}
     for row in rows:
-        key, label = os.path.normpath(row.path), row.label
+        key, label = row.path if is_address(row.path) else os.path.normpath(row.path), row.label
         first = known.get(key)
-        if first is None and listing.is_new_file(os.fsdecode(_place(path, row.path))):
+        if first is None and _is_new(path, row.path, listing):
             known[key] = row
             continue
-        name = printable(row.path)
+        name = shown(printable(row.path))
         if first is not None and first.label != label:
             lines = f"{first.label} in line {first.line} and {label} in line {row.line}"
             raise DataError(f"data: {path}: {name} has two labels: {lines}; keep one of them")
         listing.problems.append((f"{path}, line {row.line}: {name}", ALREADY_LISTED))
     return list(known.values())
+
+
+def _is_new(path: Path, name: bytes, listing: Listing) -> bool:
+    if not is_address(name):
+        return listing.is_new_file(os.fsdecode(_place(path, name)))
+    address = os.fsdecode(name)
+    is_new = address not in listing.seen
+    if listing.several:
+        listing.seen.add(address)
+    return is_new
 
 
 def csv_cells(text: str, path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
@@ -208,7 +229,7 @@ def _other_splits(header: list[str], cells: list[tuple[int, list[str]]], known: 
 def _path_in(cells: list[str], path: Path) -> int | None:
     """Return which cell is an image's path: the first that exists, else the first that ends as one; None if none is."""
     names = [os.fsencode(cell) for cell in cells]
-    there = (i for i, name in enumerate(names) if name and os.path.isfile(_place(path, name)))
+    there = (i for i, name in enumerate(names) if name and (is_address(name) or os.path.isfile(_place(path, name))))
     return next(there, next((i for i, name in enumerate(names) if name.lower().endswith(IMAGE_SUFFIXES)), None))
 
 

@@ -9,6 +9,8 @@ import os
 import re
 from collections.abc import Sequence
 
+from upstep_fast.data.remote.address import PROTOCOLS, is_address, shown
+from upstep_fast.data.sources.remote_open import matches_of_address
 from upstep_fast.errors import DataError
 
 MAX_NAMES = 100_000  # of a pattern
@@ -16,13 +18,14 @@ MAX_NAMES = 100_000  # of a pattern
 
 def matches_of(path: str) -> list[str | list[str]]:
     """Return what a PATH names: tars or zips of one pattern together, as one tree, everything else one by one."""
-    if path.startswith("hf:") or os.path.exists(path):
+    if (path.startswith("hf:") and not is_address(path)) or os.path.exists(path):
         return [path]
-    if "://" in path or path.startswith("pipe:"):
-        raise DataError(f"data: {path} is an address, only local files are read; download it first")
+    if ("://" in path and not is_address(path)) or path.startswith("pipe:"):
+        kinds = ", ".join(f"{protocol}://" for protocol in PROTOCOLS)
+        raise DataError(f"data: {shown(path)} is an address of a kind that is not read; read are {kinds}")
     found = _expand(path)
     if not found:
-        raise DataError(f"data: no file or folder at {path}")
+        raise DataError(f"data: no file or folder at {shown(path)}{_lost_slash(path)}")
     together = any(all(match.lower().endswith(suffix) for match in found) for suffix in (".tar", ".zip"))
     return [found] if together else list(found)
 
@@ -40,13 +43,20 @@ def _expand(pattern: str) -> list[str]:
     found = []
     for words in itertools.product(*map(_words, choices, pieces)):
         path = "".join(words)
-        if glob.has_magic(path):
+        if is_address(path):
+            found += matches_of_address(path)
+        elif glob.has_magic(path):
             found += sorted(glob.glob(path))
         elif os.path.exists(path):
             found.append(path)
         else:
-            raise DataError(f"data: no file or folder at {path}")
+            raise DataError(f"data: no file or folder at {path}{_lost_slash(path)}")
     return found
+
+
+def _lost_slash(path: str) -> str:
+    is_lost = path.partition(":")[0] in PROTOCOLS and path.partition(":")[2][:1] == "/"
+    return "; an address is given as text, as a Path has one slash of :// left" if is_lost else ""
 
 
 def _range(brace: str) -> range | None:

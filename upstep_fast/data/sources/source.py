@@ -1,9 +1,9 @@
 """Sources of encoded images: folders, lists, tar shards and Hugging Face datasets.
 
 A PATH is a folder (read recursively), an image, a text or CSV list, a .tar or .zip file, a pattern of them
-(`shards-{000..031}.tar`, `*.tar`), or `hf:NAME`. A tree with `train/` and one of `test/`, `val/`, `valid/` and
-the like at its top has these splits (splits.py); the class of an image is the folder directly under the split, or
-under the top where there are no splits.
+(`shards-{000..031}.tar`, `*.tar`), `hf:NAME`, or an address of one of these (s3://, https:// ..., remote.py). A tree
+with `train/` and one of `test/`, `val/`, `valid/` and the like at its top has these splits (splits.py); the class of an
+image is the folder directly under the split, or under the top where there are no splits.
 
 Order: sorted by path, component by component, as bytes; a folder and its tar have equal orders.
 Memory: the names, joined into one bytes object, and 8 bytes per file.
@@ -27,6 +27,7 @@ from upstep_fast.config.base import DataConfig, reading_of
 from upstep_fast.config.reading import Reading
 from upstep_fast.data.formats.kinds import SUFFIXES, suffix_of
 from upstep_fast.data.reading.regular import is_zarr
+from upstep_fast.data.remote.address import is_address, shown
 from upstep_fast.data.sources.explain import HINTS, no_images
 from upstep_fast.data.sources.file_kinds import is_unnamed_dicom
 from upstep_fast.data.sources.folders import Files
@@ -48,6 +49,7 @@ from upstep_fast.data.sources.part import (
 )
 from upstep_fast.data.sources.patterns import matches_of
 from upstep_fast.data.sources.pieces import expand
+from upstep_fast.data.sources.remote import open_remote
 from upstep_fast.data.sources.splits import SPLITS, TREE, all_paths
 from upstep_fast.data.sources.tar_shards import open_tars
 from upstep_fast.data.sources.zip_files import open_zips
@@ -172,7 +174,7 @@ def open_source(
     source = Source(tuple(parts), tuple(listing.problems), "; ".join(word for word in words if word), reading)
     if not count:
         kind = NoTestPartError if matches and len(listing.without_test) == len(matches) else DataError
-        raise kind(no_images(", ".join(map(str, paths)), split, columns, listing))
+        raise kind(no_images(", ".join(shown(str(path)) for path in paths), split, columns, listing))
     for name, reason in listing.problems[:5]:
         log.warning("data: left out %s: %s", name, reason)
     if len(listing.problems) > 5:
@@ -200,6 +202,8 @@ def open_configured(config: DataConfig, split: str | None = None) -> Source:
 
 
 def _open(match: str | list[str], split: str | None, columns: Columns, listing: Listing) -> list[Part]:
+    if is_address(match if isinstance(match, str) else match[0]):
+        return open_remote(match, split, columns, listing)
     if isinstance(match, list) and match[0].lower().endswith(".zip"):
         return open_zips(match, split, listing)
     if isinstance(match, list):

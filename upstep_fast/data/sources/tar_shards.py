@@ -36,6 +36,7 @@ class TarMembers(Members):
     sizes: np.ndarray  # [N] int64, bytes
     classes: tuple[str, ...] | None = None  # from .cls members, as webdataset writes them
     reason: str = ""  # why only some have classes
+    address: str = ""
 
     def read(self, index: int) -> bytes:
         """Return the encoded image. Raises OSError."""

@@ -64,6 +64,7 @@ class ZipMembers(Members):
     sizes: np.ndarray  # [N] int64, bytes
     checksums: np.ndarray  # [N] int64, CRC-32
     deflated: np.ndarray  # [N] bool
+    address: str = ""
 
     def read(self, index: int) -> bytes:
         """Return the encoded image. Raises OSError, also for a wrong checksum."""
@@ -92,12 +93,26 @@ class ZipMembers(Members):
         return self.names.unlabeled()
 
 
-def open_zips(paths: list[str], split: str | None, listing: Listing) -> list[Part]:
-    """Return one part per zip file; splits are looked for over all of them together. Raises DataError."""
+def open_zips(paths: list[str], split: str | None, listing: Listing, folder: str = "") -> list[Part]:
+    """Return one part per zip file; splits are looked for over all of them together. Raises DataError.
+
+    folder: in the zip files, whose members alone are read, with names relative to it; empty: all.
+    """
     indexes = opened(paths, read_index, listing)
+    indexes = {path: _members_in(folder, index) if folder else index for path, index in indexes.items()}
     if (tree := choose_split({path: index.names for path, index in indexes.items()}, split, listing)) is None:
         return []
     return [_part(path, index, tree, listing) for path, index in indexes.items()]
+
+
+def _members_in(folder: str, index: ZipIndex) -> ZipIndex:
+    """Return the index of a folder's members, with names relative to it."""
+    prefix = os.fsencode(folder.strip("/")).replace(b"/", b"\0") + b"\0"
+    chosen = [i for i, name in enumerate(index.names) if name.startswith(prefix)]
+    columns = ("headers", "packed", "sizes", "checksums", "deflated")
+    arrays = {name: getattr(index, name) for name in columns}
+    kept = {name: array(values.typecode, [values[i] for i in chosen]) for name, values in arrays.items()}
+    return ZipIndex([index.names[i][len(prefix) :] for i in chosen], **kept, problems=index.problems)
 
 
 def _part(path: str, index: ZipIndex, tree: Tree, listing: Listing) -> ZipMembers:
