@@ -19,9 +19,9 @@ from tests.helpers.photos import blurred_noise
 from upstep_fast.config.reading import Reading
 from upstep_fast.data.formats import kinds
 from upstep_fast.data.labeled.splits import HeldOut, Labeled, choose_test, held_out
-from upstep_fast.data.loading import retries
 from upstep_fast.data.loading.eval_transform import EvalTransform
 from upstep_fast.data.loading.skipped_images import read_image
+from upstep_fast.data.reading import retries
 from upstep_fast.data.reading.axes import label, pieces, read
 from upstep_fast.data.reading.stored import Layout, Piece, Stored
 from upstep_fast.data.sources import open_source

@@ -15,8 +15,8 @@ import pytest
 from photos import save_photos
 from remote_servers import KEYS, s3_server, upload, web_server
 
-from upstep_fast.data.loading import retries
 from upstep_fast.data.loading.skipped_images import read_image
+from upstep_fast.data.reading import retries
 from upstep_fast.data.remote import cache, http, objects
 from upstep_fast.data.remote.address import joined, shown
 from upstep_fast.data.sources.source import open_source

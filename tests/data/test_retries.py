@@ -15,9 +15,9 @@ from upstep_fast.data.curation.survey import channel_statistics
 from upstep_fast.data.curation.triage import triage
 from upstep_fast.data.decode import gpu_jpeg
 from upstep_fast.data.labeled.clips import Clip, Clips
-from upstep_fast.data.loading import retries
 from upstep_fast.data.loading.loader import Loader, load_images
 from upstep_fast.data.loading.skipped_images import SkippedImages, read_image
+from upstep_fast.data.reading import retries
 from upstep_fast.data.sources import folders
 from upstep_fast.data.sources.source import Source, open_source
 from upstep_fast.errors import BadImage, DataError, RunFailedError

@@ -28,8 +28,8 @@ from upstep_fast.data.labeled.reader import ReaderOptions
 from upstep_fast.data.labeled.splits import Labeled, join
 from upstep_fast.data.loading.loader import MAX_AHEAD_BYTES, permutation
 from upstep_fast.data.loading.ordered_map import ordered_map
-from upstep_fast.data.loading.retries import with_retries
 from upstep_fast.data.loading.skipped_images import SkippedImages, catch_bad_image, read_image
+from upstep_fast.data.reading.retries import with_retries
 from upstep_fast.data.sources.folders import top_folders, walk
 from upstep_fast.data.sources.part import Listing, printable
 from upstep_fast.data.sources.source import Source, open_source

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from upstep_fast.data.decode.gpu_jpeg import GpuReader
 from upstep_fast.data.keyed_random import bits_array
-from upstep_fast.data.loading.retries import with_retries
 from upstep_fast.data.loading.skipped_images import read_image, too_many
+from upstep_fast.data.reading.retries import with_retries
 from upstep_fast.data.sources.source import Source
 from upstep_fast.errors import BadImage
 

@@ -14,7 +14,7 @@ from upstep_fast.config.reading import Reading
 from upstep_fast.data.decode.image import decode
 from upstep_fast.data.decode.piece import decode_piece
 from upstep_fast.data.loading.ordered_map import ordered_map
-from upstep_fast.data.loading.retries import with_retries
+from upstep_fast.data.reading.retries import with_retries
 from upstep_fast.data.reading.transient import may_pass
 from upstep_fast.data.sources.part import Item
 from upstep_fast.data.sources.source import Source

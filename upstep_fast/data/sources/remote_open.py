@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from upstep_fast.data.loading.retries import with_retries
+from upstep_fast.data.reading.retries import with_retries
 from upstep_fast.data.remote import cache, objects
 from upstep_fast.data.remote.address import HTTP, OBJECTS, protocol_of, shown
 from upstep_fast.data.remote.cache import Version
