@@ -18,9 +18,10 @@ from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import ConfigError, DataError, RunFailedError
 from upstep_fast.evaluation import embed_folder, feature_folder
 from upstep_fast.evaluation.embeddings import run_embed
-from upstep_fast.evaluation.feature_folder import NameIndex, default_shard_size, moved, parse_moved
+from upstep_fast.evaluation.feature_folder import NameIndex, default_shard_size
 from upstep_fast.evaluation.feature_parquet import read_plans
 from upstep_fast.evaluation.feature_table import read_features
+from upstep_fast.evaluation.moved_images import moved, parse_moved
 
 pytest.importorskip("pyarrow")
 SIZE = dict(shard_size=5, batch_size=2, device="cpu", precision="fp32", num_workers=0)
@@ -358,19 +359,14 @@ def test_ctrl_c_says_what_is_written(model, images, monkeypatch, capsys, tmp_pat
 
 def test_names_are_found_by_hashes_of_128_bits(images):
     source = open_source(images)
-    index = NameIndex(source)
+    index = NameIndex.of(source)
     names = [source.name(i) for i in range(len(source))]
     assert index.find([*reversed(names), "no"]).tolist() == [*reversed(range(12)), -1]
     assert index.find([]).tolist() == []
 
-    class Twice:
-        name = staticmethod(lambda i: "same")
-
-        def __len__(self):
-            return 2
-
     with pytest.raises(DataError, match="two images are called same"):
-        NameIndex(Twice())
+        NameIndex(2, lambda i: "same")
+    assert NameIndex(0, str).find(["a"]).tolist() == [-1]
 
 
 def test_a_shard_has_about_32_mb():

@@ -17,6 +17,8 @@ class RunFeaturesConfig:
     """Images: folders, .tar files, text lists, or hf:NAME. Default: those that the run was trained on."""
     features: str | None = None
     """Folder or file of features that embed wrote. Default: RUN/features, embedded first as far as they are missing."""
+    moved: tuple[str, ...] = ()
+    """OLD=NEW: a folder of images that the features name, as it was and as it is now."""
     batch_size: int = 256
     """Images per forward pass."""
     runtime: RuntimeConfig = RuntimeConfig()

@@ -19,7 +19,7 @@ from torch import Tensor
 from upstep_fast.data.loading.skipped_images import SkippedImages, too_many
 from upstep_fast.errors import DataError, Interrupted
 from upstep_fast.evaluation import feature_folder
-from upstep_fast.evaluation.feature_folder import CURE, NameIndex, moved, parse_moved
+from upstep_fast.evaluation.feature_folder import CURE, NameIndex
 from upstep_fast.evaluation.feature_job import FeatureJob
 from upstep_fast.evaluation.feature_parquet import (
     FACTS,
@@ -31,6 +31,7 @@ from upstep_fast.evaluation.feature_parquet import (
     write_table,
 )
 from upstep_fast.evaluation.features import Extractor, log_time, log_work, make_extractor
+from upstep_fast.evaluation.moved_images import moved, parse_moved
 from upstep_fast.model import pooling
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime.atomic_file import write_atomic, write_errors
@@ -77,8 +78,8 @@ def run(job: FeatureJob, folder: Path) -> tuple[FeatureJob, FolderCounts]:
     plans = read_plans(folder)
     job = feature_folder.matched(job, plans)
     counts = _counted(plans, job)
-    index = NameIndex(job.source)
-    positions = feature_folder.new_images(job.source, plans, index, job.config)
+    index = NameIndex.of(job.source)
+    positions = feature_folder.new_images(job.source, plans, index, job.config.moved)
     _require_images(plans, index, job)
     distributed.wait_for_ranks()  # all have read the plans before one is added
     if len(positions) and distributed.is_first():

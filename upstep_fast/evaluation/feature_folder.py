@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from upstep_fast.evaluation.feature_parquet import (
     require_pyarrow,
     write_names,
 )
+from upstep_fast.evaluation.moved_images import moved, parse_moved
 from upstep_fast.model.identity import differences
 from upstep_fast.runtime.atomic_file import probe, write_atomic, write_errors
 from upstep_fast.runtime.commit import replace_folder, settle_folder
@@ -178,18 +179,25 @@ def _words(value: Any) -> str:
 class NameIndex:
     """Positions of the images of a source by name, 24 bytes for each. Raises DataError for two images of one name."""
 
-    def __init__(self, source: Source):
-        digests = _digests(source.name(i) for i in range(len(source)))
+    def __init__(self, count: int, name: Callable[[int], str]):
+        digests = _digests(name(i) for i in range(count))
         self._order = np.argsort(digests, kind="stable")
         self._digests = digests[self._order]
         twice = np.flatnonzero(self._digests[1:] == self._digests[:-1])
         if len(twice):
-            name = source.name(int(self._order[twice[0]]))
-            raise DataError(f"data: two images are called {name}, so a folder cannot tell them apart; write one file")
+            shared = name(int(self._order[twice[0]]))
+            raise DataError(f"data: two images are called {shared}, so a folder cannot tell them apart; write one file")
+
+    @classmethod
+    def of(cls, source: Source) -> NameIndex:
+        """Return the index of a source."""
+        return cls(len(source), source.name)
 
     def find(self, names: Iterable[str]) -> np.ndarray:
         """Return the position of each name, [n] int64, -1 where there is none."""
         wanted = _digests(names)
+        if not len(self._digests):
+            return np.full(len(wanted), -1)
         at = np.minimum(np.searchsorted(self._digests, wanted), len(self._digests) - 1)
         return np.where(self._digests[at] == wanted, self._order[at], -1)
 
@@ -200,28 +208,9 @@ def _digests(names: Iterable[str]) -> np.ndarray:
     return np.fromiter(each, "S16")
 
 
-def moved(name: str, places: Sequence[tuple[str, str]]) -> str:
-    """Return the name of an image whose folder has moved; places: of --moved, as `parse_moved` gives them."""
-    for old, new in places:
-        if name == old or (name.startswith(old) and (old.endswith("/") or name[len(old)] in "/#")):
-            return new + name[len(old) :]
-    return name
-
-
-def parse_moved(texts: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the (old, new) folders of OLD=NEW. Raises ConfigError."""
-    pairs = []
-    for text in texts:
-        old, separator, new = text.partition("=")
-        if not (old and separator and new):
-            raise ConfigError(f"moved: got {text}, must be OLD=NEW, the folders as they were and are now")
-        pairs.append((old.rstrip("/") or "/", new.rstrip("/") or "/"))
-    return pairs
-
-
-def new_images(source: Source, plans: Sequence[Plan], index: NameIndex, config: EmbedConfig) -> np.ndarray:
-    """Return the positions of images that no plan names, in the order of the source."""
-    is_new, places = np.ones(len(source), bool), parse_moved(config.moved)
+def new_images(source: Source, plans: Sequence[Plan], index: NameIndex, places_moved: Sequence[str]) -> np.ndarray:
+    """Return the positions of images that no plan names, in the order of the source. places_moved: of --moved."""
+    is_new, places = np.ones(len(source), bool), parse_moved(places_moved)
     for plan in plans:
         for names in plan.names():
             at = index.find(moved(name, places) for name in names)

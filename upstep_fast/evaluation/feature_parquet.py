@@ -9,6 +9,7 @@ keep the first one's metadata alone. Images of the plan that could not be read a
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import re
@@ -78,11 +79,14 @@ class Plan:
             yield waiting
 
 
+def has_pyarrow() -> bool:
+    """Return whether pyarrow is installed."""
+    return importlib.util.find_spec("pyarrow") is not None
+
+
 def require_pyarrow(field: str) -> None:
     """Raise ConfigError if pyarrow is not installed."""
-    import importlib.util
-
-    if importlib.util.find_spec("pyarrow") is None:
+    if not has_pyarrow():
         raise ConfigError(
             f'{field}: .parquet needs pyarrow; pip install "upstep_fast[parquet]", or use .npy or .safetensors'
         )
@@ -241,7 +245,7 @@ def _read(path: Path, column: str) -> tuple[list[str], np.ndarray, Mapping[bytes
         schema = file.schema_arrow
         for name in ("path", column):
             if name not in schema.names:
-                cure = "; write it with `embed --with-base`" if name == BASE else ""
+                cure = "; embed --with-base --overwrite writes it" if name == BASE else ""
                 raise DataError(f"features: {path} has no column {name}, but {', '.join(schema.names[:20])}{cure}")
         kind = schema.field(column).type
         if not (pyarrow.types.is_fixed_size_list(kind) and pyarrow.types.is_floating(kind.value_type)):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from upstep_fast.errors import ConfigError, DataError, first_line
 from upstep_fast.evaluation import feature_parquet
 from upstep_fast.evaluation.feature_parquet import BASE, FACTS, FEATURES
+from upstep_fast.evaluation.moved_images import moved
 from upstep_fast.input_files import read_text, require_regular
 
 __all__ = ["BASE", "FACTS", "FEATURES", "FeatureTable", "name_line", "name_of_line", "read_features"]
@@ -34,11 +35,11 @@ class FeatureTable:
         return len(self.names)
 
 
-def read_features(path: str | Path, column: str = FEATURES) -> FeatureTable:
+def read_features(path: str | Path, column: str = FEATURES, places: Sequence[tuple[str, str]] = ()) -> FeatureTable:
     """Return the features in a .npy (with its .txt), .safetensors or .parquet file, or in a folder of .parquet files.
 
-    column: which features of a Parquet file. Raises DataError for what cannot be read, for names that do not match, and
-    for rows that are not finite or are 0.
+    column: which features; places: of images that have moved since, as `parse_moved` gives them. Raises DataError for
+    what cannot be read, for names that do not match, and for rows that are not finite or are 0.
     """
     path = Path(path)
     kind = "folder" if path.is_dir() else path.suffix
@@ -53,6 +54,8 @@ def read_features(path: str | Path, column: str = FEATURES) -> FeatureTable:
     norms = np.linalg.norm(table.x, axis=1)
     if bad := int((~np.isfinite(norms) | (norms == 0)).sum()):
         raise DataError(f"features: {bad} of {len(norms)} rows of {path} are not finite or are 0; embed them again")
+    if places:
+        table = replace(table, names=tuple(moved(name, places) for name in table.names))
     return table
 
 

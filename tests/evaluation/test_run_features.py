@@ -1,0 +1,142 @@
+"""Features of a run: embedded once, extended, and given in the order of the images. Oracle: `m.embed`."""
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import upstep_fast
+from upstep_fast.config.base import RuntimeConfig
+from upstep_fast.config.run_features import RunFeaturesConfig
+from upstep_fast.errors import ConfigError, DataError
+from upstep_fast.evaluation import run_features
+from upstep_fast.evaluation.feature_table import read_features
+from upstep_fast.evaluation.run_features import read_or_embed
+
+pytest.importorskip("pyarrow")
+
+
+@pytest.fixture(scope="module")
+def trained(model, photos, short_run, tmp_path_factory):
+    root = tmp_path_factory.mktemp("run")
+    folder = root / "photos"
+    shutil.copytree(photos, folder)
+    upstep_fast.adapt(model=model, data=folder, out=root / "run", **short_run)
+    return root
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A run and its images, in folders of this test; `config.toml` names those of the first place."""
+    shutil.copytree(trained / "run", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def config_of(run, **options):
+    how = RuntimeConfig(device="cpu", precision="fp32")
+    return RunFeaturesConfig(str(run), runtime=how, **options)
+
+
+def embedded(run, data, base=False):
+    m = upstep_fast.load(run, device="cpu", precision="fp32")
+    m = upstep_fast.load(m.backbone.name, device="cpu", precision="fp32") if base else m
+    return m.paths(data), m.embed(data)
+
+
+def test_the_features_of_the_training_images(run, trained):
+    tables = read_or_embed(config_of(run), base=True)
+    for column in ("features", "base"):
+        names, x = embedded(run, trained / "photos", column == "base")
+        assert list(tables[column].names) == names
+        np.testing.assert_allclose(tables[column].x, x, atol=2e-6)
+    assert (run / "features" / "plan-000.parquet").exists()
+
+
+def test_what_is_there_is_not_embedded_again(run, trained, photos, monkeypatch, tmp_path):
+    read_or_embed(config_of(run))
+    with monkeypatch.context() as patch:
+        patch.setattr(run_features, "run_embed", None)
+        first = read_or_embed(config_of(run), base=True)
+    some = tmp_path / "some.txt"
+    names = list(first["features"].names)
+    chosen = [names[7], names[2], names[20]]
+    some.write_text("".join(f"{name}\n" for name in chosen))
+    with monkeypatch.context() as patch:
+        patch.setattr(run_features, "run_embed", None)
+        subset = read_or_embed(config_of(run, data=(str(some),)), base=True)
+    assert sorted(subset["features"].names) == sorted(chosen)  # in the order of the source
+    for column, table in subset.items():
+        at = [names.index(name) for name in table.names]
+        assert np.array_equal(table.x, first[column].x[at])
+    # images of another folder are added, and the run's own stay
+    others = read_or_embed(config_of(run, data=(str(photos),)))["features"]
+    assert len(others) == 24 and len(read_features(run / "features")) == 48
+    np.testing.assert_allclose(others.x, embedded(run, photos)[1], atol=2e-6)
+    assert np.array_equal(read_or_embed(config_of(run))["features"].x, first["features"].x)
+
+
+def test_images_that_cannot_be_read_are_left_out(run, photos, tmp_path, caplog):
+    shutil.copytree(photos, tmp_path / "in")
+    for i in range(101 - 24):
+        shutil.copy(tmp_path / "in" / "00.png", tmp_path / "in" / f"copy-{i:03d}.png")
+    (tmp_path / "in" / "07.png").write_bytes(b"no picture")
+    for _ in range(2):
+        table = read_or_embed(config_of(run, data=(str(tmp_path / "in"),)))["features"]
+        assert len(table) == 100 and not any(name.endswith("/07.png") for name in table.names)
+        assert "has none of 1 of 101 images; left out" in caplog.text
+
+
+def test_given_features(run, trained, photos, tmp_path):
+    out = tmp_path / "given"
+    read_or_embed(config_of(run))
+    shutil.copytree(run / "features", out)
+    shutil.rmtree(run / "features")
+    tables = read_or_embed(config_of(run, features=str(out)), base=True)
+    assert len(tables["base"]) == 24 and not (run / "features").exists()
+    with pytest.raises(DataError, match=r"given has features of other images: the first is .*; embed those of --data"):
+        read_or_embed(config_of(run, features=str(out), data=(str(photos),)))
+    place = f"{trained}/photos={photos}"
+    moved = read_or_embed(config_of(run, features=str(out), data=(str(photos),), moved=(place,)))["features"]
+    assert len(moved) == 24 and all(name.startswith(str(photos)) for name in moved.names)
+    # without facts nothing is compared
+    upstep_fast.embed(run, trained / "photos", tmp_path / "f.npy", device="cpu")
+    assert len(read_or_embed(config_of(run, features=str(tmp_path / "f.npy")))["features"]) == 24
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_features_of_another_adapter_are_refused(run, monkeypatch, given):
+    read_or_embed(config_of(run))
+    file = run / "adapter" / "adapter_config.json"
+    file.write_text(file.read_text().replace("\n", "\n ", 1))  # another fingerprint, the same adapter
+    config = config_of(run, features=str(run / "features") if given else None)
+    with pytest.raises(ConfigError, match=r"those of another adapter than .*run \(.*\); embed again: .* --overwrite"):
+        read_or_embed(config)
+
+
+def test_features_without_the_base_are_refused_only_where_it_is_needed(run, trained):
+    upstep_fast.embed(run, trained / "photos", f"{run}/features/", device="cpu")
+    assert len(read_or_embed(config_of(run))["features"]) == 24
+    with pytest.raises(DataError, match="has no column base, but path, features; embed --with-base --overwrite"):
+        read_or_embed(config_of(run), base=True)
+
+
+def test_a_model_without_a_folder_is_embedded_in_memory(model, photos):
+    tables = read_or_embed(config_of(model, data=(str(photos),)), base=True)
+    assert len(tables["features"]) == 24 and np.array_equal(tables["base"].x, tables["features"].x)
+
+
+def test_without_pyarrow_features_are_not_kept(run, trained, monkeypatch):
+    kept = read_or_embed(config_of(run))["features"]
+    shutil.rmtree(run / "features")
+    monkeypatch.setattr(run_features, "has_pyarrow", lambda: False)
+    table = read_or_embed(config_of(run))["features"]
+    assert table.names == kept.names and not (run / "features").exists()
+    np.testing.assert_allclose(table.x, kept.x, atol=2e-6)
+
+
+def test_a_run_that_names_no_images(run):
+    file = run / "config.toml"
+    file.write_text("\n".join(line for line in file.read_text().splitlines() if not line.startswith("paths")))
+    with pytest.raises(ConfigError, match=r"data: .*config.toml names no images; give --data"):
+        read_or_embed(replace(config_of(run), data=()))
