@@ -89,6 +89,13 @@ def _open(config: EmbedConfig, own: Path | None, compute: Compute, source: Sourc
     log.info("data: %s", source.summary)
     models = load_models(config)
     source = measure_intensity(source, channels=len(models["base"].mean), workers=config.data.num_workers)
+    return job_of(config, own, compute, source, models)
+
+
+def job_of(
+    config: EmbedConfig, own: Path | None, compute: Compute, source: Source, models: dict[str, Backbone]
+) -> FeatureJob:
+    """Return what makes the features of a source, with their facts. own: as `with_run`. Raises ConfigError."""
     identity = whitening.identity_of(models["base"], source.reading)
     fitted: dict[str, Whitening] = {}
     if config.whitening or own:

@@ -232,17 +232,36 @@ def load(
     options: arch, img_size, in_chans, mean, std, min_matched, any_base, intensity, bands, axes, slice, tiles, level and
     mpp, as for `embed`; None: as in training. device, precision, implementation: as for `embed`. Raises ConfigError.
     """
+    config, own = configured(source, model, whiten, device, precision, implementation, options)
+    resolve(device, precision, implementation)  # before the weights are read
+    models = load_models(config)
+    return feature_model_of(config, models, _read_whitening(config, own, models) if config.whitening or own else {})
+
+
+def configured(
+    source: str | Path,
+    model: str | Path | None,
+    whiten: bool | str | Path | None,
+    device: str,
+    precision: str,
+    implementation: str,
+    options: dict[str, Any],
+) -> tuple[EmbedConfig, Path | None]:
+    """Return the arguments of `load` as the embed command's configuration, and the run's whitening (`with_run`)."""
     options |= _places(source, model)
     options |= {"whitening": _whitening_file(source, whiten)} if whiten else {}
     options |= {"form": "plain"} if whiten is False else {}
     options |= {"device": device, "precision": precision, "implementation": implementation}
-    config, own = with_run(from_options(EmbedConfig, options | {"data": (), "out": ""}, "load"))
-    resolve(device, precision, implementation)  # before the weights are read
-    models = load_models(config)
-    name = "base" if config.adapter is None else "adapted"
-    fitted = _read_whitening(config, own, models) if config.whitening or own else {}
-    how = device, precision, implementation
-    return FeatureModel(models[name], *how, config.adapter, fitted.get(name), reading_of(config.data))
+    return with_run(from_options(EmbedConfig, options | {"data": (), "out": ""}, "load"))
+
+
+def feature_model_of(
+    config: EmbedConfig, models: Mapping[str, Backbone], fitted: Mapping[str, Whitening]
+) -> FeatureModel:
+    """Return the model of `models` that a configuration means, with its whitening."""
+    name, how = "base" if config.adapter is None else "adapted", config.runtime
+    given = how.device, how.precision, how.implementation
+    return FeatureModel(models[name], *given, config.adapter, fitted.get(name), reading_of(config.data))
 
 
 def _places(source: str | Path, model: str | Path | None) -> dict[str, Any]:

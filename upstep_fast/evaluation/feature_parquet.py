@@ -144,7 +144,7 @@ def read_folder(folder: Path, column: str) -> tuple[list[str], np.ndarray, dict[
     """
     plans = read_plans(folder)
     if not plans:
-        raise DataError(f"features: {folder} holds no features; write them with `upstep-fast embed --out {folder}/`")
+        return _read_without_plan(folder, column)
     require_complete(plans)
     names: list[str] = []
     x = np.empty((0, 0), np.float32)
@@ -161,6 +161,25 @@ def read_folder(folder: Path, column: str) -> tuple[list[str], np.ndarray, dict[
             x[len(names) : len(names) + len(rows)] = rows
             names += own_names
     return names, x[: len(names)], facts
+
+
+def _read_without_plan(folder: Path, column: str) -> tuple[list[str], np.ndarray, dict[str, Any]]:
+    """Return names, features and facts of all Parquet files in a folder, as Ray or Spark write it, sorted by name.
+
+    Raises DataError if there are none, if they are of several models, and for a name that occurs twice.
+    """
+    parts = [(path, *read_file(path, column)) for path in sorted(folder.glob("*.parquet"))]
+    if not parts:
+        raise DataError(f"features: {folder} holds no features; write them with `upstep-fast embed --out {folder}/`")
+    for path, *_, facts in parts:
+        require_same(parts[0][-1], facts, path)
+    names = [name for _, of_file, *_ in parts for name in of_file]
+    order = sorted(range(len(names)), key=names.__getitem__)
+    twice = next((names[b] for a, b in itertools.pairwise(order) if names[a] == names[b]), None)
+    if twice is not None:
+        raise DataError(f"features: {folder} names {twice} twice; write each result to a folder of its own")
+    x = np.concatenate([rows for *_, rows, _ in parts])
+    return [names[i] for i in order], x[order], parts[0][-1]
 
 
 def read_shard(path: Path, column: str) -> tuple[list[str], np.ndarray, dict[str, Any], dict[str, str]]:

@@ -12,9 +12,11 @@ from torch import Tensor
 from upstep_fast.config.reading import AS_STORED, Reading
 from upstep_fast.data.decode.in_memory import pixels_of
 from upstep_fast.data.loading.skipped_images import read_image
+from upstep_fast.data.remote.address import is_address
 from upstep_fast.data.sources.folders import Files
 from upstep_fast.data.sources.names import Names
 from upstep_fast.data.sources.pieces import only_picture
+from upstep_fast.data.sources.remote_files import RemoteFiles
 from upstep_fast.data.sources.source import Source
 from upstep_fast.data.views.resize import eval_resize, normalize
 
@@ -43,7 +45,8 @@ class EvalTransform:
         if not isinstance(image, (str, Path)):
             return pixels_of(image, len(self.mean), self.reading)
         name = os.fsencode(image)
-        part = only_picture(Files("", Names.pack([name], component=None)), self.reading)
+        kind = RemoteFiles if is_address(name) else Files
+        part = only_picture(kind("", Names.pack([name], component=None)), self.reading)
         source = Source((part,), reading=self.reading)
         return read_image(source, 0, channels=len(self.mean))
 

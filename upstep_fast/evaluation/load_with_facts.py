@@ -1,0 +1,34 @@
+"""A model in memory together with the facts of its features, for writers of features other than `embed`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from upstep_fast.config.base import reading_of
+from upstep_fast.data.sources.source import Source
+from upstep_fast.evaluation.embeddings import job_of
+from upstep_fast.evaluation.feature_model import FeatureModel, configured, feature_model_of
+from upstep_fast.evaluation.features import load_models
+from upstep_fast.runtime.device import resolve
+
+
+def load_with_facts(
+    source: str | Path,
+    *,
+    model: str | Path | None = None,
+    whiten: bool | str | Path | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    implementation: str = "auto",
+    **options: Any,
+) -> tuple[FeatureModel, dict[str, Any]]:
+    """Return the model of `upstep_fast.load`, and the facts that `embed` writes of its features (feature_facts.py).
+
+    Raises ConfigError.
+    """
+    config, own = configured(source, model, whiten, device, precision, implementation, options)
+    compute = resolve(device, precision, implementation)
+    no_images = Source((), reading=reading_of(config.data))
+    job = job_of(config, own, compute, no_images, load_models(config))
+    return feature_model_of(config, job.models, job.fitted), job.facts
