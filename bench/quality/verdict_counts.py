@@ -25,9 +25,9 @@ import torch
 from study_predictor import TRAINED, WORSE, Point, leave_one_out, points
 from study_scores import JUDGED
 
-from upstep_fast.evaluation.intervals import accuracy_interval
+from upstep_fast.evaluation.intervals import accuracy_interval, change_interval
 from upstep_fast.evaluation.label_free import CLEARLY_WORSE
-from upstep_fast.evaluation.verdict import change_interval, score_outcome
+from upstep_fast.evaluation.verdict import score_outcome
 
 PAGE = """\
 # How often the verdict was right

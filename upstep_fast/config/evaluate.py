@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from upstep_fast.config.base import ModelConfig, RuntimeConfig, at_least, below
 from upstep_fast.errors import ConfigError
 
+MEASURES = ("knn", "linear", "retrieval", "few-shot", "clusters", "per-class")
+
 
 @dataclass(frozen=True)
 class EvalConfig(ModelConfig):
-    """Measure a model, or a model with an adapter, on labeled images: k-NN and linear probe, in percent."""
+    """Measure a model, or a model with an adapter, on labeled images: k-NN, linear probe and more, in percent."""
 
     adapter: str | None = None
     """Folder of a run of adapt, or of an adapter; names --model and its options. Default: the base model only."""
@@ -23,6 +26,8 @@ class EvalConfig(ModelConfig):
     """Fraction of each class held out for testing, by --seed, of data without a test part; 0: such data is refused."""
     k: int = 20
     """Neighbors of the k-NN classifier."""
+    measures: tuple[str, ...] = ("knn", "linear")
+    """Measures, joined by commas: knn, linear, retrieval, few-shot, clusters, per-class; all: every one."""
     json: str | None = None
     """File for the results."""
     batch_size: int = 256
@@ -32,8 +37,23 @@ class EvalConfig(ModelConfig):
     def __post_init__(self) -> None:
         """Check every field. Raises ConfigError."""
         at_least(self, "k", 1)
+        object.__setattr__(self, "measures", checked_measures(self.measures))
         below(self, "test_fraction", 1)
         at_least(self, "batch_size", 1)
+
+
+def checked_measures(given: Iterable[str]) -> tuple[str, ...]:
+    """Return the measures in the order of MEASURES; a,b,c is one value to the command line. Raises ConfigError.
+
+    The table per class is one of k-NN accuracy, so it brings k-NN along.
+    """
+    names = {name for text in given for name in text.split(",") if name}
+    if unknown := sorted(names - {*MEASURES, "all"}):
+        raise ConfigError(f"measures: got {unknown[0]!r}, choose from {', '.join(MEASURES)} or all")
+    if not names:
+        raise ConfigError(f"measures: none given, choose from {', '.join(MEASURES)} or all")
+    names |= {"knn"} if "per-class" in names else set()
+    return tuple(name for name in MEASURES if name in names or "all" in names)
 
 
 @dataclass(frozen=True)

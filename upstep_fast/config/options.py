@@ -235,6 +235,7 @@ class EvaluateOptions(TypedDict, total=False):
     source: str | Path | None
     test_fraction: float
     k: int
+    measures: Sequence[str]
     json: str | Path | None
     batch_size: int
     debug: bool

@@ -11,33 +11,32 @@ from torch import Tensor
 
 from upstep_fast.data.labeled.splits import Labeled
 from upstep_fast.evaluation.classifiers import PROBE_WEIGHTS, Probe
-from upstep_fast.evaluation.intervals import accuracy_interval, gain_interval
+from upstep_fast.evaluation.intervals import Values, gain_interval, percent, score_interval
 
 NEARLY_EQUAL = 1e-4  # 1 - cosine below which the images themselves are compared
 
 
-def with_intervals(right: Mapping[str, Mapping[str, Tensor]]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return ({model: {measure: percent}}, {"intervals": ..., "gains": ...}) of the images that are right, [N] bool.
+def with_intervals(values: Mapping[str, Mapping[str, Values]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return ({model: {measure: percent}}, {"intervals": ..., "gains": ...}) of scores of the same images.
 
-    right: {model: {measure: ...}} with "base". A gain is against the base model's unwhitened features, on the same
-    images; it is within the error if its interval holds 0.
+    values: {model: {measure: ...}} with "base". A gain is against the base model's unwhitened features; it is within
+    the error if its interval holds 0.
     """
     percents, intervals, gains = {}, {}, {}
-    for model, of_measure in right.items():
-        percents[model] = {name: 100.0 * x.float().mean().item() for name, x in sorted(of_measure.items())}
-        intervals[model] = {name: accuracy_interval(x) for name, x in of_measure.items()}
+    for model, of_measure in values.items():
+        percents[model] = {name: percent(x) for name, x in sorted(of_measure.items())}
+        intervals[model] = {name: score_interval(x) for name, x in of_measure.items()}
         gains[model] = {
-            name: _gain(right["base"][name.removesuffix("_whitened")], x)
+            name: _gain(values["base"][name.removesuffix("_whitened")], x)
             for name, x in of_measure.items()
             if model != "base" or name.endswith("_whitened")
         }
     return percents, {"intervals": intervals, "gains": {model: of for model, of in gains.items() if of}}
 
 
-def _gain(before: Tensor, after: Tensor) -> dict[str, Any]:
+def _gain(before: Values, after: Values) -> dict[str, Any]:
     low, high = gain_interval(before, after)
-    points = 100.0 * (after.float().mean() - before.float().mean()).item()
-    return {"points": points, "interval": [low, high], "within_error": low <= 0 <= high}
+    return {"points": percent(after) - percent(before), "interval": [low, high], "within_error": low <= 0 <= high}
 
 
 def probe_facts(probe: Probe) -> dict[str, Any]:

@@ -1,20 +1,61 @@
-"""95 % intervals of an accuracy and of a gain, in percent, in closed form.
+"""95 % intervals of a score and of a gain, in percent, in closed form.
 
     accuracy, n images, m right:  Wilson (1927):  (p + z^2/2n -+ z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n)
-    gain, b images lost and c won:  d = (c - b)/(n + 2),  d -+ z sqrt(((b + c + 1) - (n + 2) d^2)) / (n + 2)
+    mean of n values v in 0..1:   m = (sum v + 2)/(n + 4),  m -+ z sqrt((sum v^2 + 2)/(n + 4) - m^2) / sqrt(n + 4)
+    gain, differences d of n images:  m = sum d/(n + 2),  m -+ z sqrt(sum d^2 + 1 - (n + 2) m^2) / (n + 2)
+    jackknife, t_i the value without image i:  t -+ z sqrt((n - 1)/n sum (t_i - mean t)^2)
+    several seeds:  sqrt(a^2 + b^2) on either side; a: as above, of the images' means over the seeds,
+                    b = t_{S-1} s / sqrt(S), s the deviation of the S seeds' means: both are drawn at random
 
-The second counts the same images twice, so only those on which the two models differ matter: McNemar's pairing, as an
+The gain counts the same images twice, so only those on which the two models differ matter: McNemar's pairing, as an
 interval. It is Wald's with half an image more in each of the four cells (Agresti and Min 2005), which holds its level
-for few images too, and for b = c = 0.
+for few images too, and if no image changed. The mean's is Wald's with two values of 0 and two of 1 more (Agresti and
+Coull 1998). The jackknife is for what is no mean over images (Efron and Stein 1981); of a gain it takes t_i of both.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
+SEEDS = 10  # of a score over several seeds
+T = 2.2621571627409915  # 97.5 % quantile of Student's t with SEEDS - 1 degrees of freedom
+
+
+@dataclass(frozen=True)
+class Jackknife:
+    """A score of images that is no mean over them, at most 1."""
+
+    value: float
+    without: Tensor  # [N] fp64, the value without each image
+
+
+# per image: right or not [N] bool, a value in 0..1 [N], or either over SEEDS seeds, [SEEDS, N]
+Values = Tensor | Jackknife
+
+
+def percent(values: Values) -> float:
+    """Return the score in percent."""
+    return 100.0 * (values.value if isinstance(values, Jackknife) else values.double().mean().item())
+
+
+def score_interval(values: Values) -> list[float]:
+    """Return the interval [low, high] of a score in percent."""
+    if isinstance(values, Jackknife):
+        half = _jackknife(values.without)
+        return [100 * (values.value - half), 100 * min(1.0, values.value + half)]
+    if values.dtype == torch.bool and values.ndim == 1:
+        return accuracy_interval(values)
+    if values.ndim == 2:
+        return _over_seeds(values, score_interval(values.double().mean(0)), 0.0)
+    v, n = values.double(), len(values) + 4
+    mean, squares = (float(v.sum()) + 2) / n, float(v.square().sum()) + 2
+    half = Z * math.sqrt((squares / n - mean**2) / n)
+    return [100 * max(0.0, mean - half), 100 * min(1.0, mean + half)]
 
 
 def accuracy_interval(right: Tensor) -> list[float]:
@@ -26,9 +67,36 @@ def accuracy_interval(right: Tensor) -> list[float]:
     return [100 * (0.0 if m == 0 else low), 100 * (1.0 if m == n else high)]
 
 
-def gain_interval(before: Tensor, after: Tensor) -> list[float]:
-    """Return the interval [low, high] in points of the gain `after` - `before`; [N] bool, right on the same images."""
-    n, lost, won = len(before), int((before & ~after).sum()), int((after & ~before).sum())
-    d = (won - lost) / (n + 2)
-    half = Z * math.sqrt((won + lost + 1) - (n + 2) * d**2) / (n + 2)
-    return [100 * max(-1.0, d - half), 100 * min(1.0, d + half)]
+def gain_interval(before: Values, after: Values) -> list[float]:
+    """Return the interval [low, high] in points of the gain `after` - `before`, of the same images."""
+    if isinstance(before, Jackknife) and isinstance(after, Jackknife):
+        half, gain = _jackknife(after.without - before.without), after.value - before.value
+        return [100 * (gain - half), 100 * (gain + half)]
+    assert isinstance(before, Tensor) and isinstance(after, Tensor)
+    d = after.double() - before.double()
+    if d.ndim == 2:
+        return _over_seeds(d, gain_interval(torch.zeros(d.shape[1]), d.mean(0)), -1.0)
+    low, high = change_interval(float(d.sum()), float(d.square().sum()), len(d))
+    return [max(-100.0, low), min(100.0, high)]
+
+
+def change_interval(total: float, squares: float, n: int) -> tuple[float, float]:
+    """Return the interval of mean(d) in points; total, squares: sum(d) and sum(d^2) over n images."""
+    mean = total / (n + 2)
+    half = Z * math.sqrt(squares + 1 - (n + 2) * mean**2) / (n + 2)
+    return 100 * (mean - half), 100 * (mean + half)
+
+
+def _over_seeds(values: Tensor, of_images: list[float], least: float) -> list[float]:
+    """Return the interval of the images widened by the seeds'. values: [SEEDS, N]."""
+    means = values.double().mean(1)
+    assert len(means) == SEEDS
+    point, half = 100 * float(means.mean()), 100 * T * float(means.std()) / math.sqrt(SEEDS)
+    low, high = (point + sign * math.hypot(point - end, half) for sign, end in zip((-1, 1), of_images, strict=True))
+    return [max(100 * least, low), min(100.0, high)]
+
+
+def _jackknife(without: Tensor) -> float:
+    """Return half the interval's width, a fraction."""
+    n = len(without)
+    return Z * math.sqrt((n - 1) / n * float((without - without.mean()).square().sum()))

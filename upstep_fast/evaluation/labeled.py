@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import torch
-from torch import Tensor
 
 from upstep_fast.config.base import reading_of
 from upstep_fast.config.evaluate import EvalConfig
@@ -25,7 +24,7 @@ from upstep_fast.data.sources.source import columns_of
 from upstep_fast.data.sources.splits import SPLITS
 from upstep_fast.errors import RunFailedError
 from upstep_fast.evaluation import whitening
-from upstep_fast.evaluation.classifiers import knn_right, probe
+from upstep_fast.evaluation.classifiers import knn_right
 from upstep_fast.evaluation.features import (
     Extracted,
     Features,
@@ -36,7 +35,9 @@ from upstep_fast.evaluation.features import (
     log_time,
     unwhitened,
 )
-from upstep_fast.evaluation.figures import data_notes, probe_facts, probe_notes, with_intervals
+from upstep_fast.evaluation.figures import data_notes, probe_notes, with_intervals
+from upstep_fast.evaluation.intervals import Values
+from upstep_fast.evaluation.measures.measure import measure, measure_notes
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime.atomic_file import require_writable, write_atomic
@@ -44,8 +45,6 @@ from upstep_fast.runtime.device import Compute, resolve
 from upstep_fast.runtime.progress import track
 
 log = logging.getLogger("upstep_fast")
-
-Right = dict[str, dict[str, Tensor]]  # {model: {measure: [N] bool}}, which test images are right
 
 
 @with_keywords(EvalConfig)
@@ -110,23 +109,17 @@ def _measure(config: EvalConfig, compute: Compute) -> dict[str, Any]:
     log_time(sum(len(part.y) for part in (*parts, *(sources or ()))), models, compute)
     train, test, labeled = _extract(parts, models, config, compute)
     whitened = partial(append_whitened, fitted={name: whitening.fit(x) for name, x in train.x.items()})
-    k, groups = min(config.k, len(train.y)), labeled[0].source.groups()
-    right: Right = {}
-    probes: dict[str, dict[str, Any]] = {}
+    k = min(config.k, len(train.y))
     forms: dict[str, Form] = {"": unwhitened, "_whitened": whitened}
-    with track("eval: k-NN and linear probe"):
-        for suffix, form in forms.items():
-            for kind, bank, queries in _pairs(form, train, test):
-                right.setdefault(kind, {})[f"knn{suffix}"] = knn_right(bank, queries, k)
-                probed = probe(bank, queries, groups=groups)
-                right[kind][f"linear{suffix}"] = probed.right
-                probes.setdefault(kind, {})[f"linear{suffix}"] = probe_facts(probed)
-    result, details = with_intervals(right)
-    result |= {"n_train": len(train.y), "n_test": len(test.y), "k": k}
+    measured = measure(train, test, forms, config.measures, k, labeled[0].source.groups())
+    result, details = with_intervals(measured.values)
+    details |= {"per_class": measured.per_class} if measured.per_class else {}
+    result |= {"n_train": len(train.y), "n_test": len(test.y), "k": k, "measures": list(config.measures)}
     if sources is not None:
         _add_source(result, details, config, forms, _extract(sources, models, config, compute, "source "))
-    notes = data_notes(*labeled, unwhitened(train.x)["base"], unwhitened(test.x)["base"], config.k)
-    return result | details | {"probe": probes, "notes": [*notes, *probe_notes(probes)]}
+    notes = list(data_notes(*labeled, unwhitened(train.x)["base"], unwhitened(test.x)["base"], config.k))
+    notes = [*notes, *measure_notes(config.measures, train, test), *probe_notes(measured.probes)]
+    return result | details | {"probe": measured.probes, "notes": notes}
 
 
 def _add_source(
@@ -138,7 +131,7 @@ def _add_source(
 ) -> None:
     """Add k-NN on the source domain: {"source": {model: percent}, ...}, with intervals and gains by the same keys."""
     bank, queries, _ = source
-    right: Right = {}
+    right: dict[str, dict[str, Values]] = {}
     for suffix, form in forms.items():
         for kind, train, test in _pairs(form, bank, queries):
             right.setdefault(kind, {})[f"source{suffix}"] = knn_right(train, test, config.k)

@@ -18,7 +18,6 @@ STORED, counted by bench/quality/verdict_counts.py into bench/results/verdict.md
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upstep_fast.evaluation.classifiers import knn_right_among
-from upstep_fast.evaluation.intervals import Z, gain_interval
+from upstep_fast.evaluation.intervals import change_interval, gain_interval
 from upstep_fast.evaluation.label_free import CLEARLY_WORSE, DRIFT, linear_cka, views_found
 
 # outcome: (gained k-NN accuracy, lost more than half a point, all) of the study's stored adapters
@@ -76,13 +75,6 @@ def label_free_verdict(base: Tensor, adapted: Tensor) -> Verdict:
     word = f"probably {outcome}" if outcome == "better" else outcome
     text = f"{word}: label-free score {_signed(gain)} ({interval}) on {n} held-out images; {_sureness(outcome)}"
     return Verdict(text, gain, low, high, "label-free", outcome, n)
-
-
-def change_interval(total: float, squares: float, n: int) -> tuple[float, float]:
-    """Return the interval of mean(d) in points; total, squares: sum(d) and sum(d^2) over n images."""
-    mean = total / (n + 2)
-    half = Z * math.sqrt(squares + 1 - (n + 2) * mean**2) / (n + 2)
-    return 100 * (mean - half), 100 * (mean + half)
 
 
 def score_outcome(score: float, low: float) -> Outcome:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from upstep_fast.errors import printable
+from upstep_fast.report.measures import KINDS, cell, print_measures
 from upstep_fast.runtime import terminal
 
 if TYPE_CHECKING:
@@ -29,11 +30,12 @@ def print_scores(result: dict[str, Any]) -> None:
     """
     table = terminal.Table(title=f"{result['n_train']} train, {result['n_test']} test images, k = {result['k']}")
     table.add_column("features")
-    kinds = [kind for kind in ("base", "adapted", "ensemble") if kind in result]
+    kinds = [kind for kind in KINDS if kind in result]
     columns: dict[str, dict[str, tuple[str, str]]] = {
         title: {kind: (kind, key) for kind in kinds}
         for measure in ("knn", "linear")
         for title, key in ((measure, measure), (f"{measure}, whitened", f"{measure}_whitened"))
+        if key in result["base"]
     }
     if "source" in result:
         columns |= {"source knn": {kind: ("source", kind) for kind in kinds}}
@@ -41,20 +43,13 @@ def print_scores(result: dict[str, Any]) -> None:
     for name in columns:
         table.add_column(name, justify="right")
     for kind in kinds:
-        table.add_row(kind, *(_cell(result, *row[kind]) for row in columns.values()))
-    terminal.show(table)
+        table.add_row(kind, *(cell(result, *row[kind]) for row in columns.values()))
+    if columns:
+        terminal.show(table)
+    print_measures(result)
     print("± half the 95 % interval; ~ within the error: the 95 % interval of the change holds 0")
     for note in result["notes"]:
         print(f"note: {printable(note)}")
-
-
-def _cell(result: dict[str, Any], outer: str, inner: str) -> str:
-    (low, high), gain = result["intervals"][outer][inner], result["gains"].get(outer, {}).get(inner)
-    text = f"{result[outer][inner]:.1f} ± {(high - low) / 2:.1f}"
-    if gain is None:
-        return text
-    # + 0.0 turns -0.0 into 0.0
-    return f"{text} ({'~' if gain['within_error'] else ''}{round(gain['points'], 1) + 0.0:+.1f})"
 
 
 def print_timings(result: dict[str, Any]) -> None:

@@ -1,0 +1,1 @@
+"""What `eval --measures` computes from features and classes: retrieval, few-shot, clusters, one row a class."""
