@@ -94,13 +94,8 @@ def print_measures(result: dict[str, Any]) -> None:
         if rows := list(rows_of(result, measure)):
             _show(TITLES[measure], ["features", *names.values()], rows)
     if rows := list(class_rows(result)):
-        more = len(rows) - WORST
-        title = "classes, the worst first"
-        _show(
-            f"{title}: {WORST} of {len(rows)}, --json holds all" if more > 0 else title,
-            class_header(result),
-            rows[:WORST],
-        )
+        title = f"classes, the worst {WORST} of {len(rows)}" if len(rows) > WORST else "classes, the worst first"
+        _show(title, class_header(result), rows[:WORST])
 
 
 def _show(title: str, header: list[str], rows: list[list[str]]) -> None:

@@ -90,7 +90,7 @@ def _ranked(similarity: Tensor, begin: Tensor, end: Tensor) -> Tensor:
     tied, tied_r = (upto - above).double(), (upto_r - above_r).double()
 
     def precision(limit: Tensor) -> Tensor:
-        """Sum rel(i) precision(i) / R over i <= limit, [B]: each relevant image has the r-th part of its group's."""
+        """Average the precisions at the relevant images up to a rank, [B]; those of a group have equal parts."""
         to = torch.minimum(upto, limit)
         slope = torch.where(tied > 1, (tied_r - 1) / (tied - 1).clamp_min(1), 0.0)
         harmonic = harmonics[to] - harmonics[above]
