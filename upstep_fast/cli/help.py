@@ -43,6 +43,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "upstep-fast embed adapted/ --data photos/ --out features.npy",
         "upstep-fast embed --model vit_base_patch16_224 --data photos/ --out features.npy",
     ),
+    "explore": (
+        "upstep-fast explore adapted/",
+        "upstep-fast explore adapted/ --data photos/ --columns table.csv --port 8080 --no-browser",
+    ),
     "export": ("upstep-fast export adapted/ --format hf --out exported/",),
     "push": ("upstep-fast push adapted/ OWNER/NAME --private",),
     "models": ("upstep-fast models", "upstep-fast models '*dinov2*'"),

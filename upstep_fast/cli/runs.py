@@ -129,3 +129,10 @@ def demo(config: Any) -> None:
     from upstep_fast.cli.demo import run
 
     run(config)
+
+
+def explore(config: Any) -> None:
+    """Serve the page until Ctrl-C."""
+    from upstep_fast.explorer.open import run
+
+    run(config)

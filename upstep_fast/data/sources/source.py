@@ -86,6 +86,11 @@ class Source:
         part, local = self._locate(index)
         return part.read(local)
 
+    def file_path(self, index: int) -> str | None:
+        """Return the path of an image that is a file of its own; None for another."""
+        part, local = self._locate(index)
+        return part.file_path(local)
+
     def item(self, index: int) -> Item:
         """Return the encoded image, or a file and which picture of it is meant. Raises OSError."""
         part, local = self._locate(index)
