@@ -100,6 +100,7 @@ WEIGHTS = {
     "plan": 2,
     "bench": 0.3,
     "completion": 0.4,
+    "explore": 0,  # serves until it is interrupted
 }
 
 

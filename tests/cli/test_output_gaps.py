@@ -177,6 +177,7 @@ def commands(of) -> dict[str, tuple[list[object], list[str]]]:
     }
 
 
+SWEPT = [name for name in COMMANDS if name != "explore"]  # which serves until it is interrupted
 READ, BUILD = "data.sources.source:Source.read=0.15", "model.backbone:_build=3.5"
 
 
@@ -188,12 +189,12 @@ def check(args: list[object], planted: list[str], cwd: Path, *, terminal: bool, 
 
 
 def test_every_command_is_swept(request):
-    assert commands(request.getfixturevalue).keys() == COMMANDS.keys()
+    assert commands(request.getfixturevalue).keys() == set(SWEPT)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "pipe"])
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", SWEPT)
 def test_no_gap(request, tmp_path, name, terminal):
     args, planted = commands(request.getfixturevalue)[name]
     images = [] if name == "demo" else [READ]  # it reads 2,062

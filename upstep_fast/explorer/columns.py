@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,10 @@ from upstep_fast.errors import ConfigError, DataError, printable
 MAX_CATEGORIES = 1000  # the most frequent ones; the others share one
 OTHERS, NONE = "(others)", "(none)"
 MAX_TEXT = 200  # characters of a category
+FEW = 12  # as many as the palette has colors
 MIN_DISTINCT = 13  # a column of numbers with fewer distinct values is one of categories
+
+_DIGITS = re.compile(r"([0-9]+)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,13 +47,19 @@ class Column:
 
 
 def of_categories(name: str, texts: Sequence[str]) -> Column:
-    """Return a column of categories, the most frequent first, then by name."""
+    """Return a column of categories: a few in the order of their names, many with the most frequent first."""
     counts = Counter(texts)
-    ordered = sorted(counts, key=lambda text: (text == NONE, -counts[text], text))
+    by_name = sorted(counts, key=lambda text: (text == NONE, _natural(text)))
+    ordered = by_name if len(by_name) <= FEW else sorted(by_name, key=lambda text: (text == NONE, -counts[text]))
     shown = ordered if len(ordered) <= MAX_CATEGORIES else [*ordered[: MAX_CATEGORIES - 1], OTHERS]
     codes = {text: min(i, len(shown) - 1) for i, text in enumerate(ordered)}
     values = np.fromiter((codes[text] for text in texts), np.uint16, len(texts))
     return Column(name, values, tuple(printable(text, MAX_TEXT) for text in shown))
+
+
+def _natural(text: str) -> list[tuple[int, str]]:
+    """Return what sorts "2" before "10"."""
+    return [(len(part.lstrip("0")) if i % 2 else 0, part) for i, part in enumerate(_DIGITS.split(text))]
 
 
 def of_texts(name: str, texts: Sequence[str]) -> Column:

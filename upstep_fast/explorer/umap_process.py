@@ -2,8 +2,8 @@
 
     python -m upstep_fast.explorer.umap_process FOLDER COLUMN...
 
-reads FOLDER/COLUMN.npy, writes FOLDER/umap-COLUMN.npy and then prints COLUMN. It ends when its standard input does: when
-the process that started it has ended, in whatever way.
+reads FOLDER/COLUMN.npy, writes FOLDER/umap-COLUMN.npy and then prints COLUMN. It ends when its standard input does:
+when the process that started it has ended, in whatever way.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ import { categoryColor, colorsOf, rangeOf, scaleColor } from "./colors.js";
 import { ask, askJson, askNumbers, bytesOf, element, namesOf, picture, tile } from "./images.js";
 
 const SIDES = ["base", "adapted"], SIDE_NAMES = { base: "before", adapted: "after" };
-const PAGE = 180; // tiles shown at once
+const PAGE = 180, NEAREST = 12; // tiles shown at first
 const POLL = 1500; // ms
 const get = (id) => document.getElementById(id);
 const counted = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s"}`;
@@ -166,14 +166,14 @@ function shares(chosen) {
   return [element("ul", { className: "shares" }, ...rows)];
 }
 
-function tiles(indices, options = () => ({})) {
+function tiles(indices, options = () => ({}), page = PAGE) {
   const grid = element("div", { className: "grid" }), box = element("div", {}, grid);
   const more = element("button", { type: "button", className: "more" });
   const add = () => {
     const from = grid.childElementCount;
-    grid.append(...Array.from(indices.slice(from, from + PAGE), (i, k) => tile(i, events, options(from + k))));
+    grid.append(...Array.from(indices.slice(from, from + page), (i, k) => tile(i, events, options(from + k))));
     const left = indices.length - grid.childElementCount;
-    more.textContent = `Show ${Math.min(left, PAGE)} more of ${left.toLocaleString("en")}`;
+    more.textContent = `Show ${Math.min(left, page)} more of ${left.toLocaleString("en")}`;
     if (left > 0) box.append(more);
     else more.remove();
   };
@@ -204,7 +204,7 @@ function showHover(i, place, isSaid = false) {
   }
   box.hidden = i < 0 || !place;
   if (box.hidden) return;
-  const [x, y] = place, right = x + 200 > innerWidth, below = y + 250 < innerHeight;
+  const [x, y] = place, right = x + 200 > document.querySelector(".maps").getBoundingClientRect().right, below = y + 250 < innerHeight;
   box.style.left = `${Math.max(4, right ? x - 194 : x + 18)}px`;
   box.style.top = `${Math.max(4, below ? y + 14 : y - 236)}px`;
   if (!isOther) return;
@@ -243,11 +243,12 @@ async function open(i) {
 function showNeighbors(head, found, focus) {
   const before = new Set(found.base.map(([i]) => i)), numNew = found.adapted.filter(([i]) => !before.has(i)).length;
   const lists = SIDES.flatMap((side) => {
-    const note = side === "adapted" ? `${numNew} of ${found[side].length} new, framed` : "cosine similarity";
+    const words = [shared(found[side].map(([i]) => i), focus), side === "adapted" ? `${numNew} new, framed` : ""];
+    const note = words.filter(Boolean).join("; ");
     const heading = element("h2", { textContent: `Nearest ${SIDE_NAMES[side]} ` }, element("small", { textContent: note }));
     heading.id = `nearest-${side}`;
     const isNew = (i) => side === "adapted" && !before.has(i);
-    return [heading, tiles(found[side].map(([i]) => i), (k) => ({ score: found[side][k][1], isNew: isNew(found[side][k][0]) }))];
+    return [heading, tiles(found[side].map(([i]) => i), (k) => ({ score: found[side][k][1], isNew: isNew(found[side][k][0]) }), NEAREST)];
   });
   const all = Uint32Array.from(new Set(SIDES.flatMap((side) => found[side].map(([i]) => i)))).sort();
   const button = element("button", { type: "button", textContent: "Select these neighbors" });
@@ -256,6 +257,13 @@ function showNeighbors(head, found, focus) {
   views.image.body.scrollTop = 0;
   for (const side of SIDES) scatters[side].setMarks({ focus, rings: found[side].slice(0, 12).map(([i]) => i) });
   show("image");
+}
+
+// Returns how many of the neighbors have the image's category, as words.
+function shared(neighbors, focus) {
+  const facts = page.facts.columns[page.column], values = page.values[page.column];
+  if (focus < 0 || !facts || facts.isNumber) return "";
+  return `${neighbors.filter((i) => values[i] === values[focus]).length} of ${neighbors.length} with the same ${facts.name}`;
 }
 
 async function searchBy(file) {

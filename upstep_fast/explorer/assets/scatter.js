@@ -18,7 +18,7 @@ void main() {
   fill = vec4(mix(color.rgb, vec3(.55), gray) * a, a);
 }`;
 const FRAGMENT = `#version 300 es
-precision highp float; // as in the vertex shader: they share `size`
+precision highp float; // as in the vertex shader: both have "size"
 in vec4 fill;
 uniform float size;
 out vec4 result;
@@ -200,7 +200,7 @@ export class Scatter {
     const ease = this.t * this.t * (3 - 2 * this.t);
     gl.uniform1f(u.t, ease);
     const step = Math.min(MAX_STRIDE, Math.max(1, Math.ceil(n / most)));
-    const size = Math.max(1.4, Math.min(9, 5.4 * Math.pow(5000 / n, 0.22))) * Math.pow(this.zoom, 0.3) * this.ratio;
+    const size = Math.max(1.4, Math.min(8, 4.4 * Math.pow(5000 / n, 0.22))) * Math.pow(this.zoom, 0.3) * this.ratio;
     const alpha = n > 200000 ? 0.6 : n > 20000 ? 0.75 : 0.9;
     this.pass(step, size * (step > 1 ? 1.15 : 1), this.selection ? alpha * 0.22 : alpha, this.selection ? 0.8 : 0);
     gl.drawArrays(gl.POINTS, 0, Math.ceil(n / step));
