@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from upstep_fast.evaluation.embeddings import embed
     from upstep_fast.evaluation.feature_model import FeatureModel, load
     from upstep_fast.evaluation.labeled import evaluate
+    from upstep_fast.explorer.open import explore
     from upstep_fast.integrations.sklearn import Embedder as Embedder
     from upstep_fast.model.peft_format import load_adapted
     from upstep_fast.train.adapt import adapt
@@ -30,6 +31,7 @@ __all__ = [  # without Embedder: `from upstep_fast import *` does not need sciki
     "adapt",
     "embed",
     "evaluate",
+    "explore",
     "finetune",
     "kernels",
     "load",
@@ -42,6 +44,7 @@ _HOME = {
     "adapt": "train.adapt",
     "evaluate": "evaluation.labeled",
     "embed": "evaluation.embeddings",
+    "explore": "explorer.open",
     "FeatureModel": "evaluation.feature_model",
     "finetune": "train.finetune.run",
     "load": "evaluation.feature_model",

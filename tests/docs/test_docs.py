@@ -53,6 +53,7 @@ SHORTENED = {
 PARSED = {
     "upstep-fast demo": "two minutes; tests/cli/test_demo.py runs it",
     "../shared/data": "85 minutes, on data that is not shipped",
+    "upstep-fast explore": "serves until Ctrl-C; tests/explorer/ runs it",
     "upstep-fast push": "an upload; tests/model/test_hub.py runs it on a server of its own",
     "hf-hub:": "a download",
     "hf:": "a download",

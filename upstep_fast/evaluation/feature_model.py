@@ -134,6 +134,12 @@ class FeatureModel:
         source = open_source(data, reading=self.reading)
         return [source.name(index) for index in range(len(source))]
 
+    def explore(self, images: Any, **options: Any) -> Any:
+        """Return a local page to look through the images of a path: see `upstep_fast.explore`. Raises UpstepError."""
+        import upstep_fast
+
+        return upstep_fast.explore(self, images, **options)
+
     def __repr__(self) -> str:
         """Return the model's name, adapter, input, D and device."""
         height, width = self.backbone.img_size

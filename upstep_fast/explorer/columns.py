@@ -20,7 +20,7 @@ MAX_CATEGORIES = 1000  # the most frequent ones; the others share one
 OTHERS, NONE = "(others)", "(none)"
 MAX_TEXT = 200  # characters of a category
 FEW = 12  # as many as the palette has colors
-MIN_DISTINCT = 13  # a column of numbers with fewer distinct values is one of categories
+MIN_INTEGERS = 13  # a column of integers with fewer distinct values is one of categories
 
 _DIGITS = re.compile(r"([0-9]+)")
 
@@ -63,10 +63,12 @@ def _natural(text: str) -> list[tuple[int, str]]:
 
 
 def of_texts(name: str, texts: Sequence[str]) -> Column:
-    """Return a column of numbers if all of the texts that are not empty are finite numbers of many values."""
+    """Return a column of numbers if all texts but empty ones are numbers, unless they are few different integers."""
     given = {text for text in texts if text}
     numbers = {text: value for text in given if (value := _number(text)) is not None}
-    if len(numbers) == len(given) and len(set(numbers.values())) >= MIN_DISTINCT:
+    distinct = set(numbers.values())
+    is_scale = len(distinct) >= MIN_INTEGERS or not all(value.is_integer() for value in distinct)
+    if given and len(numbers) == len(given) and is_scale:
         values = np.fromiter((numbers.get(text, math.nan) for text in texts), np.float32, len(texts))
         return Column(name, values)
     return of_categories(name, [text or NONE for text in texts])

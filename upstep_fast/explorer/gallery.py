@@ -125,7 +125,7 @@ def gallery_of_model(model: FeatureModel, data: Sequence[str], config: ExploreCo
     x = {
         column: np.concatenate([one.embed(path, config.batch_size) for path in data]) for column, one in models.items()
     }
-    return make_gallery(model.backbone.name, names, x, data, model, config, None)
+    return make_gallery(Path(model.backbone.name).name, names, x, data, model, config, None)
 
 
 def make_gallery(

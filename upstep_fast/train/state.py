@@ -86,6 +86,12 @@ class AdaptResult:
         """
         return load(self.adapter.parent, **options)
 
+    def explore(self, **options: Any) -> Any:
+        """Return a local page to look through the run's images: see `upstep_fast.explore`. Raises UpstepError."""
+        from upstep_fast.explorer.open import explore
+
+        return explore(self.adapter.parent, **options)
+
     def _repr_html_(self) -> str | None:
         """Return what a notebook shows; None, for the plain repr, if the run's folder cannot be read any more."""
         try:
