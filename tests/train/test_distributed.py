@@ -151,6 +151,8 @@ def jobs(base, folder):
         mine = base.get(key, (0.5,) * 3)
         options = embed | {"out": str(folder / f"{key}.npy")}
         runs.append({"name": name, "call": "embed", "options": options, "per_rank": {key: [mine, other]}})
+    shards = embed | {"out": str(folder / "features/"), "batch_size": 2, "shard_size": 5, "with_base": True}
+    runs += [{"name": name, "call": "embed", "options": shards} for name in ("embed folder", "embed folder again")]
     runs.append({"name": "extract", "call": "extract", "options": embed | {"batch_size": 5}})
     return runs
 
@@ -429,6 +431,34 @@ def test_when_a_rank_ends_all_end_within_a_minute_and_say_why(base, tmp_path, re
     assert CAUSES[kind].removeprefix("(rank 1): ") in log
     record_property("rank_faults", 1)
     record_property("rank_fault_seconds_max", seconds)
+
+
+def shards_of(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if not path.name.startswith(".")}
+
+
+def test_ranks_share_the_shards_of_a_folder(base, ranks, tmp_path):
+    """24 images in shards of 5: three for rank 0, two for rank 1; one process gives every bit of them."""
+    options = {k: base[k] for k in ("model", "data", "precision", "device", "num_workers")}
+    upstep_fast.embed(**options, out=tmp_path / "one", batch_size=2, shard_size=5, with_base=True)
+    for name in ("embed folder", "embed folder again"):
+        assert all("error" not in found for found in outcome(ranks, name))
+    assert shards_of(ranks / "features") == shards_of(tmp_path / "one") and len(shards_of(tmp_path / "one")) == 6
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_folder_is_completed_after_a_rank_was_killed(base, tmp_path, rank):
+    options = {k: base[k] for k in ("model", "data", "precision", "device", "num_workers")}
+    options |= {"out": f"{tmp_path}/f/", "batch_size": 2, "shard_size": 3}
+    fault = {"rank": rank, "kind": "killed", "at": 3, "in": "features", "note": str(tmp_path / "when")}
+    done, _ = launch(tmp_path, {"command": ["embed", *flags(options)], "fault": fault})
+    assert done.returncode != 0 and 0 < len(shards_of(tmp_path / "f")) < 9
+    done, _ = launch(tmp_path, {"command": ["embed", *flags(options)]})
+    assert done.returncode == 0, done.stderr[-3000:]
+    upstep_fast.embed(**options | {"out": tmp_path / "one"})
+    assert shards_of(tmp_path / "f") == shards_of(tmp_path / "one") and len(shards_of(tmp_path / "f")) == 9
 
 
 @pytest.mark.long
