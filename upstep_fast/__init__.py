@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from upstep_fast.explorer.open import explore
     from upstep_fast.integrations.sklearn import Embedder as Embedder
     from upstep_fast.model.peft_format import load_adapted
+    from upstep_fast.report.curation import curate
     from upstep_fast.train.adapt import adapt
     from upstep_fast.train.finetune.classifier import load_finetuned
     from upstep_fast.train.finetune.run import finetune
@@ -29,6 +30,7 @@ __all__ = [  # without Embedder: `from upstep_fast import *` does not need sciki
     "FeatureModel",
     "__version__",
     "adapt",
+    "curate",
     "embed",
     "evaluate",
     "explore",
@@ -42,6 +44,7 @@ __all__ = [  # without Embedder: `from upstep_fast import *` does not need sciki
 _HOME = {
     "Embedder": "integrations.sklearn",
     "adapt": "train.adapt",
+    "curate": "report.curation",
     "evaluate": "evaluation.labeled",
     "embed": "evaluation.embeddings",
     "explore": "explorer.open",

@@ -47,6 +47,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "upstep-fast explore adapted/",
         "upstep-fast explore adapted/ --data photos/ --columns table.csv --port 8080 --no-browser",
     ),
+    "curate": (
+        "upstep-fast curate adapted/ --data photos/ --out curation/",
+        "upstep-fast curate adapted/ --data photos/ --against test/ --apply keep.txt",
+    ),
     "export": ("upstep-fast export adapted/ --format hf --out exported/",),
     "push": ("upstep-fast push adapted/ OWNER/NAME --private",),
     "models": ("upstep-fast models", "upstep-fast models '*dinov2*'"),

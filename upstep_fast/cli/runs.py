@@ -70,6 +70,20 @@ def embed(config: Any) -> None:
         print_line(f"features: {done.out}  ({done.form}; {done.shape[0]:,} x {done.shape[1]:,}{counts})")
 
 
+def curate(config: Any) -> None:
+    """Find what is wrong with a set of images, and print how much."""
+    from upstep_fast.report.curation import PAGE, run_curate
+    from upstep_fast.runtime.terminal import counted, print_line
+
+    found = run_curate(config)
+    for note in found.notes:
+        print_line(note)
+    print_line(f"{counted(len(found.names), 'image')}: " + ", ".join(f"{n:,} {k}" for k, n in found.counts.items()))
+    if config.apply is not None:
+        print_line(f"list: {config.apply}  ({counted(len(found.kept), 'image')} kept)")
+    print_line(f"report: {found.out / PAGE}")
+
+
 def export(config: Any) -> None:
     """Write the adapted model in another format."""
     from upstep_fast.model.export.export import run

@@ -13,7 +13,7 @@ from typing import Any
 from upstep_fast import input_files
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.adapter_folder import with_adapter
-from upstep_fast.config.flat import flat, from_flat, groups, paths, undashed
+from upstep_fast.config.flat import defaults, flat, from_flat, groups, paths, undashed
 from upstep_fast.config.value_types import check_types
 from upstep_fast.errors import ConfigError
 
@@ -80,11 +80,12 @@ def from_options(config_class: type, options: Mapping[str, Any], where: str) -> 
     options = {known_flag(name, config_class, where): value for name, value in options.items()}
     options = with_adapter(options, config_class)
     required = [name for name in ("model", "data", "out") if name in paths(config_class)]
+    required = [name for name in required if name not in defaults(config_class)]
     if missing := [name for name in required if name not in options]:
         raise ConfigError(f"{where}: {', '.join(missing)} must be given")
-    if isinstance(options["data"], (str, Path)):
+    if isinstance(options.get("data"), (str, Path)):
         options["data"] = (options["data"],)
-    elif isinstance(options["data"], (Iterator, Set)):
+    elif isinstance(options.get("data"), (Iterator, Set)):
         options["data"] = tuple(options["data"])
     check_types(options, config_class, where)
     # a TOML file's lists are the tuples of the fields

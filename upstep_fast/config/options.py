@@ -281,3 +281,19 @@ class EmbedOptions(TypedDict, total=False):
     precision: Literal["auto", "fp32", "fp16", "bf16", "fp8"]
     implementation: Literal["auto", "reference", "triton", "cuda"]
     seed: int
+
+
+class CurateOptions(TypedDict, total=False):
+    """Keywords of `upstep_fast.curate`."""
+
+    features: str | Path | None
+    batch_size: int
+    debug: bool
+    device: str
+    precision: Literal["auto", "fp32", "fp16", "bf16", "fp8"]
+    implementation: Literal["auto", "reference", "triton", "cuda"]
+    seed: int
+    against: Sequence[str]
+    apply: str | Path | None
+    drop: tuple[Literal["exact", "near", "leak", "outlier", "mislabeled"], ...]
+    overwrite: bool

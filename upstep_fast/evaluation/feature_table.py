@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from upstep_fast.data.sources.lines import name_line, name_of_line
 from upstep_fast.errors import ConfigError, DataError, first_line
 from upstep_fast.evaluation import feature_parquet
 from upstep_fast.evaluation.feature_parquet import BASE, FACTS, FEATURES
@@ -57,19 +57,6 @@ def read_features(path: str | Path, column: str = FEATURES, places: Sequence[tup
     if places:
         table = replace(table, names=tuple(moved(name, places) for name in table.names))
     return table
-
-
-def name_line(name: str) -> str:
-    """Return a name as one line: itself, or a JSON string if it holds a control character or begins with a quote."""
-    plain = not name.startswith('"') and all(
-        unicodedata.category(char) not in ("Cc", "Cs", "Zl", "Zp") for char in name
-    )
-    return name if plain else json.dumps(name)
-
-
-def name_of_line(line: str) -> str:
-    """Return the name in a line of `name_line`. Raises ValueError."""
-    return json.loads(line) if line.startswith('"') else line
 
 
 def _npy(path: Path, column: str) -> FeatureTable:

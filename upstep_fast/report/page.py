@@ -78,7 +78,7 @@ def run_page(record: Record) -> str:
     """Return the HTML page of one run."""
     steps, skipped = record.steps, record.skipped
     thumbs = record.panels.odd if record.panels else {}
-    return _page(
+    return page(
         "run.html",
         Path(os.path.realpath(record.folder)).name,
         is_finished=bool(steps and len(record.rows) >= steps),
@@ -108,7 +108,7 @@ def comparison_page(records: Sequence[Record]) -> str:
     columns = list(dict.fromkeys(label for row in values for label in row))
     fields = list(dict.fromkeys(name for record in records for name in record.config))
     settings = [[name, *(_value(record.config.get(name)) for record in records)] for name in fields if name != "out"]
-    return _page(
+    return page(
         "comparison.html",
         f"{len(records)} runs",
         columns=columns,
@@ -119,7 +119,8 @@ def comparison_page(records: Sequence[Record]) -> str:
     )
 
 
-def _page(template: str, title: str, **values: Any) -> str:
+def page(template: str, title: str, **values: Any) -> str:
+    """Return a page from its template, with the house's style."""
     style = Markup(STYLE.read_text(encoding="utf-8"))
     return render(template, title=title, style=style, colors=COLORS, **values)
 

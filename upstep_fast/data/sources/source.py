@@ -50,6 +50,7 @@ from upstep_fast.data.sources.part import (
 from upstep_fast.data.sources.patterns import matches_of
 from upstep_fast.data.sources.pieces import expand
 from upstep_fast.data.sources.remote import open_remote
+from upstep_fast.data.sources.selection import is_selection, open_selection
 from upstep_fast.data.sources.splits import SPLITS, TREE, all_paths
 from upstep_fast.data.sources.tar_shards import open_tars
 from upstep_fast.data.sources.zip_files import open_zips
@@ -164,14 +165,19 @@ def open_source(
     paths = (paths,) if isinstance(paths, (str, Path)) else tuple(paths)
     if not paths:
         raise DataError("data: no path given; give a folder, a .tar or .zip file, a list or hf:NAME")
-    listing, parts = Listing(), []
+    listing = Listing()
+    opened: list[tuple[Part, bool]] = []  # whether the pictures of its files are its images already
     matches = [match for path in paths for match in matches_of(str(path))]
     listing.several = len(matches) > 1
     for match in matches:
-        parts += _open(match, split, columns, listing)
+        if isinstance(match, str) and is_selection(match):
+            opened += [(part, True) for part in open_selection(match, split, columns, reading, listing)]
+        else:
+            opened += [(part, False) for part in _open(match, split, columns, listing)]
     if split:
         listing.add_note(all_paths(matches))
-    parts = [part for part in (expand(part, reading, listing) for part in parts) if len(part)]
+    each = (part if is_whole else expand(part, reading, listing) for part, is_whole in opened)
+    parts = [part for part in each if len(part)]
     count = sum(map(len, parts))
     listing.add_note(named_like_masks(parts))
     left_out = f"left out: {listing.left_out()}" if listing.others else ""
