@@ -79,6 +79,7 @@ VALID = {
     "predict": {"run": "classifier", "data": "labeled", "out": "x.csv"},
     "eval": {"data": "labeled", "k": "3"},
     "embed": {"data": "photos", "out": "new.npy"},
+    "curate": {"run": "run", "data": "labeled", "out": "new"},
     "export": {"out": "new"},
     "push": {"run": "run", "repo": "someone/adapted"},  # refused here: there is no token
     "models": {"pattern": "vit_tiny_patch16_224"},
@@ -94,6 +95,7 @@ WEIGHTS = {
     "predict": 3,
     "embed": 5,
     "eval": 4,
+    "curate": 3,
     "export": 3,
     "push": 1,
     "report": 3,

@@ -21,6 +21,7 @@ WRITING = {
     "finetune": ("out", "run"),
     "predict": ("out", "predictions.csv"),
     "embed": ("out", "features.npy"),
+    "curate": ("out", "curation"),
     "export": ("out", "exported"),
     "eval": ("json", "scores.json"),
     "bench": ("json", "times.json"),
@@ -53,11 +54,11 @@ def refused(model, photos, tmp_path, monkeypatch, capsys):
     def run(command: str, place: Path) -> str:
         flag, name = WRITING[command]
         args = [command, f"--{flag}", str(place / name)]
-        if command not in ("demo", "predict"):
+        if command not in ("demo", "predict", "curate"):
             args += ["--model", model]
         if command not in ("demo", "bench", "export"):
             args += ["--data", str(tmp_path / "labeled")]
-        if command == "predict":
+        if command in ("predict", "curate"):
             args += ["--run", str(tmp_path)]
         with pytest.raises(SystemExit) as stop:
             main(args)

@@ -295,5 +295,5 @@ class CurateOptions(TypedDict, total=False):
     seed: int
     against: Sequence[str]
     apply: str | Path | None
-    drop: tuple[Literal["exact", "near", "leak", "outlier", "mislabeled"], ...]
+    drop: Sequence[str]
     overwrite: bool

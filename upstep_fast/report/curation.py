@@ -123,18 +123,17 @@ def _list_of(found: Curation, config: CurateConfig) -> bytes:
     """Return the list of the images that are kept, by the names that their data has at its absolute path."""
     if not found.kept:
         raise DataError("apply: no image would be kept; leave kinds out of --drop")
-    paths: list[str] = []
-    for path in config.data or data_of_run(config.run):
-        paths += selected_data(path)[0] if is_selection(path) else [path]
-    absolute = [path if path.startswith("hf:") else os.path.abspath(path) for path in paths]
-    if any(os.fsencode(path) != path.encode("utf-8", "replace") for path in absolute):
+    paths = list(config.data or data_of_run(config.run))
+    places = [path if path.startswith("hf:") else os.path.abspath(path) for path in paths]
+    if not all(os.fsencode(place) == place.encode("utf-8", "replace") for place in places):
         raise ConfigError("apply: the path of --data is not UTF-8, which a list cannot hold; rename its folder")
     kept, there = set(found.kept), set(found.names)
-    before, after = (open_source(p, reading=found.reading) for p in (paths, absolute))
+    before, after = (open_source(of, reading=found.reading) for of in (paths, places))
     if len(before) != len(after):
         raise DataError("apply: the images of --data changed meanwhile; repeat the command")
     names = [after.name(i) for i in range(len(before)) if before.name(i) in kept or before.name(i) not in there]
-    return selection_text(absolute, names)
+    data = [one for place in places for one in (selected_data(place)[0] if is_selection(place) else [place])]
+    return selection_text(data, names)
 
 
 def _check_places(out: Path, config: CurateConfig) -> None:

@@ -1,9 +1,9 @@
 """Whether two images are one picture: scaled, recompressed, recolored, mirrored or cut by about 5 %.
 
-    H(x) = hashes of x, of its mirror image, and of cuts of 95 % of its sides at the corners and in the middle
+    H(x) = hashes of x, of its mirror image, and of 3 x 3 cuts of 95 % of its sides
     bits(a, b) = the least distance of the hash of one to the hashes of the other
 
-A cut moves the picture by up to half of CUT against the nearest of these, which the low frequencies hardly show. As the
+A cut differs from the nearest of these by at most a quarter of CUT, which the low frequencies hardly show. As the
 least of several distances is smaller, cuts must agree better (NEAR_CUT) than whole pictures (NEAR). Both were chosen on
 planted copies (bench/evaluation/curation.py).
 """
@@ -22,26 +22,26 @@ CUT = 0.05
 NEAR, NEAR_CUT = 6, 4  # bits of 64
 WHOLE = 2  # of the hashes: the image and its mirror image
 _SIDE = 128  # pixels of the picture that is cut
-_PLACES = ((0, 0), (0, 1), (1, 0), (1, 1), (0.5, 0.5))  # of cuts, top and left, of the pixels left out
+_PLACES = [(down / 2, right / 2) for down in range(3) for right in range(3)]  # of cuts, in parts of what is left out
+COUNT = WHOLE + len(_PLACES)
 
 
 def copy_hashes(image: Tensor) -> np.ndarray:
-    """Return H of an image, uint8 [C, H, W]: [12] uint64, first its own and that of its mirror image."""
+    """Return H of an image, uint8 [C, H, W]: [COUNT] uint64, first its own and that of its mirror image."""
     gray = _gray(image)
     small = resize(gray, (_SIDE, _SIDE), "bilinear") if min(gray.shape[1:]) > _SIDE else gray
     height, width = small.shape[1:]
     dy, dx = max(1, round(CUT * height)), max(1, round(CUT * width))
-    pictures = [gray]
-    if min(height - dy, width - dx) >= 1:
-        for down, right in _PLACES:
-            top, left = int(down * dy), int(right * dx)
-            pictures.append(small[:, top : top + height - dy, left : left + width - dx])
-    hashes = [perceptual_hash(one) for picture in pictures for one in (picture, picture.flip(-1))]
-    return np.array(hashes + hashes[:2] * (2 * len(_PLACES) + 2 - len(hashes)), np.uint64)[: 2 * len(_PLACES) + 2]
+    pictures = [gray, gray.flip(-1)]
+    for down, right in _PLACES if min(height - dy, width - dx) >= 1 else ():
+        top, left = round(down * dy), round(right * dx)
+        pictures.append(small[:, top : top + height - dy, left : left + width - dx])
+    hashes = [perceptual_hash(picture) for picture in pictures]
+    return np.array(hashes + hashes[:1] * (COUNT - len(hashes)), np.uint64)
 
 
 def are_copies(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return which pairs are one picture, [P] bool. a, b: hashes of the images of the pairs, [P, 12] uint64."""
+    """Return which pairs are one picture, [P] bool. a, b: hashes of the images of the pairs, [P, COUNT] uint64."""
     whole = _bits(a[:, :1], b[:, :WHOLE]).min(1)
     cut = np.minimum(_bits(a[:, :1], b).min(1), _bits(b[:, :1], a).min(1))
     return (whole <= NEAR) | (cut <= NEAR_CUT)

@@ -29,7 +29,7 @@ def exact_groups(digests: Sequence[Hashable | None]) -> np.ndarray:
 
 def threshold(neighbors: Neighbors) -> float:
     """Return the least similarity of near copies."""
-    counted = np.where(neighbors.counts, neighbors.similarity, -np.inf).max(1)
+    counted = np.where(neighbors.counts, neighbors.similarity, -np.inf).max(1, initial=-np.inf)
     counted = counted[np.isfinite(counted)]
     return float(np.quantile(counted, QUANTILE)) if len(counted) else 1.0
 

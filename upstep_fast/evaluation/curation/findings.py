@@ -109,5 +109,4 @@ def _cosine(unit: np.ndarray, i: int, j: int) -> float:
 
 
 def _first(neighbors: Neighbors, i: int) -> int:
-    at = neighbors.counts[i].argmax()
-    return int(neighbors.index[i, at]) if neighbors.counts[i, at] else -1
+    return next(iter(neighbors.index[i][neighbors.counts[i]].tolist()), -1)
