@@ -287,6 +287,7 @@ class CurateOptions(TypedDict, total=False):
     """Keywords of `upstep_fast.curate`."""
 
     features: str | Path | None
+    moved: Sequence[str]
     batch_size: int
     debug: bool
     device: str

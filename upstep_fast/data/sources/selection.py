@@ -13,16 +13,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from upstep_fast.config.reading import Reading
 from upstep_fast.data.sources.lines import name_line, name_of_line
 from upstep_fast.data.sources.lists import read_text
-from upstep_fast.data.sources.part import Columns, Listing, Part, open_data
+from upstep_fast.data.sources.part import Listing, Part, open_data
+from upstep_fast.data.sources.subset import Subset
 from upstep_fast.errors import DataError, NoTestPartError, first_line
+
+if TYPE_CHECKING:
+    from upstep_fast.data.sources.source import Source  # which imports this module
 
 HEADER = b"#upstep_fast selection of "
 
@@ -54,16 +58,16 @@ def selected_data(path: str) -> tuple[list[str], list[str]]:
     return paths, names
 
 
-def open_selection(path: str, split: str | None, columns: Columns, reading: Reading, listing: Listing) -> list[Part]:
-    """Return the part of the images that a list names. Raises DataError if none of them is there."""
-    from upstep_fast.data.sources.source import open_source  # which imports this module
-    from upstep_fast.data.sources.subset import Subset
+def open_selection(path: str, split: str | None, listing: Listing, opened: Callable[[list[str]], Source]) -> list[Part]:
+    """Return the part of the images that a list names. Raises DataError if none of them is there.
 
+    opened: opens its data, of the split.
+    """
     paths, names = selected_data(path)
     if any(map(is_selection, paths)):
         raise DataError(f"data: {path} names another such list, {', '.join(paths)}; write it again with curate --apply")
     try:
-        source = open_source(paths, split, columns, reading)
+        source = opened(paths)
     except NoTestPartError as error:
         listing.without_test.append(str(error).removeprefix("data: "))
         return []

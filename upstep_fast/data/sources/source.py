@@ -52,6 +52,7 @@ from upstep_fast.data.sources.pieces import expand
 from upstep_fast.data.sources.remote import open_remote
 from upstep_fast.data.sources.selection import is_selection, open_selection
 from upstep_fast.data.sources.splits import SPLITS, TREE, all_paths
+from upstep_fast.data.sources.subset import Subset
 from upstep_fast.data.sources.tar_shards import open_tars
 from upstep_fast.data.sources.zip_files import open_zips
 from upstep_fast.errors import DataError, NoTestPartError
@@ -166,17 +167,13 @@ def open_source(
     if not paths:
         raise DataError("data: no path given; give a folder, a .tar or .zip file, a list or hf:NAME")
     listing = Listing()
-    opened: list[tuple[Part, bool]] = []  # whether the pictures of its files are its images already
     matches = [match for path in paths for match in matches_of(str(path))]
     listing.several = len(matches) > 1
-    for match in matches:
-        if isinstance(match, str) and is_selection(match):
-            opened += [(part, True) for part in open_selection(match, split, columns, reading, listing)]
-        else:
-            opened += [(part, False) for part in _open(match, split, columns, listing)]
+    parts = [part for match in matches for part in _parts(match, split, columns, reading, listing)]
     if split:
         listing.add_note(all_paths(matches))
-    each = (part if is_whole else expand(part, reading, listing) for part, is_whole in opened)
+    # the pictures of a selection are chosen already
+    each = (part if isinstance(part, Subset) else expand(part, reading, listing) for part in parts)
     parts = [part for part in each if len(part)]
     count = sum(map(len, parts))
     listing.add_note(named_like_masks(parts))
@@ -210,6 +207,14 @@ def columns_of(config: DataConfig) -> Columns:
 def open_configured(config: DataConfig, split: str | None = None) -> Source:
     """Return the source that a command's configuration names. Raises DataError."""
     return open_source(config.paths, split, columns_of(config), reading_of(config))
+
+
+def _parts(
+    match: str | list[str], split: str | None, columns: Columns, reading: Reading, listing: Listing
+) -> list[Part]:
+    if not isinstance(match, str) or not is_selection(match):
+        return _open(match, split, columns, listing)
+    return open_selection(match, split, listing, lambda paths: open_source(paths, split, columns, reading))
 
 
 def _open(match: str | list[str], split: str | None, columns: Columns, listing: Listing) -> list[Part]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from upstep_fast.data.sources.part import Digest, Item, Part, Problem
-from upstep_fast.data.sources.source import Source
+
+if TYPE_CHECKING:
+    from upstep_fast.data.sources.source import Source  # which imports this module
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,4 +85,4 @@ def split_by_file(order: Sequence[int], groups: np.ndarray | None, num: int) -> 
 def subset(source: Source, indices: Sequence[int] | np.ndarray, problems: Sequence[Problem] = ()) -> Source:
     """Return a source of the images at `indices` [N]; `problems` are added to those that skipped.csv lists."""
     part = Subset(source, np.asarray(indices, dtype=np.int64))
-    return Source((part,), (*source.problems, *problems), source.summary, source.reading)
+    return replace(source, parts=(part,), problems=(*source.problems, *problems))

@@ -80,13 +80,13 @@ def read_images(config: CurateConfig) -> Images:
     data = _open(paths, how)
     log.info("data: %s", data.summary)
     table = read_or_embed(replace(config, data=tuple(paths)))[FEATURES]
-    rows, at = _match(data, table, config)
+    rows, at = _match(data, table)
     kept = subset(data, rows)
     names, x = [data.name(i) for i in rows], table.x[at]
     is_test = np.isin(names, _test_names(paths, how)) if not config.against else np.zeros(len(names), bool)
     labels, missing, num = kept.labels, len(data) - len(rows), len(names)
     if config.against:
-        against, others = _against(config, how, table)
+        against, others = _against(config, how, x.shape[1])
         kept = Source((*kept.parts, *against.parts), (), "", kept.reading)
         names += [against.name(i) for i in range(len(against))]
         x, is_test = np.concatenate([x, others]), np.append(is_test, np.ones(len(against), bool))
@@ -109,27 +109,32 @@ def _test_names(paths: Sequence[str], how: EmbedConfig) -> list[str]:
     return [part.name(i) for i in range(len(part))]
 
 
-def _match(source: Source, table: FeatureTable, config: CurateConfig) -> tuple[list[int], list[int]]:
-    """Return the images that have features, and the rows of these. Raises DataError if none has."""
+def _match(source: Source, table: FeatureTable) -> tuple[list[int], list[int]]:
+    """Return the images that have features, and the rows of these."""
     row = {name: i for i, name in enumerate(table.names)}
     found = [(i, row[name]) for i in range(len(source)) if (name := source.name(i)) in row]
-    if not found:
-        where = config.features or config.run
-        raise DataError(
-            f"features: {where} has features of other images (the first is {table.names[0]}, the first image is "
-            f"{source.name(0)}); give the --data that was embedded, or leave out --features"
-        )
-    if len(found) < len(source):
-        log.warning("data: %d of %d images have no features and are left out", len(source) - len(found), len(source))
     return [i for i, _ in found], [i for _, i in found]
 
 
-def _against(config: CurateConfig, how: EmbedConfig, table: FeatureTable) -> tuple[Source, np.ndarray]:
-    """Return the images of --against and their features. Raises DataError if the widths differ."""
+def _against(config: CurateConfig, how: EmbedConfig, width: int) -> tuple[Source, np.ndarray]:
+    """Return the images of --against and their features, those of --features if it has them.
+
+    Raises DataError if the features differ in width from those of --data.
+    """
     source = _open(config.against, how)
     log.info("against: %s", source.summary)
-    known = set(table.names)
-    if not all(source.name(i) in known for i in range(len(source))):
-        table = read_or_embed(replace(config, data=config.against, features=None))[FEATURES]
-    rows, at = _match(source, table, config)
+    config = replace(config, data=config.against)
+    try:
+        table = read_or_embed(config)[FEATURES]
+    except DataError:
+        if config.features is None:
+            raise
+        log.info("against: %s has no features of these images; they are embedded", config.features)
+        table = read_or_embed(replace(config, features=None))[FEATURES]
+    if table.x.shape[1] != width:
+        raise DataError(
+            f"features: those of --data have {width} values, those of --against {table.x.shape[1]}; leave out "
+            "--features, or embed both into one folder"
+        )
+    rows, at = _match(source, table)
     return subset(source, rows), table.x[at]
