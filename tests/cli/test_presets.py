@@ -49,9 +49,15 @@ def test_the_configuration_that_a_run_writes_is_read_back_the_same(name, tmp_pat
     assert parsed("--config", str(tmp_path / "config.toml")) == config
 
 
+def test_epochs_replace_the_steps_of_a_preset():
+    config = parsed("--preset", "fast", "--epochs", "2")
+    assert (config.optimization.epochs, config.optimization.steps) == (2.0, None)
+    assert "steps" not in with_preset({"preset": "fast", "epochs": 2.0})
+
+
 def test_python_has_the_same_presets(tmp_path, photos, model):
     assert with_preset({"preset": "strong", "lr": 1.0}) == PRESETS["strong"] | {"preset": "strong", "lr": 1.0}
-    with pytest.raises(ConfigError, match="preset: got 'bold', choose from gentle, balanced, strong"):
+    with pytest.raises(ConfigError, match="preset: got 'bold', choose from gentle, balanced, strong, fast"):
         adapt(model=model, data=photos, out=tmp_path / "out", preset="bold")
     small = dict(steps=2, batch_size=8, prototypes=8, head_hidden=16, head_dim=8, device="cpu", num_workers=0)
     adapt(model=model, data=photos, out=tmp_path / "out", preset="gentle", **small)

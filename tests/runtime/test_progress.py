@@ -88,6 +88,17 @@ def test_one_long_step_is_not_silent_and_the_innermost_task_is_shown(stderr):
     assert len(stderr.lines) == count
 
 
+def test_after_the_first_minute_lines_come_less_often_and_still_within_three_seconds(stderr, monkeypatch):
+    assert progress.SHORT < progress.LONG + 0.1 < 3  # the thread looks every .1 s
+    monkeypatch.setattr(progress, "EARLY", 0.5)  # in place of 60 s
+    monkeypatch.setattr(progress, "LONG", 0.4)
+    began = time.monotonic()
+    with track("one step", 4):
+        time.sleep(2)
+    later = [at for at, _ in stderr.lines if at - began > 0.5]
+    assert 2 <= len(later) <= 4 and all(b - a >= 0.4 for a, b in itertools.pairwise(later))
+
+
 def test_quiet_and_other_ranks_show_nothing(stderr, monkeypatch):
     terminal.set_style(quiet=True)
     with track("embed", 3):

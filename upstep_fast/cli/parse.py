@@ -39,12 +39,12 @@ def parse(config_class: type, args: Sequence[str], prog: str) -> Any:
     kinds = field_kinds(config_class)
     from_file = {name: _from_toml(name, value, kinds[name], f"config {file}: ") for name, value in values.items()}
     own = _from_flags(args, kinds)
-    for name, other in (("steps", "epochs"), ("epochs", "steps")):  # a run's config.toml holds the steps
-        if name in own and other not in own:
-            from_file.pop(other, None)
     flags = with_preset(from_file)
     if "preset" in own:  # the user's own goes before the file
         flags |= with_preset({"preset": own["preset"]})
+    for name, other in (("steps", "epochs"), ("epochs", "steps")):  # a run's config.toml and presets hold the steps
+        if name in own and other not in own:
+            flags.pop(other, None)
     flags = with_adapter(flags | own, config_class)
     required = [name for name in paths(config_class) if name not in defaults(config_class)]
     if missing := [f"--{dashed(name)}" for name in required if name not in flags]:

@@ -45,7 +45,7 @@ class AdaptConfig(ModelConfig):
     output: AdaptOutputConfig
     method: Literal["upstep", "explora"] = "upstep"
     """Adaptation method; each has its own defaults."""
-    preset: Literal["gentle", "balanced", "strong"] | None = None
+    preset: Literal["gentle", "balanced", "strong", "fast"] | None = None
     """Trade-off between gain and forgetting, from least forgetting to most gain; other options override it."""
     optimization: OptimizationConfig = OptimizationConfig()
     lora: AdaptLoraConfig = AdaptLoraConfig()

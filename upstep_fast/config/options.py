@@ -38,7 +38,7 @@ class AdaptOptions(TypedDict, total=False):
     report_images: bool
     whitening: Literal["auto", "off"]
     method: Literal["upstep", "explora"]
-    preset: Literal["gentle", "balanced", "strong"] | None
+    preset: Literal["gentle", "balanced", "strong", "fast"] | None
     batch_size: int
     steps: int | None
     epochs: float | None

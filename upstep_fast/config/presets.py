@@ -1,4 +1,4 @@
-"""Three points on the line of gain against forgetting, by --preset; single flags override them.
+"""Points on the line of gain against forgetting, by --preset; single flags override them.
 
 Change of 20-NN in points, adapted / ensemble, and on the model's own domain, adapted / ensemble; "w." with whitened
 features beside the others (whitening.py):
@@ -27,6 +27,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gentle": {"lr": 3e-3, "cvr": "off", "crop_min": 0.5, "strength": 0.5},
     "balanced": _PLAIN | {"lr": 1e-3, "strength": 0.75},
     "strong": _PLAIN | {"lr": 3e-3},
+    "fast": _PLAIN
+    | {"objective": "vicreg", "lora_blocks": 3, "steps": 80, "batch_size": 64, "lr": 6e-3, "crop_min": 0.5},
 }
 
 
@@ -37,4 +39,7 @@ def with_preset(options: Mapping[str, Any]) -> dict[str, Any]:
         return dict(options)
     if name not in PRESETS:
         raise ConfigError(f"preset: got {name!r}, choose from {', '.join(PRESETS)}")
-    return PRESETS[name] | dict(options)
+    values = dict(PRESETS[name])
+    if options.get("epochs") is not None:
+        values.pop("steps", None)
+    return values | dict(options)
