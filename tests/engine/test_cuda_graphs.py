@@ -1,10 +1,13 @@
 """Training steps replayed as CUDA graphs: when they are captured, and that they change nothing."""
 
+import contextlib
+
 import pytest
 import torch
 from engine_models import gradients, model, trajectory
 
 import upstep_fast
+from upstep_fast.engine import cuda_graphs
 from upstep_fast.engine import vit as engine
 from upstep_fast.engine.cuda_graphs import graphed
 from upstep_fast.errors import ConfigError
@@ -15,15 +18,73 @@ def captured(monkeypatch):
     """Shapes that were captured, by a stand-in that reads its images from one place as a graph does."""
     shapes = []
 
-    def stand_in(module, sample_args):
-        (place,) = sample_args
+    def stand_in(features, place, trained):
         shapes.append(tuple(place.shape))
-        trained = [p for p in module.parameters() if p.requires_grad]
-        assert trained and not torch.is_autocast_enabled("cpu") and not torch.is_autocast_cache_enabled()
-        return lambda images: module(place.copy_(images))
+        assert trained and all(p.requires_grad for p in trained)
+        assert not torch.is_autocast_enabled("cpu") and not torch.is_autocast_cache_enabled()
+        return lambda images: features(place.copy_(images))
 
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", stand_in)
+    monkeypatch.setattr(cuda_graphs, "capture", stand_in)
     return shapes
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """What each capture was told, and how often its graph was replayed; a replay leaves the values of the capture."""
+    made = []
+
+    class Graph:
+        def __init__(self):
+            self.replays = 0
+            made.append(self)
+
+        def replay(self):
+            self.replays += 1
+
+    @contextlib.contextmanager
+    def capture(graph, **how):
+        graph.how = how
+        yield
+
+    for name, value in {
+        "CUDAGraph": Graph,
+        "graph": capture,
+        "Stream": object,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "graph_pool_handle": object,
+        "synchronize": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return made
+
+
+def test_other_threads_may_allocate_during_the_capture(captures):
+    vit, images = model()
+    features = graphed(vit, engine.build(vit, torch.float32).features, lambda: None)
+    features(images)
+    forward, backward = captures
+    assert forward.how == backward.how  # one stream, one pool of memory
+    assert forward.how["capture_error_mode"] == "thread_local"  # "global": an allocation elsewhere makes it fail
+
+
+def test_gradients_of_several_replays_are_accumulated(captures):
+    vit, images = model()
+    built = engine.build(vit, torch.float32)
+    features = graphed(vit, built.features, built.check_unchanged)
+    trained = [p for p in vit.parameters() if p.requires_grad]
+    f = built.features(images)
+    # the stand-in's replay leaves what the capture wrote: the gradients for this gradient of the features
+    incoming = torch.linspace(-1, 1, f.numel()).view_as(f)
+    expected = torch.autograd.grad(f, trained, incoming)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty_like", lambda x: incoming.clone() if x.shape == incoming.shape else x.clone())
+        replayed = features(images)
+    for _ in range(3):  # were the graph's own tensors the gradients, the third would be added to a multiple of itself
+        replayed.backward(incoming)
+        replayed = features(images)
+    for p, g in zip(trained, expected, strict=True):
+        torch.testing.assert_close(p.grad, 3 * g)
+    assert [graph.replays for graph in captures] == [4, 3]
 
 
 def test_each_shape_is_captured_once_and_only_for_gradients(captured):

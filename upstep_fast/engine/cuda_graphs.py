@@ -10,12 +10,14 @@ gate skips replays the forward only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from upstep_fast.model.pooling import FeatureExtractor
+WARM_UP = 3  # passes before the capture: what is chosen, compiled or allocated once must not be part of it
 
 
 def graphed(
@@ -35,10 +37,51 @@ def graphed(
         key = images.shape, images.dtype
         with torch.autocast(images.device.type, enabled=False, cache_enabled=False):  # the engine sets its own types
             if key not in captured:
-                # a module, which make_graphed_callables asks for the parameters that get gradients
-                module = FeatureExtractor(vit, features)
-                # the graph reads its images from the copy at every replay
-                captured[key] = torch.cuda.make_graphed_callables(module, (images.clone(),))  # type: ignore[assignment]
+                trained = [p for p in vit.parameters() if p.requires_grad]
+                captured[key] = capture(features, images.clone(), trained)
             return captured[key](images)
 
     return call
+
+
+def capture(
+    features: Callable[[Tensor], Tensor], place: Tensor, trained: Sequence[nn.Parameter]
+) -> Callable[[Tensor], Tensor]:
+    """Capture `features` and its backward, and return a function that replays them: images -> features [B, D].
+
+    place: images, from where the graph reads them at every replay. trained: parameters that get gradients.
+    torch.cuda.make_graphed_callables does the same with an error mode that torch 2.11 fixes to "global", in which an
+    allocation by another thread, such as the one that prefetches, makes the capture fail; and its gradients become
+    those of the parameters without a copy, so that the next replay would overwrite what is accumulated.
+    """
+    stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            output = features(place)
+            torch.autograd.grad(output, trained, torch.empty_like(output))
+            del output
+    torch.cuda.synchronize()
+    how: dict[str, Any] = {"stream": stream, "pool": pool, "capture_error_mode": "thread_local"}
+    forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(forward, **how):
+        output = features(place)
+    gradient = torch.empty_like(output)
+    with torch.cuda.graph(backward, **how):
+        gradients = torch.autograd.grad(output, trained, gradient)
+
+    class Replay(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, images: Tensor, *parameters: Tensor) -> Tensor:
+            place.copy_(images)
+            forward.replay()
+            return output.detach()
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+            gradient.copy_(incoming)
+            backward.replay()
+            return None, *(g.clone() for g in gradients)
+
+    return lambda images: Replay.apply(images, *trained)
