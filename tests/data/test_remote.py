@@ -30,6 +30,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv(cache.VARIABLE, str(folder))
     monkeypatch.setattr(http, "_answered", set())
     monkeypatch.setattr(http, "_current", set())
+    objects._asked.cache_clear()
     monkeypatch.setattr(retries, "WAITS", (0.01, 0.01, 0.01))
     return folder
 
@@ -69,6 +70,7 @@ def site(web, tree):
 @pytest.fixture(scope="module")
 def store(tree):
     """A boto3 client of an S3 server with the bucket `photos` that holds `tree` below set/."""
+    objects._file_system.cache_clear()
     with s3_server() as url, pytest.MonkeyPatch.context() as environment:
         for name, value in (KEYS | {"AWS_ENDPOINT_URL": url}).items():
             environment.setenv(name, value)

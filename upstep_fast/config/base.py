@@ -49,7 +49,7 @@ class DataConfig:
     """The images and how they are read."""
 
     paths: tuple[str, ...] = field(metadata=flag("data"))
-    """Images: folders (searched recursively, no labels needed), .tar files, text lists, or hf:NAME."""
+    """Images: folders (searched recursively, no labels needed), .tar files, text lists, hf:NAME, or addresses (s3://...)."""
     image_column: str | None = None
     """Column of the images in a CSV or an hf: data set; in a tar, their suffix after the key (left.jpg)."""
     label_column: str | None = None

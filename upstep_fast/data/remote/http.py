@@ -7,6 +7,7 @@ its size and time. A server is a stranger: what it declares is not relied on.
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -75,7 +76,7 @@ def _get(address: str, known: Version | None, write: Callable[[bytes], Any], lim
     try:
         from fsspec.asyn import sync
 
-        files = _file_system()
+        files = _file_system(os.getpid())
     except ImportError as error:
         raise missing_package(address) from error
     try:
@@ -85,7 +86,7 @@ def _get(address: str, known: Version | None, write: Callable[[bytes], Any], lim
 
 
 @functools.cache
-def _file_system() -> Any:
+def _file_system(process: int) -> Any:
     """Return the file system whose session is used, with the user's settings for fsspec. Raises ImportError."""
     import aiohttp
     import fsspec

@@ -6,6 +6,8 @@ Credentials and endpoints are those that these packages find: environment, profi
 from __future__ import annotations
 
 import errno
+import functools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,28 +40,42 @@ _CHANGED = "changed since it was listed; repeat the command"
 def file_system(address: str) -> Any:
     """Return fsspec's file system of an address. Raises DataError if its package is not installed."""
     try:
-        import fsspec
-
-        protocol = protocol_of(address)
-        if protocol not in ("s3", "s3a"):
-            return fsspec.filesystem(protocol, use_listings_cache=False)
-        limits = {"connect_timeout": CONNECT, "read_timeout": _READ, "retries": {"max_attempts": 1}}
-        given = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
-        files = fsspec.filesystem("s3", config_kwargs={**limits, **given}, use_listings_cache=False)
-        files.retries = 2  # of five, as reading is retried here
-        return files
+        return _file_system(protocol_of(address), os.getpid())
     except ImportError as error:
         raise missing_package(address) from error
+
+
+@functools.cache  # fsspec's own instances are one for each thread
+def _file_system(protocol: str, process: int) -> Any:
+    import fsspec
+
+    if protocol not in ("s3", "s3a"):
+        return fsspec.filesystem(protocol, use_listings_cache=False)
+    limits = {"connect_timeout": CONNECT, "read_timeout": _READ, "retries": {"max_attempts": 1}}
+    given = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+    files = fsspec.filesystem("s3", config_kwargs={**limits, **given}, use_listings_cache=False)
+    files.retries = 2  # of five, as reading is retried here
+    return files
 
 
 def facts(address: str) -> Version | None:
     """Return the version of a file; None for a folder. Raises OSError, DataError if it cannot be asked for."""
     files = file_system(address)
+    _require_hub(address)
     try:
         info = within(FIRST_ANSWER, lambda: files.info(address), shown(address))
     except Exception as error:
         raise translated(error, address) from error
     return None if info["type"] == "directory" else _version(info)
+
+
+def _require_hub(address: str) -> None:
+    """Raise UnreachableError if the address is of the hub, which does not answer; its library would try for long."""
+    if protocol_of(address) == "hf":
+        from upstep_fast import network
+
+        if reason := network.unreachable():
+            raise unreachable(f"no connection to the hub ({reason}); check the network, or HF_ENDPOINT")
 
 
 def listed(address: str) -> Iterator[tuple[str, Version]]:
@@ -78,6 +94,7 @@ def listed(address: str) -> Iterator[tuple[str, Version]]:
 def matches(pattern: str) -> list[str]:
     """Return the addresses that match a pattern of which only * is special, sorted. Raises OSError."""
     files, protocol = file_system(pattern), protocol_of(pattern)
+    _require_hub(pattern)
     try:
         escaped = files._strip_protocol(pattern).replace("[", "[[]").replace("?", "[?]")
         found = within(FIRST_ANSWER, lambda: files.glob(escaped), shown(pattern))
@@ -88,9 +105,7 @@ def matches(pattern: str) -> list[str]:
 
 def fetch(address: str, version: Version | None, limit: int | None) -> Path:
     """Return the path of the content of a version in the cache. version: None: asked for. Raises OSError."""
-    version = facts(address) if version is None else version
-    if version is None:
-        raise lasting("a folder, not a file")
+    version = _asked(address) if version is None else version
     if (path := cache.content_of(address, version)) is not None:
         return path
     with cache.download(address) as file:
@@ -102,10 +117,16 @@ def fetch(address: str, version: Version | None, limit: int | None) -> Path:
 
 def read(address: str, version: Version | None, limit: int, start: int = 0, size: int | None = None) -> bytes:
     """Return `size` bytes of a version from `start` on, by default all, without the cache. Raises OSError."""
-    version = facts(address) if version is None else version
-    if version is None:
-        raise lasting("a folder, not a file")
+    version = _asked(address) if version is None else version
     return b"".join(_blocks(address, version, limit, start, size))
+
+
+@functools.lru_cache(1 << 17)
+def _asked(address: str) -> Version:
+    """Return the version of a file that was not listed, asked for once in a process. Raises OSError."""
+    if (version := facts(address)) is None:
+        raise lasting("a folder, not a file")
+    return version
 
 
 def _blocks(
