@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from upstep_fast.evaluation.embeddings import embed
     from upstep_fast.evaluation.feature_model import FeatureModel, load
     from upstep_fast.evaluation.labeled import evaluate
+    from upstep_fast.evaluation.search.index import FeatureIndex
     from upstep_fast.explorer.open import explore
     from upstep_fast.integrations.sklearn import Embedder as Embedder
     from upstep_fast.model.peft_format import load_adapted
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from upstep_fast.train.finetune.run import finetune
 
 __all__ = [  # without Embedder: `from upstep_fast import *` does not need scikit-learn
+    "FeatureIndex",
     "FeatureModel",
     "__version__",
     "adapt",
@@ -48,6 +50,7 @@ _HOME = {
     "evaluate": "evaluation.labeled",
     "embed": "evaluation.embeddings",
     "explore": "explorer.open",
+    "FeatureIndex": "evaluation.search.index",
     "FeatureModel": "evaluation.feature_model",
     "finetune": "train.finetune.run",
     "load": "evaluation.feature_model",

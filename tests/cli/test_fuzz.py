@@ -51,8 +51,9 @@ OUTPUTS = (
     *("new", "new/deep/er", "full", "file", "pipe", "loop", "old", "x.npy", "x.safetensors", "x.parquet", "x.csv"),
     *("x.html", "x.json", "x.svg", "none/x.npy", "", ".", "\udcff", "a\nb", "\x1b[2J.npy", "n" * 300, "file/x.npy"),
 )
-INPUTS = {"model", "data", "adapter", "source", "whitening", "decoder", "dirs", "run"}
-ALIASES = {"source": "data", "dirs": "run", "decoder": "checkpoint", "run": "classifier"}  # inputs of one kind
+INPUTS = {"model", "data", "adapter", "source", "whitening", "decoder", "dirs", "run", "query", "features"}
+# inputs of one kind
+ALIASES = {"source": "data", "dirs": "run", "decoder": "checkpoint", "run": "classifier", "query": "cut"}
 WRITTEN = {"out", "json", "plot", "fit_whitening"}
 # a large number of these is a long run and no fault
 LENGTHS = {"steps", "epochs", "runs", "judge_patience", "judge_every", "patience", "accumulate", "max_skips"}
@@ -80,6 +81,7 @@ VALID = {
     "eval": {"data": "labeled", "k": "3"},
     "embed": {"data": "photos", "out": "new.npy"},
     "curate": {"run": "run", "data": "labeled", "out": "new"},
+    "search": {"run": "run", "query": "photos/00.png", "data": "photos", "k": "3"},
     "export": {"out": "new"},
     "push": {"run": "run", "repo": "someone/adapted"},  # refused here: there is no token
     "models": {"pattern": "vit_tiny_patch16_224"},
@@ -94,6 +96,7 @@ WEIGHTS = {
     "finetune": 4,
     "predict": 3,
     "embed": 5,
+    "search": 3,
     "eval": 4,
     "curate": 3,
     "export": 3,

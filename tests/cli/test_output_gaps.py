@@ -154,6 +154,10 @@ def commands(of) -> dict[str, tuple[list[object], list[str]]]:
         "eval": ([run, *labeled()], ["evaluation.whitening:fit=3.5", "evaluation.classifiers:probe=3.5"]),
         "embed": ([run, "--data", photos, *SMALL, "--out", "out.npy"], ["model.backbone:fingerprint=3.5"]),
         "curate": ([run, "--data", photos, *CPU, "--out", "out"], ["evaluation.curation.neighbors:nearest=3.5"]),
+        "search": (
+            [run, Path(photos) / "00.png", *CPU, "--out", "out.html"],
+            ["evaluation.run_search:open_index=3.5", "report.search_page:search_page=3.5"],
+        ),
         "export": ([run, "--out", "out"], ["model.peft_format:attach=3.5", "model.lora:merge=3.5"]),
         "predict": ([of("finetuned"), *labeled(), "--out", "out.csv"], ["train.finetune.learned:fingerprints=3.5"]),
         "plan": (images, ["train.memory.count:count=3.5", "train.memory.measure:product_rate=3.5"]),

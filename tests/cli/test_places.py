@@ -22,6 +22,7 @@ WRITING = {
     "predict": ("out", "predictions.csv"),
     "embed": ("out", "features.npy"),
     "curate": ("out", "curation"),
+    "search": ("out", "similar.html"),
     "export": ("out", "exported"),
     "eval": ("json", "scores.json"),
     "bench": ("json", "times.json"),
@@ -54,12 +55,14 @@ def refused(model, photos, tmp_path, monkeypatch, capsys):
     def run(command: str, place: Path) -> str:
         flag, name = WRITING[command]
         args = [command, f"--{flag}", str(place / name)]
-        if command not in ("demo", "predict", "curate"):
+        if command not in ("demo", "predict", "curate", "search"):
             args += ["--model", model]
         if command not in ("demo", "bench", "export"):
             args += ["--data", str(tmp_path / "labeled")]
-        if command in ("predict", "curate"):
+        if command in ("predict", "curate", "search"):
             args += ["--run", str(tmp_path)]
+        if command == "search":
+            args += ["--query", str(tmp_path / "labeled")]
         with pytest.raises(SystemExit) as stop:
             main(args)
         *logged, line = capsys.readouterr().err.splitlines()

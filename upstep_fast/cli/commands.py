@@ -38,6 +38,7 @@ usage: upstep-fast COMMAND [--config FILE.toml] [options]
   embed   write features of images to a file
   explore   look through images in a local web page: maps before and after, neighbors, search by an image
   curate  find copies, odd images, wrong classes and leaks; write the list of images to keep
+  search  find the images that are most similar to an image
   export  write the adapted model for timm, transformers, PEFT, DINOv2, ONNX or torch.export
   push    push an adapter and its card to the Hugging Face Hub
   models  list the models that can be adapted, with size, input and license
@@ -171,6 +172,7 @@ COMMANDS = {
     "embed": Command(_config("EmbedConfig", "evaluate"), runs.embed, "evaluation.embeddings", positional=("adapter",)),
     "explore": Command(_config("ExploreConfig", "explore"), runs.explore, "explorer.open", positional=("run",)),
     "curate": Command(_config("CurateConfig", "curate"), runs.curate, "report.curation", positional=("run",)),
+    "search": Command(_config("SearchConfig", "search"), runs.search, "cli.search", positional=("run", "query")),
     "export": Command(_config("ExportConfig"), runs.export, "model.export.export", positional=("adapter",)),
     "push": Command(_config("PushConfig"), runs.push, "model.hub", positional=("run", "repo")),
     "models": Command(_config("ModelsConfig"), runs.models, "cli.models", positional=("pattern",)),

@@ -51,6 +51,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "upstep-fast curate adapted/ --data photos/ --out curation/",
         "upstep-fast curate adapted/ --data photos/ --against test/ --apply keep.txt",
     ),
+    "search": (
+        "upstep-fast search adapted/ photo.jpg --data photos/",
+        "upstep-fast search adapted/ photo.jpg --k 50 --json similar.json --out similar.html",
+    ),
     "export": ("upstep-fast export adapted/ --format hf --out exported/",),
     "push": ("upstep-fast push adapted/ OWNER/NAME --private",),
     "models": ("upstep-fast models", "upstep-fast models '*dinov2*'"),

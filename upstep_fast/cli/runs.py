@@ -84,6 +84,13 @@ def curate(config: Any) -> None:
     print_line(f"report: {found.out / PAGE}")
 
 
+def search(config: Any) -> None:
+    """Print the most similar images."""
+    from upstep_fast.cli.search import run
+
+    run(config)
+
+
 def export(config: Any) -> None:
     """Write the adapted model in another format."""
     from upstep_fast.model.export.export import run

@@ -17,7 +17,8 @@ from typing import Any
 
 from upstep_fast.config.evaluate import EmbedConfig
 from upstep_fast.data.sources.source import Source
-from upstep_fast.model import peft_format
+from upstep_fast.model import backbone, peft_format
+from upstep_fast.model.backbone import Backbone
 from upstep_fast.version import __version__
 
 NONE = "none"
@@ -67,6 +68,17 @@ def facts_of(
         "reading": source.reading.described(),
         "version": __version__,
         "precision": precision,
+    }
+
+
+def facts_in_memory(model: Backbone, adapter: str | None, is_whitened: bool) -> dict[str, Any]:
+    """Return the facts that a loaded model has of its features; of merged weights no hash."""
+    weights = f"model={backbone.fingerprint(model.vit)[:_DIGITS]} " if adapter is None else ""
+    kind, form = "base" if adapter is None else "adapted", "whitened features appended" if is_whitened else "plain"
+    return {
+        "model": model.name,
+        "fingerprint": f"{weights}adapter={adapter_hash(adapter)}",
+        "form": f"{kind}, {form}",
     }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,26 +21,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from upstep_fast.config.adapter_folder import (
-    RUN_CONFIG,
-    adapter_folder,
-    fetched,
-    holds_adapter,
-    is_on_hub,
-    is_refused,
-    run_folder,
-)
 from upstep_fast.config.base import reading_of
 from upstep_fast.config.evaluate import EmbedConfig
-from upstep_fast.config.files import from_options
 from upstep_fast.config.reading import AS_STORED, Reading
 from upstep_fast.data.loading.eval_transform import EvalTransform
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import ConfigError, DataError, RunFailedError
 from upstep_fast.evaluation import whitening
-from upstep_fast.evaluation.embeddings import read_whitening, whitening_fingerprints, with_run
+from upstep_fast.evaluation.feature_facts import facts_in_memory
+from upstep_fast.evaluation.feature_table import FeatureTable
 from upstep_fast.evaluation.features import feature_function, load_models
-from upstep_fast.evaluation.image_inputs import transformed_images
+from upstep_fast.evaluation.image_inputs import images_of, names_of, transformed_images
+from upstep_fast.evaluation.load_options import configured, whitening_of
+from upstep_fast.evaluation.search.index import FeatureIndex, build_index
+from upstep_fast.evaluation.search.storage import require_same
 from upstep_fast.evaluation.whitening import Whitening
 from upstep_fast.model import pooling
 from upstep_fast.model.backbone import Backbone
@@ -47,8 +42,6 @@ from upstep_fast.model.names import shown
 from upstep_fast.runtime import machine
 from upstep_fast.runtime.device import Compute, resolve
 from upstep_fast.runtime.progress import track
-
-IMAGE_KEYS = ("pixel_values", "image", "images")  # of a DataLoader's batches, in this order
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -129,6 +122,25 @@ class FeatureModel:
         features = [whitening.append_whitened(batch, fitted) for batch in parts.split(batch_size)]
         return dataclasses.replace(self, whitening=fitted), torch.cat(features).numpy()
 
+    def index(
+        self, images: Any, *, exact: bool = False, batch_size: int = 256, num_workers: int | None = None
+    ) -> FeatureIndex:
+        """Return an index of images to search in: `index.search_images("photo.jpg")`.
+
+        images: as for `embed`, or a `FeatureTable` of this model, as `read_features` gives. From 100,000 images on the
+        index is approximate if FAISS is installed and `exact` is not set; `index.recall` is measured. Raises DataError.
+        """
+        is_table = isinstance(images, FeatureTable)
+        table = images if is_table else self._table(images, batch_size, num_workers)
+        return self.attach(build_index(table, exact=exact))
+
+    def attach(self, index: FeatureIndex) -> FeatureIndex:
+        """Return an index that was made with this model, with this model for its images. Raises DataError."""
+        if index.x.shape[1] != self.dim:
+            raise DataError(f"index: its features have width {index.x.shape[1]}, this model gives {self.dim}")
+        require_same(index.facts, self._facts)
+        return dataclasses.replace(index, embed=self._table)
+
     def paths(self, data: str | Path) -> list[str]:
         """Return the names of the images at a path, in the order of `embed`'s rows. Raises DataError."""
         source = open_source(data, reading=self.reading)
@@ -178,6 +190,16 @@ class FeatureModel:
             raise RunFailedError(f"model: features of {bad} of {len(parts)} images are not finite or all zero; {cure}")
         return parts
 
+    @functools.cached_property
+    def _facts(self) -> dict[str, Any]:
+        return facts_in_memory(self.backbone, self.adapter, self.whitening is not None)
+
+    def _table(self, images: Any, batch_size: int = 256, num_workers: int | None = None) -> FeatureTable:
+        """Return the features of images, named as `names_of` does."""
+        x = self.embed(images, batch_size, num_workers)
+        names = self.paths(images) if isinstance(images, (str, Path)) else names_of(images, len(x))
+        return FeatureTable(tuple(names), x, self._facts)
+
     def _all_parts(self, images: Any, batch_size: int, num_workers: int | None) -> Tensor:
         """Return the unit features [N, P, D] of images, on the CPU."""
         return self._map(lambda batch: self._parts(batch, True), images, batch_size, num_workers)
@@ -202,21 +224,12 @@ class FeatureModel:
             if value is not None and value < low:
                 raise ConfigError(f"{name}: got {value}, must be at least {low}")
         if isinstance(images, DataLoader):
-            yield from map(_images_of, images)
+            yield from map(images_of, images)
             return
         workers = machine.num_workers(num_workers)
         with contextlib.closing(transformed_images(images, self.transform, workers, 2 * batch_size)) as each:
             while batch := list(itertools.islice(each, batch_size)):
                 yield torch.stack(batch)
-
-
-def _images_of(batch: Any) -> Tensor:
-    """Return the images of a DataLoader's batch: itself, the first of a tuple, or an entry of a dictionary."""
-    if isinstance(batch, Mapping):
-        if (name := next((name for name in IMAGE_KEYS if name in batch), None)) is None:
-            raise DataError(f"images: a batch has the keys {', '.join(map(str, batch))}; name one {IMAGE_KEYS[0]}")
-        return batch[name]
-    return batch[0] if isinstance(batch, (tuple, list)) else batch
 
 
 def load(
@@ -241,24 +254,7 @@ def load(
     config, own = configured(source, model, whiten, device, precision, implementation, options)
     resolve(device, precision, implementation)  # before the weights are read
     models = load_models(config)
-    return feature_model_of(config, models, _read_whitening(config, own, models) if config.whitening or own else {})
-
-
-def configured(
-    source: str | Path,
-    model: str | Path | None,
-    whiten: bool | str | Path | None,
-    device: str,
-    precision: str,
-    implementation: str,
-    options: dict[str, Any],
-) -> tuple[EmbedConfig, Path | None]:
-    """Return the arguments of `load` as the embed command's configuration, and the run's whitening (`with_run`)."""
-    options |= _places(source, model)
-    options |= {"whitening": _whitening_file(source, whiten)} if whiten else {}
-    options |= {"form": "plain"} if whiten is False else {}
-    options |= {"device": device, "precision": precision, "implementation": implementation}
-    return with_run(from_options(EmbedConfig, options | {"data": (), "out": ""}, "load"))
+    return feature_model_of(config, models, whitening_of(config, own, models) if config.whitening or own else {})
 
 
 def feature_model_of(
@@ -268,33 +264,3 @@ def feature_model_of(
     name, how = "base" if config.adapter is None else "adapted", config.runtime
     given = how.device, how.precision, how.implementation
     return FeatureModel(models[name], *given, config.adapter, fitted.get(name), reading_of(config.data))
-
-
-def _places(source: str | Path, model: str | Path | None) -> dict[str, Any]:
-    """Return the flags model and adapter."""
-    if not isinstance(source, (str, Path)):
-        raise ConfigError(f"load: got a {type(source).__name__}, must be a folder of adapt or the name of a model")
-    is_adapter = is_on_hub(source)
-    if model is None and not is_adapter and not holds_adapter(source) and not (Path(source) / RUN_CONFIG).is_file():
-        return {"model": source}
-    if is_adapter:
-        folder = fetched(source, "load")
-    else:
-        folder = Path(source) if is_refused(source) else adapter_folder(source, "load")
-    return {"adapter": folder} | ({} if model is None else {"model": model})
-
-
-def _whitening_file(source: str | Path, whiten: bool | str | Path) -> str:
-    if whiten is not True:
-        return str(whiten)
-    if not (holds_adapter(source) or is_refused(source)):
-        raise ConfigError(f"whiten: {source} is no run's folder; give a file of embed --fit-whitening")
-    file = run_folder(source) / whitening.FILE
-    if not file.exists():
-        raise ConfigError(f"whiten: there is no {file}; write it with embed --fit-whitening, or use m.fit_whitening")
-    return str(file)
-
-
-def _read_whitening(config: EmbedConfig, own: Path | None, models: dict[str, Backbone]) -> dict[str, Whitening]:
-    identity = whitening.identity_of(models["base"], reading_of(config.data))
-    return read_whitening(config, own, models, whitening_fingerprints(identity["sha256"], config), identity)

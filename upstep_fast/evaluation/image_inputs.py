@@ -18,6 +18,8 @@ from upstep_fast.data.loading.skipped_images import read_image
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import BadImage, DataError
 
+IMAGE_KEYS = ("pixel_values", "image", "images")  # of a DataLoader's batches, in this order
+
 R = TypeVar("R")
 Job = tuple[str, Callable[[], Tensor]]  # an image's name, and a function that returns the transformed image
 
@@ -30,6 +32,21 @@ def transformed_images(images: Any, transform: EvalTransform, num_workers: int, 
     """
     jobs = _of_source(images, transform) if isinstance(images, (str, Path)) else _of_items(images, transform)
     return ordered_map(lambda job: _run(*job), jobs, num_workers, ahead)
+
+
+def names_of(images: Any, count: int) -> list[str]:
+    """Return the names of `count` images: paths as they are, "image 0", ... for what has none."""
+    items = images if isinstance(images, (list, tuple)) else [None] * count
+    return [str(item) if isinstance(item, (str, Path)) else f"image {i}" for i, item in enumerate(items)]
+
+
+def images_of(batch: Any) -> Tensor:
+    """Return the images of a DataLoader's batch: itself, the first of a tuple, or an entry of a dictionary."""
+    if isinstance(batch, Mapping):
+        if (name := next((name for name in IMAGE_KEYS if name in batch), None)) is None:
+            raise DataError(f"images: a batch has the keys {', '.join(map(str, batch))}; name one {IMAGE_KEYS[0]}")
+        return batch[name]
+    return batch[0] if isinstance(batch, (tuple, list)) else batch
 
 
 def _run(name: str, function: Callable[[], R]) -> R:

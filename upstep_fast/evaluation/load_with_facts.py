@@ -8,8 +8,9 @@ from typing import Any
 from upstep_fast.config.base import reading_of
 from upstep_fast.data.sources.source import Source
 from upstep_fast.evaluation.embeddings import job_of
-from upstep_fast.evaluation.feature_model import FeatureModel, configured, feature_model_of
+from upstep_fast.evaluation.feature_model import FeatureModel, feature_model_of
 from upstep_fast.evaluation.features import load_models
+from upstep_fast.evaluation.load_options import configured
 from upstep_fast.runtime.device import resolve
 
 

@@ -1,0 +1,1 @@
+"""Search by features: the nearest images of an image, exact or by an index."""
