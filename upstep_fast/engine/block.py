@@ -36,14 +36,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upstep_fast.engine.fold import FoldedBlock, FoldedLinear
-from upstep_fast.engine.merge import MergedBlock, factors_of
+from upstep_fast.engine.fold import FoldedBlock
+from upstep_fast.engine.merge import MergedBlock, adapter_gradients, factors_of
 from upstep_fast.engine.mlp import activation, activation_backward, activation_forward, linear_activation
 from upstep_fast.engine.norm_gelu import norm, norm_backward
-from upstep_fast.engine.packing import Sizes, attend, attend_backward, scale_branch
+from upstep_fast.engine.packing import Sizes, attend, attend_backward, attend_first, scale_branch
 from upstep_fast.engine.plain_block import run_plain_block, select_tokens
 from upstep_fast.engine.projections import Quantized, dequantized
 from upstep_fast.engine.qk_norm import qk_norm, qk_norm_backward
@@ -97,17 +96,19 @@ def run_block(
     memory: Memory = "fast",
     sizes: Sizes = None,
     ropes: Ropes = None,
+    first: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run a block on the stream x + delta, [B, N, D] in the compute type. Returns the new stream as such a sum.
 
-    Differentiable in x, in delta, in the adapters and in trained norms. sizes, ropes: as for `run_blocks`.
+    Differentiable in x, in delta, in the adapters and in trained norms. sizes, ropes: as for `run_blocks`. first:
+    without gradients, return only the first tokens of each sequence, [B, first, D]; None: all.
     """
     context = BlockContext(merged, merged.block.drop_path_scales(x, sizes), sizes, ropes)
     if torch.is_grad_enabled():
         trained = merged.block.trained_tensors()
         if any(t.requires_grad for t in (x, *trained)):
             return _Block.apply(x, delta, context, memory, *trained)
-    return _forward(x, delta, context, merged.trained, None)[:2]
+    return _forward(x, delta, context, merged.trained, None, first)[:2]
 
 
 class _Block(torch.autograd.Function):
@@ -143,9 +144,17 @@ class _Block(torch.autograd.Function):
 
 
 def _forward(
-    x: Tensor, delta: Tensor | None, context: BlockContext, trained: Sequence[Tensor], saved: dict[str, Tensor] | None
+    x: Tensor,
+    delta: Tensor | None,
+    context: BlockContext,
+    trained: Sequence[Tensor],
+    saved: dict[str, Tensor] | None,
+    first: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (middle, m, the stream x + delta); put the tensors for backward into `saved` if given."""
+    """Return (middle, m, the stream x + delta); put the tensors for backward into `saved` if given.
+
+    first: without `saved`, continue behind attention with only so many tokens of each sequence.
+    """
     merged, drop_scale, sizes, ropes = context
     block, (qkv, proj, fc1, fc2) = merged.block, merged.projections
     h1, stream, rstd1, rows = norm(x, delta, block.eps[0], block.fused, block.fp8, block.rms)
@@ -153,7 +162,10 @@ def _forward(
     if saved is None:
         del h1, rows
     z = apply_rope(qk_norm(y, block.heads, block.head_norm), block.heads, block.rotary, ropes, sizes)
-    o, lse = attend(z, block.heads, sizes)
+    if first is None:
+        o, lse = attend(z, block.heads, sizes)
+    else:
+        o, stream = attend_first(z, block.heads, first), stream[:, :first]
     p = scale_branch(proj.product(_inner_norm(o, block)[0]), drop_scale[0])
     h2, middle, rstd2, rows = norm(stream, p, block.eps[1], block.fused, block.fp8, block.rms)
     rows = _affine(rows, block, 1, trained)
@@ -241,22 +253,6 @@ def _attention_backward(
     d_h1, d_norm = _affine_backward(qkv.input_gradient(dy), h1, block, 0, trained)
     dx = norm_backward(d_h1, h1, saved["rstd1"], d_middle, block.fused, rms=block.rms)[0] if needs_dx else None
     return dx, d_adapters, d_norm
-
-
-def adapter_gradients(
-    dy: Tensor, h: Tensor, linear: FoldedLinear, factors: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of (A [T, r, K], A beta [T, r], s B [T, n, r]) in fp32; dy: [..., N], h: [..., K]."""
-    a, shift, b = (f.detach() for f in factors)
-    dy, h = dy.flatten(0, -2), h.flatten(0, -2)
-    low = F.linear(h, a.flatten(0, 1).to(h.dtype), shift.flatten().to(h.dtype))  # [M, T r]
-    num_rows, r = b.shape[1:]
-    d_low, d_b = torch.empty_like(low), torch.empty_like(b)
-    for t, part in enumerate(linear.parts):
-        dy_part, columns = dy[:, part * num_rows : (part + 1) * num_rows], slice(t * r, (t + 1) * r)
-        d_b[t] = dy_part.T @ low[:, columns]
-        d_low[:, columns] = dy_part @ b[t].to(dy.dtype)
-    return (d_low.T @ h).float().view_as(a), d_low.float().sum(0).view_as(shift), d_b
 
 
 def _scale_and_shift(block: FoldedBlock, which: int, trained: Sequence[Tensor]) -> Sequence[Tensor] | None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upstep_fast.engine.fold import FoldedBlock, FoldedLinear
@@ -91,6 +92,22 @@ def factors_of(block: FoldedBlock, trained: Sequence[Tensor]) -> dict[str, Seque
     """Return (A, A beta, s B) of the projections with an adapter; they stand first in `trained`, three each."""
     names = [name for name, linear in block.linears.items() if linear.adapters]
     return {name: trained[3 * i : 3 * i + 3] for i, name in enumerate(names)}
+
+
+def adapter_gradients(
+    dy: Tensor, h: Tensor, linear: FoldedLinear, factors: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of (A [T, r, K], A beta [T, r], s B [T, n, r]) in fp32; dy: [..., N], h: [..., K]."""
+    a, shift, b = (f.detach() for f in factors)
+    dy, h = dy.flatten(0, -2), h.flatten(0, -2)
+    low = F.linear(h, a.flatten(0, 1).to(h.dtype), shift.flatten().to(h.dtype))  # [M, T r]
+    num_rows, r = b.shape[1:]
+    d_low, d_b = torch.empty_like(low), torch.empty_like(b)
+    for t, part in enumerate(linear.parts):
+        dy_part, columns = dy[:, part * num_rows : (part + 1) * num_rows], slice(t * r, (t + 1) * r)
+        d_b[t] = dy_part.T @ low[:, columns]
+        d_low[:, columns] = dy_part @ b[t].to(dy.dtype)
+    return (d_low.T @ h).float().view_as(a), d_low.float().sum(0).view_as(shift), d_b
 
 
 def _copy(old: Sequence[Tensor], new: Sequence[Tensor]) -> None:

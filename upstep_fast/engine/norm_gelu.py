@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upstep_fast.engine.projections import MergedProjection, Projection, Quantized
+from upstep_fast.engine.projections import EPILOGUES, MergedProjection, PackedProjection, Projection, Quantized
 from upstep_fast.kernels.gelu import gelu_backward as backward_from_byte
 from upstep_fast.kernels.gelu import gelu_forward as forward_with_byte
 from upstep_fast.kernels.layer_norm import eager as layer_norm_plain
@@ -96,6 +96,8 @@ def linear_gelu(x: Tensor | Quantized, projection: Projection, activation: str) 
         # cuBLAS has the tanh form in the epilogue of its product
         y = torch._addmm_activation(projection.bias, x.flatten(0, -2), projection.weight.T, use_gelu=True)
         return y.view(*x.shape[:-1], -1)
+    if isinstance(projection, PackedProjection) and isinstance(x, Tensor) and activation in EPILOGUES:
+        return projection.gelu_product(x, activation)
     return gelu(projection.product(x), activation)
 
 

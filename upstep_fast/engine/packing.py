@@ -42,6 +42,14 @@ def attend(y: Tensor, heads: int, sizes: Sizes) -> tuple[Tensor, Tensor]:
     return pack([o.flatten(2) for o, _ in outputs]), pack([lse.mT for _, lse in outputs])
 
 
+def attend_first(y: Tensor, heads: int, count: int) -> Tensor:
+    """Compute `attend`'s o for the first `count` tokens of each sequence alone: [B, N, 3 D] -> [B, count, D]."""
+    q, k, v = y.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, N, d]
+    q = q[:, :, :count].float() * q.shape[-1] ** -0.5
+    o = (q @ k.float().mT).softmax(-1) @ v.float()
+    return o.transpose(1, 2).flatten(2).to(y.dtype)
+
+
 def attend_backward(d_o: Tensor, y: Tensor, o: Tensor, lse: Tensor, heads: int, sizes: Sizes) -> Tensor:
     """Return the gradient of y, from that of o [..., D] and the input and outputs of `attend`."""
     groups = zip(*(unpack(rows, sizes) for rows in (d_o, y, o, lse)), strict=True)

@@ -20,6 +20,8 @@ from torch import Tensor
 from upstep_fast.kernels.lora_linear.fp8 import scaled_mm
 from upstep_fast.kernels.quantize import quantize
 
+EPILOGUES = {"erf": "none", "tanh": "tanh"}  # GELU after a product, as oneDNN names it
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -90,7 +92,27 @@ class Fp8Projection:
         return [slice(part * b.shape[1], (part + 1) * b.shape[1]) for part in self.parts]
 
 
-Projection = MergedProjection | Fp8Projection
+@dataclass(frozen=True)
+class PackedProjection:
+    """A frozen weight in oneDNN's layout, for forward products alone."""
+
+    weight: Tensor  # [N, K], opaque
+    bias: Tensor  # [N]
+
+    def product(self, x: Tensor | Quantized) -> Tensor:
+        """Multiply by the weight: x [..., K] -> [..., N]."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+    def gelu_product(self, x: Tensor, activation: str) -> Tensor:
+        """Compute gelu(x W^T + c), [..., K] -> [..., N]; activation: a key of EPILOGUES."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], EPILOGUES[activation])
+
+    def input_gradient(self, dy: Tensor | Quantized) -> Tensor:
+        """Raise NotImplementedError: the weight is packed for the forward product."""
+        raise NotImplementedError("engine: a packed weight has no gradient")
+
+
+Projection = MergedProjection | Fp8Projection | PackedProjection
 
 
 def to_fp8(weight: Tensor) -> Fp8Weight:

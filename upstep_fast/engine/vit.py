@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from upstep_fast.engine.block import Memory, run_block, run_blocks
@@ -27,7 +28,7 @@ from upstep_fast.engine.timm_blocks import Vit, altered_reason, grid_of
 from upstep_fast.errors import ConfigError
 from upstep_fast.kernels._transforms import is_transformed
 from upstep_fast.kernels.patchify import patchify
-from upstep_fast.model.pooling import pooled
+from upstep_fast.model.pooling import pooled, pooled_only
 
 log = logging.getLogger("upstep_fast")
 
@@ -105,20 +106,29 @@ def build(
     compiled: bool | None = None,
     fp8: bool = False,
     pool: Pool = pooled,
+    frozen: bool = False,
 ) -> EngineViT:
     """Fold `vit` for training or for features in `dtype`. Raises ValueError if the engine cannot run it.
 
     fused, fp8: as for `fold`. compiled: as for `make_forward_only`. pool: tokens after the final norm -> features.
+    frozen: for features alone, faster on a CPU and rounded otherwise than with gradients (inference.py).
     """
     blocks = fold(vit, dtype, fused, fp8)
     tokens, ropes = partial(embed, without_rope(vit), dtype=dtype), make_ropes(vit)
     device = next(vit.parameters()).device
     folded = [index for index, block in enumerate(blocks) if isinstance(block, FoldedBlock)]
     merger, last = make_merger(blocks), partial(head, vit, pool=pool)
-    forward_only = make_forward_only(blocks, merger, tokens, ropes, last, device, compiled)
+    first = _first(vit, device, pool) if frozen else None
+    forward_only = make_forward_only(blocks, merger, tokens, ropes, last, device, compiled, frozen, first)
     return EngineViT(
         vit, blocks, dtype, memory, make_stale_check(vit, folded), merger, tokens, ropes, forward_only, last
     )
+
+
+def _first(vit: Vit, device: torch.device, pool: Pool) -> int | None:
+    """Return the number of tokens that `pool` reads, where that is the class token alone; elsewhere None."""
+    is_known = type(vit) in (VisionTransformer, Eva) and pool in (pooled, pooled_only)
+    return 1 if device.type == "cpu" and is_known and vit.global_pool == "token" else None
 
 
 def try_build(vit: nn.Module, dtype: torch.dtype, memory: Memory = "fast", **options: Any) -> EngineViT | str:
@@ -159,14 +169,15 @@ def make_features(
     fp8: bool = False,
     graphs: bool = False,
     pool: Pool = pooled,
+    frozen: bool = False,
 ) -> tuple[Callable[[Tensor], Tensor], int]:
     """Return a function that gives features, and the side P of the patches it takes instead of images (0: images only).
 
     It is the engine's if the engine can run `vit` and agrees with it (self_check.py), else `fallback`, compiled on a
-    GPU; the reason is logged. graphs: replay as CUDA graphs (cuda_graphs.py). pool: as for `build`; `fallback` must
-    pool so too. Raises ConfigError if `graphs` is set and the engine cannot run the model.
+    GPU; the reason is logged. graphs: replay as CUDA graphs (cuda_graphs.py). pool, frozen: as for `build`; `fallback`
+    must pool so too. Raises ConfigError if `graphs` is set and the engine cannot run the model.
     """
-    built = try_build(vit, dtype, memory, fp8=fp8, pool=pool)
+    built = try_build(vit, dtype, memory, fp8=fp8, pool=pool, frozen=frozen)
     if isinstance(built, EngineViT):
         features = graphed(vit, built.features, built.check_unchanged) if graphs else built.features
         return features, patch_side(vit)

@@ -239,7 +239,7 @@ def feature_function(
     if implementation == "reference":
         return reference
     dtype = compute.dtype or torch.float32
-    return engine.make_features(vit, dtype, "fast", fallback=reference, fp8=compute.fp8, pool=pool)[0]
+    return engine.make_features(vit, dtype, "fast", fallback=reference, fp8=compute.fp8, pool=pool, frozen=True)[0]
 
 
 @torch.no_grad()
