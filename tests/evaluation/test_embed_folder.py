@@ -321,6 +321,25 @@ def test_a_damaged_shard_is_named(model, images, tmp_path):
     assert files_of(out) == whole
 
 
+@pytest.mark.parametrize("name", ["part-000-00001.parquet", "plan-000.parquet"])
+def test_a_flipped_bit_is_noticed(model, images, tmp_path, name):
+    """At places spread over the file; of those in the pages of values and names, by their checksum."""
+    out = tmp_path / "out"
+    run(model, images, out)
+    path, table = out / name, read_features(out)
+    data = path.read_bytes()
+    noticed = 0
+    for at in range(4, len(data), len(data) // 40):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 16]) + data[at + 1 :])
+        try:
+            found = read_features(out)
+            assert found.names == table.names and np.array_equal(found.x, table.x)  # no bit of a name or a value
+        except DataError as error:
+            assert "\n" not in str(error)
+            noticed += 1
+    assert noticed > 15
+
+
 def test_a_lost_plan_is_refused(model, images, more, tmp_path):
     out = tmp_path / "out"
     run(model, images, out)

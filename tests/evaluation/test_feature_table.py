@@ -229,7 +229,7 @@ def test_what_is_not_there_or_no_features(tmp_path, photos):
     for path, message in (
         (photos, "holds no features"),
         (tmp_path / "no.npy", "cannot read"),
-        (tmp_path, "no features"),
+        (tmp_path, "cannot read"),  # its only Parquet file is damaged
     ):
         with pytest.raises(DataError, match=message):
             read_features(path)

@@ -41,6 +41,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "embed": (
         "upstep-fast embed adapted/ --data photos/ --out features.npy",
+        "upstep-fast embed adapted/ --data photos/ --out features/",
         "upstep-fast embed --model vit_base_patch16_224 --data photos/ --out features.npy",
     ),
     "explore": (

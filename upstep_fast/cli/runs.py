@@ -66,8 +66,8 @@ def embed(config: Any) -> None:
 
     done = run_embed(config)
     if is_first():
-        counts = f"; {done.counts}" if done.counts else ""
-        print_line(f"features: {done.out}  ({done.form}; {done.shape[0]:,} x {done.shape[1]:,}{counts})")
+        end, counts = ("/", f"; {done.counts}") if done.counts else ("", "")
+        print_line(f"features: {done.out}{end}  ({done.form}; {done.shape[0]:,} x {done.shape[1]:,}{counts})")
 
 
 def curate(config: Any) -> None:

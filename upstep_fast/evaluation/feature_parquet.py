@@ -69,7 +69,8 @@ class Plan:
         import pyarrow.parquet
 
         waiting: list[str] = []
-        with pyarrow.parquet.ParquetFile(require_regular(self.path, "features")) as file:
+        path = require_regular(self.path, "features")
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
             for batch in file.iter_batches(ROW_GROUP, columns=["path"]):
                 waiting += batch.column(0).to_pylist()
                 while len(waiting) >= self.size:
@@ -233,7 +234,8 @@ def write_names(names: Iterable[str], metadata: Mapping[str, Any], file: BinaryI
 
     schema = pyarrow.schema([("path", pyarrow.string())], {key: json.dumps(value) for key, value in metadata.items()})
     rest = iter(names)
-    with pyarrow.parquet.ParquetWriter(file, schema, compression="zstd", use_dictionary=False) as writer:
+    options: dict[str, Any] = {"compression": "zstd", "use_dictionary": False, "write_page_checksum": True}
+    with pyarrow.parquet.ParquetWriter(file, schema, **options) as writer:
         while some := list(itertools.islice(rest, NAMES)):
             writer.write_batch(pyarrow.record_batch([pyarrow.array(some, pyarrow.string())], schema=schema))
 
@@ -253,14 +255,15 @@ def write_table(
     table = pyarrow.table(arrays).replace_schema_metadata({key: json.dumps(value) for key, value in metadata.items()})
     # the digits of features do not compress
     compression = {"path": "zstd"} | {f"{name}.list.element": "none" for name in columns}
-    pyarrow.parquet.write_table(table, file, row_group_size=ROW_GROUP, compression=compression, use_dictionary=False)
+    options: dict[str, Any] = {"compression": compression, "use_dictionary": False, "write_page_checksum": True}
+    pyarrow.parquet.write_table(table, file, row_group_size=ROW_GROUP, **options)
 
 
 def _read(path: Path, column: str) -> tuple[list[str], np.ndarray, Mapping[bytes, bytes]]:
     import pyarrow
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(require_regular(path, "features")) as file:
+    with pyarrow.parquet.ParquetFile(require_regular(path, "features"), page_checksum_verification=True) as file:
         schema = file.schema_arrow
         for name in ("path", column):
             if name not in schema.names:
