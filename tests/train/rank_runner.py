@@ -81,7 +81,7 @@ def planted(fault):
     if fault["kind"] in ENDINGS:
         act = lambda call: (begin(fault), call())[1]  # noqa: E731
         if fault.get("in") == "features":  # of embed and eval, on each batch
-            return mock.patch.object(features, "_check_finite", counted(features._check_finite, at, act))
+            return mock.patch.object(features, "check_finite", counted(features.check_finite, at, act))
         return mock.patch.object(UpStep, "embed", counted(UpStep.embed, at, act))
     if fault["kind"] == "nan":
         return mock.patch.object(UpStep, "loss", counted(UpStep.loss, at, lambda call: call() * float("nan")))

@@ -153,6 +153,10 @@ def jobs(base, folder):
         runs.append({"name": name, "call": "embed", "options": options, "per_rank": {key: [mine, other]}})
     shards = embed | {"out": str(folder / "features/"), "batch_size": 2, "shard_size": 5, "with_base": True}
     runs += [{"name": name, "call": "embed", "options": shards} for name in ("embed folder", "embed folder again")]
+    broken = Path(shutil.copytree(base["data"], folder / "broken"))
+    (broken / "03.png").write_bytes(b"no image")
+    tokens = {"data": str(broken), "out": str(folder / "tokens.zarr"), "tokens": True, "max_bad_fraction": 0.1}
+    runs.append({"name": "tokens", "call": "embed", "options": embed | tokens | {"batch_size": 5}})
     runs.append({"name": "extract", "call": "extract", "options": embed | {"batch_size": 5}})
     return runs
 
@@ -548,3 +552,16 @@ def test_eval_over_ranks_gives_the_figures_of_one(base, photos, tmp_path):
     alone = upstep_fast.evaluate(**common, k=3)
     assert found["base"]["knn"] == alone["base"]["knn"] and found["n_test"] == alone["n_test"]
     assert found["base"]["linear"] == pytest.approx(alone["base"]["linear"], abs=100 / 12 + 1e-6)
+
+
+def test_two_ranks_write_the_tokens_of_one(ranks, base):
+    """An unreadable image of the first rank leaves no gap; 24 images are two chunks."""
+    tokens = pytest.importorskip("upstep_fast.evaluation.dense.token_files")
+    pytest.importorskip("zarr")
+    table = tokens.read_tokens(ranks / "tokens.zarr")
+    assert [Path(name).name for name in table.names] == [f"{i:02}.png" for i in range(24) if i != 3]
+    expected = upstep_fast.load(base["model"], precision="fp32", device="cpu").tokens(list(table.names[:3]))
+    np.testing.assert_allclose(table.rows(0, 3), expected, atol=2e-6)
+    last = upstep_fast.load(base["model"], precision="fp32", device="cpu").tokens(list(table.names[-3:]))
+    np.testing.assert_allclose(table.rows(20, 23), last, atol=2e-6)
+    assert outcome(ranks, "tokens")[0]["result"] == outcome(ranks, "tokens")[1]["result"]

@@ -43,6 +43,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "upstep-fast embed adapted/ --data photos/ --out features.npy",
         "upstep-fast embed adapted/ --data photos/ --out features/",
         "upstep-fast embed --model vit_base_patch16_224 --data photos/ --out features.npy",
+        "upstep-fast embed adapted/ --data photos/ --tokens --dtype fp16 --out tokens.zarr",
     ),
     "explore": (
         "upstep-fast explore adapted/",

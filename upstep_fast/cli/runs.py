@@ -67,7 +67,8 @@ def embed(config: Any) -> None:
     done = run_embed(config)
     if is_first():
         end, counts = ("/", f"; {done.counts}") if done.counts else ("", "")
-        print_line(f"features: {done.out}{end}  ({done.form}; {done.shape[0]:,} x {done.shape[1]:,}{counts})")
+        what = "tokens" if config.tokens else "features"
+        print_line(f"{what}: {done.out}{end}  ({done.form}; {' x '.join(f'{n:,}' for n in done.shape)}{counts})")
 
 
 def curate(config: Any) -> None:

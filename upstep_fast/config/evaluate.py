@@ -62,7 +62,7 @@ class EmbedConfig(ModelConfig):
 
     out: str = field(kw_only=True)
     """File to write: .npy (paths beside it in .txt), .safetensors or .parquet; or a folder, FOLDER/, of Parquet shards:
-    constant memory, resumed and extended by repeating the command."""
+    constant memory, resumed and extended by repeating the command; of --tokens .zarr or .safetensors."""
     adapter: str | None = None
     """Folder of a run of adapt, or of an adapter; names --model and its options."""
     any_base: bool = False
@@ -81,6 +81,10 @@ class EmbedConfig(ModelConfig):
     """Images in each shard of a folder. Default: as many as make 32 MB."""
     moved: tuple[str, ...] = ()
     """OLD=NEW: a folder of images that a folder of features names, as it was and as it is now."""
+    tokens: bool = False
+    """Write the patch tokens on their grid, [N, H, W, D], each of unit length, instead of one vector an image."""
+    dtype: Literal["fp32", "fp16"] = "fp32"
+    """Number type of --tokens in the file."""
     batch_size: int = 256
     """Images per forward pass."""
     overwrite: bool = False
@@ -97,3 +101,8 @@ class EmbedConfig(ModelConfig):
             raise ConfigError("whitening and fit_whitening: give one of them, not both")
         if self.form == "plain" and (self.fit_whitening or self.whitening) is not None:
             raise ConfigError("form: plain features have no whitening; leave out --form, or the whitening")
+        of_images = [name for name in ("ensemble", "with_base", "shard_size", "moved") if getattr(self, name)]
+        if self.tokens and of_images:
+            raise ConfigError(f"{of_images[0]}: is of features of whole images, not of --tokens; leave it out")
+        if self.dtype != "fp32" and not self.tokens:
+            raise ConfigError("dtype: is of --tokens; features of whole images are written in fp32")

@@ -274,6 +274,8 @@ class EmbedOptions(TypedDict, total=False):
     with_base: bool
     shard_size: int | None
     moved: Sequence[str]
+    tokens: bool
+    dtype: Literal["fp32", "fp16"]
     batch_size: int
     overwrite: bool
     debug: bool

@@ -24,13 +24,14 @@ from upstep_fast.data.curation.intensity import measure_intensity
 from upstep_fast.data.sources.source import Source, open_configured
 from upstep_fast.errors import ConfigError
 from upstep_fast.evaluation import embed_folder, feature_facts, feature_folder, feature_parquet, whitening
+from upstep_fast.evaluation.dense.embed_tokens import run_tokens
 from upstep_fast.evaluation.feature_job import FeatureJob
 from upstep_fast.evaluation.feature_parquet import FACTS, FEATURES
 from upstep_fast.evaluation.feature_table import name_line
 from upstep_fast.evaluation.features import extract, load_models, log_time
 from upstep_fast.evaluation.whitening import OtherModelError, Whitening
 from upstep_fast.input_files import read_bytes
-from upstep_fast.model import peft_format, pooling
+from upstep_fast.model import pooling
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime.atomic_file import require_writable, write_errors
@@ -40,7 +41,6 @@ from upstep_fast.runtime.progress import track
 
 log = logging.getLogger("upstep_fast")
 
-MAX_WHITENING_BYTES = 1 << 32
 CURE = "what was there is unchanged; make room, or give another --out"
 
 
@@ -58,10 +58,10 @@ def embed(
 
 @dataclass(frozen=True)
 class Embedded:
-    """What `run_embed` wrote: [N, D] features, and what they are, in words."""
+    """What `run_embed` wrote: [N, D] features or [N, H, W, D] tokens, and what they are, in words."""
 
     out: Path
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     form: str
     counts: str = ""  # of a folder: what was there and what is new, in words
 
@@ -70,6 +70,8 @@ def run_embed(config: EmbedConfig) -> Embedded:
     """Run the embed command, see `embed`. Raises UpstepError."""
     out, shards = Path(config.out), feature_folder.is_folder(config.out)
     config, own = with_run(config)
+    if config.tokens:
+        return Embedded(out, *run_tokens(config))
     with contextlib.ExitStack() as stack:
         target = feature_folder.target_of(out, config)
         if distributed.is_first():
@@ -99,9 +101,9 @@ def job_of(
     identity = whitening.identity_of(models["base"], source.reading)
     fitted: dict[str, Whitening] = {}
     if config.whitening or own:
-        fingerprints = whitening_fingerprints(identity["sha256"], config)
+        fingerprints = whitening.fingerprints_of(identity["sha256"], config.adapter)
         fitted = read_whitening(config, own, models, fingerprints, identity)
-    content = read_bytes(Path(config.whitening or own or ""), "whitening", MAX_WHITENING_BYTES) if fitted else None
+    content = read_bytes(Path(config.whitening or own or ""), "whitening", whitening.MAX_BYTES) if fitted else None
     fingerprint = feature_facts.fingerprint(identity, config.adapter, content)
     return FeatureJob(config, source, models, compute, fitted, identity, fingerprint)
 
@@ -114,7 +116,9 @@ def _embed_file(out: Path, job: FeatureJob) -> Embedded:
     contents: dict[Path, Content] = {}
     if config.fit_whitening:
         fitted = {name: whitening.fit(x[name]) for name in models}
-        content = whitening.content(fitted, whitening_fingerprints(job.identity["sha256"], config), job.identity)
+        content = whitening.content(
+            fitted, whitening.fingerprints_of(job.identity["sha256"], config.adapter), job.identity
+        )
         contents[Path(config.fit_whitening)] = content
         fingerprint = feature_facts.fingerprint(job.identity, config.adapter, content)
         job = replace(job, fitted=fitted, fingerprint=fingerprint)
@@ -139,7 +143,7 @@ def with_run(config: EmbedConfig) -> tuple[EmbedConfig, Path | None]:
             raise ConfigError(f"ensemble: the adapter of {folder} was refused; leave out --ensemble for the base model")
         log.warning("adapter: that of %s was refused, as it made the features worse: base model used", folder)
         config = replace(config, adapter=None)
-    if config.form == "plain" or config.whitening or config.fit_whitening:
+    if config.form == "plain" or config.tokens or config.whitening or config.fit_whitening:
         return config, None
     file = folder / whitening.FILE
     if os.path.lexists(file):
@@ -199,13 +203,6 @@ def _check_files(out: Path, config: EmbedConfig) -> None:
         if os.path.lexists(path) and not config.overwrite:
             raise ConfigError(f"{field}: {path} exists; choose another name or add --overwrite")
         require_writable(path, field)
-
-
-def whitening_fingerprints(base: str, config: EmbedConfig) -> dict[str, str]:
-    """Return {"base": ..., "adapted": ...}; the second is of base model and adapter files, not of merged weights."""
-    if config.adapter is None:
-        return {"base": base}
-    return {"base": base, "adapted": f"{base} {peft_format.fingerprint(config.adapter)}"}
 
 
 def _names_of(out: Path) -> Path:

@@ -28,6 +28,7 @@ from upstep_fast.data.loading.eval_transform import EvalTransform
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import ConfigError, DataError, RunFailedError
 from upstep_fast.evaluation import whitening
+from upstep_fast.evaluation.dense.tokens import on_grid
 from upstep_fast.evaluation.feature_facts import facts_in_memory
 from upstep_fast.evaluation.feature_table import FeatureTable
 from upstep_fast.evaluation.features import feature_function, load_models
@@ -60,9 +61,7 @@ class FeatureModel:
     adapter: str | None = None
     whitening: Whitening | None = None
     reading: Reading = AS_STORED  # as in training
-    _functions: dict[bool, Callable[[Tensor], Tensor]] = field(
-        default_factory=dict
-    )  # by whether mean patch tokens are included
+    _functions: dict[pooling.Pool, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
     @property
     def vit(self) -> nn.Module:
@@ -91,7 +90,7 @@ class FeatureModel:
 
         Raises DataError for other shapes and types, RunFailedError for features that are not finite.
         """
-        parts = self._parts(images, self.whitening is not None)
+        parts = self._unit(images, pooling.pooled_only if self.whitening is None else pooling.pooled_and_patch_mean)
         if self.whitening is None:
             return parts[:, 0].contiguous()
         by = Whitening(self.whitening.mean.to(parts.device), self.whitening.matrix.to(parts.device))
@@ -141,6 +140,16 @@ class FeatureModel:
         require_same(index.facts, self._facts)
         return dataclasses.replace(index, embed=self._table)
 
+    def tokens(self, images: Any, batch_size: int = 32, num_workers: int | None = None) -> np.ndarray:
+        """Return the patch tokens of images on their grid as numpy fp32 [N, H, W, D], unit vectors.
+
+        Of `m.vit.forward_features`, without class and register tokens; a whitening is for whole images and is not
+        applied. images, num_workers: as for `embed`; row 0 of the grid is the top of `m.transform`'s result. Raises as
+        `embed`, and ConfigError for a model whose tokens are no grid.
+        """
+        rows = self._map(lambda batch: self._unit(batch, pooling.patch_tokens), images, batch_size, num_workers)
+        return on_grid(rows, self.backbone).numpy()
+
     def paths(self, data: str | Path) -> list[str]:
         """Return the names of the images at a path, in the order of `embed`'s rows. Raises DataError."""
         source = open_source(data, reading=self.reading)
@@ -166,8 +175,8 @@ class FeatureModel:
         return vars(self) | {"backbone": self.backbone.copy(), "_functions": {}}
 
     @torch.no_grad()
-    def _parts(self, images: Tensor, patches: bool) -> Tensor:
-        """Return unit features [B, P, D], with the mean patch token if `patches`."""
+    def _unit(self, images: Tensor, pool: pooling.Pool) -> Tensor:
+        """Return the unit vectors [B, P, D] that `pool` makes of the tokens."""
         expected = (len(self.backbone.mean), *self.backbone.img_size)
         if not isinstance(images, Tensor) or not images.is_floating_point() or images.shape[1:] != expected:
             got = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
@@ -177,11 +186,10 @@ class FeatureModel:
                 "gives; m.embed takes paths, PIL images and arrays"
             )
         compute = self.compute
-        if patches not in self._functions:
-            pool = pooling.pooled_and_patch_mean if patches else pooling.pooled_only
-            self._functions[patches] = feature_function(self.backbone, self.implementation, compute, pool)
+        if pool not in self._functions:
+            self._functions[pool] = feature_function(self.backbone, self.implementation, compute, pool)
         with compute.autocast():
-            parts = F.normalize(self._functions[patches](images.to(compute.device).float()).float(), dim=-1)
+            parts = F.normalize(self._functions[pool](images.to(compute.device).float()).float(), dim=-1)
         bad = int(((parts.norm(dim=-1) - 1).abs() < 0.5).all(-1).logical_not().sum())  # also of NaN
         if bad:
             cure = (
@@ -202,7 +210,9 @@ class FeatureModel:
 
     def _all_parts(self, images: Any, batch_size: int, num_workers: int | None) -> Tensor:
         """Return the unit features [N, P, D] of images, on the CPU."""
-        return self._map(lambda batch: self._parts(batch, True), images, batch_size, num_workers)
+        return self._map(
+            lambda batch: self._unit(batch, pooling.pooled_and_patch_mean), images, batch_size, num_workers
+        )
 
     def _map(
         self, function: Callable[[Tensor], Tensor], images: Any, batch_size: int, num_workers: int | None

@@ -103,7 +103,7 @@ class Extractor:
             for kind, run in self.functions.items():
                 with self.compute.autocast():
                     rows[kind].append(F.normalize(run(x).float(), dim=-1).cpu())
-                _check_finite(rows[kind][-1], kind, self.source, batch_indices, self.compute)
+                check_finite(rows[kind][-1], kind, self.source, batch_indices, self.compute)
             distributed.require_ranks()
             task.advance(len(batch_indices))
         return read, rows
@@ -113,7 +113,7 @@ def make_extractor(
     source: Source, models: dict[str, Backbone], config: EvalConfig | EmbedConfig, compute: Compute, patches: bool
 ) -> Extractor:
     """Return the extractor of these models, after all ranks have agreed on what they run. patches: as for `extract`."""
-    _agree(source, models["base"], config)
+    agree(source, models["base"], config)
     pool = pooling.pooled_and_patch_mean if patches else pooling.pooled_only
     how = config.runtime.implementation, compute, pool
     with torch.no_grad():
@@ -179,7 +179,7 @@ def _batches(
     )
 
 
-def _agree(source: Source, base: Backbone, config: EvalConfig | EmbedConfig) -> None:
+def agree(source: Source, base: Backbone, config: EvalConfig | EmbedConfig) -> None:
     """Raise ConfigError naming the first of configuration, versions, model and data in which a rank differs."""
     if distributed.size() == 1:
         return
@@ -197,7 +197,7 @@ def _agree(source: Source, base: Backbone, config: EvalConfig | EmbedConfig) -> 
     distributed.agree_on(json.loads(json.dumps(facts)))
 
 
-def _check_finite(f: Tensor, name: str, source: Source, indices: Tensor, compute: Compute) -> None:
+def check_finite(f: Tensor, name: str, source: Source, indices: Tensor, compute: Compute) -> None:
     """Raise RunFailedError naming an image whose features, unit vectors f [B, P, D], are not finite or are all 0."""
     bad = ((f.norm(dim=-1) - 1).abs() < 0.5).all(-1).logical_not()  # also of NaN
     if bad.any():

@@ -19,7 +19,7 @@ from upstep_fast.config.evaluate import EmbedConfig
 from upstep_fast.config.files import from_options
 from upstep_fast.errors import ConfigError
 from upstep_fast.evaluation import whitening
-from upstep_fast.evaluation.embeddings import read_whitening, whitening_fingerprints, with_run
+from upstep_fast.evaluation.embeddings import read_whitening, with_run
 from upstep_fast.evaluation.whitening import Whitening
 from upstep_fast.model.backbone import Backbone
 
@@ -69,4 +69,4 @@ def _whitening_file(source: str | Path, whiten: bool | str | Path) -> str:
 def whitening_of(config: EmbedConfig, own: Path | None, models: dict[str, Backbone]) -> dict[str, Whitening]:
     """Return the whitenings of a configuration by model, those of its run (`own`) included. Raises ConfigError."""
     identity = whitening.identity_of(models["base"], reading_of(config.data))
-    return read_whitening(config, own, models, whitening_fingerprints(identity["sha256"], config), identity)
+    return read_whitening(config, own, models, whitening.fingerprints_of(identity["sha256"], config.adapter), identity)

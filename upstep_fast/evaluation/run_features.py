@@ -18,7 +18,7 @@ from upstep_fast.config.run_features import RunFeaturesConfig
 from upstep_fast.data.sources.source import Source, open_configured
 from upstep_fast.errors import ConfigError, DataError
 from upstep_fast.evaluation import whitening
-from upstep_fast.evaluation.embeddings import MAX_WHITENING_BYTES, run_embed
+from upstep_fast.evaluation.embeddings import run_embed
 from upstep_fast.evaluation.feature_facts import NONE, adapter_hash, parts_of, whitening_hash
 from upstep_fast.evaluation.feature_folder import NameIndex, new_images, plans_of
 from upstep_fast.evaluation.feature_model import FeatureModel, load
@@ -110,7 +110,7 @@ def _require_own(facts: dict[str, Any], path: str | Path, config: RunFeaturesCon
         return
     adapter = _embedding_adapter(config)
     file = run_folder(adapter) / whitening.FILE if adapter else None
-    content = read_bytes(file, "whitening", MAX_WHITENING_BYTES) if file and file.exists() else None
+    content = read_bytes(file, "whitening", whitening.MAX_BYTES) if file and file.exists() else None
     now = {"adapter": adapter_hash(None if is_refused(config.run) else adapter), "whitening": whitening_hash(content)}
     if then.get("whitening") == NONE:  # of --form plain, or of a run whose whitening came later
         now["whitening"] = NONE

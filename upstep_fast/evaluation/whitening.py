@@ -34,6 +34,7 @@ from torch import Tensor
 from upstep_fast.config.reading import Reading
 from upstep_fast.errors import ConfigError, first_line
 from upstep_fast.input_files import require_regular
+from upstep_fast.model import peft_format
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.model.identity import differences, model_identity
 
@@ -43,6 +44,8 @@ FILE = "whitening.safetensors"  # in the folder of a run
 IDENTITY, FORM = "model_identity", "form"  # in the metadata of the file; the first is JSON
 READING = "reading"  # in the identity: how the images were read, by flag
 APPENDED = "[x / sqrt(2), w(x) / 2, w(p) / 2]"  # phi, or its equal without p
+TOKENS_APPENDED = "[t / sqrt(2), w(t) / sqrt(2)]"  # of single patch tokens (dense/tokens.py)
+MAX_BYTES = 1 << 32  # of a file
 MIN_SPREAD = 1e-10  # of unit vectors, tr(C): below it they differ only by rounding
 
 
@@ -98,15 +101,24 @@ def identity_of(base: Backbone, reading: Reading) -> dict[str, Any]:
     return model_identity(base) | {READING: reading.described()}
 
 
+def fingerprints_of(base: str, adapter: str | Path | None) -> dict[str, str]:
+    """Return {"base": ..., "adapted": ...}; the second is of base model and adapter files, not of merged weights."""
+    return {"base": base} | ({} if adapter is None else {"adapted": f"{base} {peft_format.fingerprint(adapter)}"})
+
+
 def content(
-    fitted: Mapping[str, Whitening], fingerprints: Mapping[str, str], identity: Mapping[str, Any] | None = None
+    fitted: Mapping[str, Whitening],
+    fingerprints: Mapping[str, str],
+    identity: Mapping[str, Any] | None = None,
+    form: str = APPENDED,
 ) -> bytes:
     """Return the file of whitenings and model fingerprints, by name ("base", "adapted"), as safetensors.
 
-    identity: of the base model (`identity_of`), whose settings and preprocessing the fingerprints do not cover.
+    identity: of the base model (`identity_of`), whose settings and preprocessing the fingerprints do not cover. form:
+    of the features that the whitening makes, `APPENDED` or `TOKENS_APPENDED`.
     """
     tensors = {f"{name}.{part}": x.contiguous() for name, one in fitted.items() for part, x in vars(one).items()}
-    metadata = {**fingerprints, IDENTITY: json.dumps(identity or {}), FORM: APPENDED}
+    metadata = {**fingerprints, IDENTITY: json.dumps(identity or {}), FORM: form}
     return save(tensors, metadata=metadata)
 
 
@@ -115,17 +127,20 @@ def read(
     fingerprints: Mapping[str, str],
     identity: Mapping[str, Any] | None = None,
     shape: tuple[int, int] | None = None,
+    form: str = APPENDED,
 ) -> dict[str, Whitening]:
     """Read the whitenings of these models.
 
     identity: of the base model; files of earlier versions have none. shape: (P, D) of the features; None: as in the
-    file. Raises OtherModelError if the file was fitted to other models, ConfigError if it is damaged, of another form,
-    or holds no whitening of that shape.
+    file. form: as for `content`. Raises OtherModelError if the file was fitted to other models, ConfigError if it is
+    damaged, of another form, or holds no whitening of that shape.
     """
     require_regular(Path(path), "whitening")
     try:
         with safe_open(path, "pt") as file:
-            _check_origin(file.metadata() or {}, fingerprints, identity or {}, str(path))
+            metadata = file.metadata() or {}
+            _check_form(metadata.get(FORM, APPENDED), form, str(path))  # earlier versions wrote none
+            _check_origin(metadata, fingerprints, identity or {}, str(path))
             for name in fingerprints:
                 _check_shape(file, name, shape, str(path))
             fitted = {
@@ -142,11 +157,20 @@ def read(
     return fitted
 
 
+def _check_form(found: str, expected: str, path: str) -> None:
+    if found == expected:
+        return
+    kinds = {APPENDED: "features of images", TOKENS_APPENDED: "single patch tokens (embed --tokens)"}
+    if found not in kinds:
+        raise ConfigError(f"whitening: {path} is for features of the form {found[:100]}; update upstep-fast")
+    raise ConfigError(
+        f"whitening: {path} is for {kinds[found]}, not for {kinds[expected]}; fit one with --fit-whitening"
+    )
+
+
 def _check_origin(
     metadata: Mapping[str, str], fingerprints: Mapping[str, str], identity: Mapping[str, Any], path: str
 ) -> None:
-    if (form := metadata.get(FORM, APPENDED)) != APPENDED:  # earlier versions wrote none
-        raise ConfigError(f"whitening: {path} is for features of the form {form[:100]}; update upstep-fast")
     for name, fingerprint in fingerprints.items():
         if metadata.get(name) != fingerprint:
             raise OtherModelError(

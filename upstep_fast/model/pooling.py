@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+Pool = Callable[[Any, Tensor], Tensor]  # (model, tokens after the final norm [B, N, D]) -> features
 
 
 def features(vit: nn.Module, images: Tensor) -> Tensor:
@@ -33,8 +36,13 @@ def pooled_and_patch_mean(vit: nn.Module, tokens: Tensor) -> Tensor:
     """
     parts = [pooled(vit, tokens)]
     if num_parts(vit) == 2:
-        parts.append(tokens[:, vit.num_prefix_tokens :].mean(1))
+        parts.append(patch_tokens(vit, tokens).mean(1))
     return torch.stack(parts, 1)
+
+
+def patch_tokens(vit: nn.Module, tokens: Tensor) -> Tensor:
+    """Return the tokens of the patches, without class and register tokens: [B, N, D] -> [B, H W, D], row by row."""
+    return tokens[:, vit.num_prefix_tokens :]
 
 
 def num_parts(vit: nn.Module) -> int:

@@ -24,7 +24,6 @@ from upstep_fast.data.sources.source import Source
 from upstep_fast.data.sources.subset import subset
 from upstep_fast.errors import RunFailedError, UpstepError, first_line
 from upstep_fast.evaluation import whitening
-from upstep_fast.evaluation.embeddings import whitening_fingerprints
 from upstep_fast.evaluation.features import load_models, plain_features
 from upstep_fast.model import pooling
 from upstep_fast.model.backbone import Backbone
@@ -91,7 +90,7 @@ def _fitted(
             read, rows = plain_features(source, base, vits, compute, config.data.num_workers, _parts, task)
         fitted = {name: whitening.fit(_finite(x)) for name, x in zip(models, rows, strict=True)}
         identity = {**identity, whitening.READING: source.reading.described()}
-        fingerprints = whitening_fingerprints(identity["sha256"], embedding)
+        fingerprints = whitening.fingerprints_of(identity["sha256"], embedding.adapter)
     except (UpstepError, RuntimeError) as error:
         log.warning("whitening: none (%s)", first_line(error))
         return None

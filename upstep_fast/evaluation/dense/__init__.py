@@ -1,0 +1,1 @@
+"""Dense features: patch tokens on their grid, as files, for segmentation by nearest neighbors, and as pictures."""
