@@ -13,7 +13,7 @@ import boto3
 import numpy as np
 import pytest
 from photos import save_photos
-from remote_servers import KEYS, s3_server, upload, web_server
+from remote_servers import KEYS, Store, hub_server, s3_server, upload, web_server
 
 from upstep_fast.data.loading.skipped_images import read_image
 from upstep_fast.data.reading import retries
@@ -338,6 +338,7 @@ def test_credentials_that_expire_stop_the_run_and_condemn_no_image(store, monkey
 @pytest.mark.parametrize("package", ["fsspec", "aiohttp", "s3fs"])
 def test_missing_packages_name_the_extra(site, store, monkeypatch, package):
     http._file_system.cache_clear()
+    objects._file_system.cache_clear()
     monkeypatch.setitem(sys.modules, package, None)
     if package == "s3fs":
         monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
@@ -396,3 +397,64 @@ def test_the_record_of_another_version_or_a_damaged_one_is_not_used(site, own_ca
     (content,) = own_cache.rglob("*.png")
     os.truncate(content, 3)
     assert source.read(0) == expected
+
+
+@pytest.fixture
+def other_store(tree, monkeypatch):
+    """A store other than S3, which holds `tree`, for gs://."""
+    files = {f"b/set/{path.relative_to(tree)}": path.read_bytes() for path in tree.rglob("*") if path.is_file()}
+    monkeypatch.setattr(Store, "files", files)
+    monkeypatch.setattr(Store, "requests", [])
+    monkeypatch.setattr(objects, "_file_system", lambda protocol, process: Store())
+    return Store
+
+
+def test_another_store_by_fsspec(other_store, tree, monkeypatch):
+    monkeypatch.setattr(objects, "BLOCK", 1000)
+    same(open_source("gs://b/set", "train"), "gs://b/set", open_source(tree, "train"), tree)
+    count = len(other_store.requests)
+    assert any(request.endswith("1000-2000") for request in other_store.requests)
+    assert contents(open_source("gs://b/set", "train")) == contents(open_source(tree, "train"))
+    assert len(other_store.requests) == count  # all of it from the cache
+    other_store.files["b/set/train/a/1.png"] = b"other"
+    assert open_source("gs://b/set/train/a/1.png").read(0) == b"other"
+    assert len(open_source("gs://b/set/train/a/*.png")) == 3
+
+
+def test_a_file_that_is_shorter_than_listed(other_store, monkeypatch):
+    source = open_source("gs://b/set")
+    other_store.files["b/set/train/a/1.png"] = b"short"
+    with pytest.raises(DataError, match=r"gs://b/set/train/a/1.png: 5 of \d+ bytes from 0 on came, tried 4 times"):
+        [read_image(source, i) for i in range(len(source))]
+
+
+def test_errors_of_a_library_are_one_line(other_store, monkeypatch):
+    def fails(self, path):
+        raise KeyError("https://me:pw@host/a?sig=5ecret\nsecond line")
+
+    monkeypatch.setattr(Store, "info", fails)
+    with pytest.raises(DataError, match=r"cannot read gs://b/set: KeyError: .https://host/a\?sig=\.\.\.") as error:
+        open_source("gs://b/set")
+    assert "\n" not in str(error.value) and "5ecret" not in str(error.value)
+
+
+def test_a_data_set_of_the_hub(tree, monkeypatch):
+    from huggingface_hub import constants
+
+    from upstep_fast import network
+
+    files = {f"photos/{path.relative_to(tree)}": path.read_bytes() for path in tree.rglob("*") if path.is_file()}
+    objects._file_system.cache_clear()
+    with hub_server(files) as hub:
+        url = f"http://127.0.0.1:{hub.server_port}"
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(network, "_checked", None)
+        root = "hf://datasets/me/set/photos"
+        same(open_source(root, "train"), root, open_source(tree, "train"), tree)
+        with pytest.raises(DataError, match="cannot read hf://datasets/me/none/photos: no such object or folder"):
+            open_source("hf://datasets/me/none/photos")
+    monkeypatch.setattr(network, "_checked", None)
+    with pytest.raises(DataError, match=r"cannot read hf://datasets/me/set/photos: no connection to the hub \("):
+        open_source(root)
+    objects._file_system.cache_clear()

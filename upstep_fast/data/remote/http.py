@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from upstep_fast.data.remote import cache
+from upstep_fast.data.remote.address import shown
 from upstep_fast.data.remote.cache import Version
 from upstep_fast.data.remote.reasons import ANSWER, CONNECT, lasting, missing_package, passing, unreachable
 from upstep_fast.errors import first_line
@@ -154,7 +155,7 @@ def _translated(error: Exception, address: str) -> Exception:
     if isinstance(error, (aiohttp.TooManyRedirects, aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError)):
         return lasting(f"{type(error).__name__}: the server redirects without end, or to no web address")
     if isinstance(error, (aiohttp.ClientError, ConnectionError)):
-        return passing(f"{host}: {first_line(error)[:120]}")
+        return passing(f"{host}: {shown(first_line(error))[:120]}")
     if isinstance(error, ValueError):  # yarl, for an address that is none
         return lasting(f"not a web address ({first_line(error)[:80]})")
     return error

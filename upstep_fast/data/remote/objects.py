@@ -5,7 +5,6 @@ Credentials and endpoints are those that these packages find: environment, profi
 
 from __future__ import annotations
 
-import errno
 import functools
 import os
 from collections.abc import Iterator
@@ -65,7 +64,7 @@ def facts(address: str) -> Version | None:
     try:
         info = within(FIRST_ANSWER, lambda: files.info(address), shown(address))
     except Exception as error:
-        raise translated(error, address) from error
+        raise translated(error) from error
     return None if info["type"] == "directory" else _version(info)
 
 
@@ -85,7 +84,7 @@ def listed(address: str) -> Iterator[tuple[str, Version]]:
         top = files._strip_protocol(address).rstrip("/")
         found = files.find(top, detail=True)
     except Exception as error:
-        raise translated(error, address) from error
+        raise translated(error) from error
     for path, info in found.items():
         if info["type"] == "file" and path.startswith(f"{top}/") and not path.endswith("/"):
             yield path[len(top) + 1 :], _version(info)
@@ -99,7 +98,7 @@ def matches(pattern: str) -> list[str]:
         escaped = files._strip_protocol(pattern).replace("[", "[[]").replace("?", "[?]")
         found = within(FIRST_ANSWER, lambda: files.glob(escaped), shown(pattern))
     except Exception as error:
-        raise translated(error, pattern) from error
+        raise translated(error) from error
     return sorted(f"{protocol}://{path}" for path in found)
 
 
@@ -144,7 +143,7 @@ def _blocks(
         try:
             block = _block(files, path, first, last, version)
         except Exception as error:
-            raise translated(error, address) from error
+            raise translated(error) from error
         if len(block) != last - first:
             raise passing(f"{len(block)} of {last - first} bytes from {first} on came")
         yield block
@@ -175,26 +174,27 @@ def _version(info: dict[str, Any]) -> Version:
     return Version(tag, modified, -1 if size is None else int(size))
 
 
-def translated(error: Exception, address: str) -> Exception:
+def translated(error: Exception) -> Exception:
     """Return an error of fsspec or the libraries below it as an OSError of one line; ours as they are."""
     names = [type(each).__name__ for each in chain(error)]
-    codes = {str(getattr(each, "response", {}).get("Error", {}).get("Code", "")) for each in chain(error)}
-    store = address.split("/")[2]
-    if isinstance(error, (DataError, cache.NoRoomError, RefusedError, UnreachableError)):
+    answers = [answer for each in chain(error) if isinstance(answer := getattr(each, "response", None), dict)]
+    codes = {str(answer.get("Error", {}).get("Code", "")) for answer in answers}  # of botocore
+    if isinstance(error, (DataError, cache.NoRoomError, RefusedError, UnreachableError, MemoryError)):
         return error
-    if isinstance(error, OSError) and error.errno == errno.EIO:
-        return error
+    text = f"{type(error).__name__}: {shown(first_line(error))[:160]}"
     if codes & {"PreconditionFailed", "412"}:
         return lasting(_CHANGED)
     if any("Credentials" in name for name in names):
-        return refused(f"no credentials for {store}; for a public bucket set FSSPEC_S3_ANON=true")
+        return refused("no credentials found; for a public S3 bucket set FSSPEC_S3_ANON=true")
     if isinstance(error, FileNotFoundError):
         missing = "no such bucket" if "NoSuchBucket" in codes else "no such object or folder"
         return lasting(missing)
     if isinstance(error, PermissionError) or codes & {"403", "AccessDenied", "SignatureDoesNotMatch", "ExpiredToken"}:
         return refused("forbidden; check the credentials and whether they may read it")
+    if any("Offline" in name for name in names):
+        return unreachable("the hub is switched off (HF_HUB_OFFLINE)")
     if any("Connect" in name or "Unreachable" in name for name in names):
-        return unreachable(f"no connection to the store of {store}")
+        return unreachable("no connection to the store")
     if isinstance(error, (OSError, TimeoutError)) or any("Timeout" in name or "Client" in name for name in names):
-        return passing(f"{type(error).__name__}: {first_line(error)[:160]}")
-    return error
+        return passing(text)
+    return lasting(text)  # of a library, which raise many kinds
