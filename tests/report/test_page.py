@@ -255,6 +255,36 @@ def test_changes_within_their_error_and_notes_are_said(tmp_path):
         assert accuracy.accuracy_notes(hostile) == []
 
 
+def test_measures_and_classes_are_tables(tmp_path):
+    gain = {"points": -0.04, "interval": [-2.0, 2.0], "within_error": True}
+    base, adapted = {"knn": 50.0, "recall_at_1": 40.0, "map": 61.25}, {"map": 61.21}
+    scores = {
+        "base": base,
+        "adapted": adapted,
+        "intervals": {"base": {"map": [60.0, 63.0]}, "adapted": {"map": [59.0, 64.0]}},
+        "gains": {"adapted": {"map": gain}},
+        "per_class": [
+            {
+                "class": "<b>\x1b[2J",
+                "n_train": 9,
+                "n_test": 3,
+                "base": {"knn": 0.0},
+                "intervals": {"base": {"knn": [0, 20]}},
+            },
+            7,
+            {"class": ["a"], "n_test": "three", "base": 1},
+        ],
+    }
+    folder = make_run(tmp_path / "run", [row(0)], scores=scores)
+    page, html = page_of(folder), (folder / "report.html").read_text()
+    assert ["base", "40.0", "", "", "61.2 ± 1.5", ""] in page.rows
+    assert ["adapted", "", "", "", "61.2 ± 2.5 (~+0.0)", ""] in page.rows
+    assert ["<b>\\x1b[2J", "9", "3", "0.0 ± 10.0", ""] in page.rows and ["['a']", "", "", "", ""] in page.rows
+    assert "\x1b" not in html and "&lt;b&gt;" in html and "Classes, the worst first" in html
+    for forged in ({"per_class": {}}, {"per_class": [None]}, {"gains": [], "intervals": 3}, {"base": []}):
+        page_of(make_run(tmp_path / f"forged {forged}".replace("/", ""), [row(0)], scores=scores | forged))
+
+
 def test_commands_shown_are_commands(tmp_path, monkeypatch, capsys):
     folder = make_run(tmp_path / "it's a run", [row(i) for i in range(3)], arch="vit_tiny_patch16_224", img_size=64)
     classes = {"eval": EvalConfig, "embed": EmbedConfig, "export": ExportConfig, "adapt": AdaptConfig}

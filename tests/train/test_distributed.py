@@ -545,12 +545,15 @@ def test_eval_over_ranks_gives_the_figures_of_one(base, photos, tmp_path):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)
     common = {"model": base["model"], "data": str(tmp_path / "labeled"), "device": "cpu", "precision": "fp32"}
-    options = common | {"json": str(tmp_path / "ranks.json"), "k": 3}
+    options = common | {"json": str(tmp_path / "ranks.json"), "k": 3, "measures": "all"}
     done, _ = launch(tmp_path, {"command": ["eval", *flags(options)]}, ranks=4)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "ranks.json").read_text())
-    alone = upstep_fast.evaluate(**common, k=3)
+    alone = upstep_fast.evaluate(**common, k=3, measures=("all",))
     assert found["base"]["knn"] == alone["base"]["knn"] and found["n_test"] == alone["n_test"]
+    assert found["per_class"] and found["base"].keys() == alone["base"].keys()
+    for name in ("recall_at_1", "map", "map_at_r", "few_shot_5", "nmi"):
+        assert found["base"][name] == pytest.approx(alone["base"][name])
     assert found["base"]["linear"] == pytest.approx(alone["base"]["linear"], abs=100 / 12 + 1e-6)
 
 

@@ -114,7 +114,7 @@ def _measure(config: EvalConfig, compute: Compute) -> dict[str, Any]:
     measured = measure(train, test, forms, config.measures, k, labeled[0].source.groups())
     result, details = with_intervals(measured.values)
     details |= {"per_class": measured.per_class} if measured.per_class else {}
-    result |= {"n_train": len(train.y), "n_test": len(test.y), "k": k, "measures": list(config.measures)}
+    result |= {"n_train": len(train.y), "n_test": len(test.y), "k": k}
     if sources is not None:
         _add_source(result, details, config, forms, _extract(sources, models, config, compute, "source "))
     notes = list(data_notes(*labeled, unwhitened(train.x)["base"], unwhitened(test.x)["base"], config.k))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from upstep_fast.errors import printable
 from upstep_fast.report.run_record import number
 from upstep_fast.runtime import terminal
 
@@ -45,7 +46,7 @@ def class_rows(result: dict[str, Any]) -> Iterator[list[str]]:
         if isinstance(row, dict):
             counts = [f"{count:.0f}" if (count := number(row.get(key))) is not None else "" for key in _COUNTS]
             keys = _class_columns(result)
-            yield [str(row.get("class")), *counts, *(cell(row, kind, key) for kind, key in keys.values())]
+            yield [printable(str(row.get("class"))), *counts, *(cell(row, kind, key) for kind, key in keys.values())]
 
 
 def class_header(result: dict[str, Any]) -> list[str]:
@@ -88,20 +89,22 @@ def _at(values: Any, *keys: str | int) -> Any:
     return values
 
 
-def print_measures(result: dict[str, Any]) -> None:
-    """Print a table for each measure, and one of the worst classes."""
+def tables(result: dict[str, Any], classes: int = WORST) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """Yield (title, header, rows) for each measure, and for the worst classes, so many of them at most."""
     for measure, names in NAMES.items():
         if rows := list(rows_of(result, measure)):
-            _show(TITLES[measure], ["features", *names.values()], rows)
+            yield TITLES[measure], ["features", *names.values()], rows
     if rows := list(class_rows(result)):
-        title = f"classes, the worst {WORST} of {len(rows)}" if len(rows) > WORST else "classes, the worst first"
-        _show(title, class_header(result), rows[:WORST])
+        title = f"classes, the worst {classes} of {len(rows)}" if len(rows) > classes else "classes, the worst first"
+        yield title, class_header(result), rows[:classes]
 
 
-def _show(title: str, header: list[str], rows: list[list[str]]) -> None:
-    table = terminal.Table(title=title)
-    for i, name in enumerate(header):
-        table.add_column(name, justify="right" if i else "left")
-    for row in rows:
-        table.add_row(*row)
-    terminal.show(table)
+def print_measures(result: dict[str, Any]) -> None:
+    """Print the tables."""
+    for title, header, rows in tables(result):
+        table = terminal.Table(title=title)
+        for i, name in enumerate(header):
+            table.add_column(name, justify="right" if i else "left")
+        for row in rows:
+            table.add_row(*row)
+        terminal.show(table)

@@ -20,7 +20,7 @@ from markupsafe import Markup
 from upstep_fast.config.adapter_folder import run_folder
 from upstep_fast.config.tools import ReportConfig
 from upstep_fast.errors import ConfigError
-from upstep_fast.report import accuracy
+from upstep_fast.report import accuracy, measures
 from upstep_fast.report.charts import COLORS, Line, bar_chart, line_chart, share_bar
 from upstep_fast.report.image_panels import ImagePanels
 from upstep_fast.report.neighbors import neighbor_table
@@ -35,7 +35,7 @@ from upstep_fast.runtime.run_folder import is_own
 log = logging.getLogger("upstep_fast")
 
 NAME = "report.html"
-MAX_SKIPPED, MAX_MESSAGES = 200, 20  # rows of the table of skipped images, lines of train.log
+MAX_SKIPPED, MAX_MESSAGES, MAX_CLASSES = 200, 20, 200  # rows of tables, lines of train.log
 STYLE = Path(__file__).parent.parent / "assets" / "report.css"
 
 
@@ -135,6 +135,7 @@ def _accuracy(scores: dict[str, Any] | None) -> dict[str, Any] | None:
         "header": accuracy.HEADER,
         "rows": accuracy.accuracy_rows(scores),
         "notes": accuracy.accuracy_notes(scores),
+        "measures": list(measures.tables(scores, MAX_CLASSES)),
         "count": _value(scores.get("n_test")),
         "k": _value(scores.get("k")),
     }
