@@ -109,7 +109,6 @@ def test_pictures_within_files(world, search):
 
 
 def test_an_approximate_index_is_kept_and_extended(world, search, monkeypatch):
-    monkeypatch.setattr(run_search, "EXACT_BELOW", 10)
     monkeypatch.setattr(approximate, "EXACT_BELOW", 10)
     shutil.rmtree(world / "run" / "index", ignore_errors=True)
     file = world / "run" / "index" / run_search.LISTS

@@ -14,7 +14,7 @@ from upstep_fast.errors import ConfigError, DataError
 from upstep_fast.evaluation.feature_table import FEATURES, FeatureTable
 from upstep_fast.evaluation.run_features import model_of, read_or_embed
 from upstep_fast.evaluation.search import approximate
-from upstep_fast.evaluation.search.approximate import EXACT_BELOW, SAMPLE, K
+from upstep_fast.evaluation.search.approximate import SAMPLE, K
 from upstep_fast.evaluation.search.index import FeatureIndex, Match, build_index
 from upstep_fast.runtime.atomic_file import require_writable
 
@@ -102,18 +102,13 @@ def index_folder(config: SearchConfig) -> Path:
 
 def open_index(config: SearchConfig, table: FeatureTable) -> FeatureIndex:
     """Return the index of a table; the lists of an approximate one are read, extended or made, and kept."""
-    if config.exact or len(table) < EXACT_BELOW or not approximate.is_installed():
-        if not config.exact and len(table) >= EXACT_BELOW:
-            log.info('search: exact; `pip install "upstep_fast[search]"` adds an index that reads a part of the images')
-        return build_index(table, exact=True)
-    path = index_folder(config) / LISTS
-    lists = None
-    if os.path.lexists(path):
+    path, lists = index_folder(config) / LISTS, None
+    if not config.exact and approximate.is_installed() and os.path.lexists(path):
         try:
             lists = approximate.read(path)
         except DataError as error:
             log.warning("%s", error)
-    index = build_index(table, lists=lists)
+    index = build_index(table, exact=config.exact, lists=lists)
     if index.lists is not None and index.lists is not lists:
         try:  # two writers write the same
             path.parent.mkdir(exist_ok=True)

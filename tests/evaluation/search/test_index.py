@@ -41,10 +41,14 @@ def test_exact_below_the_limit_and_on_request(small):
     assert build_index(table(1000), exact=True).lists is None
 
 
-def test_exact_without_faiss(small, monkeypatch):
+def test_exact_without_faiss(small, monkeypatch, caplog):
+    caplog.set_level("INFO")
     monkeypatch.setattr(approximate, "is_installed", lambda: False)
     index = build_index(table(1500))
     assert index.lists is None and index.recall == 1.0
+    assert [record.message for record in caplog.records] == [
+        'search: exact; `pip install "upstep_fast[search]"` adds an index that reads a part of the images'
+    ]
 
 
 def test_recall_is_what_another_sample_shows(small):

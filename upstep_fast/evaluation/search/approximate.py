@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,8 @@ from upstep_fast.evaluation.search.exact import merged, score_again, top_k
 from upstep_fast.input_files import require_regular
 from upstep_fast.runtime.atomic_file import write_atomic
 from upstep_fast.runtime.progress import track
+
+log = logging.getLogger("upstep_fast")
 
 EXACT_BELOW = 100_000  # vectors: an exact search of so many takes a few milliseconds
 RECALL, K, SAMPLE = 0.98, 20, 256  # recall at K that is aimed at, measured on SAMPLE rows
@@ -83,6 +86,15 @@ def search(index: Any, nprobe: int, x: np.ndarray, queries: np.ndarray, k: int) 
 def is_installed() -> bool:
     """Return whether FAISS is there."""
     return importlib.util.find_spec("faiss") is not None
+
+
+def is_used(num: int) -> bool:
+    """Return whether an index of `num` vectors is to be approximate; logs which extra is missing for one."""
+    if num < EXACT_BELOW:
+        return False
+    if not is_installed():
+        log.info('search: exact; `pip install "upstep_fast[search]"` adds an index that reads a part of the images')
+    return is_installed()
 
 
 def build(names: Sequence[str], x: np.ndarray) -> InvertedLists:

@@ -149,6 +149,6 @@ def build_index(
 
 
 def _lists(names: tuple[str, ...], x: np.ndarray, exact: bool, old: InvertedLists | None) -> InvertedLists | None:
-    if exact or len(x) < approximate.EXACT_BELOW or not approximate.is_installed():
+    if exact or not approximate.is_used(len(x)):
         return None
     return (old and approximate.fitting(old, names, x)) or approximate.build(names, x)
