@@ -44,6 +44,8 @@ ASSETS = {
     "app.js": "text/javascript",
     "colors.js": "text/javascript",
     "images.js": "text/javascript",
+    "points_cpu.js": "text/javascript",
+    "points_gl.js": "text/javascript",
     "scatter.js": "text/javascript",
     "grid.js": "text/javascript",
 }

@@ -30,7 +30,6 @@ async function begin() {
     const host = get(`map-${side}`);
     host.querySelector("small").textContent = `${dims[k]} dimensions`;
     scatters[side] = new Scatter(host, `Map of the images, ${side} features`, events);
-    if (!scatters[side].isWorking) host.append(element("p", { className: "no-webgl", textContent: "This browser has WebGL 2 switched off, which the maps need. Lists, search and neighbors work." }));
   }
   columns.forEach((column, i) => get("color").append(element("option", { value: i, textContent: column.name })));
   get("color").append(element("option", { value: -1, textContent: "nothing" }));

@@ -1,37 +1,24 @@
-// A scatter plot of up to millions of points in WebGL 2: pan, zoom, hover, pick, lasso, keyboard.
-// Written here and not taken from a library: those that draw from binary arrays build their shaders' callers with
-// `new Function`, which the page's Content-Security-Policy forbids.
+// A scatter plot of up to millions of points: pan, zoom, hover, pick, lasso, keyboard.
 
 import { Grid } from "./grid.js";
+import { CpuPoints } from "./points_cpu.js";
+import { GlPoints, MAX_STRIDE } from "./points_gl.js";
 
-const VERTEX = `#version 300 es
-layout(location = 0) in vec2 to;
-layout(location = 1) in vec2 from;
-layout(location = 2) in vec4 color;
-uniform vec2 scale, offset;
-uniform float t, size, alpha, gray;
-out vec4 fill;
-void main() {
-  gl_Position = vec4(mix(from, to, t) * scale + offset, 0, 1);
-  gl_PointSize = size;
-  float a = color.a * alpha;
-  fill = vec4(mix(color.rgb, vec3(.55), gray) * a, a);
-}`;
-const FRAGMENT = `#version 300 es
-precision highp float; // as in the vertex shader: both have "size"
-in vec4 fill;
-uniform float size;
-out vec4 result;
-void main() {
-  float edge = size < 3. ? 1. : clamp((.5 - length(gl_PointCoord - .5)) * size + .5, 0., 1.);
-  result = fill * edge;
-}`;
-
-const MAX_STRIDE = 31; // 31 * 8 bytes: WebGL allows strides of up to 255
 const SETTLE = 140; // ms without movement until all points are drawn again
 const SLOW = 30, FAST = 19; // ms between frames: fewer or more points are drawn while the picture moves
+const LEAST = 15000; // points drawn in any case
 const HIT = 14; // pixels around the pointer
 const MOVE = 420; // ms of the change from one map to another
+
+// Returns what draws on a canvas: WebGL if a graphics card does it, else the processor. #webgl: WebGL in any case
+function pointsOf(canvas) {
+  const probe = document.createElement("canvas").getContext("webgl2", { failIfMajorPerformanceCaveat: location.hash !== "#webgl" });
+  const facts = probe?.getExtension("WEBGL_debug_renderer_info");
+  const name = probe ? probe.getParameter(facts ? facts.UNMASKED_RENDERER_WEBGL : probe.RENDERER) : "";
+  probe?.getExtension("WEBGL_lose_context")?.loseContext();
+  const isEmulated = !probe || /swiftshader|llvmpipe|software|basic render/i.test(name);
+  return isEmulated && location.hash !== "#webgl" ? new CpuPoints(canvas) : new GlPoints(canvas);
+}
 
 export class Scatter {
   // host: an element. events: hover(i), pick(i), lasso(indices, isAdded), say(text)
@@ -49,47 +36,10 @@ export class Scatter {
     Object.assign(this, { mode: "move", zoom: 1, x: 0, y: 0, t: 1, xy: null, from: null, colors: null, grid: null });
     Object.assign(this, { selection: null, rings: [], focus: -1, hovered: -1, path: null, pointers: new Map() });
     Object.assign(this, { budget: 150000, movedAt: 0, lastFrame: 0, frame: 0, frames: 0 });
-    this.canvas.addEventListener("webglcontextlost", (event) => event.preventDefault());
-    this.canvas.addEventListener("webglcontextrestored", () => this.initialize());
     this.listen();
     new ResizeObserver(() => this.resize()).observe(host);
-    this.isWorking = this.initialize();
-  }
-
-  initialize() {
-    const gl = (this.gl = this.canvas.getContext("webgl2", { antialias: false, depth: false, stencil: false }));
-    if (!gl) return false;
-    const program = (this.program = gl.createProgram());
-    for (const [kind, source] of [[gl.VERTEX_SHADER, VERTEX], [gl.FRAGMENT_SHADER, FRAGMENT]]) {
-      const shader = gl.createShader(kind);
-      gl.shaderSource(shader, source);
-      gl.compileShader(shader);
-      gl.attachShader(program, shader);
-    }
-    gl.linkProgram(program);
-    if (!gl.getProgramParameter(program, gl.LINK_STATUS)) throw new Error(`WebGL: ${gl.getProgramInfoLog(program)}`);
-    gl.useProgram(program);
-    this.uniforms = {};
-    for (const name of ["scale", "offset", "t", "size", "alpha", "gray"]) this.uniforms[name] = gl.getUniformLocation(program, name);
-    this.buffers = { to: gl.createBuffer(), from: gl.createBuffer(), color: gl.createBuffer(), chosen: gl.createBuffer() };
-    for (const i of [0, 1, 2]) gl.enableVertexAttribArray(i);
-    gl.enable(gl.BLEND);
-    gl.blendFunc(gl.ONE, gl.ONE_MINUS_SRC_ALPHA);
-    if (this.xy) this.upload();
+    this.points = pointsOf(this.canvas);
     this.resize();
-    return true;
-  }
-
-  upload() {
-    this.fill("to", this.xy);
-    this.fill("from", this.from ?? this.xy);
-    if (this.colors) this.fill("color", this.colors);
-    this.setSelection(this.selection);
-  }
-
-  fill(name, values, target = this.gl.ARRAY_BUFFER) {
-    this.gl.bindBuffer(target, this.buffers[name]);
-    this.gl.bufferData(target, values, this.gl.DYNAMIC_DRAW);
   }
 
   // xy: Float32Array [2 N]. Points move from where they are.
@@ -100,31 +50,29 @@ export class Scatter {
     this.grid = null;
     this.t = isStill ? 1 : 0;
     this.startedAt = performance.now();
-    if (this.isWorking) {
-      this.fill("to", xy);
-      this.fill("from", this.from);
-    }
+    this.points.set("to", xy);
+    this.points.set("from", this.from);
     this.invalidate();
   }
 
   // colors: Uint8Array [4 N]
   setColors(colors) {
     this.colors = colors;
-    if (this.isWorking) this.fill("color", colors);
+    this.points.set("color", colors);
     this.invalidate();
   }
 
   // indices: Uint32Array, or null for no selection
   setSelection(indices) {
     this.selection = indices;
-    if (indices && this.isWorking) {
+    if (indices) {
       const mixed = indices.slice(); // in random order, so that any first part of it stands for all
       for (let i = mixed.length - 1, seed = 1; i > 0; i--) {
         seed = (Math.imul(seed, 1664525) + 1013904223) >>> 0;
         const j = seed % (i + 1);
         [mixed[i], mixed[j]] = [mixed[j], mixed[i]];
       }
-      this.fill("chosen", mixed, this.gl.ELEMENT_ARRAY_BUFFER);
+      this.points.set("chosen", mixed);
     }
     this.invalidate();
   }
@@ -147,6 +95,7 @@ export class Scatter {
       canvas.width = Math.max(1, Math.round(box.width * ratio));
       canvas.height = Math.max(1, Math.round(box.height * ratio));
     }
+    this.hadMarks = true;
     this.invalidate();
   }
 
@@ -162,6 +111,7 @@ export class Scatter {
   }
 
   moved() {
+    this.isMoved = true; // also if a frame takes longer than SETTLE
     this.movedAt = performance.now();
     this.invalidate();
   }
@@ -176,54 +126,40 @@ export class Scatter {
     if (this.t < 1) {
       this.t = Math.min(1, (performance.now() - this.startedAt) / MOVE);
       this.movedAt = performance.now();
+      this.isMoved = true;
     }
-    const isMoving = performance.now() - this.movedAt < SETTLE;
+    const isMoving = this.isMoved || performance.now() - this.movedAt < SETTLE;
+    this.isMoved = false;
     if (isMoving && this.wasMoving) {
       const gap = now - this.lastFrame;
-      if (gap > SLOW) this.budget = Math.max(15000, this.budget * 0.8);
+      if (gap > SLOW) this.budget = Math.max(LEAST, Math.min(this.budget, this.xy.length / 2) * (gap > 4 * SLOW ? 0.4 : 0.8));
       else if (gap < FAST) this.budget = Math.min(4e6, this.budget * 1.1);
     }
     [this.wasMoving, this.lastFrame] = [isMoving, now];
-    if (this.isWorking && !this.gl.isContextLost()) this.drawPoints(isMoving ? this.budget : Infinity);
+    this.drawPoints(isMoving ? this.budget : Infinity);
     this.drawMarks();
     if (isMoving) this.invalidate();
   }
 
   drawPoints(most) {
-    const gl = this.gl, n = this.xy.length / 2, u = this.uniforms;
-    gl.viewport(0, 0, this.canvas.width, this.canvas.height);
-    gl.clearColor(0, 0, 0, 0);
-    gl.clear(gl.COLOR_BUFFER_BIT);
-    const [sx, sy] = [(2 * this.unit) / this.width, (2 * this.unit) / this.height];
-    gl.uniform2f(u.scale, sx, sy);
-    gl.uniform2f(u.offset, -this.x * sx, -this.y * sy);
-    const ease = this.t * this.t * (3 - 2 * this.t);
-    gl.uniform1f(u.t, ease);
+    const n = this.xy.length / 2, scale = [(2 * this.unit) / this.width, (2 * this.unit) / this.height];
     const step = Math.min(MAX_STRIDE, Math.max(1, Math.ceil(n / most)));
     const size = Math.max(1.4, Math.min(8, 4.4 * Math.pow(5000 / n, 0.22))) * Math.pow(this.zoom, 0.3) * this.ratio;
-    const alpha = n > 200000 ? 0.6 : n > 20000 ? 0.75 : 0.9;
-    this.pass(step, size * (step > 1 ? 1.15 : 1), this.selection ? alpha * 0.22 : alpha, this.selection ? 0.8 : 0);
-    gl.drawArrays(gl.POINTS, 0, Math.ceil(n / step));
-    if (this.selection?.length) {
-      this.pass(1, size * 1.25, 0.95, 0);
-      gl.bindBuffer(gl.ELEMENT_ARRAY_BUFFER, this.buffers.chosen);
-      gl.drawElements(gl.POINTS, Math.min(this.selection.length, most), gl.UNSIGNED_INT, 0);
-    }
+    this.points.draw({
+      scale,
+      offset: [-this.x * scale[0], -this.y * scale[1]],
+      t: this.t * this.t * (3 - 2 * this.t),
+      size: Math.min(size * (step > 1 ? 1.15 : 1), 24),
+      step,
+      chosen: this.selection && Math.min(this.selection.length, most),
+    });
     this.drawn = Math.ceil(n / step);
   }
 
-  pass(step, size, alpha, gray) {
-    const gl = this.gl, u = this.uniforms;
-    for (const [i, name, width, type] of [[0, "to", 2, gl.FLOAT], [1, "from", 2, gl.FLOAT], [2, "color", 4, gl.UNSIGNED_BYTE]]) {
-      gl.bindBuffer(gl.ARRAY_BUFFER, this.buffers[name]);
-      gl.vertexAttribPointer(i, width, type, type !== gl.FLOAT, step * (type === gl.FLOAT ? 8 : 4), 0);
-    }
-    gl.uniform1f(u.size, Math.min(size, 40));
-    gl.uniform1f(u.alpha, alpha);
-    gl.uniform1f(u.gray, gray);
-  }
-
   drawMarks() {
+    const hasMarks = this.focus >= 0 || this.hovered >= 0 || this.rings.length > 0 || this.path !== null;
+    if (!hasMarks && !this.hadMarks) return;
+    this.hadMarks = hasMarks;
     const ink = this.ink, style = getComputedStyle(this.host);
     ink.setTransform(this.ratio, 0, 0, this.ratio, 0, 0);
     ink.clearRect(0, 0, this.width, this.height);
