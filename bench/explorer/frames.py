@@ -157,7 +157,7 @@ def gallery(points: int) -> Gallery:
     names = tuple(f"image {i}" for i in range(points))
     none: Any = None  # without images there is no source and no model
     rows = np.full(points, -1)
-    return Gallery("random", names, x, rows, none, none, [column], start_maps(x, None), Thumbnails(none, 3))
+    return Gallery("random", names, x, rows, none, none, [column], start_maps(x, None), Thumbnails(none, 3), none)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -18,11 +18,15 @@ from upstep_fast.data.curation.intensity import measure_intensity
 from upstep_fast.data.decode.image import decode
 from upstep_fast.data.sources.source import Source, open_source
 from upstep_fast.errors import DataError
-from upstep_fast.evaluation.feature_model import FeatureModel, load
+from upstep_fast.evaluation.feature_model import FeatureModel
 from upstep_fast.evaluation.feature_table import FEATURES
+from upstep_fast.evaluation.features import load_models
+from upstep_fast.evaluation.load_options import configured
 from upstep_fast.evaluation.run_features import BASE, data_of_run, model_of, read_or_embed
+from upstep_fast.evaluation.search.exact import top_k, unit_rows
 from upstep_fast.explorer import columns as of_images
 from upstep_fast.explorer.columns import Column
+from upstep_fast.explorer.lists import Lists
 from upstep_fast.explorer.maps import Maps, start_maps
 from upstep_fast.explorer.thumbnails import Thumbnails
 from upstep_fast.runtime.atomic_file import probe
@@ -47,6 +51,7 @@ class Gallery:
     columns: list[Column]
     maps: Maps
     thumbnails: Thumbnails
+    lists: Lists
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __len__(self) -> int:
@@ -59,10 +64,9 @@ class Gallery:
         """
         found = {}
         for column, query in queries.items():
-            scores = self.x[column] @ query
-            some = np.argpartition(-scores, min(k, len(scores) - 1))[: k + 1]
-            some = [int(i) for i in some[np.lexsort((some, -scores[some]))] if i != leave_out][:k]
-            found[column] = [[i, round(float(scores[i]), 4)] for i in some]
+            scores, indices = (rows[0].tolist() for rows in top_k(self.x[column], query[None], k + 1))
+            pairs = [[i, round(score, 4)] for i, score in zip(indices, scores, strict=True) if i != leave_out]
+            found[column] = pairs[:k]
         return found
 
     def neighbors_of(self, index: int, k: int) -> dict[str, list[list[float]]]:
@@ -101,18 +105,21 @@ class Gallery:
 
 
 def base_of(model: FeatureModel) -> FeatureModel:
-    """Return the base model of a model, without whitening, on the same device."""
-    how = {"device": model.device, "precision": model.precision, "implementation": model.implementation}
-    return load(model.backbone.name, whiten=False, **how)
+    """Return the base model of a model, without whitening, on the same device. Raises ConfigError."""
+    backbone = model.backbone
+    if model.adapter is not None:
+        config, _ = configured(model.adapter, None, False, model.device, model.precision, model.implementation, {})
+        backbone = load_models(replace(config, adapter=None))["base"]
+    return replace(model, backbone=backbone, adapter=None, whitening=None, _functions={})
 
 
 def gallery_of_run(config: ExploreConfig) -> Gallery:
     """Return the gallery of a run's images; what is missing of their features is embedded first. Raises UpstepError."""
+    data = config.data or data_of_run(config.run)
     tables = read_or_embed(config, base=True)
     adapted, base = tables[FEATURES], tables[BASE]
     if adapted.names != base.names:
         raise DataError("features: those of the base model are of other images; embed them again with --with-base")
-    data = config.data or data_of_run(config.run)
     x = {BEFORE: base.x, AFTER: adapted.x}
     model = model_of(config)
     return make_gallery(Path(config.run).name, adapted.names, x, data, model, config, Path(config.run) / FOLDER)
@@ -145,19 +152,15 @@ def make_gallery(
         raise DataError("data: there are no images to explore")
     channels = len(model.backbone.mean)
     with track("explore: images and maps"):
-        x = {column: unit(rows) for column, rows in x.items()}
+        x = {column: unit_rows(rows) for column, rows in x.items()}
         source = measure_intensity(open_source(tuple(data), reading=model.reading), channels=channels)
         rows = rows_of(names, source)
         columns = columns_of(names, x[AFTER], rows, source, config)
         cache = cache if cache is not None and _is_writable(cache) else None
         maps = start_maps(x, cache)
     folder = None if cache is None else cache / f"thumbnails-{_key(source)}"
-    return Gallery(title, names, x, rows, source, model, columns, maps, Thumbnails(source, channels, folder))
-
-
-def unit(x: np.ndarray) -> np.ndarray:
-    """Return rows [N, D] of unit length, fp32."""
-    return np.ascontiguousarray(x / np.linalg.norm(x, axis=1, keepdims=True), dtype=np.float32)
+    thumbnails, lists = Thumbnails(source, channels, folder), Lists(source, names, x[AFTER], rows, channels)
+    return Gallery(title, names, x, rows, source, model, columns, maps, thumbnails, lists)
 
 
 def rows_of(names: Sequence[str], source: Source) -> np.ndarray:

@@ -147,7 +147,7 @@ def _read(maps: Maps, folder: Path, x: Mapping[str, np.ndarray]) -> bool:
     for column, rows in x.items():
         try:
             y = np.load(folder / f"umap-{column}.npy", allow_pickle=False)
-        except (OSError, ValueError):
+        except (OSError, ValueError, EOFError):
             return False
         if y.shape != (len(rows), 2) or y.dtype != np.float32 or not np.isfinite(y).all():
             return False

@@ -25,6 +25,8 @@ from upstep_fast.runtime.terminal import print_line
 START_SECONDS = 20
 HEIGHT = 760  # pixels in a notebook
 
+forever = threading.Event()  # never set: a signal ends the command
+
 
 @dataclass(frozen=True, eq=False)
 class Explorer:
@@ -93,7 +95,7 @@ def serve(config: ExploreConfig) -> None:
         sys.stdout.flush()
         if config.browser and has_display():
             webbrowser.open(page.url)
-        threading.Event().wait()
+        forever.wait()
     except KeyboardInterrupt:  # the way to end it
         return
     finally:

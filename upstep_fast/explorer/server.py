@@ -63,6 +63,7 @@ def make_app(gallery: Gallery, token: str, port: int, framed: bool = False) -> G
         Route("/image/{i}", routes.image),
         Route("/large/{i}", routes.large),
         Route("/neighbors/{i}", routes.neighbors),
+        Route("/lists", routes.lists),
         Route("/find", routes.find),
         Route("/names", routes.names, methods=["POST"]),
         Route("/search", routes.search, methods=["POST"]),
@@ -131,6 +132,9 @@ class _Routes:
 
     def neighbors(self, request: Request) -> Response:
         return JSONResponse(self.gallery.neighbors_of(_index(request, len(self.gallery)), NEIGHBORS))
+
+    def lists(self, request: Request) -> Response:
+        return JSONResponse(self.gallery.lists.get())
 
     def find(self, request: Request) -> Response:
         text = request.query_params.get("text", "")[:500].lower()

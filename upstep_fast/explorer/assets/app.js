@@ -172,7 +172,7 @@ function tiles(indices, options = () => ({}), page = PAGE) {
     const from = grid.childElementCount;
     grid.append(...Array.from(indices.slice(from, from + page), (i, k) => tile(i, events, options(from + k))));
     const left = indices.length - grid.childElementCount;
-    more.textContent = `Show ${Math.min(left, page)} more of ${left.toLocaleString("en")}`;
+    more.textContent = left > page ? `Show ${page} more of ${left.toLocaleString("en")}` : `Show ${left} more`;
     if (left > 0) box.append(more);
     else more.remove();
   };
@@ -283,10 +283,44 @@ async function find(text) {
   say(count ? `${counted(count, "name")} with "${text}"${cut}` : `No name has "${text}" in it`);
 }
 
+// ---- copies, outliers and wrong classes
+
+const LISTS = {
+  copies: ["Duplicates", "groups of equal and nearly equal images", (group) => [element("p", { textContent: counted(group.length, "image") }), tiles(group)]],
+  outliers: ["Outliers", "images far from their nearest neighbors, the oddest first; z counts robust standard deviations"],
+  classes: ["Labels", "images whose neighbors have another class, the clearest first"],
+};
+let lists = null;
+
+async function loadLists() {
+  lists ??= (async () => {
+    for (;;) {
+      const answer = await askJson("lists");
+      if (answer.state !== "computing") return answer;
+      await new Promise((resolve) => setTimeout(resolve, POLL));
+    }
+  })();
+  const answer = await lists.catch((error) => ({ state: error.message }));
+  for (const [key, [, words, group]] of Object.entries(LISTS)) {
+    const { body, tab } = views[key], rows = answer[key] ?? [], total = answer.totals?.[key] ?? 0;
+    if (answer.state) body.replaceChildren(element("p", { className: "start", textContent: answer.state }));
+    else {
+      tab.lastChild.textContent = ` ${total.toLocaleString("en")}`;
+      const note = total > rows.length ? `; the first ${rows.length.toLocaleString("en")} of ${total.toLocaleString("en")}` : "";
+      const all = group ? rows.flat() : rows.map(([i]) => i);
+      const choose = element("button", { type: "button", textContent: "Select them", disabled: !all.length });
+      choose.addEventListener("click", () => select(Uint32Array.from(new Set(all)).sort()));
+      const head = [element("div", { className: "actions" }, element("b", { textContent: LISTS[key][0] }), choose), element("p", { textContent: total ? words + note : `None found: ${words}.` })];
+      const shown = group ? rows.slice(0, PAGE).map((row) => element("div", { className: "group" }, ...group(row))) : key === "outliers" ? [tiles(all, (k) => ({ score: rows[k][1] }))] : rows.slice(0, PAGE).map(([i, why]) => element("div", { className: "group row" }, tile(i, events), element("p", { textContent: why })));
+      body.replaceChildren(...head, ...shown);
+    }
+  }
+}
+
 // ---- the panel
 
 function makeTabs() {
-  for (const [key, label] of [["selection", "Selection"], ["image", "Neighbors"]]) {
+  for (const [key, label] of [["selection", "Selection"], ["image", "Neighbors"], ...Object.entries(LISTS).map(([key, [name]]) => [key, name])]) {
     const tab = element("button", { type: "button", id: `tab-${key}` }, label, element("small"));
     const body = element("div", { className: "view", id: `view-${key}`, tabIndex: 0 });
     tab.setAttribute("role", "tab");
@@ -299,6 +333,7 @@ function makeTabs() {
     views[key] = { tab, body };
   }
   views.image.body.replaceChildren(element("p", { className: "start", textContent: "Click an image to see its nearest neighbors before and after, or search by an image file." }));
+  for (const key of Object.keys(LISTS)) views[key].body.replaceChildren(element("p", { className: "start", textContent: "Comparing all images ..." }));
   showSelection();
   show("selection");
 }
@@ -310,6 +345,7 @@ function show(key) {
     tab.tabIndex = name === key ? 0 : -1;
     body.hidden = name !== key;
   }
+  if (LISTS[key]) loadLists();
 }
 
 function startWords() {

@@ -57,9 +57,9 @@ function disc(size, width) {
   const radius = Math.max(size, 1) / 2, reach = Math.ceil(radius), inner = [], edge = [];
   for (let y = -reach; y <= reach; y++) {
     for (let x = -reach; x <= reach; x++) {
-      const d = Math.hypot(x, y);
-      if (d <= radius - 0.25) inner.push(y * width + x);
-      else if (d <= radius + 0.25) edge.push(y * width + x);
+      const covered = radius + 0.5 - Math.hypot(x, y); // about the share of the pixel
+      if (covered > 0.75) inner.push(y * width + x);
+      else if (covered > 0.4) edge.push(y * width + x);
     }
   }
   return { inner: Int32Array.from(inner), edge: Int32Array.from(edge), margin: reach };
