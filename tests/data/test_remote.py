@@ -167,6 +167,27 @@ def test_lists_with_addresses(site, tree, tmp_path, where):
     assert source.name(0) == f"{site.url}/train/a/1.png" and source.labels[:3] == ["0", "1", "2"]
 
 
+def test_rows_of_a_list_that_name_no_remote_file(site, tmp_path):
+    """A list of a stranger reaches neither files of this machine by its address nor other protocols."""
+    rows = [
+        f"{site.url}/train/a/1.png",
+        f"zip://a.png::{tmp_path}/all.zip",
+        "memory://a.png",
+        "file:///etc/hostname.png",
+    ]
+    (tmp_path / "list.txt").write_text("\n".join(rows))
+    source = open_source(tmp_path / "list.txt")
+    assert read_image(source, 0).shape == (3, 40, 40)
+    for i, reason in ((1, "names no files in zip files"), (2, "No such file"), (3, "No such file")):
+        with pytest.raises(BadImage, match=reason):
+            read_image(source, i)
+    site.files["/sub/list.txt"] = f"/etc/hostname.png\n{tmp_path}/list.txt.png\n".encode()
+    source = open_source(f"{site.url}/sub/list.txt")
+    assert source.name(0) == f"{site.url}/etc/hostname.png"
+    with pytest.raises(BadImage, match=r"no such file \(404\)"):
+        read_image(source, 0)
+
+
 def test_a_single_image(site, store, tree):
     data = (tree / "train/a/1.png").read_bytes()
     site.files["/view"] = data  # an image without a suffix
@@ -305,6 +326,7 @@ def test_a_silent_server(site, monkeypatch):
         ("http://127.0.0.1:1/photos/", "is a folder, and web servers do not list them; give a .tar"),
         ("http://127.0.0.1:1/*.tar", r"web servers do not list files; write \{000..031\} in place of \*"),
         ("sftp://host/a", "sftp://host/a is an address of a kind that is not read; read are s3://"),
+        ("S3://photos/set", "S3://photos/set is an address of a kind that is not read; read are s3://"),
         ("zip://a", "write zip://FOLDER::FILE.zip"),
         ("gs://photos/a", "gs:// needs the package gcsfs; pip install gcsfs"),
     ],

@@ -21,9 +21,9 @@ _SECRET = re.compile(
 
 
 def protocol_of(path: str | bytes) -> str:
-    """Return the protocol of an address in lower case; empty for a path on this machine."""
+    """Return the protocol of an address; empty for a path on this machine."""
     match = _PROTOCOL.match(os.fsdecode(path))
-    return match[1].lower() if match else ""
+    return match[1] if match else ""
 
 
 def is_address(path: str | bytes) -> bool:

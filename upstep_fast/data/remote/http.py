@@ -39,11 +39,11 @@ def has_answered(address: str) -> bool:
     return _host(address) in _answered
 
 
-def fetch(address: str, limit: int | None) -> Path:
+def fetch(address: str, limit: int | None, on_bytes: Callable[[int], None] | None = None) -> Path:
     """Return the path of a file's content in the cache, after asking once in a process whether it has changed.
 
-    limit: bytes; None: as many as the disk has room for. Raises OSError, as transient ones are, also NoRoomError and
-    UnreachableError.
+    limit: bytes; None: as many as the disk has room for. on_bytes: called with the number of bytes that came. Raises
+    OSError, as transient ones are, also NoRoomError and UnreachableError.
     """
     known = cache.latest(address)
     if known is not None and address in _current:
@@ -58,6 +58,8 @@ def fetch(address: str, limit: int | None) -> Path:
                 cache.require_room(place)
             received += len(chunk)
             file.write(chunk)
+            if on_bytes:
+                on_bytes(len(chunk))
 
         version = _get(address, known, write, limit)
         path = cache.content_path(address, known) if version is known else cache.store(file, address, version)

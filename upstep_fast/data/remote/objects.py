@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,13 @@ _CHANGED = "changed since it was listed; repeat the command"
 
 
 def file_system(address: str) -> Any:
-    """Return fsspec's file system of an address. Raises DataError if its package is not installed."""
+    """Return fsspec's file system of an address. Raises OSError, DataError if its package is not installed."""
     try:
         return _file_system(protocol_of(address), os.getpid())
     except ImportError as error:
         raise missing_package(address) from error
+    except Exception as error:  # gcsfs looks for credentials here
+        raise translated(error) from error
 
 
 @functools.cache  # fsspec's own instances are one for each thread
@@ -102,8 +104,13 @@ def matches(pattern: str) -> list[str]:
     return sorted(f"{protocol}://{path}" for path in found)
 
 
-def fetch(address: str, version: Version | None, limit: int | None) -> Path:
-    """Return the path of the content of a version in the cache. version: None: asked for. Raises OSError."""
+def fetch(
+    address: str, version: Version | None, limit: int | None, on_bytes: Callable[[int], None] | None = None
+) -> Path:
+    """Return the path of the content of a version in the cache. version: None: asked for. Raises OSError.
+
+    on_bytes: called with the number of bytes that came.
+    """
     version = _asked(address) if version is None else version
     if (path := cache.content_of(address, version)) is not None:
         return path
@@ -111,6 +118,8 @@ def fetch(address: str, version: Version | None, limit: int | None) -> Path:
         for block in _blocks(address, version, limit):
             cache.require_room(Path(file.name).parent)
             file.write(block)
+            if on_bytes:
+                on_bytes(len(block))
         return cache.store(file, address, version)
 
 

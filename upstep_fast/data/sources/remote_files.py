@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from upstep_fast.data.formats.kinds import START
 from upstep_fast.data.remote import http, objects
-from upstep_fast.data.remote.address import HTTP, is_address, joined, protocol_of, shown
+from upstep_fast.data.remote.address import HTTP, ZIP, is_address, joined, protocol_of, shown
 from upstep_fast.data.remote.cache import NoRoomError, Version
 from upstep_fast.data.remote.reasons import UnreachableError, lasting
 from upstep_fast.data.sources.folders import Files
@@ -83,16 +84,25 @@ class RemoteFiles(Files):
         return fetch(self._path(index), MAX_BYTES, self._version(index))
 
 
-def fetch(address: str, limit: int | None, version: Version | None = None) -> Path:
+def fetch(
+    address: str,
+    limit: int | None,
+    version: Version | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+) -> Path:
     """Return the path of a remote file's content in the cache. Raises OSError, as transient ones are.
+
+    limit: bytes; None: as many as the disk has room for. on_bytes: called with the number of bytes that came.
 
     A server that cannot be reached is an error of the file only if another one gave an answer before; else the network
     is the reason, and DataError is raised.
     """
+    if protocol_of(address) == ZIP:
+        raise lasting("a list names no files in zip files; give the zip file itself")
     if protocol_of(address) not in HTTP:
-        return objects.fetch(address, version, limit)
+        return objects.fetch(address, version, limit, on_bytes)
     try:
-        return http.fetch(address, limit)
+        return http.fetch(address, limit, on_bytes)
     except UnreachableError as error:
         if http.is_first_contact():
             cure = "check the address, the network or the proxy"

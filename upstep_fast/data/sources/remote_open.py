@@ -51,11 +51,17 @@ def matches_of_address(pattern: str) -> list[str]:
 
 def fetch_all(addresses: Sequence[str], versions: Sequence[Version | None]) -> list[str]:
     """Return the paths in the cache of files that are fetched as a whole, by several threads. Raises DataError."""
+    received = 0  # about, as threads may count at the same time; for the progress
+
+    def count(num_bytes: int) -> None:
+        nonlocal received
+        received += num_bytes
+        task.name = f"fetching ({received >> 20:,} MB)"
 
     def one(address: str, version: Version | None) -> str:
         def get() -> str:
             with cache.lock(address):
-                return str(fetch(address, None, version))
+                return str(fetch(address, None, version, count))
 
         return at_opening(address, get)
 
