@@ -22,7 +22,7 @@ class Finding:
 
     path: str
     finding: str  # one of KINDS
-    score: float  # similarity to `other`; for an outlier z; for a class the proposed share minus the own
+    score: float  # similarity to `other`; for an outlier z; for a class the share of votes against it
     group: int | None  # number of the group of copies, from 1
     other: str  # the image that is kept, the copy for testing, or the nearest of the proposed class
     suggested: str  # keep, drop, look, or a class
@@ -89,7 +89,7 @@ def classes_found(neighbors: Neighbors, copies: Copies, names: Sequence[str], la
         of_class = neighbors.counts[i] & (y[neighbors.index[i]] == proposed)
         other = names[int(neighbors.index[i][of_class.argmax()])]
         why = f"{best:.0%} of the neighbors' votes are for {classes[proposed]}, {own:.0%} for {labels[i]}"
-        result.append(Finding(names[i], MISLABELED, best - own, None, other, str(classes[proposed]), why))
+        result.append(Finding(names[i], MISLABELED, 1 - own, None, other, str(classes[proposed]), why))
     for number, images in enumerate(duplicates.members(copies.group), 1):
         own_classes = sorted({labels[i] for i in images if i < len(labels)})
         if len(own_classes) > 1:
