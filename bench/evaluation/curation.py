@@ -10,8 +10,8 @@ those of `upstep-fast demo`, which adapts it to them without labels.
                 counts as false, although a set may hold copies of its own. Beside it: the perceptual hash of `--triage`
                 alone, and the nearest neighbor by features alone above a similarity that flags as many pairs
     classes     10 % of the images moved to another class at random
-    outliers    OUTLIERS images of each other set, added: fewer than the neighbors that are looked at, as more of one kind
-                are a group of their own; beside it scikit-learn's LocalOutlierFactor
+    outliers    OUTLIERS images of each other set, added: fewer than the neighbors that are looked at, as more of one
+                kind are a group of their own; beside it scikit-learn's LocalOutlierFactor
 """
 
 from __future__ import annotations
