@@ -1,5 +1,7 @@
 """Commands with remote images give what they give with the same images on the local disk, bit for bit."""
 
+import shutil
+
 import boto3
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ def run(*arguments) -> int:
     return stop.value.code
 
 
+RUNS = ("local", "there", "back")
 QUICK = dict(device="cpu", precision="fp32", num_workers=2)
 
 
@@ -72,13 +75,15 @@ def test_embed_of_an_http_list_writes_shards(folder, tmp_path):
         http._current.clear()
 
 
-def test_a_run_from_a_bucket_resumed_equals_a_local_one(folder, remote, model, short_run, tmp_path):
+def test_a_run_from_a_bucket_resumed_from_it_or_a_folder_equals_a_local_one(folder, remote, model, short_run, tmp_path):
     options = short_run | dict(lr_schedule="constant", warmup=2, verdict="auto")
     upstep_fast.adapt(model, folder, tmp_path / "local", **options)
     upstep_fast.adapt(model, remote, tmp_path / "there", **options | dict(steps=3))
+    shutil.copytree(tmp_path / "there", tmp_path / "back")
     upstep_fast.adapt(model, remote, tmp_path / "there", **options, resume=True)
-    ours, theirs = (load_file(tmp_path / run / "adapter/adapter_model.safetensors") for run in ("local", "there"))
-    assert all(np.array_equal(ours[name], theirs[name]) for name in ours | theirs)
+    upstep_fast.adapt(model, folder, tmp_path / "back", **options, resume=True)
+    ours, *others = (load_file(tmp_path / run / "adapter/adapter_model.safetensors") for run in RUNS)
+    assert all(np.array_equal(ours[name], other[name]) for other in others for name in ours | other)
 
 
 def test_a_run_whose_bucket_has_changed_is_not_resumed(remote, model, short_run, tmp_path):

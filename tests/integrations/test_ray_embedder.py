@@ -60,6 +60,28 @@ def test_other_columns_stay_and_a_named_column_is_read(embedder, photos, m):
         embedder(data)
 
 
+@pytest.fixture(scope="module")
+def odd_files(tmp_path_factory):
+    """Files that ray.data.read_images leaves out or reads otherwise: WebP, AVIF, 16 bits, palettes, gray, turned."""
+    folder = tmp_path_factory.mktemp("odd")
+    ramp = np.add.outer(np.arange(40), np.arange(60)).astype(np.uint8) * 2
+    color = Image.fromarray(np.stack([ramp, ramp[::-1], 255 - ramp], -1))
+    color.save(folder / "a.webp")
+    color.save(folder / "b.avif")
+    color.quantize(16).save(folder / "c.png")
+    Image.fromarray(ramp).save(folder / "d.png")
+    Image.fromarray(ramp.astype(np.uint16) * 257).save(folder / "e.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    color.save(folder / "f.jpg", exif=turned)
+    return sorted(map(str, folder.iterdir()))
+
+
+@pytest.mark.parametrize("kind", ["path", "bytes"])
+def test_files_of_every_kind_are_read_by_our_readers(m, embedder, odd_files, kind):
+    assert np.array_equal(rows(embedder(columns(odd_files, kind))), m.embed(odd_files))
+
+
 def test_an_empty_batch(embedder):
     table = embedder({"path": np.array([], dtype=object)})
     assert table.num_rows == 0 and table.schema.field("features").type.list_size == embedder.model.dim

@@ -3,8 +3,8 @@
     FOLDER/ab/KEY.json              the version that is there: ETag, time of the last change, size
     FOLDER/ab/KEY-VERSION.jpg       its content, renamed into place when it is complete
 
-KEY and VERSION are hashes. An archive that is being read keeps its content when another process fetches a newer
-version: that has another name. FOLDER is $UPSTEP_FAST_CACHE, or upstep_fast/remote in the user's cache folder.
+KEY and VERSION are hashes. Older versions stay, since a run may be reading them when another process fetches a newer
+one. FOLDER is $UPSTEP_FAST_CACHE, or upstep_fast/remote in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def download(address: str) -> Iterator[IO[bytes]]:
 
 
 def store(file: IO[bytes], address: str, version: Version) -> Path:
-    """Move a complete download into place, and remove the version before. Raises NoRoomError, OSError."""
-    before, path, record = latest(address), content_path(address, version), _record(address)
+    """Move a complete download into place. Raises NoRoomError, OSError."""
+    path, record = content_path(address, version), _record(address)
     with _no_room():
         file.flush()
         os.replace(file.name, path)
@@ -108,9 +108,6 @@ def store(file: IO[bytes], address: str, version: Version) -> Path:
         with open(fd, "w") as text:
             json.dump(asdict(version), text)
         os.replace(name, record)
-    if before and before != version:
-        with contextlib.suppress(OSError):
-            os.unlink(content_path(address, before))
     return path
 
 

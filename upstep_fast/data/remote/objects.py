@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from upstep_fast.data.remote import cache
-from upstep_fast.data.remote.address import protocol_of, shown
+from upstep_fast.data.remote.address import OBJECTS, protocol_of, shown
 from upstep_fast.data.remote.cache import Version
 from upstep_fast.data.remote.reasons import (
     CONNECT,
@@ -33,11 +33,16 @@ BLOCK = 32 << 20  # bytes of a request
 _READ = 20.0  # seconds between two parts of an answer
 _TAGS = ("ETag", "etag", "generation", "blob_id", "md5Hash")
 _TIMES = ("LastModified", "last_modified", "mtime", "updated")
+# errors of botocore, httpx, aiohttp and Python for a server that is not there
+_UNREACHABLE = {"EndpointConnectionError", "ConnectTimeoutError", "ConnectTimeout", "ConnectError", "gaierror"}
+_UNREACHABLE |= {"ClientConnectorError", "ClientConnectorDNSError", "ConnectionRefusedError"}
 _CHANGED = "changed since it was listed; repeat the command"
 
 
 def file_system(address: str) -> Any:
     """Return fsspec's file system of an address. Raises OSError, DataError if its package is not installed."""
+    if protocol_of(address) not in OBJECTS:
+        raise lasting("a list names no files in zip files; give the zip file itself")
     try:
         return _file_system(protocol_of(address), os.getpid())
     except ImportError as error:
@@ -202,7 +207,7 @@ def translated(error: Exception) -> Exception:
         return refused("forbidden; check the credentials and whether they may read it")
     if any("Offline" in name for name in names):
         return unreachable("the hub is switched off (HF_HUB_OFFLINE)")
-    if any("Connect" in name or "Unreachable" in name for name in names):
+    if not _UNREACHABLE.isdisjoint(names):
         return unreachable("no connection to the store")
     if isinstance(error, (OSError, TimeoutError)) or any("Timeout" in name or "Client" in name for name in names):
         return passing(text)

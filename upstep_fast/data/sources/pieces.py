@@ -23,6 +23,7 @@ from upstep_fast.data.formats.slides import OF_FILES, companions
 from upstep_fast.data.reading import axes, tiles
 from upstep_fast.data.reading.out_of_memory import is_out_of_memory
 from upstep_fast.data.reading.regular import LARGE, read_at
+from upstep_fast.data.reading.retries import with_retries
 from upstep_fast.data.reading.stored import WHOLE, File, Layout, Piece
 from upstep_fast.data.reading.tiles import Grid
 from upstep_fast.data.reading.transient import may_pass
@@ -205,7 +206,7 @@ def _pieces(part: Part, index: int, kind: Kind | None, reading: Reading) -> tupl
     """Return a file's layout and its pictures, or why it cannot be used."""
     assert kind is not None
     try:
-        file = file_of(part, index)
+        file = with_retries(lambda: file_of(part, index), lambda: part.name(index))
         layout = kinds.layout(kind, file)
         pictures: Sequence[Piece] = axes.pieces(layout, reading)  # equal layouts share one sequence
         if reading.is_windowed:

@@ -163,7 +163,8 @@ def _images(root: str, names: list[str], found: dict[str, Version], listing: Lis
     names = [name for name in names if ".zarr/" not in name]
 
     def start(name: str) -> bytes:
-        return objects.read(joined(root, name), found[name], None, 0, START)
+        address = joined(root, name)
+        return at_opening(address, lambda: objects.read(address, found[name], None, 0, START))
 
     def is_image(name: str) -> bool:
         last = os.fsencode(os.path.basename(name))

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from upstep_fast.data.formats.kinds import START
+from upstep_fast.data.reading.retries import with_retries
 from upstep_fast.data.remote import http, objects
-from upstep_fast.data.remote.address import HTTP, ZIP, is_address, joined, protocol_of, shown
+from upstep_fast.data.remote.address import HTTP, is_address, joined, protocol_of, shown
 from upstep_fast.data.remote.cache import NoRoomError, Version
 from upstep_fast.data.remote.reasons import UnreachableError, lasting
 from upstep_fast.data.sources.folders import Files
@@ -57,10 +58,16 @@ class RemoteFiles(Files):
         return str(self._fetch(index)) if is_address(self._path(index)) else super().file_path(index)
 
     def start(self, index: int) -> bytes:
-        """Return the file's first bytes. Raises OSError as `read`."""
+        """Return the file's first bytes. Raises OSError, DataError after errors that may pass."""
         address = self._path(index)
-        if protocol_of(address) in HTTP or not is_address(address):
-            return self.read(index)[:START] if is_address(address) else super().start(index)
+        if not is_address(address):
+            return super().start(index)
+        return with_retries(lambda: self._start(index), lambda: self.name(index))
+
+    def _start(self, index: int) -> bytes:
+        address = self._path(index)
+        if protocol_of(address) in HTTP:
+            return self.read(index)[:START]
         return objects.read(address, self._version(index), None, 0, START)
 
     def sizes_in_bytes(self) -> np.ndarray:
@@ -97,8 +104,6 @@ def fetch(
     A server that cannot be reached is an error of the file only if another one gave an answer before; else the network
     is the reason, and DataError is raised.
     """
-    if protocol_of(address) == ZIP:
-        raise lasting("a list names no files in zip files; give the zip file itself")
     if protocol_of(address) not in HTTP:
         return objects.fetch(address, version, limit, on_bytes)
     try:
