@@ -8,6 +8,7 @@ background, in percent. The masks are ours, made without a human eye on each.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from upstep_fast.data.loading.loader import load_images
 from upstep_fast.data.sources.source import open_source
+from upstep_fast.evaluation.dense.segmentation import counts_of, knn_votes, miou_of, patch_labels
+from upstep_fast.model import pooling
 from upstep_fast.model.backbone import Backbone
 
 NUM_BANK, NUM_QUERIES, NEIGHBORS = 128, 64, 20
@@ -49,34 +52,26 @@ def composites(hands: Tensor, backgrounds: Tensor) -> Composites:
     return Composites(torch.where(masks[:, None], hands, backgrounds), masks)
 
 
-def patch_labels(masks: Tensor, patch: int) -> Tensor:
-    """[N, H, W] bool -> [N, (H / patch)(W / patch)] bool: most of the patch is hand."""
-    return (F.avg_pool2d(masks[:, None].float(), patch) > 0.5).flatten(1)
-
-
 @torch.no_grad()
 def patch_tokens(model: Backbone, images: Tensor) -> Tensor:
     """[N, 3, H, W] in 0..1 -> [N, P, D] on the CPU, unit length."""
     device = next(model.vit.parameters()).device
-    mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (model.mean, model.std))
-    tokens = [model.vit.forward_features((x.to(device) - mean) / std).cpu() for x in images.split(64)]
-    return F.normalize(torch.cat(tokens)[:, model.vit.num_prefix_tokens :].float(), dim=-1)
+    tokens = [model.vit.forward_features(model.normalized(x.to(device))).cpu() for x in images.split(64)]
+    return F.normalize(pooling.patch_tokens(model.vit, torch.cat(tokens)).float(), dim=-1)
 
 
 def segment(bank: Tensor, labels: Tensor, queries: Tensor, k: int = NEIGHBORS) -> Tensor:
-    """Majority of the k most similar bank tokens. bank [M, D]; labels [M] bool; queries [N, D] -> [N] bool."""
-    near = [(q @ bank.T).topk(min(k, len(bank))).indices for q in queries.split(1024)]
-    return labels[torch.cat(near)].float().mean(1) > 0.5
+    """Majority of the k most similar bank tokens. bank [M, D]; labels [M] int64; queries [N, D] -> [N] int64."""
+    return knn_votes(bank, labels, queries, 2, k, temperature=math.inf).argmax(1)
 
 
 def mean_iou(found: Tensor, truth: Tensor) -> float:
-    """Mean intersection over union of both classes, in percent; bool tensors of one shape."""
-    parts = [(found == c, truth == c) for c in (True, False)]
-    return 100 * sum(float((f & t).sum() / (f | t).sum().clamp_min(1)) for f, t in parts) / 2
+    """Mean intersection over union of both classes, in percent; int64 tensors of one shape."""
+    return 100 * float(miou_of(counts_of(found.flatten(), truth.flatten(), 2)))
 
 
-def load(hands: str, backgrounds: str, size: tuple[int, int]) -> tuple[Composites, Composites]:
-    """Bank (from the train parts) and queries (from the test parts); evenly spaced images of each."""
+def images_of(hands: str, backgrounds: str, size: tuple[int, int]) -> list[tuple[Tensor, Tensor]]:
+    """Hands and backgrounds of the bank (train parts) and of the queries (test parts); evenly spaced images of each."""
 
     def images(path: str, split: str, num: int) -> Tensor:
         source = open_source(path, split=split)
@@ -84,13 +79,18 @@ def load(hands: str, backgrounds: str, size: tuple[int, int]) -> tuple[Composite
         return torch.cat([x for _, x in load_images(source, every.tolist(), size=size, num_workers=1)])
 
     pairs = (("train", NUM_BANK), ("test", NUM_QUERIES))
-    bank, queries = (composites(images(hands, s, n), images(backgrounds, s, n).flip(0)) for s, n in pairs)
+    return [(images(hands, s, n), images(backgrounds, s, n)) for s, n in pairs]
+
+
+def load(hands: str, backgrounds: str, size: tuple[int, int]) -> tuple[Composites, Composites]:
+    """Bank and queries, hands on backgrounds in reverse order."""
+    bank, queries = (composites(a, b.flip(0)) for a, b in images_of(hands, backgrounds, size))
     return bank, queries
 
 
 def dense_score(model: Backbone, bank: Composites, queries: Composites) -> float:
     """Mean IoU in percent of k-NN segmentation by the model's patch tokens."""
-    patch = model.vit.patch_embed.patch_size[0]
-    tokens, labels = patch_tokens(model, bank.images).flatten(0, 1), patch_labels(bank.masks, patch).flatten()
+    patch = model.vit.patch_embed.patch_size
+    tokens, labels = patch_tokens(model, bank.images).flatten(0, 1), patch_labels(bank.masks.long(), patch).flatten()
     found = segment(tokens, labels, patch_tokens(model, queries.images).flatten(0, 1))
-    return mean_iou(found, patch_labels(queries.masks, patch).flatten())
+    return mean_iou(found, patch_labels(queries.masks.long(), patch).flatten())

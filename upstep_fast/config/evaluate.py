@@ -28,6 +28,9 @@ class EvalConfig(ModelConfig):
     """Neighbors of the k-NN classifier."""
     measures: tuple[str, ...] = ("knn", "linear")
     """Measures, joined by commas: knn, linear, retrieval, few-shot, clusters, per-class; all: every one."""
+    masks: str | None = None
+    """Masks of class numbers, gray or palette PNGs named and placed as the images: measures segmentation by the nearest
+    patch tokens instead, for images without classes."""
     json: str | None = None
     """File for the results."""
     batch_size: int = 256
@@ -39,6 +42,8 @@ class EvalConfig(ModelConfig):
         at_least(self, "k", 1)
         object.__setattr__(self, "measures", checked_measures(self.measures))
         below(self, "test_fraction", 1)
+        if self.masks is not None and self.source is not None:
+            raise ConfigError("source: forgetting is not measured with --masks; leave out one of them")
         at_least(self, "batch_size", 1)
 
 

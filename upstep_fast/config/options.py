@@ -236,6 +236,7 @@ class EvaluateOptions(TypedDict, total=False):
     test_fraction: float
     k: int
     measures: Sequence[str]
+    masks: str | None
     json: str | Path | None
     batch_size: int
     debug: bool

@@ -25,6 +25,7 @@ from upstep_fast.data.sources.splits import SPLITS
 from upstep_fast.errors import RunFailedError
 from upstep_fast.evaluation import whitening
 from upstep_fast.evaluation.classifiers import knn_right
+from upstep_fast.evaluation.dense.measure import measure_segmentation
 from upstep_fast.evaluation.features import (
     Extracted,
     Features,
@@ -62,6 +63,7 @@ def evaluate(
     "ensemble" only with an adapter, the "source" entries only with a source. whitened: whitened features are appended
     (whitening.py), fitted to train. k: neighbors used. Beside them "intervals", "gains" (figures.py), "probe": the L2
     weights of the linear probes and whether they converged, and "notes": what limits the figures, as sentences.
+    With masks: {"base": {"miou", "miou_whitened", "pixel_accuracy", ...}, ...} and "iou" by class (dense/measure.py).
     Raises UpstepError.
     """
     return run(from_options(EvalConfig, {"model": model, "data": data, **keywords}, "evaluate"))
@@ -77,7 +79,7 @@ def run(config: EvalConfig, report: Callable[[dict[str, Any]], None] | None = No
     compute = resolve(config.runtime.device, config.runtime.precision, config.runtime.implementation)
     with distributed.joined(compute.device, "repeat the command"):
         with track("eval"):
-            result = _measure(config, compute)
+            result = _measure(config, compute) if config.masks is None else measure_segmentation(config, compute)
         if distributed.is_first():
             if report is not None:
                 report(result)

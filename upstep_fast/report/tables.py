@@ -28,6 +28,9 @@ def print_scores(result: dict[str, Any]) -> None:
 
     An accuracy carries half its 95 % interval; a change whose interval holds 0 is marked. Notes follow the table.
     """
+    if "iou" in result:
+        print_segmentation(result)
+        return
     table = terminal.Table(title=f"{result['n_train']} train, {result['n_test']} test images, k = {result['k']}")
     table.add_column("features")
     kinds = [kind for kind in KINDS if kind in result]
@@ -50,6 +53,25 @@ def print_scores(result: dict[str, Any]) -> None:
     print("± half the 95 % interval; ~ within the error: the 95 % interval of the change holds 0")
     for note in result["notes"]:
         print(f"note: {printable(note)}")
+
+
+def print_segmentation(result: dict[str, Any]) -> None:
+    """Print the result of `evaluate` with masks, in percent."""
+    images = f"{result['n_train']} train, {result['n_test']} test images"
+    table = terminal.Table(title=f"{images}, {result['tokens']:,} tokens, k = {result['k']}")
+    table.add_column("tokens")
+    titles = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy"}
+    keys = [
+        (f"{title}{', whitened' * bool(suffix)}", key + suffix)
+        for key, title in titles.items()
+        for suffix in ("", "_whitened")
+    ]
+    for title, _ in keys:
+        table.add_column(title, justify="right")
+    for kind in (kind for kind in KINDS if kind in result):
+        table.add_row(kind, *(cell(result, kind, key) for _, key in keys))
+    terminal.show(table)
+    print("± half the 95 % interval; ~ within the error: the 95 % interval of the change holds 0")
 
 
 def print_timings(result: dict[str, Any]) -> None:

@@ -27,27 +27,42 @@ def eval_resize(
 
     crop_mode: "center" keeps the aspect ratio, the short side becomes size / crop_pct; "squash" does not keep it.
     """
-    height, width = image.shape[1:]
-    target = (math.floor(size[0] / crop_pct), math.floor(size[1] / crop_pct))
-    if crop_mode == "squash":
-        new = target
-    elif target[0] == target[1]:
-        short, long = sorted((height, width))
-        scaled = int(target[0] * long / short)
-        new = (scaled, target[0]) if height > width else (target[0], scaled)
-    else:  # timm.data.transforms.ResizeKeepRatio
-        ratio = min(height / target[0], width / target[1])
-        new = (round(height / ratio), round(width / ratio))
+    new = _eval_size(image.shape[1], image.shape[2], size, crop_pct, crop_mode)
     return center_crop(resize(image, new, interpolation), size)
 
 
-def center_crop(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Crop the middle of [C, H, W] as torchvision does, padded with 0 where the image is smaller."""
+def eval_resize_labels(
+    labels: Tensor, size: tuple[int, int], crop_pct: float, crop_mode: str = "center", fill: int = 255
+) -> Tensor:
+    """Resize and crop labels of pixels as `eval_resize` does an image, without mixing them: uint8 [H, W] -> [*size].
+
+    fill: label of what lies beyond the image.
+    """
+    new = _eval_size(*labels.shape, size, crop_pct, crop_mode)
+    nearest = F.interpolate(labels[None, None], size=new, mode="nearest-exact")
+    return center_crop(nearest[0], size, fill)[0]
+
+
+def _eval_size(height: int, width: int, size: tuple[int, int], crop_pct: float, crop_mode: str) -> tuple[int, int]:
+    """Return the height and width that timm resizes to before its crop."""
+    target = (math.floor(size[0] / crop_pct), math.floor(size[1] / crop_pct))
+    if crop_mode == "squash":
+        return target
+    if target[0] == target[1]:
+        short, long = sorted((height, width))
+        scaled = int(target[0] * long / short)
+        return (scaled, target[0]) if height > width else (target[0], scaled)
+    ratio = min(height / target[0], width / target[1])  # timm.data.transforms.ResizeKeepRatio
+    return (round(height / ratio), round(width / ratio))
+
+
+def center_crop(image: Tensor, size: tuple[int, int], fill: int = 0) -> Tensor:
+    """Crop the middle of [C, H, W] as torchvision does, padded with `fill` where the image is smaller."""
     height, width = image.shape[1:]
     if height < size[0] or width < size[1]:
         top, left = (max(0, (s - length) // 2) for s, length in zip(size, (height, width), strict=True))
         bottom, right = (max(0, (s - length + 1) // 2) for s, length in zip(size, (height, width), strict=True))
-        image = F.pad(image, (left, right, top, bottom))
+        image = F.pad(image, (left, right, top, bottom), value=fill)
         height, width = image.shape[1:]
     top, left = (round((length - s) / 2.0) for s, length in zip(size, (height, width), strict=True))
     return image[:, top : top + size[0], left : left + size[1]]
