@@ -286,9 +286,9 @@ async function find(text) {
 // ---- copies, outliers and wrong classes
 
 const LISTS = {
-  copies: ["Duplicates", "groups of equal and nearly equal images", (group) => [element("p", { textContent: counted(group.length, "image") }), tiles(group)]],
-  outliers: ["Outliers", "images far from their nearest neighbors, the oddest first; z counts robust standard deviations"],
-  classes: ["Labels", "images whose neighbors have another class, the clearest first"],
+  copies: ["Duplicates", "Groups of equal and nearly equal images", (group) => [element("p", { textContent: counted(group.length, "image") }), tiles(group)]],
+  outliers: ["Outliers", "Images far from their nearest neighbors, the oddest first; z counts robust standard deviations"],
+  classes: ["Labels", "Images whose neighbors have another class, the clearest first"],
 };
 let lists = null;
 
@@ -310,7 +310,7 @@ async function loadLists() {
       const all = group ? rows.flat() : rows.map(([i]) => i);
       const choose = element("button", { type: "button", textContent: "Select them", disabled: !all.length });
       choose.addEventListener("click", () => select(Uint32Array.from(new Set(all)).sort()));
-      const head = [element("div", { className: "actions" }, element("b", { textContent: LISTS[key][0] }), choose), element("p", { textContent: total ? words + note : `None found: ${words}.` })];
+      const head = [element("div", { className: "actions" }, element("b", { textContent: LISTS[key][0] }), choose), element("p", { textContent: total ? words + note : `${words}: none found.` })];
       const shown = group ? rows.slice(0, PAGE).map((row) => element("div", { className: "group" }, ...group(row))) : key === "outliers" ? [tiles(all, (k) => ({ score: rows[k][1] }))] : rows.slice(0, PAGE).map(([i, why]) => element("div", { className: "group row" }, tile(i, events), element("p", { textContent: why })));
       body.replaceChildren(...head, ...shown);
     }
