@@ -20,6 +20,7 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -75,46 +76,40 @@ def measured(command: list[str]) -> dict[str, float]:
     return {"wall_s": round(wall, 1), "processor_s": round(processor, 1), "peak_rss_mb": round(peak, 1)}
 
 
+def measure(root: Path, model: str, count: int, shard_size: int) -> dict[str, Any]:
+    """Embed `count` images, and again when nothing is new: listing, loading and comparing the names."""
+    write_tar(root / "images.tar", count)
+    command = [sys.executable, "-m", "upstep_fast", "embed", "--model", model, "--data", str(root / "images.tar")]
+    command += ["--out", f"{root}/{count}/", "--shard-size", str(shard_size), "--device", "cpu", "--quiet"]
+    row = {"images": count, **measured(command)}
+    shards = list((root / str(count)).glob("part-*.parquet"))
+    row |= {"shards": len(shards), "bytes": sum(path.stat().st_size for path in shards), "repeated": measured(command)}
+    return row | {"names_mb": round((24 + len("0000/0000000.png")) * count / 2**20, 1)}  # the names and their index
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--counts", default="10000,100000,1000000")
     parser.add_argument("--shard-size", type=int, default=8192)
     options = parser.parse_args()
-    rows = []
-    with tempfile.TemporaryDirectory() as scratch:
-        root = Path(scratch)
-        model = write_model(root / "model")
-        for count in map(int, options.counts.split(",")):
-            write_tar(root / "images.tar", count)
-            embed = [sys.executable, "-m", "upstep_fast", "embed", "--model", model, "--data", str(root / "images.tar")]
-            embed += [
-                "--out",
-                f"{root}/{count}/",
-                "--shard-size",
-                str(options.shard_size),
-                "--device",
-                "cpu",
-                "--quiet",
-            ]
-            row = {"images": count, **measured(embed)}
-            shards = list((root / str(count)).glob("part-*.parquet"))
-            row |= {"shards": len(shards), "bytes": sum(path.stat().st_size for path in shards)}
-            row["repeated"] = measured(embed)  # nothing is new: listing, loading and comparing the names
-            row["names_mb"] = round((24 + len("0000/0000000.png")) * count / 2**20, 1)  # the names and their index
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-    record = {
+    record: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "device": f"{processor_name()}, {os.cpu_count()} cores",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
         "load_average": os.getloadavg(),
-        "command": "python bench/evaluation/embed_scale.py",
+        "command": "python bench/evaluation/embed_scale.py bench/results/embed_scale_cpu2.json",
         "model": MODEL,
         "shard_size": options.shard_size,
-        "rows": rows,
+        "rows": [],
     }
-    options.out.write_text(json.dumps(record, indent=1) + "\n")
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        model = write_model(root / "model")
+        for count in map(int, options.counts.split(",")):
+            record["rows"].append(measure(root, model, count, options.shard_size))
+            options.out.write_text(json.dumps(record, indent=1) + "\n")
+            print(json.dumps(record["rows"][-1]), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+from PIL import Image
 
 from upstep_fast import embed
 from upstep_fast.cli.commands import main
@@ -393,3 +395,35 @@ def test_a_shard_has_about_32_mb():
     for width in (1, 48, 192, 576, 4096, 99_999):
         size = default_shard_size(width)
         assert size & (size - 1) == 0 and (size == 1 or 2**24 < 4 * width * size <= 2**25)
+
+
+MEMORY = """
+import sys
+from upstep_fast.config.evaluate import EmbedConfig
+from upstep_fast.config.files import from_options
+from upstep_fast.evaluation.embeddings import run_embed
+peaks = []
+for data in sys.argv[2:]:
+    options = dict(model=sys.argv[1], data=data, out=data + "-out/", device="cpu", with_base=True, num_workers=0)
+    run_embed(from_options(EmbedConfig, options | dict(shard_size=256, batch_size=64), "embed"))
+    peaks.append(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")))
+print((peaks[1] - peaks[0]) / 1024)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_that_of_a_shard(tmp_path):
+    """9,000 images, whose features take 53 MB, need hardly more than 1,000 of them do."""
+    size = dict(img_size=8, patch_size=8, embed_dim=768, depth=1, num_heads=12, num_classes=0)
+    vit = timm.create_model("vit_tiny_patch16_224", **size)
+    timm.models.save_for_hf(vit, tmp_path / "model", model_args=size, safe_serialization=True)
+    rng = np.random.default_rng(0)
+    for count in (1000, 9000):
+        (tmp_path / str(count)).mkdir()
+        for i, image in enumerate(rng.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)):
+            Image.fromarray(image).save(tmp_path / str(count) / f"{i:05d}.png")
+    command = [sys.executable, "-c", MEMORY, f"local-dir:{tmp_path}/model", f"{tmp_path}/1000", f"{tmp_path}/9000"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    # MB; a shard takes 1.5, and what the allocator keeps varies by 10
+    assert float(done.stdout.splitlines()[-1]) < 24
