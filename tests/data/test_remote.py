@@ -104,6 +104,11 @@ def test_a_folder_of_a_bucket_is_read_as_a_local_folder(store, tree, split):
     assert (remote.sizes() == local.sizes()).all()
 
 
+def test_a_listing_of_several_pages(store, tree, monkeypatch):
+    monkeypatch.setattr(objects, "PAGE", 2)
+    same(open_source("s3://photos/set"), "s3://photos/set", open_source(tree), tree)
+
+
 def test_metadata_of_a_remote_folder_gives_classes(store, tmp_path):
     save_photos(tmp_path, 3)
     (tmp_path / "metadata.csv").write_text("file_name,label\n00.png,x\n02.png,y\nnone.png,z\n")

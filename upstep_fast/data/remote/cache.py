@@ -34,7 +34,7 @@ class NoRoomError(OSError):
     """The cache's disk has no room for a file."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Version:
     """Version of a remote file: what changes with its content."""
 

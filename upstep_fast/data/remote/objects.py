@@ -30,6 +30,7 @@ from upstep_fast.errors import DataError, first_line
 
 FIRST_ANSWER = 9.0  # seconds
 BLOCK = 32 << 20  # bytes of a request
+PAGE = 1000  # objects of a page of a listing, the most that S3 gives
 _READ = 20.0  # seconds between two parts of an answer
 _TAGS = ("ETag", "etag", "generation", "blob_id", "md5Hash")
 _TIMES = ("LastModified", "last_modified", "mtime", "updated")
@@ -87,14 +88,25 @@ def _require_hub(address: str) -> None:
 def listed(address: str) -> Iterator[tuple[str, Version]]:
     """Yield names relative to a folder, and versions, of all files in it and below. Raises OSError."""
     files = file_system(address)
+    top = files._strip_protocol(address).rstrip("/")
     try:
-        top = files._strip_protocol(address).rstrip("/")
-        found = files.find(top, detail=True)
+        found = _pages_of_s3(files, top) if hasattr(files, "call_s3") else files.find(top, detail=True).items()
+        for path, info in found:
+            if info.get("type", "file") == "file" and path.startswith(f"{top}/") and not path.endswith("/"):
+                yield path[len(top) + 1 :], _version(info)
     except Exception as error:
         raise translated(error) from error
-    for path, info in found.items():
-        if info["type"] == "file" and path.startswith(f"{top}/") and not path.endswith("/"):
-            yield path[len(top) + 1 :], _version(info)
+
+
+def _pages_of_s3(files: Any, top: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the objects in a folder, page by page: s3fs's own listing takes 2 kB of memory for each object."""
+    bucket, prefix, _ = files.split_path(top)
+    where = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else "", "MaxKeys": PAGE}
+    page: dict[str, Any] = {"NextContinuationToken": None}
+    while (token := page.get("NextContinuationToken", "")) != "":
+        page = files.call_s3("list_objects_v2", **where, **({"ContinuationToken": token} if token else {}))
+        for entry in page.get("Contents", ()):
+            yield f"{bucket}/{entry['Key']}", {"ETag": entry["ETag"], "size": entry["Size"]}
 
 
 def matches(pattern: str) -> list[str]:

@@ -106,10 +106,15 @@ def digest_of_folder(path: str) -> Digest:
     return total, digest.digest()
 
 
+def may_be_unnamed_dicom(name: bytes) -> bool:
+    """Return whether a name has no suffix, or the end of a UID as one, as files of DICOM have it."""
+    suffix = os.path.splitext(name)[1][1:]
+    return not suffix or suffix.isdigit()
+
+
 def is_unnamed_dicom(name: bytes, start: Callable[[], bytes]) -> bool:
     """Return whether a file without a suffix, or with the end of a UID as one, holds DICOM. start: its first bytes."""
-    suffix = os.path.splitext(name)[1][1:]
-    if suffix and not suffix.isdigit():
+    if not may_be_unnamed_dicom(name):
         return False
     try:
         return kinds.kind_of("", start()) is kinds.DICOM

@@ -31,7 +31,7 @@ from upstep_fast.data.remote.address import (
 from upstep_fast.data.remote.cache import Version
 from upstep_fast.data.sources.archives import Members, children_in
 from upstep_fast.data.sources.explain import HINTS
-from upstep_fast.data.sources.file_kinds import is_unnamed_dicom
+from upstep_fast.data.sources.file_kinds import is_unnamed_dicom, may_be_unnamed_dicom
 from upstep_fast.data.sources.folders import is_features
 from upstep_fast.data.sources.image_folder import Place, open_place
 from upstep_fast.data.sources.lists import LIST_SUFFIXES, read_list
@@ -166,15 +166,15 @@ def _images(root: str, names: list[str], found: dict[str, Version], listing: Lis
         address = joined(root, name)
         return at_opening(address, lambda: objects.read(address, found[name], None, 0, START))
 
-    def is_image(name: str) -> bool:
-        last = os.fsencode(os.path.basename(name))
-        return last.lower().endswith(IMAGE_SUFFIXES) or is_unnamed_dicom(last, lambda: start(name))
-
+    last = {name: os.fsencode(os.path.basename(name)) for name in names}
+    images = {name for name in names if last[name].lower().endswith(IMAGE_SUFFIXES)}
+    unsure = [name for name in names if name not in images and may_be_unnamed_dicom(last[name])]
     with ThreadPoolExecutor(THREADS) as pool:
-        of_images = list(pool.map(is_image, names))
-    for name, yes in zip(names, of_images, strict=True):
+        found_dicom = pool.map(lambda name: is_unnamed_dicom(last[name], lambda: start(name)), unsure)
+        images |= {name for name, yes in zip(unsure, found_dicom, strict=True) if yes}
+    for name in names:
         address = joined(root, name)
-        if not yes:
+        if name not in images:
             listing.add_other(os.fsencode(shown(address)))
         elif listing.several and address in listing.seen:
             listing.problems.append((shown(address), ALREADY_LISTED))
