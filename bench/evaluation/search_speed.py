@@ -2,7 +2,8 @@
 
     python bench/evaluation/search_speed.py bench/results/search_speed_cpu2.json
 
-The vectors lie in 2,000 clusters, at two spreads; queries are vectors with noise. In one process per number of threads:
+The vectors lie in 2,000 clusters, at two spreads; queries are other vectors of the same clusters. Each section is a
+process of its own:
 
     exact         the 20 nearest of 1 and of 64 queries: `top_k` and IndexFlatIP in turn; their hits are compared
     approximate   build (k-means, lists, recall), opening, 1 and 64 queries, recall on queries that are not in the index
@@ -32,7 +33,14 @@ from upstep_fast.runtime.machine import processor_name
 
 N, D, K, CLUSTERS, SMALL = 1_000_000, 192, 20, 2000, 200_000
 SPREADS = {"dense": 0.7, "loose": 2.0}  # of a cluster, per direction; its center has 1
-ROUNDS = {1: 21, 64: 7}
+RUNS = (
+    ("exact", "dense", 1),
+    ("approximate", "dense", 1),
+    ("exact", "dense", 2),
+    ("choice", "dense", 1),
+    ("approximate", "loose", 1),
+)
+ROUNDS = {1: 15, 64: 5}
 BLOCK = 100_000
 
 
@@ -123,42 +131,38 @@ def choice(x: np.ndarray, queries: np.ndarray) -> dict[str, Any]:
     return rows
 
 
-def measured(threads: int) -> dict[str, Any]:
+def measured(section: str, spread: str, threads: int) -> dict[str, Any]:
     faiss.omp_set_num_threads(threads)
     centers = np.random.default_rng(0).standard_normal((CLUSTERS, D), np.float32)
-    results: dict[str, Any] = {}
-    for name, spread in SPREADS.items():
-        x, queries = vectors(spread, 1, N, centers), vectors(spread, 2, 256, centers)
-        results[name] = {"approximate": approximates(x, queries)}
-        if name == "dense":
-            results[name] |= {"exact": exact(x, queries)}
-        if name == "dense" and threads == 1:
-            results[name] |= {"choice": choice(np.ascontiguousarray(x[:SMALL]), queries)}
-    return results
+    count = SMALL if section == "choice" else N
+    x, queries = vectors(SPREADS[spread], 1, count, centers), vectors(SPREADS[spread], 2, 256, centers)
+    return {"exact": exact, "approximate": approximates, "choice": choice}[section](x, queries)
 
 
 def main(out: Path) -> None:
-    result: dict[str, Any] = {
-        "command": "python bench/evaluation/search_speed.py",
-        "date": datetime.date.today().isoformat(),
+    """Run each section in a process of its own; the file is written after each, and what it holds is not run again."""
+    result: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
+    result |= {
+        "command": f"python bench/evaluation/search_speed.py bench/results/{out.name}",
         "processor": processor_name(),
         "versions": {"faiss": faiss.__version__, "numpy": np.__version__},
         "vectors": [N, D],
         "k": K,
-        "load_before": os.getloadavg(),
-        "threads": {},
     }
-    for threads in (1, 2):
-        program = [sys.executable, __file__, str(threads)]
-        names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-        environment = os.environ | dict.fromkeys(names, str(threads))
+    for section, spread, threads in RUNS:
+        name = f"{section}, {spread}, {threads} thread{'s' * (threads > 1)}"
+        if name in result:
+            continue
+        environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
+        program = [sys.executable, __file__, section, spread, str(threads)]
+        load = round(os.getloadavg()[0], 1)
         done = subprocess.run(program, env=environment, stdout=subprocess.PIPE, check=True)
-        result["threads"][threads] = json.loads(done.stdout)
+        result[name] = {"date": datetime.date.today().isoformat(), "load": load} | json.loads(done.stdout)
         out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    if sys.argv[1].isdecimal():
-        print(json.dumps(measured(int(sys.argv[1]))))
+    if len(sys.argv) == 4:
+        print(json.dumps(measured(sys.argv[1], sys.argv[2], int(sys.argv[3]))))
     else:
         main(Path(sys.argv[1]))

@@ -46,7 +46,7 @@ def as_json(found: Found) -> dict[str, object]:
     return {
         "images": len(index),
         "features": index.facts,
-        "exact": index.lists is None,
+        "exact": index.is_exact,
         "recall": index.recall,
         "queries": [
             {

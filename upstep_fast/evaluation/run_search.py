@@ -37,7 +37,7 @@ class Found:
         """What was searched, and how, in words."""
         index = self.index
         how = "exact"
-        if index.lists is not None:
+        if not index.is_exact:
             share = f"{100 * index.recall:.1f} % of the {K} nearest images are found"
             how = f"approximate: {share}, measured on {min(SAMPLE, len(index))} of these images; --exact finds all"
         return f"{len(index):,} images, {how}"

@@ -60,6 +60,15 @@ def test_recall_is_what_another_sample_shows(small):
     assert abs(np.mean(hits) - index.recall) < 0.03
 
 
+def test_exact_where_lists_do_not_help(small, tmp_path):
+    """Vectors without clusters: neighbors lie in any list."""
+    x = np.random.default_rng(0).standard_normal((1500, 64)).astype(np.float32)
+    index = build_index(FeatureTable(tuple(map(str, range(1500))), x, {}))
+    assert index.is_exact and index.recall == 1.0 and "exact" in repr(index)
+    assert np.array_equal(index.search(x[:50], 20)[1], top_k(index.x, index.x[:50], 20)[1])
+    assert FeatureIndex.open(index.save(tmp_path / "i")).is_exact
+
+
 def test_recall_of_a_planted_index(small):
     """Two far groups, each in its own list, but half of one group filed in the other's list: recall is known."""
     random = np.random.default_rng(0)

@@ -6,8 +6,9 @@
 
 What FAISS returns is scored again as in exact.py, so scores are those of the exact search. The recall is the part of
 the 20 nearest rows of a row (itself left out) that the index returns, over a sample of rows; nprobe is the smallest
-power of two that reaches RECALL. Kept on disk are centroids and list numbers, a few bytes a row: FAISS's structure is
-made from them and the vectors, and no file is handed to FAISS's own reader.
+power of two that reaches RECALL. Where that is half of the lists or more, the search is exact. Kept on disk are
+centroids and list numbers, a few bytes a row: FAISS's structure is made from them and the vectors, and no file is
+handed to FAISS's own reader.
 """
 
 from __future__ import annotations
@@ -49,6 +50,11 @@ class InvertedLists:
     nprobe: int = 1
     recall: float = 0.0
 
+    @property
+    def is_exact(self) -> bool:
+        """Return whether all lists are to be read, for which no lists are needed."""
+        return self.nprobe >= len(self.centroids)
+
 
 def faiss_index(lists: InvertedLists, x: np.ndarray) -> Any:
     """Return FAISS's index of the rows x [N, D]."""
@@ -73,7 +79,7 @@ def search(index: Any, nprobe: int, x: np.ndarray, queries: np.ndarray, k: int) 
     if k == 0 or len(queries) == 0:
         return top_k(x, queries, k)
     # nprobe is named in every search: parameters without it mean 1
-    how = faiss.SearchParametersIVF(nprobe=nprobe)
+    how: Any = faiss.SearchParametersIVF(nprobe=nprobe)
     _, rows = index.search(np.ascontiguousarray(queries), k, params=how)
     which = np.repeat(np.arange(len(queries)), k)
     scores, best = merged(which, score_again(x, queries, which, rows.ravel()), rows.ravel(), len(queries), k)
@@ -107,7 +113,7 @@ def build(names: Sequence[str], x: np.ndarray) -> InvertedLists:
     with track("index: k-means"):
         kmeans = faiss.Kmeans(x.shape[1], num, **options)
         kmeans.train(np.ascontiguousarray(x[np.sort(picked)]))
-    lists = InvertedLists(kmeans.centroids.copy(), np.empty(0, np.int64), "", len(x))
+    lists = InvertedLists(np.array(kmeans.centroids), np.empty(0, np.int64), "", len(x))
     return extend(lists, names, x)
 
 
@@ -199,15 +205,19 @@ def _quantizer(lists: InvertedLists) -> Any:
 
 
 def _tuned(lists: InvertedLists, x: np.ndarray) -> InvertedLists:
-    """Return the lists with the smallest nprobe, from the present one on, that reaches RECALL, and that recall."""
+    """Return the lists with the smallest nprobe, from the present one on, that reaches RECALL, and that recall.
+
+    If that takes half of the lists or more, nprobe is their number, and the index is searched exactly.
+    """
     with track("index: recall"):
         sample = np.sort(np.random.default_rng(1).permutation(len(x))[:SAMPLE])
         truth, itself = top_k(x, x[sample], K + 1), sample[:, None]
         nprobe, index = lists.nprobe, faiss_index(lists, x)
         while (reached := recall(truth, search(index, nprobe, x, x[sample], K + 1), itself)) < RECALL:
-            if nprobe == len(lists.centroids):
+            if 4 * nprobe >= len(lists.centroids):
+                nprobe, reached = len(lists.centroids), 1.0
                 break
-            nprobe = min(2 * nprobe, len(lists.centroids))
+            nprobe *= 2
     return replace(lists, nprobe=nprobe, recall=reached)
 
 

@@ -40,8 +40,13 @@ class FeatureIndex:
 
     def __repr__(self) -> str:
         """Return the number of images, D, and how it is searched."""
-        how = "exact" if self.lists is None else f"approximate, recall {self.recall:.3f}"
+        how = "exact" if self.is_exact else f"approximate, recall {self.recall:.3f}"
         return f"FeatureIndex({len(self):,} images, D = {self.x.shape[1]}, {how})"
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every image is compared with a query: of few images, on request, and where lists do not help."""
+        return self.lists is None or self.lists.is_exact
 
     @property
     def recall(self) -> float:
@@ -62,7 +67,7 @@ class FeatureIndex:
                 f"query: features of width {unit.shape[1]}, those of the index have {self.x.shape[1]}; use the model "
                 "that the index was made with"
             )
-        if self.lists is None:
+        if self.lists is None or self.is_exact:
             return top_k(self.x, unit, k)
         return approximate.search(self._faiss, self.lists.nprobe, self.x, unit, k)
 
