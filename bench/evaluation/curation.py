@@ -52,7 +52,7 @@ SETS = {
     "cartoons, base": ("pacs_cartoon_64.tar", "demo"),
 }
 ODD = ("sign_digits_64.tar", "gtsrb_32.tar", "pacs_sketch_64.tar", "omniglot_64.tar", "pacs_cartoon_64.tar")
-IMAGES, COPIES, WRONG, OUTLIERS = 1000, 40, 0.1, 4
+IMAGES, COPIES, WRONG, OUTLIERS = 600, 40, 0.1, 4
 Change = Callable[[Image.Image, random.Random], Image.Image]
 
 
@@ -105,7 +105,9 @@ def write(folder: Path, name: str, images: list[tuple[str, Image.Image]]) -> lis
 
 def curated(folder: Path, run: str) -> tuple[Curation, Images]:
     """Run the search of `curate`, without its files."""
-    config = from_options(CurateConfig, {"run": run, "data": folder, "device": "cpu", "precision": "fp32"}, "bench")
+    how = {"device": "cpu", "precision": "fp32"}
+    features = upstep_fast.embed(run, folder, folder.with_name(f"{folder.name}.safetensors"), **how)
+    config = from_options(CurateConfig, {"run": run, "data": folder, "features": features, **how}, "bench")
     images = read_images(config)
     return find(images, config), images
 
@@ -242,8 +244,8 @@ def main() -> None:
                     "classes": classes(images, Path(top, "classes"), run),
                     "outliers": outliers(images, odd, Path(top, "outliers"), run),
                 }
-    text = json.dumps(result, indent=1)
-    print(text)
+            print(name, json.dumps(result[name]), flush=True)
+    print(json.dumps(result, indent=1))
     if args.out:
         known = json.loads(args.out.read_text()) if args.out.exists() else {}
         args.out.write_text(json.dumps(known | result, indent=1) + "\n")
