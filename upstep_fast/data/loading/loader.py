@@ -260,7 +260,7 @@ def load_images(
     )
     with contextlib.closing(readable):
         while batch := list(itertools.islice(readable, batch_size)):
-            yield torch.tensor([index for index, _ in batch]), torch.stack([x for _, x in batch]).float() / 255
+            yield torch.tensor([index for index, _ in batch]), torch.stack([x for _, x in batch]).float().div_(255)
 
 
 def permutation(n: int, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:

@@ -71,7 +71,7 @@ def center_crop(image: Tensor, size: tuple[int, int], fill: int = 0) -> Tensor:
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Return (images - mean) / std of every channel; images: [..., C, H, W] on a 0..1 scale, on any device."""
     mean_C11, std_C11 = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (mean, std))
-    return (images - mean_C11) / std_C11
+    return (images - mean_C11).div_(std_C11)
 
 
 def check_interpolation(name: str) -> None:
