@@ -1,8 +1,8 @@
 """How the threads of a CPU's products wait for each other.
 
 GCC's OpenMP, which torch's wheels bring, lets a thread that waits for others spin 300,000 times, for milliseconds, and
-1,000 times if it knows of more threads than cores. It knows neither of the decoding threads nor of other programs, which
-need the cores meanwhile: `embed` of 32 images took 2.9 s instead of 26 s on two cores that eight programs shared.
+1,000 times if it knows of more threads than cores. It knows neither of the decoding threads nor of other programs,
+which need the cores meanwhile: `embed` of 32 images took 2.9 s instead of 26 s on two cores that eight programs shared.
 """
 
 from __future__ import annotations
