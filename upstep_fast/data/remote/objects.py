@@ -140,7 +140,7 @@ def fetch(
         return cache.store(file, address, version)
 
 
-def read(address: str, version: Version | None, limit: int, start: int = 0, size: int | None = None) -> bytes:
+def read(address: str, version: Version | None, limit: int | None, start: int = 0, size: int | None = None) -> bytes:
     """Return `size` bytes of a version from `start` on, by default all, without the cache. Raises OSError."""
     version = _asked(address) if version is None else version
     return b"".join(_blocks(address, version, limit, start, size))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from upstep_fast.data.formats.kinds import SUFFIXES, suffix_of
+from upstep_fast.data.formats.kinds import START, SUFFIXES, suffix_of
 from upstep_fast.data.remote import objects
 from upstep_fast.data.remote.address import (
     HTTP,
@@ -37,7 +37,7 @@ from upstep_fast.data.sources.image_folder import Place, open_place
 from upstep_fast.data.sources.lists import LIST_SUFFIXES, read_list
 from upstep_fast.data.sources.metadata import METADATA
 from upstep_fast.data.sources.names import Names
-from upstep_fast.data.sources.part import ALREADY_LISTED, IMAGE_SUFFIXES, START, Columns, Listing, Part
+from upstep_fast.data.sources.part import ALREADY_LISTED, IMAGE_SUFFIXES, Columns, Listing, Part
 from upstep_fast.data.sources.remote_files import RemoteFiles
 from upstep_fast.data.sources.remote_open import at_opening, fetch_all, labeled
 from upstep_fast.data.sources.splits import TREE
