@@ -18,6 +18,7 @@ from upstep_fast.cli.commands import main
 from upstep_fast.errors import ConfigError, DataError, RunFailedError
 from upstep_fast.evaluation import whitening
 from upstep_fast.evaluation.dense import embed_tokens, token_files, token_job
+from upstep_fast.evaluation.dense.picture import token_colors, upsampled
 from upstep_fast.evaluation.dense.token_files import read_tokens
 from upstep_fast.evaluation.dense.tokens import append_whitened, grid_of, on_grid
 
@@ -334,3 +335,26 @@ def test_the_command_says_what_it_wrote(model, photos, tmp_path, capsys):
     assert "base patch tokens, plain, unit length; 24 x 4 x 4 x 48" in capsys.readouterr().out.replace("\n", " ")
     assert load_file(tmp_path / "t.safetensors")["tokens"].shape == (24, 4, 4, 48)
     assert Image.open(photos / "00.png").size == (40, 40)
+
+
+def test_colors_are_the_components_of_scikit_learn_in_one_projection():
+    sklearn = pytest.importorskip("sklearn.decomposition")
+    g = torch.Generator().manual_seed(0)
+    models = [torch.randn(3, 4, 5, 12, generator=g) * torch.linspace(3, 0.1, 12) + shift for shift in (0.0, 0.5)]
+    rows = torch.cat([x.flatten(0, 2) for x in models]).double().numpy()
+    theirs = sklearn.PCA(3, svd_solver="full").fit_transform(rows)
+    ours = torch.cat([x.permute(0, 2, 3, 1).flatten(0, 2) for x in token_colors(models)]).double().numpy()
+    for axis in range(3):
+        low, high = np.quantile(theirs[:, axis], [0.01, 0.99])
+        expected = ((theirs[:, axis] - low) / (high - low)).clip(0, 1)
+        flipped = 1 - expected  # an axis has no direction of its own
+        assert min(np.abs(ours[:, axis] - x).max() for x in (expected, flipped)) < 1e-5
+    assert torch.equal(token_colors([models[0]] * 2)[0], token_colors([models[0]] * 2)[1])
+    flat = token_colors([torch.ones(2, 3, 3, 2)])[0]  # of one color, and of fewer than three directions
+    assert flat.shape == (2, 3, 3, 3) and flat.isfinite().all()
+
+
+def test_colors_are_upsampled_between_the_patches():
+    colors = torch.zeros(1, 3, 1, 2)
+    colors[..., 1] = 1
+    assert upsampled(colors, (2, 4))[0, 0].tolist() == [[0, 64, 191, 255]] * 2  # bilinear: 0, 1/4, 3/4, 1

@@ -179,6 +179,19 @@ def test_image_panels_are_deterministic(finished, monkeypatch):
     image_panels.collect(config, compute, source, finished / "out")
 
 
+def test_patch_tokens_are_shown_before_and_after(finished):
+    panels = image_panels.read_panels(finished / "out")
+    assert len(panels.colored) == image_panels.COLORED and set(panels.tokens) == {"before", "after"}
+    assert all(len(pictures) == image_panels.COLORED for pictures in panels.tokens.values())
+    before, after = (Image.open(io.BytesIO(base64.b64decode(panels.tokens[when][0]))) for when in ("before", "after"))
+    assert before.size == after.size == (32, 32)  # the model's input
+    page = (finished / "out" / "report.html").read_text()
+    assert "Patch tokens" in page and page.count('alt="tokens of') == 2 * image_panels.COLORED
+    written = json.loads((finished / "out" / image_panels.NAME).read_text())
+    earlier = {key: value for key, value in written.items() if key not in ("colored", "tokens")}
+    assert image_panels._checked(earlier).colored == []  # of a run of an earlier version
+
+
 def test_image_panels_can_be_turned_off(model, photos, tmp_path):
     options = dict(model=model, data=photos, out=tmp_path, steps=2, batch_size=8, prototypes=8, precision="fp32")
     upstep_fast.adapt(**options, device="cpu", report_images=False)
@@ -200,6 +213,10 @@ def good():
         dict(thumbs=["AAAA" * 9]),
         dict(points={"before": [[0, 0]], "after": [[0, 0]]}),
         dict(points={"before": [[0, 0], [float("nan"), 0]], "after": [[0, 0], [0, 0]]}),
+        dict(colored=[0]),
+        dict(colored=[0], tokens={"before": [], "after": []}),
+        dict(colored=[2], tokens={"before": ["A" * 16], "after": ["A" * 16]}),
+        dict(colored=[0], tokens={"before": ['"><script>'], "after": ["A" * 16]}),
         dict(queries=[2]),
         dict(queries=["0"]),
         dict(neighbours={"before": [[9]], "after": [[0]]}),

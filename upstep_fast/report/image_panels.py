@@ -2,8 +2,8 @@
 
 At the end of a run at most 512 images, spread evenly over the data, pass through the base and the adapted model.
 pictures.json holds their thumbnails, the first two principal components of each model's features (pca_plot.py), the
-nearest neighbors of a few images (neighbors.py), and thumbnails of the readable images in skipped.csv. With them the
-page can be rendered again without the model or the images.
+nearest neighbors of a few images (neighbors.py), the patch tokens of a few as colors (dense/picture.py), and thumbnails
+of the readable images in skipped.csv. With them the page can be rendered again without the model or the images.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import logging
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ from upstep_fast.data.loading.loader import load_images
 from upstep_fast.data.loading.skipped_images import csv_cell, read_image
 from upstep_fast.data.sources.source import Source, open_configured
 from upstep_fast.errors import BadImage, UpstepError
+from upstep_fast.evaluation.dense.picture import token_colors, upsampled
+from upstep_fast.evaluation.dense.tokens import on_grid
 from upstep_fast.evaluation.features import load_models
 from upstep_fast.model import backbone as backbones
 from upstep_fast.model import pooling
@@ -52,6 +54,7 @@ CPU_FLOP = 4e12  # limit on a CPU, about half a minute: a large model sees fewer
 SIDE = 64  # pixels of a thumbnail
 MAX_ODD = 24  # thumbnails of images in skipped.csv
 QUERIES, NEIGHBORS = 8, 5
+COLORED = 8  # images whose patch tokens are shown
 BATCH_SIZE = 32
 _THUMB = re.compile(r"[A-Za-z0-9+/]{16,12000}={0,2}")
 
@@ -69,6 +72,8 @@ class ImagePanels:
     queries: list[int]
     neighbours: dict[str, list[list[int]]]  # of each query, nearest first
     odd: dict[str, str]  # name in skipped.csv -> thumbnail
+    colored: list[int] = field(default_factory=list)  # images whose tokens are shown; runs of earlier versions: none
+    tokens: dict[str, list[str]] = field(default_factory=dict)  # of each, as colors, by "before" and "after"
 
 
 def collect(
@@ -93,9 +98,8 @@ def compute_panels(
     described = replace(config.model, mean=None, std=None)
     models = load_models(EvalConfig(described, config.data, adapter=str(out / "adapter")), backbone=backbone)
     base = models["base"]
-    indices, thumbs, (before, after) = _extract(
-        source, spread(len(source), _num_images(base, compute)), (base, models["adapted"]), config, compute
-    )
+    chosen, both = spread(len(source), _num_images(base, compute)), (base, models["adapted"])
+    indices, thumbs, (before, after), patches = _extract(source, chosen, both, config, compute)
     features, queries = {"before": before, "after": after}, spread(len(indices), QUERIES)
     return ImagePanels(
         names=[source.name(i) for i in indices],
@@ -104,32 +108,55 @@ def compute_panels(
         queries=queries,
         neighbours={when: nearest(x, queries, NEIGHBORS) for when, x in features.items()},
         odd=_odd_thumbnails(config, out / "skipped.csv", len(base.mean)),
+        colored=[position for position, _ in patches],
+        tokens=_token_pictures([tokens for _, tokens in patches], base),
     )
 
 
 @torch.no_grad()
 def _extract(
     source: Source, indices: list[int], models: Sequence[backbones.Backbone], config: AdaptConfig, compute: Compute
-) -> tuple[list[int], list[str], list[Tensor]]:
-    """Return the indices of the readable images, their thumbnails, and each model's unit features [N, D]."""
+) -> tuple[list[int], list[str], list[Tensor], list[tuple[int, list[Tensor]]]]:
+    """Return the indices of the readable images, their thumbnails, and each model's unit features [N, D].
+
+    And of a few images: their position among these, and their unit patch tokens [h w, D] by each model.
+    """
     base = models[0]
     read: list[int] = []
     thumbs: list[str] = []
     features: list[list[Tensor]] = [[] for _ in models]
+    colored = {indices[i] for i in spread(len(indices), COLORED)}
+    patches: list[tuple[int, list[Tensor]]] = []
     for model in models:
         model.vit.to(compute.device)
     arguments = base.eval_transform_args | {"batch_size": BATCH_SIZE, "num_workers": config.data.num_workers}
     with track("report: pictures", len(indices)) as task:
         for batch, images in load_images(source, indices, **arguments, max_bad_fraction=1.0):
             x = base.normalized(images.to(compute.device))
+            few = [i for i, index in enumerate(batch.tolist()) if index in colored]
+            of_few: list[list[Tensor]] = [[] for _ in few]
             for rows, model in zip(features, models, strict=True):
                 with compute.autocast():
-                    f = pooling.features(model.vit, x)
+                    tokens = model.vit.forward_features(x)
+                    f = pooling.pooled(model.vit, tokens)
                 rows.append(F.normalize(f.float(), dim=-1).cpu())
+                unit = F.normalize(pooling.patch_tokens(model.vit, tokens[few]).float(), dim=-1).cpu()
+                for of_image, image_tokens in zip(of_few, unit, strict=True):
+                    of_image.append(image_tokens)
+            patches += [(len(read) + i, of_image) for i, of_image in zip(few, of_few, strict=True)]
             read += batch.tolist()
             thumbs += [thumbnail((255 * image).round().byte()) for image in images]
             task.advance(len(batch))
-    return read, thumbs, [torch.cat(rows) for rows in features]
+    return read, thumbs, [torch.cat(rows) for rows in features], patches
+
+
+def _token_pictures(patches: Sequence[Sequence[Tensor]], base: backbones.Backbone) -> dict[str, list[str]]:
+    """Return the tokens of images as colors, by "before" and "after". patches: [h w, D] of each image and model."""
+    if not patches:
+        return {}
+    of_models = [on_grid(torch.stack(list(x)), base) for x in zip(*patches, strict=True)]
+    pictures = [upsampled(colors, base.img_size) for colors in token_colors(of_models)]
+    return {when: [thumbnail(picture) for picture in x] for when, x in zip(("before", "after"), pictures, strict=True)}
 
 
 def spread(count: int, most: int) -> list[int]:
@@ -172,7 +199,11 @@ def _checked(content: dict[str, Any]) -> ImagePanels:
         if not all(len(point) == 2 and all(map(math.isfinite, point)) for point in points[when]):
             raise ValueError
     odd = {str(name): _checked_thumb(thumb) for name, thumb in list(content["odd"].items())[:MAX_ODD]}
-    return ImagePanels(names, thumbs, points, queries, near, odd)
+    colored = _checked_indices(content.get("colored", [])[:COLORED], count)
+    tokens = {when: [_checked_thumb(x) for x in row[:COLORED]] for when, row in content.get("tokens", {}).items()}
+    if any(len(tokens.get(when, ())) != len(colored) for when in ("before", "after")) or len(tokens) > 2:
+        raise ValueError
+    return ImagePanels(names, thumbs, points, queries, near, odd, colored, tokens)
 
 
 def _checked_indices(values: list[Any], count: int) -> list[int]:

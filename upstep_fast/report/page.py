@@ -168,6 +168,10 @@ def _panels(panels: ImagePanels | None) -> dict[str, Any] | None:
         "count": len(panels.names),
         "neighbors": neighbor_table(panels.queries, before, after, panels.names) if panels.queries else "",
         "num_new": sum(len(set(new) - set(old)) for old, new in zip(before, after, strict=True)),
+        "names": panels.names,
+        "tokens": list(zip(panels.colored, *(panels.tokens[when] for when in ("before", "after")), strict=True))
+        if panels.colored
+        else [],
     }
 
 

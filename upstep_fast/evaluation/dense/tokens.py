@@ -4,9 +4,9 @@
     w(t) = S^(-1/2) (t - m), unit       m, S: mean and shrunk covariance of single tokens (whitening.py)
     phi = [t, w(t)] / sqrt(2)           [2 D], unit length
 
-The whitening of a run is fitted to mean patch tokens, which vary less than single ones and in other directions: applied
-to single tokens it made segmentation worse, while one fitted to single tokens made it better
-(bench/results/dense_cpu.json). So tokens are plain unless a whitening of single tokens is fitted or given.
+The whitening of a run is fitted to mean patch tokens, which vary less than single ones and in other directions:
+appended to single tokens it gained 0.1 to 0.3 points of mean IoU in k-NN segmentation, one fitted to single tokens 1
+point (bench/results/dense_cpu.json). So tokens are plain unless a whitening of single tokens is fitted or given.
 """
 
 from __future__ import annotations
