@@ -17,7 +17,7 @@ from upstep_fast.cli.commands import main
 from upstep_fast.config.evaluate import MEASURES, checked_measures
 from upstep_fast.errors import ConfigError
 from upstep_fast.evaluation.features import Extracted, Features
-from upstep_fast.evaluation.intervals import SEEDS, T, gain_interval, percent, score_interval
+from upstep_fast.evaluation.intervals import SEEDS, Jackknife, T, gain_interval, percent, score_interval
 from upstep_fast.evaluation.measures import retrieval as module
 from upstep_fast.evaluation.measures.clusters import agreement, kmeans, lloyd
 from upstep_fast.evaluation.measures.few_shot import draw, few_shot_right
@@ -127,6 +127,7 @@ def test_two_ranks_rank_as_one(monkeypatch):
     assert 0 < len(sent[0]) < len(test.y) and all(torch.equal(found[name], alone[name]) for name in alone)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # scikit-learn's deviations of classes of one image
 def test_few_shot_is_scikit_learns_nearest_centroid():
     train, test = features(0, (30, 12, 5, 1)), features(1, (9, 7, 4, 2))
     for shots in (1, 5, 10):
@@ -151,9 +152,13 @@ def test_kmeans_is_scikit_learns():
     assert metrics.adjusted_rand_score(ours.of, theirs.labels_) == 1
     assert ours.inertia == pytest.approx(theirs.inertia_, rel=1e-4)
     best = cluster.KMeans(4, n_init=20, random_state=0).fit(x.numpy())
-    assert kmeans(x, 4).inertia <= 1.02 * best.inertia_
+    assert min(kmeans(x, 4, seed).inertia for seed in range(SEEDS)) <= 1.01 * best.inertia_
     assert torch.equal(kmeans(x, 4, seed=3).of, kmeans(x, 4, seed=3).of)
     assert kmeans(torch.ones(5, 2), 3).inertia == 0 and len(kmeans(x[:6], 6).of.unique()) == 6
+
+
+def value(score):
+    return float(score[0] if isinstance(score, tuple) else score.double().mean())
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -171,23 +176,29 @@ def test_agreement_is_scikit_learns_and_its_jackknife_leaves_one_image_out(seed)
         }
 
     ours = agreement(clusters, y)
-    assert {name: percent(x) / 100 for name, x in ours.items()} == pytest.approx(theirs(y, clusters))
+    assert {name: value(x) for name, x in ours.items()} == pytest.approx(theirs(y, clusters))
     for i in range(len(y)):
         rest = torch.arange(len(y)) != i
         expected = theirs(y[rest], clusters[rest])
-        assert float(ours["nmi"].without[i]) == pytest.approx(expected["nmi"])
-        assert float(ours["ari"].without[i]) == pytest.approx(expected["ari"])
+        for name in ("nmi", "ari"):
+            assert float(ours[name][1][i]) == pytest.approx(expected[name])
 
 
 def test_agreement_where_it_is_perfect_or_there_is_nothing_to_agree_on():
     y = torch.tensor([0, 0, 1, 1, 2])
-    assert {name: percent(x) for name, x in agreement((y + 1) % 3, y).items()} == dict(purity=100, nmi=100, ari=100)
+    assert {name: value(x) for name, x in agreement((y + 1) % 3, y).items()} == pytest.approx(
+        dict(purity=1, nmi=1, ari=1)
+    )
     one = agreement(torch.zeros(5, dtype=torch.int64), y)
-    assert percent(one["purity"]) == 40 and percent(one["nmi"]) == pytest.approx(0) and percent(one["ari"]) == 0
+    assert {name: value(x) for name, x in one.items()} == pytest.approx(dict(purity=0.4, nmi=0, ari=0), abs=1e-12)
 
 
-def coverage(draws, truth):
-    return np.mean([low <= truth <= high for low, high in draws])
+def check_intervals(intervals, estimates, truth):
+    """Check that 95 % intervals hold the truth often enough, and are not much wider than the estimates' spread."""
+    covered = np.mean([low <= truth <= high for low, high in intervals])
+    half = np.mean([(high - low) / 2 for low, high in intervals])
+    assert covered > 0.91, covered
+    assert 0.85 < half / (1.96 * np.std(estimates)) < 1.6
 
 
 def test_intervals_of_average_precision_hold_the_truth():
@@ -202,9 +213,9 @@ def test_intervals_of_average_precision_hold_the_truth():
     for n in (30, 200):
         picks = torch.randint(len(base), (300, n), generator=_generator(n))
         draws = list(zip(base[picks], adapted[picks], strict=True))
-        assert 0.92 < coverage([score_interval(a) for _, a in draws], percent(adapted)) <= 1
+        check_intervals([score_interval(a) for _, a in draws], [percent(a) for _, a in draws], percent(adapted))
         gains = [gain_interval(*pair) for pair in draws]
-        assert 0.92 < coverage(gains, percent(adapted) - percent(base)) <= 1
+        check_intervals(gains, [percent(a) - percent(b) for b, a in draws], percent(adapted) - percent(base))
     low, high = gains[0]  # paired: narrower than the difference of two independent scores
     assert high - low < 0.8 * np.hypot(*(np.ptp(score_interval(x)) for x in draws[0]))
 
@@ -214,23 +225,31 @@ def _generator(seed):
 
 
 def test_intervals_of_agreement_hold_the_truth():
-    """Classes and two clusterings drawn from a known joint distribution; truth: the mean over the draws."""
+    """Classes and clusterings drawn from a known joint distribution, one of SEEDS cleaner than the next, as starts are.
+
+    truth: the mean over the draws.
+    """
     rng = np.random.default_rng(0)
 
     def sample():
-        y = rng.integers(0, 4, 300)
-        first = np.where(rng.random(300) < 0.5, y, rng.integers(0, 4, 300))
-        second = np.where(rng.random(300) < 0.6, first, y)
-        return [agreement(torch.from_numpy(of), torch.from_numpy(y)) for of in (first, second)]
+        y, noise = rng.integers(0, 4, 300), rng.random(300)
+        scores = []
+        for share in (0.5, 0.6):
+            starts = share + rng.uniform(-0.1, 0.1, SEEDS)
+            runs = [np.where(noise < own, y, rng.integers(0, 4, 300)) for own in starts]
+            of_run = [agreement(torch.from_numpy(of), torch.from_numpy(y)) for of in runs]
+            parts = {name: [run[name] for run in of_run] for name in ("purity", "nmi", "ari")}
+            nmi, ari = (Jackknife(*map(torch.stack, zip(*parts[name], strict=True))) for name in ("nmi", "ari"))
+            scores.append({"purity": torch.stack(parts["purity"]), "nmi": nmi, "ari": ari})
+        return scores
 
-    draws = [sample() for _ in range(200)]
+    draws = [sample() for _ in range(80)]
     for name in ("purity", "nmi", "ari"):
         before, after = ([pair[i][name] for pair in draws] for i in (0, 1))
-        truth = np.mean([percent(x) for x in after])
-        assert 0.91 < coverage([score_interval(x) for x in after], truth) < 0.985
-        gain = truth - np.mean([percent(x) for x in before])
+        estimates = np.array([[percent(x) for x in scores] for scores in (before, after)])
+        check_intervals([score_interval(x) for x in after], estimates[1], estimates[1].mean())
         paired = [gain_interval(*pair) for pair in zip(before, after, strict=True)]
-        assert 0.91 < coverage(paired, gain) < 0.985
+        check_intervals(paired, estimates[1] - estimates[0], (estimates[1] - estimates[0]).mean())
 
 
 def test_intervals_over_seeds_hold_the_truth():
@@ -243,9 +262,9 @@ def test_intervals_over_seeds_hold_the_truth():
         return torch.from_numpy(rng.random((SEEDS, images)) < p)
 
     draws = [sample() for _ in range(400)]
-    assert 0.93 < coverage([score_interval(x) for x in draws], 70) <= 1
+    check_intervals([score_interval(x) for x in draws], [percent(x) for x in draws], 70)
     pairs = [(x, sample()) for x in draws]
-    assert 0.93 < coverage([gain_interval(*pair) for pair in pairs], 0) <= 1
+    check_intervals([gain_interval(*pair) for pair in pairs], [percent(b) - percent(a) for a, b in pairs], 0)
     certain = torch.ones(SEEDS, images, dtype=torch.bool)
     assert score_interval(certain)[1] == 100 and gain_interval(certain, certain)[0] < 0
 

@@ -38,6 +38,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "eval": (
         "upstep-fast eval adapted/ --data labeled/ --json scores.json",
         "upstep-fast eval --model vit_base_patch16_224 --data labeled/",
+        "upstep-fast eval adapted/ --data labeled/ --measures all",
     ),
     "embed": (
         "upstep-fast embed adapted/ --data photos/ --out features.npy",

@@ -4,7 +4,7 @@
     mean of n values v in 0..1:   m = (sum v + 2)/(n + 4),  m -+ z sqrt((sum v^2 + 2)/(n + 4) - m^2) / sqrt(n + 4)
     gain, differences d of n images:  m = sum d/(n + 2),  m -+ z sqrt(sum d^2 + 1 - (n + 2) m^2) / (n + 2)
     jackknife, t_i the value without image i:  t -+ z sqrt((n - 1)/n sum (t_i - mean t)^2)
-    several seeds:  sqrt(a^2 + b^2) on either side; a: as above, of the images' means over the seeds,
+    several seeds:  sqrt(a^2 + b^2) on either side; a: as above, of the means over the seeds,
                     b = t_{S-1} s / sqrt(S), s the deviation of the S seeds' means: both are drawn at random
 
 The gain counts the same images twice, so only those on which the two models differ matter: McNemar's pairing, as an
@@ -28,10 +28,10 @@ T = 2.2621571627409915  # 97.5 % quantile of Student's t with SEEDS - 1 degrees 
 
 @dataclass(frozen=True)
 class Jackknife:
-    """A score of images that is no mean over them, at most 1."""
+    """A score of images that is no mean over them, at most 1, over several seeds."""
 
-    value: float
-    without: Tensor  # [N] fp64, the value without each image
+    values: Tensor  # [SEEDS] fp64
+    without: Tensor  # [SEEDS, N] fp64, the values without each image
 
 
 # per image: right or not [N] bool, a value in 0..1 [N], or either over SEEDS seeds, [SEEDS, N]
@@ -40,14 +40,14 @@ Values = Tensor | Jackknife
 
 def percent(values: Values) -> float:
     """Return the score in percent."""
-    return 100.0 * (values.value if isinstance(values, Jackknife) else values.double().mean().item())
+    return 100.0 * float((values.values if isinstance(values, Jackknife) else values).double().mean())
 
 
 def score_interval(values: Values) -> list[float]:
     """Return the interval [low, high] of a score in percent."""
     if isinstance(values, Jackknife):
-        half = _jackknife(values.without)
-        return [100 * (values.value - half), 100 * min(1.0, values.value + half)]
+        low, high = _jackknife(values.values, values.without)
+        return [low, min(100.0, high)]
     if values.dtype == torch.bool and values.ndim == 1:
         return accuracy_interval(values)
     if values.ndim == 2:
@@ -70,8 +70,7 @@ def accuracy_interval(right: Tensor) -> list[float]:
 def gain_interval(before: Values, after: Values) -> list[float]:
     """Return the interval [low, high] in points of the gain `after` - `before`, of the same images."""
     if isinstance(before, Jackknife) and isinstance(after, Jackknife):
-        half, gain = _jackknife(after.without - before.without), after.value - before.value
-        return [100 * (gain - half), 100 * (gain + half)]
+        return _jackknife(after.values - before.values, after.without - before.without)
     assert isinstance(before, Tensor) and isinstance(after, Tensor)
     d = after.double() - before.double()
     if d.ndim == 2:
@@ -90,13 +89,20 @@ def change_interval(total: float, squares: float, n: int) -> tuple[float, float]
 def _over_seeds(values: Tensor, of_images: list[float], least: float) -> list[float]:
     """Return the interval of the images widened by the seeds'. values: [SEEDS, N]."""
     means = values.double().mean(1)
-    assert len(means) == SEEDS
-    point, half = 100 * float(means.mean()), 100 * T * float(means.std()) / math.sqrt(SEEDS)
+    point, half = 100 * float(means.mean()), _seeds(means)
     low, high = (point + sign * math.hypot(point - end, half) for sign, end in zip((-1, 1), of_images, strict=True))
     return [max(100 * least, low), min(100.0, high)]
 
 
-def _jackknife(without: Tensor) -> float:
-    """Return half the interval's width, a fraction."""
-    n = len(without)
-    return Z * math.sqrt((n - 1) / n * float((without - without.mean()).square().sum()))
+def _jackknife(values: Tensor, without: Tensor) -> list[float]:
+    """Return the interval of the mean over the seeds. values: [SEEDS]; without: [SEEDS, N]."""
+    of_image, n = without.mean(0), without.shape[1]
+    images = 100 * Z * math.sqrt((n - 1) / n * float((of_image - of_image.mean()).square().sum()))
+    point, half = 100 * float(values.mean()), math.hypot(images, _seeds(values))
+    return [point - half, point + half]
+
+
+def _seeds(values: Tensor) -> float:
+    """Return half the interval's width of the mean of [SEEDS] values that are drawn at random, in percent."""
+    assert len(values) == SEEDS
+    return 100 * T * float(values.std()) / math.sqrt(SEEDS)

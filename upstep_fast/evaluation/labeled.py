@@ -1,4 +1,4 @@
-"""The eval command: k-NN and linear-probe accuracy of base, adapted and ensemble features, and forgetting."""
+"""The eval command: accuracy and other measures of base, adapted and ensemble features, and forgetting."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def evaluate(
     data: str | Path | Sequence[str | Path],
     **keywords: Unpack[EvaluateOptions],
 ) -> dict[str, Any]:
-    """Measure k-NN and linear-probe accuracy of base, adapted and ensemble features.
+    """Measure k-NN and linear-probe accuracy, and more, of base, adapted and ensemble features.
 
     Keywords are the flags of `upstep-fast eval --help`. data, source: folders with train/CLASS/... and
     test/CLASS/..., or CLASS/... . Returns percentages,
@@ -63,6 +63,7 @@ def evaluate(
     "ensemble" only with an adapter, the "source" entries only with a source. whitened: whitened features are appended
     (whitening.py), fitted to train. k: neighbors used. Beside them "intervals", "gains" (figures.py), "probe": the L2
     weights of the linear probes and whether they converged, and "notes": what limits the figures, as sentences.
+    More measures (config.evaluate.MEASURES) add keys by model: docs/adapt.md lists them.
     With masks: {"base": {"miou", "miou_whitened", "pixel_accuracy", ...}, ...} and "iou" by class (dense/measure.py).
     Raises UpstepError.
     """

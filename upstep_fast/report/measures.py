@@ -14,7 +14,7 @@ KINDS = ("base", "adapted", "ensemble")
 TITLES = {
     "retrieval": "retrieval of training images by test images",
     "few-shot": "nearest class mean of a few training images, 10 draws",
-    "clusters": "k-means clusters of the test images against their classes",
+    "clusters": "k-means clusters of the test images against their classes, 10 starts",
 }
 NAMES = {
     "retrieval": {

@@ -1,7 +1,8 @@
 """Agreement of k-means clusters with the classes of images.
 
-k-means (Lloyd 1982) from k-means++ (Arthur and Vassilvitskii 2007), the best of STARTS starts by the sum of squared
-distances. With n_ij images of class i in cluster j, a_i = sum_j n_ij, b_j = sum_i n_ij, n images in all:
+k-means (Lloyd 1982) from k-means++ (Arthur and Vassilvitskii 2007), once for each of SEEDS seeds: the best start by the
+sum of squared distances changes with rounding, and its agreement by more than the interval. Each number is the mean
+over the seeds. With n_ij images of class i in cluster j, a_i = sum_j n_ij, b_j = sum_i n_ij, n images in all:
 
     purity  1/n sum_j max_i n_ij
     NMI     2 I / (H(a) + H(b)),  I = 1/n sum_ij n_ij log(n n_ij / (a_i b_j)),  H(a) = -1/n sum_i a_i log(a_i / n)
@@ -9,20 +10,22 @@ distances. With n_ij images of class i in cluster j, a_i = sum_j n_ij, b_j = sum
             e = p q / C(n, 2)                                                       (Hubert and Arabie 1985)
 
 Purity is the share of images that are of their cluster's most frequent class, so its interval is an accuracy's. Without
-one image of a cell, each sum above changes in one term: the jackknife's values cost nothing. Intervals are for the
-clusters found; another start may find others.
+one image of a cell, each sum above changes in one term: the jackknife's values cost nothing. It leaves the clusters as
+they are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from upstep_fast.evaluation.intervals import Jackknife, Values
+from upstep_fast.evaluation.intervals import SEEDS, Jackknife, Values
 
-STARTS, ITERATIONS = 3, 100
+ITERATIONS = 100
 TOLERANCE = 1e-4  # squared move of the centers, in variances of the features
 
 
@@ -35,11 +38,21 @@ class Clusters:
     inertia: float  # sum of squared distances to the centers
 
 
-def kmeans(x: Tensor, k: int, seed: int = 0, starts: int = STARTS) -> Clusters:
-    """Return the best of several starts of k-means. x: [N, D] fp32; k: at most N."""
-    generator = torch.Generator().manual_seed(seed)
-    found = [lloyd(x, plus_plus(x, k, generator)) for _ in range(starts)]
-    return min(found, key=lambda clusters: clusters.inertia)
+def cluster_scores(x: Tensor, y: Tensor) -> dict[str, Values]:
+    """Return "purity" (right or not, [SEEDS, N] bool), "nmi" and "ari" of k-means clusters, as many as classes.
+
+    x: [N, D] fp32; y: [N] int64 of at least two classes.
+    """
+    k = len(y.unique())
+    runs = [agreement(kmeans(x, k, seed).of, y) for seed in range(SEEDS)]
+    purity, *jackknives = zip(*(run.values() for run in runs), strict=True)
+    nmi, ari = (Jackknife(*(torch.stack(parts) for parts in zip(*of, strict=True))) for of in jackknives)
+    return {"purity": torch.stack(purity), "nmi": nmi, "ari": ari}
+
+
+def kmeans(x: Tensor, k: int, seed: int = 0) -> Clusters:
+    """Return the clusters of one start of k-means. x: [N, D] fp32; k: at most N."""
+    return lloyd(x, plus_plus(x, k, torch.Generator().manual_seed(seed)))
 
 
 def plus_plus(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
@@ -83,8 +96,11 @@ def _assign(x: Tensor, centers: Tensor) -> tuple[Tensor, float]:
     return torch.cat(of), total
 
 
-def agreement(clusters: Tensor, y: Tensor) -> dict[str, Values]:
-    """Return "purity" (right or not, [N] bool), "nmi" and "ari" of clusters against classes, [N] int64 each, N > 1."""
+def agreement(clusters: Tensor, y: Tensor) -> dict[str, Any]:
+    """Compare clusters with classes, [N] int64 each, N > 1.
+
+    Returns "purity": right or not, [N] bool; "nmi" and "ari": the value and those without each image, [N], fp64.
+    """
     k = int(clusters.max()) + 1
     cells, cell = torch.unique(y * k + clusters, return_inverse=True)
     of_cell = torch.bincount(cell)
@@ -102,12 +118,17 @@ def agreement(clusters: Tensor, y: Tensor) -> dict[str, Values]:
     }
 
 
-def _jackknife(formula, term, totals: list[Tensor], counts: list[Tensor]) -> Jackknife:
-    """Return a formula of the sums of a term over n_ij, a_i and b_j, and n; counts: those of each image's cell, [N]."""
+def _jackknife(
+    formula: Callable[..., Tensor], term: Callable[[Tensor], Tensor], totals: list[Tensor], counts: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return a formula of n and of the sums of a term over n_ij, a_i and b_j, and its values without each image, [N].
+
+    totals: n_ij, a_i, b_j; counts: those of each image's cell, row and column, [N] each.
+    """
     n = totals[1].sum()
     sums = [term(x).sum() for x in totals]
     without = [total + term(x - 1) - term(x) for total, x in zip(sums, counts, strict=True)]
-    return Jackknife(float(formula(*sums, n)), formula(*without, n - 1))
+    return formula(*sums, n), formula(*without, n - 1)
 
 
 def _xlogx(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from upstep_fast.evaluation.classifiers import knn_right, probe
 from upstep_fast.evaluation.features import Extracted, Features, Form
 from upstep_fast.evaluation.figures import probe_facts, with_intervals
 from upstep_fast.evaluation.intervals import Values
-from upstep_fast.evaluation.measures.clusters import agreement, kmeans
+from upstep_fast.evaluation.measures.clusters import cluster_scores
 from upstep_fast.evaluation.measures.few_shot import SHOTS, few_shot_right
 from upstep_fast.evaluation.measures.retrieval import RECALL_AT, retrieval
 from upstep_fast.runtime.progress import track
@@ -71,8 +71,8 @@ def _scores(name: str, train: Features, test: Features, k: int) -> dict[str, Val
         return dict(found.values) if len(found.queries) else {}
     if name == "few-shot":
         return {f"few_shot_{shots}": few_shot_right(train, test, shots) for shots in SHOTS}
-    if name == "clusters" and (classes := len(test.y.unique())) > 1:
-        return agreement(kmeans(test.x, classes).of, test.y)
+    if name == "clusters" and len(test.y.unique()) > 1:
+        return cluster_scores(test.x, test.y)
     return {}
 
 
