@@ -52,7 +52,7 @@ def file_system(address: str) -> Any:
         raise translated(error) from error
 
 
-@functools.cache  # fsspec's own instances are one for each thread
+@functools.cache  # of file systems that are not async, the hub's, fsspec's own cache has one for each thread
 def _file_system(protocol: str, process: int) -> Any:
     import fsspec
 
