@@ -204,7 +204,7 @@ def test_an_image_of_any_channels_has_a_picture(channels):
 class Stub:
     """A gallery for the server alone."""
 
-    title, names, x, columns = "run", ("a",), {"base": np.ones((1, 2))}, []
+    title, names, x, columns, has_files = "run", ("a",), {"base": np.ones((1, 2))}, [], True
 
     def __len__(self):
         return 1

@@ -82,6 +82,7 @@ def test_the_page_and_its_files(client):
 def test_facts_and_columns(client, gallery, folder):
     facts = client.get("api/facts").json()
     assert facts["count"] == COUNT and facts["sides"] == ["base", "adapted"]
+    assert facts["hasFiles"]
     names = [column["name"] for column in facts["columns"]]
     assert names[:3] == ["label", "folder", "cluster"] and names[3:] == ["weight", "batch"]
     label = facts["columns"][0]

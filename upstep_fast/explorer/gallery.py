@@ -92,6 +92,12 @@ class Gallery:
         path = None if row < 0 else self.source.file_path(row)
         return self.names[index] if path is None else os.path.abspath(path)
 
+    @property
+    def has_files(self) -> bool:
+        """Return whether each image is a file of its own, which a list can name: not a member of an archive."""
+        parts = () if self.source is None else self.source.parts
+        return all(part.file_path(0) is not None for part in parts)
+
     def thumbnail(self, index: int, large: bool = False) -> bytes:
         """Return a picture of an image, WebP. Raises BadImage, OSError or KeyError if it is not there any more."""
         row = int(self.rows[index])

@@ -100,6 +100,7 @@ class _Routes:
             for column in self.gallery.columns
         ]
         facts = {"title": printable(self.gallery.title, 200), "count": len(self.gallery), "columns": columns}
+        facts["hasFiles"] = self.gallery.has_files
         return JSONResponse(
             facts | {"sides": list(self.gallery.x), "dims": [x.shape[1] for x in self.gallery.x.values()]}
         )

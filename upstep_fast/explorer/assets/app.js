@@ -186,7 +186,8 @@ async function exportCsv(indices) {
   const link = element("a", { href: URL.createObjectURL(file), download: "selection.csv" });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
-  say(`selection.csv: ${counted(indices.length, "image")}; --data reads it`);
+  const use = page.facts.hasFiles ? "--data reads it" : "images in archives are named, but --data reads only files by a list";
+  say(`selection.csv: ${counted(indices.length, "image")}; ${use}`);
 }
 
 // ---- hover: in both maps, and a thumbnail beside the pointer
