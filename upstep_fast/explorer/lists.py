@@ -79,5 +79,5 @@ def content_of(findings: tuple[Finding, ...], index: dict[str, int]) -> dict[str
     outliers = [[index[f.path], round(f.score, 2)] for f in findings if f.finding == OUTLIER]
     classes = [[index[f.path], printable(f.why, 200)] for f in findings if f.finding == MISLABELED]
     copies = [group for group in groups.values() if len(group) > 1]
-    full = {"copies": copies, "outliers": outliers, "classes": classes}
+    full: dict[str, list[Any]] = {"copies": copies, "outliers": outliers, "classes": classes}
     return {name: rows[:MAX_ROWS] for name, rows in full.items()} | {"totals": {n: len(r) for n, r in full.items()}}
