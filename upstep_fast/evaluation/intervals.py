@@ -28,10 +28,11 @@ T = 2.2621571627409915  # 97.5 % quantile of Student's t with SEEDS - 1 degrees 
 
 @dataclass(frozen=True)
 class Jackknife:
-    """A score of images that is no mean over them, at most 1, over several seeds."""
+    """A score of images that is no mean over them, at most 1; over several seeds both are means."""
 
-    values: Tensor  # [SEEDS] fp64
-    without: Tensor  # [SEEDS, N] fp64, the values without each image
+    value: float
+    without: Tensor  # [N] fp64, the value without each image
+    of_seeds: Tensor | None = None  # [SEEDS] fp64, the value of each seed
 
 
 # per image: right or not [N] bool, a value in 0..1 [N], or either over SEEDS seeds, [SEEDS, N]
@@ -40,13 +41,13 @@ Values = Tensor | Jackknife
 
 def percent(values: Values) -> float:
     """Return the score in percent."""
-    return 100.0 * float((values.values if isinstance(values, Jackknife) else values).double().mean())
+    return 100.0 * (values.value if isinstance(values, Jackknife) else float(values.double().mean()))
 
 
 def score_interval(values: Values) -> list[float]:
     """Return the interval [low, high] of a score in percent."""
     if isinstance(values, Jackknife):
-        low, high = _jackknife(values.values, values.without)
+        low, high = _jackknife(values.value, values.without, values.of_seeds)
         return [low, min(100.0, high)]
     if values.dtype == torch.bool and values.ndim == 1:
         return accuracy_interval(values)
@@ -70,7 +71,8 @@ def accuracy_interval(right: Tensor) -> list[float]:
 def gain_interval(before: Values, after: Values) -> list[float]:
     """Return the interval [low, high] in points of the gain `after` - `before`, of the same images."""
     if isinstance(before, Jackknife) and isinstance(after, Jackknife):
-        return _jackknife(after.values - before.values, after.without - before.without)
+        seeds = None if before.of_seeds is None or after.of_seeds is None else after.of_seeds - before.of_seeds
+        return _jackknife(after.value - before.value, after.without - before.without, seeds)
     assert isinstance(before, Tensor) and isinstance(after, Tensor)
     d = after.double() - before.double()
     if d.ndim == 2:
@@ -94,12 +96,11 @@ def _over_seeds(values: Tensor, of_images: list[float], least: float) -> list[fl
     return [max(100 * least, low), min(100.0, high)]
 
 
-def _jackknife(values: Tensor, without: Tensor) -> list[float]:
-    """Return the interval of the mean over the seeds. values: [SEEDS]; without: [SEEDS, N]."""
-    of_image, n = without.mean(0), without.shape[1]
-    images = 100 * Z * math.sqrt((n - 1) / n * float((of_image - of_image.mean()).square().sum()))
-    point, half = 100 * float(values.mean()), math.hypot(images, _seeds(values))
-    return [point - half, point + half]
+def _jackknife(value: float, without: Tensor, of_seeds: Tensor | None) -> list[float]:
+    n = len(without)
+    half = 100 * Z * math.sqrt((n - 1) / n * float((without - without.mean()).square().sum()))
+    half = half if of_seeds is None else math.hypot(half, _seeds(of_seeds))
+    return [100 * value - half, 100 * value + half]
 
 
 def _seeds(values: Tensor) -> float:

@@ -16,7 +16,7 @@ they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,8 +46,14 @@ def cluster_scores(x: Tensor, y: Tensor) -> dict[str, Values]:
     k = len(y.unique())
     runs = [agreement(kmeans(x, k, seed).of, y) for seed in range(SEEDS)]
     purity, *jackknives = zip(*(run.values() for run in runs), strict=True)
-    nmi, ari = (Jackknife(*(torch.stack(parts) for parts in zip(*of, strict=True))) for of in jackknives)
+    nmi, ari = map(over_seeds, jackknives)
     return {"purity": torch.stack(purity), "nmi": nmi, "ari": ari}
+
+
+def over_seeds(runs: Sequence[tuple[Tensor, Tensor]]) -> Jackknife:
+    """Return the mean over seeds of a score and of its values without each image, [N]."""
+    values, without = (torch.stack(parts) for parts in zip(*runs, strict=True))
+    return Jackknife(float(values.mean()), without.mean(0), values)
 
 
 def kmeans(x: Tensor, k: int, seed: int = 0) -> Clusters:
