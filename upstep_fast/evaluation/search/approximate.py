@@ -79,7 +79,8 @@ def search(index: Any, nprobe: int, x: np.ndarray, queries: np.ndarray, k: int) 
     if k == 0 or len(queries) == 0:
         return top_k(x, queries, k)
     # nprobe is named in every search: parameters without it mean 1
-    how: Any = faiss.SearchParametersIVF(nprobe=nprobe)
+    how: Any = faiss.SearchParametersIVF()
+    how.nprobe = nprobe
     _, rows = index.search(np.ascontiguousarray(queries), k, params=how)
     which = np.repeat(np.arange(len(queries)), k)
     scores, best = merged(which, score_again(x, queries, which, rows.ravel()), rows.ravel(), len(queries), k)
