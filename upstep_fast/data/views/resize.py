@@ -38,7 +38,7 @@ def eval_resize_labels(
 
     fill: label of what lies beyond the image.
     """
-    new = _eval_size(*labels.shape, size, crop_pct, crop_mode)
+    new = _eval_size(labels.shape[0], labels.shape[1], size, crop_pct, crop_mode)
     nearest = F.interpolate(labels[None, None], size=new, mode="nearest-exact")
     return center_crop(nearest[0], size, fill)[0]
 
