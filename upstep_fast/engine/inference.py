@@ -43,11 +43,10 @@ def make_forward_only(
     compiled = device.type == "cuda" if compiled is None else compiled
     packs = packs and not compiled and can_pack(blocks, device)
     packed: dict[int, MergedBlock] = {}
-    last = len(blocks) - 1
 
     def forward(images: Tensor, merged: dict[int, MergedBlock], tables: Ropes) -> Tensor:
         def run(x: Tensor, delta: Tensor | None, index: int) -> tuple[Tensor, Tensor]:
-            return run_block(x, delta, merged[index], ropes=tables, first=first if index == last else None)
+            return run_block(x, delta, merged[index], ropes=tables, first=first if index + 1 == len(blocks) else None)
 
         return head(run_blocks(embed(images), blocks, run, ropes=tables))
 
