@@ -15,7 +15,7 @@ from PIL import Image
 import upstep_fast
 from upstep_fast.cli.commands import main
 from upstep_fast.evaluation import run_search
-from upstep_fast.evaluation.feature_table import read_features
+from upstep_fast.evaluation.feature_files.table import read_features
 from upstep_fast.evaluation.search import approximate
 
 LINE = re.compile(r" *(\d+)  (-?\d\.\d{4})  (.+)")

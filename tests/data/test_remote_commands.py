@@ -70,7 +70,7 @@ def test_embed_of_an_http_list_writes_shards(folder, tmp_path):
         address = f"{site.url}/list.txt"
         assert run("embed", "--model", "demo", "--data", address, "--out", tmp_path / "f") == 0
         local = upstep_fast.embed("demo", folder, tmp_path / "local.npy", **QUICK)
-        table = upstep_fast.evaluation.feature_table.read_features(tmp_path / "f")
+        table = upstep_fast.evaluation.feature_files.table.read_features(tmp_path / "f")
         assert np.array_equal(table.x, np.load(local)) and table.names == tuple(site.url + name for name in names)
         http._current.clear()
 

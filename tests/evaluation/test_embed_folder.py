@@ -18,12 +18,13 @@ from upstep_fast.config.evaluate import EmbedConfig
 from upstep_fast.config.files import from_options
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import ConfigError, DataError, RunFailedError
-from upstep_fast.evaluation import embed_folder, feature_folder
 from upstep_fast.evaluation.embeddings import run_embed
-from upstep_fast.evaluation.feature_folder import NameIndex, default_shard_size
-from upstep_fast.evaluation.feature_parquet import read_plans
-from upstep_fast.evaluation.feature_table import read_features
-from upstep_fast.evaluation.moved_images import moved, parse_moved
+from upstep_fast.evaluation.feature_files import folder as feature_folder
+from upstep_fast.evaluation.feature_files import shards as embed_folder
+from upstep_fast.evaluation.feature_files.folder import NameIndex, default_shard_size
+from upstep_fast.evaluation.feature_files.moved import moved, parse_moved
+from upstep_fast.evaluation.feature_files.parquet import read_plans
+from upstep_fast.evaluation.feature_files.table import read_features
 
 pytest.importorskip("pyarrow")
 SIZE = dict(shard_size=5, batch_size=2, device="cpu", precision="fp32", num_workers=0)

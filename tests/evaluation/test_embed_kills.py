@@ -15,8 +15,8 @@ from upstep_fast.config.evaluate import EmbedConfig
 from upstep_fast.config.files import from_options
 from upstep_fast.errors import DataError
 from upstep_fast.evaluation.embeddings import run_embed
-from upstep_fast.evaluation.feature_parquet import read_plans
-from upstep_fast.evaluation.feature_table import read_features
+from upstep_fast.evaluation.feature_files.parquet import read_plans
+from upstep_fast.evaluation.feature_files.table import read_features
 
 pytest.importorskip("pyarrow")
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -11,7 +11,7 @@ from upstep_fast.config.base import RuntimeConfig
 from upstep_fast.config.run_features import RunFeaturesConfig
 from upstep_fast.errors import ConfigError, DataError
 from upstep_fast.evaluation import run_features
-from upstep_fast.evaluation.feature_table import read_features
+from upstep_fast.evaluation.feature_files.table import read_features
 from upstep_fast.evaluation.run_features import read_or_embed
 
 pytest.importorskip("pyarrow")

@@ -8,7 +8,7 @@ import pytest
 from photos import save_photos
 
 import upstep_fast
-from upstep_fast.evaluation.feature_table import read_features
+from upstep_fast.evaluation.feature_files.table import read_features
 from upstep_fast.integrations.ray import Embedder
 
 IMAGES = 24

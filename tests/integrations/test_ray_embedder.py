@@ -10,7 +10,7 @@ from PIL import Image
 
 import upstep_fast
 from upstep_fast.errors import ConfigError, DataError
-from upstep_fast.evaluation.feature_table import read_features
+from upstep_fast.evaluation.feature_files.table import read_features
 from upstep_fast.integrations.ray import Embedder
 
 CPU = dict(device="cpu", precision="fp32", num_workers=2)

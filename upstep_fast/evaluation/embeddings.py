@@ -23,11 +23,15 @@ from upstep_fast.config.signatures import with_keywords
 from upstep_fast.data.curation.intensity import measure_intensity
 from upstep_fast.data.sources.source import Source, open_configured
 from upstep_fast.errors import ConfigError
-from upstep_fast.evaluation import embed_folder, feature_facts, feature_folder, feature_parquet, whitening
+from upstep_fast.evaluation import whitening
 from upstep_fast.evaluation.dense.embed_tokens import run_tokens
-from upstep_fast.evaluation.feature_job import FeatureJob
-from upstep_fast.evaluation.feature_parquet import FACTS, FEATURES
-from upstep_fast.evaluation.feature_table import name_line
+from upstep_fast.evaluation.feature_files import facts as feature_facts
+from upstep_fast.evaluation.feature_files import folder as feature_folder
+from upstep_fast.evaluation.feature_files import parquet as feature_parquet
+from upstep_fast.evaluation.feature_files import shards as embed_folder
+from upstep_fast.evaluation.feature_files.job import FeatureJob
+from upstep_fast.evaluation.feature_files.parquet import FACTS, FEATURES
+from upstep_fast.evaluation.feature_files.table import name_line
 from upstep_fast.evaluation.features import extract, load_models, log_time
 from upstep_fast.evaluation.whitening import OtherModelError, Whitening
 from upstep_fast.input_files import read_bytes

@@ -29,8 +29,8 @@ from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import ConfigError, DataError, RunFailedError
 from upstep_fast.evaluation import whitening
 from upstep_fast.evaluation.dense.tokens import on_grid
-from upstep_fast.evaluation.feature_facts import facts_in_memory
-from upstep_fast.evaluation.feature_table import FeatureTable
+from upstep_fast.evaluation.feature_files.facts import facts_in_memory
+from upstep_fast.evaluation.feature_files.table import FeatureTable
 from upstep_fast.evaluation.features import feature_function, load_models
 from upstep_fast.evaluation.image_inputs import images_of, names_of, transformed_images
 from upstep_fast.evaluation.load_options import configured, whitening_of

@@ -19,12 +19,12 @@ from upstep_fast.data.sources.source import Source, open_configured
 from upstep_fast.errors import ConfigError, DataError
 from upstep_fast.evaluation import whitening
 from upstep_fast.evaluation.embeddings import run_embed
-from upstep_fast.evaluation.feature_facts import NONE, adapter_hash, parts_of, whitening_hash
-from upstep_fast.evaluation.feature_folder import NameIndex, new_images, plans_of
+from upstep_fast.evaluation.feature_files.facts import NONE, adapter_hash, parts_of, whitening_hash
+from upstep_fast.evaluation.feature_files.folder import NameIndex, new_images, plans_of
+from upstep_fast.evaluation.feature_files.moved import parse_moved
+from upstep_fast.evaluation.feature_files.parquet import BASE, FEATURES, has_pyarrow
+from upstep_fast.evaluation.feature_files.table import FeatureTable, read_features
 from upstep_fast.evaluation.feature_model import FeatureModel, load
-from upstep_fast.evaluation.feature_parquet import BASE, FEATURES, has_pyarrow
-from upstep_fast.evaluation.feature_table import FeatureTable, read_features
-from upstep_fast.evaluation.moved_images import parse_moved
 from upstep_fast.input_files import read_bytes, read_toml
 
 __all__ = ["BASE", "FOLDER", "data_of_run", "model_of", "read_or_embed"]

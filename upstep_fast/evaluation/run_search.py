@@ -11,7 +11,7 @@ import numpy as np
 
 from upstep_fast.config.search import SearchConfig
 from upstep_fast.errors import ConfigError, DataError
-from upstep_fast.evaluation.feature_table import FEATURES, FeatureTable
+from upstep_fast.evaluation.feature_files.table import FEATURES, FeatureTable
 from upstep_fast.evaluation.run_features import model_of, read_or_embed
 from upstep_fast.evaluation.search import approximate
 from upstep_fast.evaluation.search.approximate import SAMPLE, K

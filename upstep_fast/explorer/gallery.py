@@ -18,8 +18,8 @@ from upstep_fast.data.curation.intensity import measure_intensity
 from upstep_fast.data.decode.image import decode
 from upstep_fast.data.sources.source import Source, open_source
 from upstep_fast.errors import DataError
+from upstep_fast.evaluation.feature_files.table import FEATURES
 from upstep_fast.evaluation.feature_model import FeatureModel
-from upstep_fast.evaluation.feature_table import FEATURES
 from upstep_fast.evaluation.features import load_models
 from upstep_fast.evaluation.load_options import configured
 from upstep_fast.evaluation.run_features import BASE, data_of_run, model_of, read_or_embed

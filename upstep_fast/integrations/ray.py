@@ -20,7 +20,7 @@ from torch import Tensor
 from upstep_fast.data.decode.image import decode
 from upstep_fast.data.loading.ordered_map import ordered_map
 from upstep_fast.errors import BadImage, ConfigError, DataError
-from upstep_fast.evaluation.feature_parquet import FACTS, FEATURES, require_pyarrow
+from upstep_fast.evaluation.feature_files.parquet import FACTS, FEATURES, require_pyarrow
 from upstep_fast.evaluation.load_with_facts import load_with_facts
 from upstep_fast.runtime import machine
 

@@ -13,7 +13,7 @@ import pytest
 from filelock import FileLock
 
 from upstep_fast.errors import ConfigError, DataError
-from upstep_fast.evaluation.feature_table import FeatureTable
+from upstep_fast.evaluation.feature_files.table import FeatureTable
 from upstep_fast.evaluation.search import approximate, storage
 from upstep_fast.evaluation.search.exact import top_k, unit_rows
 from upstep_fast.evaluation.search.index import FeatureIndex, build_index

@@ -19,7 +19,7 @@ from upstep_fast.data.loading.skipped_images import SkippedImages, map_readable,
 from upstep_fast.data.sources.source import Source, open_source
 from upstep_fast.data.sources.subset import subset
 from upstep_fast.errors import DataError, NoTestPartError
-from upstep_fast.evaluation.feature_table import FEATURES, FeatureTable
+from upstep_fast.evaluation.feature_files.table import FEATURES, FeatureTable
 from upstep_fast.evaluation.run_features import data_of_run, read_or_embed
 from upstep_fast.runtime import machine
 from upstep_fast.runtime.progress import track

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from upstep_fast.errors import ConfigError, DataError, first_line
-from upstep_fast.evaluation.feature_table import FACTS
+from upstep_fast.evaluation.feature_files.table import FACTS
 from upstep_fast.input_files import require_regular
 from upstep_fast.runtime.atomic_file import write_atomic
 

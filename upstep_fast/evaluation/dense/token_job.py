@@ -16,10 +16,11 @@ from upstep_fast.data.curation.intensity import measure_intensity
 from upstep_fast.data.loading.skipped_images import SkippedImages
 from upstep_fast.data.sources.source import Source, open_configured
 from upstep_fast.errors import DataError
-from upstep_fast.evaluation import feature_facts, whitening
+from upstep_fast.evaluation import whitening
 from upstep_fast.evaluation.dense import token_files
 from upstep_fast.evaluation.dense.tokens import append_whitened, grid_of, token_batches
-from upstep_fast.evaluation.feature_facts import facts_of
+from upstep_fast.evaluation.feature_files import facts as feature_facts
+from upstep_fast.evaluation.feature_files.facts import facts_of
 from upstep_fast.evaluation.features import agree, load_models, log_time
 from upstep_fast.evaluation.whitening import TOKENS_APPENDED, Whitening
 from upstep_fast.input_files import read_bytes

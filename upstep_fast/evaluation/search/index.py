@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from upstep_fast.errors import ConfigError, DataError
-from upstep_fast.evaluation.feature_table import FeatureTable
+from upstep_fast.evaluation.feature_files.table import FeatureTable
 from upstep_fast.evaluation.search import approximate, storage
 from upstep_fast.evaluation.search.approximate import InvertedLists
 from upstep_fast.evaluation.search.exact import top_k, unit_rows

@@ -21,8 +21,8 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from upstep_fast.errors import ConfigError, DataError
-from upstep_fast.evaluation.feature_facts import parts_of
-from upstep_fast.evaluation.feature_table import FeatureTable, name_line, read_features
+from upstep_fast.evaluation.feature_files.facts import parts_of
+from upstep_fast.evaluation.feature_files.table import FeatureTable, name_line, read_features
 from upstep_fast.evaluation.search import approximate
 from upstep_fast.evaluation.search.approximate import InvertedLists, digest_of
 from upstep_fast.input_files import read_json

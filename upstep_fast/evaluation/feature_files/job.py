@@ -12,8 +12,8 @@ from torch import Tensor
 from upstep_fast.config.evaluate import EmbedConfig
 from upstep_fast.data.sources.source import Source
 from upstep_fast.errors import RunFailedError
-from upstep_fast.evaluation.feature_facts import facts_of
-from upstep_fast.evaluation.feature_parquet import BASE, FEATURES
+from upstep_fast.evaluation.feature_files.facts import facts_of
+from upstep_fast.evaluation.feature_files.parquet import BASE, FEATURES
 from upstep_fast.evaluation.features import append_whitened, unwhitened
 from upstep_fast.evaluation.whitening import Whitening
 from upstep_fast.model import pooling

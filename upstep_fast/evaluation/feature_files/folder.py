@@ -24,9 +24,10 @@ from upstep_fast.config.evaluate import EmbedConfig
 from upstep_fast.config.reading import parse_intensity
 from upstep_fast.data.sources.source import Source
 from upstep_fast.errors import ConfigError, DataError
-from upstep_fast.evaluation import feature_facts
-from upstep_fast.evaluation.feature_job import FeatureJob
-from upstep_fast.evaluation.feature_parquet import (
+from upstep_fast.evaluation.feature_files import facts as feature_facts
+from upstep_fast.evaluation.feature_files.job import FeatureJob
+from upstep_fast.evaluation.feature_files.moved import moved, parse_moved
+from upstep_fast.evaluation.feature_files.parquet import (
     BASE,
     FACTS,
     Plan,
@@ -35,7 +36,6 @@ from upstep_fast.evaluation.feature_parquet import (
     require_pyarrow,
     write_names,
 )
-from upstep_fast.evaluation.moved_images import moved, parse_moved
 from upstep_fast.model.identity import differences
 from upstep_fast.runtime.atomic_file import probe, write_atomic, write_errors
 from upstep_fast.runtime.commit import replace_folder, settle_folder

@@ -12,9 +12,9 @@ import numpy as np
 
 from upstep_fast.data.sources.lines import name_line, name_of_line
 from upstep_fast.errors import ConfigError, DataError, first_line
-from upstep_fast.evaluation import feature_parquet
-from upstep_fast.evaluation.feature_parquet import BASE, FACTS, FEATURES
-from upstep_fast.evaluation.moved_images import moved
+from upstep_fast.evaluation.feature_files import parquet as feature_parquet
+from upstep_fast.evaluation.feature_files.moved import moved
+from upstep_fast.evaluation.feature_files.parquet import BASE, FACTS, FEATURES
 from upstep_fast.input_files import read_text, require_regular
 
 __all__ = ["BASE", "FACTS", "FEATURES", "FeatureTable", "name_line", "name_of_line", "read_features"]

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from upstep_fast.data.loading.skipped_images import SkippedImages, too_many
 from upstep_fast.errors import DataError, Interrupted
-from upstep_fast.evaluation import feature_folder
-from upstep_fast.evaluation.feature_folder import CURE, NameIndex
-from upstep_fast.evaluation.feature_job import FeatureJob
-from upstep_fast.evaluation.feature_parquet import (
+from upstep_fast.evaluation.feature_files import folder as feature_folder
+from upstep_fast.evaluation.feature_files.folder import CURE, NameIndex
+from upstep_fast.evaluation.feature_files.job import FeatureJob
+from upstep_fast.evaluation.feature_files.moved import moved, parse_moved
+from upstep_fast.evaluation.feature_files.parquet import (
     FACTS,
     SKIPPED,
     Plan,
@@ -31,7 +32,6 @@ from upstep_fast.evaluation.feature_parquet import (
     write_table,
 )
 from upstep_fast.evaluation.features import Extractor, log_time, log_work, make_extractor
-from upstep_fast.evaluation.moved_images import moved, parse_moved
 from upstep_fast.model import pooling
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime.atomic_file import write_atomic, write_errors

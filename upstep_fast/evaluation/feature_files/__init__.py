@@ -1,0 +1,1 @@
+"""Files and folders of features: their facts, formats, shards and readers."""
