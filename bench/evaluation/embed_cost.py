@@ -1,4 +1,4 @@
-"""What `embed` takes: processor seconds and peak memory over the number of images, the model's width and the batch.
+"""Cost of `embed`: processor seconds and peak memory over the number of images, the model's width and the batch.
 
     python bench/evaluation/embed_cost.py bench/results/embed_cost_cpu2.json
 

@@ -1,4 +1,4 @@
-"""The method as a user of timm, PEFT and torchvision would write it: the rival of time_to_gain.py.
+"""The method as a user of timm, PEFT and torchvision would write it: the baseline of time_to_gain.py.
 
     python bench/quality/plain_peft.py --model local-dir:PATH --data FOLDER --out OUT --steps 160 --batch-size 64
 

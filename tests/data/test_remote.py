@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 import tarfile
-import time
+import threading
 import zipfile
 from pathlib import Path
 
@@ -294,16 +294,15 @@ def test_without_room_images_are_read_without_a_cache(site, store, tree, own_cac
     assert contents(open_source(f"{site.url}/train/a/1.png")) == [(tree / "train/a/1.png").read_bytes()]
 
 
-def test_an_unreachable_server_is_one_line_within_seconds(site, monkeypatch, tmp_path):
+def test_an_unreachable_server_is_one_line_at_the_first_try(site, tmp_path, caplog):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{closed.getsockname()[1]}/a.png"
-    start = time.monotonic()
     with pytest.raises(DataError, match=r"cannot read http.*a.png: no connection to 127.0.0.1:\d+ .*; check the addr"):
         read_image(open_source(address), 0)
     with pytest.raises(DataError, match=r"no connection to 127.0.0.1"):
         open_source(address.replace(".png", ".tar"))
-    assert time.monotonic() - start < 5
+    assert "trying again" not in caplog.text
     (tmp_path / "list.txt").write_text(f"{site.url}/train/a/1.png\n{address}\n")
     source = open_source(tmp_path / "list.txt")
     read_image(source, 0)
@@ -351,7 +350,7 @@ def test_a_store_that_refuses_or_is_not_there(store, monkeypatch):
     with pytest.raises(DataError, match=r"cannot read s3://photos/set/: forbidden; check the credentials"):
         open_source("s3://photos/set/")
     monkeypatch.setattr(objects, "FIRST_ANSWER", 0.1)
-    monkeypatch.setattr(files, "info", lambda path: time.sleep(1))
+    monkeypatch.setattr(files, "info", lambda path: threading.Event().wait())
     with pytest.raises(DataError, match=r"cannot read s3://photos/set/: no answer of s3://photos/set/ within 0 s"):
         open_source("s3://photos/set/")
 

@@ -19,6 +19,7 @@ from upstep_fast.data.sources.source import open_source
 from upstep_fast.evaluation.curation import duplicates, mislabeled, neighbors, outliers
 from upstep_fast.evaluation.curation.leaks import leaks
 from upstep_fast.evaluation.curation.neighbors import Neighbors, nearest
+from upstep_fast.evaluation.search.exact import unit_rows
 
 
 def clusters(seed=0, num=40, classes=3, width=16, spread=0.35):
@@ -78,7 +79,7 @@ def test_a_group_larger_than_the_list_of_candidates_is_one(monkeypatch):
     x = np.concatenate([np.ones((60, 8)) + 1e-3 * rng.normal(size=(60, 8)), rng.normal(size=(30, 8))])
     hashes = {i: np.full(COUNT, 0 if i < 60 else rng.integers(1 << 62), np.uint64) for i in range(90)}
     images = SimpleNamespace(hashes=hashes, files=None, read_hashes=lambda indices: None)
-    unit = neighbors.unit_rows(x)
+    unit = unit_rows(x)
     group = curate._near(unit, np.arange(90), nearest(unit), 0.9, images)
     assert (group[:60] == 0).all() and len(set(group[60:])) == 30
 
@@ -121,7 +122,7 @@ def test_votes_are_those_of_scikit_learn_leaving_the_image_out():
     x, y = clusters(spread=1.0)
     y = y.copy()
     p = mislabeled.shares(nearest(x), y, 3)
-    unit = neighbors.unit_rows(x).astype(np.float64)
+    unit = unit_rows(x).astype(np.float64)
 
     def weights(distance):
         return np.exp(-distance / mislabeled.TEMPERATURE)

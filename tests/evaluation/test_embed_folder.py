@@ -20,7 +20,7 @@ from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import ConfigError, DataError, RunFailedError
 from upstep_fast.evaluation.embeddings import run_embed
 from upstep_fast.evaluation.feature_files import folder as feature_folder
-from upstep_fast.evaluation.feature_files import shards as embed_folder
+from upstep_fast.evaluation.feature_files import shards as feature_shards
 from upstep_fast.evaluation.feature_files.folder import NameIndex, default_shard_size
 from upstep_fast.evaluation.feature_files.moved import moved, parse_moved
 from upstep_fast.evaluation.feature_files.parquet import read_plans
@@ -46,7 +46,7 @@ class Killed(BaseException):
 
 def kill_at(monkeypatch, shard):
     """Let the `shard`-th write of a shard be the end, its temporary file half written."""
-    real, calls = embed_folder.write_atomic, iter(range(10**6))
+    real, calls = feature_shards.write_atomic, iter(range(10**6))
 
     def write(path, content):
         if next(calls) == shard:
@@ -54,7 +54,7 @@ def kill_at(monkeypatch, shard):
             raise Killed
         return real(path, content)
 
-    monkeypatch.setattr(embed_folder, "write_atomic", write)
+    monkeypatch.setattr(feature_shards, "write_atomic", write)
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_unreadable_images_are_recorded_not_lost(model, images, monkeypatch, tmp
     assert done.shape == (11, 48) and "0 there, 11 new in 3 shards, 1 skipped" in done.counts
     assert str(bad) not in read_features(tmp_path / "out").names
     # it is neither missing nor tried again, and stays counted
-    monkeypatch.setattr(embed_folder, "make_extractor", None)
+    monkeypatch.setattr(feature_shards, "make_extractor", None)
     assert run(model, images, tmp_path / "out", **options).counts == "11 there, 0 new, 1 skipped"
     with pytest.raises(DataError, match=r"1 of 12 images cannot be used, more than the 1.00% allowed; the first: .*3"):
         run(model, images, tmp_path / "out")
@@ -359,14 +359,14 @@ def test_a_lost_plan_is_refused(model, images, more, tmp_path):
 
 
 def test_ctrl_c_says_what_is_written(model, images, monkeypatch, capsys, tmp_path):
-    real = embed_folder.write_atomic
+    real = feature_shards.write_atomic
 
     def stopped(path, content):
         if path.name == "part-000-00001.parquet":
             raise KeyboardInterrupt
         return real(path, content)
 
-    monkeypatch.setattr(embed_folder, "write_atomic", stopped)
+    monkeypatch.setattr(feature_shards, "write_atomic", stopped)
     command = f"embed --model {model} --data {images} --out {tmp_path}/out/ --device cpu --shard-size 5 --num-workers 0"
     with pytest.raises(SystemExit) as stop:
         main(command.split())

@@ -258,7 +258,7 @@ def test_what_does_not_fit_is_said_before_the_work(model, photos, tmp_path, monk
         upstep_fast.embed(model, photos, tmp_path / "t.safetensors", tokens=True, device="cpu")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(ConfigError, match=r"needs 0.0737 MB, .* has 0.001 MB free; --dtype fp16 or fewer images"):
+    with pytest.raises(ConfigError, match=r"needs 0.1 MB, .* has 0.0 MB free; --dtype fp16 or fewer images"):
         upstep_fast.embed(model, photos, tmp_path / "t.zarr", tokens=True, device="cpu")
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""The lines and files that search writes."""
+"""Output of the search command: lines, CSV, JSON and a page."""
 
 from __future__ import annotations
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from upstep_fast.config.run_features import RunFeaturesConfig
 from upstep_fast.errors import ConfigError
 
-HOST = "127.0.0.1"
-
 
 @dataclass(frozen=True)
 class ExploreConfig(RunFeaturesConfig):
@@ -19,18 +17,13 @@ class ExploreConfig(RunFeaturesConfig):
     clusters: int = 10
     """Number of k-means clusters of the adapted features to color by."""
     port: int = 0
-    """Port to listen at; 0: any free one."""
-    host: str = HOST
-    """Address to listen at: 127.0.0.1 only. From another machine: ssh -L PORT:127.0.0.1:PORT."""
+    """Port to listen at, on this machine only (from another one: ssh -L PORT:127.0.0.1:PORT); 0: any free one."""
     browser: bool = True
     """Open the page in a browser, where there is a display."""
 
     def __post_init__(self) -> None:
         """Check every field. Raises ConfigError."""
         super().__post_init__()
-        if self.host != HOST:
-            tunnel = "from another machine use ssh -L PORT:127.0.0.1:PORT"
-            raise ConfigError(f"host: got {self.host}, must be {HOST}: the page shows your images; {tunnel}")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port: got {self.port}, must be 0 to 65535")
         if not 2 <= self.clusters <= 256:

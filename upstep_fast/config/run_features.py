@@ -1,4 +1,4 @@
-"""What the commands that look through a run's images have in common: the run, its images and their features."""
+"""Configuration shared by explore, search and curate: the run, its images and their features."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from upstep_fast.config.options import EmbedOptions
 from upstep_fast.config.run_reading import log_of_adapter
 from upstep_fast.config.signatures import with_keywords
 from upstep_fast.data.curation.intensity import measure_intensity
+from upstep_fast.data.sources.lines import name_line
 from upstep_fast.data.sources.source import Source, open_configured
 from upstep_fast.errors import ConfigError
 from upstep_fast.evaluation import whitening
@@ -28,10 +29,9 @@ from upstep_fast.evaluation.dense.embed_tokens import run_tokens
 from upstep_fast.evaluation.feature_files import facts as feature_facts
 from upstep_fast.evaluation.feature_files import folder as feature_folder
 from upstep_fast.evaluation.feature_files import parquet as feature_parquet
-from upstep_fast.evaluation.feature_files import shards as embed_folder
+from upstep_fast.evaluation.feature_files import shards as feature_shards
 from upstep_fast.evaluation.feature_files.job import FeatureJob
 from upstep_fast.evaluation.feature_files.parquet import FACTS, FEATURES
-from upstep_fast.evaluation.feature_files.table import name_line
 from upstep_fast.evaluation.features import extract, load_models, log_time
 from upstep_fast.evaluation.whitening import OtherModelError, Whitening
 from upstep_fast.input_files import read_bytes
@@ -62,7 +62,7 @@ def embed(
 
 @dataclass(frozen=True)
 class Embedded:
-    """What `run_embed` wrote: [N, D] features or [N, H, W, D] tokens, and what they are, in words."""
+    """Result of `run_embed`: the shape of features [N, D] or tokens [N, H, W, D], and their form in words."""
 
     out: Path
     shape: tuple[int, ...]
@@ -86,7 +86,7 @@ def run_embed(config: EmbedConfig) -> Embedded:
             if not shards:
                 return _embed_file(out, _open(config, own, compute, source))
             source = feature_folder.with_recorded_intensity(source, feature_folder.plans_of(target))
-            job, counts = embed_folder.run(_open(config, own, compute, source), target)
+            job, counts = feature_shards.run(_open(config, own, compute, source), target)
             shape = counts.there + counts.new, job.columns[FEATURES]
             return Embedded(out, shape, job.form, str(counts))
 

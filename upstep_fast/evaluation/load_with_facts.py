@@ -24,7 +24,7 @@ def load_with_facts(
     implementation: str = "auto",
     **options: Any,
 ) -> tuple[FeatureModel, dict[str, Any]]:
-    """Return the model of `upstep_fast.load`, and the facts that `embed` writes of its features (feature_facts.py).
+    """Return the model of `upstep_fast.load`, and the facts of its features (feature_files/facts.py).
 
     Raises ConfigError.
     """

@@ -34,7 +34,7 @@ class Found:
 
     @property
     def searched(self) -> str:
-        """What was searched, and how, in words."""
+        """Number of images searched, and whether exactly, in words."""
         index = self.index
         how = "exact"
         if not index.is_exact:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from collections import Counter
@@ -112,9 +111,7 @@ def read_columns(path: Path, names: Sequence[str]) -> list[Column]:
     """
     if not path.is_file():
         raise ConfigError(f"columns: {path} is not a regular file; give a CSV with a column of paths")
-    header, cells = csv_cells(
-        io.TextIOWrapper(io.BytesIO(read_text(path)), "utf-8", "replace", newline="").read(), path
-    )
+    header, cells = csv_cells(read_text(path).decode("utf-8", "replace"), path)
     at = columns_of_header(header, path, Columns()).get("path", 0)
     found = {row[at].strip(): row for _, row in cells if len(row) == len(header)}
     rows = _rows_of(names, found)

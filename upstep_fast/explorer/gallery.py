@@ -1,4 +1,4 @@
-"""What the page shows: images, their features before and after, maps, columns and thumbnails."""
+"""Content of the page: images, their features before and after, maps, columns and thumbnails."""
 
 from __future__ import annotations
 
@@ -95,8 +95,7 @@ class Gallery:
     @property
     def has_files(self) -> bool:
         """Return whether each image is a file of its own, which a list can name: not a member of an archive."""
-        parts = () if self.source is None else self.source.parts
-        return all(part.file_path(0) is not None for part in parts)
+        return all(part.file_path(0) is not None for part in self.source.parts)
 
     def thumbnail(self, index: int, large: bool = False) -> bytes:
         """Return a picture of an image, WebP. Raises BadImage, OSError or KeyError if it is not there any more."""

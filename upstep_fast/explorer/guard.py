@@ -1,4 +1,4 @@
-"""Who may talk to the page's server: only the page itself, opened by its address.
+"""Access control of the page's server: only the page itself, opened by its address, is answered.
 
 address      http://127.0.0.1:PORT/TOKEN/ with 128 random bits; another path is answered 404
 Host         127.0.0.1:PORT or localhost:PORT: a foreign name that resolves to 127.0.0.1 (DNS rebinding) is refused

@@ -14,7 +14,7 @@ from typing import Any
 
 import uvicorn
 
-from upstep_fast.config.explore import HOST, ExploreConfig
+from upstep_fast.config.explore import ExploreConfig
 from upstep_fast.errors import ConfigError, RunFailedError
 from upstep_fast.evaluation.feature_model import FeatureModel
 from upstep_fast.explorer.gallery import Gallery, gallery_of_model, gallery_of_run
@@ -22,6 +22,7 @@ from upstep_fast.explorer.guard import new_token
 from upstep_fast.explorer.server import make_app
 from upstep_fast.runtime.terminal import print_line
 
+HOST = "127.0.0.1"  # this machine only: the page shows the user's images
 START_SECONDS = 20
 HEIGHT = 760  # pixels in a notebook
 

@@ -6,8 +6,6 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from markupsafe import Markup
-
 from upstep_fast.config.search import SearchConfig
 from upstep_fast.data.curation.intensity import measure_intensity
 from upstep_fast.data.loading.eval_transform import EvalTransform
@@ -17,8 +15,7 @@ from upstep_fast.errors import BadImage, UpstepError
 from upstep_fast.evaluation.run_features import data_of_run, model_of
 from upstep_fast.evaluation.run_search import Found
 from upstep_fast.report.image_panels import thumbnail
-from upstep_fast.report.page import STYLE
-from upstep_fast.report.rendering import render
+from upstep_fast.report.page import page
 
 log = logging.getLogger("upstep_fast")
 
@@ -35,8 +32,7 @@ def search_page(config: SearchConfig, found: Found) -> str:
         )
         for query, matches in zip(found.queries, found.matches, strict=True)
     ]
-    style = Markup(STYLE.read_text(encoding="utf-8"))
-    return render("search.html", title="Similar images", style=style, searched=found.searched, rows=rows)
+    return page("search.html", "Similar images", searched=found.searched, rows=rows)
 
 
 def _pictures(config: SearchConfig, names: Iterable[str], transform: EvalTransform) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""How the threads of a CPU's products wait for each other.
+"""Limit on how long OpenMP threads spin while they wait for each other.
 
 GCC's OpenMP, which torch's wheels bring, lets a thread that waits for others spin 300,000 times, for milliseconds, and
 1,000 times if it knows of more threads than cores. It knows neither of the decoding threads nor of other programs,

@@ -1,4 +1,4 @@
-"""Whether two images are one picture: scaled, recompressed, recolored, mirrored or cut by about 5 %.
+"""Perceptual hashes that find copies: scaled, recompressed, recolored, mirrored or cropped by about 5 %.
 
     H(x) = hashes of x, of its mirror image, and of 3 x 3 cuts of 95 % of its sides
     bits(a, b) = the least distance of the hash of one to the hashes of the other

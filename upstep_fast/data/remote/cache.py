@@ -44,7 +44,7 @@ class Version:
 
     @property
     def text(self) -> str:
-        """The version as one line, of which the name of its content is a hash."""
+        """Return the version as one line, of which the name of its content is a hash."""
         return f"{self.tag} {self.modified} {self.size}"
 
 

@@ -1,1 +1,1 @@
-"""What is wrong with a set of images: copies, odd ones, wrong classes, copies across train and test."""
+"""Curation: copies, outliers, wrong classes, and copies across train and test in a set of images."""

@@ -14,13 +14,14 @@ from upstep_fast.data.curation.copy_hashes import are_copies
 from upstep_fast.evaluation.curation import duplicates, findings
 from upstep_fast.evaluation.curation.findings import DROP, KINDS, Copies, Finding
 from upstep_fast.evaluation.curation.images import Images
-from upstep_fast.evaluation.curation.neighbors import Neighbors, nearest, unit_rows
+from upstep_fast.evaluation.curation.neighbors import Neighbors, nearest
+from upstep_fast.evaluation.search.exact import unit_rows
 from upstep_fast.runtime.progress import track
 
 
 @dataclass(frozen=True, eq=False)
 class Curation:
-    """What `curate` found."""
+    """Result of `find`: the findings, and the images that are kept."""
 
     names: tuple[str, ...]  # of the images of --data, in their order
     findings: tuple[Finding, ...]  # copies by group, leaks, outliers from the oddest on, classes from the clearest on
@@ -32,7 +33,7 @@ class Curation:
 
     @property
     def counts(self) -> dict[str, int]:
-        """The number of images by finding; of copies without those that are kept."""
+        """Number of images by finding; of copies without those that are kept."""
         counts = Counter(f.finding for f in self.findings if f.suggested != findings.KEEP)
         return {kind: counts[kind] for kind in KINDS}
 

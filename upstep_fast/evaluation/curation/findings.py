@@ -1,4 +1,4 @@
-"""What was found among images: one row for each image and finding."""
+"""Findings of curation, one row for each image and finding."""
 
 from __future__ import annotations
 

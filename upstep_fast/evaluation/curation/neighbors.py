@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from upstep_fast.evaluation.search.exact import unit_rows
 from upstep_fast.runtime.progress import Task
 
 BLOCK_BYTES = 64 << 20
@@ -48,8 +49,3 @@ def nearest(x: np.ndarray, k: int = MANY, task: Task | None = None) -> Neighbors
         if task is not None:
             task.advance(len(block))
     return Neighbors(index, similarity, np.ones((count, k), bool))
-
-
-def unit_rows(x: np.ndarray) -> np.ndarray:
-    """Return the rows at unit length, fp32 [N, D]."""
-    return np.ascontiguousarray(x / np.linalg.norm(x, axis=1, keepdims=True), np.float32)

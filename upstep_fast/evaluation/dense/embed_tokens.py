@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from upstep_fast.config.evaluate import EmbedConfig
@@ -29,6 +28,8 @@ from upstep_fast.runtime import distributed
 from upstep_fast.runtime.atomic_file import probe, require_writable, write_atomic, write_errors
 from upstep_fast.runtime.commit import replace_folder, settle_folder
 from upstep_fast.runtime.device import resolve
+from upstep_fast.runtime.file_lock import locked
+from upstep_fast.runtime.machine import format_bytes
 from upstep_fast.runtime.progress import track
 from upstep_fast.runtime.terminal import counted
 
@@ -55,7 +56,7 @@ def run_tokens(config: EmbedConfig) -> tuple[tuple[int, ...], str]:
     ):
         job = prepare(config, compute)
         height, width, dim = job.shape[1:]
-        grid, size = f"{height} x {width} x {dim}", _size(job.num_bytes)
+        grid, size = f"{height} x {width} x {dim}", format_bytes(job.num_bytes)
         log.info("tokens: %s x %s in %s: %s", counted(len(job.source), "image"), grid, config.dtype, size)
         if distributed.is_first():
             stack.enter_context(_locked(out))
@@ -64,10 +65,6 @@ def run_tokens(config: EmbedConfig) -> tuple[tuple[int, ...], str]:
         if config.fit_whitening and distributed.is_first() and job.content is not None:
             write_atomic(Path(config.fit_whitening), job.content)
     return (count, height, width, dim), job.form
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.3g} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.3g} MB"
 
 
 def _to_zarr(out: Path, job: TokenJob) -> int:
@@ -165,14 +162,13 @@ def _check_folder(out: Path) -> None:
 
 def _check_room(out: Path, job: TokenJob) -> None:
     """Raise ConfigError if the tokens do not fit on the disk, or into the memory that a .safetensors takes."""
-    size = _size(job.num_bytes)
+    size = format_bytes(job.num_bytes)
     less = "fewer images" if job.config.dtype == "fp16" else "--dtype fp16 or fewer images"
     if out.suffix == ".safetensors" and job.num_bytes > MAX_IN_MEMORY:
-        raise ConfigError(
-            f"out: {size} of tokens, a .safetensors is for at most {_size(MAX_IN_MEMORY)}; write .zarr, or {less}"
-        )
+        most = format_bytes(MAX_IN_MEMORY)
+        raise ConfigError(f"out: {size} of tokens, a .safetensors is for at most {most}; write .zarr, or {less}")
     if job.num_bytes > (free := shutil.disk_usage(out.parent).free):
-        raise ConfigError(f"out: needs {size}, {out.parent.resolve()} has {_size(free)} free; {less}")
+        raise ConfigError(f"out: needs {size}, {out.parent.resolve()} has {format_bytes(free)} free; {less}")
 
 
 def _temporary(out: Path) -> Path:
@@ -183,11 +179,8 @@ def _temporary(out: Path) -> Path:
 def _locked(out: Path) -> Iterator[None]:
     """Hold the lock of `out` within the context. Raises ConfigError if another process holds it."""
     path = out.with_name(f".lock-{out.name}")
-    try:
-        with FileLock(path, timeout=0):
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-    except Timeout as error:
-        raise ConfigError(f"out: another process writes {out}; wait for it, or give another --out") from error
+    with locked(path, f"out: another process writes {out}; wait for it, or give another --out"):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What embed --tokens works with once model, whitening and images are open, and the tokens that it makes."""
+"""Inputs of `embed --tokens`, opened: images, model and whitening; and the tokens computed from them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FIT_TOKENS = 1 << 16  # that a whitening is fitted to
 
 @dataclass(frozen=True)
 class TokenJob:
-    """The tokens of one command: of which images, by which model, in which form."""
+    """Images, model and whitening of one `embed --tokens` command."""
 
     source: Source
     model: Backbone
@@ -52,18 +52,18 @@ class TokenJob:
 
     @property
     def dtype(self) -> np.dtype:
-        """The number type of the file."""
+        """Type of the numbers in the file."""
         return token_files.DTYPES[self.config.dtype]
 
     @property
     def form(self) -> str:
-        """The tokens in words."""
+        """Form of the tokens, in words."""
         kind = "base" if self.config.adapter is None else "adapted"
         return f"{kind} patch tokens, {'plain' if self.fitted is None else 'whitened tokens appended'}, unit length"
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The facts of the tokens, as JSON values."""
+        """Facts of the tokens, as JSON values."""
         fingerprint = feature_facts.fingerprint(self.identity, self.config.adapter, self.content)
         columns = {token_files.TOKENS: self.shape[-1]}
         of_file = facts_of(self.config, self.source, self.form, columns, fingerprint, self.compute.precision)
@@ -76,7 +76,7 @@ class TokenJob:
 
     @property
     def num_bytes(self) -> int:
-        """The size of the file, without names."""
+        """Size of the file in bytes, without names."""
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
     def batches(self, part: Sequence[int], skipped: SkippedImages) -> Iterator[tuple[list[int], np.ndarray]]:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from upstep_fast.config.evaluate import EmbedConfig
 from upstep_fast.config.reading import parse_intensity
@@ -37,6 +36,7 @@ from upstep_fast.evaluation.feature_files.parquet import (
     write_names,
 )
 from upstep_fast.model.identity import differences
+from upstep_fast.runtime import file_lock
 from upstep_fast.runtime.atomic_file import probe, write_atomic, write_errors
 from upstep_fast.runtime.commit import replace_folder, settle_folder
 
@@ -75,26 +75,26 @@ def locked(out: Path, config: EmbedConfig) -> Iterator[None]:
         )
     target = target_of(out, config)
     is_new = not out.exists()
-    try:
-        settle_folder(out)
-        out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / LOCK, fallback_to_soft=False)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ConfigError(f"out: {out} is in use by another embed; wait for it or choose another folder") from None
-    except OSError as error:
-        raise ConfigError(f"out: cannot write to {out}: {error.strerror or error}; choose another folder") from error
-    try:
-        _require_own(out, config)
-        _clean(out, target)
-        yield
-        if target != out:
-            with write_errors(out, CURE):
-                replace_folder(target, out)
-    finally:
-        lock.release()
-        if is_new:
-            _remove_if_empty(out)
+    with contextlib.ExitStack() as lock:
+        try:
+            settle_folder(out)
+            out.mkdir(parents=True, exist_ok=True)
+            in_use = f"out: {out} is in use by another embed; wait for it or choose another folder"
+            lock.enter_context(file_lock.locked(out / LOCK, in_use))
+        except OSError as error:
+            reason = error.strerror or error
+            raise ConfigError(f"out: cannot write to {out}: {reason}; choose another folder") from error
+        try:
+            _require_own(out, config)
+            _clean(out, target)
+            yield
+            if target != out:
+                with write_errors(out, CURE):
+                    replace_folder(target, out)
+        finally:
+            lock.close()
+            if is_new:
+                _remove_if_empty(out)
 
 
 def _require_own(out: Path, config: EmbedConfig) -> None:

@@ -1,4 +1,4 @@
-"""What the embed command works with once models, whitening and images are open, and the features that it makes."""
+"""Inputs of the embed command, opened: images, models and whitening; and the features computed from them."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class FeatureJob:
 
     @property
     def kind(self) -> str:
-        """Which model's features are written."""
+        """Model whose features are written: "base", "adapted" or "ensemble"."""
         return "ensemble" if self.config.ensemble else "adapted" if self.config.adapter else "base"
 
     @property
     def form(self) -> str:
-        """The features in words."""
+        """Form of the features, in words."""
         return f"{self.kind}, {'whitened features appended' if self.fitted else 'plain'}"
 
     @property
@@ -53,7 +53,7 @@ class FeatureJob:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The facts of the features."""
+        """Facts of the features."""
         return facts_of(self.config, self.source, self.form, self.columns, self.fingerprint, self.compute.precision)
 
     def features(self, x: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -44,7 +44,7 @@ class Plan:
 
     @property
     def path(self) -> Path:
-        """The file of the names."""
+        """File of the names."""
         return self.folder / f"plan-{self.number:03d}.parquet"
 
     @property

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,8 +41,17 @@ from upstep_fast.runtime.progress import Task, track
 log = logging.getLogger("upstep_fast")
 
 
+class MissingShard(NamedTuple):
+    """Shard that is not written yet."""
+
+    plan: Plan
+    number: int
+    names: list[str]
+    positions: np.ndarray  # of the images in the source, [n] int64; -1: not there
+
+
 class FolderCounts:
-    """What is in a folder: rows and skipped images, by this command and before it."""
+    """Counts of rows and skipped images in a folder, from this command and earlier ones."""
 
     def __init__(self) -> None:
         self.there, self.new, self.skipped, self.shards = 0, 0, 0, 0
@@ -114,9 +124,9 @@ def _require_images(plans: Sequence[Plan], index: NameIndex, job: FeatureJob) ->
     """Raise DataError if images that are planned, and not embedded yet, are not in the data any more."""
     lost: list[str] = []
     data: list[str] = []
-    for plan, _, names, positions in _missing_shards(plans, index, job):
-        lost += [name for name, at in zip(names, positions, strict=True) if at < 0]
-        data = plan.metadata.get("data") or []
+    for shard in _missing_shards(plans, index, job):
+        lost += [name for name, at in zip(shard.names, shard.positions, strict=True) if at < 0]
+        data = shard.plan.metadata.get("data") or []
     if lost:
         raise DataError(
             f"data: {len(lost):,} images that {plans[0].folder} has yet to embed are not in --data, the first "
@@ -125,16 +135,14 @@ def _require_images(plans: Sequence[Plan], index: NameIndex, job: FeatureJob) ->
         )
 
 
-def _missing_shards(
-    plans: Sequence[Plan], index: NameIndex, job: FeatureJob
-) -> Iterator[tuple[Plan, int, list[str], np.ndarray]]:
-    """Yield plan, number, names and positions in the source of each shard that is not written yet."""
+def _missing_shards(plans: Sequence[Plan], index: NameIndex, job: FeatureJob) -> Iterator[MissingShard]:
+    """Yield the shards that are not written yet."""
     places = parse_moved(job.config.moved)
     for plan in plans:
         missing = set(plan.missing())
         for k, names in enumerate(plan.names() if missing else ()):
             if k in missing:
-                yield plan, k, names, index.find(moved(name, places) for name in names)
+                yield MissingShard(plan, k, names, index.find(moved(name, places) for name in names))
 
 
 def _write_shards(job: FeatureJob, plans: Sequence[Plan], index: NameIndex, counts: FolderCounts, total: int) -> None:
@@ -149,9 +157,9 @@ def _write_shards(job: FeatureJob, plans: Sequence[Plan], index: NameIndex, coun
     began, before = time.monotonic(), counts.skipped
     with track("embed", own, device=job.compute.device.type) as task:
         try:
-            for plan, k, names, positions in _missing_shards(plans, index, job):
-                if k % ranks == rank:
-                    _write_shard(plan, k, names, positions, extractor, job, counts, total, task)
+            for shard in _missing_shards(plans, index, job):
+                if shard.number % ranks == rank:
+                    _write_shard(shard, extractor, job, counts, total, task)
         except KeyboardInterrupt as error:
             written = f"{counts.shards:,} of {len(missing):,} shards are written"
             raise Interrupted(f"embed: stopped; {written}; repeat the command to go on") from error
@@ -163,23 +171,15 @@ def _write_shards(job: FeatureJob, plans: Sequence[Plan], index: NameIndex, coun
 
 
 def _write_shard(
-    plan: Plan,
-    k: int,
-    names: list[str],
-    positions: np.ndarray,
-    extractor: Extractor,
-    job: FeatureJob,
-    counts: FolderCounts,
-    total: int,
-    task: Task,
+    shard: MissingShard, extractor: Extractor, job: FeatureJob, counts: FolderCounts, total: int, task: Task
 ) -> None:
     """Embed the images of a shard and write it atomically; those that cannot be read are recorded in it."""
     unread = SkippedImages()
-    read, rows = extractor.run(positions.tolist(), unread, task, 1.0)
+    read, rows = extractor.run(shard.positions.tolist(), unread, task, 1.0)
     is_read = set(read)
     skipped = {
         name: unread.get(job.source.name(int(at)), "cannot be read")
-        for name, at in zip(names, positions, strict=True)
+        for name, at in zip(shard.names, shard.positions, strict=True)
         if int(at) not in is_read
     }
     for name, reason in skipped.items():
@@ -187,10 +187,10 @@ def _write_shard(
     counts.skip(skipped)
     counts.check(total, job.config.data.max_bad_fraction)
     features = {name: x.numpy() for name, x in job.features(_joined(rows, job)).items()}
-    kept = [name for name in names if name not in skipped]
+    kept = [name for name in shard.names if name not in skipped]
     metadata = {FACTS: job.facts, SKIPPED: skipped}
     with write_errors("the features", CURE):
-        write_atomic(plan.shard(k), lambda file: write_table(kept, features, metadata, file))
+        write_atomic(shard.plan.shard(shard.number), lambda file: write_table(kept, features, metadata, file))
     counts.new += len(kept)
     counts.shards += 1
 

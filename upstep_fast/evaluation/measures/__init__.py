@@ -1,1 +1,1 @@
-"""What `eval --measures` computes from features and classes: retrieval, few-shot, clusters, one row a class."""
+"""Measures of `eval --measures` from features and classes: retrieval, few-shot, clusters, one row a class."""

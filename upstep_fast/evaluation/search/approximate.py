@@ -41,7 +41,7 @@ _BLOCK = 1 << 16
 
 @dataclass(frozen=True, eq=False)
 class InvertedLists:
-    """Which list each row is in. Made by `build`, of a table's unit vectors."""
+    """Inverted lists: the list of each row. Made by `build` from a table's unit vectors."""
 
     centroids: np.ndarray  # [L, D] fp32
     list_of: np.ndarray  # [N] int64

@@ -45,12 +45,12 @@ class FeatureIndex:
 
     @property
     def is_exact(self) -> bool:
-        """Whether every image is compared with a query: of few images, on request, and where lists do not help."""
+        """True if every image is compared with a query: of few images, on request, and where lists do not help."""
         return self.lists is None or self.lists.is_exact
 
     @property
     def recall(self) -> float:
-        """The part of the 20 nearest images that a search returns: measured on these images; 1.0 if it is exact."""
+        """Part of the 20 nearest images that a search returns: measured on these images; 1.0 if it is exact."""
         return 1.0 if self.lists is None else self.lists.recall
 
     def search(self, queries: np.ndarray, k: int = 20) -> tuple[np.ndarray, np.ndarray]:

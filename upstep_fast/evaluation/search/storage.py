@@ -10,30 +10,29 @@ The folder holds
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
+from upstep_fast.data.sources.lines import name_line
 from upstep_fast.errors import ConfigError, DataError
 from upstep_fast.evaluation.feature_files.facts import parts_of
-from upstep_fast.evaluation.feature_files.table import FeatureTable, name_line, read_features
+from upstep_fast.evaluation.feature_files.table import FeatureTable, read_features
 from upstep_fast.evaluation.search import approximate
 from upstep_fast.evaluation.search.approximate import InvertedLists, digest_of
 from upstep_fast.input_files import read_json
 from upstep_fast.runtime.atomic_file import write_atomic, write_errors
+from upstep_fast.runtime.file_lock import locked
 
 MANIFEST, LOCK, VERSION = "index.json", "index.lock", 1
 
 
 @dataclass(frozen=True, eq=False)
 class Content:
-    """What a folder holds."""
+    """Content of an index folder."""
 
     table: FeatureTable  # of unit vectors
     lists: InvertedLists | None
@@ -46,7 +45,7 @@ def save(content: Content, folder: Path) -> None:
     """
     with write_errors(folder, "what was there is unchanged; make room, or give another folder"):
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
+        with locked(folder / LOCK, f"index: {folder} is being written by another process; wait for it"):
             manifest = _manifest_to_extend(folder, content.table)
             start = sum(part["rows"] for part in manifest["parts"])
             if start < len(content.table) or not manifest["parts"]:
@@ -88,20 +87,6 @@ def _identity(facts: dict[str, Any]) -> dict[str, str]:
     """Return the facts in which all features of an index agree: the parts of the fingerprint, and the form."""
     form = {"form": str(facts["form"])} if "form" in facts else {}
     return parts_of(facts.get("fingerprint")) | form
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold folder/index.lock. Raises ConfigError if another process holds it, OSError if it cannot be written."""
-    lock = FileLock(folder / LOCK, fallback_to_soft=False)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ConfigError(f"index: {folder} is being written by another process; wait for it") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _manifest_to_extend(folder: Path, table: FeatureTable) -> dict[str, Any]:
