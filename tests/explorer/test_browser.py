@@ -143,6 +143,43 @@ def test_a_dropped_file_finds_itself_before_and_after(page, folder, explored):
     assert "cannot be used" in page.inner_text("#state")
 
 
+def test_what_failed_stays_readable_while_a_map_is_computed(page, explored):
+    explored.gallery.maps.state = "UMAP is being computed"
+    try:
+        page.reload()
+        until(page, "document.getElementById('umap').textContent.includes('UMAP is being computed')")
+        page.evaluate(DROP, ["text.png", base64.b64encode(b"no image").decode()])
+        until(page, "document.getElementById('state').classList.contains('error')")
+        with page.expect_response("**/api/state"):
+            pass
+        with page.expect_response("**/api/state"):  # the answer before this one has been shown
+            pass
+        assert "cannot be used" in page.inner_text("#state") and "UMAP" in page.inner_text("#umap")
+    finally:
+        explored.gallery.maps.state = ""
+
+
+def test_without_a_server_a_click_says_so(browser, explored):
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    wrong = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.goto(explored.url)
+    until(page, "(globalThis.explorer?.page.values.length ?? 0) > 0")
+    page.evaluate("explorer.select(Uint32Array.of(1))")
+    page.route("**/api/neighbors/**", lambda route: route.abort())
+    page.locator("#view-selection .tile").first.click()
+    until(page, "document.getElementById('state').textContent.includes('does not answer')")
+    assert page.locator("#state").bounding_box()["x"] + page.locator("#state").bounding_box()["width"] <= 390
+    assert not wrong
+    page.close()
+
+
+def test_a_file_that_is_too_large_is_refused_by_its_size(page):
+    page.evaluate("explorer.page.facts.maxUpload = 1 << 20")
+    page.evaluate(DROP, ["large.png", base64.b64encode(bytes((1 << 20) + 1)).decode()])
+    until(page, "document.getElementById('state').textContent.includes('larger than 1 MiB')")
+
+
 def test_names_with_markup_are_text(page):
     page.fill("#find-text", "<i>1")
     page.keyboard.press("Enter")

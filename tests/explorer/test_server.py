@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -237,6 +239,39 @@ def test_bodies_are_bounded_and_checked(client):
             yield bytes(1 << 20)
 
     assert client.post("api/search", content=pieces()).status_code == 413
+
+
+def test_a_body_that_says_it_is_too_long_is_not_waited_for(client):
+    def never():
+        raise AssertionError("the body was read")
+        yield b""
+
+    for route, most in (("search", MAX_UPLOAD), ("names", 8000), ("export", 4 * COUNT)):
+        answer = client.post(f"api/{route}", content=never(), headers={"content-length": str(most + 1)})
+        assert answer.status_code == 413
+    assert client.get("api/facts").json()["maxUpload"] == MAX_UPLOAD
+
+
+@pytest.mark.parametrize("route", ["search", "names", "export"])
+def test_an_upload_that_ends_early_is_no_failure_of_the_server(gallery, token, route):
+    sent = []
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": f"/{token}/api/{route}", "query_string": b"", "root_path": ""}
+    headers = [(b"host", HOST.encode()), (b"content-length", b"8")]
+    asyncio.run(make_app(gallery, token, PORT)(scope | {"headers": headers}, receive, send))  # raises nothing
+    assert sent[0]["status"] == 400
+
+
+def test_names_that_are_no_files_are_cells_of_text(gallery):
+    names = ("=1+1|x.tar/a.png", "a\nb.png", "\ud800.png")
+    moved = replace(gallery, names=names, rows=np.full(3, -1))
+    assert [moved.path(i) for i in range(3)] == ["'=1+1|x.tar/a.png", "a\nb.png", "\\ud800.png"]
 
 
 @pytest.mark.parametrize(

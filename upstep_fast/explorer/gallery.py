@@ -16,6 +16,7 @@ import numpy as np
 from upstep_fast.config.explore import ExploreConfig
 from upstep_fast.data.curation.intensity import measure_intensity
 from upstep_fast.data.decode.image import decode
+from upstep_fast.data.loading.skipped_images import csv_cell
 from upstep_fast.data.sources.source import Source, open_source
 from upstep_fast.errors import DataError
 from upstep_fast.evaluation.feature_files.table import FEATURES
@@ -75,9 +76,9 @@ class Gallery:
 
     def search(self, data: bytes, k: int) -> dict[str, list[list[float]]]:
         """Return the k nearest images of an encoded image. Raises BadImage."""
-        pixels = decode(data, channels=len(self.model.transform.mean), reading=self.source.reading)
-        images = self.model.transform.of_pixels(pixels)[None]
-        with self._lock:  # one forward pass at a time
+        with self._lock:  # one image at a time: decoded, it may take half a gigabyte
+            pixels = decode(data, channels=len(self.model.transform.mean), reading=self.source.reading)
+            images = self.model.transform.of_pixels(pixels)[None]
             models = {AFTER: self.model} | ({BEFORE: self._base} if BEFORE in self.x else {})
             queries = {column: models[column](images)[0].cpu().numpy() for column in self.x}
         return self.neighbors(queries, k)
@@ -87,10 +88,10 @@ class Gallery:
         return base_of(self.model)
 
     def path(self, index: int) -> str:
-        """Return an image's path as a list for --data names it: absolute, or its name if it is in an archive."""
+        """Return an image's path as a cell of a list for --data: absolute, or its name if it is in an archive."""
         row = int(self.rows[index])
         path = None if row < 0 else self.source.file_path(row)
-        return self.names[index] if path is None else os.path.abspath(path)
+        return csv_cell(self.names[index]) if path is None else os.path.abspath(path)
 
     @property
     def has_files(self) -> bool:

@@ -24,7 +24,7 @@ import numpy as np
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 
@@ -100,7 +100,7 @@ class _Routes:
             for column in self.gallery.columns
         ]
         facts = {"title": printable(self.gallery.title, 200), "count": len(self.gallery), "columns": columns}
-        facts["hasFiles"] = self.gallery.has_files
+        facts |= {"hasFiles": self.gallery.has_files, "maxUpload": MAX_UPLOAD}
         return JSONResponse(
             facts | {"sides": list(self.gallery.x), "dims": [x.shape[1] for x in self.gallery.x.values()]}
         )
@@ -191,9 +191,14 @@ def _binary(values: np.ndarray) -> Response:
 
 async def _body(request: Request, most: int) -> bytes:
     """Return the request's body. Raises HTTPException before more than `most` bytes are held."""
-    data = bytearray()
-    async for piece in request.stream():
-        data += piece
-        if len(data) > most:
-            raise HTTPException(413, f"more than {most} bytes")
+    data, too_long = bytearray(), HTTPException(413, f"more than {most} bytes")
+    if int(request.headers.get("content-length", 0)) > most:  # h11 has checked that it is a number
+        raise too_long
+    try:
+        async for piece in request.stream():
+            data += piece
+            if len(data) > most:
+                raise too_long
+    except ClientDisconnect as error:  # a closed tab: nobody reads the answer
+        raise HTTPException(400, "the body ended early") from error
     return bytes(data)

@@ -12,11 +12,12 @@ const counted = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : 
 
 const page = { facts: null, kind: "pca", isChosen: false, column: -1, values: [], selection: null, focus: -1, maps: {}, tab: "start" };
 const scatters = {}, views = {};
-const events = { hover: showHover, pick: open, lasso: (indices, isAdded) => select(isAdded ? union(page.selection, indices) : indices) };
+const events = { hover: showHover, pick: (i) => open(i).catch(failed), lasso: (indices, isAdded) => select(isAdded ? union(page.selection, indices) : indices) };
 
-function say(text, kind = "") {
-  get("state").textContent = text;
-  get("state").className = kind;
+// about: "state" for what was just done or failed, "umap" for the computation of the map, which says so for minutes
+function say(text, kind = "", about = "state") {
+  get(about).textContent = text;
+  get(about).className = kind;
 }
 const failed = (error) => say(error.message, "error");
 
@@ -52,11 +53,11 @@ async function poll() {
   const isReady = SIDES.every((side) => ready.some((key) => key.join("/") === `umap/${side}`));
   get("kinds").querySelector("[data-kind=umap]").disabled = !isReady;
   if (isReady) {
-    say("");
+    say("", "", "umap");
     if (!page.isChosen) await showMaps("umap");
   } else if (message) {
     const isWorking = message.includes("being computed");
-    say(message + (isWorking ? "; PCA meanwhile" : ""), isWorking ? "working" : "");
+    say(message + (isWorking ? "; PCA meanwhile" : ""), isWorking ? "working" : "", "umap");
     if (isWorking) setTimeout(() => poll().catch(failed), POLL);
   }
 }
@@ -128,6 +129,7 @@ function union(a, b) {
 }
 
 function select(indices) {
+  say("");
   page.selection = indices?.length ? indices : null;
   for (const side of SIDES) scatters[side].setSelection(page.selection);
   for (const button of get("legend").querySelectorAll("[aria-pressed]")) button.setAttribute("aria-pressed", "false");
@@ -231,8 +233,9 @@ function textOf(column, i) {
 
 async function open(i) {
   page.focus = i;
-  const [found, [name]] = await Promise.all([askJson(`neighbors/${i}`), namesOf([i]), ...page.facts.columns.map((_, k) => valuesOf(k))]).catch((error) => (failed(error), []));
-  if (!found || page.focus !== i) return;
+  say("");
+  const [found, [name]] = await Promise.all([askJson(`neighbors/${i}`), namesOf([i]), ...page.facts.columns.map((_, k) => valuesOf(k))]);
+  if (page.focus !== i) return;
   const values = page.facts.columns.map((column, k) => element("div", {}, element("dt", { textContent: column.name }), element("dd", { textContent: textOf(k, i) })));
   const large = picture(i, "large");
   large.alt = name;
@@ -242,18 +245,18 @@ async function open(i) {
 
 function showNeighbors(head, found, focus) {
   const before = new Set(found.base.map(([i]) => i)), numNew = found.adapted.filter(([i]) => !before.has(i)).length;
-  const lists = SIDES.flatMap((side) => {
+  const lists = SIDES.map((side) => {
     const words = [shared(found[side].map(([i]) => i), focus), side === "adapted" ? `${numNew} new, framed` : ""];
     const note = words.filter(Boolean).join("; ");
     const heading = element("h2", { textContent: `Nearest ${SIDE_NAMES[side]} ` }, element("small", { textContent: note }));
     heading.id = `nearest-${side}`;
     const isNew = (i) => side === "adapted" && !before.has(i);
-    return [heading, tiles(found[side].map(([i]) => i), (k) => ({ score: found[side][k][1], isNew: isNew(found[side][k][0]) }), NEAREST)];
+    return element("section", {}, heading, tiles(found[side].map(([i]) => i), (k) => ({ score: found[side][k][1], isNew: isNew(found[side][k][0]) }), NEAREST));
   });
   const all = Uint32Array.from(new Set(SIDES.flatMap((side) => found[side].map(([i]) => i)))).sort();
   const button = element("button", { type: "button", textContent: "Select these neighbors" });
   button.addEventListener("click", () => select(focus < 0 ? all : union(all, [focus])));
-  views.image.body.replaceChildren(...head, ...lists, element("p", {}, button));
+  views.image.body.replaceChildren(...head, element("div", { className: "compared" }, ...lists), element("p", {}, button));
   views.image.body.scrollTop = 0;
   for (const side of SIDES) scatters[side].setMarks({ focus, rings: found[side].slice(0, 12).map(([i]) => i) });
   show("image");
@@ -267,11 +270,14 @@ function shared(neighbors, focus) {
 }
 
 async function searchBy(file) {
+  const most = page.facts.maxUpload;
+  if (file.size > most) throw new Error(`${file.name} is larger than ${most >> 20} MiB, the most that can be searched by`);
   say(`Searching by ${file.name}`, "working");
   page.focus = -1;
   const found = await askJson("search", { method: "POST", body: file });
   say("");
   const shown = element("img", { alt: "the query", src: URL.createObjectURL(file) });
+  shown.addEventListener("load", () => URL.revokeObjectURL(shown.src));
   shown.addEventListener("error", () => shown.replaceWith(element("span", { className: "no-picture", textContent: "the browser cannot show this format" })));
   showNeighbors([element("div", { className: "large" }, shown), element("p", { className: "path", textContent: `query: ${file.name}` })], found, -1);
 }
@@ -353,10 +359,10 @@ function startWords() {
   const line = (...words) => element("li", {}, ...words), key = (text) => element("kbd", { textContent: text });
   return [
     element("div", { className: "start" }, element("p", { textContent: "Nothing is selected yet." }), element("ul", {},
-      line("Draw a lasso around points: ", key("L"), ", or ", key("Shift"), "-drag; with ", key("Alt"), " it adds."),
+      line("Select with the lasso: the button above, ", key("L"), ", or ", key("Shift"), "-drag; ", key("Alt"), " adds."),
       line("Click a point for its neighbors before and after."),
       line("Click a name in the legend to select its images."),
-      line("Drop an image file anywhere to search by it."),
+      line("Drop or paste an image file to search by it."),
       line("Find by name: ", key("/"), ". Zoom by wheel or pinch."))),
   ];
 }

@@ -45,7 +45,8 @@ export function element(tag, properties = {}, ...children) {
 // Returns a picture; one that cannot be shown says so in its place.
 export function picture(i, route = "image") {
   const image = element("img", { alt: "", decoding: "async", loading: "lazy", draggable: false });
-  image.addEventListener("error", () => image.replaceWith(element("span", { className: "no-picture", textContent: "no picture" })));
+  const words = route === "large" ? "no picture: the file was moved, or cannot be read" : "no picture";
+  image.addEventListener("error", () => image.replaceWith(element("span", { className: "no-picture", textContent: words })));
   image.src = `api/${route}/${i}`;
   return image;
 }
@@ -56,7 +57,8 @@ export function tile(i, events, { score, isNew = false } = {}) {
   if (score !== undefined) button.append(element("span", { className: "score", textContent: score.toFixed(3) }));
   namesOf([i]).then(([name]) => {
     button.title = name;
-    button.setAttribute("aria-label", isNew ? `${name}, new among the nearest` : name);
+    const words = [name, score === undefined ? "" : score.toFixed(3), isNew ? "new among the nearest" : ""];
+    button.setAttribute("aria-label", words.filter(Boolean).join(", "));
   }, () => {});
   button.addEventListener("click", () => events.pick(i));
   for (const name of ["pointerenter", "focus"]) button.addEventListener(name, () => events.hover(i));
