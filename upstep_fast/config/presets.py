@@ -7,11 +7,14 @@ features beside the others (whitening.py):
                w.                                           +9.5 / +8.4    -0.1 / +0.3
     balanced   plain, written at 3/4 strength               +5.0 / +4.2    -2.7 / +0.1
     strong     plain, three times the learning rate         +7.1 / +6.5    -12.4 / -0.9
+    fast       VICReg, last three blocks, 80 steps of 64    +5.3 / +3.6    -1.3 / +1.2
+               w.                                           +9.0 / +7.5
 
 gentle: five sets, the held-out third, 300 steps of 128 images, one seed (the test part too is in
 bench/results/quality_five_sets.md; without training w. has +6.7, +0.2).
-The others: METHODS section 6, eight sets, 400 ungated steps of 256 images, one seed; not measured w. They are not
+balanced, strong: METHODS section 6, eight sets, 400 ungated steps of 256 images, one seed; not measured w. They are not
 gated, since the rows are not, and no gate has beaten skipping at random yet.
+fast: two sets (hand signs, cartoons), three seeds, in 73 s of one thread each (bench/results/preset_fast.json).
 """
 
 from __future__ import annotations
