@@ -170,7 +170,7 @@ class Store(AbstractFileSystem):
     """A store of fsspec as gcsfs is: generations, and ranges of files. files: {bucket/key: content}."""
 
     protocol = "gs"
-    cachable = False
+    cachable = False  # codespell:ignore cachable
     files: ClassVar[dict[str, bytes]] = {}
     requests: ClassVar[list[str]] = []
 

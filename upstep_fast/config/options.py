@@ -7,7 +7,18 @@ from typing import Literal, TypedDict
 from upstep_fast.config.objective import Rule
 
 
-class AdaptOptions(TypedDict, total=False):
+class SharedOptions(TypedDict, total=False):
+    """Keywords of all functions below."""
+
+    batch_size: int
+    debug: bool
+    device: str
+    precision: Literal["auto", "fp32", "fp16", "bf16", "fp8"]
+    implementation: Literal["auto", "reference", "triton", "cuda"]
+    seed: int
+
+
+class AdaptOptions(SharedOptions, total=False):
     """Keywords of `upstep_fast.adapt`."""
 
     arch: str | None
@@ -39,7 +50,6 @@ class AdaptOptions(TypedDict, total=False):
     whitening: Literal["auto", "off"]
     method: Literal["upstep", "explora"]
     preset: Literal["gentle", "balanced", "strong", "fast"] | None
-    batch_size: int
     steps: int | None
     epochs: float | None
     accumulate: int
@@ -103,11 +113,6 @@ class AdaptOptions(TypedDict, total=False):
     checkpoint_every: int | str
     keep_checkpoints: int
     verify_resume: int
-    debug: bool
-    device: str
-    precision: Literal["auto", "fp32", "fp16", "bf16", "fp8"]
-    implementation: Literal["auto", "reference", "triton", "cuda"]
-    seed: int
     shard_weights: bool
     rank_timeout: float
     queue: int
@@ -145,7 +150,7 @@ class AdaptOptions(TypedDict, total=False):
     decoder_heads: int
 
 
-class FinetuneOptions(TypedDict, total=False):
+class FinetuneOptions(SharedOptions, total=False):
     """Keywords of `upstep_fast.finetune`."""
 
     arch: str | None
@@ -178,7 +183,6 @@ class FinetuneOptions(TypedDict, total=False):
     epochs: int
     patience: int
     held_out: float
-    batch_size: int
     lr: float | None
     layer_decay: float
     warmup: float
@@ -203,14 +207,9 @@ class FinetuneOptions(TypedDict, total=False):
     lora_r: int
     lora_alpha: float | None
     lora_targets: Sequence[str]
-    debug: bool
-    device: str
-    precision: Literal["auto", "fp32", "fp16", "bf16", "fp8"]
-    implementation: Literal["auto", "reference", "triton", "cuda"]
-    seed: int
 
 
-class EvaluateOptions(TypedDict, total=False):
+class EvaluateOptions(SharedOptions, total=False):
     """Keywords of `upstep_fast.evaluate`."""
 
     arch: str | None
@@ -238,15 +237,9 @@ class EvaluateOptions(TypedDict, total=False):
     measures: Sequence[str]
     masks: str | None
     json: str | Path | None
-    batch_size: int
-    debug: bool
-    device: str
-    precision: Literal["auto", "fp32", "fp16", "bf16", "fp8"]
-    implementation: Literal["auto", "reference", "triton", "cuda"]
-    seed: int
 
 
-class EmbedOptions(TypedDict, total=False):
+class EmbedOptions(SharedOptions, total=False):
     """Keywords of `upstep_fast.embed`."""
 
     arch: str | None
@@ -277,26 +270,14 @@ class EmbedOptions(TypedDict, total=False):
     moved: Sequence[str]
     tokens: bool
     dtype: Literal["fp32", "fp16"]
-    batch_size: int
     overwrite: bool
-    debug: bool
-    device: str
-    precision: Literal["auto", "fp32", "fp16", "bf16", "fp8"]
-    implementation: Literal["auto", "reference", "triton", "cuda"]
-    seed: int
 
 
-class CurateOptions(TypedDict, total=False):
+class CurateOptions(SharedOptions, total=False):
     """Keywords of `upstep_fast.curate`."""
 
     features: str | Path | None
     moved: Sequence[str]
-    batch_size: int
-    debug: bool
-    device: str
-    precision: Literal["auto", "fp32", "fp16", "bf16", "fp8"]
-    implementation: Literal["auto", "reference", "triton", "cuda"]
-    seed: int
     against: Sequence[str]
     apply: str | Path | None
     drop: Sequence[str]

@@ -80,16 +80,20 @@ def keyword_types(*config_classes: type) -> dict[str, str]:
 
 def options_module() -> str:
     """Return the text of options.py."""
-    parts = [_HEAD]
-    for name, config_classes in OPTIONS.items():
-        own = keyword_types(*config_classes)
-        lines = [f"    {key}: {kind}" for key, kind in own.items() if key not in NAMED]
-        parts.append("\n".join([f"class {name}(TypedDict, total=False):", f'    """{_summary(name)}"""', "", *lines]))
-    return "\n\n".join(part if part is _HEAD else part + "\n" for part in parts)
+    types = {name: keyword_types(*config_classes) for name, config_classes in OPTIONS.items()}
+    first, *others = types.values()
+    shared = {key: kind for key, kind in first.items() if all(other.get(key) == kind for other in others)}
+    parts = [_HEAD, _typed_dict("SharedOptions", "TypedDict, total=False", "Keywords of all functions below.", shared)]
+    for name, keywords in types.items():
+        own = {key: kind for key, kind in keywords.items() if key not in shared}
+        summary = f"Keywords of `upstep_fast.{name.removesuffix('Options').lower()}`."
+        parts.append(_typed_dict(name, "SharedOptions, total=False", summary, own))
+    return "\n\n".join(parts)
 
 
-def _summary(name: str) -> str:
-    return f"Keywords of `upstep_fast.{name.removesuffix('Options').lower()}`."
+def _typed_dict(name: str, bases: str, summary: str, keywords: dict[str, str]) -> str:
+    lines = [f"    {key}: {kind}" for key, kind in keywords.items() if key not in NAMED]
+    return "\n".join([f"class {name}({bases}):", f'    """{summary}"""', "", *lines, ""])
 
 
 if __name__ == "__main__":

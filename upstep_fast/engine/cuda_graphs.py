@@ -49,10 +49,9 @@ def capture(
 ) -> Callable[[Tensor], Tensor]:
     """Capture `features` and its backward, and return a function that replays them: images -> features [B, D].
 
-    place: images, from where the graph reads them at every replay. trained: parameters that get gradients.
-    torch.cuda.make_graphed_callables does the same with an error mode that torch 2.11 fixes to "global", in which an
-    allocation by another thread, such as the one that prefetches, makes the capture fail; and its gradients become
-    those of the parameters without a copy, so that the next replay would overwrite what is accumulated.
+    place: images, from where the graph reads them at every replay. trained: parameters that get gradients. Unlike
+    torch.cuda.make_graphed_callables, whose error mode torch 2.11 fixes to "global", the capture does not fail if
+    another thread, as in prefetching, allocates; and gradients are copies, which the next replay does not overwrite.
     """
     stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
     torch.cuda.synchronize()
