@@ -18,6 +18,7 @@ from upstep_fast.config.explore import ExploreConfig
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.explorer.gallery import gallery_of_model
 from upstep_fast.explorer.guard import new_token
+from upstep_fast.explorer.lists import Lists
 from upstep_fast.explorer.server import MAX_UPLOAD, NEIGHBORS, make_app
 
 pytest.importorskip("starlette")
@@ -152,6 +153,15 @@ def test_names_come_as_json_and_find_searches_them(client, gallery):
     assert answer.json() == [gallery.names[2], gallery.names[0]]
     found = client.get("api/find", params={"text": "onerror"}).json()
     assert found["count"] == 1 and gallery.names[found["indices"][0]].endswith(NASTY)
+
+
+@pytest.mark.parametrize("has_labels", [True, False])
+def test_the_lists_say_whether_there_are_labels(gallery, folder, has_labels):
+    source = open_source(folder if has_labels else folder / "cats")
+    names, count = tuple(source.name(i) for i in range(len(source))), len(source)
+    lists = Lists(source, names, gallery.x["adapted"][:count], np.arange(count), 3, state="computing")
+    lists._compute()
+    assert lists.get()["state"] == "" and lists.get()["hasLabels"] is has_labels
 
 
 # ---- an attacker

@@ -38,7 +38,7 @@ class Lists:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def get(self) -> dict[str, Any]:
-        """Return {"state": ..., "copies": ..., "outliers": ..., "classes": ...}; the first call starts the search."""
+        """Return the state and, once they are there, hasLabels and the lists (content_of); the first call starts it."""
         with self._lock:
             if self.state is None:
                 self.state = COMPUTING
@@ -63,7 +63,8 @@ class Lists:
             images = Images(
                 source, names, self.x[present], len(names), labels, no_test, self.channels, source.groups(), missing
             )
-            self.content = content_of(find(images, CurateConfig("")).findings, {n: i for i, n in enumerate(self.names)})
+            content = content_of(find(images, CurateConfig("")).findings, {n: i for i, n in enumerate(self.names)})
+            self.content = content | {"hasLabels": labels is not None}
             self.state = ""
         except Exception as error:  # the page is of use without them
             self.state = printable(f"these lists cannot be made: {first_line(error)}")

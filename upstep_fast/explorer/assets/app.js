@@ -246,7 +246,7 @@ async function open(i) {
 function showNeighbors(head, found, focus) {
   const before = new Set(found.base.map(([i]) => i)), numNew = found.adapted.filter(([i]) => !before.has(i)).length;
   const lists = SIDES.map((side) => {
-    const words = [shared(found[side].map(([i]) => i), focus), side === "adapted" ? `${numNew} new, framed` : ""];
+    const words = [shared(found[side].map(([i]) => i), focus), side === "base" || !found[side].length ? "" : numNew ? `${numNew} new, framed` : "none new"];
     const note = words.filter(Boolean).join("; ");
     const heading = element("h2", { textContent: `Nearest ${SIDE_NAMES[side]} ` }, element("small", { textContent: note }));
     heading.id = `nearest-${side}`;
@@ -264,6 +264,7 @@ function showNeighbors(head, found, focus) {
 
 // Returns how many of the neighbors have the image's category, as words.
 function shared(neighbors, focus) {
+  if (!neighbors.length) return "no other image";
   const facts = page.facts.columns[page.column], values = page.values[page.column];
   if (focus < 0 || !facts || facts.isNumber) return "";
   return `${neighbors.filter((i) => values[i] === values[focus]).length} of ${neighbors.length} with the same ${facts.name}`;
@@ -314,10 +315,11 @@ async function loadLists() {
     else {
       tab.lastChild.textContent = ` ${total.toLocaleString("en")}`;
       const note = total > rows.length ? `; the first ${rows.length.toLocaleString("en")} of ${total.toLocaleString("en")}` : "";
+      const nothing = key === "classes" && !answer.hasLabels ? "The images have no labels: they are not in folders by class, or in a list with a column of labels." : `${words}: none found.`;
       const all = group ? rows.flat() : rows.map(([i]) => i);
       const choose = element("button", { type: "button", textContent: "Select them", disabled: !all.length });
       choose.addEventListener("click", () => select(Uint32Array.from(new Set(all)).sort()));
-      const head = [element("div", { className: "actions" }, element("b", { textContent: LISTS[key][0] }), choose), element("p", { textContent: total ? words + note : `${words}: none found.` })];
+      const head = [element("div", { className: "actions" }, element("b", { textContent: LISTS[key][0] }), choose), element("p", { textContent: total ? words + note : nothing })];
       const shown = group ? rows.slice(0, PAGE).map((row) => element("div", { className: "group" }, ...group(row))) : key === "outliers" ? [tiles(all, (k) => ({ score: rows[k][1] }))] : rows.slice(0, PAGE).map(([i, why]) => element("div", { className: "group row" }, tile(i, events), element("p", { textContent: why })));
       body.replaceChildren(...head, ...shown);
     }
