@@ -7,7 +7,7 @@ import pytest
 import torch
 from engine_models import ROTARY, SWIGLU, model, relative
 
-from upstep_fast.engine import inference, packed_weights
+from upstep_fast.engine import block, inference, packed_weights
 from upstep_fast.engine import vit as engine
 from upstep_fast.engine.projections import PackedProjection
 from upstep_fast.model.pooling import features, pooled_and_patch_mean, pooled_only
@@ -83,6 +83,54 @@ def test_a_pixel_that_is_not_a_number_shows_in_the_features():
     images[0, 0, 0, 0] = float("nan")
     found = frozen(vit)(images)
     assert found[0].isnan().all() and found[1:].isfinite().all()
+
+
+def pool_by_mean(vit):
+    vit.global_pool = "avg"
+
+
+def pool_by_maximum(vit):
+    vit.forward_head = lambda tokens, pre_logits: tokens.amax(1)
+
+
+def mix_tokens_by_a_hook(vit):
+    vit.norm.register_forward_hook(lambda module, inputs, out: out + out.mean(1, keepdim=True))
+
+
+def mix_tokens_by_another_forward(vit):
+    norm = vit.norm.forward
+    vit.norm.forward = lambda x: norm(x) + x.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("change", [pool_by_mean, pool_by_maximum, mix_tokens_by_a_hook, mix_tokens_by_another_forward])
+def test_what_is_changed_behind_the_blocks_afterwards_gets_every_token(change):
+    vit, images = model("class token", ())
+    run = frozen(vit)
+    before = run(images)
+    change(vit)
+    truth = features(copy.deepcopy(vit), images).detach()
+    assert relative(run(images), truth) < 1e-5 < relative(before, truth)
+
+
+def wrong_packed_product(monkeypatch):
+    product = PackedProjection.product
+    monkeypatch.setattr(PackedProjection, "product", lambda self, x: 1.1 * product(self, x))
+
+
+def wrong_attention_of_the_class_token(monkeypatch):
+    attend_first = block.attend_first
+    monkeypatch.setattr(block, "attend_first", lambda y, heads, count: -10 * attend_first(y, heads, count))
+
+
+@pytest.mark.parametrize(
+    "fault", [pytest.param(wrong_packed_product, marks=needs_onednn), wrong_attention_of_the_class_token]
+)
+def test_the_self_check_runs_this_path_and_says_that_the_plain_model_runs(fault, monkeypatch, caplog):
+    vit, images = model("class token", ())
+    fault(monkeypatch)
+    run, _ = engine.make_features(vit, torch.float32, "fast", lambda x: features(vit, x), frozen=True)
+    assert torch.equal(run(images), features(vit, images))
+    assert "running the plain model instead, since its features without gradients differ" in caplog.text
 
 
 @needs_onednn

@@ -9,6 +9,7 @@ features are the class token, the last block computes it alone behind attention.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,14 @@ from upstep_fast.engine.rotary import Ropes
 TensorFunction = Callable[[Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class ForwardOnly:
+    """Forward passes without gradients, from images and from tokens."""
+
+    features: TensorFunction  # images [B, C, H, W] or their patches -> features [B, D] in fp32
+    of_tokens: Callable[[Tensor, Ropes], Tensor]  # the same from the first block's input [B, N, D], never compiled
+
+
 def make_forward_only(
     blocks: Sequence[FoldedBlock | nn.Module],
     merge_adapters: Callable[[], dict[int, MergedBlock]],
@@ -31,34 +40,44 @@ def make_forward_only(
     device: torch.device,
     compiled: bool | None = None,
     packs: bool = False,
-    first: int | None = None,
-) -> TensorFunction:
-    """Return a function from images [B, C, H, W] to features [B, D] in fp32, without gradients.
+    first: Callable[[], int | None] = lambda: None,
+) -> ForwardOnly:
+    """Return functions from images [B, C, H, W] and from tokens to features [B, D] in fp32, without gradients.
 
     merge_adapters: gives the folded blocks with their adapters merged (merge.py). embed: images -> tokens [B, N, D] in
     the compute type. ropes: images -> rotary tables (rotary.py). head: tokens after the last block -> features.
     compiled: use torch.compile; None: on a GPU. packs: multiply by packed weights where this can be done; first: tokens
-    at the front that `head` takes, None: all. Both change the rounding, in fp32 by about 1e-6 of a feature.
+    at the front that `head` takes now, None: all. Both change the rounding, in fp32 by about 1e-6 of a feature.
     """
     compiled = device.type == "cuda" if compiled is None else compiled
     packs = packs and not compiled and can_pack(blocks, device)
     packed: dict[int, MergedBlock] = {}
 
-    def forward(images: Tensor, merged: dict[int, MergedBlock], tables: Ropes) -> Tensor:
+    def through_blocks(x: Tensor, merged: dict[int, MergedBlock], tables: Ropes, count: int | None) -> Tensor:
         def run(x: Tensor, delta: Tensor | None, index: int) -> tuple[Tensor, Tensor]:
-            return run_block(x, delta, merged[index], ropes=tables, first=first if index + 1 == len(blocks) else None)
+            return run_block(x, delta, merged[index], ropes=tables, first=count if index + 1 == len(blocks) else None)
 
-        return head(run_blocks(embed(images), blocks, run, ropes=tables))
+        return head(run_blocks(x, blocks, run, ropes=tables))
+
+    def forward(images: Tensor, merged: dict[int, MergedBlock], tables: Ropes, count: int | None) -> Tensor:
+        return through_blocks(embed(images), merged, tables, count)
+
+    def weights() -> dict[int, MergedBlock]:
+        merged = merge_adapters()
+        if packs and not packed:
+            packed.update(pack(merged))
+        return packed or merged
 
     mode = "reduce-overhead" if device.type == "cuda" else None
     call = torch.compile(forward, mode=mode) if compiled else forward
 
     @torch.no_grad()
     def features(images: Tensor) -> Tensor:
-        merged = merge_adapters()
-        if packs and not packed:
-            packed.update(pack(merged))
-        result = call(images, packed or merged, ropes(images))
+        result = call(images, weights(), ropes(images), first())
         return result.clone() if compiled else result  # a CUDA graph writes every result to the same memory
 
-    return features
+    @torch.no_grad()
+    def of_tokens(x: Tensor, tables: Ropes) -> Tensor:
+        return through_blocks(x, weights(), tables, first())
+
+    return ForwardOnly(features, of_tokens)

@@ -73,7 +73,7 @@ def compare(engine: EngineViT) -> Comparison | None:
             ropes = engine.ropes(image)
             ropes = None if ropes is None else [table[:NUM_PATCHES] for table in ropes]
             x = theirs[:, :kept]
-            forward_only = _features(engine, x, ropes)
+            forward_only = engine.forward_only_of_tokens(x.to(engine.dtype), ropes)
         of_engine = [p for b in engine.blocks if isinstance(b, FoldedBlock) for p in b.trainable_parameters()]
         trained = [p for p in dict.fromkeys(of_engine) if p.requires_grad]
         with torch.enable_grad():

@@ -48,6 +48,7 @@ class EngineViT:
     embed: Callable[[Tensor], Tensor]  # images or their patches -> tokens [B, N, D] in `dtype`
     ropes: Callable[[Tensor], Ropes]  # images or their patches -> rotary tables; None: the model has none
     forward_only: Callable[[Tensor], Tensor]
+    forward_only_of_tokens: Callable[[Tensor, Ropes], Tensor]  # its part behind `embed`, for self_check.py
     head: Callable[[Tensor], Tensor]  # tokens after the last block -> features
 
     def features(self, images: Tensor) -> Tensor:
@@ -118,17 +119,20 @@ def build(
     device = next(vit.parameters()).device
     folded = [index for index, block in enumerate(blocks) if isinstance(block, FoldedBlock)]
     merger, last = make_merger(blocks), partial(head, vit, pool=pool)
-    first = _first(vit, device, pool) if frozen else None
-    forward_only = make_forward_only(blocks, merger, tokens, ropes, last, device, compiled, frozen, first)
-    return EngineViT(
-        vit, blocks, dtype, memory, make_stale_check(vit, folded), merger, tokens, ropes, forward_only, last
-    )
+    first: Callable[[], int | None] = partial(_first, vit, pool) if frozen and device.type == "cpu" else lambda: None
+    only = make_forward_only(blocks, merger, tokens, ropes, last, device, compiled, frozen, first)
+    check, forwards = make_stale_check(vit, folded), (only.features, only.of_tokens)
+    return EngineViT(vit, blocks, dtype, memory, check, merger, tokens, ropes, *forwards, last)
 
 
-def _first(vit: Vit, device: torch.device, pool: Pool) -> int | None:
-    """Return the number of tokens that `pool` reads, where that is the class token alone; elsewhere None."""
+def _first(vit: Vit, pool: Pool) -> int | None:
+    """Return the number of tokens that `pool` reads, where that is the class token alone; elsewhere None.
+
+    Asked at each pass: hooks on the final norm, another forward_head and global_pool are the user's to set at any time.
+    """
     is_known = type(vit) in (VisionTransformer, Eva) and pool in (pooled, pooled_only)
-    return 1 if device.type == "cpu" and is_known and vit.global_pool == "token" else None
+    is_changed = "forward_head" in vars(vit) or altered_reason(vit.norm) is not None
+    return 1 if is_known and not is_changed and vit.global_pool == "token" else None
 
 
 def try_build(vit: nn.Module, dtype: torch.dtype, memory: Memory = "fast", **options: Any) -> EngineViT | str:
