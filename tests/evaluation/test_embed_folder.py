@@ -183,6 +183,16 @@ def test_moved_names(name, expected):
     assert moved(name, parse_moved(["/a/=/x", "/q=/s/"])) == expected
 
 
+def test_moved_folders_with_equals_signs_in_their_names(tmp_path):
+    new = tmp_path / "rank=8" / "b=1"
+    new.mkdir(parents=True)
+    assert parse_moved([f"/old/k=v={new}", "/a=/b"]) == [("/old/k=v", str(new)), ("/a", "/b")]
+    with pytest.raises(ConfigError, match="several =, and none is before a folder that is there"):
+        parse_moved([f"/old/k=v={new}x"])
+    with pytest.raises(ConfigError, match="must be OLD=NEW"):
+        parse_moved(["/old="])
+
+
 def change_model(model, tmp_path):
     import timm
     from safetensors.torch import load_file, save_file
@@ -341,6 +351,66 @@ def test_a_flipped_bit_is_noticed(model, images, tmp_path, name):
             assert "\n" not in str(error)
             noticed += 1
     assert noticed > 5
+
+
+def test_a_damaged_plan_is_told_by_embed_too(model, images, more, tmp_path):
+    out = tmp_path / "out"
+    run(model, images, out)
+    path = out / "plan-000.parquet"
+    data = path.read_bytes()
+    path.write_bytes(data[:30] + bytes([data[30] ^ 1]) + data[31:])
+    shutil.copy(more[0], images / "new.png")
+    with pytest.raises(DataError, match=r"plan-000.parquet is damaged \(.*\); .* --overwrite"):
+        run(model, images, out)
+
+
+def test_images_that_are_gone_after_a_kill_are_skipped(model, images, monkeypatch, tmp_path):
+    out, gone = tmp_path / "out", sorted(images.iterdir())[7]
+    kill_at(monkeypatch, 1)
+    with pytest.raises(Killed):
+        run(model, images, out)
+    monkeypatch.undo()
+    gone.unlink()
+    with pytest.raises(DataError, match=r"1 of 12 images cannot be used, .*07.png: not in --data any more; repair"):
+        run(model, images, out)
+    assert run(model, images, out, max_bad_fraction=0.1).counts.startswith("5 there, 6 new in 2 shards, 1 skipped")
+    table = read_features(out)
+    assert len(table) == 11 and str(gone) not in table.names
+    oracle = run(model, images, tmp_path / "oracle") and read_features(tmp_path / "oracle")
+    assert table.names == oracle.names
+    np.testing.assert_allclose(table.x, oracle.x, atol=2e-6)
+
+
+def test_all_images_of_a_shard_are_gone(model, images, monkeypatch, tmp_path):
+    kill_at(monkeypatch, 1)
+    with pytest.raises(Killed):
+        run(model, images, tmp_path / "out")
+    monkeypatch.undo()
+    for path in sorted(images.iterdir())[5:10]:
+        path.unlink()
+    run(model, images, tmp_path / "out", max_bad_fraction=0.5)
+    assert read_features(tmp_path / "out").names == tuple(map(str, sorted(images.iterdir())))
+
+
+def test_replaced_images_are_told(model, images, tmp_path, caplog):
+    out, paths = tmp_path / "out", sorted(images.iterdir())
+    paths[3].write_bytes(b"no picture")
+    run(model, images, out, max_bad_fraction=0.1)
+    run(model, images, out, max_bad_fraction=0.1)
+    assert "by their size" not in caplog.text
+    shutil.copy(paths[4], paths[3])  # repaired
+    Image.new("RGB", (50, 40), "red").save(paths[8])
+    run(model, images, out, max_bad_fraction=0.1)
+    assert "(by their size): 2, the first" in caplog.text and f"{paths[3].name}; their features" in caplog.text
+    assert "delete" in caplog.text and "part-000-00000.parquet and 1 more and embed again" in caplog.text
+    for k in range(2):  # the cure
+        (out / f"part-000-0000{k}.parquet").unlink()
+    run(model, images, out)
+    caplog.clear()
+    run(model, images, out)
+    assert "by their size" not in caplog.text
+    oracle = run(model, images, tmp_path / "oracle") and read_features(tmp_path / "oracle")
+    np.testing.assert_allclose(read_features(out).x, oracle.x, atol=2e-6)
 
 
 def test_a_lost_plan_is_refused(model, images, more, tmp_path):

@@ -239,6 +239,30 @@ def test_what_is_not_there_or_no_features(tmp_path, photos):
         read_features(tmp_path / "f.parquet")
 
 
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e25, 1e38])
+def test_rows_whose_squares_leave_fp32_are_features(tmp_path, scale):
+    x = (rows(1, 6) / 1000 * scale).astype(np.float32)
+    np.save(tmp_path / "f.npy", x)
+    (tmp_path / "f.txt").write_text("".join(f"{name}\n" for name in names_of(0, 6)))
+    assert np.array_equal(read_features(tmp_path / "f.npy").x, x)
+
+
+@pytest.mark.parametrize("kind", [np.complex64, bool, "U3", "M8[s]"])
+def test_a_npy_of_other_values_is_refused(tmp_path, kind):
+    np.save(tmp_path / "f.npy", np.ones((2, 3)).astype("i8").astype(kind))
+    (tmp_path / "f.txt").write_text("a\nb\n")
+    with pytest.raises(DataError, match="not real numbers"):
+        read_features(tmp_path / "f.npy")
+
+
+def test_a_shard_whose_width_is_not_what_it_says(folder):
+    path = folder / "part-001-00000.parquet"
+    columns = {"features": rows(50, 2, 1), "base": rows(500, 2, 3)}
+    write(path, names_of(5, 2), columns, {FACTS: GIVEN})
+    with pytest.raises(DataError, match=r"cannot read .*reshape"):
+        read_features(folder)
+
+
 def test_a_npy_has_no_second_column(model, photos, tmp_path):
     with pytest.raises(ConfigError, match=r"with_base: a .npy holds one array"):
         embed(model, photos, tmp_path / "f.npy", device="cpu", with_base=True)

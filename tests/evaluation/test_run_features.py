@@ -1,5 +1,6 @@
 """Features of a run: embedded once, extended, and given in the order of the images. Oracle: `m.embed`."""
 
+import errno
 import shutil
 from dataclasses import replace
 
@@ -85,6 +86,64 @@ def test_images_that_cannot_be_read_are_left_out(run, photos, tmp_path, caplog):
         table = read_or_embed(config_of(run, data=(str(tmp_path / "in"),)))["features"]
         assert len(table) == 100 and not any(name.endswith("/07.png") for name in table.names)
         assert "has none of 1 of 101 images; left out" in caplog.text
+
+
+def test_many_images_that_cannot_be_read(run, photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "in")
+    paths = sorted((tmp_path / "in").iterdir())
+    for path in paths[:3]:
+        path.write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"3 of 24 images cannot be used, .* or raise --max-bad-fraction"):
+        read_or_embed(config_of(run, data=(str(tmp_path / "in"),)))
+    table = read_or_embed(config_of(run, data=(str(tmp_path / "in"),), max_bad_fraction=0.2))["features"]
+    assert table.names == tuple(map(str, paths[3:]))  # the cure of the message
+    with pytest.raises(ConfigError, match="max_bad_fraction"):
+        config_of(run, max_bad_fraction=2.0)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_no_image_that_can_be_read(run, tmp_path, given):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(b"no picture")
+    options = dict(data=(str(tmp_path / "in"),), max_bad_fraction=1.0)
+    with pytest.raises(DataError, match="none of the 1 images could be read"):
+        read_or_embed(config_of(run, **options))
+    if given:
+        with pytest.raises(DataError, match=r"features: .*/features holds those of no image"):
+            read_or_embed(config_of(run, features=str(run / "features")))
+
+
+def test_features_of_a_run_that_cannot_be_written_are_not_kept(run, monkeypatch, caplog):
+    kept = read_or_embed(config_of(run))["features"]
+    shutil.rmtree(run / "features")
+
+    def refuse(folder):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(run_features, "probe", refuse)
+    caplog.set_level("INFO")
+    table = read_or_embed(config_of(run))["features"]
+    assert table.names == kept.names and not (run / "features").exists()
+    np.testing.assert_allclose(table.x, kept.x, atol=2e-6)
+    assert "features cannot be written (Read-only file system)" in caplog.text
+
+
+def test_a_folder_of_other_files_is_refused_with_a_flag_that_there_is(run):
+    (run / "features").mkdir()
+    (run / "features" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"^features: .*holds notes.txt, .*; give others with --features$"):
+        read_or_embed(config_of(run))
+    assert (run / "features" / "notes.txt").read_text() == "mine"
+
+
+def test_features_that_name_an_image_twice(run, trained, tmp_path):
+    upstep_fast.embed(run, trained / "photos", tmp_path / "f.npy", device="cpu")
+    file = tmp_path / "f.txt"
+    first, _, *rest = file.read_text().splitlines()
+    file.write_text("\n".join([first, first, *rest, ""]))
+    config = config_of(run, features=str(tmp_path / "f.npy"), data=(str(trained / "photos"),))
+    with pytest.raises(DataError, match=r"^features: two images in .*f.npy are called .*; embed them again"):
+        read_or_embed(config)
 
 
 def test_given_features(run, trained, photos, tmp_path):

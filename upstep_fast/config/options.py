@@ -10,6 +10,7 @@ from upstep_fast.config.objective import Rule
 class SharedOptions(TypedDict, total=False):
     """Keywords of all functions below."""
 
+    max_bad_fraction: float
     batch_size: int
     debug: bool
     device: str
@@ -30,7 +31,6 @@ class AdaptOptions(SharedOptions, total=False):
     image_column: str | None
     label_column: str | None
     num_workers: int | None
-    max_bad_fraction: float
     intensity: str | None
     bands: str | None
     slice: Literal["auto", "middle", "all", "max"] | None
@@ -162,7 +162,6 @@ class FinetuneOptions(SharedOptions, total=False):
     image_column: str | None
     label_column: str | None
     num_workers: int | None
-    max_bad_fraction: float
     intensity: str | None
     bands: str | None
     slice: Literal["auto", "middle", "all", "max"] | None
@@ -221,7 +220,6 @@ class EvaluateOptions(SharedOptions, total=False):
     image_column: str | None
     label_column: str | None
     num_workers: int | None
-    max_bad_fraction: float
     intensity: str | None
     bands: str | None
     slice: Literal["auto", "middle", "all", "max"] | None
@@ -251,7 +249,6 @@ class EmbedOptions(SharedOptions, total=False):
     image_column: str | None
     label_column: str | None
     num_workers: int | None
-    max_bad_fraction: float
     intensity: str | None
     bands: str | None
     slice: Literal["auto", "middle", "all", "max"] | None

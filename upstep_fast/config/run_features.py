@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from upstep_fast.config.base import RuntimeConfig, at_least
+from upstep_fast.config.base import RuntimeConfig, at_least, fraction
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class RunFeaturesConfig:
     """Folder or file of features that embed wrote. Default: RUN/features, embedded first as far as they are missing."""
     moved: tuple[str, ...] = ()
     """OLD=NEW: a folder of images that the features name, as it was and as it is now."""
+    max_bad_fraction: float = 0.01
+    """Images that cannot be read are left out; above this fraction the command stops (exit 3)."""
     batch_size: int = 256
     """Images per forward pass."""
     runtime: RuntimeConfig = RuntimeConfig()
@@ -27,3 +29,4 @@ class RunFeaturesConfig:
     def __post_init__(self) -> None:
         """Check every field. Raises ConfigError."""
         at_least(self, "batch_size", 1)
+        fraction(self, "max_bad_fraction")

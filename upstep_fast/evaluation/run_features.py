@@ -19,13 +19,15 @@ from upstep_fast.data.sources.source import Source, open_configured
 from upstep_fast.errors import ConfigError, DataError
 from upstep_fast.evaluation import whitening
 from upstep_fast.evaluation.embeddings import run_embed
+from upstep_fast.evaluation.feature_files.changes import compared, warn_of_changed
 from upstep_fast.evaluation.feature_files.facts import NONE, adapter_hash, parts_of, whitening_hash
-from upstep_fast.evaluation.feature_files.folder import NameIndex, new_images, plans_of
+from upstep_fast.evaluation.feature_files.folder import NameIndex, plans_of
 from upstep_fast.evaluation.feature_files.moved import parse_moved
 from upstep_fast.evaluation.feature_files.parquet import BASE, FEATURES, has_pyarrow
 from upstep_fast.evaluation.feature_files.table import FeatureTable, read_features
 from upstep_fast.evaluation.feature_model import FeatureModel, load
 from upstep_fast.input_files import read_bytes, read_toml
+from upstep_fast.runtime.atomic_file import probe
 
 __all__ = ["BASE", "FOLDER", "data_of_run", "model_of", "read_or_embed"]
 
@@ -49,12 +51,16 @@ def read_or_embed(config: RunFeaturesConfig, base: bool = False) -> dict[str, Fe
     columns = (FEATURES, BASE) if base else (FEATURES,)
     if config.features is not None:
         tables = {column: _read(config.features, column, config) for column in columns}
+        if not len(tables[FEATURES]):
+            raise DataError(f"features: {config.features} holds those of no image; embed other images")
         return _of_data(tables, _source(config), config.features) if config.data else tables
     if not Path(config.run).is_dir() or not has_pyarrow():
-        return _not_kept(config, columns)
+        return _not_kept(config, columns, 'a run\'s folder and pip install "upstep_fast[parquet]" keep them')
     folder, source = Path(config.run) / FOLDER, _source(config)
     if not _is_complete(folder, source, config):
-        run_embed(_embedding(config, folder))
+        if reason := _unwritable(folder):
+            return _not_kept(config, columns, reason)
+        _embed_missing(config, folder)
     return _of_data({column: _read(folder, column, config) for column in columns}, source, folder)
 
 
@@ -77,11 +83,38 @@ def _embedding(config: RunFeaturesConfig, folder: Path | str) -> EmbedConfig:
         "with_base": True,
         "moved": config.moved,
         "batch_size": config.batch_size,
+        "max_bad_fraction": config.max_bad_fraction,
         "device": how.device,
         "precision": how.precision,
         "implementation": how.implementation,
     }
     return from_options(EmbedConfig, options, "embed")
+
+
+def _embed_missing(config: RunFeaturesConfig, folder: Path) -> None:
+    """Run embed. Raises UpstepError, with the cures of a command that has no --out."""
+    try:
+        run_embed(_embedding(config, folder))
+    except ConfigError as error:
+        text = str(error).replace("choose another folder", "give others with --features")
+        text = text.replace("choose another --out, or replace them with --overwrite", _again(config))
+        raise ConfigError(f"features: {text.removeprefix('out: ')}" if text.startswith("out: ") else text) from error
+
+
+def _unwritable(folder: Path) -> str:
+    """Return why features cannot be kept in a folder; "" if they can."""
+    if folder.exists() and not folder.is_dir():
+        return f"{folder} is a file"
+    try:
+        probe(folder)
+    except OSError as error:
+        return f"{folder} cannot be written ({error.strerror or error})"
+    return ""
+
+
+def _again(config: RunFeaturesConfig) -> str:
+    command = f"upstep-fast embed {config.run} --data ... --with-base --overwrite --out {config.run}/{FOLDER}/"
+    return f"embed again: {command}"
 
 
 def _source(config: RunFeaturesConfig) -> Source:
@@ -94,7 +127,10 @@ def _is_complete(folder: Path, source: Source, config: RunFeaturesConfig) -> boo
     if not plans or any(plan.missing() for plan in plans):
         return False
     _require_own(plans[-1].metadata, folder, config)
-    return not len(new_images(source, plans, NameIndex.of(source), config.moved))
+    new, changed = compared(source, plans, NameIndex.of(source), config.moved)
+    if not len(new):  # else embed says it
+        warn_of_changed(changed)
+    return not len(new)
 
 
 def _read(path: str | Path, column: str, config: RunFeaturesConfig) -> FeatureTable:
@@ -116,10 +152,9 @@ def _require_own(facts: dict[str, Any], path: str | Path, config: RunFeaturesCon
         now["whitening"] = NONE
     for name, value in now.items():
         if then.get(name) != value:
-            command = f"upstep-fast embed {config.run} --data ... --with-base --overwrite --out {config.run}/{FOLDER}/"
             raise ConfigError(
                 f"features: {path} has those of another {name} than {config.run} ({then.get(name)}, now {value}); "
-                f"embed again: {command}"
+                f"{_again(config)}"
             )
 
 
@@ -131,11 +166,14 @@ def _embedding_adapter(config: RunFeaturesConfig) -> str | None:
 def _of_data(tables: dict[str, FeatureTable], source: Source, path: str | Path) -> dict[str, FeatureTable]:
     """Return the rows of the source's images, in its order. Raises DataError if there are none."""
     names = tables[FEATURES].names
-    positions = NameIndex(len(names), names.__getitem__).find(source.name(i) for i in range(len(source)))
+    twice = f"features: two images in {path} are called", "embed them again under names of their own, or check --moved"
+    positions = NameIndex(len(names), names.__getitem__, twice).find(source.name(i) for i in range(len(source)))
     rows = positions[positions >= 0]
+    if not len(names):
+        raise DataError(f"data: none of the {len(source):,} images could be read when {path} was written; repair them")
     if not len(rows):
         raise DataError(
-            f"features: {path} has features of other images: the first is {names[0] if names else 'missing'}, that of "
+            f"features: {path} has features of other images: the first is {names[0]}, that of "
             f"--data is {source.name(0)}; embed those of --data, or give --moved OLD=NEW if they have moved"
         )
     if lost := len(source) - len(rows):
@@ -149,9 +187,9 @@ def _rows(table: FeatureTable, rows: np.ndarray) -> FeatureTable:
     return FeatureTable(tuple(table.names[i] for i in rows), table.x[rows], table.facts)
 
 
-def _not_kept(config: RunFeaturesConfig, columns: Sequence[str]) -> dict[str, FeatureTable]:
-    """Return features that are kept nowhere: of a model that is no folder, or without pyarrow."""
-    log.info('features: not kept; a run\'s folder and pip install "upstep_fast[parquet]" keep them')
+def _not_kept(config: RunFeaturesConfig, columns: Sequence[str], reason: str) -> dict[str, FeatureTable]:
+    """Return features that are kept nowhere: of a model that is no folder, without pyarrow, of a read-only run."""
+    log.info("features: not kept; %s", reason)
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/features.safetensors"
         run_embed(replace(_embedding(config, folder), out=out, with_base=BASE in columns, moved=()))

@@ -25,7 +25,6 @@ from upstep_fast.data.sources.source import Source
 from upstep_fast.errors import ConfigError, DataError
 from upstep_fast.evaluation.feature_files import facts as feature_facts
 from upstep_fast.evaluation.feature_files.job import FeatureJob
-from upstep_fast.evaluation.feature_files.moved import moved, parse_moved
 from upstep_fast.evaluation.feature_files.parquet import (
     BASE,
     FACTS,
@@ -46,6 +45,7 @@ SHARD_BYTES = 1 << 25
 FILES = (".npy", ".safetensors", ".parquet")
 LOCK = ".lock"
 CURE = "what was written is complete: make room and repeat the command"
+TWICE = "data: two images are called", "a folder cannot tell them apart; write one file"
 _OWN = re.compile(r"(plan-\d{3,9}|part-\d{3,9}-\d{5,9})\.parquet|\.lock|\.tmp-.*", re.ASCII)
 
 
@@ -177,16 +177,19 @@ def _words(value: Any) -> str:
 
 
 class NameIndex:
-    """Positions of the images of a source by name, 24 bytes for each. Raises DataError for two images of one name."""
+    """Positions of the images of a source by name, 24 bytes for each. Raises DataError for two images of one name.
 
-    def __init__(self, count: int, name: Callable[[int], str]):
+    twice: what its message says before and after that name.
+    """
+
+    def __init__(self, count: int, name: Callable[[int], str], twice: tuple[str, str] = TWICE):
         digests = _digests(name(i) for i in range(count))
         self._order = np.argsort(digests, kind="stable")
         self._digests = digests[self._order]
-        twice = np.flatnonzero(self._digests[1:] == self._digests[:-1])
-        if len(twice):
-            shared = name(int(self._order[twice[0]]))
-            raise DataError(f"data: two images are called {shared}, so a folder cannot tell them apart; write one file")
+        again = np.flatnonzero(self._digests[1:] == self._digests[:-1])
+        if len(again):
+            shared = name(int(self._order[again[0]]))
+            raise DataError(f"{twice[0]} {shared}; {twice[1]}")
 
     @classmethod
     def of(cls, source: Source) -> NameIndex:
@@ -206,16 +209,6 @@ def _digests(names: Iterable[str]) -> np.ndarray:
     # 128 bits: among 1e9 names two are alike with a probability of 1e-21
     each = (hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest() for name in names)
     return np.fromiter(each, "S16")
-
-
-def new_images(source: Source, plans: Sequence[Plan], index: NameIndex, places_moved: Sequence[str]) -> np.ndarray:
-    """Return the positions of images that no plan names, in the order of the source. places_moved: of --moved."""
-    is_new, places = np.ones(len(source), bool), parse_moved(places_moved)
-    for plan in plans:
-        for names in plan.names():
-            at = index.find(moved(name, places) for name in names)
-            is_new[at[at >= 0]] = False
-    return np.flatnonzero(is_new)
 
 
 def write_plan(folder: Path, number: int, job: FeatureJob, positions: np.ndarray) -> None:

@@ -25,8 +25,10 @@ from upstep_fast.input_files import require_regular
 
 FACTS = "upstep_fast"  # in the metadata of Parquet and safetensors: what the features are, as JSON
 SKIPPED = "upstep_fast.skipped"  # in the metadata of a shard: {name: reason} of images that could not be read, as JSON
+SIZES = "upstep_fast.sizes"  # in the metadata of a shard: {"bytes": sizes of its rows' images in the plan}, as JSON
 FEATURES, BASE = "features", "base"  # the columns, or tensors; the second holds the base model's plain features
 RECORD = ("model", "version", "precision")  # facts that may differ between shards: the fingerprint tells the model
+ANEW = "embed to another --out, or all again with --overwrite"
 ROW_GROUP = 4096  # rows of features
 NAMES = 1 << 16  # rows of names
 _FILE = re.compile(r"(plan|part)-(\d{3,9})(-\d{5,9})?\.parquet", re.ASCII)
@@ -65,7 +67,15 @@ class Plan:
         return [k for k in range(self.num_shards) if not self.shard(k).exists()]
 
     def names(self) -> Iterator[list[str]]:
-        """Yield the names of each shard in turn. Raises DataError."""
+        """Yield the names of each shard in turn. Raises DataError, ConfigError."""
+        import pyarrow
+
+        try:
+            yield from self._names()
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            raise DataError(f"features: {self.path} is damaged ({first_line(error)}); {ANEW}") from error
+
+    def _names(self) -> Iterator[list[str]]:
         import pyarrow.parquet
 
         waiting: list[str] = []
@@ -103,10 +113,7 @@ def read_plans(folder: Path) -> list[Plan]:
             found[match[1]].add(int(match[2]))
     numbers = range(1 + max(found["plan"] | found["part"], default=-1))
     if lost := [number for number in numbers if number not in found["plan"]]:
-        raise DataError(
-            f"features: {folder} has lost plan-{lost[0]:03d}.parquet, the names of its images; embed to another --out, "
-            "or all again with --overwrite"
-        )
+        raise DataError(f"features: {folder} has lost plan-{lost[0]:03d}.parquet, the names of its images; {ANEW}")
     plans = []
     for number in numbers:
         path = folder / f"plan-{number:03d}.parquet"
@@ -115,10 +122,7 @@ def read_plans(folder: Path) -> list[Plan]:
             values = _json_of(file.metadata, FACTS)
             plans.append(Plan(folder, number, _positive(values["shard_size"]), file.num_rows, values))
         except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
-            raise DataError(
-                f"features: {path} is damaged ({first_line(error)}); embed to another --out, or all again "
-                "with --overwrite"
-            ) from error
+            raise DataError(f"features: {path} is damaged ({first_line(error)}); {ANEW}") from error
     return plans
 
 
@@ -159,7 +163,7 @@ def read_folder(folder: Path, column: str) -> tuple[list[str], np.ndarray, dict[
             if not facts:
                 facts, x = own_facts, np.empty((sum(plan.rows for plan in plans), rows.shape[1]), np.float32)
             require_same(facts, own_facts, path)
-            x[len(names) : len(names) + len(rows)] = rows
+            x[len(names) : len(names) + len(rows)] = rows.reshape(len(rows), x.shape[1])  # no other width
             names += own_names
     return names, x[: len(names)], facts
 
@@ -194,13 +198,14 @@ def read_shard(path: Path, column: str) -> tuple[list[str], np.ndarray, dict[str
         raise DataError(f"features: {path} is damaged ({first_line(error)}); delete it and repeat embed") from error
 
 
-def read_shard_facts(path: Path) -> tuple[int, dict[str, Any], dict[str, str]]:
-    """Return the number of rows, the facts and {name: reason} of skipped images of a shard. Raises DataError."""
+def read_shard_facts(path: Path) -> tuple[int, dict[str, Any], dict[str, str], dict[str, Any]]:
+    """Return the number of rows, the facts, {name: reason} of skipped images and the SIZES of a shard, or DataError."""
     import pyarrow.parquet
 
     try:
         file = pyarrow.parquet.read_metadata(require_regular(path, "features"))
-        return file.num_rows, _json_of(file.metadata, FACTS), _json_of(file.metadata, SKIPPED)
+        facts, skipped, sizes = (_json_of(file.metadata, key) for key in (FACTS, SKIPPED, SIZES))
+        return file.num_rows, facts, skipped, sizes
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise DataError(f"features: {path} is damaged ({first_line(error)}); delete it and repeat embed") from error
 
@@ -221,10 +226,7 @@ def require_same(then: Mapping[str, Any], now: Mapping[str, Any], where: object)
     for name in dict.fromkeys((*then, *now)):
         if name not in RECORD and then.get(name) != now.get(name):
             was, is_ = (str(facts.get(name))[:200] for facts in (then, now))
-            raise DataError(
-                f"features: {where} are of another kind: {name} {is_}, not {was}; embed to another --out, or all again "
-                "with --overwrite"
-            )
+            raise DataError(f"features: {where} are of another kind: {name} {is_}, not {was}; {ANEW}")
 
 
 def write_names(names: Iterable[str], metadata: Mapping[str, Any], file: BinaryIO) -> None:

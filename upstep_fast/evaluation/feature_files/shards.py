@@ -20,11 +20,13 @@ from torch import Tensor
 from upstep_fast.data.loading.skipped_images import SkippedImages, too_many
 from upstep_fast.errors import DataError, Interrupted
 from upstep_fast.evaluation.feature_files import folder as feature_folder
+from upstep_fast.evaluation.feature_files.changes import compared, warn_of_changed
 from upstep_fast.evaluation.feature_files.folder import CURE, NameIndex
 from upstep_fast.evaluation.feature_files.job import FeatureJob
 from upstep_fast.evaluation.feature_files.moved import moved, parse_moved
 from upstep_fast.evaluation.feature_files.parquet import (
     FACTS,
+    SIZES,
     SKIPPED,
     Plan,
     read_plans,
@@ -89,7 +91,8 @@ def run(job: FeatureJob, folder: Path) -> tuple[FeatureJob, FolderCounts]:
     job = feature_folder.matched(job, plans)
     counts = _counted(plans, job)
     index = NameIndex.of(job.source)
-    positions = feature_folder.new_images(job.source, plans, index, job.config.moved)
+    positions, changed = compared(job.source, plans, index, job.config.moved)
+    warn_of_changed(changed)
     _require_images(plans, index, job)
     distributed.wait_for_ranks()  # all have read the plans before one is added
     if len(positions) and distributed.is_first():
@@ -109,7 +112,7 @@ def _counted(plans: Sequence[Plan], job: FeatureJob) -> FolderCounts:
     for plan in plans:
         missing = set(plan.missing())
         for k in (k for k in range(plan.num_shards) if k not in missing):
-            rows, facts, skipped = read_shard_facts(plan.shard(k))
+            rows, facts, skipped, _ = read_shard_facts(plan.shard(k))
             require_same(facts, job.facts, plan.shard(k))
             if rows + len(skipped) != len(plan.shard_rows(k)):
                 raise DataError(
@@ -121,10 +124,16 @@ def _counted(plans: Sequence[Plan], job: FeatureJob) -> FolderCounts:
 
 
 def _require_images(plans: Sequence[Plan], index: NameIndex, job: FeatureJob) -> None:
-    """Raise DataError if images that are planned, and not embedded yet, are not in the data any more."""
+    """Raise DataError if images that are planned, and not embedded yet, are in data that was not given.
+
+    Those that are gone from data that was given count as images that cannot be read.
+    """
     lost: list[str] = []
     data: list[str] = []
+    given = set(map(str, job.config.data.paths))
     for shard in _missing_shards(plans, index, job):
+        if given.issuperset(map(str, shard.plan.metadata.get("data") or [""])):
+            continue
         lost += [name for name, at in zip(shard.names, shard.positions, strict=True) if at < 0]
         data = shard.plan.metadata.get("data") or []
     if lost:
@@ -154,12 +163,12 @@ def _write_shards(job: FeatureJob, plans: Sequence[Plan], index: NameIndex, coun
     log_time(num, job.models, job.compute)
     log_work("embed", num, job.models)
     extractor = make_extractor(job.source, job.models, job.config, job.compute, patches=bool(job.fitted))
-    began, before = time.monotonic(), counts.skipped
+    began, before, sizes = time.monotonic(), counts.skipped, job.source.sizes()
     with track("embed", own, device=job.compute.device.type) as task:
         try:
             for shard in _missing_shards(plans, index, job):
                 if shard.number % ranks == rank:
-                    _write_shard(shard, extractor, job, counts, total, task)
+                    _write_shard(shard, sizes, extractor, job, counts, total, task)
         except KeyboardInterrupt as error:
             written = f"{counts.shards:,} of {len(missing):,} shards are written"
             raise Interrupted(f"embed: stopped; {written}; repeat the command to go on") from error
@@ -171,16 +180,22 @@ def _write_shards(job: FeatureJob, plans: Sequence[Plan], index: NameIndex, coun
 
 
 def _write_shard(
-    shard: MissingShard, extractor: Extractor, job: FeatureJob, counts: FolderCounts, total: int, task: Task
+    shard: MissingShard,
+    sizes: np.ndarray,
+    extractor: Extractor,
+    job: FeatureJob,
+    counts: FolderCounts,
+    total: int,
+    task: Task,
 ) -> None:
     """Embed the images of a shard and write it atomically; those that cannot be read are recorded in it."""
-    unread = SkippedImages()
-    read, rows = extractor.run(shard.positions.tolist(), unread, task, 1.0)
+    unread, at = SkippedImages(), shard.positions
+    read, rows = extractor.run(at[at >= 0].tolist(), unread, task, 1.0)
     is_read = set(read)
     skipped = {
-        name: unread.get(job.source.name(int(at)), "cannot be read")
-        for name, at in zip(shard.names, shard.positions, strict=True)
-        if int(at) not in is_read
+        name: unread.get(job.source.name(i), "cannot be read") if i >= 0 else "not in --data any more"
+        for name, i in zip(shard.names, at.tolist(), strict=True)
+        if i not in is_read
     }
     for name, reason in skipped.items():
         log.warning("skipped %s: %s", name, reason)
@@ -188,7 +203,8 @@ def _write_shard(
     counts.check(total, job.config.data.max_bad_fraction)
     features = {name: x.numpy() for name, x in job.features(_joined(rows, job)).items()}
     kept = [name for name in shard.names if name not in skipped]
-    metadata = {FACTS: job.facts, SKIPPED: skipped}
+    sizes_then = np.where(at < 0, -1, sizes[at]).tolist()
+    metadata = {FACTS: job.facts, SKIPPED: skipped, SIZES: {"bytes": sizes_then}}
     with write_errors("the features", CURE):
         write_atomic(shard.plan.shard(shard.number), lambda file: write_table(kept, features, metadata, file))
     counts.new += len(kept)

@@ -51,9 +51,8 @@ def read_features(path: str | Path, column: str = FEATURES, places: Sequence[tup
         raise DataError(f"features: cannot read {path}: {first_line(error).removeprefix('features: ')}") from error
     if table.x.ndim != 2 or len(table.x) != len(table.names):
         raise DataError(f"features: {path} holds features {list(table.x.shape)} and {len(table.names)} names")
-    norms = np.linalg.norm(table.x, axis=1)
-    if bad := int((~np.isfinite(norms) | (norms == 0)).sum()):
-        raise DataError(f"features: {bad} of {len(norms)} rows of {path} are not finite or are 0; embed them again")
+    if bad := int((~np.isfinite(table.x).all(axis=1) | ~table.x.any(axis=1)).sum()):
+        raise DataError(f"features: {bad} of {len(table)} rows of {path} are not finite or are 0; embed them again")
     if places:
         table = replace(table, names=tuple(moved(name, places) for name in table.names))
     return table
@@ -64,6 +63,8 @@ def _npy(path: Path, column: str) -> FeatureTable:
         raise ValueError(f"a .npy has no {column}")
     lines = read_text(path.with_suffix(".txt"), "features", MAX_NAMES_BYTES).split("\n")
     x = np.load(require_regular(path, "features"), allow_pickle=False)
+    if x.dtype.kind not in "fiu":
+        raise ValueError(f"it holds {x.dtype}, not real numbers")
     return FeatureTable(tuple(map(name_of_line, lines[:-1])), x.astype(np.float32, copy=False), {})
 
 
