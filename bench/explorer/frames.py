@@ -23,6 +23,7 @@ from unittest import mock
 import numpy as np
 from playwright.sync_api import Page, sync_playwright
 
+from upstep_fast.data.sources.source import Source
 from upstep_fast.explorer import maps
 from upstep_fast.explorer.columns import Column
 from upstep_fast.explorer.gallery import Gallery
@@ -155,9 +156,9 @@ def gallery(points: int) -> Gallery:
         x[column] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     column = Column("cluster", codes, tuple(f"cluster {i + 1}" for i in range(CLUSTERS)))
     names = tuple(f"image {i}" for i in range(points))
-    none: Any = None  # without images there is no source and no model
-    rows = np.full(points, -1)
-    return Gallery("random", names, x, rows, none, none, [column], start_maps(x, None), Thumbnails(none, 3), none)
+    none: Any = None  # the page asks neither for a model nor for lists
+    rows, source = np.full(points, -1), Source(())
+    return Gallery("random", names, x, rows, source, none, [column], start_maps(x, None), Thumbnails(source, 3), none)
 
 
 if __name__ == "__main__":
