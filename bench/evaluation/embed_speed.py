@@ -215,12 +215,13 @@ def measure(work: Path, model: str, precision: str, rounds: int) -> dict[str, An
 
 
 def _summary(runs: list[dict[str, float]]) -> dict[str, Any]:
-    rates = sorted(run["images"] / run["wall"] for run in runs)
+    # beside other programs the difference of two times may be negative: such a round says nothing of the rate
+    rates = sorted(run["images"] / run["wall"] for run in runs if run["wall"] > 0)
     cpu = sorted(1000 * run["cpu"] / run["images"] for run in runs)
     return {
-        "images_per_s": round(statistics.median(rates), 2),
-        "low": round(rates[0], 2),
-        "high": round(rates[-1], 2),
+        "images_per_s": round(statistics.median(rates), 2) if rates else None,
+        "low": round(rates[0], 2) if rates else None,
+        "high": round(rates[-1], 2) if rates else None,
         "cpu_ms": round(statistics.median(cpu), 2),
         "cpu_ms_low": round(cpu[0], 2),
         "cpu_ms_high": round(cpu[-1], 2),
