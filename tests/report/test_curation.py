@@ -111,6 +111,32 @@ def test_features_that_are_there_are_used_and_a_list_is_curated_again(found, pla
     assert not any("noise" in name for name in again.kept)
 
 
+def test_a_commit_that_was_killed_is_completed(model, photos, tmp_path, monkeypatch):
+    data, out, keep = tmp_path / "in", tmp_path / "out", tmp_path / "keep.txt"
+    shutil.copytree(photos, data)
+    options = dict(apply=keep, overwrite=True, **CPU)
+    upstep_fast.curate(model, data, out, **options)
+    shutil.copy(data / "00.png", data / "copy.png")
+
+    class Killed(BaseException):
+        """In place of SIGKILL."""
+
+    def kill(*_):
+        raise Killed
+
+    monkeypatch.setattr("upstep_fast.runtime.commit._complete", kill)
+    with pytest.raises(Killed):
+        upstep_fast.curate(model, data, out, **options)
+    monkeypatch.undo()
+    assert "copy.png" not in (out / "curation.csv").read_text()
+    with pytest.raises(ConfigError, match=r"out: a write of .*keep.txt, .*curation.csv was killed halfway; repeat"):
+        upstep_fast.curate(model, data, out, overwrite=True, **CPU)
+    with pytest.raises(ConfigError, match=r"holds an earlier curation.csv"):
+        upstep_fast.curate(model, data, out, apply=keep, **CPU)
+    assert "copy.png" in (out / "curation.csv").read_text() and len(open_source(keep)) == 24
+    assert not [path for folder in (out, tmp_path) for path in folder.iterdir() if path.name.startswith(".")]
+
+
 def test_without_classes_or_a_test_part_it_says_so(photos, tmp_path):
     found = upstep_fast.curate("demo", photos, tmp_path / "out", **CPU)
     assert any("not all images have one" in note for note in found.notes)

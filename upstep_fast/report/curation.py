@@ -27,7 +27,7 @@ from upstep_fast.evaluation.run_features import data_of_run
 from upstep_fast.report.image_panels import thumbnail
 from upstep_fast.report.page import page
 from upstep_fast.runtime.atomic_file import probe, require_writable, write_errors
-from upstep_fast.runtime.commit import Content, commit_together
+from upstep_fast.runtime.commit import Content, commit_together, settle
 from upstep_fast.runtime.progress import track
 
 log = logging.getLogger("upstep_fast")
@@ -69,9 +69,9 @@ def run_curate(config: CurateConfig) -> Curation:
         images = read_images(config)
         found = find(images, config)
         contents: dict[Path, Content] = {out / PAGE: curation_page(found, images).encode()}
-        contents[out / TABLE] = table(found.findings).encode()
         if config.apply is not None:
             contents[Path(config.apply)] = _list_of(found, config)
+        contents[out / TABLE] = table(found.findings).encode()
         with write_errors("the report", CURE):
             out.mkdir(parents=True, exist_ok=True)
             commit_together(contents)
@@ -140,6 +140,8 @@ def _check_places(out: Path, config: CurateConfig) -> None:
     """Raise ConfigError, before slow work, if a result cannot be written or is there already."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out: {out} is a file; name a folder")
+    with write_errors("the report", CURE):
+        settle([out / PAGE, *([Path(config.apply)] if config.apply is not None else []), out / TABLE], "out")
     if os.path.lexists(out / TABLE) and not config.overwrite:
         raise ConfigError(f"out: {out} holds an earlier {TABLE}; choose another folder or add --overwrite")
     try:
