@@ -214,7 +214,7 @@ def change_model(model, tmp_path):
             dict(mean=(0.1, 0.2, 0.3)),
             r"holds other features: the input has changed \(.*\); choose another --out",
         ),
-        (dict(tiles="8"), "holds other features: reading is .*tiles=8.*, there it is .*tiles=none"),
+        (dict(tiles="32"), "holds other features: reading is .*tiles=32.*, there it is .*tiles=none"),
         (dict(with_base=True), "holds other features: columns is features=48 base=48, there it is features=48"),
         (dict(model="other"), "holds other features: the model has changed"),
         (dict(whitening="fitted"), "holds other features: the whitening has changed"),

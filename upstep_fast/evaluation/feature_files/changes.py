@@ -1,4 +1,4 @@
-"""What has changed since a folder of features was written: images that it lacks, and images that were replaced.
+"""Changes since a folder of features was written: images that it lacks, and images that were replaced.
 
 An image is known by its name. One that was replaced under its name is noticed by its size in bytes, which shards hold.
 """
