@@ -8,6 +8,7 @@ features are the class token, the last block computes it alone behind attention.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -51,22 +52,10 @@ def make_forward_only(
     """
     compiled = device.type == "cuda" if compiled is None else compiled
     packs = packs and not compiled and can_pack(blocks, device)
-    packed: dict[int, MergedBlock] = {}
-
-    def through_blocks(x: Tensor, merged: dict[int, MergedBlock], tables: Ropes, count: int | None) -> Tensor:
-        def run(x: Tensor, delta: Tensor | None, index: int) -> tuple[Tensor, Tensor]:
-            return run_block(x, delta, merged[index], ropes=tables, first=count if index + 1 == len(blocks) else None)
-
-        return head(run_blocks(x, blocks, run, ropes=tables))
+    weights = functools.cache(lambda: pack(merge_adapters())) if packs else merge_adapters
 
     def forward(images: Tensor, merged: dict[int, MergedBlock], tables: Ropes, count: int | None) -> Tensor:
-        return through_blocks(embed(images), merged, tables, count)
-
-    def weights() -> dict[int, MergedBlock]:
-        merged = merge_adapters()
-        if packs and not packed:
-            packed.update(pack(merged))
-        return packed or merged
+        return head(_through(embed(images), blocks, merged, tables, count))
 
     mode = "reduce-overhead" if device.type == "cuda" else None
     call = torch.compile(forward, mode=mode) if compiled else forward
@@ -78,6 +67,21 @@ def make_forward_only(
 
     @torch.no_grad()
     def of_tokens(x: Tensor, tables: Ropes) -> Tensor:
-        return through_blocks(x, weights(), tables, first())
+        return head(_through(x, blocks, weights(), tables, first()))
 
     return ForwardOnly(features, of_tokens)
+
+
+def _through(
+    x: Tensor,
+    blocks: Sequence[FoldedBlock | nn.Module],
+    merged: dict[int, MergedBlock],
+    tables: Ropes,
+    count: int | None,
+) -> Tensor:
+    """Run the blocks on tokens [B, N, D]. Returns the first `count` of each image, None: all."""
+
+    def run(x: Tensor, delta: Tensor | None, index: int) -> tuple[Tensor, Tensor]:
+        return run_block(x, delta, merged[index], ropes=tables, first=count if index + 1 == len(blocks) else None)
+
+    return run_blocks(x, blocks, run, ropes=tables)
