@@ -227,7 +227,7 @@ def test_foreign_safetensors_are_one_line(tmp_path, metadata, tensors, message):
 def test_what_is_not_there_or_no_features(tmp_path, photos):
     shutil.copy(next(photos.iterdir()), tmp_path / "f.parquet")
     for path, message in (
-        (photos, "holds no features"),
+        (photos, r"holds no features; `upstep-fast embed RUN --data \.\.\. --out FOLDER/` writes them"),
         (tmp_path / "no.npy", "cannot read"),
         (tmp_path, "cannot read"),  # its only Parquet file is damaged
     ):

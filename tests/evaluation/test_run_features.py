@@ -199,3 +199,10 @@ def test_a_run_that_names_no_images(run):
     file.write_text("\n".join(line for line in file.read_text().splitlines() if not line.startswith("paths")))
     with pytest.raises(ConfigError, match=r"data: .*config.toml names no images; give --data"):
         read_or_embed(replace(config_of(run), data=()))
+
+
+def test_what_is_no_run_is_said_before_the_work(photos, tmp_path, caplog):
+    for at, reason in ((tmp_path / "nothere", "does not exist"), (photos, "has no config.toml, so it is not of a run")):
+        with pytest.raises(ConfigError, match=f"^run: {at} {reason}; give the folder that adapt wrote"):
+            read_or_embed(RunFeaturesConfig(run=str(at)))
+    assert "not kept" not in caplog.text

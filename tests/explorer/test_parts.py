@@ -156,6 +156,8 @@ def test_a_process_that_fails_or_is_stopped_is_said(monkeypatch, tmp_path, caplo
         time.sleep(0.01)
     stopped.close()
     assert stopped.process.wait(10) != 0
+    next((t.join(10) for t in threading.enumerate() if t.name == "explore: UMAP"), None)
+    assert stopped.state == "stopped" and "ended with -" not in caplog.text  # closing is no failure
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x93NUMPY", "shape", "nan", "pickle"])

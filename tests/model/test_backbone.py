@@ -192,7 +192,9 @@ def test_adapt_and_embed_with_a_file_one_channel_and_another_size(capsys, tmp_pa
         main(["adapt", *model, *common, "--out", str(tmp_path / "out"), "--steps", "1", "--batch-size", "4"])
     out = capsys.readouterr().out
     assert stop.value.code == 0 and f"next: upstep-fast embed {tmp_path / 'out'} " in out  # the run knows its model
-    following = out.split("next: upstep-fast ")[1].split()
+    assert f"next: upstep-fast explore {tmp_path / 'out'}\n" in out
+    assert f"next: upstep-fast search {tmp_path / 'out'} IMAGE\n" in out
+    following = next(line for line in out.splitlines() if "next: upstep-fast embed" in line).split()[2:]
     with pytest.raises(SystemExit) as stop:
         main(following)
     assert stop.value.code == 0 and np.load(tmp_path / "out" / "features.npy").shape == (4, 192)

@@ -19,8 +19,10 @@ from upstep_fast.cli import parse
 from upstep_fast.cli.commands import main
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.evaluate import EmbedConfig, EvalConfig
+from upstep_fast.config.explore import ExploreConfig
 from upstep_fast.config.files import to_toml
 from upstep_fast.config.flat import flat, from_flat
+from upstep_fast.config.search import SearchConfig
 from upstep_fast.config.tools import ExportConfig, ReportConfig
 from upstep_fast.data.loading.skipped_images import write_skipped
 from upstep_fast.errors import ConfigError, Interrupted
@@ -288,6 +290,7 @@ def test_measures_and_classes_are_tables(tmp_path):
 def test_commands_shown_are_commands(tmp_path, monkeypatch, capsys):
     folder = make_run(tmp_path / "it's a run", [row(i) for i in range(3)], arch="vit_tiny_patch16_224", img_size=64)
     classes = {"eval": EvalConfig, "embed": EmbedConfig, "export": ExportConfig, "adapt": AdaptConfig}
+    looks = {"explore": ExploreConfig, "search": SearchConfig}
     (folder / "adapter").mkdir()
     base = {"base_model_name_or_path": read_record(folder).config["model"]}
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(base))
@@ -302,7 +305,9 @@ def test_commands_shown_are_commands(tmp_path, monkeypatch, capsys):
                 rest = cli.COMMANDS[name].named(rest)
                 config = parse.parse(classes[name], rest, prog=name)
                 assert name == "adapt" or (config.model.arch, config.model.img_size) == ("vit_tiny_patch16_224", 64)
-    assert seen == {"eval", "embed", "export", "adapt", "report"}
+            if name in looks:
+                assert parse.parse(looks[name], cli.COMMANDS[name].named(rest), prog=name).run == str(folder)
+    assert seen == {"eval", "embed", "explore", "search", "export", "adapt", "report"}
 
 
 def test_hints(tmp_path):

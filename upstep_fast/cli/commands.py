@@ -29,23 +29,23 @@ from upstep_fast.runtime import exit_signals
 USAGE = """\
 usage: upstep-fast COMMAND [--config FILE.toml] [options]
 
-  demo    adapt a small model to hand-sign photographs, offline, in minutes
-  plan    memory and time of a run, estimated before the run; batch and level that fit in a given memory
-  adapt   adapt a pretrained ViT to a folder of unlabeled images
-  finetune   train a classifier on labeled images or clips, the backbone frozen or not
-  predict    write the class of each image by a fine-tuned model, and measure it where there are labels
-  eval    k-NN and linear probe of a model, with and without an adapter
-  embed   write features of images to a file
-  explore   look through images in a local web page: maps before and after, neighbors, search by an image
-  curate  find copies, odd images, wrong classes and leaks; write the list of images to keep
-  search  find the images that are most similar to an image
-  export  write the adapted model for timm, transformers, PEFT, DINOv2, ONNX or torch.export
-  push    push an adapter and its card to the Hugging Face Hub
-  models  list the models that can be adapted, with size, input and license
-  report  write a run's HTML report again, or compare several runs
-  doctor  implementations chosen on this machine, with reasons; checks every kernel
-  bench   time the engine against eager PyTorch and PEFT on this machine
-  completion   print the script that completes commands and flags in your shell
+  demo        adapt a small model to hand-sign photographs, offline, in minutes
+  plan        memory and time of a run, estimated before the run; batch and level that fit in a given memory
+  adapt       adapt a pretrained ViT to a folder of unlabeled images
+  finetune    train a classifier on labeled images or clips, the backbone frozen or not
+  predict     write the class of each image by a fine-tuned model, and measure it where there are labels
+  eval        k-NN and linear probe of a model, with and without an adapter
+  embed       write features of images to a file, or to a folder that grows with them
+  explore     look through images in a local web page: maps before and after, neighbors, search by an image
+  curate      find copies, odd images, wrong classes and leaks; write the list of images to keep
+  search      find the images that are most similar to an image
+  export      write the adapted model for timm, transformers, PEFT, DINOv2, ONNX or torch.export
+  push        push an adapter and its card to the Hugging Face Hub
+  models      list the models that can be adapted, with size, input and license
+  report      write a run's HTML report again, or compare several runs
+  doctor      implementations chosen on this machine, with reasons; checks every kernel
+  bench       time the engine against eager PyTorch and PEFT on this machine
+  completion  print the script that completes commands and flags in your shell
 
 upstep-fast COMMAND --help lists a command's options and shows examples.
 example: upstep-fast adapt --model vit_base_patch16_224 --data photos/ --out adapted/"""
@@ -133,7 +133,7 @@ def _dispatch(args: list[str], debug: bool) -> None:
     command = COMMANDS[name]
     rest = command.named(rest)
     try:
-        config = parse(command.config(), rest, prog=f"upstep-fast {name}")
+        config = parse(command.config(), rest, f"upstep-fast {name}", command.positional)
     except SystemExit as stop:
         if not stop.code and HELP & set(rest):
             print(cli_help.epilog(name))

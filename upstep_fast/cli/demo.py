@@ -16,6 +16,7 @@ from upstep_fast.evaluation.labeled import evaluate
 from upstep_fast.evaluation.verdict import eval_verdict
 from upstep_fast.model.names import LOCAL, demo_folder
 from upstep_fast.report import page as html_report
+from upstep_fast.report.next_steps import look_commands
 from upstep_fast.report.run_record import read_config
 from upstep_fast.report.tables import print_scores, print_verdicts
 from upstep_fast.runtime import terminal
@@ -56,6 +57,10 @@ def run(config: DemoConfig) -> dict[str, Any]:
     print_verdicts(adapted.verdict, eval_verdict(scores))
     terminal.print_line(_summary(scores))
     terminal.print_line(f"adapter: {adapted.adapter}  (made in {terminal.format_duration(time.monotonic() - start)})")
+    explore, search = look_commands(Path(config.out))
+    print("next, look through these photographs, before and after:")
+    terminal.print_line(f"  {explore}")
+    terminal.print_line(f"  {search}")
     print(
         "next, on your own images (upstep-fast plan says how long it takes):\n"
         "  upstep-fast adapt --model vit_base_patch16_224 --data YOUR_FOLDER --out adapted/"

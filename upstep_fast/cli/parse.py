@@ -17,9 +17,10 @@ from upstep_fast.errors import MAX_LINE, ConfigError, printable
 HELP = {"-h", "--help", "--help-all"}
 
 
-def parse(config_class: type, args: Sequence[str], prog: str) -> Any:
+def parse(config_class: type, args: Sequence[str], prog: str, positional: Sequence[str] = ()) -> Any:
     """Return the configuration from flags, over the file of --config if there is one. Prints help and exits if asked.
 
+    positional: the fields whose flags may be left out; the help's usage shows them.
     Raises ConfigError for an unknown or missing flag and for a value that a field does not take.
     """
     from upstep_fast.cli import help as cli_help
@@ -34,7 +35,8 @@ def parse(config_class: type, args: Sequence[str], prog: str) -> Any:
     method, objective = (_value_of(flag, args) or values.get(flag) for flag in ("method", "objective"))
     config_class = of_method(config_class, method, objective)
     if HELP & set(args):
-        _print_help(config_class, prog, show_all="--help-all" in args)
+        usage = " ".join([prog, *(_usage_of(name, config_class) for name in positional)])
+        _print_help(config_class, prog, usage, show_all="--help-all" in args)
     cli_help.check_flags(args, config_class)
     kinds = field_kinds(config_class)
     from_file = {name: _from_toml(name, value, kinds[name], f"config {file}: ") for name, value in values.items()}
@@ -82,7 +84,14 @@ def _value_of(flag: str, args: Sequence[str]) -> str | None:
     return values[-1] if values else None
 
 
-def _print_help(config_class: type, prog: str, *, show_all: bool) -> None:
+def _usage_of(name: str, config_class: type) -> str:
+    """Return a field as usage shows it without its flag: RUN, QUERY ..., [PATTERN]."""
+    several = typing.get_origin(field_kinds(config_class)[name]) is tuple
+    text = f"{name.upper()} ..." if several else name.upper()
+    return text if name not in defaults(config_class) else f"[{text}]"
+
+
+def _print_help(config_class: type, prog: str, usage: str, *, show_all: bool) -> None:
     import tyro
 
     from upstep_fast.cli import help as cli_help
@@ -95,7 +104,7 @@ def _print_help(config_class: type, prog: str, *, show_all: bool) -> None:
         print_short(config_class, prog, shown)
         raise SystemExit(0)
     cli_help.plain_help()
-    tyro.cli(for_tyro(config_class, shown), args=["--help"], prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+    tyro.cli(for_tyro(config_class, shown), args=["--help"], prog=usage, config=(tyro.conf.OmitArgPrefixes,))
 
 
 def _from_flags(args: Sequence[str], kinds: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 def adapt(config: Any) -> None:
     """Adapt a model, and print the verdict and where things are."""
-    from upstep_fast.report.next_steps import embed_command
+    from upstep_fast.report.next_steps import embed_command, look_commands
     from upstep_fast.report.run_record import read_config
     from upstep_fast.report.tables import print_verdicts
     from upstep_fast.runtime.distributed import is_first
@@ -24,7 +24,8 @@ def adapt(config: Any) -> None:
         f"adapter: {result.adapter}  ({counted(result.steps, 'step')}, {result.opened} with an update, {duration})"
     )
     print_line(f"report: {out / 'report.html'}")
-    print_line(f"next: {embed_command(read_config(out), out)}")
+    for command in (embed_command(read_config(out), out), *look_commands(out)):
+        print_line(f"next: {command}")
 
 
 def evaluate(config: Any) -> None:

@@ -14,8 +14,8 @@ class RunFeaturesConfig:
     run: str
     """Folder of a run (--out of adapt)."""
     data: tuple[str, ...] = ()
-    """Images: folders, .tar files, text lists, hf:NAME, or addresses (s3://...). Default: those that the run was
-    trained on."""
+    """Images: folders, .tar files, text lists, hf:NAME, or addresses (s3://...). Default: the --data of the
+    run, test images too."""
     features: str | None = None
     """Folder or file of features that embed wrote. Default: RUN/features, embedded first as far as they are missing."""
     moved: tuple[str, ...] = ()

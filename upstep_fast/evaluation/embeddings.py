@@ -152,7 +152,7 @@ def with_run(config: EmbedConfig) -> tuple[EmbedConfig, Path | None]:
     file = folder / whitening.FILE
     if os.path.lexists(file):
         return config, file
-    log.info("form: plain, as %s holds no %s; --fit-whitening fits one", folder, whitening.FILE)
+    log.info("form: plain, as %s holds no %s; embed --fit-whitening fits one", folder, whitening.FILE)
     return config, None
 
 

@@ -66,6 +66,9 @@ def read_or_embed(config: RunFeaturesConfig, base: bool = False) -> dict[str, Fe
 
 def data_of_run(run: str | Path) -> tuple[str, ...]:
     """Return --data of a run's config.toml. Raises ConfigError if there is none."""
+    if not (Path(run) / RUN_CONFIG).exists():
+        reason = f"has no {RUN_CONFIG}, so it is not of a run" if Path(run).exists() else "does not exist"
+        raise ConfigError(f"run: {run} {reason}; give the folder that adapt wrote (--out), or --data with a model")
     values = read_toml(Path(run) / RUN_CONFIG, "run")
     data = values.get("data", {}).get("paths") if isinstance(values.get("data"), dict) else values.get("data")
     if not isinstance(data, list) or not data or not all(isinstance(path, str) for path in data):
@@ -189,8 +192,9 @@ def _rows(table: FeatureTable, rows: np.ndarray) -> FeatureTable:
 
 def _not_kept(config: RunFeaturesConfig, columns: Sequence[str], reason: str) -> dict[str, FeatureTable]:
     """Return features that are kept nowhere: of a model that is no folder, without pyarrow, of a read-only run."""
-    log.info("features: not kept; %s", reason)
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/features.safetensors"
-        run_embed(replace(_embedding(config, folder), out=out, with_base=BASE in columns, moved=()))
+        command = replace(_embedding(config, folder), out=out, with_base=BASE in columns, moved=())
+        log.info("features: not kept; %s", reason)
+        run_embed(command)
         return {column: read_features(out, column) for column in columns}

@@ -81,7 +81,7 @@ class Maps:
     def close(self) -> None:
         """End the process, if it runs."""
         with self.lock:
-            self.state = self.state or "stopped"
+            self.state = "stopped"
             if self.process is not None:
                 self.process.kill()
 
@@ -134,10 +134,12 @@ def _compute(maps: Maps, x: Mapping[str, np.ndarray], folder: Path | None) -> No
                 column = line.decode().strip()
                 maps.ready["umap", column] = y = np.load(Path(name) / f"umap-{column}.npy")
                 _write(folder, column, y)
-            if maps.process.wait() and maps.state != "stopped":
+            if maps.process.wait():
                 raise RuntimeError(f"its process ended with {maps.process.returncode}")
             maps.state = ""
     except Exception as error:  # the page is of use without it
+        if maps.state == "stopped":  # its process was ended, whatever it says
+            return
         maps.state = f"UMAP failed: {first_line(error)}"
         log.warning("explore: %s", maps.state)
 

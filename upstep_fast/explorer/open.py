@@ -41,8 +41,8 @@ def explore(
 ) -> Explorer:
     """Return a local page to look through images; a notebook shows it as a frame, and `url` opens in a browser.
 
-    source: a run's folder, or a model of `upstep_fast.load`. data: images, as `--data` takes them; default: those that
-    the run was trained on. features: of a run, as `upstep-fast explore` takes them. columns: CSV whose columns color
+    source: a run's folder, or a model of `upstep_fast.load`. data: images, as `--data` takes them; default: those of
+    the run's --data. features: of a run, as `upstep-fast explore` takes them. columns: CSV whose columns color
     the maps. height: of the frame in pixels. The server runs in a thread until `close()`. Raises UpstepError.
     """
     require_packages()

@@ -25,12 +25,14 @@ def next_steps(record: Record) -> list[tuple[str, str]]:
             *_hints(record),
         ]
     scores = str(out / "eval.json")
-    suggestions = []
+    suggestions, (explore, search) = [], look_commands(out)
     if record.scores is None:
         reason = "Measure the accuracy, if you have labeled images as CLASS/…, or train/CLASS/… and test/CLASS/…:"
         command = ["upstep-fast", "eval", _place(out), "--data", "LABELED_FOLDER", "--json", scores]
         suggestions.append((reason, f"{shell_command(command)}\n{shell_command(['upstep-fast', 'report', str(out)])}"))
     export = ["upstep-fast", "export", _place(out), "--format", "timm", "--out", str(out / "exported")]
+    suggestions.append(("Look through your images, before and after:", explore))
+    suggestions.append(("Find the images most similar to one:", search))
     suggestions.append(("Write the features of your images:", embed_command(record.config, out)))
     suggestions.append(("Export the adapted model for timm:", shell_command(export)))
     return suggestions + _hints(record)
@@ -58,6 +60,12 @@ def embed_command(config: Mapping[str, Any], out: Path) -> str:
     column = ["--image-column", str(config["image_column"])] if config.get("image_column") else []
     arguments = ["--data", *images, *column, "--out", str(out / "features.npy")]
     return shell_command(["upstep-fast", "embed", _place(out), *arguments])
+
+
+def look_commands(out: Path) -> tuple[str, str]:
+    """Return the commands that look through a run's images, and that find the images most similar to one."""
+    place = _place(out)
+    return shell_command(["upstep-fast", "explore", place]), shell_command(["upstep-fast", "search", place, "IMAGE"])
 
 
 def _place(out: Path) -> str:

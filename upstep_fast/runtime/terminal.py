@@ -114,5 +114,5 @@ def show(table: rich.table.Table) -> None:
 
 
 def counted(count: int, unit: str) -> str:
-    """Return "1 step", "2 steps"."""
-    return f"{count} {unit}{'s' * (count != 1)}"
+    """Return "1 step", "2,000 steps"."""
+    return f"{count:,} {unit}{'s' * (count != 1)}"

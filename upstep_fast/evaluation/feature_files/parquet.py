@@ -175,7 +175,9 @@ def _read_without_plan(folder: Path, column: str) -> tuple[list[str], np.ndarray
     """
     parts = [(path, *read_file(path, column)) for path in sorted(folder.glob("*.parquet"))]
     if not parts:
-        raise DataError(f"features: {folder} holds no features; write them with `upstep-fast embed --out {folder}/`")
+        raise DataError(
+            f"features: {folder} holds no features; `upstep-fast embed RUN --data ... --out FOLDER/` writes them"
+        )
     for path, *_, facts in parts:
         require_same(parts[0][-1], facts, path)
     names = [name for _, of_file, *_ in parts for name in of_file]
