@@ -59,6 +59,7 @@ PARSED = {
     "hf:": "a download",
     "cuda": "needs a GPU",
     "--data ct/ --out adapted/": "no scans are shipped; docs/radiology.md makes some",
+    "--masks masks/": "no masks are shipped; tests/evaluation/test_segmentation.py makes some",
     "clips/": "no clips are shipped; tests/train/test_finetune.py runs them",
 }
 # programs whose commands are checked but not run, and what is checked in `check_other`
