@@ -11,7 +11,7 @@ import upstep_fast
 from upstep_fast.config.base import RuntimeConfig
 from upstep_fast.config.run_features import RunFeaturesConfig
 from upstep_fast.errors import ConfigError, DataError
-from upstep_fast.evaluation import run_features
+from upstep_fast.evaluation import features, run_features
 from upstep_fast.evaluation.feature_files.table import read_features
 from upstep_fast.evaluation.run_features import read_or_embed
 
@@ -206,3 +206,15 @@ def test_what_is_no_run_is_said_before_the_work(photos, tmp_path, caplog):
         with pytest.raises(ConfigError, match=f"^run: {at} {reason}; give the folder that adapt wrote"):
             read_or_embed(RunFeaturesConfig(run=str(at)))
     assert "not kept" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["features.npy", "features/"])
+def test_the_base_model_runs_only_where_its_features_are_written(run, trained, monkeypatch, tmp_path, name):
+    built, real = [], features.feature_function
+    monkeypatch.setattr(features, "feature_function", lambda model, *how: built.append(model) or real(model, *how))
+    how = dict(device="cpu", precision="fp32")
+    out = upstep_fast.embed(run, trained / "photos", f"{tmp_path}/{name}", **how)
+    assert len(built) == 1
+    np.testing.assert_allclose(read_features(out).x, embedded(run, trained / "photos")[1], atol=2e-6)
+    upstep_fast.embed(run, trained / "photos", tmp_path / "both.npy", ensemble=True, **how)
+    assert len(built) == 1 + 2

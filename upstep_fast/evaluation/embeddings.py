@@ -114,9 +114,9 @@ def job_of(
 
 def _embed_file(out: Path, job: FeatureJob) -> Embedded:
     config, source, models = job.config, job.source, job.models
-    log_time(len(source), models, job.compute)
+    log_time(len(source), {kind: models[kind] for kind in job.kinds}, job.compute)
     whitens = bool(config.fit_whitening or job.fitted)
-    x, indices = extract(source, models, config, job.compute, patches=whitens, name="embed")
+    x, indices = extract(source, models, config, job.compute, patches=whitens, name="embed", kinds=job.kinds)
     contents: dict[Path, Content] = {}
     if config.fit_whitening:
         fitted = {name: whitening.fit(x[name]) for name in models}

@@ -95,7 +95,7 @@ class Extractor:
 
         skipped: collects the images that cannot be read. Raises as `extract` does.
         """
-        base, rows = self.models["base"], dict[str, list[Tensor]]((kind, []) for kind in self.models)
+        base, rows = self.models["base"], dict[str, list[Tensor]]((kind, []) for kind in self.functions)
         read: list[int] = []
         for batch_indices, images in _batches(self.source, indices, base, self.config, skipped, max_bad_fraction):
             x = base.normalized(images.to(self.compute.device))
@@ -110,14 +110,19 @@ class Extractor:
 
 
 def make_extractor(
-    source: Source, models: dict[str, Backbone], config: EvalConfig | EmbedConfig, compute: Compute, patches: bool
+    source: Source,
+    models: dict[str, Backbone],
+    config: EvalConfig | EmbedConfig,
+    compute: Compute,
+    patches: bool,
+    kinds: Sequence[str] | None = None,
 ) -> Extractor:
-    """Return the extractor of these models, after all ranks have agreed on what they run. patches: as for `extract`."""
+    """Return the extractor, after all ranks have agreed on what they run. patches, kinds: as for `extract`."""
     agree(source, models["base"], config)
     pool = pooling.pooled_and_patch_mean if patches else pooling.pooled_only
     how = config.runtime.implementation, compute, pool
     with torch.no_grad():
-        functions = {kind: feature_function(model, *how) for kind, model in models.items()}
+        functions = {kind: feature_function(models[kind], *how) for kind in kinds or models}
     return Extractor(source, models, functions, config, compute)
 
 
@@ -128,29 +133,30 @@ def extract(
     compute: Compute,
     patches: bool = True,
     name: str = "features",
+    kinds: Sequence[str] | None = None,
 ) -> tuple[dict[str, Tensor], list[int]]:
-    """Run every model on every readable image. Return {model: unit features [N, P, D]} and the indices read, [N].
+    """Run the models on every readable image. Return {model: unit features [N, P, D]} and the indices read, [N].
 
     patches: append the mean patch token (`pooling.pooled_and_patch_mean`); False: pooled features only, P = 1. Under
-    torchrun each rank reads a part of the images, and all ranks return all features. name: of the progress line. Raises
-    DataError, and RunFailedError for features that are not finite.
+    torchrun each rank reads a part of the images, and all ranks return all features. name: of the progress line. kinds:
+    names of the models that are run; None: all. Raises DataError, and RunFailedError for features that are not finite.
     """
-    extractor = make_extractor(source, models, config, compute, patches)
+    extractor = make_extractor(source, models, config, compute, patches, kinds)
     skipped = SkippedImages()
     part = distributed.own_part(len(source))
-    log_work(name, len(source), models)
+    log_work(name, len(source), models, kinds)
     with track(name, len(part), device=compute.device.type) as task:
         local_indices, rows = extractor.run(part, skipped, task, config.data.max_bad_fraction)
     distributed.wait_for_ranks()
     indices = _gather_indices(local_indices, skipped, len(source))
-    return {kind: _gather_features(rows[kind], model, patches) for kind, model in models.items()}, indices
+    return {kind: _gather_features(x, models[kind], patches) for kind, x in rows.items()}, indices
 
 
-def log_work(name: str, num_images: int, models: Mapping[str, Backbone]) -> None:
-    """Log how many images the models are to run on, and the size of both."""
+def log_work(name: str, num_images: int, models: Mapping[str, Backbone], kinds: Sequence[str] | None = None) -> None:
+    """Log how many images the models are to run on, and the size of both. kinds: as for `extract`."""
     base, height, width = models["base"], *models["base"].img_size
     millions = sum(p.numel() for p in base.vit.parameters()) / 1e6
-    which = ", with and without the adapter" if len(models) > 1 else ""
+    which = ", with and without the adapter" if len(kinds or models) > 1 else ""
     log.info("%s: %s images at %d x %d px, model of %.1f M%s", name, f"{num_images:,}", height, width, millions, which)
 
 
@@ -283,7 +289,7 @@ def append_whitened(x: Mapping[str, Tensor], fitted: Mapping[str, Whitening]) ->
 
 
 def _with_ensemble(features: dict[str, Tensor]) -> dict[str, Tensor]:
-    if "adapted" not in features:
+    if not {"base", "adapted"} <= features.keys():
         return features
     return features | {"ensemble": ensemble(features["base"], features["adapted"])}
 

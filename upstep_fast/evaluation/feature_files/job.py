@@ -39,6 +39,12 @@ class FeatureJob:
         return "ensemble" if self.config.ensemble else "adapted" if self.config.adapter else "base"
 
     @property
+    def kinds(self) -> list[str]:
+        """Names of the models that are run: both only if both give features or are to be whitened."""
+        both = self.config.ensemble or self.config.with_base or self.config.fit_whitening
+        return list(self.models) if both else [self.kind]
+
+    @property
     def form(self) -> str:
         """Form of the features, in words."""
         return f"{self.kind}, {'whitened features appended' if self.fitted else 'plain'}"
@@ -58,7 +64,8 @@ class FeatureJob:
 
     def features(self, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the features by column, [N, D] fp32. x: unit features [N, P, D] by model. Raises RunFailedError."""
-        by_model = append_whitened(x, self.fitted) if self.fitted else unwhitened(x)
+        fitted = {kind: self.fitted[kind] for kind in self.kinds} if self.fitted else {}
+        by_model = append_whitened(x, fitted) if fitted else unwhitened(x)
         columns = {FEATURES: by_model[self.kind]}
         if self.config.with_base:
             columns[BASE] = x["base"][:, 0].clone()  # safetensors takes no two names for one memory

@@ -160,9 +160,10 @@ def _write_shards(job: FeatureJob, plans: Sequence[Plan], index: NameIndex, coun
     missing = [(plan, k) for plan in plans for k in plan.missing()]
     own = sum(len(plan.shard_rows(k)) for plan, k in missing if k % ranks == rank)
     num = sum(len(plan.shard_rows(k)) for plan, k in missing)
-    log_time(num, job.models, job.compute)
-    log_work("embed", num, job.models)
-    extractor = make_extractor(job.source, job.models, job.config, job.compute, patches=bool(job.fitted))
+    log_time(num, {kind: job.models[kind] for kind in job.kinds}, job.compute)
+    log_work("embed", num, job.models, job.kinds)
+    how = job.config, job.compute
+    extractor = make_extractor(job.source, job.models, *how, patches=bool(job.fitted), kinds=job.kinds)
     began, before, sizes = time.monotonic(), counts.skipped, job.source.sizes()
     with track("embed", own, device=job.compute.device.type) as task:
         try:
