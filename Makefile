@@ -28,6 +28,8 @@ $(STAMP): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip setuptools cmake ninja pybind11
 	$(BIN)/pip install --quiet torch timm
+	# these pin versions of each other (fsspec, botocore): among all others pip tries them out for ever, alone for seconds
+	$(BIN)/pip install --quiet 'datasets>=3' 's3fs>=2024.6' 'moto[server]>=5'
 	$(BIN)/pip install --quiet --no-build-isolation -e '.[dev]'
 	touch $@
 
