@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 
 from upstep_fast import embed
 from upstep_fast.errors import ConfigError, DataError
-from upstep_fast.evaluation.feature_files.parquet import FACTS, SKIPPED, write_table
+from upstep_fast.evaluation.feature_files.parquet import FACTS, SKIPPED
 from upstep_fast.evaluation.feature_files.table import read_features
+from upstep_fast.evaluation.feature_files.write import write_table
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")

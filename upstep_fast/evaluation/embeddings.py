@@ -32,6 +32,7 @@ from upstep_fast.evaluation.feature_files import parquet as feature_parquet
 from upstep_fast.evaluation.feature_files import shards as feature_shards
 from upstep_fast.evaluation.feature_files.job import FeatureJob
 from upstep_fast.evaluation.feature_files.parquet import FACTS, FEATURES
+from upstep_fast.evaluation.feature_files.write import write_table
 from upstep_fast.evaluation.features import extract, load_models, log_time
 from upstep_fast.evaluation.whitening import OtherModelError, Whitening
 from upstep_fast.input_files import read_bytes
@@ -227,7 +228,7 @@ def _safetensors(out: Path, x: Mapping[str, Tensor], names: list[str], facts: Ma
 
 def _parquet(out: Path, x: Mapping[str, Tensor], names: list[str], facts: Mapping[str, Any]) -> dict[Path, Content]:
     columns = {name: rows.numpy() for name, rows in x.items()}
-    return {out: lambda file: feature_parquet.write_table(names, columns, {FACTS: facts}, file)}
+    return {out: lambda file: write_table(names, columns, {FACTS: facts}, file)}
 
 
 def _write(contents: Mapping[Path, Content]) -> None:

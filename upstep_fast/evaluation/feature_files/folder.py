@@ -32,8 +32,8 @@ from upstep_fast.evaluation.feature_files.parquet import (
     holds_features,
     read_plans,
     require_pyarrow,
-    write_names,
 )
+from upstep_fast.evaluation.feature_files.write import write_names
 from upstep_fast.model.identity import differences
 from upstep_fast.runtime import file_lock
 from upstep_fast.runtime.atomic_file import probe, write_atomic, write_errors

@@ -13,14 +13,15 @@ import importlib.util
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from upstep_fast.errors import ConfigError, DataError, first_line
+from upstep_fast.evaluation.feature_files.write import ROW_GROUP
 from upstep_fast.input_files import require_regular
 
 FACTS = "upstep_fast"  # in the metadata of Parquet and safetensors: what the features are, as JSON
@@ -29,8 +30,6 @@ SIZES = "upstep_fast.sizes"  # in the metadata of a shard: {"bytes": sizes of it
 FEATURES, BASE = "features", "base"  # the columns, or tensors; the second holds the base model's plain features
 RECORD = ("model", "version", "precision")  # facts that may differ between shards: the fingerprint tells the model
 ANEW = "embed to another --out, or all again with --overwrite"
-ROW_GROUP = 4096  # rows of features
-NAMES = 1 << 16  # rows of names
 _FILE = re.compile(r"(plan|part)-(\d{3,9})(-\d{5,9})?\.parquet", re.ASCII)
 
 
@@ -229,38 +228,6 @@ def require_same(then: Mapping[str, Any], now: Mapping[str, Any], where: object)
         if name not in RECORD and then.get(name) != now.get(name):
             was, is_ = (str(facts.get(name))[:200] for facts in (then, now))
             raise DataError(f"features: {where} are of another kind: {name} {is_}, not {was}; {ANEW}")
-
-
-def write_names(names: Iterable[str], metadata: Mapping[str, Any], file: BinaryIO) -> None:
-    """Write names as the column `path` to an open file, without having all of them in memory at once."""
-    import pyarrow
-    import pyarrow.parquet
-
-    schema = pyarrow.schema([("path", pyarrow.string())], {key: json.dumps(value) for key, value in metadata.items()})
-    rest = iter(names)
-    options: dict[str, Any] = {"compression": "zstd", "use_dictionary": False, "write_page_checksum": True}
-    with pyarrow.parquet.ParquetWriter(file, schema, **options) as writer:
-        while some := list(itertools.islice(rest, NAMES)):
-            writer.write_batch(pyarrow.record_batch([pyarrow.array(some, pyarrow.string())], schema=schema))
-
-
-def write_table(
-    names: Sequence[str], columns: Mapping[str, np.ndarray], metadata: Mapping[str, Any], file: BinaryIO
-) -> None:
-    """Write names [N] and features, by column [N, D] fp32, to an open file; metadata: JSON values by key."""
-    import pyarrow
-    import pyarrow.parquet
-
-    arrays: dict[str, Any] = {"path": pyarrow.array(list(names), pyarrow.string())}
-    for name, x in columns.items():
-        # a view of permuted axes would be written in the order of its memory
-        flat = pyarrow.array(np.ascontiguousarray(x, dtype=np.float32).ravel())
-        arrays[name] = pyarrow.FixedSizeListArray.from_arrays(flat, x.shape[1])
-    table = pyarrow.table(arrays).replace_schema_metadata({key: json.dumps(value) for key, value in metadata.items()})
-    # the digits of features do not compress
-    compression = {"path": "zstd"} | {f"{name}.list.element": "none" for name in columns}
-    options: dict[str, Any] = {"compression": compression, "use_dictionary": False, "write_page_checksum": True}
-    pyarrow.parquet.write_table(table, file, row_group_size=ROW_GROUP, **options)
 
 
 def _read(path: Path, column: str) -> tuple[list[str], np.ndarray, Mapping[bytes, bytes]]:

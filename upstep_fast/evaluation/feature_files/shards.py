@@ -32,8 +32,8 @@ from upstep_fast.evaluation.feature_files.parquet import (
     read_plans,
     read_shard_facts,
     require_same,
-    write_table,
 )
+from upstep_fast.evaluation.feature_files.write import write_table
 from upstep_fast.evaluation.features import Extractor, log_time, log_work, make_extractor
 from upstep_fast.model import pooling
 from upstep_fast.runtime import distributed
