@@ -15,9 +15,10 @@ import torch
 from photos import save_photos
 
 from upstep_fast.cli.commands import main
+from upstep_fast.config.explore import ExploreConfig
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import ConfigError, DataError
-from upstep_fast.explorer import maps, serve
+from upstep_fast.explorer import gallery, maps, serve
 from upstep_fast.explorer.columns import MAX_CATEGORIES, NONE, of_categories, of_folders, of_texts, read_columns
 from upstep_fast.explorer.maps import in_square, principal, spread, turned_to
 from upstep_fast.explorer.open import require_packages
@@ -265,3 +266,9 @@ def test_the_page_needs_no_package_of_the_extra_to_be_imported():
         "import sys, upstep_fast.explorer.open; sys.exit(any(m in sys.modules for m in ('torch', 'starlette', 'umap')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_missing_table_is_told_before_anything_is_embedded(monkeypatch, tmp_path):
+    monkeypatch.setattr(gallery, "read_or_embed", None)
+    with pytest.raises(ConfigError, match=r"columns: .*missing\.csv is not a regular file"):
+        gallery.gallery_of_run(ExploreConfig(str(tmp_path), columns=str(tmp_path / "missing.csv")))

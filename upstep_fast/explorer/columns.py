@@ -103,14 +103,19 @@ def of_clusters(x: np.ndarray, count: int) -> Column:
     return Column("cluster", rank[means.labels_].astype(np.uint16), names)
 
 
+def require_table(path: Path) -> None:
+    """Raise ConfigError if the CSV of --columns is no regular file."""
+    if not path.is_file():
+        raise ConfigError(f"columns: {path} is not a regular file; give a CSV with a column of paths")
+
+
 def read_columns(path: Path, names: Sequence[str]) -> list[Column]:
     """Return the columns of a CSV for the images of these names. Raises DataError, ConfigError.
 
     The column of paths is found as in lists of images. A path names an image if it is its name, or if it is the end of
     its name, folder by folder, and of no other image's.
     """
-    if not path.is_file():
-        raise ConfigError(f"columns: {path} is not a regular file; give a CSV with a column of paths")
+    require_table(path)
     header, cells = csv_cells(read_text(path).decode("utf-8", "replace"), path)
     at = columns_of_header(header, path, Columns()).get("path", 0)
     found = {row[at].strip(): row for _, row in cells if len(row) == len(header)}

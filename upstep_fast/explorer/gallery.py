@@ -121,6 +121,8 @@ def base_of(model: FeatureModel) -> FeatureModel:
 
 def gallery_of_run(config: ExploreConfig) -> Gallery:
     """Return the gallery of a run's images; what is missing of their features is embedded first. Raises UpstepError."""
+    if config.columns is not None:  # before minutes of embedding
+        of_images.require_table(Path(config.columns))
     data = config.data or data_of_run(config.run)
     tables = read_or_embed(config, base=True)
     adapted, base = tables[FEATURES], tables[BASE]
