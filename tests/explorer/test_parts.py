@@ -237,7 +237,7 @@ def test_the_command_prints_an_address_that_answers_and_ends_with_0(monkeypatch,
         (["--host", "0.0.0.0"], "host"),
         (["--port", "70000"], "port"),
         (["--clusters", "1"], "clusters"),
-        ([], "config.toml"),
+        ([], "does not exist"),
     ],
 )
 def test_bad_options_are_one_line(flags, field, capsys, tmp_path):
