@@ -61,13 +61,13 @@ def patch_tokens(model: Backbone, images: Tensor) -> Tensor:
 
 
 def segment(bank: Tensor, labels: Tensor, queries: Tensor, k: int = NEIGHBORS) -> Tensor:
-    """Majority of the k most similar bank tokens. bank [M, D]; labels [M] int64; queries [N, D] -> [N] int64."""
-    return knn_votes(bank, labels, queries, 2, k, temperature=math.inf).argmax(1)
+    """Majority of the k most similar bank tokens. bank [M, D]; labels [M], int64 or bool; queries [N, D] -> [N]."""
+    return knn_votes(bank, labels.long(), queries, 2, k, temperature=math.inf).argmax(1)
 
 
 def mean_iou(found: Tensor, truth: Tensor) -> float:
-    """Mean intersection over union of both classes, in percent; int64 tensors of one shape."""
-    return 100 * float(miou_of(counts_of(found.flatten(), truth.flatten(), 2)))
+    """Mean intersection over union of both classes, in percent; int64 or bool tensors of one shape."""
+    return 100 * float(miou_of(counts_of(found.flatten().long(), truth.flatten().long(), 2)))
 
 
 def images_of(hands: str, backgrounds: str, size: tuple[int, int]) -> list[tuple[Tensor, Tensor]]:

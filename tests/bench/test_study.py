@@ -197,7 +197,7 @@ def test_a_hand_is_cut_out_and_pasted(bench):
     expected[4:12, 4:12] = True
     assert torch.equal(found.masks[0], expected)
     assert torch.equal(found.images[0, 0], torch.where(expected, hand[0, 0], torch.zeros(())))
-    labels = bench("dense").patch_labels(found.masks, 4)
+    labels = bench("dense").patch_labels(found.masks.long(), (4, 4))
     assert labels.view(4, 4).tolist() == [
         [False] * 4,
         [False, True, True, False],
