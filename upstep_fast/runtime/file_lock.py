@@ -12,16 +12,17 @@ from upstep_fast.errors import ConfigError
 
 
 @contextlib.contextmanager
-def locked(path: Path, in_use: str) -> Iterator[None]:
+def locked(path: Path, in_use: str | None) -> Iterator[None]:
     """Hold the lock of the file `path` within the context.
 
-    Raises ConfigError with the message `in_use` if another process holds it, OSError if it cannot be written.
+    If another process holds it, ConfigError is raised with the message `in_use`; None: it is waited for. Raises OSError
+    if the file cannot be written.
     """
     lock = FileLock(path, fallback_to_soft=False)  # a lock file that a killed process leaves must not count
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=-1 if in_use is None else 0)
     except Timeout:  # an OSError too
-        raise ConfigError(in_use) from None
+        raise ConfigError(in_use or "") from None
     try:
         yield
     finally:

@@ -21,10 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
-from filelock import FileLock
-
 from upstep_fast.data.formats.kinds import suffix_of
 from upstep_fast.data.remote.address import file_name_of
+from upstep_fast.runtime import file_lock
 
 VARIABLE = "UPSTEP_FAST_CACHE"
 MIN_FREE = 1 << 30  # bytes of the disk that stay free
@@ -115,14 +114,11 @@ def store(file: IO[bytes], address: str, version: Version) -> Path:
 def lock(address: str) -> Iterator[None]:
     """Hold the lock of a large file, so that processes of one machine fetch it once. Raises NoRoomError."""
     place = folder() / _key(address)[:2]
-    with _no_room():
-        place.mkdir(parents=True, exist_ok=True, mode=0o700)
-        held = FileLock(place / f"{_key(address)}.lock")
-        held.acquire()
-    try:
+    with contextlib.ExitStack() as held:
+        with _no_room():
+            place.mkdir(parents=True, exist_ok=True, mode=0o700)
+            held.enter_context(file_lock.locked(place / f"{_key(address)}.lock", in_use=None))
         yield
-    finally:
-        held.release()
 
 
 def require_room(place: Path) -> None:
