@@ -164,7 +164,7 @@ def _read_part(folder: Path, part: dict[str, Any]) -> FeatureTable:
         table = read_features(path) if part["rows"] else FeatureTable((), np.load(path), {})
     except (OSError, DataError) as error:
         reason = str(error).removeprefix("index: ").removeprefix("features: ")
-        raise DataError(f"index: cannot read {path.name} of {folder} ({reason}); make the index again") from error
+        raise DataError(f"index: {reason}; make the index again") from error  # the reason names the file
     if digest_of(table.names, table.x) != part["digest"]:
         raise DataError(f"index: {path} is not what was written; make the index again")
     return table
