@@ -56,7 +56,7 @@ class Command:
     """One command: its configuration and what runs it."""
 
     config: Callable[[], type]
-    run: Callable[[Any], None]
+    run: Callable[[Any], None] | None  # None: `run` of the module
     module: str | None = None  # of the package, whose import takes seconds; the start-up's progress covers it
     positional: tuple[str, ...] = ()  # the fields that may be given without their flags, in this order
 
@@ -142,10 +142,12 @@ def _dispatch(args: list[str], debug: bool) -> None:
         from upstep_fast.report.logs import setup_logging
 
         setup_logging(debug)
-        if command.module is not None:
-            import_module(f"upstep_fast.{command.module}")
+        module = None if command.module is None else import_module(f"upstep_fast.{command.module}")
     exit_signals.started()
-    command.run(config)
+    if command.run is not None:
+        command.run(config)
+    elif module is not None:
+        module.run(config)
 
 
 def _config(name: str, module: str = "tools") -> Callable[[], type]:
@@ -163,20 +165,20 @@ def _completion(config: Any) -> None:
 
 COMMANDS = {
     "bench": Command(_config("BenchConfig"), runs.bench, "cli.benchmark"),
-    "demo": Command(_config("DemoConfig"), runs.demo, "cli.demo"),
-    "plan": Command(_config("PlanConfig", "plan"), runs.plan, "cli.plan"),
+    "demo": Command(_config("DemoConfig"), None, "cli.demo"),
+    "plan": Command(_config("PlanConfig", "plan"), None, "cli.plan"),
     "adapt": Command(_config("AdaptConfig", "adapt"), runs.adapt, "train.adapt"),
     "finetune": Command(_config("FinetuneConfig", "finetune"), runs.finetune, "train.finetune.run"),
-    "predict": Command(_config("PredictConfig", "predict"), runs.predict, "cli.predict", positional=("run",)),
+    "predict": Command(_config("PredictConfig", "predict"), None, "cli.predict", positional=("run",)),
     "eval": Command(_config("EvalConfig", "evaluate"), runs.evaluate, "evaluation.labeled", positional=("adapter",)),
     "embed": Command(_config("EmbedConfig", "evaluate"), runs.embed, "evaluation.embeddings", positional=("adapter",)),
-    "explore": Command(_config("ExploreConfig", "explore"), runs.explore, "explorer.open", positional=("run",)),
+    "explore": Command(_config("ExploreConfig", "explore"), None, "explorer.open", positional=("run",)),
     "curate": Command(_config("CurateConfig", "curate"), runs.curate, "report.curation", positional=("run",)),
-    "search": Command(_config("SearchConfig", "search"), runs.search, "cli.search", positional=("run", "query")),
+    "search": Command(_config("SearchConfig", "search"), None, "cli.search", positional=("run", "query")),
     "export": Command(_config("ExportConfig"), runs.export, "model.export.export", positional=("adapter",)),
     "push": Command(_config("PushConfig"), runs.push, "model.hub", positional=("run", "repo")),
-    "models": Command(_config("ModelsConfig"), runs.models, "cli.models", positional=("pattern",)),
+    "models": Command(_config("ModelsConfig"), None, "cli.models", positional=("pattern",)),
     "report": Command(_config("ReportConfig"), runs.report, "report.page", positional=("dirs",)),
-    "doctor": Command(_config("DoctorConfig"), runs.doctor, "cli.doctor"),
+    "doctor": Command(_config("DoctorConfig"), None, "cli.doctor"),
     "completion": Command(_config("CompletionConfig"), _completion, positional=("shell",)),
 }

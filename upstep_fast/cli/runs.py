@@ -1,4 +1,4 @@
-"""What each command runs, and the lines that it prints at its end. Modules are imported when a command needs them."""
+"""Commands that print lines of their own at their end. Modules are imported when a command needs them."""
 
 from __future__ import annotations
 
@@ -52,13 +52,6 @@ def finetune(config: Any) -> None:
     print_line(f"in Python: upstep_fast.load_finetuned({str(done.model)!r})")
 
 
-def predict(config: Any) -> None:
-    """Write the class of each image."""
-    from upstep_fast.cli.predict import run
-
-    run(config)
-
-
 def embed(config: Any) -> None:
     """Write features, and print what they are."""
     from upstep_fast.evaluation.embeddings import run_embed
@@ -86,13 +79,6 @@ def curate(config: Any) -> None:
     print_line(f"report: {found.out / PAGE}")
 
 
-def search(config: Any) -> None:
-    """Print the most similar images."""
-    from upstep_fast.cli.search import run
-
-    run(config)
-
-
 def export(config: Any) -> None:
     """Write the adapted model in another format."""
     from upstep_fast.model.export.export import run
@@ -110,20 +96,6 @@ def push(config: Any) -> None:
     print_line(f"pushed: {push(config)}")
 
 
-def plan(config: Any) -> None:
-    """Print memory and time of a run."""
-    from upstep_fast.cli.plan import run
-
-    run(config)
-
-
-def models(config: Any) -> None:
-    """List the models."""
-    from upstep_fast.cli.models import run
-
-    run(config)
-
-
 def bench(config: Any) -> None:
     """Time the engine, and print the times."""
     from upstep_fast.cli.benchmark import run
@@ -138,24 +110,3 @@ def report(config: Any) -> None:
     from upstep_fast.runtime.terminal import print_line
 
     print_line(f"report: {run(config)}")
-
-
-def doctor(config: Any) -> None:
-    """Check the machine."""
-    from upstep_fast.cli.doctor import run
-
-    run(config)
-
-
-def demo(config: Any) -> None:
-    """Run the demo."""
-    from upstep_fast.cli.demo import run
-
-    run(config)
-
-
-def explore(config: Any) -> None:
-    """Serve the page until Ctrl-C."""
-    from upstep_fast.explorer.open import run
-
-    run(config)
