@@ -106,8 +106,7 @@ def job_of(
     identity = whitening.identity_of(models["base"], source.reading)
     fitted: dict[str, Whitening] = {}
     if config.whitening or own:
-        fingerprints = whitening.fingerprints_of(identity["sha256"], config.adapter)
-        fitted = read_whitening(config, own, models, fingerprints, identity)
+        fitted = read_whitening(config, own, models, identity)
     content = read_bytes(Path(config.whitening or own or ""), "whitening", whitening.MAX_BYTES) if fitted else None
     fingerprint = feature_facts.fingerprint(identity, config.adapter, content)
     return FeatureJob(config, source, models, compute, fitted, identity, fingerprint)
@@ -161,14 +160,15 @@ def read_whitening(
     config: EmbedConfig,
     own: Path | None,
     models: Mapping[str, Backbone],
-    fingerprints: Mapping[str, str],
     identity: Mapping[str, Any],
 ) -> dict[str, Whitening]:
     """Return the whitenings of --whitening, or of the run's folder (`own`, of `with_run`), by model.
 
-    The folder's are left out, with a warning, if they were fitted to other models or another input. Raises ConfigError.
+    identity: of the base model, `whitening.identity_of`. The folder's are left out, with a warning, if they were fitted
+    to other models or another input. Raises ConfigError.
     """
     base = models["base"]
+    fingerprints = whitening.fingerprints_of(identity["sha256"], config.adapter)
     facts = fingerprints, identity, (pooling.num_parts(base.vit), base.width)
     try:
         return whitening.read(config.whitening or own or "", *facts)

@@ -69,4 +69,4 @@ def _whitening_file(source: str | Path, whiten: bool | str | Path) -> str:
 def whitening_of(config: EmbedConfig, own: Path | None, models: dict[str, Backbone]) -> dict[str, Whitening]:
     """Return the whitenings of a configuration by model, those of its run (`own`) included. Raises ConfigError."""
     identity = whitening.identity_of(models["base"], reading_of(config.data))
-    return read_whitening(config, own, models, whitening.fingerprints_of(identity["sha256"], config.adapter), identity)
+    return read_whitening(config, own, models, identity)
