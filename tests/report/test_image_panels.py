@@ -186,7 +186,7 @@ def test_patch_tokens_are_shown_before_and_after(finished):
     before, after = (Image.open(io.BytesIO(base64.b64decode(panels.tokens[when][0]))) for when in ("before", "after"))
     assert before.size == after.size == (32, 32)  # the model's input
     page = (finished / "out" / "report.html").read_text()
-    assert "Patch tokens" in page and page.count('alt="tokens of') == 2 * image_panels.COLORED
+    assert "Patch tokens" in page and page.count("<title>tokens of") == 2 * image_panels.COLORED
     written = json.loads((finished / "out" / image_panels.NAME).read_text())
     earlier = {key: value for key, value in written.items() if key not in ("colored", "tokens")}
     assert image_panels._checked(earlier).colored == []  # of a run of an earlier version
