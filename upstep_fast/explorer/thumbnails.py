@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from upstep_fast.data.decode.thumbnail import encode_thumbnail
 from upstep_fast.data.loading.skipped_images import read_image
 from upstep_fast.data.sources.source import Source
 
@@ -24,12 +23,7 @@ CACHE_BYTES = 256 << 20
 
 def encoded(image: Tensor, side: int) -> bytes:
     """Return a WebP of at most `side` pixels of an image, uint8 [C, H, W]; of its first channel unless C is 3."""
-    pixels = image if image.shape[0] == 3 else image[:1].expand(3, -1, -1)
-    picture = Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
-    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    picture.save(file, "WEBP", quality=QUALITY)
-    return file.getvalue()
+    return encode_thumbnail(image, side, QUALITY, Image.Resampling.LANCZOS)
 
 
 @dataclass(eq=False)

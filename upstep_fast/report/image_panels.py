@@ -21,15 +21,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from upstep_fast import input_files
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.evaluate import EvalConfig
+from upstep_fast.data.decode.thumbnail import encode_thumbnail
 from upstep_fast.data.loading.loader import load_images
 from upstep_fast.data.loading.skipped_images import csv_cell, read_image
 from upstep_fast.data.sources.source import Source, open_configured
@@ -52,6 +51,7 @@ NAME = "pictures.json"
 MAX_IMAGES, MIN_IMAGES = 512, 64
 CPU_FLOP = 4e12  # limit on a CPU, about half a minute: a large model sees fewer than MAX_IMAGES
 SIDE = 64  # pixels of a thumbnail
+QUALITY = 60  # of the WebP
 MAX_ODD = 24  # thumbnails of images in skipped.csv
 QUERIES, NEIGHBORS = 8, 5
 COLORED = 8  # images whose patch tokens are shown
@@ -167,12 +167,7 @@ def spread(count: int, most: int) -> list[int]:
 
 def thumbnail(image: Tensor) -> str:
     """Return a small WebP in base64 of an image, uint8 [C, H, W]; of its first channel unless C is 3."""
-    pixels = image if image.shape[0] == 3 else image[:1].expand(3, -1, -1)
-    picture = Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
-    picture.thumbnail((SIDE, SIDE))
-    file = io.BytesIO()
-    picture.save(file, "WEBP", quality=60)
-    return base64.b64encode(file.getvalue()).decode()
+    return base64.b64encode(encode_thumbnail(image, SIDE, QUALITY)).decode()
 
 
 def read_panels(folder: Path) -> ImagePanels | None:
