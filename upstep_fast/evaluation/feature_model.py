@@ -261,7 +261,8 @@ def load(
     options: arch, img_size, in_chans, mean, std, min_matched, any_base, intensity, bands, axes, slice, tiles, level and
     mpp, as for `embed`; None: as in training. device, precision, implementation: as for `embed`. Raises ConfigError.
     """
-    config, own = configured(source, model, whiten, device, precision, implementation, options)
+    options |= {"device": device, "precision": precision, "implementation": implementation}
+    config, own = configured(source, model, whiten, **options)
     resolve(device, precision, implementation)  # before the weights are read
     models = load_models(config)
     return feature_model_of(config, models, whitening_of(config, own, models) if config.whitening or own else {})

@@ -25,19 +25,12 @@ from upstep_fast.model.backbone import Backbone
 
 
 def configured(
-    source: str | Path,
-    model: str | Path | None,
-    whiten: bool | str | Path | None,
-    device: str,
-    precision: str,
-    implementation: str,
-    options: dict[str, Any],
+    source: str | Path, model: str | Path | None = None, whiten: bool | str | Path | None = None, **options: Any
 ) -> tuple[EmbedConfig, Path | None]:
     """Return the arguments of `load` as the embed command's configuration, and the run's whitening (`with_run`)."""
     options |= _places(source, model)
     options |= {"whitening": _whitening_file(source, whiten)} if whiten else {}
     options |= {"form": "plain"} if whiten is False else {}
-    options |= {"device": device, "precision": precision, "implementation": implementation}
     return with_run(from_options(EmbedConfig, options | {"data": (), "out": ""}, "load"))
 
 

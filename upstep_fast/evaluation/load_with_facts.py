@@ -15,21 +15,14 @@ from upstep_fast.runtime.device import resolve
 
 
 def load_with_facts(
-    source: str | Path,
-    *,
-    model: str | Path | None = None,
-    whiten: bool | str | Path | None = None,
-    device: str = "auto",
-    precision: str = "auto",
-    implementation: str = "auto",
-    **options: Any,
+    source: str | Path, model: str | Path | None, whiten: bool | str | Path | None, **options: Any
 ) -> tuple[FeatureModel, dict[str, Any]]:
     """Return the model of `upstep_fast.load`, and the facts of its features (feature_files/facts.py).
 
-    Raises ConfigError.
+    source, model, whiten, options: as for `load`. Raises ConfigError.
     """
-    config, own = configured(source, model, whiten, device, precision, implementation, options)
-    compute = resolve(device, precision, implementation)
+    config, own = configured(source, model, whiten, **options)
+    compute = resolve(config.runtime.device, config.runtime.precision, config.runtime.implementation)
     no_images = Source((), reading=reading_of(config.data))
     job = job_of(config, own, compute, no_images, load_models(config))
     return feature_model_of(config, job.models, job.fitted), job.facts

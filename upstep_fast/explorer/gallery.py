@@ -114,7 +114,8 @@ def base_of(model: FeatureModel) -> FeatureModel:
     """Return the base model of a model, without whitening, on the same device. Raises ConfigError."""
     backbone = model.backbone
     if model.adapter is not None:
-        config, _ = configured(model.adapter, None, False, model.device, model.precision, model.implementation, {})
+        how = {"device": model.device, "precision": model.precision, "implementation": model.implementation}
+        config, _ = configured(model.adapter, whiten=False, **how)
         backbone = load_models(replace(config, adapter=None))["base"]
     return replace(model, backbone=backbone, adapter=None, whitening=None, _functions={})
 

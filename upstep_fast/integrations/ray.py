@@ -60,7 +60,7 @@ class Embedder:
         if errors not in ("raise", "drop", "column"):
             raise ConfigError(f"errors: got {errors!r}, must be raise, drop or column")
         self.column, self.errors, self.num_workers = column, errors, machine.num_workers(num_workers)
-        self.model, self.facts = load_with_facts(model, model=base_model, whiten=whiten, device=device, **options)
+        self.model, self.facts = load_with_facts(model, base_model, whiten, device=device, **options)
 
     def __call__(self, batch: Mapping[str, Any]) -> Any:
         """Return the features of a batch of columns as a pyarrow table. Raises DataError, RunFailedError."""
