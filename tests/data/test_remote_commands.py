@@ -39,7 +39,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def remote(folder, tmp_path_factory):
     """The folder in a bucket, with an empty cache."""
-    objects._file_system.cache_clear()
     with s3_server() as url, pytest.MonkeyPatch.context() as environment:
         environment.setenv(cache.VARIABLE, str(tmp_path_factory.mktemp("cache")))
         for name, value in (KEYS | {"AWS_ENDPOINT_URL": url}).items():
@@ -48,7 +47,6 @@ def remote(folder, tmp_path_factory):
         client.create_bucket(Bucket="classes")
         upload(client, "classes", folder)
         yield "s3://classes"
-    objects._file_system.cache_clear()
 
 
 def test_embed(folder, remote, tmp_path):

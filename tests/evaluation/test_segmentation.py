@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from sklearn.metrics import accuracy_score, jaccard_score
+from torchmetrics.functional import jaccard_index
 
 import upstep_fast
 from upstep_fast.cli.commands import main
@@ -42,18 +44,16 @@ def random_maps(seed=0, classes=5, n=6):
 
 
 def test_iou_and_accuracy_are_those_of_scikit_learn_and_torchmetrics():
-    sklearn = pytest.importorskip("sklearn.metrics")
     found, truth = random_maps()
     counts = counts_of(found, truth, 7)  # classes 5 and 6 occur nowhere
     counted = truth != IGNORED
     y, p = truth[counted].numpy(), found[counted].numpy()
-    expected = sklearn.jaccard_score(y, p, average=None, labels=range(5))
+    expected = jaccard_score(y, p, average=None, labels=range(5))
     np.testing.assert_allclose(iou_of(counts)[:5], expected, atol=1e-12)
     assert iou_of(counts)[5:].isnan().all()
     assert float(miou_of(counts)) == pytest.approx(expected.mean(), abs=1e-12)
-    assert float(pixel_accuracy_of(counts)) == pytest.approx(sklearn.accuracy_score(y, p), abs=1e-12)
-    torchmetrics = pytest.importorskip("torchmetrics.functional")
-    theirs = torchmetrics.jaccard_index(found, truth, "multiclass", num_classes=5, ignore_index=IGNORED)
+    assert float(pixel_accuracy_of(counts)) == pytest.approx(accuracy_score(y, p), abs=1e-12)
+    theirs = jaccard_index(found, truth, "multiclass", num_classes=5, ignore_index=IGNORED)
     assert float(miou_of(counts)) == pytest.approx(float(theirs), abs=1e-6)
 
 

@@ -15,6 +15,8 @@ from urllib.parse import unquote, urlsplit
 
 from fsspec import AbstractFileSystem
 
+from upstep_fast.data.remote import objects
+
 KEYS = {"AWS_ACCESS_KEY_ID": "test-key", "AWS_SECRET_ACCESS_KEY": "test-secret", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
@@ -87,9 +89,12 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def s3_server() -> Iterator[str]:
-    """Serve an empty S3 within the context; its address."""
+    """Serve an empty S3 within the context; its address. No file system of an earlier server is left."""
     from moto.server import ThreadedMotoServer
+    from s3fs import S3FileSystem
 
+    objects._file_system.cache_clear()
+    S3FileSystem.clear_instance_cache()  # fsspec's own, which knows the arguments and not the environment
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -97,6 +102,7 @@ def s3_server() -> Iterator[str]:
         yield f"http://{host}:{port}"
     finally:
         server.stop()
+        objects._file_system.cache_clear()
 
 
 def upload(client, bucket: str, folder: Path, prefix: str = "") -> None:
