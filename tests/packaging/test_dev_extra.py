@@ -1,4 +1,4 @@
-"""What the tests import is installed by `pip install '.[dev]'`, not by chance on the machine where they were written."""
+"""What the tests import is installed by `pip install ".[dev]"`, not by chance where they were written."""
 
 import ast
 import tomllib
