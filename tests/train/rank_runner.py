@@ -14,6 +14,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -29,8 +30,9 @@ from upstep_fast.errors import UpstepError
 from upstep_fast.evaluation import features
 from upstep_fast.methods import gate
 from upstep_fast.methods.upstep.upstep import UpStep
-from upstep_fast.runtime import distributed
+from upstep_fast.runtime import distributed, exit_signals
 from upstep_fast.runtime.device import resolve
+from upstep_fast.train import verdict
 
 
 def counted(real, at, act):
@@ -69,13 +71,23 @@ def begin(fault):
         ENDINGS[fault["kind"]]()
 
 
+def repeated(number):
+    """The signal now, and once more while it is answered; then a long stage."""
+    threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+    signal.raise_signal(number)
+    time.sleep(100)
+
+
 def planted(fault):
     """The patch that does what `fault` says, on its rank; nothing on the others."""
-    if not fault or fault["rank"] != distributed.rank():
+    if not fault or fault["rank"] not in (distributed.rank(), "all"):
         return contextlib.nullcontext()
     at = fault.get("at", 0)
     if fault["kind"] == "signal":
         number = getattr(signal, fault["signal"])
+        if fault.get("in") == "verdict":  # on all ranks, and again by torchrun, as a terminal's Ctrl-C
+            act = lambda call: (repeated(number), call())[1]  # noqa: E731
+            return mock.patch.object(verdict, "judge_written", counted(verdict.judge_written, at, act))
         act = lambda call: (signal.raise_signal(number), call())[1]  # noqa: E731
         return mock.patch.object(UpStep, "update_running_stats", counted(UpStep.update_running_stats, at, act))
     if fault["kind"] in ENDINGS:
@@ -146,6 +158,7 @@ def main(path):
     if isinstance(job, dict):
         changes = job.get("per_rank", [[]] * 99)[distributed.rank()]
         with planted(job.get("fault")):
+            exit_signals.install()  # as the program does
             cli.main([*job["command"], *changes])
     lines = []
     handler = logging.Handler()

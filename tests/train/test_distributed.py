@@ -526,6 +526,17 @@ def test_a_signal_to_one_of_four_ranks_ends_all_with_75(base, tmp_path, record_p
     record_property("rank_faults", 1)
 
 
+def test_ctrl_c_during_the_verdict_ends_all_ranks_at_once(base, tmp_path):
+    options = base | {"out": str(tmp_path / "out"), "steps": 2, "debug": False}
+    fault = {"rank": "all", "kind": "signal", "signal": "SIGINT", "in": "verdict"}
+    done, _ = launch(tmp_path, {"command": ["adapt", *flags(options)], "fault": fault})
+    assert done.stderr.count("exitcode  : 75") == 2, done.stderr[-3000:]
+    said = [line for line in done.stderr.splitlines() if line.startswith("upstep-fast")]
+    assert len(said) == 1 and "stopped after all 2 steps, before the verdict; the adapter is written" in said[0]
+    assert not (tmp_path / "out" / "run.lock").exists()
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
+
+
 @pytest.mark.long
 @pytest.mark.timeout(300)
 def test_four_ranks_are_one_and_spread_weights_too(base, alone, tmp_path):

@@ -60,7 +60,9 @@ def forget() -> None:
     _received.clear()
 
 
-def _interrupt(number: int, frame: Any) -> NoReturn:
+def _interrupt(number: int, frame: Any) -> None:
+    if _received and "TORCHELASTIC_RUN_ID" in os.environ:
+        return  # torchrun forwards a Ctrl-C that the terminal has sent to all ranks, and ends those that stay
     _received.append(number)
     if _is_starting:
         _exit()

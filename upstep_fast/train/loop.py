@@ -19,7 +19,7 @@ from upstep_fast.methods import gate as gates
 from upstep_fast.model import model_card, peft_format
 from upstep_fast.model.adapter_start import start_from
 from upstep_fast.model.backbone import Backbone
-from upstep_fast.runtime import distributed
+from upstep_fast.runtime import distributed, exit_signals
 from upstep_fast.runtime import run_folder as output
 from upstep_fast.runtime.atomic_file import write_atomic
 from upstep_fast.runtime.device import Compute
@@ -108,13 +108,14 @@ def train(
 def _ends_on_signal(handlers: contextlib.ExitStack, requests: StopRequests, num_steps: int) -> Iterator[None]:
     """Let a signal end this context at once, or before it if one has come: all steps and the adapter are written.
 
-    Under torchrun, which repeats signals, the context is completed. Raises Interrupted.
+    Raises Interrupted.
     """
     try:
-        if not distributed.launched():
-            handlers.close()
-            if requests.stop:
-                raise KeyboardInterrupt
+        handlers.close()
+        if requests.stop:
+            if distributed.launched():
+                exit_signals.ignore()  # torchrun sends it again
+            raise KeyboardInterrupt
         yield
     except KeyboardInterrupt:
         raise Interrupted(
