@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import os
 import pty
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from upstep_fast import adapt, finetune
 from upstep_fast.cli.commands import COMMANDS
 
 GAP = 3.0  # seconds without output, at most
+SERVES = b"http://127.0.0.1:"  # the address that explore prints
 LOADED = 12.0  # on a machine that runs other tests at the same time
 
 # sleeps before a function MODULE:NAME of the arguments "MODULE:NAME=SECONDS" is called, or "MODULE=SECONDS" imported
@@ -85,6 +87,8 @@ def run(args: list[object], planted: list[str], *, terminal: bool, cwd: Path) ->
         with contextlib.suppress(OSError):  # how Linux says that a terminal's other side is closed
             while chunk := os.read(reader, 1 << 16):
                 chunks.append((time.monotonic(), chunk))
+                if SERVES in chunk:  # until it is interrupted
+                    process.send_signal(signal.SIGINT)
         code = process.wait(60)
     finally:
         process.kill()
@@ -154,6 +158,10 @@ def commands(of) -> dict[str, tuple[list[object], list[str]]]:
         "eval": ([run, *labeled()], ["evaluation.whitening:fit=3.5", "evaluation.classifiers:probe=3.5"]),
         "embed": ([run, "--data", photos, *SMALL, "--out", "out.npy"], ["model.backbone:fingerprint=3.5"]),
         "curate": ([run, "--data", photos, *CPU, "--out", "out"], ["evaluation.curation.neighbors:nearest=3.5"]),
+        "explore": (
+            [run, "--data", photos, "--no-browser", *CPU],
+            ["explorer.gallery:rows_of=3.5", "explorer.maps:principal=3.5"],
+        ),
         "search": (
             [run, Path(photos) / "00.png", *CPU, "--out", "out.html"],
             ["evaluation.run_search:open_index=3.5", "report.search_page:search_page=3.5"],
@@ -182,7 +190,6 @@ def commands(of) -> dict[str, tuple[list[object], list[str]]]:
     }
 
 
-SWEPT = [name for name in COMMANDS if name != "explore"]  # which serves until it is interrupted
 READ, BUILD = "data.sources.source:Source.read=0.15", "model.backbone:_build=3.5"
 
 
@@ -194,12 +201,12 @@ def check(args: list[object], planted: list[str], cwd: Path, *, terminal: bool, 
 
 
 def test_every_command_is_swept(request):
-    assert commands(request.getfixturevalue).keys() == set(SWEPT)
+    assert commands(request.getfixturevalue).keys() == set(COMMANDS)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "pipe"])
-@pytest.mark.parametrize("name", SWEPT)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_no_gap(request, tmp_path, name, terminal):
     args, planted = commands(request.getfixturevalue)[name]
     images = [] if name == "demo" else [READ]  # it reads 2,062

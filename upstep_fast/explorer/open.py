@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from upstep_fast.config.explore import ExploreConfig
 from upstep_fast.errors import ConfigError
+from upstep_fast.runtime.progress import track
 
 if TYPE_CHECKING:
     from upstep_fast.explorer.serve import Explorer
@@ -24,8 +25,8 @@ def require_packages() -> None:
 def run(config: ExploreConfig) -> None:
     """Serve the page of a run until Ctrl-C. Raises UpstepError."""
     require_packages()
-    from upstep_fast.explorer.serve import serve
-
+    with track("explore: starting"):  # imports PyTorch
+        from upstep_fast.explorer.serve import serve
     serve(config)
 
 
