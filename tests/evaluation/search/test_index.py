@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from importlib import import_module
 from pathlib import Path
 
 import faiss
@@ -103,10 +104,24 @@ def test_nprobe_holds_in_searches_with_parameters():
     index = approximate.faiss_index(lists, x)
     index.nprobe = len(lists.centroids)
     true = top_k(x, x[:200], 20)[1]
-    trap = index.search(x[:200], 20, params=faiss.SearchParametersIVF())[1]
+    search = getattr(index, "search_numpy", index.search)
+    trap = search(x[:200], 20, params=faiss.SearchParametersIVF())[1]
     ours = approximate.search(index, len(lists.centroids), x, x[:200], 20)[1]
     assert (trap == true).mean() < 0.9
     assert np.array_equal(ours, true)
+
+
+def test_searches_where_faiss_takes_tensors():
+    """An import anywhere in the process replaces the methods of all indexes."""
+    x = unit_rows(table().x)
+    lists = approximate.build([str(i) for i in range(len(x))], x)
+    index = approximate.faiss_index(lists, x)
+    import_module("faiss.contrib.torch_utils")
+    with pytest.raises(TypeError, match="params"):
+        index.search(x[:2], 2, params=faiss.SearchParametersIVF())
+    scores, rows = approximate.search(index, len(lists.centroids), x, x[:200], 20)
+    true_scores, true_rows = top_k(x, x[:200], 20)
+    assert np.array_equal(rows, true_rows) and np.array_equal(scores, true_scores)
 
 
 @pytest.mark.parametrize("limit", [1000, 100_000])

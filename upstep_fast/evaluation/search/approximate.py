@@ -81,7 +81,9 @@ def search(index: Any, nprobe: int, x: np.ndarray, queries: np.ndarray, k: int) 
     # nprobe is named in every search: parameters without it mean 1
     how: Any = faiss.SearchParametersIVF()
     how.nprobe = nprobe
-    _, rows = index.search(np.ascontiguousarray(queries), k, params=how)
+    # faiss.contrib.torch_utils, which pytorch-metric-learning imports, replaces `search` by one without parameters
+    find = getattr(index, "search_numpy", index.search)
+    _, rows = find(np.ascontiguousarray(queries), k, params=how)
     which = np.repeat(np.arange(len(queries)), k)
     scores, best = merged(which, score_again(x, queries, which, rows.ravel()), rows.ravel(), len(queries), k)
     short = (rows < 0).any(axis=1)
