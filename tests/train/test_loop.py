@@ -159,6 +159,33 @@ def test_a_gate_known_ahead_runs_its_skipped_steps_without_gradients(options):
     assert recorded == [True, False, True, False]
 
 
+def run_with_embeddings_counted(options, monkeypatch, out, **extra):
+    """Runs adapt; returns the steps whose views were embedded, its rows, and its adapter's bytes."""
+    embedded, real = [], UpStep.embed
+    monkeypatch.setattr(UpStep, "embed", lambda self, views: (embedded.append(len(views)), real(self, views))[1])
+    upstep_fast.adapt(**{**options, "out": out, **extra})
+    monkeypatch.setattr(UpStep, "embed", real)
+    return len(embedded), rows(out), (out / "adapter" / peft_format.WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("extra", [{"gate": "alternate"}, {"gate": "random"}, {"gate": "alternate", "cvr": "ema"}])
+def test_a_step_known_ahead_to_be_skipped_computes_nothing_unless_the_penalty_follows_it(
+    options, monkeypatch, tmp_path, extra
+):
+    extra = {"layout": "asymmetric", "seed": 1} | extra if extra["gate"] == "random" else extra
+    num, now, adapter = run_with_embeddings_counted(options, monkeypatch, tmp_path / "now", **extra)
+    monkeypatch.setattr(UpStep, "follows_skipped_steps", True)
+    num_all, then, same_adapter = run_with_embeddings_counted(options, monkeypatch, tmp_path / "then", **extra)
+    is_open = [row["open"] for row in now]
+    assert adapter == same_adapter and is_open == [row["open"] for row in then] and not all(is_open)
+    assert [row["loss"] for row in now] == [row["loss"] for row in then]
+    assert all(row["center"] is not None for row in then)
+    per_update, follows = (2 if "layout" in extra else 1), "cvr" in extra
+    assert num_all == 6 + sum(is_open) * (per_update - 1)
+    assert num == (num_all if follows else per_update * sum(is_open))
+    assert [row["center"] is not None for row in now] == [follows or opened for opened in is_open]
+
+
 def poison(monkeypatch, bad_steps):
     """Makes the loss of the given open steps NaN."""
     real, count = UpStep.loss, iter(range(10**6))

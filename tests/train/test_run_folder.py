@@ -38,7 +38,7 @@ def config(out, **more):
 
 
 def at_step(monkeypatch, number, action):
-    """Call `action` near the end of a step, counted from 0."""
+    """Call `action` near the end of a step, counted from 0 over the steps that embed views."""
     real, count = UpStep.update_running_stats, iter(range(10**6))
 
     def remember(self, embedded):
@@ -386,7 +386,7 @@ def test_train_log_holds_what_was_said_before_it_was_opened(options, monkeypatch
 def test_the_progress_line_has_no_loss_before_a_step_with_an_update(options, monkeypatch, tmp_path):
     options |= {"gate": "alternate", "gate_rate": 0.5, "log_every": 1}
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        at_step(patch, 2, lambda: signal.raise_signal(signal.SIGTERM))
+        at_step(patch, 1, lambda: signal.raise_signal(signal.SIGTERM))
         upstep_fast.adapt(**options)
     upstep_fast.adapt(**options, resume=True)
     lines = [line for line in (tmp_path / "out" / "train.log").read_text().splitlines() if " images/s " in line]

@@ -107,6 +107,11 @@ class Method(nn.Module, ABC):
     def after_update(self, applied: Tensor) -> None:
         """Follow a step of the optimizer. applied: bool scalar on the device, False if no weight changed."""
 
+    @property
+    def follows_skipped_steps(self) -> bool:
+        """True if `update_running_stats` of a skipped step changes a later loss, so that each step must be embedded."""
+        return False
+
     def update_running_stats(self, embeddings: Embeddings[Any]) -> None:
         """Update running values at the end of every step, skipped and non-finite ones included."""
 

@@ -39,8 +39,9 @@ class Progress:
         rate = (done - self._first) * self._batch / seconds
         skipped, waited = 1 - state.num_updates / state.step, self._waited / seconds
         loss = "-" if math.isnan(self._loss) else f"{self._loss:.3f}"  # until the first step with an update
+        center = "-" if row["center"] is None else f"{row['center']:.3f}"
         self._task.note = (
-            f"{rate:,.0f} images/s  loss {loss}  center {row['center']:.3f}  "
+            f"{rate:,.0f} images/s  loss {loss}  center {center}  "
             f"skipped {100 * skipped:.0f} %  data wait {100 * waited:.0f} %"
         )
         if done % self._every == 0 or done == self._steps:

@@ -32,7 +32,7 @@ from upstep_fast.train.replay_check import ReplayCheck
 from upstep_fast.train.run_whitening import write_whitening
 from upstep_fast.train.run_writer import RunWriter
 from upstep_fast.train.state import AdaptResult, RunState, fresh_state
-from upstep_fast.train.step import step
+from upstep_fast.train.step import computes_nothing, step
 from upstep_fast.train.strength import at_strength, choose_strength
 from upstep_fast.train.validator import NoValidator, Validator
 
@@ -72,7 +72,7 @@ def train(
                 _initialize(config, compute, source, state)
             while state.step < num_steps and not validator.should_stop(state.step):
                 began_step = time.monotonic()
-                batch = next(loader)
+                batch = loader.take(with_views=not computes_nothing(state, rule))
                 row = step(state, batch.views, rule, config, compute, requests)
                 validator.after_step(state)
                 is_last = state.step == num_steps or validator.should_stop(state.step)

@@ -17,7 +17,8 @@ from upstep_fast.train.batches import make_loader
 from upstep_fast.train.identity import Identity
 from upstep_fast.train.run_writer import RunWriter
 from upstep_fast.train.state import RunState, fresh_state
-from upstep_fast.train.step import flush, step
+from upstep_fast.train.step import step
+from upstep_fast.train.step_row import flush
 
 CLOCK = ("forward_s", "backward_s")  # times differ between runs
 

@@ -28,7 +28,7 @@ from upstep_fast.train import resume
 from upstep_fast.train.failures import stop_if_bad, stop_if_collapsed
 from upstep_fast.train.identity import Identity
 from upstep_fast.train.state import RunState
-from upstep_fast.train.step import flush
+from upstep_fast.train.step_row import flush
 from upstep_fast.train.strength import at_given_strength, is_chosen_at_end
 
 log = logging.getLogger("upstep_fast")

@@ -1,5 +1,7 @@
 """One step: embeddings and gate; on update steps also loss, backward and the optimizer. A skipped step keeps nothing.
 
+A step that a rule without statistics skips (random, alternate) computes nothing, if nothing follows its embeddings.
+
 The host waits for the device once a step: at the gate, for the center's magnitudes. The step's other results (loss,
 whether all was finite) stay on the device and come with the next step's magnitudes; whether the update is applied is
 decided on the device too. Accumulation (--accumulate), fp16 and several ranks cost one more wait.
@@ -11,8 +13,6 @@ and none applies a step that another cannot.
 
 from __future__ import annotations
 
-import logging
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,9 +31,8 @@ from upstep_fast.runtime.device import Compute
 from upstep_fast.runtime.signals import NUM_FLAGS, StopRequests
 from upstep_fast.train.out_of_memory import OutOfMemoryError, explanation, halve_microbatch, is_out_of_memory
 from upstep_fast.train.state import PendingStep, RunState
+from upstep_fast.train.step_row import complete_row, flush, row_of
 from upstep_fast.train.update import update
-
-log = logging.getLogger("upstep_fast")
 
 
 def step(
@@ -53,6 +52,8 @@ def step(
     micro-batches with --auto-batch; otherwise RunFailedError is raised.
     """
     state.method.schedule(state.optimizer, state.step)
+    if computes_nothing(state, rule):
+        return _empty_step(state, rule, config, compute, requests)
     while (attempt := _attempt(state, views, rule, config, compute, requests)) is None:
         state.optimizer.zero_grad(set_to_none=True)
         halve_microbatch(state, views, config, compute)
@@ -66,18 +67,28 @@ def step(
     return row
 
 
+def computes_nothing(state: RunState, rule: gates.GateRule) -> bool:
+    """Return whether the next step, skipped whatever its embeddings are, needs neither them nor views."""
+    return gates.known_ahead(rule, state.gate) is False and not state.method.follows_skipped_steps
+
+
+def _empty_step(
+    state: RunState, rule: gates.GateRule, config: AdaptConfig, compute: Compute, requests: StopRequests | None
+) -> dict[str, Any]:
+    """Take a step that computes nothing, in place. Returns its row, whose center is None; completes the row before."""
+    flush(state)
+    if distributed.size() > 1 and requests:  # in other steps they come along with the gate's statistics
+        flags = torch.tensor(requests.local_flags(), device=compute.device)
+        requests.set_reduced(distributed.reduce(flags).tolist())
+    row = row_of(state, config, is_open=False, updated=False) | {"forward_s": 0.0, "backward_s": 0.0}
+    _, state.gate = gates.decide(rule, state.gate, (0.0,))
+    state.step += 1
+    return row
+
+
 def _pending_step(state: RunState, attempt: _Attempt, config: AdaptConfig) -> PendingStep:
     """Return the row of the step, with None for what is still on the device, and the numbers to complete it with."""
-    row = {
-        "step": state.step,
-        "loss": None,
-        "center": None,
-        "open": attempt.is_open,
-        "lr": state.optimizer.param_groups[0]["lr"],
-        "bad": None,
-    }
-    if config.optimization.accumulate > 1:
-        row["updated"] = attempt.updated
+    row = row_of(state, config, is_open=attempt.is_open, updated=attempt.updated)
     metrics = state.method.metrics() if attempt.is_open else {}
     names = [name for name, value in metrics.items() if isinstance(value, Tensor)]
     row |= {name: None if name in names else value for name, value in metrics.items()}
@@ -124,55 +135,12 @@ def _attempt(
         raise
 
 
-def flush(state: RunState) -> None:
-    """Wait for the previous step's results and complete its metrics row."""
-    if state.pending is not None:
-        complete_row(state, state.pending.numbers.tolist())
-
-
-def complete_row(state: RunState, numbers: list[float]) -> None:
-    """Complete the row of the pending step. numbers: values of `PendingStep.numbers`, on the host."""
-    pending = state.pending
-    assert pending is not None
-    state.pending, row = None, pending.row
-    magnitude, *results = numbers
-    row["center"] = magnitude
-    if not math.isfinite(magnitude):
-        row["bad"] = f"the center's magnitude is {magnitude}"
-    if row["open"]:
-        row["loss"], is_finite, *metrics = results
-        row |= zip(pending.metrics, metrics, strict=True)
-        row["bad"] = _reason(row["loss"], bool(is_finite), state)
-        state.loss = row["loss"]
-    if collapsed := state.method.collapsed(row):
-        row["collapsed"] = collapsed
-    state.collapsed = state.collapsed + 1 if collapsed else 0
-    if state.collapsed == 1:
-        log.warning("step %d: collapse: %s", row["step"], collapsed)
-    begin, decided, end = pending.marks
-    row |= {"forward_s": _seconds(begin, decided), "backward_s": _seconds(decided, end)}
-
-
-def _reason(loss: float, is_finite: bool, state: RunState) -> str | None:
-    """Return why an update was not applied, or None."""
-    if not math.isfinite(loss):
-        return f"the loss is {loss}"
-    # under fp16 an overflow is the ordinary way to find the scale, as long as the scale can shrink
-    if is_finite or (state.scaler.is_enabled() and state.scaler.get_scale() >= 1):
-        return None
-    return "a gradient is not finite"
-
-
 def _mark(compute: Compute) -> Any:
     if compute.device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
-
-
-def _seconds(begin: Any, end: Any) -> float:
-    return end - begin if isinstance(end, float) else begin.elapsed_time(end) / 1e3
 
 
 def forward(

@@ -126,6 +126,10 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
+        return self.take()
+
+    def take(self, *, with_views: bool = True) -> Batch:
+        """Return the next batch; without views they are not computed on a CPU (a GPU computes them ahead)."""
         if self._closed:
             raise ValueError("loader: closed; make another")
         began = time.perf_counter()
@@ -134,7 +138,7 @@ class Loader:
         ready = next(self._batches)
         self.data_wait = time.perf_counter() - began
         self._record_bad_images(ready.item)
-        batch = _join(ready.item, ready.wait())
+        batch = _join(ready.item, ready.wait() if with_views or ready.event else None)
         self.step += 1
         return batch
 

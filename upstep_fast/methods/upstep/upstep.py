@@ -170,6 +170,11 @@ class UpStep(Method):
     def _regularized_center(self, student: Embeddings[Any]) -> Tensor:
         return student.center
 
+    @property
+    def follows_skipped_steps(self) -> bool:
+        """True if the penalty looks at the running center or magnitude."""
+        return self.config.objective.cvr in ("ema", "hinge")
+
     @torch.no_grad()
     def update_running_stats(self, embeddings: Embeddings[Any]) -> None:
         """Update the running center and magnitude, unless the step is not finite."""
