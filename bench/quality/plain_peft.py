@@ -3,8 +3,8 @@
     python bench/quality/plain_peft.py --model local-dir:PATH --data FOLDER --out OUT --steps 160 --batch-size 64
 
 FOLDER holds images in any folders; OUT gets a PEFT adapter. The losses are those of methods/losses: clustering with
-fixed prototypes and Sinkhorn targets (swapped), or VICReg; the views are those of the preset "natural".
-Nothing of upstep_fast is used.
+fixed prototypes and Sinkhorn targets (swapped), or VICReg; SimCLR's InfoNCE is here alone. The views are those of the
+preset "natural". Nothing of upstep_fast is used.
 """
 
 from __future__ import annotations
@@ -86,6 +86,16 @@ def vicreg(z: tuple[Tensor, Tensor]) -> Tensor:
     return loss
 
 
+def simclr(z: tuple[Tensor, Tensor], temperature: float = 0.1) -> Tensor:
+    """Return InfoNCE of the embeddings of two views, [B, d] each: each view tells the other from 2 B - 2 more."""
+    unit = F.normalize(torch.cat(z).float(), dim=-1)
+    scores = (unit @ unit.T / temperature).fill_diagonal_(-torch.inf)
+    return F.cross_entropy(scores, torch.arange(len(unit)).roll(len(z[0])))
+
+
+OBJECTIVES = {"clustering": clustering, "vicreg": vicreg, "simclr": simclr}
+
+
 def forever(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the batches of one epoch after the other."""
     while True:
@@ -128,7 +138,7 @@ def main() -> None:
     for step, pair in enumerate(itertools.islice(forever(loader), o.steps)):
         with torch.autocast("cpu", torch.bfloat16, enabled=bool(o.bf16)):
             z = head(model(torch.cat(pair))).chunk(2)
-        loss = vicreg(z) if o.objective == "vicreg" else clustering(z, prototypes)
+        loss = OBJECTIVES[o.objective](z, *([prototypes] if o.objective == "clustering" else []))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)

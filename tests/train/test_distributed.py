@@ -92,12 +92,15 @@ FORMS = {
     "features, local": {"cvr": "sq", "cvr_on": "features", "local_views": 2},
     "disagreement": {"gate_statistic": "disagreement", "update_when": "high"},
     "vicreg": {"objective": "vicreg", "gate": "ema"},
+    "diet": {"method": "diet", "gate": "ema", "lr": 1e-2},
 }
 
 
 def changed(base, changes):
-    """The options of a form; vicreg has no prototypes to choose."""
-    return {k: v for k, v in base.items() if k != "prototypes" or "objective" not in changes} | changes
+    """The options of a form; vicreg has no prototypes to choose, diet no head either."""
+    missing = ("prototypes",) if "objective" in changes else ()
+    missing = ("prototypes", "head_hidden", "head_dim") if "method" in changes else missing
+    return {k: v for k, v in base.items() if k not in missing} | changes
 
 
 def twelve_bits(folder):

@@ -121,6 +121,8 @@ FORMS = [
     {"local_views": 2, "gate": "alternate", "cvr_on": "features"},
     {"objective": "vicreg", "gate": "ema"},
     {"objective": "vicreg", "layout": "asymmetric", "gate": "random"},
+    {"method": "diet", "gate": "ema"},
+    {"method": "diet", "gate": "random", "layout": "asymmetric"},
 ]
 
 
@@ -129,6 +131,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one(options, monkeypatch, tmp_pa
     options |= extra
     if extra.get("objective") == "vicreg":
         del options["prototypes"]
+    if extra.get("method") == "diet":
+        options = {
+            name: value for name, value in options.items() if name not in ("prototypes", "head_hidden", "head_dim")
+        }
     torch.manual_seed(1)
     upstep_fast.adapt(**{**options, "out": tmp_path / "whole"})
     interrupted(options, monkeypatch, step=7)

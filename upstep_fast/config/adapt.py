@@ -36,14 +36,14 @@ _CLUSTERING = (
 class AdaptConfig(ModelConfig):
     """Adapt a pretrained ViT to unlabeled images; writes an adapter in PEFT's format.
 
-    These are UpStep's options; `upstep-fast adapt --method explora --help` shows ExPLoRA's.
+    These are UpStep's options; `upstep-fast adapt --method explora --help` shows ExPLoRA's, `--method diet` DIET's.
     """
 
     unused: ClassVar[tuple[str, ...]] = ()  # flags that have no effect with this method and must keep their defaults
 
     data: AdaptDataConfig
     output: AdaptOutputConfig
-    method: Literal["upstep", "explora"] = "upstep"
+    method: Literal["upstep", "explora", "diet"] = "upstep"
     """Adaptation method; each has its own defaults."""
     preset: Literal["gentle", "balanced", "strong", "fast"] | None = None
     """Trade-off between gain and forgetting, from least forgetting to most gain; other options override it."""
@@ -60,6 +60,10 @@ class AdaptConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         """Check what concerns several groups. Raises ConfigError naming the field, its value and what is allowed."""
+        own, initial = flat(self), defaults(type(self))
+        for name in self.unused:
+            if own[name] != initial[name]:
+                raise ConfigError(f"{name.rstrip('_')}: belongs to --method upstep; leave it out with {self.method}")
         if self.data.mean_std == "auto" and (self.model.mean or self.model.std):
             raise ConfigError("mean_std: auto measures mean and std; do not give --mean or --std as well")
         self._check_memory()
@@ -67,8 +71,7 @@ class AdaptConfig(ModelConfig):
         self._check_objective()
         if self.experimental.cvr_on == "features" and self.objective.cvr not in ("sq", "norm"):
             raise ConfigError(f"cvr_on: features needs --cvr sq or norm, got {self.objective.cvr}")
-        if self.lora.tune == "full" and self.method == "upstep":
-            own = flat(self)
+        if self.lora.tune == "full" and self.method != "explora":
             for name in _NOT_WITH_FULL:
                 if own[name] != defaults(AdaptConfig)[name]:
                     raise ConfigError(f"{name.rstrip('_')}: needs --tune lora; leave it out with full")
@@ -78,7 +81,7 @@ class AdaptConfig(ModelConfig):
     def _check_memory(self) -> None:
         if self.runtime.shard_weights and self.memory.auto_batch:
             raise ConfigError("shard_weights and auto_batch: give one of them, not both")
-        if self.method != "upstep":
+        if self.method == "explora":
             for name in ("shard_weights", "auto_batch", "cuda_graphs"):
                 if flat(self)[name]:
                     raise ConfigError(f"{name}: --method {self.method} cannot; leave it out")
@@ -100,6 +103,8 @@ class AdaptConfig(ModelConfig):
     def _check_gate(self) -> None:
         rule, layout = self.gate.rule, self.objective.layout
         statistic, unit = self.experimental.gate_statistic, self.experimental.gate_unit
+        if self.method != "upstep" and rule == "views":
+            raise ConfigError(f"gate: views compares UpStep's two views; choose another with {self.method}")
         if layout == "asymmetric" and rule == "views":
             raise ConfigError("gate: views compares two views, which --layout asymmetric does not have before the gate")
         compares = rule in ("prev", "ema", "median", "quantile") and layout == "symmetric"

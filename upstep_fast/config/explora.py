@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.base import at_least, fraction, positive
-from upstep_fast.config.flat import defaults, flag, flat, paths
+from upstep_fast.config.flat import flag, paths
 from upstep_fast.config.objective import ExperimentalConfig, GateConfig, ObjectiveConfig
 from upstep_fast.config.training import OptimizationConfig
 from upstep_fast.config.views import AdaptLoraConfig, ViewsConfig
@@ -49,21 +49,11 @@ class ExploraConfig(AdaptConfig):
         *("strength", "tune", "lora_blocks", "from_", *paths(ExperimentalConfig)),
     )
 
-    method: Literal["upstep", "explora"] = "explora"
+    method: Literal["upstep", "explora", "diet"] = "explora"
     """Adaptation method; each has its own defaults."""
     explora: TrainableConfig = TrainableConfig()
     lora: AdaptLoraConfig = AdaptLoraConfig(r=64, targets=("q", "v"))
     gate: GateConfig = GateConfig(rule="none")
-
-    def __post_init__(self) -> None:
-        """Check what concerns several groups. Raises ConfigError."""
-        super().__post_init__()
-        own = flat(self)
-        for name in self.unused:
-            if own[name] != defaults(AdaptConfig)[name]:
-                raise ConfigError(f"{name.rstrip('_')}: belongs to --method upstep; leave it out with explora")
-        if self.gate.rule == "views":
-            raise ConfigError("gate: views compares UpStep's two views; choose another with explora")
 
 
 @dataclass(frozen=True)

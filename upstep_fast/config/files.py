@@ -69,6 +69,10 @@ def of_method(config_class: type, method: Any, objective: Any = None) -> type:
         from upstep_fast.config.explora import Dinov2Config, MaeConfig
 
         return MaeConfig if objective == "mae" else Dinov2Config
+    if config_class is AdaptConfig and method == "diet":
+        from upstep_fast.config.diet import DietConfig
+
+        return DietConfig
     return config_class
 
 

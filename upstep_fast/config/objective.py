@@ -28,7 +28,8 @@ class ObjectiveConfig:
     head_dim: int = 128
     """Dimension of the embeddings that are clustered."""
     prototypes: int = 300
-    """Number of prototypes (cluster centers); reduced to the number of images if there are fewer."""
+    """Number of prototypes (cluster centers); reduced to the number of images if there are fewer. With --method diet:
+    number of classes, which adapt sets to that of the images."""
     prototype_init: Literal["random", "orthogonal", "kmeans", "learned"] = "random"
     """random: fixed, centered random directions; kmeans: k-means of the initial embeddings. Experimental: orthogonal,
     learned."""

@@ -48,7 +48,7 @@ class AdaptOptions(SharedOptions, total=False):
     log_to: Sequence[str]
     report_images: bool
     whitening: Literal["auto", "off"]
-    method: Literal["upstep", "explora"]
+    method: Literal["upstep", "explora", "diet"]
     preset: Literal["gentle", "balanced", "strong", "fast"] | None
     steps: int | None
     epochs: float | None
@@ -148,6 +148,7 @@ class AdaptOptions(SharedOptions, total=False):
     decoder_width: int
     decoder_depth: int
     decoder_heads: int
+    label_smoothing: float
 
 
 class FinetuneOptions(SharedOptions, total=False):

@@ -28,6 +28,7 @@ class Resolved:
 def resolve(config: AdaptConfig, num_images: int, num_ranks: int = 1) -> Resolved:
     """Set the number of steps, and reduce batch, prototypes and queue to the number of images.
 
+    DIET's prototypes are its classes: as many as images.
     Raises ConfigError for a batch that the ranks cannot share and for fewer than two images per rank.
     """
     run = config.optimization
@@ -40,10 +41,12 @@ def resolve(config: AdaptConfig, num_images: int, num_ranks: int = 1) -> Resolve
         "batch_size": batch,
         "queue": min(config.experimental.queue, num_images),
     }
-    if config.objective.loss == "clustering":
+    if config.method != "diet" and config.objective.loss == "clustering":
         possible["prototypes"] = min(config.objective.prototypes, num_images)
     requested = flat(config)
     reduced = {name: (requested[name], value) for name, value in possible.items() if value != requested[name]}
+    if config.method == "diet":  # a class for each image
+        possible["prototypes"] = num_images
     steps = _num_steps(run.steps, run.epochs, num_images, batch)
     has_few_images = run.steps is None and run.epochs is None and steps < MIN_STEPS
     return Resolved(replace_flat(config, **possible, steps=steps, epochs=None), reduced, has_few_images)

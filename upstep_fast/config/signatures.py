@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.curate import CurateConfig
+from upstep_fast.config.diet import DietConfig
 from upstep_fast.config.evaluate import EmbedConfig, EvalConfig
 from upstep_fast.config.explora import Dinov2Config, MaeConfig
 from upstep_fast.config.finetune import FinetuneConfig
@@ -24,7 +25,7 @@ from upstep_fast.config.flat import defaults, groups, paths
 F = TypeVar("F", bound=Callable[..., Any])
 
 OPTIONS = {
-    "AdaptOptions": (AdaptConfig, Dinov2Config, MaeConfig),
+    "AdaptOptions": (AdaptConfig, Dinov2Config, MaeConfig, DietConfig),
     "FinetuneOptions": (FinetuneConfig,),
     "EvaluateOptions": (EvalConfig,),
     "EmbedOptions": (EmbedConfig,),

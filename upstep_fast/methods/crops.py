@@ -9,10 +9,19 @@ from upstep_fast.model.backbone import Backbone
 GLOBAL_VIEWS = 2
 
 
+def num_global_views(config: AdaptConfig) -> int:
+    """Return the number of global crops of an image. DIET takes one, and in layout asymmetric one for the gate."""
+    return 1 if config.method == "diet" and config.objective.layout == "symmetric" else GLOBAL_VIEWS
+
+
 def view_configs(
-    config: AdaptConfig, backbone: Backbone, global_views: int = GLOBAL_VIEWS
+    config: AdaptConfig, backbone: Backbone, global_views: int | None = None
 ) -> list[tuple[ViewConfig, int]]:
-    """Return the configuration and number of the global crops, and of the local crops if there are any."""
+    """Return the configuration and number of the global crops, and of the local crops if there are any.
+
+    global_views: None for `num_global_views`.
+    """
+    global_views = num_global_views(config) if global_views is None else global_views
     global_config = view_config(
         config.views.preset, size=backbone.img_size, mean=backbone.mean, std=backbone.std, **config.views.overrides()
     )

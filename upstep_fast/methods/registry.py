@@ -11,6 +11,7 @@ from upstep_fast.model.backbone import Backbone
 
 def build(backbone: Backbone, config: AdaptConfig) -> Method:
     """Build the method that the configuration names, on the CPU. Puts its adapters on `backbone`, in place."""
+    from upstep_fast.config.diet import DietConfig
     from upstep_fast.config.explora import Dinov2Config, MaeConfig
     from upstep_fast.methods.upstep.extended import ExtendedUpStep, has_additions
     from upstep_fast.methods.upstep.upstep import UpStep
@@ -24,6 +25,10 @@ def build(backbone: Backbone, config: AdaptConfig) -> Method:
         from upstep_fast.methods.explora.mae import ExploraMae
 
         return ExploraMae(backbone, config)
+    if isinstance(config, DietConfig):
+        from upstep_fast.methods.upstep.diet import Diet
+
+        return Diet(backbone, config)
     if config.objective.loss == "vicreg":
         return UpStepVicreg(backbone, config)
     return ExtendedUpStep(backbone, config) if has_additions(config) else UpStep(backbone, config)

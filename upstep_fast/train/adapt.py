@@ -12,6 +12,7 @@ from typing import Unpack
 import torch
 
 from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.diet import DietConfig
 from upstep_fast.config.explora import Dinov2Config, MaeConfig
 from upstep_fast.config.files import from_options, of_method
 from upstep_fast.config.flat import replace_flat
@@ -46,7 +47,7 @@ from upstep_fast.version import __version__
 log = logging.getLogger("upstep_fast")
 
 
-@with_keywords(AdaptConfig, Dinov2Config, MaeConfig)
+@with_keywords(AdaptConfig, Dinov2Config, MaeConfig, DietConfig)
 def adapt(
     model: str | Path | None,
     data: str | Path | Sequence[str | Path],
@@ -55,8 +56,8 @@ def adapt(
 ) -> AdaptResult:
     """Adapt `model` to the images in `data` and write the adapter to the folder `out`.
 
-    Keywords are the flags of `upstep-fast adapt --help-all`. The defaults shown are UpStep's; method="explora" has
-    its own. model may be the folder of a run or adapter, which is then trained further
+    Keywords are the flags of `upstep-fast adapt --help-all`. The defaults shown are UpStep's; method="explora"
+    and "diet" have their own. model may be the folder of a run or adapter, which is then trained further
     (`from_`, with None as the model). Raises UpstepError.
     """
     options = with_preset({"model": model, "data": data, "out": out, **keywords})
