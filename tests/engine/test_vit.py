@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 from functools import partial
+from unittest import mock
 
 import pytest
 import timm
@@ -13,6 +14,7 @@ from timm.layers import DropPath
 from upstep_fast.data.loading.loader import Batch
 from upstep_fast.data.views.make_views import random_views
 from upstep_fast.data.views.types import Views
+from upstep_fast.engine import block as engine_block
 from upstep_fast.engine import fold
 from upstep_fast.engine import vit as engine
 from upstep_fast.kernels.patchify import patchify
@@ -216,6 +218,19 @@ def test_what_a_block_keeps(memory, fused, most):
     adapter = 4 * 3 * 4 * (width + 1 + width)  # the folded A, A beta and s B, fp32
     statistics = 0 if memory == "lean" else 4 * tokens * (2 + heads)
     assert block == adapter + statistics + most * width * tokens
+
+
+@pytest.mark.parametrize(("memory", "fused"), [("fast", False), ("fast", True), ("lean", False)])
+def test_blocks_before_the_first_adapter_keep_nothing_and_run_no_backward(memory, fused):
+    alone, behind = (kept_bytes(memory, torch.bfloat16, 2 + frozen, fused, frozen=frozen) for frozen in (0, 3))
+    assert behind == alone
+    vit, images = model(depth=5, frozen=3)
+    same_as_timm(vit, images, memory)
+    with mock.patch.object(engine_block, "_backward", wraps=engine_block._backward) as backward:
+        engine.build(vit, torch.float32, memory).features(images).sum().backward()
+    assert backward.call_count == 2
+    # nor does the first block with adapters compute the gradient of its input
+    assert [call.args[-1] for call in backward.call_args_list] == [True, False]
 
 
 def written_to(vit):

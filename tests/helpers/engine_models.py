@@ -53,8 +53,11 @@ SWIGLU = [name for name in VARIANTS if "SwiGLU" in name and "DINOv3" not in name
 ROTARY = [name for name in VARIANTS if name.startswith(("rotary", "DINOv3", "EVA"))]
 
 
-def model(variant="class token", targets=("q", "k", "v"), depth=2):
-    """A timm model of random weights with adapters that already do something, and images for it."""
+def model(variant="class token", targets=("q", "k", "v"), depth=2, frozen=0):
+    """A timm model of random weights with adapters that already do something, and images for it.
+
+    frozen: number of first blocks without adapters.
+    """
     name, args = VARIANTS[variant]
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -62,7 +65,7 @@ def model(variant="class token", targets=("q", "k", "v"), depth=2):
         for parameter in vit.parameters():
             if parameter.ndim == 1:  # norms and LayerScale start at constants, where a wrong fold would not show
                 parameter += 0.1 * torch.randn_like(parameter)
-        for adapter in lora.inject(vit, lora.LoraSpec(r=4, alpha=6, targets=targets)).values():
+        for adapter in lora.inject(vit, lora.LoraSpec(r=4, alpha=6, targets=targets), leave_out=range(frozen)).values():
             torch.nn.init.normal_(adapter.lora_b, std=0.05)
         images = torch.randn(3, 3, *vit.patch_embed.img_size)
     return vit, images
@@ -92,8 +95,8 @@ def same_as_timm(vit, images, memory="fast"):
         assert relative(ours, theirs) < 1e-4
 
 
-def kept_bytes(memory, dtype, depth, fused, variant="class token"):
-    vit, images = model(variant, depth=depth)
+def kept_bytes(memory, dtype, depth, fused, variant="class token", frozen=0):
+    vit, images = model(variant, depth=depth, frozen=frozen)
     total = {}
 
     def note(tensor):
