@@ -59,11 +59,18 @@ TILES: dict[str, dict[tuple[int, int] | None, Tile]] = {
     "low_rank_mixer_backward": {None: {"BLOCK_N": 32, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}},
     "low_rank_mixer_wide": {None: {"BLOCK_N": 16, "BLOCK_D": 32, "num_warps": 4, "num_stages": 1}},
     "low_rank_mixer_fp32": {None: {"BLOCK_N": 16, "BLOCK_D": 16, "num_warps": 4, "num_stages": 2}},
-    # the query rows and key columns first tried on an H200; the wide (d > 64) and fp32 rows are guesses
-    "attention": {None: {"BLOCK": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3}},
-    # 4 warps spill in the wide backward (sm_90, sm_100)
-    "attention_wide": {None: {"BLOCK": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}},
-    "attention_fp32": {None: {"BLOCK": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}},
+    # query rows and keys; RIDERS: tokens of a small block that may ride (attention/triton_kernels.py); not measured yet
+    "attention": {
+        None: {"BLOCK": 64, "BLOCK_N": 32, "RIDERS": 0, "num_warps": 4, "num_stages": 3},
+        # two groups of four warps share k and v; with 128 keys a program needs 254 registers, and half the warps fit
+        (9, 0): {"BLOCK": 128, "BLOCK_N": 64, "RIDERS": 16, "num_warps": 8, "num_stages": 2, "maxnreg": 128},
+    },
+    "attention_wide": {None: {"BLOCK": 32, "BLOCK_N": 32, "RIDERS": 0, "num_warps": 8, "num_stages": 2}},
+    "attention_fp32": {None: {"BLOCK": 16, "BLOCK_N": 16, "RIDERS": 0, "num_warps": 4, "num_stages": 2}},
+    "attention_backward": {None: {"BLOCK": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3}},
+    # 4 warps spill (sm_90, sm_100)
+    "attention_backward_wide": {None: {"BLOCK": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}},
+    "attention_backward_fp32": {None: {"BLOCK": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}},
     # pixels that a program makes at a time, over all channels; not measured yet
     "views": {None: {"CELLS": 2048, "num_warps": 8}},
     # cells of a program; not measured yet

@@ -29,10 +29,15 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SMALL = {"BLOCK": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
 
 
+def set_tiles(monkeypatch, riders=16, **changes):
+    for name in [name for name in _tile_sizes.TILES if name.startswith("attention")]:
+        of_forward = {} if "backward" in name else {"RIDERS": riders}
+        monkeypatch.setitem(_tile_sizes.TILES, name, {None: SMALL | of_forward | changes})
+
+
 @pytest.fixture
 def small_tiles(monkeypatch):
-    for name in [name for name in _tile_sizes.TILES if name.startswith("attention")]:
-        monkeypatch.setitem(_tile_sizes.TILES, name, {None: SMALL})
+    set_tiles(monkeypatch)
 
 
 def tensors(B: int, T: int, H: int, D: int, dtype=torch.float32, device="cpu") -> tuple[Tensor, Tensor]:
@@ -225,10 +230,27 @@ def test_triton_that_cannot_run_raises_with_the_reason():
 @pytest.mark.interp
 @pytest.mark.usefixtures("small_tiles")
 class TestInterpreted:
-    # no small block, one of 16 rows, one of 32; fewer tokens than a block
+    # no small block; one that rides; one that rides with the last full block half empty; fewer tokens than a block
     @pytest.mark.parametrize("T", [64, 33, 50, 7])
     def test_matches_fp64(self, T):
         check(*tensors(1, T, 2, 24), "triton", "triton")
+
+    # small blocks of 16 and 32 queries as programs of their own
+    @pytest.mark.parametrize("T", [33, 50])
+    def test_without_riders(self, monkeypatch, T):
+        set_tiles(monkeypatch, riders=0, BLOCK_N=32)
+        check(*tensors(1, T, 1, 24), "triton", "triton")
+
+    # below zero the largest score is another one; at zero all keys count the same
+    @pytest.mark.parametrize("scale", [-0.3, 0.0])
+    def test_scale_may_have_any_sign(self, scale):
+        qkv, grad = tensors(1, 37, 1, 16)
+        qkv[:, :, :2] *= 8  # scores above 100, whose exponentials overflow unless the largest is subtracted
+        with _dispatch.forced("triton"):
+            got = with_gradient(lambda x: attention(x, scale), qkv, grad)
+        wanted = with_gradient(lambda x: attention_reference(x, scale)[0], qkv.double(), grad.double())
+        for a, b in zip(got, wanted, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize("dtype", DTYPES[1:])
     def test_matches_fp64_in_16_bit(self, dtype):
