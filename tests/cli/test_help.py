@@ -66,7 +66,7 @@ def required(config):
 def test_the_short_help_tells_choices_and_defaults(capsys):
     lines = call(capsys, "adapt", "--help")[1].splitlines()
     (method,) = [line for line in lines if line.startswith("  --method")]
-    assert method.split(None, 2)[2] == "upstep, explora: adaptation method (upstep)"
+    assert method.split(None, 2)[2] == "upstep, explora, diet: adaptation method (upstep)"
     (batch,) = [line for line in lines if line.startswith("  --batch-size")]
     assert (
         batch.endswith("(256)")
