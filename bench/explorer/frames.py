@@ -58,13 +58,16 @@ def main() -> None:
     """Print and write the frame rates."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--points", type=int, nargs="+", default=[100_000, 1_000_000])
+    parser.add_argument("--umap", type=int, help="points of which UMAP's maps are timed too")
     parser.add_argument("--chromium", default="/usr/bin/chromium")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = [measure(points, args.chromium, way) for points in args.points for way in ("", "#webgl")]
+    seconds = {} if args.umap is None else {"umap_points": args.umap, "umap_s": umap_seconds(args.umap)}
     result = {
         "load_1_min": round(os.getloadavg()[0], 1),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, SwiftShader",
+        **seconds,
         "rows": rows,
     }
     for row in rows:
@@ -101,6 +104,19 @@ def measure(points: int, chromium: str, way: str) -> dict[str, Any]:
         browser.close()
     page.close()
     return row
+
+
+def umap_seconds(points: int) -> list[float]:
+    """Return the seconds until each of the two maps by UMAP is there, of the first and of the second."""
+    began, seconds = time.perf_counter(), []
+    made = gallery(points).maps
+    for column in ("base", "adapted"):
+        while ("umap", column) not in made.ready and made.state != "" and "failed" not in made.state:
+            time.sleep(0.1)
+        seconds.append(round(time.perf_counter() - began, 1))
+    if ("umap", "adapted") not in made.ready:
+        raise RuntimeError(made.state)
+    return seconds
 
 
 def rate(view: Page, thinned: bool) -> dict[str, float]:
