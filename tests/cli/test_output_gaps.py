@@ -168,7 +168,7 @@ def commands(of) -> dict[str, tuple[list[object], list[str]]]:
         ),
         "export": ([run, "--out", "out"], ["model.peft_format:attach=3.5", "model.lora:merge=3.5"]),
         "predict": ([of("finetuned"), *labeled(), "--out", "out.csv"], ["train.finetune.learned:fingerprints=3.5"]),
-        "plan": (images, ["train.memory.count:count=3.5", "train.memory.measure:product_rate=3.5"]),
+        "plan": (images, ["train.memory.count:count=3.5", "runtime.duration:product_rate=3.5"]),
         "push": ([run, of("repository")], ["model.hub:files_to_push=3.5", "network:unreachable=3.5"]),
         "models": (["vit_tiny_patch16_*"], ["model.registry:names=3.5", "model.registry:without_weights=3.5"]),
         "report": ([run], ["report.run_record:read_record=3.5"]),

@@ -19,7 +19,7 @@ from upstep_fast.report import page as html_report
 from upstep_fast.report.next_steps import look_commands
 from upstep_fast.report.run_record import read_config
 from upstep_fast.report.tables import print_scores, print_verdicts
-from upstep_fast.runtime import terminal
+from upstep_fast.runtime import progress, terminal
 from upstep_fast.runtime.run_folder import CONFIG
 from upstep_fast.train import adapt
 
@@ -48,7 +48,8 @@ def run(config: DemoConfig) -> dict[str, Any]:
     scores = evaluate(
         DEMO, data, adapter=adapted.adapter, source=config.source, device=config.device, json=str(out / SCORES)
     )
-    page = html_report.write(out)
+    with progress.track("report"):
+        page = html_report.write(out)
     print("\nLabels serve only to measure: accuracy in percent on 597 test photographs")
     print_scores(scores)
     if config.source is None:
