@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._define import define
 from ._dispatch import NAMESPACE, choose, triton_unsupported_reason
 from ._tile_sizes import Tile, row_tile
 from ._transforms import is_transformed, refuse_second_derivative
@@ -193,8 +194,7 @@ def _quantized(value: Tensor, fp8: bool, dtype: torch.dtype) -> tuple[Tensor, Te
     return quantize_reference(value) if fp8 else (value.to(dtype), value.new_empty(0, dtype=torch.float32))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::gelu", mutates_args=())
-def _gelu_op(x: Tensor, approximate: str, save_derivative: bool, fp8: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(x: Tensor, approximate: str, save_derivative: bool, fp8: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return (y, derivative, scale): the byte is empty unless `save_derivative`, the row scales unless `fp8`."""
     if _takes_triton("gelu", x, fp8):
         return _gelu_fwd_triton(x, approximate, save_derivative, fp8, native_fp8(x.device))
@@ -204,13 +204,11 @@ def _gelu_op(x: Tensor, approximate: str, save_derivative: bool, fp8: bool) -> t
     return y, byte, scale
 
 
-@_gelu_op.register_fake
-def _(x: Tensor, approximate: str, save_derivative: bool, fp8: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_forward(x: Tensor, approximate: str, save_derivative: bool, fp8: bool) -> tuple[Tensor, Tensor, Tensor]:
     return _outputs(x, save_derivative, fp8)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::gelu_backward", mutates_args=())
-def _gelu_backward_op(grad: Tensor, derivative: Tensor, fp8: bool) -> tuple[Tensor, Tensor]:
+def _gelu_backward(grad: Tensor, derivative: Tensor, fp8: bool) -> tuple[Tensor, Tensor]:
     """Return (dx, scale): the row scales are empty unless `fp8`."""
     if _takes_triton("gelu_backward", grad, fp8):
         return _gelu_bwd_triton(grad, derivative, fp8, native_fp8(grad.device))
@@ -218,10 +216,20 @@ def _gelu_backward_op(grad: Tensor, derivative: Tensor, fp8: bool) -> tuple[Tens
     return _quantized(gelu_backward_reference(grad.float() if fp8 else grad, derivative), fp8, grad.dtype)
 
 
-@_gelu_backward_op.register_fake
-def _(grad: Tensor, derivative: Tensor, fp8: bool) -> tuple[Tensor, Tensor]:
+def _fake_backward(grad: Tensor, derivative: Tensor, fp8: bool) -> tuple[Tensor, Tensor]:
     dx, _, scale = _outputs(grad, False, fp8)
     return dx, scale
+
+
+_gelu_op = torch.library.custom_op(f"{NAMESPACE}::gelu", _forward, mutates_args=())
+_gelu_op.register_fake(_fake_forward)
+_gelu_forward_op = define(
+    "gelu_forward(Tensor x, str approximate, bool save_derivative, bool fp8) -> (Tensor, Tensor, Tensor)",
+    _forward, _fake_forward,
+)  # fmt: skip
+_gelu_backward_op = define(
+    "gelu_backward(Tensor grad, Tensor derivative, bool fp8) -> (Tensor, Tensor)", _gelu_backward, _fake_backward
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -268,7 +276,7 @@ def gelu_forward(
     save_derivative: whether to return the byte, which `gelu_backward` takes. fp8: y as e4m3 with row scales [..., 1].
     """
     _validate("gelu_forward", x, approximate, fp8)
-    y, derivative, scale = _gelu_op(x.detach(), approximate, save_derivative, fp8)
+    y, derivative, scale = _gelu_forward_op(x.detach(), approximate, save_derivative, fp8)
     return y, derivative if save_derivative else None, scale if fp8 else None
 
 

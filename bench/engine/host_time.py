@@ -2,10 +2,10 @@
 
     python bench/engine/host_time.py [--depth 24] [--json FILE]
 
-A ViT of the depth of ViT-L and tiny widths runs on CPU tensors in the form it has on a GPU: our kernels by Triton, whose
-own launch code runs up to the call of the driver, which is empty. What is left is Python, torch's dispatcher and the
-launch code; torch's operators also compute, on a few numbers. Processor time, medians; quote ratios of two builds run in
-alternation. GPU times are not part of it.
+A ViT of the depth of ViT-L and tiny widths runs on CPU tensors in the form it has on a GPU: our kernels by Triton,
+whose own launch code runs up to the call of the driver, which is empty. What is left is Python, torch's dispatcher and
+the launch code; torch's operators also compute, on a few numbers. Processor time, medians; quote ratios of two builds
+run in alternation. GPU times are not part of it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from upstep_fast.kernels import _triton
 from upstep_fast.kernels._dispatch import forced
 from upstep_fast.model import lora
 
-WIDTH, SIDE, VIEWS, RANK = 64, 28, 1, 4
+WIDTH, SIDE, VIEWS, RANK = 16, 28, 1, 4
 ROUNDS = 15
 
 

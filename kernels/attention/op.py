@@ -30,8 +30,9 @@ from torch import Tensor
 
 from .._autocast import autocast_dtype
 from .._autotune import autotune, power_class
+from .._define import define
 from .._dispatch import NAMESPACE, record, requested, triton_unsupported_reason
-from .._transforms import is_transformed
+from .._transforms import is_transformed, refuse_second_derivative
 from .triton import MAX_WIDTH, outputs
 from .triton import backward as _backward_triton
 from .triton import forward as _forward_triton
@@ -194,8 +195,7 @@ def _unsupported_reason(qkv: Tensor) -> str | None:
     return triton_unsupported_reason(qkv) or ("no float64 form" if qkv.dtype == torch.float64 else None)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=())
-def _op(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _forward(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Return (out [B, T, H, d], lse [B, H, T])."""
     if not qkv.numel():
         out, lse = outputs(qkv)
@@ -206,13 +206,11 @@ def _op(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return out.contiguous(), lse.contiguous()
 
 
-@_op.register_fake
-def _fake(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _fake_forward(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return outputs(qkv)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::attention_backward", mutates_args=())
-def _backward_op(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
+def _attention_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
     if not qkv.numel():
         return torch.zeros_like(qkv, memory_format=torch.contiguous_format)
     grad, qkv, out, lse = (t.contiguous() for t in (grad, qkv, out, lse))
@@ -220,9 +218,17 @@ def _backward_op(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: flo
         return _run("attention_backward", _BACKWARD, qkv, (grad, qkv, out, lse, scale)).contiguous()
 
 
-@_backward_op.register_fake
-def _(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
+def _fake_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+
+
+_op = torch.library.custom_op(f"{NAMESPACE}::attention", _forward, mutates_args=())
+_op.register_fake(_fake_forward)
+_forward_op = define("attention_forward(Tensor qkv, float scale) -> (Tensor, Tensor)", _forward, _fake_forward)
+_backward_op = define(
+    "attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, float scale) -> Tensor",
+    _attention_backward, _fake_backward,
+)  # fmt: skip
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -232,7 +238,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor | None, _lse: Tensor | None) -> tuple[Any, ...]:
-    return None if grad is None else _backward_op(grad, *ctx.saved_tensors, ctx.scale), None
+    if grad is None:
+        return None, None
+    refuse_second_derivative("attention")
+    return _backward_op(grad, *ctx.saved_tensors, ctx.scale), None
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
@@ -255,7 +264,7 @@ def attention(qkv: Tensor, scale: float | None = None) -> Tensor:
 
 def attention_forward(qkv: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """Return (out, lse [B, H, T] in fp32 or wider), for a backward written by hand; outside autograd and autocast."""
-    return _op(qkv.detach(), _validated("attention_forward", qkv, scale))
+    return _forward_op(qkv.detach(), _validated("attention_forward", qkv, scale))
 
 
 def attention_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float | None = None) -> Tensor:

@@ -19,30 +19,19 @@ Bytes moved an entry in 16 bit: forward 2 in, 2 out (+ 2 + 2 with a residual, + 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._define import define
 from .._dispatch import NAMESPACE, choose
-from .._transforms import REASON, is_transformed
-from ..quantize import E4M3, native_fp8, quantize_reference, row_unsupported_reason
+from .._transforms import is_transformed, refuse_second_derivative
+from ..quantize import native_fp8, quantize_reference, row_unsupported_reason
 from . import triton
 from .args import rows_of, unsupported_reason
 from .triton import Outputs, outputs, wide_dtype
-
-
-class Normalized(NamedTuple):
-    """Results of one pass over x [..., K]; None where not requested."""
-
-    y: Tensor | None
-    h: Tensor
-    mean: Tensor
-    rstd: Tensor
-    s: Tensor | None
-    q: Tensor | None
-    scale: Tensor | None
 
 
 def layer_norm_reference(
@@ -74,8 +63,7 @@ def _takes_triton(op: str, x: Tensor) -> bool:
     return x.numel() > 0 and choose(op, x.device, {"triton": reason, "reference": None}) == "triton"
 
 
-@torch.library.custom_op(f"{NAMESPACE}::layer_norm", mutates_args=())
-def _op(
+def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, lora_a: Tensor | None,
     eps: float, save_y: bool, fp8: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -101,16 +89,23 @@ def _op(
     return y, h, mean, rstd, s, q, scale
 
 
-@_op.register_fake
-def _(
+def _fake_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, lora_a: Tensor | None,
     eps: float, save_y: bool, fp8: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return outputs(x, residual, lora_a, save_y, fp8)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::layer_norm_backward", mutates_args=())
-def _backward_op(
+_op = torch.library.custom_op(f"{NAMESPACE}::layer_norm", _forward, mutates_args=())
+_op.register_fake(_fake_forward)
+_forward_op = define(
+    "layer_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? lora_a, float eps, "
+    "bool save_y, bool fp8) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward, _fake_forward,
+)  # fmt: skip
+
+
+def _gradients(
     grad: Tensor, saved: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, grad_h: Tensor | None,
     sums: bool, fp8: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -119,7 +114,7 @@ def _backward_op(
         device = grad.device
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         return triton.backward(grad, saved, mean, rstd, weight, grad_h, sums, fp8, native_fp8(device), processors)
-    dx, dweight, dbias, q, scale = _gradients(grad, saved, mean, rstd, weight, grad_h, sums, fp8)
+    dx, dweight, dbias, q, scale = _fake_gradients(grad, saved, mean, rstd, weight, grad_h, sums, fp8)
     x_hat = saved if weight is None else (saved.to(wide_dtype(grad)) - mean[:, None]) * rstd[:, None]
     dx.copy_(layer_norm_backward_reference(grad, x_hat, rstd, weight, grad_h))
     if sums:
@@ -132,8 +127,7 @@ def _backward_op(
     return dx, dweight, dbias, q, scale
 
 
-@_backward_op.register_fake
-def _gradients(
+def _fake_gradients(
     grad: Tensor, saved: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, grad_h: Tensor | None,
     sums: bool, fp8: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -146,6 +140,13 @@ def _gradients(
         grad.new_empty((M, K) if fp8 else 0, dtype=torch.uint8),
         grad.new_empty((M, 1) if fp8 else 0, dtype=torch.float32),
     )
+
+
+_backward_op = define(
+    "layer_norm_backward(Tensor grad, Tensor saved, Tensor mean, Tensor rstd, Tensor? weight, Tensor? grad_h, "
+    "bool sums, bool fp8) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _gradients, _fake_gradients,
+)  # fmt: skip
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -167,6 +168,7 @@ def _backward(
     grad_s: Tensor | None,
     *_: Any,
 ) -> tuple[Any, ...]:
+    refuse_second_derivative("layer_norm")
     saved, mean, rstd, weight, lora_a = ctx.saved_tensors
     need_x, need_residual, need_weight, need_bias, need_a = ctx.needs_input_grad[:5]
     dx = dweight = dbias = da = None
@@ -206,13 +208,18 @@ def _normalize(
     K, lead = x.shape[-1], x.shape[:-1]
     residual_MK = None if residual is None else rows_of(residual, K)
     save_y = save_y or (torch.is_grad_enabled() and x.requires_grad)
-    y, h, mean, rstd, s, q, scale = _op(rows_of(x, K), residual_MK, weight, bias, lora_a, float(eps), save_y, fp8)
+    op = _op if _needs_gradient(x, residual, weight, bias, lora_a) else _forward_op
+    y, h, mean, rstd, s, q, scale = op(rows_of(x, K), residual_MK, weight, bias, lora_a, float(eps), save_y, fp8)
     h = x if residual is None else h.view(x.shape)
     shapes = ((y, save_y, K), (s, lora_a is not None, -1), (q, fp8, K), (scale, fp8, 1))
     y, s, q, scale = (
         t.view(*lead, t.shape[-1] if last < 0 else last) if is_requested else t for t, is_requested, last in shapes
     )
     return y, h, mean.view(lead), rstd.view(lead), s, q, scale
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _checked(
@@ -243,53 +250,3 @@ def add_layer_norm(
         return layer_norm_reference(*_checked("add_layer_norm", x, residual, weight, bias, eps))
     y, h, *_ = _normalize("add_layer_norm", x, residual, weight, bias, None, eps)
     return y, h
-
-
-def layer_norm_forward(
-    x: Tensor,
-    eps: float = 1e-6,
-    *,
-    residual: Tensor | None = None,
-    lora_a: Tensor | None = None,
-    save_y: bool = True,
-    fp8: bool = False,
-) -> Normalized:
-    """Compute the bare form and all results of its pass; gradients reach x, residual and lora_a.
-
-    x, residual: [..., K]; lora_a: [R, K] in the dtype of x: also s = y lora_a^T [..., R].
-    save_y: whether to return y (`layer_norm_backward` takes it). fp8: also q [..., K] in e4m3 with scale [..., 1].
-    Raises ValueError for arguments that do not fit, NotImplementedError inside torch.func or forward-mode AD.
-    """
-    if is_transformed("layer_norm_forward", x, residual, lora_a):
-        raise NotImplementedError(f"layer_norm_forward: has no derivative {REASON}; take layer_norm")
-    y, h, mean, rstd, s, q, scale = _normalize(
-        "layer_norm_forward", x, residual, None, None, lora_a, eps, save_y=save_y, fp8=fp8
-    )
-    codes, scales = (q.view(E4M3), scale) if fp8 else (None, None)
-    return Normalized(y if save_y else None, h, mean, rstd, None if lora_a is None else s, codes, scales)
-
-
-def layer_norm_backward(
-    grad: Tensor, x_hat: Tensor, rstd: Tensor, grad_h: Tensor | None = None, *, fp8: bool = False
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return (dx, q, scale) of the bare form, for a backward written by hand.
-
-    grad: of x_hat, [..., K]; x_hat and rstd [...] as `layer_norm_forward` gave them; grad_h: of the residual stream,
-    added in the same pass. fp8: also dx in e4m3 with row scales; else q and scale are None.
-    """
-    for name, t, shape in (
-        ("x_hat", x_hat, grad.shape),
-        ("rstd", rstd, grad.shape[:-1]),
-        ("grad_h", grad_h, grad.shape),
-    ):
-        if t is not None and (t.shape != shape or t.device != grad.device):
-            want, got = f"{list(shape)} on {grad.device}", f"{list(t.shape)} on {t.device}"
-            raise ValueError(f"layer_norm_backward: {name} must be {want} to fit grad, got {got}")
-    K = grad.shape[-1]
-    grad_MK, x_hat_MK = rows_of(grad.detach(), K), rows_of(x_hat.detach(), K)
-    grad_h_MK = None if grad_h is None else rows_of(grad_h.detach(), K)
-    rstd = rstd.detach().reshape(-1)
-    dx, _, _, q, scale = _backward_op(grad_MK, x_hat_MK, rstd, rstd, None, grad_h_MK, False, fp8)
-    if not fp8:
-        return dx.view(grad.shape), None, None
-    return dx.view(grad.shape), q.view(E4M3).view(grad.shape), scale.view(*grad.shape[:-1], 1)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..layer_norm import eager as layer_norm_eager
-from ..layer_norm.op import layer_norm_backward, layer_norm_forward
+from ..layer_norm.bare import layer_norm_backward, layer_norm_forward
 from .args import MixerArgs
 
 

@@ -29,7 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._dispatch import NAMESPACE, choose, triton_unsupported_reason
+from .._define import define
+from .._dispatch import choose, triton_unsupported_reason
 from . import triton
 
 MAX_ITERATIONS = 100_000
@@ -75,13 +76,7 @@ def _register(
         kind = choose("sinkhorn", scores.device, {"triton": triton_unsupported_reason(scores), "reference": None})
         return (in_triton if kind == "triton" else in_torch)(scores, *rest)
 
-    # not custom_op: the wrappers that make it differentiable take 13 us a call on the host
-    name = schema.split("(")[0]
-    torch.library.define(f"{NAMESPACE}::{name}", schema.removeprefix(name))
-    torch.library.impl(f"{NAMESPACE}::{name}", ("cpu", "cuda"), run)
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
-    op: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), name).default
-    return op
+    return define(schema, run, fake)
 
 
 _sinkhorn_op = _register(

@@ -81,11 +81,10 @@ def test_what_a_block_keeps(variant, hidden, memory, rest, fused):
     width, heads = vit.embed_dim, vit.blocks[0].attn.num_heads
     args = (torch.bfloat16, 5, fused, variant), (torch.bfloat16, 4, fused, variant)
     block = kept_bytes(memory, *args[0]) - kept_bytes(memory, *args[1])
-    adapter = 4 * 3 * 4 * (width + 1 + width)
     statistics = 0 if memory == "lean" else 4 * tokens * (2 + heads)
     of_gelu = 1 if fused and variant in ("qk-norm", "DINOv3") else 2  # its derivative as a byte, or its input
     most = rest if memory == "lean" else rest + of_gelu * hidden
-    assert block == adapter + statistics + round(most * width) * tokens
+    assert block == statistics + round(most * width) * tokens
 
 
 @pytest.mark.parametrize("variant", BEYOND)

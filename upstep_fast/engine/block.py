@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from upstep_fast.engine.fold import FoldedBlock
-from upstep_fast.engine.merge import MergedBlock, adapter_gradients, factors_of
+from upstep_fast.engine.merge import MergedBlock
 from upstep_fast.engine.mlp import activation, activation_backward, activation_forward, linear_activation
 from upstep_fast.engine.norm_gelu import norm, norm_backward
 from upstep_fast.engine.packing import Sizes, attend, attend_backward, attend_first, scale_branch
@@ -104,11 +104,9 @@ def run_block(
     without gradients, return only the first tokens of each sequence, [B, first, D]; None: all.
     """
     context = BlockContext(merged, merged.block.drop_path_scales(x, sizes), sizes, ropes)
-    if torch.is_grad_enabled():
-        trained = merged.block.trained_tensors()
-        if any(t.requires_grad for t in (x, *trained)):
-            return _Block.apply(x, delta, context, memory, *trained)
-    return _forward(x, delta, context, merged.trained, None, first)[:2]
+    if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in merged.trained)):
+        return _Block.apply(x, delta, context, memory, *merged.trained)
+    return _forward(x, delta, context, None, first)[:2]
 
 
 class _Block(torch.autograd.Function):
@@ -119,35 +117,32 @@ class _Block(torch.autograd.Function):
         ctx: Any, x: Tensor, delta: Tensor | None, context: BlockContext, memory: Memory, *trained: Tensor
     ) -> tuple[Tensor, Tensor]:
         saved: dict[str, Tensor] = {}
-        middle, m, stream = _forward(x, delta, context, trained, saved)
+        middle, m, stream = _forward(x, delta, context, saved)
         if memory == "lean":
             saved = {"stream": stream}
         for name in _RECOMPUTED.get(memory, ()):
             del saved[name]
         ctx.context, ctx.names, ctx.has_delta = context, list(saved), delta is not None
         # with the adapters' parameters among them, autograd raises if they (and the merged weights) change in between
-        ctx.save_for_backward(*saved.values(), *trained, *context.merged.block.trainable_parameters())
+        ctx.save_for_backward(*saved.values(), *context.merged.parameters)
         return middle, m
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("engine")
         d_middle, d_m = grads
-        values = ctx.saved_tensors
-        saved = dict(zip(ctx.names, values, strict=False))
-        trained = values[len(saved) : len(values) - len(ctx.context.merged.block.trainable_parameters())]
+        saved = dict(zip(ctx.names, ctx.saved_tensors, strict=False))
         if "stream" in saved:
             stream, saved = saved["stream"], {}
-            _forward(stream, None, ctx.context, trained, saved)
-        dx, d_trained = _backward(d_middle, d_m, ctx.context, trained, saved, ctx.needs_input_grad[0])
-        return dx, dx if ctx.has_delta else None, None, None, *d_trained
+            _forward(stream, None, ctx.context, saved)
+        dx, d_trained = _backward(d_middle, d_m, ctx.context, saved, ctx.needs_input_grad[0])
+        return dx, dx if ctx.has_delta else None, None, None, *(d_trained if ctx.context.merged.trained else ())
 
 
 def _forward(
     x: Tensor,
     delta: Tensor | None,
     context: BlockContext,
-    trained: Sequence[Tensor],
     saved: dict[str, Tensor] | None,
     first: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,7 +153,7 @@ def _forward(
     merged, drop_scale, sizes, ropes = context
     block, (qkv, proj, fc1, fc2) = merged.block, merged.projections
     h1, stream, rstd1, rows = norm(x, delta, block.eps[0], block.fused, block.fp8, block.rms)
-    y = qkv.product(_affine(rows, block, 0, trained))
+    y = qkv.product(_affine(rows, merged, 0))
     if saved is None:
         del h1, rows
     z = apply_rope(qk_norm(y, block.heads, block.head_norm), block.heads, block.rotary, ropes, sizes)
@@ -168,7 +163,7 @@ def _forward(
         o, stream = attend_first(z, block.heads, first), stream[:, :first]
     p = scale_branch(proj.product(_inner_norm(o, block)[0]), drop_scale[0])
     h2, middle, rstd2, rows = norm(stream, p, block.eps[1], block.fused, block.fp8, block.rms)
-    rows = _affine(rows, block, 1, trained)
+    rows = _affine(rows, merged, 1)
     g: Tensor | Quantized
     if saved is None:
         g = linear_activation(rows, fc1, block)
@@ -182,37 +177,34 @@ def _backward(
     d_middle: Tensor,
     d_m: Tensor,
     context: BlockContext,
-    trained: Sequence[Tensor],
     saved: dict[str, Tensor],
     needs_dx: bool,
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """Return the gradients of the stream (None unless `needs_dx`) and of `trained`."""
-    block = context.merged.block
-    factors = factors_of(block, trained)
-    d_middle, rows, d_mlp, d_norm2 = _mlp_backward(d_middle, d_m, context, trained, saved)
-    dx, d_attention, d_norm1 = _attention_backward(d_middle, rows, context, trained, saved, needs_dx)
+    """Return the gradients of the stream (None unless `needs_dx`) and of `MergedBlock.trained`."""
+    d_middle, rows, d_mlp, d_norm2 = _mlp_backward(d_middle, d_m, context, saved)
+    dx, d_attention, d_norm1 = _attention_backward(d_middle, rows, context, saved, needs_dx)
     d_adapters = d_mlp | d_attention
-    return dx, [*(d for name in factors for d in d_adapters[name]), *d_norm1, *d_norm2]
+    return dx, [*(d for name in context.merged.adapters for d in d_adapters[name]), *d_norm1, *d_norm2]
 
 
 _AdapterGrads = dict[str, tuple[Tensor, ...]]  # of (A, A beta, s B) by projection
 
 
 def _mlp_backward(
-    d_middle: Tensor, d_m: Tensor, context: BlockContext, trained: Sequence[Tensor], saved: dict[str, Tensor]
+    d_middle: Tensor, d_m: Tensor, context: BlockContext, saved: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor | Quantized, _AdapterGrads, tuple[Tensor, ...]]:
     """Return the gradient of middle, that gradient as input of a product, and those of the adapters and the norm."""
-    block, (_, _, fc1, fc2) = context.merged.block, context.merged.projections
-    h2, u, factors = saved["h2"], saved["u"], factors_of(block, trained)
+    merged, drop_scale = context.merged, context.drop_scale[1]
+    block, (_, _, fc1, fc2), adapters = merged.block, merged.projections, merged.adapters
+    h2, u = saved["h2"], saved["u"]
     d_adapters: _AdapterGrads = {}
-    d_m = scale_branch(d_m, context.drop_scale[1])
-    if "fc2" in factors:
-        d_adapters["fc2"] = adapter_gradients(d_m, activation(u, block), block.fc2, factors["fc2"])
-    du = activation_backward(fc2.input_gradient(d_m), u, block, block.fp8 and "fc1" not in factors)
-    if "fc1" in factors:
-        h2_affine = dequantized(_affine(h2, block, 1, trained))
-        d_adapters["fc1"] = adapter_gradients(dequantized(du), h2_affine, block.fc1, factors["fc1"])
-    d_h2, d_norm = _affine_backward(fc1.input_gradient(du), h2, block, 1, trained)
+    d_m = scale_branch(d_m, drop_scale)
+    if "fc2" in adapters:
+        d_adapters["fc2"] = adapters["fc2"].gradients(d_m, activation(u, block))
+    du = activation_backward(fc2.input_gradient(d_m), u, block, block.fp8 and "fc1" not in adapters)
+    if "fc1" in adapters:
+        d_adapters["fc1"] = adapters["fc1"].gradients(dequantized(du), dequantized(_affine(h2, merged, 1)))
+    d_h2, d_norm = _affine_backward(fc1.input_gradient(du), h2, merged, 1)
     del du  # the largest tensor of the block, before the norm makes new ones
     d_middle, rows = norm_backward(d_h2, h2, saved["rstd2"], d_middle, block.fused, block.fp8, block.rms)
     return d_middle, rows, d_adapters, d_norm
@@ -222,20 +214,19 @@ def _attention_backward(
     d_middle: Tensor,
     rows: Tensor | Quantized,
     context: BlockContext,
-    trained: Sequence[Tensor],
     saved: dict[str, Tensor],
     needs_dx: bool,
 ) -> tuple[Tensor | None, _AdapterGrads, tuple[Tensor, ...]]:
     """Return the gradients of the stream, of the adapters and of the norm; rows: d_middle as input of a product."""
     merged, drop_scale, sizes, ropes = context
-    block, (qkv, proj, _, _) = merged.block, merged.projections
-    h1, o, lse, factors = saved["h1"], saved["o"], saved["lse"], factors_of(block, trained)
+    block, (qkv, proj, _, _), adapters = merged.block, merged.projections, merged.adapters
+    h1, o, lse = saved["h1"], saved["o"], saved["lse"]
     d_adapters: _AdapterGrads = {}
     d_p = scale_branch(d_middle, drop_scale[0])
     o_hat, o_rstd = _inner_norm(o, block)
-    if "proj" in factors:
-        d_adapters["proj"] = adapter_gradients(d_p, o_hat, block.proj, factors["proj"])
-    h1_affine = dequantized(_affine(h1, block, 0, trained))
+    if "proj" in adapters:
+        d_adapters["proj"] = adapters["proj"].gradients(d_p, o_hat)
+    h1_affine = dequantized(_affine(h1, merged, 0))
     y = saved["y"] if "y" in saved else qkv.product(h1_affine)
     z = qk_norm(y, block.heads, block.head_norm)
     if z is not saved.get("y"):  # without QK-norm RoPE was applied to y in place, and y was saved so
@@ -246,37 +237,33 @@ def _attention_backward(
     dz = attend_backward(d_o, z, o, lse, block.heads, sizes)
     dz = apply_rope(dz, block.heads, block.rotary, ropes, sizes, inverse=True)
     dy = qk_norm_backward(dz, y, block.heads, block.head_norm)
-    if "qkv" in factors:
-        d_adapters["qkv"] = adapter_gradients(dy, h1_affine, block.qkv, factors["qkv"])
+    if "qkv" in adapters:
+        d_adapters["qkv"] = adapters["qkv"].gradients(dy, h1_affine)
     if not needs_dx and block.norms[0] is None:
         return None, d_adapters, ()
-    d_h1, d_norm = _affine_backward(qkv.input_gradient(dy), h1, block, 0, trained)
+    d_h1, d_norm = _affine_backward(qkv.input_gradient(dy), h1, merged, 0)
     dx = norm_backward(d_h1, h1, saved["rstd1"], d_middle, block.fused, rms=block.rms)[0] if needs_dx else None
     return dx, d_adapters, d_norm
 
 
-def _scale_and_shift(block: FoldedBlock, which: int, trained: Sequence[Tensor]) -> Sequence[Tensor] | None:
-    """Return (gamma, beta) of norm `which` (0 or 1) if it is trained; they stand last in `trained`, two per norm."""
-    if block.norms[which] is None:
-        return None
-    after = 2 if which == 0 and block.norms[1] is not None else 0
-    return trained[len(trained) - after - 2 : len(trained) - after]
+def _scale_and_shift(merged: MergedBlock, which: int) -> tuple[Tensor, Tensor] | None:
+    """Return (gamma, beta) of norm `which` (0 or 1) if it is trained."""
+    norm = merged.block.norms[which]
+    return None if norm is None else (norm.weight.detach(), norm.bias.detach())
 
 
-def _affine(x_hat: Tensor | Quantized, block: FoldedBlock, which: int, trained: Sequence[Tensor]) -> Tensor | Quantized:
+def _affine(x_hat: Tensor | Quantized, merged: MergedBlock, which: int) -> Tensor | Quantized:
     """Apply the scale and shift of norm `which` if it is trained."""
-    pair = _scale_and_shift(block, which, trained)
+    pair = _scale_and_shift(merged, which)
     if pair is None:
         return x_hat
     rows = dequantized(x_hat)
     return torch.addcmul(pair[1].to(rows.dtype), rows, pair[0].to(rows.dtype))
 
 
-def _affine_backward(
-    d: Tensor, x_hat: Tensor, block: FoldedBlock, which: int, trained: Sequence[Tensor]
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _affine_backward(d: Tensor, x_hat: Tensor, merged: MergedBlock, which: int) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return the gradients of x_hat and of (gamma, beta); the latter is empty for a frozen norm."""
-    pair = _scale_and_shift(block, which, trained)
+    pair = _scale_and_shift(merged, which)
     if pair is None:
         return d, ()
     rows = tuple(range(d.dim() - 1))

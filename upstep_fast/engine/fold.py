@@ -10,8 +10,8 @@ With x_hat = (x - mean) rstd, normalized without scale and shift,
 Matrices whose outputs are concatenated (q, k and v, or the two of a gated MLP, where timm keeps them separate) become
 one, with their adapters as parts of it.
 
-The adapter's factors are computed by autograd operations on its parameters, so training the folded form trains the
-adapter of the original model. Folding is exact up to rounding; it is done in fp32 and cast once.
+The adapter's factors are computed by autograd operations on its parameters (adapters.py), so training the folded form
+trains the adapter of the original model. Folding is exact up to rounding; it is done in fp32 and cast once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers.patch_embed import PatchEmbed
 from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingDinoV3
 from timm.models.deit import VisionTransformerDistilled
@@ -54,27 +53,6 @@ class FoldedLinear:
     adapters: tuple[LoraLinear, ...] = ()
     parts: tuple[int, ...] = ()  # for each of their T parts, the block of n rows it adds to
 
-    def adapter_factors(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Return the folded (A [T, r, K], A beta [T, r], s B [T, n, r]) in fp32; None without adapters.
-
-        Differentiable in the adapters' parameters.
-        """
-        if not self.adapters:
-            return None
-        # separate adapters of q, k and v may differ in rank: pad with zeros
-        r = max(adapter.r for adapter in self.adapters)
-        a = _concatenated([F.pad(m.lora_a, (0, 0, 0, r - m.r)) if m.r < r else m.lora_a for m in self.adapters])
-        b = _concatenated([m.scale * (F.pad(m.lora_b, (0, r - m.r)) if m.r < r else m.lora_b) for m in self.adapters])
-        shift = torch.zeros(a.shape[:2], device=a.device)
-        if self.norm is not None:
-            gamma, beta = self.norm
-            a, shift = a * gamma, a @ beta
-        if self.layer_scale is not None:
-            rows = self.layer_scale.view(-1, b.shape[1], 1)
-            # by integers: a list would be copied from the host, which capture as a CUDA graph refuses
-            b = b * _concatenated([rows[part : part + 1] for part in self.parts])
-        return a, shift, b
-
 
 @dataclass(frozen=True)
 class FoldedBlock:
@@ -93,7 +71,7 @@ class FoldedBlock:
     fc2: FoldedLinear
     norms: tuple[nn.LayerNorm | None, nn.LayerNorm | None] = (None, None)  # trained norms, which are not folded
     drop_paths: tuple[nn.Module, nn.Module] = (nn.Identity(), nn.Identity())  # of the two branches
-    fused: bool = False  # norms and GELU by our kernels; else by torch (norm_gelu.py)
+    fused: bool = False  # norms and GELU by our kernels, else by torch (norm_gelu.py); adapters by wide products
 
     @property
     def fp8(self) -> bool:
@@ -110,16 +88,8 @@ class FoldedBlock:
         """True if GELU's derivative is saved as one byte; an adapter on fc2, or a norm before it, needs u itself."""
         return self.fused and self.activation != "swiglu" and not self.fc2.adapters and self.inner_eps[1] is None
 
-    def trained_tensors(self) -> list[Tensor]:
-        """Return (A, A beta, s B) of each adapted projection, then (gamma, beta) of each trained norm.
-
-        In fp32; differentiable in `trainable_parameters`.
-        """
-        factors = [f for linear in self.linears.values() for f in (linear.adapter_factors() or ())]
-        return factors + [p for norm in self.norms if norm is not None for p in (norm.weight, norm.bias)]
-
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters from which `trained_tensors` are computed."""
+        """Return the adapters' parameters, then (weight, bias) of each trained norm."""
         adapters = [adapter for linear in self.linears.values() for adapter in linear.adapters]
         factors = [p for adapter in adapters for p in (adapter.lora_a, adapter.lora_b)]
         return factors + [p for norm in self.norms if norm is not None for p in (norm.weight, norm.bias)]

@@ -27,7 +27,7 @@ def activation(u: Tensor, block: FoldedBlock) -> Tensor:
 def linear_activation(rows: Tensor | Quantized, fc1: Projection, block: FoldedBlock) -> Tensor:
     """Compute m from the input of fc1 [..., K], saving nothing."""
     if block.activation != "swiglu" and block.inner_eps[1] is None:
-        return linear_gelu(rows, fc1, block.activation)
+        return linear_gelu(rows, fc1, block.activation, block.fused)
     return activation(fc1.product(rows), block)
 
 

@@ -10,13 +10,13 @@ with its own scales, so fp8 weights take as many bytes as bf16 ones: fp8 saves t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from upstep_fast.engine.low_rank import LowRank
 from upstep_fast.kernels.lora_linear.fp8 import scaled_mm
 from upstep_fast.kernels.quantize import quantize
 
@@ -66,30 +66,21 @@ class Fp8Projection:
 
     weight: Fp8Weight
     bias: Tensor  # [N], compute type
-    factors: Sequence[Tensor] | None  # (A [T, r, K], A beta [T, r], s B [T, n, r]), compute type
-    parts: Sequence[int]  # for each of the T adapter parts, the block of n output rows it adds to
+    adapter: LowRank | None
 
     def product(self, x: Tensor | Quantized) -> Tensor:
         """Multiply by the weight: x [..., K] -> [..., N]."""
         y = _scaled_mm(x, self.weight.q, self.weight.scale, self.bias)
-        if self.factors is not None:
-            a, shift, b = self.factors
-            low = F.linear(dequantized(x), a.flatten(0, 1), shift.flatten()).unflatten(-1, shift.shape)
-            for t, rows in enumerate(self._rows(b)):
-                y[..., rows] += low[..., t, :] @ b[t].T
-        return y
+        if self.adapter is not None:
+            self.adapter.add_output(y, dequantized(x).flatten(0, -2))
+        return y.view(*_shape(x)[:-1], -1)
 
     def input_gradient(self, dy: Tensor | Quantized) -> Tensor:
         """Multiply by the transpose: dy [..., N] -> [..., K]."""
         dx = _scaled_mm(dy, self.weight.q_t, self.weight.scale_t, None)
-        if self.factors is not None:
-            a, _, b = self.factors
-            for t, rows in enumerate(self._rows(b)):
-                dx += (dequantized(dy)[..., rows] @ b[t]) @ a[t]
-        return dx
-
-    def _rows(self, b: Tensor) -> list[slice]:
-        return [slice(part * b.shape[1], (part + 1) * b.shape[1]) for part in self.parts]
+        if self.adapter is not None:
+            self.adapter.add_input_gradient(dx, dequantized(dy).flatten(0, -2))
+        return dx.view(*_shape(dy)[:-1], -1)
 
 
 @dataclass(frozen=True)
@@ -128,7 +119,11 @@ def dequantized(x: Tensor | Quantized) -> Tensor:
     return x.dequantized
 
 
+def _shape(x: Tensor | Quantized) -> torch.Size:
+    return x.shape if isinstance(x, Tensor) else x.q.shape
+
+
 def _scaled_mm(x: Tensor | Quantized, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute the fp8 product of rows [..., K]: [M, N] in bf16."""
     q, scale = quantize(x) if isinstance(x, Tensor) else (x.q, x.scale)
-    y = scaled_mm(q.flatten(0, -2), scale.flatten(0, -2), weight, weight_scale, bias, torch.bfloat16)
-    return y.view(*q.shape[:-1], -1)
+    return scaled_mm(q.flatten(0, -2), scale.flatten(0, -2), weight, weight_scale, bias, torch.bfloat16)
