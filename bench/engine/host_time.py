@@ -44,7 +44,7 @@ def empty_driver() -> Iterator[None]:
     properties = {"max_shared_mem": 232_448, "multiprocessor_count": 132}
     utils = SimpleNamespace(
         get_device_properties=lambda device: properties,
-        load_binary=lambda name, kernel, shared, device: (None, 0, 0, 0, 1024),
+        load_binary=lambda name, kernel, shared, device: (0, 0, 0, 0, 1024),
     )
     fake = SimpleNamespace(
         get_current_device=lambda: 0,
@@ -74,13 +74,14 @@ def tiny_vit(depth: int) -> Any:
 def step_parts(vit: Any) -> dict[str, Callable[[], object]]:
     """Return the parts of a step by name: merging alone, forward (with merging), forward and backward, evaluation."""
     built = engine.build(vit, torch.bfloat16, fused=True, compiled=False)
-    images = torch.randn(VIEWS, 3, SIDE, SIDE)
+    images, trained = torch.randn(VIEWS, 3, SIDE, SIDE), [p for p in vit.parameters() if p.requires_grad]
 
     def forward() -> Tensor:
         return built.features(images)
 
     def both() -> None:
-        vit.zero_grad(set_to_none=True)
+        for p in trained:
+            p.grad = None
         f = forward()
         f.backward(torch.ones_like(f))
 

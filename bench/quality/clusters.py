@@ -70,7 +70,7 @@ def history(run: Path, data: str) -> list[dict[str, Any]]:
         method.to(compute.device)
         assigned, labels = [], []
         for indices, images in load_images(source, range(len(source)), **base.eval_transform_args, num_workers=1):
-            x = base.normalized(images.to(compute.device))
+            x = base.normalized(images, compute.device)
             z = F.normalize(method.head(pooling.features(method.vit, x)).float(), dim=-1)
             assigned.append((z @ F.normalize(method.prototypes, dim=-1).T).argmax(1).cpu())
             labels += [classes[source.labels[i]] for i in indices.tolist()]  # type: ignore[index]

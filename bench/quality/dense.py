@@ -56,7 +56,7 @@ def composites(hands: Tensor, backgrounds: Tensor) -> Composites:
 def patch_tokens(model: Backbone, images: Tensor) -> Tensor:
     """[N, 3, H, W] in 0..1 -> [N, P, D] on the CPU, unit length."""
     device = next(model.vit.parameters()).device
-    tokens = [model.vit.forward_features(model.normalized(x.to(device))).cpu() for x in images.split(64)]
+    tokens = [model.vit.forward_features(model.normalized(x, device)).cpu() for x in images.split(64)]
     return F.normalize(pooling.patch_tokens(model.vit, torch.cat(tokens)).float(), dim=-1)
 
 
@@ -76,7 +76,7 @@ def images_of(hands: str, backgrounds: str, size: tuple[int, int]) -> list[tuple
     def images(path: str, split: str, num: int) -> Tensor:
         source = open_source(path, split=split)
         every = np.linspace(0, len(source) - 1, num).round().astype(int)
-        return torch.cat([x for _, x in load_images(source, every.tolist(), size=size, num_workers=1)])
+        return torch.cat([x for _, x in load_images(source, every.tolist(), size=size, num_workers=1)]).float() / 255
 
     pairs = (("train", NUM_BANK), ("test", NUM_QUERIES))
     return [(images(hands, s, n), images(backgrounds, s, n)) for s, n in pairs]

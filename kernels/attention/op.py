@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .._autocast import autocast_dtype
+from .._autocast import autocast_dtype, without_autocast
 from .._autotune import autotune, power_class
 from .._define import define
 from .._dispatch import NAMESPACE, record, requested, triton_unsupported_reason
@@ -201,7 +201,7 @@ def _forward(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         out, lse = outputs(qkv)
         return out.zero_(), lse.zero_()
     qkv = qkv.contiguous()
-    with torch.autocast(qkv.device.type, enabled=False):
+    with without_autocast(qkv.device):
         out, lse = _run("attention", _FORWARD, qkv, (qkv, scale))
     return out.contiguous(), lse.contiguous()
 
@@ -214,7 +214,7 @@ def _attention_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, sca
     if not qkv.numel():
         return torch.zeros_like(qkv, memory_format=torch.contiguous_format)
     grad, qkv, out, lse = (t.contiguous() for t in (grad, qkv, out, lse))
-    with torch.autocast(qkv.device.type, enabled=False):
+    with without_autocast(qkv.device):
         return _run("attention_backward", _BACKWARD, qkv, (grad, qkv, out, lse, scale)).contiguous()
 
 

@@ -44,14 +44,17 @@ def _unsupported_tensors(
 ) -> str | None:
     K, either = x.shape[-1], (x.dtype, torch.float32)
     rank = lora_a.shape[0] if lora_a is not None and lora_a.dim() == 2 else 1
-    expected: tuple[tuple[str, Tensor | None, tuple[int, ...], tuple[torch.dtype, ...]], ...] = (
-        ("residual", residual, tuple(x.shape), (x.dtype,)),
-        ("weight", weight, (K,), either),
-        ("bias", bias, (K,), either),
-        ("lora_a", lora_a, (rank, K), (x.dtype,)),
-    )
-    for name, t, shape, dtypes in expected:
-        if t is not None and (t.shape != shape or t.dtype not in dtypes or t.device != x.device):
-            want = f"{list(shape)} in {' or '.join(map(str, dict.fromkeys(dtypes)))} on {x.device}"
-            return f"{name} must be {want} to fit x, got {list(t.shape)} in {t.dtype} on {t.device}"
-    return None
+    if residual is not None and (reason := _misfit("residual", residual, x, x.shape, (x.dtype,))):
+        return reason
+    if weight is not None and (reason := _misfit("weight", weight, x, (K,), either)):
+        return reason
+    if bias is not None and (reason := _misfit("bias", bias, x, (K,), either)):
+        return reason
+    return None if lora_a is None else _misfit("lora_a", lora_a, x, (rank, K), (x.dtype,))
+
+
+def _misfit(name: str, t: Tensor, x: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> str | None:
+    if t.shape == shape and t.dtype in dtypes and t.device == x.device:
+        return None
+    want = f"{list(shape)} in {' or '.join(map(str, dict.fromkeys(dtypes)))} on {x.device}"
+    return f"{name} must be {want} to fit x, got {list(t.shape)} in {t.dtype} on {t.device}"

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from .._transforms import REASON, is_transformed
 from ..quantize import E4M3
-from .args import rows_of
 from .op import _backward_op, _normalize
 
 
@@ -64,11 +63,5 @@ def layer_norm_backward(
         if t is not None and (t.shape != shape or t.device != grad.device):
             want, got = f"{list(shape)} on {grad.device}", f"{list(t.shape)} on {t.device}"
             raise ValueError(f"layer_norm_backward: {name} must be {want} to fit grad, got {got}")
-    K = grad.shape[-1]
-    grad_MK, x_hat_MK = rows_of(grad.detach(), K), rows_of(x_hat.detach(), K)
-    grad_h_MK = None if grad_h is None else rows_of(grad_h.detach(), K)
-    rstd = rstd.detach().reshape(-1)
-    dx, _, _, q, scale = _backward_op(grad_MK, x_hat_MK, rstd, rstd, None, grad_h_MK, False, fp8)
-    if not fp8:
-        return dx.view(grad.shape), None, None
-    return dx.view(grad.shape), q.view(E4M3).view(grad.shape), scale.view(*grad.shape[:-1], 1)
+    dx, _, _, q, scale = _backward_op(grad, x_hat, rstd, rstd, None, grad_h, False, fp8)
+    return (dx, q.view(E4M3), scale) if fp8 else (dx, None, None)

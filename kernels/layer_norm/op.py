@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._autocast import without_autocast
 from .._define import define
 from .._dispatch import NAMESPACE, choose
 from .._transforms import is_transformed, refuse_second_derivative
@@ -59,7 +60,7 @@ def layer_norm_backward_reference(
 
 
 def _takes_triton(op: str, x: Tensor) -> bool:
-    reason = "no float64 form" if x.dtype == torch.float64 else row_unsupported_reason(x.shape[1], x)
+    reason = "no float64 form" if x.dtype == torch.float64 else row_unsupported_reason(x.shape[-1], x)
     return x.numel() > 0 and choose(op, x.device, {"triton": reason, "reference": None}) == "triton"
 
 
@@ -71,17 +72,17 @@ def _forward(
     if _takes_triton("layer_norm", x):
         return triton.forward(x, residual, weight, bias, lora_a, eps, save_y, fp8, native_fp8(x.device))
     y, h, mean, rstd, s, q, scale = outputs(x, residual, lora_a, save_y, fp8)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         value, total = layer_norm_reference(x, weight, bias, eps, residual)
         wide = total.to(wide_dtype(x))
-        mean.copy_(wide.mean(1))
-        rstd.copy_((wide.var(1, correction=0) + eps).rsqrt())
+        mean.copy_(wide.mean(-1))
+        rstd.copy_((wide.var(-1, correction=0) + eps).rsqrt())
         if save_y:
             y.copy_(value)
         if residual is not None:
             h.copy_(total)
         if lora_a is not None:
-            torch.mm(value, lora_a.T, out=s)
+            torch.matmul(value, lora_a.T, out=s)
         if fp8:
             exact = layer_norm_reference(total.float(), weight, bias, eps)[0]
             codes, scale = quantize_reference(exact)
@@ -115,11 +116,12 @@ def _gradients(
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         return triton.backward(grad, saved, mean, rstd, weight, grad_h, sums, fp8, native_fp8(device), processors)
     dx, dweight, dbias, q, scale = _fake_gradients(grad, saved, mean, rstd, weight, grad_h, sums, fp8)
-    x_hat = saved if weight is None else (saved.to(wide_dtype(grad)) - mean[:, None]) * rstd[:, None]
+    x_hat = saved if weight is None else (saved.to(wide_dtype(grad)) - mean[..., None]) * rstd[..., None]
     dx.copy_(layer_norm_backward_reference(grad, x_hat, rstd, weight, grad_h))
     if sums:
-        torch.sum(grad.to(wide_dtype(grad)) * x_hat, 0, out=dweight)
-        torch.sum(grad.to(wide_dtype(grad)), 0, out=dbias)
+        rows = list(range(grad.dim() - 1))
+        torch.sum(grad.to(wide_dtype(grad)) * x_hat, rows, out=dweight)
+        torch.sum(grad.to(wide_dtype(grad)), rows, out=dbias)
     if fp8:
         exact = layer_norm_backward_reference(grad.float(), x_hat, rstd, weight, grad_h)
         codes, scale = quantize_reference(exact.contiguous())
@@ -132,13 +134,13 @@ def _fake_gradients(
     sums: bool, fp8: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return empty outputs."""
-    M, K = grad.shape
+    K = grad.shape[-1]
     return (
-        grad.new_empty(M, K),
+        grad.new_empty(grad.shape),
         grad.new_empty(K if sums else 0, dtype=wide_dtype(grad)),
         grad.new_empty(K if sums else 0, dtype=wide_dtype(grad)),
-        grad.new_empty((M, K) if fp8 else 0, dtype=torch.uint8),
-        grad.new_empty((M, 1) if fp8 else 0, dtype=torch.float32),
+        grad.new_empty(grad.shape if fp8 else 0, dtype=torch.uint8),
+        grad.new_empty((*grad.shape[:-1], 1) if fp8 else 0, dtype=torch.float32),
     )
 
 
@@ -177,7 +179,7 @@ def _backward(
     if grad_s is not None and lora_a is not None:
         through_s = grad_s.to(lora_a.dtype) @ lora_a
         grad = through_s.to(saved.dtype) if grad is None else grad + through_s
-        da = grad_s.T @ saved if need_a else None
+        da = rows_of(grad_s, len(lora_a)).T @ rows_of(saved, lora_a.shape[1]) if need_a else None
     if grad is None:
         dx = grad_h
     elif any(ctx.needs_input_grad[:4]):
@@ -205,17 +207,10 @@ def _normalize(
     """Validate the arguments of `op` and run it; results in the shape of x, of size 0 where not requested."""
     if reason := unsupported_reason(x, residual, weight, bias, lora_a, eps, fp8):
         raise ValueError(f"{op}: {reason}")
-    K, lead = x.shape[-1], x.shape[:-1]
-    residual_MK = None if residual is None else rows_of(residual, K)
     save_y = save_y or (torch.is_grad_enabled() and x.requires_grad)
-    op = _op if _needs_gradient(x, residual, weight, bias, lora_a) else _forward_op
-    y, h, mean, rstd, s, q, scale = op(rows_of(x, K), residual_MK, weight, bias, lora_a, float(eps), save_y, fp8)
-    h = x if residual is None else h.view(x.shape)
-    shapes = ((y, save_y, K), (s, lora_a is not None, -1), (q, fp8, K), (scale, fp8, 1))
-    y, s, q, scale = (
-        t.view(*lead, t.shape[-1] if last < 0 else last) if is_requested else t for t, is_requested, last in shapes
-    )
-    return y, h, mean.view(lead), rstd.view(lead), s, q, scale
+    run = _op if _needs_gradient(x, residual, weight, bias, lora_a) else _forward_op
+    y, h, mean, rstd, s, q, scale = run(x, residual, weight, bias, lora_a, float(eps), save_y, fp8)
+    return y, x if residual is None else h, mean, rstd, s, q, scale
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:

@@ -125,7 +125,8 @@ def forward(
     native: bool,
 ) -> Outputs:
     """Return the outputs of the op `layer_norm`; native: the GPU itself rounds to e4m3."""
-    (M, K), R = x.shape, 0 if lora_a is None else lora_a.shape[0]
+    K, R = x.shape[-1], 0 if lora_a is None else lora_a.shape[0]
+    M = x.numel() // K
     is_fused = 0 < R <= MAX_FUSED_RANK and K <= MAX_FUSED_WIDTH
     x = x.contiguous()
     y, h, mean, rstd, s, q, scale = outputs(x, residual, lora_a, save_y or (R > 0 and not is_fused), fp8)
@@ -141,7 +142,7 @@ def forward(
             enable_fp_fusion=True,
         )  # fmt: skip
     if R and not is_fused:
-        torch.mm(y, a.T, out=s)
+        torch.matmul(y, a.T, out=s)
     return y if save_y else x.new_empty(0), h, mean, rstd, s, q, scale
 
 
@@ -158,14 +159,15 @@ def backward(
     processors: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the outputs of the op `layer_norm_backward`; processors: of the GPU."""
-    (M, K), tiles = grad.shape, row_tile("layer_norm", grad.device, grad.shape[1])
+    K = grad.shape[-1]
+    M, tiles = grad.numel() // K, row_tile("layer_norm", grad.device, K)
     grad, saved = grad.contiguous(), saved.contiguous()
     weight_, grad_h_ = (t.contiguous() for t in pointers(grad, weight, grad_h))
     blocks = triton.cdiv(M, tiles["BLOCK_M"])
     programs = min(blocks, 4 * processors) if sums else blocks
     dx, q = torch.empty_like(grad), grad.new_empty(grad.shape if fp8 else 0, dtype=torch.uint8)
-    scale = grad.new_empty((M, 1) if fp8 else 0, dtype=torch.float32)
-    shares = grad.new_empty(2, programs if sums else 0, K, dtype=torch.float32)
+    scale = grad.new_empty((*grad.shape[:-1], 1) if fp8 else 0, dtype=torch.float32)
+    shares = grad.new_empty((2, programs, K) if sums else (2, 0), dtype=torch.float32)
     with torch.cuda.device_of(grad):
         _layer_norm_bwd_kernel[(programs,)](
             grad, saved, mean, rstd, weight_, grad_h_, dx, shares[0], shares[1], q, scale,
@@ -173,21 +175,21 @@ def backward(
             BARE=weight is None, HAS_GRAD_H=grad_h is not None, SUMS=sums, FP8=fp8, NATIVE_FP8=native, **tiles,
             enable_fp_fusion=True,
         )  # fmt: skip
-    dweight, dbias = (share.sum(0) if sums else share.new_empty(0) for share in shares)
+    dweight, dbias = shares.sum(1) if sums else (grad.new_empty(0, dtype=torch.float32) for _ in range(2))
     return dx, dweight, dbias, q, scale
 
 
 def outputs(x: Tensor, residual: Tensor | None, lora_a: Tensor | None, save_y: bool, fp8: bool) -> Outputs:
     """Return empty y, h, mean, rstd, s, q (bytes: autograd cannot add fp8) and scale; size 0 where not requested."""
-    M, K = x.shape
+    lead, wide = x.shape[:-1], wide_dtype(x)
     return (
-        x.new_empty((M, K) if save_y else 0),
-        x.new_empty(0 if residual is None else (M, K)),
-        x.new_empty(M, dtype=wide_dtype(x)),
-        x.new_empty(M, dtype=wide_dtype(x)),
-        x.new_empty(0 if lora_a is None else (M, lora_a.shape[0])),
-        x.new_empty((M, K) if fp8 else 0, dtype=torch.uint8),
-        x.new_empty((M, 1) if fp8 else 0, dtype=torch.float32),
+        x.new_empty(x.shape if save_y else 0),
+        x.new_empty(0 if residual is None else x.shape),
+        x.new_empty(lead, dtype=wide),
+        x.new_empty(lead, dtype=wide),
+        x.new_empty(0 if lora_a is None else (*lead, lora_a.shape[0])),
+        x.new_empty(x.shape if fp8 else 0, dtype=torch.uint8),
+        x.new_empty((*lead, 1) if fp8 else 0, dtype=torch.float32),
     )
 
 

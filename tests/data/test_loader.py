@@ -496,7 +496,7 @@ def test_evaluation_images_equal_timms(tmp_path, shared, size, crop_pct, interpo
             for i, got in zip(found.tolist(), x, strict=True):
                 with Image.open(io.BytesIO(source.read(i))) as image:
                     want = transform(image.convert("RGB"))
-                assert got.shape == want.shape and (got - want).abs().max() * 255 <= 2.01, source.name(i)
+                assert got.shape == want.shape and (got - want * 255).abs().max() <= 2.01, source.name(i)
                 seen += 1
         assert seen == (len(source) if indices is None else len(indices))
 
@@ -510,8 +510,8 @@ def test_evaluation_skips_counts_and_refuses(tmp_path):
     assert [i for found, _ in batches for i in found.tolist()] == [
         i for i in range(30) if i not in (0, 8, 9, 10, 11, 29)
     ]
-    assert all(x.shape == (len(found), 3, 8, 8) and x.dtype == torch.float32 for found, x in batches)
-    assert all(x[0, 0, 0, 0] * 255 == found[0] for found, x in batches)
+    assert all(x.shape == (len(found), 3, 8, 8) and x.dtype == torch.uint8 for found, x in batches)
+    assert all(x[0, 0, 0, 0] == found[0] for found, x in batches)
     assert sorted(Path(name).name for name in skipped) == [f"{i:05d}.png" for i in (0, 8, 9, 10, 11, 29)]
     with pytest.raises(DataError, match="raise --max-bad-fraction"):
         list(load_images(source, size=8))

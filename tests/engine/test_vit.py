@@ -10,6 +10,9 @@ import timm
 import torch
 from engine_models import ROTARY, VARIANTS, gradients, kept_bytes, model, relative, run_state, same_as_timm, trajectory
 from timm.layers import DropPath
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from upstep_fast.data.loading.loader import Batch
 from upstep_fast.data.views.make_views import random_views
@@ -366,3 +369,47 @@ def test_bf16_losses_stay_within_two_percent():
     reference, ours = (trajectory(name, 100, "bf16", gate="alternate") for name in ("reference", "auto"))
     for a, b in zip(ours, reference, strict=True):
         assert a["loss"] == (None if b["loss"] is None else pytest.approx(b["loss"], rel=0.02))
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_the_compiled_forward_knows_that_its_weights_stay_where_they_are(fp8, monkeypatch):
+    vit, images = model("registers, LayerScale", ("q", "v", "fc1"))
+    static = {}
+
+    def backend(graph, examples):
+        for node, tensor in zip(graph.graph.find_nodes(op="placeholder"), examples, strict=True):
+            marked = "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
+            static[tensor.untyped_storage().data_ptr() if isinstance(tensor, torch.Tensor) else None] = marked
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, fullgraph=True, backend=backend))
+    built = engine.build(vit, torch.bfloat16, compiled=True, fp8=fp8)
+    built.forward_only(images)
+    weights = [t for block in built.merge_adapters().values() for p in block.projections for t in p.tensors()]
+    assert len(weights) >= 16 and all(static[t.untyped_storage().data_ptr()] for t in weights)
+    assert not all(static.values())  # the images move
+    before = [t.data_ptr() for t in weights]
+    with torch.no_grad():
+        next(iter(lora.find(vit).values())).lora_b.mul_(2)
+    merged = built.merge_adapters()
+    assert [t.data_ptr() for block in merged.values() for p in block.projections for t in p.tensors()] == before
+
+
+def test_a_gpu_multiplies_patches_of_588_values_as_592():
+    rows, weight = torch.randn(5, 588, dtype=torch.float64), torch.randn(7, 588, dtype=torch.float64)
+    assert engine.aligned(rows).shape == (5, 592)
+    torch.testing.assert_close(engine.aligned(rows) @ engine.aligned(weight).T, rows @ weight.T)
+    vit, _ = model("no registers, LayerScale")
+    shapes = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func._schema.name in ("aten::addmm", "aten::mm"):
+                shapes.append([tuple(t.shape) for t in args])
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode() as mode, Products():
+        fake = copy.deepcopy(vit)
+        fake.patch_embed.proj = nn.Conv2d(3, 128, 14, 14, device="cuda")
+        engine.patch_embed(fake, torch.empty(2, 3, 70, 70, device="cuda"))
+    assert mode is not None and shapes == [[(128,), (50, 592), (592, 128)]]

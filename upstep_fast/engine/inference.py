@@ -9,7 +9,7 @@ features are the class token, the last block computes it alone behind attention.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +53,7 @@ def make_forward_only(
     compiled = device.type == "cuda" if compiled is None else compiled
     packs = packs and not compiled and can_pack(blocks, device)
     weights = functools.cache(lambda: pack(merge_adapters())) if packs else merge_adapters
+    mark = functools.cache(lambda: _mark_static(merge_adapters()))
 
     def forward(images: Tensor, merged: dict[int, MergedBlock], tables: Ropes, count: int | None) -> Tensor:
         return head(_through(embed(images), blocks, merged, tables, count))
@@ -62,6 +63,8 @@ def make_forward_only(
 
     @torch.no_grad()
     def features(images: Tensor) -> Tensor:
+        if compiled:
+            mark()
         result = call(images, weights(), ropes(images), first())
         return result.clone() if compiled else result  # a CUDA graph writes every result to the same memory
 
@@ -70,6 +73,14 @@ def make_forward_only(
         return head(_through(x, blocks, weights(), tables, first()))
 
     return ForwardOnly(features, of_tokens)
+
+
+def _mark_static(merged: Mapping[int, MergedBlock]) -> None:
+    """Tell torch.compile that the weights stay where they are: else a CUDA graph copies them at every replay."""
+    for block in merged.values():
+        for projection in block.projections:
+            for tensor in projection.tensors():
+                torch._dynamo.mark_static_address(tensor)
 
 
 def _through(

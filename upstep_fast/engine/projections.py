@@ -49,6 +49,10 @@ class MergedProjection:
     weight: Tensor  # [N, K]
     bias: Tensor  # [N]
 
+    def tensors(self) -> list[Tensor]:
+        """Return what `product` reads."""
+        return [self.weight, self.bias]
+
     def product(self, x: Tensor | Quantized) -> Tensor:
         """Multiply by the weight: x [..., K] -> [..., N]."""
         assert isinstance(x, Tensor)
@@ -67,6 +71,11 @@ class Fp8Projection:
     weight: Fp8Weight
     bias: Tensor  # [N], compute type
     adapter: LowRank | None
+
+    def tensors(self) -> list[Tensor]:
+        """Return what `product` reads."""
+        of_adapter = [] if self.adapter is None else [self.adapter.a, self.adapter.shift, self.adapter.b]
+        return [self.weight.q, self.weight.scale, self.bias, *of_adapter]
 
     def product(self, x: Tensor | Quantized) -> Tensor:
         """Multiply by the weight: x [..., K] -> [..., N]."""
@@ -89,6 +98,10 @@ class PackedProjection:
 
     weight: Tensor  # [N, K], opaque
     bias: Tensor  # [N]
+
+    def tensors(self) -> list[Tensor]:
+        """Return what `product` reads."""
+        return [self.weight, self.bias]
 
     def product(self, x: Tensor | Quantized) -> Tensor:
         """Multiply by the weight: x [..., K] -> [..., N]."""

@@ -98,7 +98,7 @@ class Extractor:
         base, rows = self.models["base"], dict[str, list[Tensor]]((kind, []) for kind in self.functions)
         read: list[int] = []
         for batch_indices, images in _batches(self.source, indices, base, self.config, skipped, max_bad_fraction):
-            x = base.normalized(images.to(self.compute.device))
+            x = base.normalized(images, self.compute.device)
             read += batch_indices.tolist()
             for kind, run in self.functions.items():
                 with self.compute.autocast():
@@ -267,7 +267,7 @@ def plain_features(
     rows: list[list[Tensor]] = [[] for _ in vits]
     arguments = base.eval_transform_args | {"batch_size": FEW, "num_workers": num_workers}
     for batch, images in load_images(source, **arguments, max_bad_fraction=1.0):
-        x = base.normalized(images.to(compute.device))
+        x = base.normalized(images, compute.device)
         read += batch.tolist()
         for features, vit in zip(rows, vits, strict=True):
             with compute.autocast():

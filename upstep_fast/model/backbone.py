@@ -60,9 +60,12 @@ class Backbone:
             "channels": len(self.mean),
         }
 
-    def normalized(self, images: Tensor) -> Tensor:
-        """Normalize images [B, C, H, W] on a 0..1 scale to the model's mean and standard deviation."""
-        return normalize(images, self.mean, self.std)
+    def normalized(self, images: Tensor, device: torch.device | None = None) -> Tensor:
+        """Normalize images [B, C, H, W], uint8 or on a 0..1 scale, to the model's mean and standard deviation.
+
+        device: of the result; None: that of the images.
+        """
+        return normalize(images, self.mean, self.std, device)
 
     @property
     def blocks(self) -> nn.Sequential | nn.ModuleList:

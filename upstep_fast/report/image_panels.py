@@ -132,7 +132,7 @@ def _extract(
     arguments = base.eval_transform_args | {"batch_size": BATCH_SIZE, "num_workers": config.data.num_workers}
     with track("report: pictures", len(indices)) as task:
         for batch, images in load_images(source, indices, **arguments, max_bad_fraction=1.0):
-            x = base.normalized(images.to(compute.device))
+            x = base.normalized(images, compute.device)
             few = [i for i, index in enumerate(batch.tolist()) if index in colored]
             of_few: list[list[Tensor]] = [[] for _ in few]
             for rows, model in zip(features, models, strict=True):

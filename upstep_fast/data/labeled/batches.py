@@ -98,7 +98,7 @@ class Reader:
 
     def _stacked(self, images: list[Tensor]) -> Tensor:
         """Return images that `options.resized` has brought to one size as [B, C, H, W], normalized."""
-        return self._normalized(torch.stack(images).float() / 255)
+        return self._normalized(torch.stack(images))
 
     def _normalized(self, images: Tensor) -> Tensor:
-        return normalize(images.to(self.options.device), self.options.mean, self.options.std)
+        return normalize(images, self.options.mean, self.options.std, self.options.device)

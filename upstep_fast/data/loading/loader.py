@@ -243,7 +243,7 @@ def load_images(
     """Yield the readable images in order, by timm's evaluation transform without its normalization.
 
     indices: positions in the source; None: all. size: pixels, a side or (H, W). num_workers: threads; None: one per
-    core, at most 16. skipped: collects the bad images. Yields ([B] int64 indices, [B, C, H, W] fp32 in 0..1). Raises
+    core, at most 16. skipped: collects the bad images. Yields ([B] int64 indices, [B, C, H, W] uint8). Raises
     DataError when more than `max_bad_fraction` are bad.
     """
     positions = range(len(source)) if indices is None else [int(i) for i in indices]
@@ -264,7 +264,7 @@ def load_images(
     )
     with contextlib.closing(readable):
         while batch := list(itertools.islice(readable, batch_size)):
-            yield torch.tensor([index for index, _ in batch]), torch.stack([x for _, x in batch]).float().div_(255)
+            yield torch.tensor([index for index, _ in batch]), torch.stack([x for _, x in batch])
 
 
 def permutation(n: int, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:

@@ -68,8 +68,17 @@ def center_crop(image: Tensor, size: tuple[int, int], fill: int = 0) -> Tensor:
     return image[:, top : top + size[0], left : left + size[1]]
 
 
-def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return (images - mean) / std of every channel; images: [..., C, H, W] on a 0..1 scale, on any device."""
+def normalize(
+    images: Tensor, mean: Sequence[float], std: Sequence[float], device: torch.device | None = None
+) -> Tensor:
+    """Return (images - mean) / std of every channel, fp32 [..., C, H, W] on `device` (None: where the images are).
+
+    images: uint8, or floats on a 0..1 scale. They are copied as they are, to a GPU from pinned memory.
+    """
+    if device is not None and device != images.device:
+        images = (images.pin_memory() if device.type == "cuda" else images).to(device, non_blocking=True)
+    if images.dtype == torch.uint8:
+        images = images.float().div_(255)
     mean_C11, std_C11 = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (mean, std))
     return (images - mean_C11).div_(std_C11)
 

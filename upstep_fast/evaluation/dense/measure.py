@@ -119,7 +119,7 @@ class _Encoder:
         with contextlib.closing(readable), track(name, len(part.source)) as task:
             while batch := list(itertools.islice(readable, BATCH)):
                 indices = torch.tensor([index for index, _ in batch])
-                x = base.normalized(torch.stack([image for _, (image, _) in batch]).to(self.compute.device) / 255)
+                x = base.normalized(torch.stack([image for _, (image, _) in batch]), self.compute.device)
                 masks = torch.stack([mask for _, (_, mask) in batch]).long()
                 yield (
                     self._tokens(x, part, indices),

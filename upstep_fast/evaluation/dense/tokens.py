@@ -86,7 +86,7 @@ def token_batches(
     with track(name, len(part), device=compute.device.type) as task:
         for indices, images in batches:
             with compute.autocast():
-                tokens = run(model.normalized(images.to(compute.device)))
+                tokens = run(model.normalized(images, compute.device))
             tokens = F.normalize(tokens.float(), dim=-1).cpu()
             check_finite(tokens, kind, source, indices, compute)
             distributed.require_ranks()

@@ -98,7 +98,7 @@ def classify(
     with track("predict", len(source)) as task:
         for at, images in batches:
             with compute.autocast():
-                logits = net(backbone.normalized(images.to(compute.device))).float()
+                logits = net(backbone.normalized(images, compute.device)).float()
             _check_finite(logits, at, source)
             probability, likeliest = logits.softmax(1).topk(count)
             parts.append((probability.cpu(), likeliest.cpu()))
