@@ -96,10 +96,11 @@ def triton_unsupported_reason(*tensors: torch.Tensor | None) -> str | None:
     """Return why Triton cannot take these tensors, or None if it can."""
     if _triton.MISSING:
         return _triton.MISSING
-    present = [t for t in tensors if t is not None]
-    if all(t.is_cuda for t in present) or _triton.INTERPRET:
-        return None
-    return f"needs CUDA tensors, got {present[0].device}"
+    if not _triton.INTERPRET:
+        for t in tensors:
+            if t is not None and not t.is_cuda:
+                return f"needs CUDA tensors, got {t.device}"
+    return None
 
 
 def report() -> list[Choice]:

@@ -6,10 +6,12 @@ nothing can be launched, and `_dispatch` names the reason and runs the reference
 
 from __future__ import annotations
 
+import contextlib
 import os
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 MISSING: str | None = None  # why Triton cannot be used, or None
@@ -23,7 +25,7 @@ except ImportError as error:
     def _unchanged(function: Any = None, **_: Any) -> Any:
         return function if function is not None else _unchanged
 
-    triton = SimpleNamespace(jit=_unchanged, cdiv=lambda a, b: -(-a // b))
+    triton = SimpleNamespace(jit=_unchanged)
     tl = SimpleNamespace(constexpr=lambda value: value)
 
 # The interpreter's tl.dot is wrong on bf16 (triton 3.6 and 3.9): kernels take UPCAST_DOT=INTERPRET as a
@@ -31,9 +33,24 @@ except ImportError as error:
 INTERPRET = MISSING is None and os.environ.get("TRITON_INTERPRET") == "1"
 
 
+_NOTHING = contextlib.nullcontext()
+
+
+def cdiv(a: int, b: int) -> int:
+    """Return a / b, rounded up; triton.cdiv, which kernels can call too, takes 8 us on the host."""
+    return -(-a // b)
+
+
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Return a context in which the device of x is the current one; empty where it is already."""
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device_of(x)
+
+
 def pointers(stand_in: Tensor, *tensors: Tensor | None) -> list[Tensor]:
     """Return `tensors` for a launch, with `stand_in`, which the kernel does not read, for each None."""
     return [stand_in if t is None else t for t in tensors]
 
 
-__all__ = ["INTERPRET", "MISSING", "pointers", "tl", "triton"]
+__all__ = ["INTERPRET", "MISSING", "cdiv", "on_device_of", "pointers", "tl", "triton"]

@@ -33,7 +33,7 @@ from ._define import define
 from ._dispatch import NAMESPACE, choose, triton_unsupported_reason
 from ._tile_sizes import Tile, row_tile
 from ._transforms import is_transformed, refuse_second_derivative
-from ._triton import tl, triton
+from ._triton import cdiv, on_device_of, tl, triton
 from .quantize import E4M3, e4m3_codes, native_fp8, quantize_reference, row_scales, row_unsupported_reason
 
 APPROXIMATIONS = ("none", "tanh", "quick")
@@ -147,8 +147,8 @@ def _gelu_fwd_triton(
     x = x.contiguous()
     y, derivative, scale = _outputs(x, save_derivative, fp8)
     M, K, tiles = _rows(x, fp8)
-    with torch.cuda.device_of(x):
-        _gelu_fwd_kernel[(triton.cdiv(M, tiles["BLOCK_M"]),)](
+    with on_device_of(x):
+        _gelu_fwd_kernel[(cdiv(M, tiles["BLOCK_M"]),)](
             x, y.view(torch.uint8) if fp8 else y, derivative, scale,
             x.numel(), M, K,
             APPROXIMATE=approximate, EXACT=x.dtype == torch.float32, STORE_DERIVATIVE=save_derivative,
@@ -161,8 +161,8 @@ def _gelu_bwd_triton(grad: Tensor, derivative: Tensor, fp8: bool, native: bool) 
     grad, derivative = grad.contiguous(), derivative.contiguous()
     dx, _, scale = _outputs(grad, False, fp8)
     M, K, tiles = _rows(grad, fp8)
-    with torch.cuda.device_of(grad):
-        _gelu_bwd_kernel[(triton.cdiv(M, tiles["BLOCK_M"]),)](
+    with on_device_of(grad):
+        _gelu_bwd_kernel[(cdiv(M, tiles["BLOCK_M"]),)](
             grad, derivative, dx.view(torch.uint8) if fp8 else dx, scale,
             grad.numel(), M, K,
             FP8=fp8, NATIVE_FP8=native, **tiles, enable_fp_fusion=True,
@@ -172,7 +172,7 @@ def _gelu_bwd_triton(grad: Tensor, derivative: Tensor, fp8: bool, native: bool) 
 
 def _rows(x: Tensor, fp8: bool) -> tuple[int, int, Tile]:
     K = x.shape[-1] if fp8 else FLAT
-    return triton.cdiv(x.numel(), K), K, row_tile("gelu", x.device, K)
+    return cdiv(x.numel(), K), K, row_tile("gelu", x.device, K)
 
 
 def _outputs(x: Tensor, save_derivative: bool, fp8: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,7 +21,7 @@ from ._autocast import autocast_dtype
 from ._dispatch import NAMESPACE, choose, triton_unsupported_reason
 from ._tile_sizes import tile
 from ._transforms import is_transformed
-from ._triton import tl, triton
+from ._triton import cdiv, on_device_of, tl, triton
 
 _DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -72,8 +72,8 @@ def _patchify_triton(images: Tensor, patches: Tensor, patch: int, inverse: bool)
     (B, C, H, W), block = images.shape, 1 << (patch * patch - 1).bit_length()
     GH, GW, cells = H // patch, W // patch, tile("patchify", images.device)
     wide = min(max(cells["CELLS"] // block, 1), 1 << (GW - 1).bit_length())
-    with torch.cuda.device_of(images):
-        _patchify_kernel[(B * C * GH, triton.cdiv(GW, wide))](
+    with on_device_of(images):
+        _patchify_kernel[(B * C * GH, cdiv(GW, wide))](
             images, patches, C, GH, GW, *images.stride(),
             P=patch, INVERSE=inverse, BLOCK_G=wide, BLOCK_P=block, num_warps=cells["num_warps"], enable_fp_fusion=True,
         )  # fmt: skip

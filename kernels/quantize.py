@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ._dispatch import NAMESPACE, choose, triton_unsupported_reason
 from ._tile_sizes import MAX_ROW, row_tile
-from ._triton import INTERPRET, tl, triton
+from ._triton import INTERPRET, cdiv, on_device_of, tl, triton
 
 E4M3 = torch.float8_e4m3fn
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -99,8 +99,8 @@ def _quantize_triton(x: Tensor, native: bool) -> tuple[Tensor, Tensor]:
     (M, K), tiles = x.shape, row_tile("quantize", x.device, x.shape[1])
     x = x if x.stride(1) == 1 else x.contiguous()
     q, scale = x.new_empty(M, K, dtype=torch.uint8), x.new_empty(M, 1, dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        _quantize_kernel[(triton.cdiv(M, tiles["BLOCK_M"]),)](
+    with on_device_of(x):
+        _quantize_kernel[(cdiv(M, tiles["BLOCK_M"]),)](
             x, q, scale, M, K, x.stride(0),
             NATIVE_FP8=native, **tiles, enable_fp_fusion=True,
         )  # fmt: skip

@@ -25,7 +25,7 @@ from torch import Tensor
 from ._dispatch import NAMESPACE, choose, triton_unsupported_reason
 from ._tile_sizes import tile
 from ._transforms import is_transformed
-from ._triton import tl, triton
+from ._triton import cdiv, on_device_of, tl, triton
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -121,8 +121,8 @@ def _forward_triton(scores: Tensor, targets: Tensor, temperature: float) -> tupl
     B, K = scores.shape
     loss, peak, weight = (scores.new_empty(B, dtype=torch.float32) for _ in range(3))
     blocks = _blocks(scores)
-    with torch.cuda.device_of(scores):
-        _forward_kernel[(triton.cdiv(B, blocks["BLOCK_B"]),)](
+    with on_device_of(scores):
+        _forward_kernel[(cdiv(B, blocks["BLOCK_B"]),)](
             scores, targets, loss, peak, weight, math.log2(math.e) / temperature, B, K,
             *scores.stride(), *targets.stride(), enable_fp_fusion=True, **blocks,
         )  # fmt: skip
@@ -135,8 +135,8 @@ def _backward_triton(
     B, K = scores.shape
     grad_scores = scores.new_empty(B, K)
     blocks = _blocks(scores)
-    with torch.cuda.device_of(scores):
-        _backward_kernel[(triton.cdiv(B, blocks["BLOCK_B"]), triton.cdiv(K, blocks["BLOCK_K"]))](
+    with on_device_of(scores):
+        _backward_kernel[(cdiv(B, blocks["BLOCK_B"]), cdiv(K, blocks["BLOCK_K"]))](
             grad, scores, targets, peak, weight, grad_scores, math.log2(math.e) / temperature, 1 / temperature, B, K,
             grad.stride(0), *scores.stride(), *targets.stride(), enable_fp_fusion=True, **blocks,
         )  # fmt: skip

@@ -82,7 +82,7 @@ def _forward(
         if residual is not None:
             h.copy_(total)
         if lora_a is not None:
-            torch.matmul(value, lora_a.T, out=s)
+            s.copy_(value @ lora_a.T)
         if fp8:
             exact = layer_norm_reference(total.float(), weight, bias, eps)[0]
             codes, scale = quantize_reference(exact)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._tile_sizes import row_tile
-from .._triton import INTERPRET, pointers, tl, triton
+from .._triton import INTERPRET, cdiv, on_device_of, pointers, tl, triton
 from ..quantize import e4m3_codes, row_scales
 
 # beyond these s is a product of its own: 16 rows, or A's rows, would not fit a program
@@ -132,8 +132,8 @@ def forward(
     y, h, mean, rstd, s, q, scale = outputs(x, residual, lora_a, save_y or (R > 0 and not is_fused), fp8)
     residual_, weight_, bias_, a = (t.contiguous() for t in pointers(x, residual, weight, bias, lora_a))
     tiles = row_tile("layer_norm", x.device, K, fewest=16 if is_fused else 1)
-    with torch.cuda.device_of(x):
-        _layer_norm_fwd_kernel[(triton.cdiv(M, tiles["BLOCK_M"]),)](
+    with on_device_of(x):
+        _layer_norm_fwd_kernel[(cdiv(M, tiles["BLOCK_M"]),)](
             x, residual_, weight_, bias_, a if is_fused else x, y, h, mean, rstd, s, q, scale,
             M, K, R, eps,
             HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, LORA=is_fused,
@@ -142,7 +142,7 @@ def forward(
             enable_fp_fusion=True,
         )  # fmt: skip
     if R and not is_fused:
-        torch.matmul(y, a.T, out=s)
+        torch.mm(y.view(M, K), a.T, out=s.view(M, R))
     return y if save_y else x.new_empty(0), h, mean, rstd, s, q, scale
 
 
@@ -163,12 +163,12 @@ def backward(
     M, tiles = grad.numel() // K, row_tile("layer_norm", grad.device, K)
     grad, saved = grad.contiguous(), saved.contiguous()
     weight_, grad_h_ = (t.contiguous() for t in pointers(grad, weight, grad_h))
-    blocks = triton.cdiv(M, tiles["BLOCK_M"])
+    blocks = cdiv(M, tiles["BLOCK_M"])
     programs = min(blocks, 4 * processors) if sums else blocks
     dx, q = torch.empty_like(grad), grad.new_empty(grad.shape if fp8 else 0, dtype=torch.uint8)
     scale = grad.new_empty((*grad.shape[:-1], 1) if fp8 else 0, dtype=torch.float32)
     shares = grad.new_empty((2, programs, K) if sums else (2, 0), dtype=torch.float32)
-    with torch.cuda.device_of(grad):
+    with on_device_of(grad):
         _layer_norm_bwd_kernel[(programs,)](
             grad, saved, mean, rstd, weight_, grad_h_, dx, shares[0], shares[1], q, scale,
             M, K,

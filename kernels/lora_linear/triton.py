@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .._tile_sizes import tile
-from .._triton import INTERPRET, pointers, triton
+from .._triton import INTERPRET, cdiv, on_device_of, pointers
 from .args import LoraArgs
 from .eager import drop_threshold
 from .triton_kernels import lora_linear_kernel, lora_linear_sweep
@@ -161,9 +161,9 @@ def _launch(
     x_block, w_block, is_transposed = _blocks(w, tiles)
     if tma is None:
         tma = _has_tma(x.device) and _fits_tma(x) and _fits_tma(w.T if is_transposed else w)
-    blocks = triton.cdiv(M, tiles["BLOCK_M"]) * triton.cdiv(N, tiles["BLOCK_N"])
+    blocks = cdiv(M, tiles["BLOCK_M"]) * cdiv(N, tiles["BLOCK_N"])
     bias_, a_, b_, s_, seed_ = pointers(x, bias, a, b, s, seed)
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         lora_linear_kernel[(min(blocks, _num_programs(x.device)),)](
             _descriptor(x, x_block) if tma else x, _descriptor(w.T if is_transposed else w, w_block) if tma else w,
             bias_, a_, b_, s_, y, seed_, *(scales or (x, x)), scale, *_drop_numbers(dropout), M, N, K, R,
@@ -200,11 +200,11 @@ def _sweep(
     assert right is not None
     (M, N), R = g.shape, right.shape[1]
     tiles = dict(tile("lora_linear_sweep" if g.element_size() == 2 else "lora_linear_sweep_fp32", g.device))
-    programs = min(triton.cdiv(M, tiles["BLOCK_M"]), _num_programs(g.device))
+    programs = min(cdiv(M, tiles["BLOCK_M"]), _num_programs(g.device))
     q = g.new_empty(programs if s is not None else 0, N, R, dtype=torch.float32)
     b_, s_, p_, seed_ = pointers(g, b, s, p, seed)
     threshold, _ = _drop_numbers(dropout)
-    with torch.cuda.device_of(g):
+    with on_device_of(g):
         lora_linear_sweep[(programs,)](
             g, b_, s_, p_, q, seed_,
             scale, threshold,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._tile_sizes import tile
-from .._triton import INTERPRET, triton
+from .._triton import INTERPRET, cdiv, on_device_of
 from .args import MixerArgs
 from .triton_kernels import columns_fwd_kernel, rows_fwd_kernel
 from .triton_kernels_backward import columns_bwd_kernel, rows_bwd_kernel
@@ -29,14 +29,14 @@ def forward(b: Tensor, a: Tensor, args: MixerArgs) -> tuple[Tensor, Tensor, Tens
     base, at_scale = b if args.combine == "replace" else a, b if scale is None else scale
     sizes = _sizes("low_rank_mixer", b, R, S) | {"SCALED": scale is not None}
     row_sizes = {name: value for name, value in sizes.items() if name != "BLOCK_S"}
-    with torch.cuda.device_of(b):
-        rows_fwd_kernel[(P * triton.cdiv(N, sizes["BLOCK_N"]),)](
+    with on_device_of(b):
+        rows_fwd_kernel[(P * cdiv(N, sizes["BLOCK_N"]),)](
             b, a, u, difference, out, base, stats, b if gate is None else gate, at_scale, lows[0], *factors[:4],
             N, D, R, P * N, args.eps,
             GATED=gate is not None, TOKENS=has_tokens, **row_sizes, enable_fp_fusion=True,
         )  # fmt: skip
         if has_tokens:
-            columns_fwd_kernel[(P * triton.cdiv(D, sizes["BLOCK_D"]),)](
+            columns_fwd_kernel[(P * cdiv(D, sizes["BLOCK_D"]),)](
                 u, out, base, stats, at_scale, lows[0], *factors[2:4], lows[1], *factors[4:],
                 N, D, R, S, P * N,
                 **sizes, enable_fp_fusion=True,
@@ -55,13 +55,13 @@ def backward(
     t_low, (t_down, _, t_up, t_bias) = lows[-1], factors[-4:]  # without tokens never read
     t_dlow, t_dlow_sum = _token_low_gradients(grad, t_low, t_up, scale) if has_tokens else (u, u)
     sizes = _sizes("low_rank_mixer_backward", u, R, S) | {"SCALED": scale is not None, "TOKENS": has_tokens}
-    num_n, num_d = triton.cdiv(N, sizes["BLOCK_N"]), triton.cdiv(D, sizes["BLOCK_D"])
+    num_n, num_d = cdiv(N, sizes["BLOCK_N"]), cdiv(D, sizes["BLOCK_D"])
     splits = max(1, min(P, 2 * _processors(u.device) // num_d))
     channel_shares, token_shares = _shares(u, splits, R, D), _shares(u, P if has_tokens else 0, S, N)
     stats, sums = (u.new_empty(shape, dtype=torch.float32) for shape in ((6, P * N), (2, num_n * P)))
     c_dlow, da = torch.empty_like(c_low), u.new_empty(u.shape if needs_da else 0)
     at_scale = u if scale is None else scale
-    with torch.cuda.device_of(u):
+    with on_device_of(u):
         rows_bwd_kernel[(num_n * P,)](
             grad, u, difference, da, stats, sums, *token_shares, u if gate is None else gate, at_scale,
             c_low, c_dlow, c_down, c_down_bias, c_down.to(u.dtype).sum(1, dtype=torch.float32), c_up, c_bias,

@@ -28,7 +28,7 @@ from .._autotune import autotune, power_class
 from .._dispatch import NAMESPACE, choose, record, requested, triton_unsupported_reason
 from .._tile_sizes import tile
 from .._transforms import is_transformed
-from .._triton import INTERPRET, tl, triton
+from .._triton import INTERPRET, cdiv, on_device_of, tl, triton
 from .op import sinkhorn, sinkhorn_reference, unsupported_numbers
 from .triton import after_first_pass, launch, like_scores, partition, pass_names, room_for_rows, two_columns
 from .triton_kernels import scores_pass
@@ -73,14 +73,14 @@ def _fused(z: Tensor, centers: Tensor, epsilon: float, iterations: int) -> tuple
     q, (peak, share) = like_scores(scores), two_columns(scores)
     # smaller blocks of rows while large ones would leave processors idle
     block_m = tiles["FEW_ROWS" if len(z) < tiles["MANY_ROWS"] else "BLOCK_M"]
-    num_first = triton.cdiv(B, block_m)
-    by = partition(scores, tiles=num_first * triton.cdiv(K, tiles["BLOCK_N"]), fewest_warps=4)
+    num_first = cdiv(B, block_m)
+    by = partition(scores, tiles=num_first * cdiv(K, tiles["BLOCK_N"]), fewest_warps=4)
     part_peak = scores.new_empty(num_first, K)
     part_sum = scores.new_empty(max(num_first, by.num_parts), K)
     arrived = scores.new_zeros(1, dtype=torch.int32)
     # programs run in turn in the interpreter, where none may wait for the next
     one_launch = not INTERPRET
-    with torch.cuda.device_of(z):
+    with on_device_of(z):
         _scored_kernel[(by.num_parts,)](
             z, centers, scores, q, part_peak, part_sum, room_for_rows(scores, by, peak), peak, share, arrived,
             math.log2(math.e) / epsilon, iterations, num_first, by.num_parts, B, K, D, *z.stride(), *centers.stride(),

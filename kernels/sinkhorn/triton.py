@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._tile_sizes import tile
-from .._triton import INTERPRET, tl, triton
+from .._triton import INTERPRET, cdiv, on_device_of, tl, triton
 from .triton_kernels import barrier, columns_pass, rows_pass, sum_pass
 
 
@@ -104,7 +104,7 @@ def partition(scores: Tensor, *, tiles: int = 1, fewest_warps: int = 1) -> Parti
     block_b = min(max(1, triton.next_power_of_2(size // block_k + 1) // 2), triton.next_power_of_2(B))
     num_warps = min(max(block_b * block_k // 512, fewest_warps), 16)
     most = resident // num_warps
-    return Partition(block_b, block_k, num_warps, min(max(triton.cdiv(B, block_b), tiles), max(most, 1)), most > 0)
+    return Partition(block_b, block_k, num_warps, min(max(cdiv(B, block_b), tiles), max(most, 1)), most > 0)
 
 
 def launch(
@@ -121,10 +121,10 @@ def launch(
     part_peak, part_sum = parts or (scores.new_empty(V, by.num_parts, K, dtype=torch.float32) for _ in range(2))
     rows = room_for_rows(scores, by, peak)
     arrived = scores.new_zeros(V, dtype=torch.int32) if "all" in passes else peak
-    with torch.cuda.device_of(scores):
+    with on_device_of(scores):
         for i, name in enumerate(passes):
             first = i == 0 or passes[i - 1] == "columns"
-            grid = min(by.num_parts, triton.cdiv(K, 32)) if name == "sum" else by.num_parts
+            grid = min(by.num_parts, cdiv(K, 32)) if name == "sum" else by.num_parts
             _sinkhorn_kernel[(grid, V)](
                 scores, peak if q is None else q, part_peak, part_sum, rows, peak, share,
                 peak if total is None else total, arrived,

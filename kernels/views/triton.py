@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._tile_sizes import tile
-from .._triton import tl, triton
+from .._triton import on_device_of, tl, triton
 from .eager import halves
 
 
@@ -258,7 +258,7 @@ def views_triton(
     block_c, has_blur = 1 << (channels - 1).bit_length(), max(taps) > 1
     room = out.view(torch.int16) if is_fixed else out
     scratch = torch.empty_like(room) if has_blur else room
-    with torch.cuda.device_of(out):
+    with on_device_of(out):
         _views_kernel[(N,)](
             pixels, places, boxes, factors, mean, std, out, room, scratch, channels, height, width,
             *halves(taps, height, width),

@@ -38,6 +38,9 @@ def unpack(rows: Tensor, sizes: Sizes) -> list[Tensor]:
 
 def attend(y: Tensor, heads: int, sizes: Sizes) -> tuple[Tensor, Tensor]:
     """Compute attention within each sequence: packed qkv [..., 3 D] -> (o [..., D], lse [..., H])."""
+    if sizes is None:
+        o, lse = attention_forward(y.unflatten(-1, (3, heads, -1)))
+        return o.flatten(2), lse.mT
     outputs = [attention_forward(part.unflatten(-1, (3, heads, -1))) for part in unpack(y, sizes)]
     return pack([o.flatten(2) for o, _ in outputs]), pack([lse.mT for _, lse in outputs])
 
@@ -52,13 +55,17 @@ def attend_first(y: Tensor, heads: int, count: int) -> Tensor:
 
 def attend_backward(d_o: Tensor, y: Tensor, o: Tensor, lse: Tensor, heads: int, sizes: Sizes) -> Tensor:
     """Return the gradient of y, from that of o [..., D] and the input and outputs of `attend`."""
+    if sizes is None:
+        return _attend_backward(d_o, y, o, lse, heads)
     groups = zip(*(unpack(rows, sizes) for rows in (d_o, y, o, lse)), strict=True)
-    gradients = []
-    for d_part, y_part, o_part, lse_part in groups:
-        qkv = y_part.unflatten(-1, (3, heads, -1))
-        d_part, o_part = (part.unflatten(-1, (heads, -1)) for part in (d_part, o_part))
-        gradients.append(attention_backward(d_part, qkv, o_part, lse_part.mT).flatten(2))
-    return pack(gradients)
+    return pack([_attend_backward(*group, heads) for group in groups])
+
+
+def _attend_backward(d_o: Tensor, y: Tensor, o: Tensor, lse: Tensor, heads: int) -> Tensor:
+    split = heads, -1
+    return attention_backward(
+        d_o.unflatten(-1, split), y.unflatten(-1, (3, *split)), o.unflatten(-1, split), lse.mT
+    ).flatten(2)
 
 
 def drop_path_scale(drop_path: torch.nn.Module, x: Tensor, sizes: Sizes) -> Tensor | None:
