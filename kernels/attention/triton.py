@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._tile_sizes import Tile, tile
-from .._triton import INTERPRET, cdiv, on_device_of, tl, triton
+from .._triton import INTERPRET, cdiv, on_device_of
 from .triton_backward import backward_kernel
 from .triton_kernels import forward_kernel
 

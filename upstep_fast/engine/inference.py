@@ -9,7 +9,7 @@ features are the class token, the last block computes it alone behind attention.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +53,7 @@ def make_forward_only(
     compiled = device.type == "cuda" if compiled is None else compiled
     packs = packs and not compiled and can_pack(blocks, device)
     weights = functools.cache(lambda: pack(merge_adapters())) if packs else merge_adapters
-    mark = functools.cache(lambda: _mark_static(merge_adapters()))
+    weights = _static(weights) if compiled else weights
 
     def forward(images: Tensor, merged: dict[int, MergedBlock], tables: Ropes, count: int | None) -> Tensor:
         return head(_through(embed(images), blocks, merged, tables, count))
@@ -63,8 +63,6 @@ def make_forward_only(
 
     @torch.no_grad()
     def features(images: Tensor) -> Tensor:
-        if compiled:
-            mark()
         result = call(images, weights(), ropes(images), first())
         return result.clone() if compiled else result  # a CUDA graph writes every result to the same memory
 
@@ -75,12 +73,20 @@ def make_forward_only(
     return ForwardOnly(features, of_tokens)
 
 
-def _mark_static(merged: Mapping[int, MergedBlock]) -> None:
-    """Tell torch.compile that the weights stay where they are: else a CUDA graph copies them at every replay."""
-    for block in merged.values():
-        for projection in block.projections:
-            for tensor in projection.tensors():
-                torch._dynamo.mark_static_address(tensor)
+def _static(merge_adapters: Callable[[], dict[int, MergedBlock]]) -> Callable[[], dict[int, MergedBlock]]:
+    """Return `merge_adapters` with its weights marked as staying in place: a CUDA graph need not copy them then."""
+
+    @functools.cache
+    def mark() -> None:
+        tensors = [t for block in merge_adapters().values() for p in block.projections for t in p.tensors()]
+        for tensor in tensors:
+            torch._dynamo.mark_static_address(tensor)
+
+    def weights() -> dict[int, MergedBlock]:
+        mark()
+        return merge_adapters()
+
+    return weights
 
 
 def _through(
