@@ -8,13 +8,15 @@ configuration, 3 data unusable, 4 adapter or quality check failed, 75 interrupte
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import gc
 import itertools
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, NoReturn
@@ -79,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     exit_signals.forget()
     sys.excepthook, warnings.formatwarning = print_traceback, format_warning
     try:
-        _dispatch(args, debug)
+        _dispatch(args, debug, is_program=argv is None)
     except UpstepError as error:
         if debug:
             raise
@@ -112,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     sys.exit(0)
 
 
-def _dispatch(args: list[str], debug: bool) -> None:
+def _dispatch(args: list[str], debug: bool, is_program: bool) -> None:
     from upstep_fast.cli import help as cli_help
     from upstep_fast.runtime import progress, terminal
 
@@ -138,7 +140,7 @@ def _dispatch(args: list[str], debug: bool) -> None:
         if not stop.code and HELP & set(rest):
             print(cli_help.epilog(name))
         raise
-    with progress.track(f"{name}: starting"):  # imports PyTorch
+    with progress.track(f"{name}: starting"), _without_collection(freeze=is_program):  # imports PyTorch
         from upstep_fast.report.logs import setup_logging
 
         setup_logging(debug)
@@ -148,6 +150,23 @@ def _dispatch(args: list[str], debug: bool) -> None:
         command.run(config)
     elif module is not None:
         module.run(config)
+
+
+@contextlib.contextmanager
+def _without_collection(freeze: bool) -> Iterator[None]:
+    """Collect no garbage within the context: imports make none, and looking for it takes 1.2 of their 4.7 s.
+
+    freeze: never look at what they made again, which saves another .5 s up to the first step of base_tiny.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if freeze:
+            gc.freeze()
+        if was_enabled:
+            gc.enable()
 
 
 def _config(name: str, module: str = "tools") -> Callable[[], type]:
