@@ -71,8 +71,8 @@ TILES: dict[str, dict[tuple[int, int] | None, Tile]] = {
     # 4 warps spill (sm_90, sm_100)
     "attention_backward_wide": {None: {"BLOCK": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}},
     "attention_backward_fp32": {None: {"BLOCK": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}},
-    # pixels that a program makes at a time, over all channels; not measured yet
-    "views": {None: {"CELLS": 2048, "num_warps": 8}},
+    # results and source rows of a tile; pixels that a program colors; not measured yet
+    "views": {None: {"BLOCK": 32, "BLOCK_K": 64, "CELLS": 1024, "num_warps": 4}},
     # cells of a program; not measured yet
     "patchify": {None: {"CELLS": 4096, "num_warps": 4}},
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from interpreter import patch_language_once
 from photos import save_photos
 from tally import AREAS, tally
 
@@ -25,6 +26,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     no_gpu = pytest.mark.skip(reason="needs a CUDA device")
     no_interpreter = pytest.mark.skip(reason="needs TRITON_INTERPRET=1 (make test-interp)")
     interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+    if interpreting:
+        patch_language_once()
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(no_gpu)

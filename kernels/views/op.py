@@ -1,4 +1,4 @@
-"""Random views of uint8 images of any sizes: crop, resize, flips, colors, blur, normalize, cast, patches, in one pass.
+"""Random views of uint8 images of any sizes: crop, resize, flips, colors, blur, normalize, cast, patches.
 
     x = T(W_y x_0 W_x^T) / 255      x_0: the crop of image i(n), a channel
         W[j, k] = f((k + 1/2 - m_j) / max(s, 1)) / sum,   m_j = s (j + 1/2),   s = length / size
@@ -15,11 +15,15 @@ Shapes: N views of B images, C channels, H x W pixels. The images lie one behind
 memory order, so a batch goes to the device in one copy. out is [N, C, H, W], or with patch = P what `patchify` gives:
 [N, (H / P) (W / P), C P P], a row in the order of the flattened kernel of a convolution.
 
-One launch. The contrast needs the mean of the finished crop, so a view is made in two passes, by one program: the
-resized crop waits in the result's own memory. Bytes a value of a result in 16 bit, beside the crop's own: 6 (out, in,
-out), and 8 more where it is blurred (its colors out; in and out along rows; in along columns). Computing the pixels
-around a tile again instead would move none of these 8, but resize 2.8 times as many (32 x 32 tiles, 11 pixels around).
-A launch for each of crop, mean, colors and blur would move 16, and 72 with blur. No gradient.
+On a GPU (triton.py) the contrast needs the mean of the finished crop, so it takes two launches and the sum of the
+tiles' means between them, and two launches more where views are blurred:
+    resize   a program makes 32 x 32 results of a channel: along rows tap by tap, the filter's weights shared by the
+             rows; then along columns as a product on tensor cores (3 of fp16, with fp32 sums), never stored between
+    color    all that is done pixel by pixel, in place
+    blur     along columns, then along rows, transposed in between: each a filter along the slow axis
+The resized crop waits in the result's own memory. Bytes a value of a result in 16 bit, beside the crop's own: 6 (out,
+in, out), and 8 more where it is blurred (out, in; out, in). A filter of s x s taps costs some 2 s + 20 multiplications
+a value instead of s^2, each with a load, and its weights 1/16 of what they cost if made for every value. No gradient.
 """
 
 from __future__ import annotations

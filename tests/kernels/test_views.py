@@ -201,6 +201,12 @@ def test_the_kernel_in_the_interpreter(case):
     _check_kernel(case, "cpu", SMALL)
 
 
+@pytest.mark.interp
+def test_tiles_and_blocks_of_source_rows_meet_in_the_interpreter():
+    """Views of several tiles, of crops of more rows than a program takes at a time, with a blur that crosses tiles."""
+    _check_kernel((1, (36, 40), "bilinear", (9, 5), 4, torch.float32), "cpu", [(150, 40), (90, 10)])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", [*CASES, LARGE], ids=str)
 def test_the_kernel_on_the_gpu(case):
