@@ -16,7 +16,7 @@ ticking = @( s=0; while sleep 2 && kill -0 $$$$ 2>/dev/null; do s=$$((s + 2)); e
 CODE   := upstep_fast kernels bench
 
 .DEFAULT_GOAL := help
-.PHONY: help install gpu-install demo test test-interp test-aot test-gpu gpu-first gpu-rehearsal sanitize long check format bench bench-gpu bench-compare figures docs clean
+.PHONY: help install gpu-install demo test test-interp test-aot test-gpu gpu-first gpu-rehearsal gpu-wheels sanitize long check format bench bench-gpu bench-compare figures docs clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -65,13 +65,19 @@ gpu-install:
 
 # a process each: an illegal memory access or a hang then costs one of them, not the rest
 test-gpu: gpu-install  ## the tests that need a GPU, with the python that is active
-	pytest -m gpu -n 8 --dist loadfile --timeout 120 -o timeout_method=thread --continue-on-collection-errors
+	$(PYTHON) -m pytest -m gpu $$($(PYTHON) bench/gpu/tasks.py)
+
+# packages that a GPU machine without a network may lack; gpu-first installs what lies there
+gpu-wheels: install  ## download small packages to carry to a GPU machine that has torch, timm, peft and pytest
+	$(BIN)/pip download --quiet --no-deps --only-binary :all: --dest build/gpu-wheels \
+	  rich markdown-it-py mdurl pygments tyro docstring-parser typeguard pytest-timeout pytest-xdist execnet \
+	  pytest-benchmark py-cpuinfo
 
 gpu-first:       ## build, check and time everything on a GPU in nine minutes, with the python that is active
 	$(PYTHON) bench/gpu/first.py --out bench/results
 
-gpu-rehearsal: install  ## the same commands on the CPU, small shapes
-	$(BIN)/python bench/gpu/first.py --out build/gpu-rehearsal --device cpu
+gpu-rehearsal: install  ## the same commands on the CPU, small shapes, and four planted faults
+	$(BIN)/python bench/gpu/first.py --out build/gpu-rehearsal --device cpu --plant
 
 NATIVE_BUILD = build/sanitize
 OPS = attention gelu layer_norm lora_linear lora_linear_fp8 low_rank_mixer patchify quantize scored_sinkhorn sinkhorn swapped_loss views

@@ -1,7 +1,7 @@
 """First run on a GPU: correctness of every op, then speed, in at most nine minutes; one JSON line per fact as it comes.
 
     python bench/gpu/first.py --out bench/results                 # on the GPU machine (make gpu-first)
-    python bench/gpu/first.py --out DIR --device cpu              # rehearsal: the same commands on small shapes
+    python bench/gpu/first.py --out DIR --device cpu --plant      # rehearsal: small shapes, and planted faults
 
 Every task is a process of its own in its own session with a kill timer, so a hang, a crash or an illegal memory access
 costs one task. Correctness runs many tasks at once, speed one at a time. OUT/gpu_first_NAME.jsonl is written while it
@@ -45,6 +45,7 @@ class Task:
     command: tuple[str, ...]
     limit_s: float
     environment: dict[str, str] = field(default_factory=dict)
+    planted: str = ""  # status that a planted fault has to come out with
 
 
 class Journal:
@@ -76,7 +77,7 @@ def run_task(task: Task, journal: Journal, deadline: float) -> str:
         return "not run: no time"
     start = time.monotonic()
     process = subprocess.Popen(
-        task.command, cwd=ROOT, env={**os.environ, **task.environment}, start_new_session=True, text=True,
+        task.command, cwd=ROOT, env=_environment(task), start_new_session=True, text=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace",
     )  # fmt: skip
     timer = threading.Timer(left, _kill, [process])
@@ -92,10 +93,14 @@ def run_task(task: Task, journal: Journal, deadline: float) -> str:
     timed_out = not timer.is_alive()
     timer.cancel()
     _kill(process)  # what it started and left behind
-    status = _status(code, timed_out, "".join(tail))
+    status, expected = _status(code, timed_out, "".join(tail)), EXPECTED.get(task.name)
+    if task.planted and status == task.planted:
+        expected = "planted"
+    elif task.planted:
+        status = f"planted {task.planted}, came out {status}"
     row = {"status": status, "seconds": round(time.monotonic() - start, 1)}
     if status != "right":
-        row |= {"expected": EXPECTED.get(task.name), "output": "".join(tail)[-3000:]}
+        row |= {"expected": expected, "output": "".join(tail)[-3000:]}
     journal.write(task, row)
     return status
 
@@ -113,6 +118,12 @@ def run(tasks: Sequence[Task], journal: Journal, limit_s: float, workers: int) -
             for task in tasks:
                 if task.part == part:
                     pool.submit(run_task, task, journal, until)
+
+
+def _environment(task: Task) -> dict[str, str]:
+    # the package is found even where its build has failed
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **task.environment}
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
@@ -133,7 +144,7 @@ def _status(code: int, timed_out: bool, tail: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run all tasks, write the facts and the page; return the exit code."""
     from summary import write_page  # these two beside this file
-    from tasks import make_tasks
+    from tasks import make_tasks, planted_tasks
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the facts and the page")
@@ -141,10 +152,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=540, help="seconds in all")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 2), help="checks at once")
     parser.add_argument("--only", default="", help="run the tasks whose name this regular expression finds")
+    parser.add_argument("--plant", action="store_true", help="add tasks with a fault each, which the run has to name")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     stem = options.out / f"gpu_first_{options.device}_{time.strftime('%Y%m%d_%H%M')}"
-    tasks = [task for task in make_tasks(options.device, options.out) if re.search(options.only, task.name)]
+    tasks = [*make_tasks(options.device, options.out), *(planted_tasks() if options.plant else ())]
+    tasks = [task for task in tasks if re.search(options.only, task.name)]
     with stem.with_suffix(".jsonl").open("w") as file:
         journal = Journal(file)
         run(tasks, journal, options.limit, options.workers)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,6 +92,69 @@ def test_every_op_and_every_benchmark_has_a_task(bench, tmp_path):
     assert {f"check {op}" for op in SAMPLE_INPUTS} <= set(names)
     assert {f"bench {op}" for op in SAMPLE_INPUTS} - set(names) <= {"bench lora_linear_fp8"}  # in bench lora_linear
     assert len(names) == len(set(names))
+
+
+def test_sanitizer_covers_every_op_with_a_triton_kernel():
+    from upstep_fast.kernels._sample_inputs import SAMPLE_INPUTS
+
+    (listed,) = re.findall(r"^OPS = (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    assert set(listed.split()) == SAMPLE_INPUTS.keys() - {"center_vector"}  # which is C++ and CUDA
+
+
+def test_planted_fault_that_is_not_noticed_is_new(first, tmp_path):
+    planted = [python(first, name, code) for name, code in (("seen", "raise SystemExit(1)"), ("missed", "pass"))]
+    _, ends = run(first, tmp_path, [replace(task, planted="wrong") for task in planted])
+    assert ends["seen"]["expected"] == "planted" and ends["seen"]["status"] == "wrong"
+    assert ends["missed"]["status"] == "planted wrong, came out right" and not ends["missed"]["expected"]
+
+
+def test_wrong_result_is_planted_in_the_check_itself(bench, capsys):
+    bench("facts")
+    assert bench("planted").main("wrong") == 1
+    (fact,) = [json.loads(line.removeprefix("FACT ")) for line in capsys.readouterr().out.splitlines()]
+    assert fact["passed"] is False and 0.01 < fact["forward"] < 0.03
+    assert set(bench("planted").FAULTS) | {"package"} == {t.name.split()[1] for t in bench("tasks").planted_tasks()}
+
+
+def test_plugins_that_are_not_there_are_not_asked_for(bench, monkeypatch):
+    tasks = bench("tasks")
+    assert {"--timeout", "-n"} <= set(tasks.pytest_options())
+    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
+    assert tasks.pytest_options() == ["--continue-on-collection-errors"]
+
+
+POISONED = """
+import sys, pytest
+class cuda:
+    lost = False
+    @staticmethod
+    def synchronize():
+        if cuda.lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+sys.modules["torch"] = type("torch", (), {"cuda": cuda})
+
+@pytest.mark.gpu
+def test_loses_the_gpu():
+    cuda.lost = True
+    raise AssertionError("wrong result")
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("i", range(3))
+def test_is_right(i):
+    cuda.synchronize()
+"""
+
+
+def test_process_that_lost_the_gpu_runs_no_further_test(tmp_path):
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu")
+    (tmp_path / "conftest.py").write_text("from poisoned import pytest_exception_interact")
+    (tmp_path / "test_gpu.py").write_text(POISONED)
+    command = [sys.executable, "-m", "pytest", "-n", "1", "-q", "-p", "xdist.plugin", "-p", "no:cacheprovider"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "tests/helpers"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert "3 passed" in done.stdout, done.stdout
+    assert "AssertionError: wrong result" in done.stdout  # the failure itself is not lost
+    assert set(re.findall(r"FAILED test_gpu.py::(\w+)", done.stdout)) == {"test_loses_the_gpu"}
 
 
 # packages of the dev environment that a bare GPU image lacks

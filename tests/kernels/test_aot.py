@@ -18,27 +18,22 @@ Triton caches what it compiles (~/.triton/cache), so a second run takes seconds.
 from __future__ import annotations
 
 import ast
-import contextlib
 import importlib
 import importlib.util
 import pkgutil
 import re
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from upstep_fast import kernels
-from upstep_fast.kernels._tile_sizes import TILES
 
 triton = pytest.importorskip("triton")
-runtime = importlib.import_module("triton.runtime.driver").driver
-pytestmark = pytest.mark.aot
+from kernel_launches import Capability, Case, cuobjdump, launches, resources  # noqa: E402  (imports triton)
 
-Capability = tuple[int, int]
-Case = Callable[[Capability], object]
+pytestmark = pytest.mark.aot
 
 # bytes of shared memory that one program may have
 SHARED = {(8, 0): 166_912, (9, 0): 232_448, (10, 0): 232_448}
@@ -48,7 +43,6 @@ PROGRAM_SHARED = 1024  # that the driver adds to each program's
 TENSOR_MEMORY = 512
 # a call frame of a few words is not a spill
 STACK = 16
-BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 def load(path: Path) -> SimpleNamespace:
@@ -77,10 +71,10 @@ def parameters() -> Iterator[object]:
 
 @pytest.mark.parametrize(("case", "capability"), list(parameters()))
 def test_compiles_within_limits(case: Case, capability: Capability, tmp_path: Path):
-    compiled = launched(case, capability)
+    compiled = launches(case, capability)
     assert compiled, "the case launched no kernel"
     limit = (SHARED | OTHERS)[capability]
-    for kernel in dict.fromkeys(kernel for _, kernel in compiled):
+    for kernel in dict.fromkeys(launch.kernel for launch in compiled):
         name = kernel.metadata.name
         assert kernel.metadata.shared <= limit, f"{name}: {kernel.metadata.shared} bytes of shared memory"
         if kernel.metadata.launch_cooperative_grid:
@@ -91,8 +85,8 @@ def test_compiles_within_limits(case: Case, capability: Capability, tmp_path: Pa
         assert (getattr(kernel.metadata, "tmem_size", None) or 0) <= TENSOR_MEMORY, f"{name}: tensor memory"
         cubin = tmp_path / f"{name}.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
-        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", cuobjdump("--dump-resource-usage", cubin)))
-        assert int(usage["STACK"]) <= STACK and int(usage["LOCAL"]) <= STACK, f"{name} spills registers: {usage}"
+        usage = resources(cubin)
+        assert usage["STACK"] <= STACK and usage["LOCAL"] <= STACK, f"{name} spills registers: {usage}"
         # ptxas makes a lone trap of what a target cannot do; a real kernel writes somewhere
         sass = cuobjdump("--dump-sass", cubin)
         assert re.search(r"\b(ST|STG|ATOMG?|RED|REDG|UTMASTG|UBLKCP)\b", sass), f"{name} stores nothing"
@@ -101,7 +95,7 @@ def test_compiles_within_limits(case: Case, capability: Capability, tmp_path: Pa
 @pytest.mark.parametrize("op", OPS)
 def test_cases_name_what_they_launch(op: str):
     for name, case in OPS[op].CASES.items():
-        assert launched(case, (9, 0), compiles=False), f"{name} launches nothing"
+        assert launches(case, (9, 0), compiles=False), f"{name} launches nothing"
 
 
 def test_every_kernel_has_a_case():
@@ -124,46 +118,4 @@ def test_every_kernel_has_a_case():
 
 
 def kernels_of(case: Case) -> set:
-    return {function for function, _ in launched(case, (9, 0), compiles=False)}
-
-
-def launched(case: Case, capability: Capability, *, compiles: bool = True) -> list[tuple]:
-    """The (kernel function, what it compiled to) of every launch that `case` makes for a GPU of `capability`."""
-    found = []
-    run = triton.JITFunction.run
-
-    def compile_only(self, *args, grid, warmup, **kwargs):
-        # later versions of Triton no longer contract a * b + c unless asked
-        assert kwargs.get("enable_fp_fusion") is True, f"{self.fn.__name__}: launched without enable_fp_fusion"
-        assert all(size < 2**16 for size in grid[1:]), f"{self.fn.__name__}: a grid of {grid} cannot be launched"
-        found.append((self, run(self, *args, grid=grid, warmup=True, **kwargs) if compiles else None))
-
-    with pytest.MonkeyPatch.context() as patch, pretending(capability):
-        for op, rows in TILES.items():
-            patch.setitem(TILES, op, {None: rows.get(capability, rows[None])})
-        patch.setattr(triton.JITFunction, "run", compile_only)
-        case(capability)
-    return found
-
-
-@contextlib.contextmanager
-def pretending(capability: Capability) -> Iterator[None]:
-    """Triton sees a device of `capability`; each has its own number, so Triton's caches keep them apart."""
-    from triton.backends.compiler import GPUTarget
-
-    sm = 10 * capability[0] + capability[1]
-    driver = SimpleNamespace(
-        get_current_device=lambda: sm,
-        get_current_stream=lambda device: 0,
-        get_current_target=lambda: GPUTarget("cuda", sm, 32),
-    )
-    before, runtime._active = runtime._active, driver
-    try:
-        yield
-    finally:
-        runtime._active = before
-
-
-def cuobjdump(option: str, cubin: Path) -> str:
-    command = [str(BINARIES / "cuobjdump"), option, str(cubin)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {launch.function for launch in launches(case, (9, 0), compiles=False)}
