@@ -3,7 +3,7 @@
 Forward: one launch for each run of rows (adapted, or the gap between), S made in the K loop by a small dot.
 Backward: a sweep of dY gives dS and dB, a sweep of x gives dA; dX = dY W + dS A is the first kernel, S given.
 Ranks are padded to BLOCK_R; wide ones go in slices, and then S is made by a sweep of its own.
-Deterministic: Q is summed from one partial per program, in their order; no atomics.
+Deterministic: a sweep's results are sums of shares, in their order; no atomics.
 """
 
 from __future__ import annotations
@@ -200,19 +200,23 @@ def _sweep(
     assert right is not None
     (M, N), R = g.shape, right.shape[1]
     tiles = dict(tile("lora_linear_sweep" if g.element_size() == 2 else "lora_linear_sweep_fp32", g.device))
-    programs = min(cdiv(M, tiles["BLOCK_M"]), _num_programs(g.device))
+    splits = cdiv(N, tiles["BLOCK_N"])
+    programs = max(1, min(cdiv(M, tiles["BLOCK_M"]), 2 * _num_programs(g.device) // splits))
     q = g.new_empty(programs if s is not None else 0, N, R, dtype=torch.float32)
-    b_, s_, p_, seed_ = pointers(g, b, s, p, seed)
+    parts = None if p is None else p[None] if splits == 1 else p.new_empty(splits, M, R, dtype=torch.float32)
+    b_, s_, seed_ = pointers(g, b, s, seed)
     threshold, _ = _drop_numbers(dropout)
     with on_device_of(g):
-        lora_linear_sweep[(programs,)](
-            g, b_, s_, p_, q, seed_,
+        lora_linear_sweep[(programs, splits)](
+            g, b_, s_, q if parts is None else parts, q, seed_,
             scale, threshold,
             M, N, R,
-            *g.stride(), *b_.stride(), *s_.stride(), *p_.stride(),
+            *g.stride(), *b_.stride(), *s_.stride(), *(q if parts is None else parts).stride(),
             PROJECT=b is not None, OUTER=s is not None, DROPOUT=dropout > 0, UPCAST_DOT=INTERPRET,
             BLOCK_R=_block_r(R), **tiles, enable_fp_fusion=True,
         )  # fmt: skip
+    if p is not None and parts is not None and splits > 1:
+        p.copy_(parts.sum(0))
     return q.sum(0) if s is not None else None
 
 

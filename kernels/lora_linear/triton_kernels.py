@@ -124,36 +124,33 @@ def lora_linear_sweep(
     g, b, s, p, q, seed,
     scale, drop_threshold,
     M, N, R,
-    stride_gm, stride_gn, stride_bn, stride_br, stride_sm, stride_sr, stride_pm, stride_pr,
+    stride_gm, stride_gn, stride_bn, stride_br, stride_sm, stride_sr, stride_pj, stride_pm, stride_pr,
     PROJECT: tl.constexpr, OUTER: tl.constexpr, DROPOUT: tl.constexpr, UPCAST_DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Compute P [M, R] = scale * G B (PROJECT) and the programs' shares of Q [programs, N, R] = G^T S (OUTER)."""
-    first = tl.program_id(0)
-    r = tl.arange(0, BLOCK_R)
-    for block in tl.range(first, tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
+    """Compute, of some columns of G, parts of P [M, R] = scale * G B (PROJECT) and of Q [N, R] = G^T S (OUTER).
+
+    Program (i, j) takes the j-th columns and every i-th block of rows: a share of their rows of Q, summed in registers,
+    and all that these columns add to P. The caller adds up the shares of Q over i and those of P over j.
+    """
+    i, col = tl.program_id(0), tl.program_id(1) * BLOCK_N
+    n, r = col + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
+    if PROJECT:
+        b_b = _load_tile(b, col, 0, N, R, stride_bn, stride_br, BLOCK_N, BLOCK_R, False)
+    outer = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    for block in tl.range(i, tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
         row = block * BLOCK_M
-        m = row + tl.arange(0, BLOCK_M)
+        b_g = _load_tile(g, row, col, M, N, stride_gm, stride_gn, BLOCK_M, BLOCK_N, False)
+        if DROPOUT:
+            b_g = tl.where(_is_kept(row, col, seed, drop_threshold, BLOCK_M, BLOCK_N), b_g, 0.0)
         if OUTER:
             b_s = _load_tile(s, row, 0, M, R, stride_sm, stride_sr, BLOCK_M, BLOCK_R, False)
-        acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        for col in tl.range(0, N, BLOCK_N):
-            b_g = _load_tile(g, row, col, M, N, stride_gm, stride_gn, BLOCK_M, BLOCK_N, False)
-            if DROPOUT:
-                b_g = tl.where(_is_kept(row, col, seed, drop_threshold, BLOCK_M, BLOCK_N), b_g, 0.0)
-            if PROJECT:
-                b_b = _load_tile(b, col, 0, N, R, stride_bn, stride_br, BLOCK_N, BLOCK_R, False)
-                acc = _dot(b_g, b_b, acc, UPCAST_DOT)
-            if OUTER:
-                share = _dot(b_g.T, b_s, tl.zeros((BLOCK_N, BLOCK_R), tl.float32), UPCAST_DOT)
-                n = col + tl.arange(0, BLOCK_N)
-                q_at = q + (first * N + n).to(tl.int64)[:, None] * R + r[None, :]
-                q_mask = (n < N)[:, None] & (r < R)[None, :]
-                if block != first:
-                    # the share of the block before, written by this program
-                    tl.debug_barrier()
-                    share += tl.load(q_at, mask=q_mask, other=0.0)
-                tl.store(q_at, share, mask=q_mask)
+            outer = _dot(b_g.T, b_s, outer, UPCAST_DOT)
         if PROJECT:
-            p_at = p + m.to(tl.int64)[:, None] * stride_pm + r[None, :] * stride_pr
-            tl.store(p_at, (scale * acc).to(p.dtype.element_ty), mask=(m < M)[:, None] & (r < R)[None, :])
+            part = scale * _dot(b_g, b_b, tl.zeros((BLOCK_M, BLOCK_R), tl.float32), UPCAST_DOT)
+            m = row + tl.arange(0, BLOCK_M)
+            p_at = p + tl.program_id(1) * stride_pj + m.to(tl.int64)[:, None] * stride_pm + r[None, :] * stride_pr
+            tl.store(p_at, part.to(p.dtype.element_ty), mask=(m < M)[:, None] & (r < R)[None, :])
+    if OUTER:
+        q_at = q + (i * N + n).to(tl.int64)[:, None] * R + r[None, :]
+        tl.store(q_at, outer, mask=(n < N)[:, None] & (r < R)[None, :])

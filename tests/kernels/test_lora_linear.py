@@ -12,10 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import LAYOUTS, assert_matches, guarded_outputs, laid_out, sizes, surrounded
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from upstep_fast.kernels import _dispatch, _tile_sizes
 from upstep_fast.kernels.lora_linear import STRATEGIES, lora_linear, lora_linear_reference
+from upstep_fast.kernels.lora_linear import strategy as choice
 from upstep_fast.kernels.lora_linear import triton as fused
+from upstep_fast.kernels.lora_linear.args import LoraArgs
 from upstep_fast.kernels.lora_linear.eager import drop
 from upstep_fast.kernels.lora_linear.op import _backward_op, _op
 
@@ -325,6 +328,27 @@ def test_triton_on_a_cpu_raises_with_the_reason():
         lora_linear(*args, 1.0, strategy="triton")
     with _dispatch.forced("triton"), pytest.raises(RuntimeError, match="needs CUDA tensors, got cpu"):
         lora_linear(*args, 1.0)
+
+
+@pytest.mark.parametrize("op", ["lora_linear", "lora_linear_input", "lora_linear_adapter", "lora_linear_fp8"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_on_a_gpu_triton_is_measured_only_where_the_library_has_no_rival(monkeypatch, op, dropout):
+    # no GPU here: fake tensors of one, and the choice itself caught
+    offered = []
+
+    def caught(problem, device, candidates):
+        offered.extend(candidates)
+        return "split", "caught"
+
+    monkeypatch.setattr(choice, "autotune", caught)
+    monkeypatch.setattr(choice, "triton_unsupported_reason", lambda *_: None)
+    with FakeTensorMode():
+        x = torch.empty(8, 16, dtype=torch.bfloat16, device="cuda")
+        lora = LoraArgs(x[:4], x[:, :4], 1.0, dropout, None, [])
+        forms = dict.fromkeys(("split", "triton", "reference"), lambda *_: x)
+        assert choice.run(op, forms, (x,), lora, "", "M8") is x
+    has_triton = dropout or op in ("lora_linear_adapter", "lora_linear_fp8")
+    assert offered == (["split", "triton"] if has_triton else ["split"])
 
 
 BAD = {
