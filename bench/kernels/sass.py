@@ -13,7 +13,7 @@ _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)
 
 
 class Operand(NamedTuple):
-    """Operand of an instruction: kind is r(egister), c(onstant bank), i(mmediate), s(pecial), p(redicate), m(emory)."""
+    """Operand of an instruction; kind: register, constant bank, immediate, special, predicate, memory: the initial."""
 
     kind: str
     key: str | int
