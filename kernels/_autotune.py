@@ -3,7 +3,8 @@
 A choice is named by a problem (op, dtype, shape class: "lora_linear bfloat16 M32768 K1024 ...") and holds for
 one machine (GPU, torch, triton, the source files of this folder). In order: what `set_tuned` says; what this process or
 an earlier one measured (JSON under XDG_CACHE_HOME); a measurement now. Ranks agree by one of them measuring and
-broadcasting `tuned()`. Nothing is measured on a CPU or while a CUDA graph is captured: the first candidate runs there.
+broadcasting `tuned()`. Nothing is measured while a CUDA graph is captured, nor here on a CPU (_fastest_on_cpu.py): the
+first candidate runs there.
 """
 
 from __future__ import annotations
@@ -40,10 +41,18 @@ def set_tuned(choices: Mapping[str, str]) -> None:
 
 
 def tuned() -> dict[str, str]:
-    """Return problem -> choice: all that was fixed by `set_tuned` or measured for the current GPU. JSON-friendly."""
+    """Return problem -> choice: what was fixed by `set_tuned`, measured for the current GPU or on the CPU. For JSON."""
+    on_cpu = {problem: name for rows in _known.values() for problem, name in rows.items() if problem.startswith("cpu ")}
     if not torch.cuda.is_available():
-        return dict(_pinned)
-    return {**_known.get(_machine(torch.device("cuda", torch.cuda.current_device())), {}), **_pinned}
+        return {**on_cpu, **_pinned}
+    return {**on_cpu, **_known.get(_machine(torch.device("cuda", torch.cuda.current_device())), {}), **_pinned}
+
+
+def known(machine: str) -> dict[str, str]:
+    """Return the choices measured on `machine`, by this process or an earlier one: problem -> choice."""
+    if machine not in _known:
+        _known[machine] = _read().get(machine, {})
+    return _known[machine]
 
 
 def autotune(problem: str, device: torch.device, candidates: Mapping[str, Callable[[], object]]) -> tuple[str, str]:
@@ -62,11 +71,9 @@ def autotune(problem: str, device: torch.device, candidates: Mapping[str, Callab
         return default, "the default: nothing is measured on a CPU"
     machine = _machine(device)
     with _lock:
-        if machine not in _known:
-            _known[machine] = _read().get(machine, {})
-        known = _known[machine]
-        if known.get(problem) in candidates:
-            return known[problem], "measured"
+        choices = known(machine)
+        if choices.get(problem) in candidates:
+            return choices[problem], "measured"
         if len(candidates) == 1:
             return default, "the only one that can run"
         if torch.cuda.is_current_stream_capturing():
@@ -74,12 +81,12 @@ def autotune(problem: str, device: torch.device, candidates: Mapping[str, Callab
         milliseconds, lacked_memory = _measure(candidates)
         if not milliseconds:
             return default, "the default: no candidate could be measured"
-        known[problem] = min(milliseconds, key=lambda name: milliseconds[name])
+        choices[problem] = min(milliseconds, key=lambda name: milliseconds[name])
         if not lacked_memory:  # with more memory free, another candidate may be the fastest
-            _write(machine, problem, known[problem])
+            _write(machine, problem, choices[problem])
     timings = ", ".join(f"{name} {ms:.3f} ms" for name, ms in milliseconds.items())
-    _log.info("%s: %s (measured: %s)", problem, known[problem], timings)
-    return known[problem], "measured"
+    _log.info("%s: %s (measured: %s)", problem, choices[problem], timings)
+    return choices[problem], "measured"
 
 
 def power_class(count: int) -> int:

@@ -7,8 +7,9 @@ Backward (G = do):
 
 B images, T tokens, H heads, d head width (64 to 128 in Vision Transformers). No mask, no dropout.
 
-Forms: `triton` (triton.py), `flash` and `cudnn` (PyTorch's own, on a GPU in 16 bit), `sdpa` (PyTorch's on a CPU),
-`reference`. On a GPU the fastest by measurement runs, chosen for forward and backward separately: all give o and lse.
+Forms: `triton` (triton.py), `flash` and `cudnn` (PyTorch's own, on a GPU in 16 bit), `cpp` (cpp.py) and `sdpa`
+(PyTorch's) on a CPU, `reference`. The fastest by measurement runs, chosen for forward and backward separately: all give
+o and lse.
 Every form gives the same bits each time: flash's backward runs in its deterministic mode, and cuDNN's, which has none,
 is left out.
 
@@ -32,7 +33,9 @@ from .._autocast import autocast_dtype, without_autocast
 from .._autotune import autotune, power_class
 from .._define import define
 from .._dispatch import NAMESPACE, record, requested, triton_unsupported_reason
+from .._fastest_on_cpu import fastest_on_cpu
 from .._transforms import is_transformed, refuse_second_derivative
+from . import cpp
 from .triton import MAX_WIDTH, outputs
 from .triton import backward as _backward_triton
 from .triton import forward as _forward_triton
@@ -155,6 +158,7 @@ _FORWARD: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "flash": _forward_flash,
     "cudnn": _forward_cudnn,
     "triton": _forward_triton,
+    "cpp": cpp.forward,
     "sdpa": _forward_sdpa,
     "reference": attention_reference,
 }
@@ -162,6 +166,7 @@ _BACKWARD: dict[str, Callable[..., Tensor]] = {
     "flash": _backward_flash,
     "cudnn": _backward_cudnn,
     "triton": _backward_triton,
+    "cpp": cpp.backward,
     "sdpa": _backward_sdpa,
     "reference": attention_backward_reference,
 }
@@ -170,20 +175,25 @@ _BACKWARD: dict[str, Callable[..., Tensor]] = {
 def _run(op: str, forms: Mapping[str, Callable[..., Out]], qkv: Tensor, args: Sequence[Tensor | float]) -> Out:
     """Run and record the form of `op` that is requested, the CPU's, or the one measured as fastest; args: of a form."""
     B, T, _, H, D = qkv.shape
-    no_triton, request = _unsupported_reason(qkv), requested()
-    if request == "triton" and no_triton:
-        raise RuntimeError(f"{op}: implementation 'triton' was requested but cannot run: {no_triton}")
+    no_triton, no_cpp, request = _unsupported_reason(qkv), cpp.unsupported_reason(qkv), requested()
+    for name, reason in (("triton", no_triton), ("cpp", no_cpp)):
+        if request == name and reason:
+            raise RuntimeError(f"{op}: implementation {name!r} was requested but cannot run: {reason}")
     if request is not None and request in forms:
         return forms[record(op, qkv.device, request, "requested")](*args)
+    kind = str(qkv.dtype).removeprefix("torch.")
+    problem = f"{op} {kind} BH{power_class(B * H)} T{T} D{D}"
+    if qkv.device.type == "cpu" and not no_cpp:
+        candidates = {name: partial(forms[name], *args) for name in ("cpp", "sdpa")}
+        return forms[fastest_on_cpu(f"cpu {problem}", candidates)](*args)
     if qkv.device.type != "cuda":
-        return forms[record(op, qkv.device, "sdpa", "PyTorch's own; kernels are only timed on a GPU")](*args)
+        return forms[record(op, qkv.device, "sdpa", f"PyTorch's own; not cpp: {no_cpp}")](*args)
     is_half = qkv.dtype in (torch.float16, torch.bfloat16)
     # cuDNN's backward adds dq atomically and has no deterministic form
     libraries = ["flash"] if op == "attention_backward" else ["flash", "cudnn"]
     names = libraries if is_half and D % 8 == 0 and D <= MAX_WIDTH else []
     names = names or (["reference"] if no_triton else [])
     names = names if no_triton else [*names, "triton"]
-    problem = f"{op} {str(qkv.dtype).removeprefix('torch.')} BH{power_class(B * H)} T{T} D{D}"
     name, reason = autotune(problem, qkv.device, {name: partial(forms[name], *args) for name in names})
     return forms[record(problem, qkv.device, name, reason)](*args)
 

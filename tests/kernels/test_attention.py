@@ -21,6 +21,7 @@ from upstep_fast.kernels.attention import (
     attention_backward_reference,
     attention_forward,
     attention_reference,
+    cpp,
     op,
 )
 from upstep_fast.kernels.attention.op import _BACKWARD, _FORWARD, _backward_op, _op
@@ -89,8 +90,16 @@ def test_reference_matches_fp64(dtype):
     check(*tensors(2, 37, 2, 24, dtype), "reference", "reference")
 
 
+@pytest.fixture
+def without_compiled(monkeypatch):
+    monkeypatch.setattr(cpp, "unsupported_reason", lambda qkv: "not built")
+
+
+@pytest.mark.parametrize("form", ["sdpa", "cpp or sdpa"])
 @pytest.mark.parametrize("T", [1, 37, 257])
-def test_sdpa_matches_fp64(T):
+def test_on_a_cpu_matches_fp64(T, form, request):
+    if form == "sdpa":
+        request.getfixturevalue("without_compiled")
     qkv, grad = tensors(2, T, 2, 24)
     wanted = with_gradient(lambda x: attention_reference(x, 24**-0.5)[0], qkv.double(), grad.double())
     for got, want in zip(with_gradient(attention, qkv, grad), wanted, strict=True):
@@ -98,7 +107,7 @@ def test_sdpa_matches_fp64(T):
 
 
 @pytest.mark.parametrize("dtype", (*DTYPES, torch.float64))
-def test_is_pytorchs_own_on_a_cpu(dtype):
+def test_is_pytorchs_own_on_a_cpu_without_compiled_ops(dtype, without_compiled):
     qkv, grad = tensors(2, 37, 2, 24, dtype)
 
     def library(x):
@@ -115,7 +124,7 @@ def test_is_pytorchs_own_on_a_cpu(dtype):
     assert ours <= theirs or ours <= torch.finfo(dtype).eps * truth.norm()
     rows = {row.op: row for row in _dispatch.report() if row.device == "cpu"}
     assert rows["attention"].implementation == rows["attention_backward"].implementation == "sdpa"
-    assert "kernels are only timed on a GPU" in rows["attention"].reason
+    assert "not cpp: not built" in rows["attention"].reason
 
 
 def test_gradcheck():

@@ -168,8 +168,8 @@ def _forward(
     if saved is None:
         g = linear_activation(rows, fc1, block)
     else:
-        g, saved_u = activation_forward(fc1.product(rows), block)
-        saved |= {"h1": h1, "rstd1": rstd1, "y": y, "o": o, "lse": lse, "h2": h2, "rstd2": rstd2, "u": saved_u}
+        g, of_activation = activation_forward(fc1.product(rows), block)
+        saved |= {"h1": h1, "rstd1": rstd1, "y": y, "o": o, "lse": lse, "h2": h2, "rstd2": rstd2, **of_activation}
     return middle, scale_branch(fc2.product(g), drop_scale[1]), stream
 
 
@@ -196,12 +196,12 @@ def _mlp_backward(
     """Return the gradient of middle, that gradient as input of a product, and those of the adapters and the norm."""
     merged, drop_scale = context.merged, context.drop_scale[1]
     block, (_, _, fc1, fc2), adapters = merged.block, merged.projections, merged.adapters
-    h2, u = saved["h2"], saved["u"]
+    h2 = saved["h2"]
     d_adapters: _AdapterGrads = {}
     d_m = scale_branch(d_m, drop_scale)
     if "fc2" in adapters:
-        d_adapters["fc2"] = adapters["fc2"].gradients(d_m, activation(u, block))
-    du = activation_backward(fc2.input_gradient(d_m), u, block, block.fp8 and "fc1" not in adapters)
+        d_adapters["fc2"] = adapters["fc2"].gradients(d_m, activation(saved["u"], block))
+    du = activation_backward(fc2.input_gradient(d_m), saved, block, block.fp8 and "fc1" not in adapters)
     if "fc1" in adapters:
         d_adapters["fc1"] = adapters["fc1"].gradients(dequantized(du), dequantized(_affine(h2, merged, 1)))
     d_h2, d_norm = _affine_backward(fc1.input_gradient(du), h2, merged, 1)

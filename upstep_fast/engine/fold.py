@@ -84,9 +84,9 @@ class FoldedBlock:
         return {"qkv": self.qkv, "proj": self.proj, "fc1": self.fc1, "fc2": self.fc2}
 
     @property
-    def saves_byte(self) -> bool:
-        """True if GELU's derivative is saved as one byte; an adapter on fc2, or a norm before it, needs u itself."""
-        return self.fused and self.activation != "swiglu" and not self.fc2.adapters and self.inner_eps[1] is None
+    def saves_derivative(self) -> bool:
+        """True if GELU's derivative may be saved, in fused form as one byte; an adapter or a norm on fc2 needs u."""
+        return self.activation != "swiglu" and not self.fc2.adapters and self.inner_eps[1] is None
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return the adapters' parameters, then (weight, bias) of each trained norm."""

@@ -6,7 +6,8 @@
     gelu    g = u Phi(u);  dg/du from u, or from one byte per entry (kernels/gelu.py)
 
 Each has two forms. Fused: the kernels of kernels/layer_norm and kernels/gelu.py, one pass each, for 16 bit on a GPU.
-Plain: torch's ops, for CPUs, for fp32, where the derivative must be exact, and for RMSNorm.
+Plain: for fp32, where the derivative must be exact, for RMSNorm, and for CPUs: torch's ops, or the compiled passes of
+kernels/block_passes.py where those are faster.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upstep_fast.engine.projections import EPILOGUES, MergedProjection, PackedProjection, Projection, Quantized
+from upstep_fast.kernels import block_passes
 from upstep_fast.kernels.gelu import gelu_backward as backward_from_byte
 from upstep_fast.kernels.gelu import gelu_forward as forward_with_byte
-from upstep_fast.kernels.layer_norm import eager as layer_norm_plain
 from upstep_fast.kernels.layer_norm import layer_norm_backward, layer_norm_forward
 
 _APPROXIMATE = {"erf": "none", "tanh": "tanh", "quick": "quick"}
@@ -35,12 +36,12 @@ def norm(
         out = layer_norm_forward(x, eps, residual=delta, fp8=fp8)
         assert out.y is not None
         return out.y, out.h, out.rstd[..., None], _product_input(out.y, out.q, out.scale)
+    if not rms:
+        x_hat, total, rstd = block_passes.norm(x, delta, eps)
+        return x_hat, total, rstd, x_hat
     total = x if delta is None else x + delta
-    if rms:
-        x_hat, rstd = standardize(total, eps, rms)
-        x_hat = x_hat.to(total.dtype)
-    else:
-        x_hat, rstd = layer_norm_plain.forward(total, eps)
+    wide, rstd = standardize(total, eps, rms)
+    x_hat = wide.to(total.dtype)
     return x_hat, total, rstd, x_hat
 
 
@@ -58,7 +59,7 @@ def norm_backward(
         dx = standardize_backward(d.float(), x_hat, rstd, rms).to(d.dtype)
         dx = dx if d_skip is None else dx.add_(d_skip)
     else:
-        dx = layer_norm_plain.backward(d, x_hat, rstd, d_skip)
+        dx = block_passes.norm_backward(d, x_hat, rstd, d_skip)
     return dx, dx
 
 
@@ -110,6 +111,11 @@ def gelu_forward(u: Tensor, activation: str, as_byte: bool, fp8: bool = False) -
     g, byte, scale = forward_with_byte(u, _APPROXIMATE[activation], fp8=fp8)
     assert byte is not None
     return g if scale is None else Quantized(g, scale, None), byte
+
+
+def gelu_pass(u: Tensor, activation: str, derivative: bool) -> Tensor | None:
+    """Compute GELU where a CPU has it in one pass with its derivative (`block_passes.gelu`), else return None."""
+    return block_passes.gelu(u, _APPROXIMATE[activation], derivative)
 
 
 def gelu_backward(dg: Tensor, saved: Tensor, activation: str, fp8: bool = False) -> Tensor | Quantized:

@@ -1,0 +1,149 @@
+"""The compiled passes of a block on a CPU against float64, at widths that fill vectors and that do not; the choice."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from upstep_fast.kernels import _autotune, _fastest_on_cpu, block_passes
+from upstep_fast.kernels._dispatch import NAMESPACE, forced
+from upstep_fast.kernels.attention import cpp
+
+missing = block_passes.unsupported_reason(torch.zeros(1))
+pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
+
+# of the largest value; bf16 rounds results to 2^-9
+BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
+WIDTHS = [1, 5, 16, 33, 192, 384]
+
+
+def near(got: torch.Tensor, expected: torch.Tensor, bound: float) -> None:
+    assert got.shape == expected.shape
+    error = (got.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-3)
+    assert error < bound, f"{error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("width", WIDTHS[1:])
+@pytest.mark.parametrize("has_skip", [False, True])
+def test_norm_and_its_backward(width, dtype, has_skip):
+    torch.manual_seed(0)
+    x, delta, d = (torch.randn(2, 3, width).to(dtype) for _ in range(3))
+    skip = torch.randn_like(d) if has_skip else None
+    with forced("cpp"):
+        x_hat, total, rstd = block_passes.norm(x, delta if has_skip else None, 1e-5)
+    assert torch.equal(total, x + delta if has_skip else x)
+    wide = total.double().requires_grad_()
+    expected = F.layer_norm(wide, (width,), eps=1e-5)
+    near(x_hat, expected.detach(), BOUNDS[dtype])
+    near(rstd, (total.double().var(-1, correction=0, keepdim=True) + 1e-5).rsqrt(), 2e-6)
+    expected.backward(d.double())
+    with forced("cpp"):
+        dx = block_passes.norm_backward(d, x_hat, rstd, skip)
+    near(dx, wide.grad + (skip.double() if has_skip else 0), 2 * BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("approximate", block_passes.APPROXIMATIONS)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_gelu_and_its_derivative(width, approximate, dtype):
+    special = torch.tensor([0.0, -0.0, 1e-8, -1e-8, 9.0, -9.0, 300.0, -300.0, 1e30, -1e30])
+    u = torch.cat([special, torch.linspace(-12, 12, 40 * width - 10)]).view(40, width).to(dtype)
+    wide = u.double().requires_grad_()
+    expected = wide * torch.sigmoid(1.702 * wide) if approximate == "quick" else F.gelu(wide, approximate=approximate)
+    (slope,) = torch.autograd.grad(expected.sum(), wide)
+    with forced("cpp"):
+        value = block_passes.gelu(u.clone(), approximate, derivative=False)
+        g = block_passes.gelu(derivative := u.clone(), approximate, derivative=True)
+    assert torch.equal(value, g)
+    bound = BOUNDS[dtype]
+    assert ((g.double() - expected).abs() <= bound * (wide.abs() * 0.2 + expected.abs())).all()
+    assert ((derivative.double() - slope.nan_to_num()).abs() < bound).all()  # torch's own is NaN at 1e30, tanh
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_nan_and_infinity_go_through(dtype):
+    bad = torch.tensor([float("nan"), float("inf"), -float("inf"), 1.0] * 5, dtype=dtype)
+    with forced("cpp"):
+        g = block_passes.gelu(bad.clone(), "none", derivative=False)
+        x_hat, _, _ = block_passes.norm(bad.view(4, 5), None, 1e-5)
+    # torch's GELU of -inf is NaN as well
+    assert torch.equal(g.isnan(), ~(bad > -float("inf"))) and torch.equal(g == float("inf"), bad == float("inf"))
+    assert x_hat.isnan().all(-1).all()
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize(("T", "d"), [(1, 8), (5, 3), (17, 32), (50, 64), (65, 64), (130, 80)])
+def test_attention_and_its_backward(T, d, dtype):
+    torch.manual_seed(0)
+    qkv = torch.randn(2, T, 3, 3, d).to(dtype)
+    out, lse = cpp.forward(qkv, d**-0.5)
+    wide = qkv.double().requires_grad_()
+    q, k, v = wide.permute(2, 0, 3, 1, 4)
+    scores = (q @ k.mT) * d**-0.5
+    expected = (scores.softmax(-1) @ v).transpose(1, 2)
+    near(out, expected.detach(), BOUNDS[dtype])
+    near(lse, scores.logsumexp(-1).detach(), 2e-6)
+    grad = torch.randn_like(out)
+    expected.backward(grad.double())
+    near(cpp.backward(grad, qkv, out, lse, d**-0.5), wide.grad, 2 * BOUNDS[dtype])
+
+
+def test_attention_keeps_a_nan_in_its_sequence_and_head():
+    qkv = torch.randn(2, 9, 3, 2, 16)
+    qkv[0, 4, 0, 1] = float("nan")
+    out, lse = cpp.forward(qkv, 0.25)
+    assert out[0, 4, 1].isnan().all() and lse[0, 1, 4].isnan()
+    assert out.isnan().sum() == 16 and lse.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_bits_do_not_depend_on_the_number_of_threads(count):
+    qkv, x = torch.randn(5, 21, 3, 3, 32), torch.randn(700, 96)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, count):
+            torch.set_num_threads(threads)
+            with forced("cpp"):
+                results.append([*cpp.forward(qkv, 0.2), *block_passes.norm(x, x, 1e-5)])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.fixture
+def clock(monkeypatch, tmp_path):
+    """A clock that the candidates move; the choices are kept in a folder of the test."""
+    now = [0.0]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(_autotune, "_known", {})
+    monkeypatch.setattr(_autotune, "_pinned", {})
+    monkeypatch.setattr(_fastest_on_cpu, "_small", set())
+    monkeypatch.setattr(_fastest_on_cpu, "_milliseconds", lambda call: (call(), now[0])[0])
+    return tmp_path / NAMESPACE / "measured.json"
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "chosen"),
+    [(2.0, 1.9, "theirs"), (2.0, 1.97, "ours"), (2.0, 9.0, "ours"), (0.5, 0.1, "ours"), (5.0, 1.0, "theirs")],
+    ids=["5 % slower", "equal", "faster", "too small", "slower"],
+)
+def test_no_form_slower_than_the_librarys_is_chosen(clock, ours, theirs, chosen, caplog):
+    forms = {"ours": lambda: ours, "theirs": lambda: theirs}
+    with caplog.at_level(logging.DEBUG):
+        assert _fastest_on_cpu.fastest_on_cpu("cpu p", forms) == chosen
+    is_measured = ours >= _fastest_on_cpu.MIN_MS
+    assert _autotune.tuned() == ({"cpu p": chosen} if is_measured else {})
+    assert clock.exists() == is_measured
+    if is_measured:
+        assert json.loads(clock.read_text()) == {_fastest_on_cpu.machine(): {"cpu p": chosen}}
+    assert _fastest_on_cpu.fastest_on_cpu("cpu p", dict.fromkeys(forms, lambda: pytest.fail("again"))) == chosen
+    _autotune._pinned["cpu p"] = "theirs"
+    assert _fastest_on_cpu.fastest_on_cpu("cpu p", forms) == "theirs"
+    _autotune._pinned["cpu p"] = "of another machine"
+    assert _fastest_on_cpu.fastest_on_cpu("cpu p", forms) == chosen
