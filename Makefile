@@ -16,7 +16,7 @@ ticking = @( s=0; while sleep 2 && kill -0 $$$$ 2>/dev/null; do s=$$((s + 2)); e
 CODE   := upstep_fast kernels bench
 
 .DEFAULT_GOAL := help
-.PHONY: help install gpu-install demo test test-interp test-aot test-gpu gpu-first gpu-rehearsal gpu-wheels sanitize long check format bench bench-gpu bench-compare figures docs clean
+.PHONY: help install gpu-install demo test test-interp test-aot test-aot-older test-gpu gpu-first gpu-rehearsal gpu-wheels sanitize long check format bench bench-gpu bench-compare figures docs clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -59,6 +59,16 @@ test-interp: install  ## the Triton kernels in the CPU interpreter
 test-aot: install  ## compile the Triton kernels for sm_80, sm_90 and sm_100
 	$(PYTEST) -m "aot and not long"
 
+# the Triton that torch 2.11 comes with, the oldest torch that the package takes, in an environment of its own
+OLDER ?= .venv-older
+$(OLDER)/.installed: tests/kernels/aot/older.txt
+	test -d $(OLDER) || $(PYTHON) -m venv $(OLDER)
+	$(OLDER)/bin/pip install --quiet --extra-index-url $(TORCH_CPU) -r $<
+	touch $@
+
+test-aot-older: $(OLDER)/.installed  ## the same with torch 2.11 and Triton 3.6, every form
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(OLDER)/bin/pytest -n $(JOBS) -m aot tests/kernels/test_aot.py
+
 # the GPU targets use the python that is active, where torch sees the GPU; nothing is downloaded
 gpu-install:
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
@@ -92,7 +102,7 @@ sanitize:        ## compute-sanitizer's four tools on the CUDA kernels, two on t
 	  compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) bench/gpu/facts.py check $$op cuda triton || exit 1; \
 	  done; done
 
-long: install    ## the long forms of the tests (hours)
+long: install test-aot-older  ## the long forms of the tests (hours)
 	$(PYTEST) -m "long and not gpu and not interp"
 	TRITON_INTERPRET=1 $(PYTEST) -m "interp and long"
 
@@ -127,4 +137,4 @@ docs: install    ## build site/ from docs/; a broken link, anchor or reference e
 	@echo "open site/index.html"
 
 clean:           ## remove what make made
-	rm -rf $(VENV) $(DEMO_VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(DEMO_VENV) $(OLDER) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from gpu_session import pytest_exception_interact, pytest_make_collect_report  # noqa: F401  (hooks)
 from interpreter import patch_language_once
 from photos import save_photos
-from poisoned import pytest_exception_interact  # noqa: F401  (a hook)
 from tally import AREAS, tally
 
 from upstep_fast.kernels import _dispatch
@@ -45,7 +45,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 @pytest.fixture(autouse=True)
 def no_progress_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the lines that a busy machine adds out of the output that tests compare."""
-    with contextlib.suppress(ModuleNotFoundError):  # of rich, on a GPU machine with nothing but the kernels' needs
+    with contextlib.suppress(ImportError):  # no rich, on a GPU machine with nothing but the kernels' needs
         monkeypatch.setattr("upstep_fast.runtime.progress.SHORT", 60.0)
 
 

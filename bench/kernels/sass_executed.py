@@ -60,9 +60,13 @@ def executed(
 
 
 def _guess(code: Mapping[int, Instruction], after: Mapping[int, int], at: int, visits: int, repeats: int) -> bool:
-    """Return whether an unknown branch is taken: a loop `repeats` times, and around calls, which are slow paths."""
-    if code[at].name == "BRA" and int(code[at].operands[-1].key) < at:
+    """Return whether an unknown branch is taken: a loop runs `repeats` times, and calls, which are slow paths, never."""
+    target = int(code[at].operands[-1].key) if code[at].name == "BRA" else END
+    if END < target < at:
         return visits % repeats != 0
+    inside = [code[address] for address in code if at < address < target]
+    if any(other.name == "BRA" and int(other.operands[-1].key) <= at for other in inside):
+        return visits % repeats == 0  # out of a loop that jumps back behind this branch
     ahead = after[at]
     while code[ahead].name not in _JUMPS:
         ahead = after[ahead]

@@ -10,8 +10,10 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from gpu_session import pytest_make_collect_report
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -147,7 +149,7 @@ def test_is_right(i):
 
 def test_process_that_lost_the_gpu_runs_no_further_test(tmp_path):
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu")
-    (tmp_path / "conftest.py").write_text("from poisoned import pytest_exception_interact")
+    (tmp_path / "conftest.py").write_text("from gpu_session import pytest_exception_interact")
     (tmp_path / "test_gpu.py").write_text(POISONED)
     command = [sys.executable, "-m", "pytest", "-n", "1", "-q", "-p", "xdist.plugin", "-p", "no:cacheprovider"]
     env = {**os.environ, "PYTHONPATH": str(ROOT / "tests/helpers"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
@@ -158,7 +160,26 @@ def test_process_that_lost_the_gpu_runs_no_further_test(tmp_path):
 
 
 # packages of the dev environment that a bare GPU image lacks
-HIDDEN = ("av", "datasets", "docstring_parser", "jsonschema", "shtab", "typeguard", "tyro", "webdataset")
+HIDDEN = ("av", "datasets", "docstring_parser", "jsonschema", "rich", "shtab", "typeguard", "tyro", "webdataset")
+
+
+@pytest.mark.parametrize(
+    ("marker", "error", "outcome"),
+    [
+        ("gpu", "E   ModuleNotFoundError: No module named 'no_such_package.part'", "skipped"),
+        ("gpu", "E   ModuleNotFoundError: No module named 'json.no_such_part'", "failed"),
+        ("gpu", "E   ImportError: cannot import name 'x' from 'json'", "failed"),
+        ("not gpu", "E   ModuleNotFoundError: No module named 'no_such_package'", "failed"),
+    ],
+)
+def test_only_gpu_tests_are_skipped_for_lack_of_a_package(marker, error, outcome):
+    config = SimpleNamespace(option=SimpleNamespace(markexpr=marker))
+    hook = pytest_make_collect_report(SimpleNamespace(config=config, path=Path("test_x.py")))
+    next(hook)
+    report = SimpleNamespace(failed=True, outcome="failed", longrepr=error)
+    with pytest.raises(StopIteration):
+        hook.send(report)
+    assert report.outcome == outcome
 
 
 @pytest.mark.long

@@ -99,6 +99,9 @@ def test_data_dependent_loop_runs_as_told_and_slow_path_does_not(bench):
              "IADD3 R3, R3, 0x1, RZ", "ISETP.NE.AND P1, PT, R2, RZ, PT", "@P1 BRA 0x40", "EXIT", "EXIT"]  # fmt: skip
     counts, unknown = run(bench, lines, repeats=5)
     assert counts["IADD3"] == 5 and not counts["CALL.REL.NOINC"] and unknown == 2
+    left_at_its_top = ["LDG.E R2, [R4.64]", "ISETP.NE.AND P0, PT, R2, RZ, PT", "@P0 BRA 0x50", "IADD3 R3, R3, 0x1, RZ",
+                       "BRA 0x10", "EXIT"]  # fmt: skip
+    assert run(bench, left_at_its_top, repeats=5)[0]["ISETP.NE.AND"] == 5
 
 
 def test_formula(static):
