@@ -60,7 +60,7 @@ def executed(
 
 
 def _guess(code: Mapping[int, Instruction], after: Mapping[int, int], at: int, visits: int, repeats: int) -> bool:
-    """Return whether an unknown branch is taken: a loop runs `repeats` times, and calls, which are slow paths, never."""
+    """Return whether an unknown branch is taken: loops run `repeats` times, and calls, which are slow paths, never."""
     target = int(code[at].operands[-1].key) if code[at].name == "BRA" else END
     if END < target < at:
         return visits % repeats != 0
