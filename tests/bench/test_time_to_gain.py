@@ -31,4 +31,4 @@ def test_tables(tables, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out.splitlines()
     assert "| a | plain | 20 | 1 | 200 | +2.0 | +10.0 | +10.0 | +11.0 | +11.0 | -1.0 | +0.5 |" in said
     assert "| a | 0 | adapted knn | +9.0 | 180 | fast | 30 | 6.0 |" in said
-    assert "| a | 0 | adapted knn | +9.0 | 180 | old | not reached |" in said
+    assert "| a | 0 | adapted knn | +9.0 | 180 | old | not reached | |" in said
