@@ -123,14 +123,18 @@ def wrong_attention_of_the_class_token(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "fault", [pytest.param(wrong_packed_product, marks=needs_onednn), wrong_attention_of_the_class_token]
+    ("fault", "named"),
+    [
+        pytest.param(wrong_packed_product, "features without gradients", marks=needs_onednn),
+        (wrong_attention_of_the_class_token, "features"),
+    ],
 )
-def test_the_self_check_runs_this_path_and_says_that_the_plain_model_runs(fault, monkeypatch, caplog):
+def test_the_self_check_runs_this_path_and_says_that_the_plain_model_runs(fault, named, monkeypatch, caplog):
     vit, images = model("class token", ())
     fault(monkeypatch)
     run, _ = engine.make_features(vit, torch.float32, "fast", lambda x: features(vit, x), frozen=True)
     assert torch.equal(run(images), features(vit, images))
-    assert "running the plain model instead, since its features without gradients differ" in caplog.text
+    assert f"running the plain model instead, since its {named} differ" in caplog.text
 
 
 @needs_onednn

@@ -7,7 +7,14 @@ from torch import nn
 
 from upstep_fast.engine import vit as engine
 from upstep_fast.engine.fold import unsupported_blocks
-from upstep_fast.engine.packing import drop_path_scale, pack, sizes_of, unpack
+from upstep_fast.engine.packing import (
+    attend_first,
+    attend_first_backward,
+    drop_path_scale,
+    pack,
+    sizes_of,
+    unpack,
+)
 from upstep_fast.methods.explora import unfrozen_blocks as explora
 from upstep_fast.methods.explora.tokens import Encoder, embed, encode
 from upstep_fast.model import lora
@@ -121,6 +128,20 @@ def test_features_and_some_patches_are_those_of_a_pass_over_all_tokens(variant, 
         assert relative(ours, theirs) < 1e-5
     for name, gradient in gradients(vit, got).items():
         assert relative(gradient, expected_grads[name]) < 1e-4, name
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize("count", [1, 3])
+def test_attention_of_the_first_tokens_and_its_gradient_are_those_of_float64(count, dtype, limit):
+    torch.manual_seed(0)
+    y, heads = (2 * torch.randn(3, 11, 48)).to(dtype), 2
+    exact = y.double().requires_grad_()
+    q, k, v = exact.unflatten(-1, (3, heads, 8)).permute(2, 0, 3, 1, 4)
+    o = ((q @ k.mT * 8**-0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)[:, :count]
+    d_o = torch.randn(o.shape).to(dtype)
+    (d_y,) = torch.autograd.grad(o, exact, d_o.double())
+    for ours, truth in ((attend_first(y, heads, count), o), (attend_first_backward(d_o, y, heads), d_y)):
+        assert ours.dtype == dtype and (ours - truth).norm() < limit * truth.norm()
 
 
 def test_one_draw_a_sequence():

@@ -236,6 +236,21 @@ def test_blocks_before_the_first_adapter_keep_nothing_and_run_no_backward(memory
     assert [call.args[-1] for call in backward.call_args_list] == [True, False]
 
 
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(("variant", "count"), [("class token", 1), ("mean of patches", 10)])
+def test_the_last_block_goes_on_behind_attention_with_the_tokens_that_are_pooled(variant, count, grad, monkeypatch):
+    vit, images = model(variant, depth=3)
+    rows, run = [], engine.build(vit, torch.float32)
+    for name in ("activation_forward", "linear_activation"):
+        real = getattr(engine_block, name)
+        monkeypatch.setattr(engine_block, name, lambda x, *a, _real=real: (rows.append(x.shape[1]), _real(x, *a))[1])
+    with torch.set_grad_enabled(grad):
+        f = run.features(images)
+    tokens = vit.patch_embed.num_patches + 1
+    assert rows == [tokens, tokens, count]
+    assert relative(f.detach(), features(vit, images).detach()) < 1e-5
+
+
 def written_to(vit):
     with torch.no_grad():
         vit.blocks[1].mlp.fc1.weight += 1

@@ -19,7 +19,8 @@ Backward, given the gradients of middle and m (frozen weights need none: one pro
     dy = attention'(d_middle Wproj)  d_x = d_middle + norm'(dy (Wqkv + s B A))
     S = h1 A^T + A beta              d(s B) = dy^T S;  dS = dy s B;  dA = dS^T h1;  d(A beta) = sum dS
 
-A norm before proj (EVA-02 CLIP, BEiT-3) is computed again in backward.
+A norm before proj (EVA-02 CLIP, BEiT-3) is computed again in backward. Where only the first tokens of a block are read,
+as the class token of the last one, o and all behind it are computed for those alone.
 
 Saved for backward, in values per token of width D, by memory level:
 
@@ -36,13 +37,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upstep_fast.engine.fold import FoldedBlock
 from upstep_fast.engine.merge import MergedBlock
 from upstep_fast.engine.mlp import activation, activation_backward, activation_forward, linear_activation
 from upstep_fast.engine.norm_gelu import norm, norm_backward
-from upstep_fast.engine.packing import Sizes, attend, attend_backward, attend_first, scale_branch
+from upstep_fast.engine.packing import Sizes, attend, attend_backward, attend_first, attend_first_backward, scale_branch
 from upstep_fast.engine.plain_block import run_plain_block, select_tokens
 from upstep_fast.engine.projections import Quantized, dequantized
 from upstep_fast.engine.qk_norm import qk_norm, qk_norm_backward
@@ -61,6 +63,7 @@ class BlockContext(NamedTuple):
     drop_scale: tuple[Tensor | None, Tensor | None]  # factor of each branch by drop path; None: no drop path
     sizes: Sizes
     ropes: Ropes
+    first: int | None = None  # tokens of each sequence that are returned, [B, first, D]; None: all
 
 
 def run_blocks(
@@ -101,12 +104,12 @@ def run_block(
     """Run a block on the stream x + delta, [B, N, D] in the compute type. Returns the new stream as such a sum.
 
     Differentiable in x, in delta, in the adapters and in trained norms. sizes, ropes: as for `run_blocks`. first:
-    without gradients, return only the first tokens of each sequence, [B, first, D]; None: all.
+    of a single group, return only the first tokens of each sequence, [B, first, D]; None: all.
     """
-    context = BlockContext(merged, merged.block.drop_path_scales(x, sizes), sizes, ropes)
+    context = BlockContext(merged, merged.block.drop_path_scales(x, sizes), sizes, ropes, first)
     if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in merged.trained)):
         return _Block.apply(x, delta, context, memory, *merged.trained)
-    return _forward(x, delta, context, None, first)[:2]
+    return _forward(x, delta, context, None)[:2]
 
 
 class _Block(torch.autograd.Function):
@@ -144,13 +147,9 @@ def _forward(
     delta: Tensor | None,
     context: BlockContext,
     saved: dict[str, Tensor] | None,
-    first: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (middle, m, the stream x + delta); put the tensors for backward into `saved` if given.
-
-    first: without `saved`, continue behind attention with only so many tokens of each sequence.
-    """
-    merged, drop_scale, sizes, ropes = context
+    """Return (middle, m, the stream x + delta); put the tensors for backward into `saved` if given."""
+    merged, drop_scale, sizes, ropes, first = context
     block, (qkv, proj, fc1, fc2) = merged.block, merged.projections
     h1, stream, rstd1, rows = norm(x, delta, block.eps[0], block.fused, block.fp8, block.rms)
     y = qkv.product(_affine(rows, merged, 0))
@@ -160,9 +159,9 @@ def _forward(
     if first is None:
         o, lse = attend(z, block.heads, sizes)
     else:
-        o, stream = attend_first(z, block.heads, first), stream[:, :first]
+        o, lse = attend_first(z, block.heads, first), z.new_empty(0)
     p = scale_branch(proj.product(_inner_norm(o, block)[0]), drop_scale[0])
-    h2, middle, rstd2, rows = norm(stream, p, block.eps[1], block.fused, block.fp8, block.rms)
+    h2, middle, rstd2, rows = norm(stream[:, :first], p, block.eps[1], block.fused, block.fp8, block.rms)
     rows = _affine(rows, merged, 1)
     g: Tensor | Quantized
     if saved is None:
@@ -218,7 +217,7 @@ def _attention_backward(
     needs_dx: bool,
 ) -> tuple[Tensor | None, _AdapterGrads, tuple[Tensor, ...]]:
     """Return the gradients of the stream, of the adapters and of the norm; rows: d_middle as input of a product."""
-    merged, drop_scale, sizes, ropes = context
+    merged, drop_scale, sizes, ropes, first = context
     block, (qkv, proj, _, _), adapters = merged.block, merged.projections, merged.adapters
     h1, o, lse = saved["h1"], saved["o"], saved["lse"]
     d_adapters: _AdapterGrads = {}
@@ -234,7 +233,10 @@ def _attention_backward(
     d_o = proj.input_gradient(rows if drop_scale[0] is None else d_p)
     if o_rstd is not None:
         d_o, _ = norm_backward(d_o, o_hat, o_rstd, None, block.fused, rms=block.rms)
-    dz = attend_backward(d_o, z, o, lse, block.heads, sizes)
+    if first is None:
+        dz = attend_backward(d_o, z, o, lse, block.heads, sizes)
+    else:
+        dz, d_middle = attend_first_backward(d_o, z, block.heads), F.pad(d_middle, (0, 0, 0, h1.shape[1] - first))
     dz = apply_rope(dz, block.heads, block.rotary, ropes, sizes, inverse=True)
     dy = qk_norm_backward(dz, y, block.heads, block.head_norm)
     if "qkv" in adapters:

@@ -1,9 +1,9 @@
 """Forward without gradients: base features, evaluation, skipped steps, teachers. Nothing is saved.
 
 On a GPU the whole model is one compiled graph, replayed as a CUDA graph (torch.compile, reduce-overhead: max-autotune
-would take minutes before the first image); on a CPU it is compiled only on request. For features of images (not those
-that training compares with its own, bit for bit), a CPU has its weights packed (packed_weights.py), and where the
-features are the class token, the last block computes it alone behind attention.
+would take minutes before the first image); on a CPU it is compiled only on request. Where the features are the class
+token, on a CPU the last block computes it alone behind attention, with gradients too. For features of images (not those
+that training compares with its own, bit for bit), a CPU has its weights packed (packed_weights.py).
 """
 
 from __future__ import annotations

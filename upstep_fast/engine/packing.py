@@ -53,6 +53,22 @@ def attend_first(y: Tensor, heads: int, count: int) -> Tensor:
     return o.transpose(1, 2).flatten(2).to(y.dtype)
 
 
+def attend_first_backward(d_o: Tensor, y: Tensor, heads: int) -> Tensor:
+    """Return the gradient of y [B, N, 3 D], from that of `attend_first`'s o, [B, count, D]; P is computed again.
+
+    dv = P^T do, dS = P (do v^T - sum of its product with P), dq = dS k / sqrt(d), dk = dS^T q / sqrt(d)
+    """
+    count, scale = d_o.shape[1], (y.shape[-1] // (3 * heads)) ** -0.5
+    q, k, v = (x.float() for x in y.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4))  # [B, H, N, d]
+    q, d = q[:, :, :count] * scale, d_o.unflatten(-1, (heads, -1)).transpose(1, 2).float()
+    p = (q @ k.mT).softmax(-1)
+    d_s = p * (d_p := d @ v.mT).sub_((d_p * p).sum(-1, keepdim=True))
+    d_y = torch.zeros_like(y).unflatten(-1, (3, heads, -1))
+    d_q, d_k, d_v = d_y.permute(2, 0, 3, 1, 4)
+    d_q[:, :, :count], d_k[:], d_v[:] = d_s @ k * scale, d_s.mT @ q, p.mT @ d
+    return d_y.flatten(2)
+
+
 def attend_backward(d_o: Tensor, y: Tensor, o: Tensor, lse: Tensor, heads: int, sizes: Sizes) -> Tensor:
     """Return the gradient of y, from that of o [..., D] and the input and outputs of `attend`."""
     if sizes is None:

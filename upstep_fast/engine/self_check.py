@@ -77,7 +77,7 @@ def compare(engine: EngineViT) -> Comparison | None:
         of_engine = [p for b in engine.blocks if isinstance(b, FoldedBlock) for p in b.trainable_parameters()]
         trained = [p for p in dict.fromkeys(of_engine) if p.requires_grad]
         with torch.enable_grad():
-            f = _features(engine, x, ropes)
+            f = engine.features_of_tokens(x, ropes)
             truth = engine.head(_blocks(vit, x, ropes))
             gradient = _relative(_gradient(f, trained), _gradient(truth, trained)) if trained else None
     return Comparison(
@@ -87,10 +87,6 @@ def compare(engine: EngineViT) -> Comparison | None:
         gradient,
         FP8_LIMITS if _is_fp8(engine) else LIMITS[engine.dtype],
     )
-
-
-def _features(engine: EngineViT, x: Tensor, ropes: Ropes) -> Tensor:
-    return engine.head(engine.through_blocks([x], ropes)[0])
 
 
 def _embed(vit: Any, images: Tensor) -> Tensor:

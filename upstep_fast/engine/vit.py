@@ -50,6 +50,7 @@ class EngineViT:
     forward_only: Callable[[Tensor], Tensor]
     forward_only_of_tokens: Callable[[Tensor, Ropes], Tensor]  # its part behind `embed`, for self_check.py
     head: Callable[[Tensor], Tensor]  # tokens after the last block -> features
+    first: Callable[[], int | None]  # number of tokens at the front that `head` takes now; None: all
 
     def features(self, images: Tensor) -> Tensor:
         """Return the features [B, D] in fp32 of normalized images [B, C, H, W] or their patches [B, N, C P P].
@@ -62,7 +63,11 @@ class EngineViT:
         if not torch.is_grad_enabled():
             self.check_unchanged()
             return self.forward_only(images)
-        return self.head(self.through_blocks([self.embed(images)], self.ropes(images))[0])
+        return self.features_of_tokens(self.embed(images), self.ropes(images))
+
+    def features_of_tokens(self, x: Tensor, ropes: Ropes = None) -> Tensor:
+        """Return the features with gradients, from the first block's input [B, N, D]; ropes: of these tokens."""
+        return self.head(self.rows_through_blocks([x], ropes=ropes, first=self.first()))
 
     def through_blocks(self, groups: Sequence[Tensor], ropes: Ropes = None) -> list[Tensor]:
         """Run all blocks on the tokens [B, N, D] of each group. Returns the tokens after the last block, in `dtype`.
@@ -73,18 +78,24 @@ class EngineViT:
         return unpack(self.rows_through_blocks(groups, ropes=ropes), sizes_of(groups))
 
     def rows_through_blocks(
-        self, groups: Sequence[Tensor], indices: Tensor | None = None, ropes: Ropes = None
+        self,
+        groups: Sequence[Tensor],
+        indices: Tensor | None = None,
+        ropes: Ropes = None,
+        first: int | None = None,
     ) -> Tensor:
         """Run `through_blocks` and return rows [T, D] as `pack` lays them out, or only those at `indices`: [M, D].
 
-        indices: [M] int64, among the tokens of all groups.
+        indices: [M] int64, among the tokens of all groups. first: of a single group, a folded last block returns only
+        the first tokens of each image, [B, first, D].
         """
         _refuse_transforms(*groups)
         self.check_unchanged()
         merged, sizes = self.merge_adapters(), sizes_of(groups)
 
         def run(x: Tensor, delta: Tensor | None, index: int) -> tuple[Tensor, Tensor]:
-            return run_block(x, delta, merged[index], self.memory, sizes, ropes)
+            count = first if index + 1 == len(self.blocks) else None
+            return run_block(x, delta, merged[index], self.memory, sizes, ropes, count)
 
         x = pack(groups).to(self.dtype)
         with torch.autocast(x.device.type, enabled=False):  # the engine sets its own dtypes
@@ -119,10 +130,10 @@ def build(
     device = next(vit.parameters()).device
     folded = [index for index, block in enumerate(blocks) if isinstance(block, FoldedBlock)]
     merger, last = make_merger(blocks), partial(head, vit, pool=pool)
-    first: Callable[[], int | None] = partial(_first, vit, pool) if frozen and device.type == "cpu" else lambda: None
+    first: Callable[[], int | None] = partial(_first, vit, pool) if device.type == "cpu" else lambda: None
     only = make_forward_only(blocks, merger, tokens, ropes, last, device, compiled, frozen, first)
     check, forwards = make_stale_check(vit, folded), (only.features, only.of_tokens)
-    return EngineViT(vit, blocks, dtype, memory, check, merger, tokens, ropes, *forwards, last)
+    return EngineViT(vit, blocks, dtype, memory, check, merger, tokens, ropes, *forwards, last, first)
 
 
 def _first(vit: Vit, pool: Pool) -> int | None:
