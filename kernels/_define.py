@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ._dispatch import NAMESPACE
 
@@ -25,3 +26,10 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Ca
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
     op: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), name).default
     return op
+
+
+def call(op: Callable[..., Any], run: Callable[..., Any], x: Tensor, *rest: Any) -> Any:
+    """Call `run` itself where nothing observes its `op` of `define`: the dispatcher's way to it takes the host 7 us."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor:
+        return op(x, *rest)
+    return op(x, *rest) if torch._C._len_torch_dispatch_stack() else run(x, *rest)

@@ -7,9 +7,11 @@ which can be transformed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 
 from ._dispatch import record
 
@@ -18,15 +20,19 @@ REASON = "inside torch.func or forward-mode AD"
 
 def is_transformed(op: str, *tensors: Tensor | None) -> bool:
     """Return whether a transform of torch.func is active or a tensor has a tangent (recorded for `report()`)."""
-    has_tangent = any(t is not None and unpack_dual(t).tangent is not None for t in tensors)
     if torch.compiler.is_compiling():
-        # dynamo answers the next question wrongly; what it compiles inside grad or vmap fails in torch.library itself
-        return has_tangent
+        # dynamo answers the last question wrongly; what it compiles inside grad or vmap fails in torch.library itself
+        return _has_tangent(tensors)
+    has_tangent = forward_ad._current_level >= 0 and _has_tangent(tensors)
     if not has_tangent and torch._C._functorch.peek_interpreter_stack() is None:
         return False
     device = next(t.device for t in tensors if t is not None)
     record(op, device, "reference", REASON, fallback=True)
     return True
+
+
+def _has_tangent(tensors: Sequence[Tensor | None]) -> bool:
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def refuse_second_derivative(op: str) -> None:

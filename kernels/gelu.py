@@ -29,11 +29,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._define import define
+from ._define import call, define
 from ._dispatch import NAMESPACE, choose, triton_unsupported_reason
 from ._tile_sizes import Tile, row_tile
 from ._transforms import is_transformed, refuse_second_derivative
-from ._triton import cdiv, on_device_of, tl, triton
+from ._triton import cdiv, launch, on_device_of, tl, triton
 from .quantize import E4M3, e4m3_codes, native_fp8, quantize_reference, row_scales, row_unsupported_reason
 
 APPROXIMATIONS = ("none", "tanh", "quick")
@@ -148,9 +148,9 @@ def _gelu_fwd_triton(
     y, derivative, scale = _outputs(x, save_derivative, fp8)
     M, K, tiles = _rows(x, fp8)
     with on_device_of(x):
-        _gelu_fwd_kernel[(cdiv(M, tiles["BLOCK_M"]),)](
-            x, y.view(torch.uint8) if fp8 else y, derivative, scale,
-            x.numel(), M, K,
+        launch(
+            _gelu_fwd_kernel, cdiv(M, tiles["BLOCK_M"]),
+            (x, y.view(torch.uint8) if fp8 else y, derivative, scale, x.numel(), M, K),
             APPROXIMATE=approximate, EXACT=x.dtype == torch.float32, STORE_DERIVATIVE=save_derivative,
             FP8=fp8, NATIVE_FP8=native, **tiles, enable_fp_fusion=True,
         )  # fmt: skip
@@ -162,9 +162,9 @@ def _gelu_bwd_triton(grad: Tensor, derivative: Tensor, fp8: bool, native: bool) 
     dx, _, scale = _outputs(grad, False, fp8)
     M, K, tiles = _rows(grad, fp8)
     with on_device_of(grad):
-        _gelu_bwd_kernel[(cdiv(M, tiles["BLOCK_M"]),)](
-            grad, derivative, dx.view(torch.uint8) if fp8 else dx, scale,
-            grad.numel(), M, K,
+        launch(
+            _gelu_bwd_kernel, cdiv(M, tiles["BLOCK_M"]),
+            (grad, derivative, dx.view(torch.uint8) if fp8 else dx, scale, grad.numel(), M, K),
             FP8=fp8, NATIVE_FP8=native, **tiles, enable_fp_fusion=True,
         )  # fmt: skip
     return dx, scale
@@ -276,7 +276,7 @@ def gelu_forward(
     save_derivative: whether to return the byte, which `gelu_backward` takes. fp8: y as e4m3 with row scales [..., 1].
     """
     _validate("gelu_forward", x, approximate, fp8)
-    y, derivative, scale = _gelu_forward_op(x.detach(), approximate, save_derivative, fp8)
+    y, derivative, scale = call(_gelu_forward_op, _forward, x.detach(), approximate, save_derivative, fp8)
     return y, derivative if save_derivative else None, scale if fp8 else None
 
 
@@ -286,5 +286,5 @@ def gelu_backward(grad: Tensor, derivative: Tensor, *, fp8: bool = False) -> tup
     if derivative.dtype != torch.uint8 or derivative.shape != grad.shape or derivative.device != grad.device:
         want, got = (f"{list(t.shape)} on {t.device}" for t in (grad, derivative))
         raise ValueError(f"gelu_backward: derivative must be uint8 {want} like grad, got {derivative.dtype} {got}")
-    dx, scale = _gelu_backward_op(grad.detach(), derivative, fp8)
+    dx, scale = call(_gelu_backward_op, _gelu_backward, grad.detach(), derivative, fp8)
     return dx, scale if fp8 else None

@@ -1,20 +1,24 @@
 """Host time of a training step's forward and backward on the engine as on a GPU, without one: launches do nothing.
 
-    python bench/engine/host_time.py [--depth 24] [--json FILE]
+    python bench/engine/host_time.py [--against OTHER_CHECKOUT] [--depth 24] [--json FILE]
 
 A ViT of the depth of ViT-L and tiny widths runs on CPU tensors in the form it has on a GPU: our kernels by Triton,
 whose own launch code runs up to the call of the driver, which is empty. What is left is Python, torch's dispatcher and
-the launch code; torch's operators also compute, on a few numbers. Processor time, medians; quote ratios of two builds
-run in alternation. GPU times are not part of it.
+the launch code; torch's operators also compute, on a few numbers. Processor time, medians; quote ratios of two
+builds in one run. GPU times are not part of it.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
+import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -35,7 +39,7 @@ from upstep_fast.kernels._dispatch import forced
 from upstep_fast.model import lora
 
 WIDTH, SIDE, VIEWS, RANK = 16, 28, 1, 4
-ROUNDS = 15
+ROUNDS = 25
 
 
 @contextlib.contextmanager
@@ -89,34 +93,71 @@ def step_parts(vit: Any) -> dict[str, Callable[[], object]]:
     return parts | {"without gradients": torch.no_grad()(forward)}
 
 
-def milliseconds(call: Callable[[], object]) -> float:
-    """Return the median processor time of a call."""
-    for _ in range(3):
-        call()
-    times = []
-    for _ in range(ROUNDS):
-        start = time.process_time()
-        call()
-        times.append(time.process_time() - start)
-    return 1e3 * statistics.median(times)
+def serve(depth: int) -> None:
+    """Time a part of a step for each line of the standard input, its name, and print the milliseconds."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder, empty_driver(), triton.knobs.cache.scope():
+        triton.knobs.cache.dir = folder
+        parts = step_parts(tiny_vit(depth))
+        for call in parts.values():
+            for _ in range(4):
+                call()
+        gc.disable()
+        print(json.dumps(list(parts)), flush=True)
+        for line in sys.stdin:
+            call = parts[line.strip()]
+            call()
+            start = time.process_time()
+            call()
+            print(1e3 * (time.process_time() - start), flush=True)
+
+
+def alternate(checkouts: list[Path], depth: int) -> dict[str, list[float]]:
+    """Return the median milliseconds of each part by each checkout's build, timed in turns."""
+    command = [sys.executable, __file__, "--serve", "--depth", str(depth)]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    builds = [
+        subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(path)}, text=True, **pipes) for path in checkouts
+    ]
+
+    def ask(build: Any, name: str) -> float:
+        build.stdin.write(name + "\n")
+        build.stdin.flush()
+        return float(build.stdout.readline())
+
+    try:
+        (names, *_) = [json.loads(build.stdout.readline()) for build in builds]
+        rows = {name: [[ask(build, name) for build in builds] for _ in range(ROUNDS)] for name in names}
+    finally:
+        for build in builds:
+            build.stdin.close()
+            build.wait()
+    return {name: [statistics.median(times) for times in zip(*turns, strict=True)] for name, turns in rows.items()}
 
 
 def main() -> None:
     """Measure, print a table, write JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", type=int, default=24)
+    parser.add_argument("--against", type=Path, help="another checkout, timed in alternation with this one")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder, empty_driver(), triton.knobs.cache.scope():
-        triton.knobs.cache.dir = folder
-        times = {name: milliseconds(call) for name, call in step_parts(tiny_vit(args.depth)).items()}
-    for name, ms in times.items():
-        print(f"{name:20} {ms:8.2f} ms")
+    if args.serve:
+        serve(args.depth)
+        return
+    here = Path(__file__).parents[2]
+    times = alternate([here, args.against] if args.against else [here], args.depth)
+    for name, each in times.items():
+        ratio = f"   {each[0] / each[1]:.2f} of {args.against}" if args.against else ""
+        print(f"{name:20} {'  '.join(f'{ms:7.2f} ms' for ms in each)}{ratio}")
     if args.json:
         card = {"torch": torch.__version__, "triton": triton.__version__, "machine": platform.machine()}
-        args.json.write_text(json.dumps({"card": card, "depth": args.depth, "milliseconds": times}, indent=1) + "\n")
+        names = ["this build", "against"][: 1 + bool(args.against)]
+        rows = {name: dict(zip(names, each, strict=True)) for name, each in times.items()}
+        content = {"card": card, "depth": args.depth, "rounds": ROUNDS, "median milliseconds": rows}
+        args.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

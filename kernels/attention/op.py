@@ -31,7 +31,7 @@ from torch import Tensor
 
 from .._autocast import autocast_dtype, without_autocast
 from .._autotune import autotune, power_class
-from .._define import define
+from .._define import call, define
 from .._dispatch import NAMESPACE, record, requested, triton_unsupported_reason
 from .._fastest_on_cpu import fastest_on_cpu
 from .._transforms import is_transformed, refuse_second_derivative
@@ -274,7 +274,7 @@ def attention(qkv: Tensor, scale: float | None = None) -> Tensor:
 
 def attention_forward(qkv: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """Return (out, lse [B, H, T] in fp32 or wider), for a backward written by hand; outside autograd and autocast."""
-    return _forward_op(qkv.detach(), _validated("attention_forward", qkv, scale))
+    return call(_forward_op, _forward, qkv.detach(), _validated("attention_forward", qkv, scale))
 
 
 def attention_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float | None = None) -> Tensor:
@@ -285,7 +285,7 @@ def attention_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scal
         if t.shape != shape or t.device != qkv.device:
             want, got = f"{list(shape)} on {qkv.device}", f"{list(t.shape)} on {t.device}"
             raise ValueError(f"attention_backward: {name} must be {want} to fit qkv, got {got}")
-    return _backward_op(grad.detach(), qkv.detach(), out.detach(), lse.detach(), scale)
+    return call(_backward_op, _attention_backward, grad.detach(), qkv.detach(), out.detach(), lse.detach(), scale)
 
 
 def _validated(op: str, qkv: Tensor, scale: float | None) -> float:

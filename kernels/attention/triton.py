@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._tile_sizes import Tile, tile
-from .._triton import INTERPRET, cdiv, on_device_of
+from .._triton import INTERPRET, cdiv, launch, on_device_of
 from .triton_backward import backward_kernel
 from .triton_kernels import forward_kernel
 
@@ -39,8 +39,8 @@ def forward(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     rides = 0 < rest <= tiles.pop("RIDERS") and rest < T
     blocks = cdiv(T - rest, tiles["BLOCK"]) + (rest > 0 and not rides)
     with on_device_of(qkv):
-        forward_kernel[(blocks * B * H,)](
-            qkv, out, lse, T, H, rest, blocks, abs(scale) * _LOG2_E,
+        launch(
+            forward_kernel, blocks * B * H, (qkv, out, lse, T, H, rest, blocks, abs(scale) * _LOG2_E),
             NEGATIVE=scale < 0, RIDES=rides, MASKED=(T - rest) % tiles["BLOCK"] > 0, BLOCK_S=_small(rest),
             D=D, BLOCK_D=_width(qkv), UPCAST_DOT=INTERPRET, **tiles, enable_fp_fusion=True,
         )  # fmt: skip
@@ -55,8 +55,9 @@ def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) 
     rest = T % tiles["BLOCK"]
     with on_device_of(qkv):
         for part in ("dq", "dkv"):
-            backward_kernel[(cdiv(T, tiles["BLOCK"]) * B * H,)](
-                qkv, out, lse, grad, delta, dqkv, T, H, rest, scale, scale * _LOG2_E,
+            launch(
+                backward_kernel, cdiv(T, tiles["BLOCK"]) * B * H,
+                (qkv, out, lse, grad, delta, dqkv, T, H, rest, scale, scale * _LOG2_E),
                 PART=part, BLOCK_S=_small(rest), D=D, BLOCK_D=_width(qkv), UPCAST_DOT=INTERPRET, **tiles,
                 enable_fp_fusion=True,
             )  # fmt: skip

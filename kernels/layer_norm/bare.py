@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .._define import call
 from .._transforms import REASON, is_transformed
 from ..quantize import E4M3
-from .op import _backward_op, _normalize
+from .op import _backward_op, _gradients, _normalize
 
 
 class Normalized(NamedTuple):
@@ -63,5 +64,6 @@ def layer_norm_backward(
         if t is not None and (t.shape != shape or t.device != grad.device):
             want, got = f"{list(shape)} on {grad.device}", f"{list(t.shape)} on {t.device}"
             raise ValueError(f"layer_norm_backward: {name} must be {want} to fit grad, got {got}")
-    dx, _, _, q, scale = _backward_op(grad, x_hat, rstd, rstd, None, grad_h, False, fp8)
+    grad, x_hat, rstd, grad_h = (None if t is None else t.detach() for t in (grad, x_hat, rstd, grad_h))
+    dx, _, _, q, scale = call(_backward_op, _gradients, grad, x_hat, rstd, rstd, None, grad_h, False, fp8)
     return (dx, q.view(E4M3), scale) if fp8 else (dx, None, None)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._autocast import without_autocast
-from .._define import define
+from .._define import call, define
 from .._dispatch import NAMESPACE, choose
 from .._transforms import is_transformed, refuse_second_derivative
 from ..quantize import native_fp8, quantize_reference, row_unsupported_reason
@@ -208,8 +208,9 @@ def _normalize(
     if reason := unsupported_reason(x, residual, weight, bias, lora_a, eps, fp8):
         raise ValueError(f"{op}: {reason}")
     save_y = save_y or (torch.is_grad_enabled() and x.requires_grad)
-    run = _op if _needs_gradient(x, residual, weight, bias, lora_a) else _forward_op
-    y, h, mean, rstd, s, q, scale = run(x, residual, weight, bias, lora_a, float(eps), save_y, fp8)
+    args = x, residual, weight, bias, lora_a, float(eps), save_y, fp8
+    results = _op(*args) if _needs_gradient(*args[:5]) else call(_forward_op, _forward, *args)
+    y, h, mean, rstd, s, q, scale = results
     return y, x if residual is None else h, mean, rstd, s, q, scale
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._tile_sizes import row_tile
-from .._triton import INTERPRET, cdiv, on_device_of, pointers, tl, triton
+from .._triton import INTERPRET, cdiv, launch, on_device_of, pointers, tl, triton
 from ..quantize import e4m3_codes, row_scales
 
 # beyond these s is a product of its own: 16 rows, or A's rows, would not fit a program
@@ -133,9 +133,9 @@ def forward(
     residual_, weight_, bias_, a = (t.contiguous() for t in pointers(x, residual, weight, bias, lora_a))
     tiles = row_tile("layer_norm", x.device, K, fewest=16 if is_fused else 1)
     with on_device_of(x):
-        _layer_norm_fwd_kernel[(cdiv(M, tiles["BLOCK_M"]),)](
-            x, residual_, weight_, bias_, a if is_fused else x, y, h, mean, rstd, s, q, scale,
-            M, K, R, eps,
+        launch(
+            _layer_norm_fwd_kernel, cdiv(M, tiles["BLOCK_M"]),
+            (x, residual_, weight_, bias_, a if is_fused else x, y, h, mean, rstd, s, q, scale, M, K, R, eps),
             HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, LORA=is_fused,
             STORE_Y=y.numel() > 0, FP8=fp8, NATIVE_FP8=native, UPCAST_DOT=INTERPRET,
             BLOCK_R=max(16, 1 << max(R - 1, 0).bit_length()) if is_fused else 16, CHUNK=64, **tiles,
@@ -169,9 +169,9 @@ def backward(
     scale = grad.new_empty((*grad.shape[:-1], 1) if fp8 else 0, dtype=torch.float32)
     shares = grad.new_empty((2, programs, K) if sums else (2, 0), dtype=torch.float32)
     with on_device_of(grad):
-        _layer_norm_bwd_kernel[(programs,)](
-            grad, saved, mean, rstd, weight_, grad_h_, dx, shares[0], shares[1], q, scale,
-            M, K,
+        launch(
+            _layer_norm_bwd_kernel, programs,
+            (grad, saved, mean, rstd, weight_, grad_h_, dx, shares[0], shares[1], q, scale, M, K),
             BARE=weight is None, HAS_GRAD_H=grad_h is not None, SUMS=sums, FP8=fp8, NATIVE_FP8=native, **tiles,
             enable_fp_fusion=True,
         )  # fmt: skip
