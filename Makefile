@@ -87,7 +87,7 @@ gpu-first:       ## build, check and time everything on a GPU in nine minutes, w
 	$(PYTHON) bench/gpu/first.py --out bench/results
 
 gpu-rehearsal: install  ## the same commands on the CPU, small shapes, and four planted faults
-	$(BIN)/python bench/gpu/first.py --out build/gpu-rehearsal --device cpu --plant
+	$(BIN)/python bench/gpu/first.py --out build/gpu-rehearsal --device cpu --plant --limit 1800 --patience 3
 
 NATIVE_BUILD = build/sanitize
 OPS = attention gelu layer_norm lora_linear lora_linear_fp8 low_rank_mixer patchify quantize scored_sinkhorn sinkhorn swapped_loss views

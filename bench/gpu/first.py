@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -150,14 +150,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the facts and the page")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: rehearsal on small shapes")
     parser.add_argument("--limit", type=float, default=540, help="seconds in all")
+    parser.add_argument("--patience", type=float, default=1, help="factor of the limits of tasks, on a slow machine")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 2), help="checks at once")
     parser.add_argument("--only", default="", help="run the tasks whose name this regular expression finds")
     parser.add_argument("--plant", action="store_true", help="add tasks with a fault each, which the run has to name")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     stem = options.out / f"gpu_first_{options.device}_{time.strftime('%Y%m%d_%H%M')}"
-    tasks = [*make_tasks(options.device, options.out), *(planted_tasks() if options.plant else ())]
-    tasks = [task for task in tasks if re.search(options.only, task.name)]
+    tasks = [*(planted_tasks() if options.plant else ()), *make_tasks(options.device, options.out)]
+    tasks = [
+        replace(task, limit_s=options.patience * task.limit_s) for task in tasks if re.search(options.only, task.name)
+    ]
     with stem.with_suffix(".jsonl").open("w") as file:
         journal = Journal(file)
         run(tasks, journal, options.limit, options.workers)
