@@ -90,7 +90,7 @@ inline float sum(Vec v) {
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
 
-// 2^n e^r with x = n ln 2 + r, |r| <= ln 2 / 2: relative error 2e-7 in [-87, 88], 0 below, saturated above; a NaN stays one
+// 2^n e^r with x = n ln 2 + r, |r| <= ln 2 / 2: relative error 2e-7 in [-87, 88], 0 below, saturated above; NaN stays
 inline Vec exp(Vec x) {
   const Vec in_range = smaller(larger(x, same(-87.0f)), same(88.0f));
   const Vec shifted = in_range * 1.44269504f + 12582912.0f;  // the low bits are n

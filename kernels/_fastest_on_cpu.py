@@ -20,7 +20,7 @@ import torch
 from . import _autotune
 from ._dispatch import record
 
-MIN_MS = 1.0
+MIN_MS = 0.1
 MARGIN = 1.03
 ROUNDS = 7
 _SMALL = "the default: too small to measure"
