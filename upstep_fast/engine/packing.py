@@ -74,7 +74,7 @@ def attend_backward(d_o: Tensor, y: Tensor, o: Tensor, lse: Tensor, heads: int, 
     if sizes is None:
         return _attend_backward(d_o, y, o, lse, heads)
     groups = zip(*(unpack(rows, sizes) for rows in (d_o, y, o, lse)), strict=True)
-    return pack([_attend_backward(*group, heads) for group in groups])
+    return pack([_attend_backward(d_part, part, o_part, lse_part, heads) for d_part, part, o_part, lse_part in groups])
 
 
 def _attend_backward(d_o: Tensor, y: Tensor, o: Tensor, lse: Tensor, heads: int) -> Tensor:
