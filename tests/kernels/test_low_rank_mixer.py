@@ -295,8 +295,9 @@ def test_forced_on_a_cpu_it_says_what_is_missing():
         call()
 
 
+@pytest.mark.parametrize("forms", [op._FORWARD, op._BACKWARD], ids=["forward", "backward"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_on_a_gpu_16_bit_is_measured_and_the_library_is_the_default(monkeypatch, dtype):
+def test_on_a_gpu_16_bit_is_measured_and_the_library_is_the_default(monkeypatch, dtype, forms):
     # no GPU here: fake tensors of one, and the choice itself caught
     offered = []
 
@@ -309,7 +310,7 @@ def test_on_a_gpu_16_bit_is_measured_and_the_library_is_the_default(monkeypatch,
     with FakeTensorMode():
         u = torch.empty(4, 33, 64, dtype=dtype, device="cuda")
         args = op.MixerArgs(["channel"], "sum", 1, None, None, [torch.empty(4, 64), *[torch.empty(4)] * 3])
-        assert op._form("low_rank_mixer", u, args, op._FORWARD, (u, u, args)) is op._FORWARD["reference"]
+        assert op._form("low_rank_mixer", u, args, forms, (u, u, args)) is forms["reference"]
     assert offered == ([["reference", "triton"]] if dtype == torch.bfloat16 else [])
 
 
