@@ -271,7 +271,8 @@ def blur_kernel(
 
     FINISH: the second time, `source` has whole planes [W, H], and the result is finished. Else it is `room`.
     """
-    size, (LENGTH, WIDTH) = H * W, (W, H) if FINISH else (H, W)  # of the planes that are read
+    size = H * W  # of the planes that are read
+    LENGTH, WIDTH = (W, H) if FINISH else (H, W)
     across = tl.cdiv(WIDTH, BLOCK_K)
     tiles = tl.cdiv(LENGTH, BLOCK) * across
     c, tile, n = tl.program_id(0) // tiles % C, tl.program_id(0) % tiles, (tl.program_id(0) // tiles // C).to(tl.int64)
