@@ -72,6 +72,12 @@ TILES: dict[str, dict[tuple[int, int] | None, Tile]] = {
     # 4 warps spill (sm_90, sm_100)
     "attention_backward_wide": {None: {"BLOCK": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}},
     "attention_backward_fp32": {None: {"BLOCK": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}},
+    # 16 warps, or blocks of twice as many queries, spill in the loop
+    "attention_head": {
+        None: {"BLOCK_N": 16, "num_warps": 8, "num_stages": 2},
+        (9, 0): {"BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
+        (10, 0): {"BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
+    },
     # results and source rows of a tile; pixels that a program colors; not measured yet. 64 rows take 164 registers, not
     # 96, on sm_90: three programs fit a multiprocessor instead of five
     "views": {None: {"BLOCK": 32, "BLOCK_K": 32, "CELLS": 1024, "num_warps": 4}},

@@ -13,9 +13,11 @@ o and lse.
 Every form gives the same bits each time: flash's backward runs in its deterministic mode, and cuDNN's, which has none,
 is left out.
 
+`triton_heads` is a second backward of ours, for up to 272 tokens and head widths up to 64 in 16 bit (triton_head.py).
+
 Saved for backward: qkv, o and lse (4 bytes a token and head).
-Bytes moved by `triton`: qkv in, o out; backward qkv and G twice, o in, dqkv out. PyTorch's backward forms
-write dq, dk and dv separately, and stacking them moves dqkv twice more.
+Bytes moved by `triton`: qkv in, o out; backward qkv and G twice, o in, dqkv out; by `triton_heads` all once. PyTorch's
+backward forms write dq, dk and dv separately, and stacking them moves dqkv twice more.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from .._dispatch import NAMESPACE, record, requested, triton_unsupported_reason
 from .._fastest_on_cpu import fastest_on_cpu
 from .._transforms import is_transformed, refuse_second_derivative
 from . import cpp
-from .triton import MAX_WIDTH, outputs
+from .triton import MAX_WIDTH, backward_by_heads, fits_heads, outputs
 from .triton import backward as _backward_triton
 from .triton import forward as _forward_triton
 
@@ -167,6 +169,7 @@ _BACKWARD: dict[str, Callable[..., Tensor]] = {
     "cudnn": _backward_cudnn,
     "triton": _backward_triton,
     "cpp": cpp.backward,
+    "triton_heads": backward_by_heads,
     "sdpa": _backward_sdpa,
     "reference": attention_backward_reference,
 }
@@ -194,6 +197,8 @@ def _run(op: str, forms: Mapping[str, Callable[..., Out]], qkv: Tensor, args: Se
     names = libraries if is_half and D % 8 == 0 and D <= MAX_WIDTH else []
     names = names or (["reference"] if no_triton else [])
     names = names if no_triton else [*names, "triton"]
+    if op == "attention_backward" and not no_triton and fits_heads(qkv):
+        names.append("triton_heads")
     name, reason = autotune(problem, qkv.device, {name: partial(forms[name], *args) for name in names})
     return forms[record(problem, qkv.device, name, reason)](*args)
 

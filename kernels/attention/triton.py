@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -10,9 +11,13 @@ from torch import Tensor
 from .._tile_sizes import Tile, tile
 from .._triton import INTERPRET, cdiv, launch, on_device_of
 from .triton_backward import backward_kernel
+from .triton_head import head_kernel
 from .triton_kernels import forward_kernel
 
 MAX_WIDTH = 128  # of a head
+MAX_BEYOND = 16  # tokens beyond a power of two of keys that `backward_by_heads` takes without a larger one
+MAX_HEAD_TOKENS, MAX_HEAD_WIDTH = 256 + MAX_BEYOND, 64  # of `backward_by_heads`: dk and dv fill half of the registers
+HEAD_SHARED = 115_000  # bytes of shared memory that it takes at most: not there on sm_86, sm_89 and sm_120
 _LOG2_E = 1 / math.log(2)
 
 
@@ -61,6 +66,34 @@ def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) 
                 PART=part, BLOCK_S=_small(rest), D=D, BLOCK_D=_width(qkv), UPCAST_DOT=INTERPRET, **tiles,
                 enable_fp_fusion=True,
             )  # fmt: skip
+    return dqkv
+
+
+def fits_heads(qkv: Tensor) -> bool:
+    """Return True if `backward_by_heads` takes `qkv`."""
+    fits = qkv.element_size() == 2 and qkv.shape[1] <= MAX_HEAD_TOKENS and qkv.shape[4] <= MAX_HEAD_WIDTH
+    return fits and _shared_memory(qkv.device) >= HEAD_SHARED
+
+
+@functools.lru_cache
+def _shared_memory(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+
+
+def backward_by_heads(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
+    """Return dqkv as `backward` does, by one program for each head; see `fits_heads`."""
+    B, T, _, H, D = qkv.shape
+    tiles = tile("attention_head", qkv.device)
+    keys = 1 << max(T - MAX_BEYOND - 1, 63).bit_length()
+    beyond = MAX_BEYOND if keys < T else 0
+    dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
+    ds_beyond = qkv.new_empty(B, H, T, beyond) if beyond else delta
+    with torch.cuda.device_of(qkv):
+        head_kernel[(B * H,)](
+            qkv, out, lse, grad, delta, ds_beyond, dqkv, T, scale, scale * _LOG2_E,
+            H=H, ROWS=8 * tiles["num_warps"], KEYS=keys, BLOCK_S=beyond, MASKED=keys > T, D=D, BLOCK_D=_width(qkv),
+            UPCAST_DOT=INTERPRET, **tiles, enable_fp_fusion=True,
+        )  # fmt: skip
     return dqkv
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
@@ -24,6 +23,7 @@ from upstep_fast.kernels.attention import (
     cpp,
     op,
 )
+from upstep_fast.kernels.attention import triton as launchers
 from upstep_fast.kernels.attention.op import _BACKWARD, _FORWARD, _backward_op, _op
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -32,8 +32,10 @@ SMALL = {"BLOCK": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
 
 def set_tiles(monkeypatch, riders=16, **changes):
     for name in [name for name in _tile_sizes.TILES if name.startswith("attention")]:
-        of_forward = {} if "backward" in name else {"RIDERS": riders}
-        monkeypatch.setitem(_tile_sizes.TILES, name, {None: SMALL | of_forward | changes})
+        row = SMALL | ({} if "backward" in name else {"RIDERS": riders}) | changes
+        if name == "attention_head":
+            row = {key: row[key] for key in ("BLOCK_N", "num_warps", "num_stages")}
+        monkeypatch.setitem(_tile_sizes.TILES, name, {None: row})
 
 
 @pytest.fixture
@@ -244,6 +246,15 @@ class TestInterpreted:
     def test_matches_fp64(self, T):
         check(*tensors(1, T, 2, 24), "triton", "triton")
 
+    # keys that fill a block of 64; that lack some; one beyond it; as many beyond it as may be
+    @pytest.mark.parametrize(("T", "D"), [(64, 16), (37, 24), (65, 16), (80, 9)])
+    def test_backward_by_heads_matches_fp64(self, T, D):
+        check(*tensors(1, T, 2, D), "triton", "triton_heads")
+
+    @pytest.mark.parametrize("dtype", DTYPES[1:])
+    def test_backward_by_heads_in_16_bit(self, dtype):
+        check(*tensors(1, 66, 1, 16, dtype), "triton", "triton_heads")
+
     # small blocks of 16 and 32 queries as programs of their own
     @pytest.mark.parametrize("T", [33, 50])
     def test_without_riders(self, monkeypatch, T):
@@ -275,12 +286,13 @@ class TestInterpreted:
         for a, b in zip(got, wanted, strict=True):
             torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
 
-    def test_scores_far_below_zero_leave_no_nan(self):
+    @pytest.mark.parametrize(("T", "backward"), [(35, "triton"), (35, "triton_heads"), (66, "triton_heads")])
+    def test_scores_far_below_zero_leave_no_nan(self, T, backward):
         """exp(0 - lse) of a key that is not there would be infinite."""
-        qkv, grad = tensors(1, 35, 1, 16)
+        qkv, grad = tensors(1, T, 1, 16)
         qkv[:, :, 0], qkv[:, :, 1] = 30, -30
-        with _dispatch.forced("triton"):
-            out, dqkv = with_gradient(attention, qkv, grad)
+        out, lse = _FORWARD["triton"](qkv, 0.25)
+        dqkv = _BACKWARD[backward](grad, qkv, out, lse, 0.25)
         wanted = with_gradient(lambda x: attention_reference(x, 0.25)[0], qkv.double(), grad.double())
         torch.testing.assert_close(out.double(), wanted[0], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(dqkv.double(), wanted[1], rtol=1e-3, atol=2e-2)
@@ -298,7 +310,14 @@ class TestGpu:
     def test_triton_matches_fp64(self, dtype, D, T):
         check(*tensors(2, T, 3, D, dtype, "cuda"), "triton", "triton")
 
-    @pytest.mark.parametrize(("forward", "backward"), list(itertools.product(["triton", "flash", "cudnn"], repeat=2)))
+    @pytest.mark.parametrize("T", [1, 64, 80, 81, 197, 256, 257, 261, 272])
+    @pytest.mark.parametrize("D", [64, 40])
+    @pytest.mark.parametrize("dtype", DTYPES[1:])
+    def test_backward_by_heads_matches_fp64(self, dtype, D, T):
+        check(*tensors(2, T, 3, D, dtype, "cuda"), "triton", "triton_heads")
+
+    @pytest.mark.parametrize("forward", ["triton", "flash", "cudnn"])
+    @pytest.mark.parametrize("backward", ["triton", "triton_heads", "flash", "cudnn"])
     @pytest.mark.parametrize("T", [197, 257])
     def test_ways_share_out_and_lse(self, forward, backward, T):
         qkv, grad = tensors(2, T, 4, 64, torch.bfloat16, "cuda")
@@ -327,6 +346,9 @@ class TestGpu:
             for _ in range(100):
                 assert torch.equal(attention_forward(qkv)[0], out)
                 assert torch.equal(attention_backward(grad, qkv, out, lse), first)
+        first = _BACKWARD["triton_heads"](grad, qkv, out, lse, 0.125)
+        for _ in range(100):
+            assert torch.equal(_BACKWARD["triton_heads"](grad, qkv, out, lse, 0.125), first)
 
     def test_graph_capture_forward_and_backward(self):
         qkv, grad = tensors(4, 257, 4, 64, torch.bfloat16, "cuda")
@@ -369,12 +391,31 @@ def test_backward_on_a_gpu_is_chosen_among_deterministic_forms(monkeypatch):
 
     monkeypatch.setattr(op, "autotune", caught)
     monkeypatch.setattr(op, "triton_unsupported_reason", lambda *_: None)
+    monkeypatch.setattr(launchers, "_shared_memory", lambda device: 232_448)
     with FakeTensorMode():
         qkv = torch.empty(2, 257, 3, 4, 64, dtype=torch.bfloat16, device="cuda")
         for name, forms in (("attention", _FORWARD), ("attention_backward", _BACKWARD)):
             with pytest.raises(StopIteration):
                 op._run(name, forms, qkv, ())
-    assert offered == {"attention": ["flash", "cudnn", "triton"], "attention_backward": ["flash", "triton"]}
+    assert offered == {
+        "attention": ["flash", "cudnn", "triton"],
+        "attention_backward": ["flash", "triton", "triton_heads"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "shared", "fits"),
+    [
+        ((2, 272, 3, 4, 64), torch.bfloat16, 232_448, True),
+        ((2, 273, 3, 4, 64), torch.bfloat16, 232_448, False),
+        ((2, 257, 3, 4, 80), torch.bfloat16, 232_448, False),
+        ((2, 257, 3, 4, 64), torch.float32, 232_448, False),
+        ((2, 257, 3, 4, 64), torch.bfloat16, 101_376, False),  # sm_89
+    ],
+)
+def test_backward_by_heads_is_offered_where_it_fits(monkeypatch, shape, dtype, shared, fits):
+    monkeypatch.setattr(launchers, "_shared_memory", lambda device: shared)
+    assert launchers.fits_heads(torch.empty(shape, dtype=dtype, device="meta")) is fits
 
 
 def test_flash_backward_runs_in_its_deterministic_mode(monkeypatch):
