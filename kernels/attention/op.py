@@ -9,15 +9,12 @@ B images, T tokens, H heads, d head width (64 to 128 in Vision Transformers). No
 
 Forms: `triton` (triton.py), `flash` and `cudnn` (PyTorch's own, on a GPU in 16 bit), `cpp` (cpp.py) and `sdpa`
 (PyTorch's) on a CPU, `reference`. The fastest by measurement runs, chosen for forward and backward separately: all give
-o and lse.
-Every form gives the same bits each time: flash's backward runs in its deterministic mode, and cuDNN's, which has none,
-is left out.
-
-`triton_heads` is a second backward of ours, for up to 272 tokens and head widths up to 64 in 16 bit (triton_head.py).
+o and lse. Every form gives the same bits each time: flash's backward runs in its deterministic mode, and cuDNN's, which
+has none, is left out.
 
 Saved for backward: qkv, o and lse (4 bytes a token and head).
-Bytes moved by `triton`: qkv in, o out; backward qkv and G twice, o in, dqkv out; by `triton_heads` all once. PyTorch's
-backward forms write dq, dk and dv separately, and stacking them moves dqkv twice more.
+Bytes moved by `triton`: qkv in, o out; backward qkv and G twice (once by `triton_heads`: triton_head.py), o in, dqkv
+out. PyTorch's backward forms write dq, dk and dv separately, and stacking them moves dqkv twice more.
 """
 
 from __future__ import annotations
@@ -196,9 +193,8 @@ def _run(op: str, forms: Mapping[str, Callable[..., Out]], qkv: Tensor, args: Se
     libraries = ["flash"] if op == "attention_backward" else ["flash", "cudnn"]
     names = libraries if is_half and D % 8 == 0 and D <= MAX_WIDTH else []
     names = names or (["reference"] if no_triton else [])
-    names = names if no_triton else [*names, "triton"]
-    if op == "attention_backward" and not no_triton and fits_heads(qkv):
-        names.append("triton_heads")
+    ours = ["triton", "triton_heads"] if op == "attention_backward" and fits_heads(qkv) else ["triton"]
+    names = names if no_triton else [*names, *ours]
     name, reason = autotune(problem, qkv.device, {name: partial(forms[name], *args) for name in names})
     return forms[record(problem, qkv.device, name, reason)](*args)
 
