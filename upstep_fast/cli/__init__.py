@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from upstep_fast.errors import Interrupted
-from upstep_fast.runtime import exit_signals, thread_waits
+from upstep_fast.runtime import exit_signals, started, thread_waits
 
 __all__ = ["main"]
 
@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         _open_streams()
         thread_waits.limit_spinning(os.environ)
         exit_signals.install(starting=True)
+        started.note()
     try:
         from upstep_fast.cli.commands import main as run
 

@@ -83,7 +83,7 @@ _RUN = (
 )
 COMMON: dict[str, tuple[str, ...]] = {
     "adapt": (
-        *(*_RUN, "preset", "steps", "gate", "judge_every", "strength", "memory", "auto_batch"),
+        *(*_RUN, "preset", "steps", "budget", "gate", "judge_every", "strength", "memory"),
         *("checkpoint_every", "objective", "unfreeze", "from_"),
     ),
     "plan": (

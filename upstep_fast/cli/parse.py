@@ -44,7 +44,7 @@ def parse(config_class: type, args: Sequence[str], prog: str, positional: Sequen
     flags = with_preset(from_file)
     if "preset" in own:  # the user's own goes before the file
         flags |= with_preset({"preset": own["preset"]})
-    for name, other in (("steps", "epochs"), ("epochs", "steps")):  # a run's config.toml and presets hold the steps
+    for name, other in itertools.permutations(("steps", "epochs", "budget"), 2):  # config.toml and presets hold steps
         if name in own and other not in own:
             flags.pop(other, None)
     flags = with_adapter(flags | own, config_class)

@@ -75,6 +75,10 @@ class AdaptConfig(ModelConfig):
             for name in _NOT_WITH_FULL:
                 if own[name] != defaults(AdaptConfig)[name]:
                     raise ConfigError(f"{name.rstrip('_')}: needs --tune lora; leave it out with full")
+        if self.optimization.budget is not None:
+            for name in ("judge_every", "verify_resume"):
+                if flat(self)[name]:
+                    raise ConfigError(f"budget and {name}: give one of them, not both")
         if self.experimental.strength_first == "auto" and not self.validation.every:
             raise ConfigError("strength_first: auto needs --judge-every, which holds out images to judge it on")
 

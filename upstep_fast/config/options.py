@@ -52,6 +52,7 @@ class AdaptOptions(SharedOptions, total=False):
     preset: Literal["gentle", "balanced", "strong", "fast"] | None
     steps: int | None
     epochs: float | None
+    budget: str | None
     accumulate: int
     lr: float
     warmup: float

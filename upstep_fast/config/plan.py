@@ -32,6 +32,8 @@ class PlanConfig(AdaptConfig):
     def __post_init__(self) -> None:
         """Check every field. Raises ConfigError."""
         super().__post_init__()
+        if self.optimization.budget is not None:
+            raise ConfigError("budget: only adapt measures what fits; leave it out")
         batch = self.optimization.batch_size
         if self.world_size < 1 or batch % self.world_size:
             raise ConfigError(f"world_size: got {self.world_size}, must divide the batch of {batch}")

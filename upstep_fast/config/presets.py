@@ -43,6 +43,6 @@ def with_preset(options: Mapping[str, Any]) -> dict[str, Any]:
     if name not in PRESETS:
         raise ConfigError(f"preset: got {name!r}, choose from {', '.join(PRESETS)}")
     values = dict(PRESETS[name])
-    if options.get("epochs") is not None:
+    if options.get("epochs") is not None or options.get("budget") is not None:
         values.pop("steps", None)
     return values | dict(options)

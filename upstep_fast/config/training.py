@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -91,6 +92,9 @@ class OptimizationConfig:
     """Number of steps. Default: 10 epochs, or 400 steps if more, but at most 30 epochs. Steps the gate skips count."""
     epochs: float | None = None
     """Number of epochs, in place of --steps."""
+    budget: str | None = None
+    """Time for the whole command, 90s, 10min or 2h, in place of --steps: as many steps as fit, learning rate 0 at the
+    end; adapters in the last third of the blocks if few fit."""
     accumulate: int = 1
     """Update steps per optimizer step (gradient accumulation), each with its own gate decision and targets."""
     lr: float = 1e-3
@@ -113,8 +117,11 @@ class OptimizationConfig:
             positive(self, name)
         for name in ("warmup", "weight_decay", "clip"):
             at_least(self, name, 0)
-        if self.steps is not None and self.epochs is not None:
-            raise ConfigError("steps and epochs: give one of them, not both")
+        if self.budget is not None:
+            parse_seconds(self.budget)
+        for one, other in itertools.combinations(("steps", "epochs", "budget"), 2):
+            if getattr(self, one) is not None and getattr(self, other) is not None:
+                raise ConfigError(f"{one} and {other}: give one of them, not both")
 
     @property
     def num_steps(self) -> int:
@@ -190,6 +197,22 @@ class ValidationConfig:
             positive(self, "strength")
         elif not self.every:
             raise ConfigError("strength: auto needs --judge-every, which holds out images to judge it on")
+
+
+_UNITS = {"min": 60.0, "s": 1.0, "h": 3600.0}
+
+
+def parse_seconds(value: str) -> float:
+    """Return a time such as 90s, 10min or 2h in seconds. Raises ConfigError."""
+    text = value.strip()
+    unit = next((unit for unit in _UNITS if text.endswith(unit)), "")
+    try:
+        seconds = float(text.removesuffix(unit)) * _UNITS[unit]
+    except (ValueError, KeyError):
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise ConfigError(f"budget: got {value!r}, must be a time with its unit, above 0: 90s, 10min or 2h")
+    return seconds
 
 
 def parse_interval(value: int | str) -> tuple[int, float]:

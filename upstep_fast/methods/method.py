@@ -60,7 +60,7 @@ class Method(nn.Module, ABC):
     def initialize_from_data(self, views: Iterable[Views]) -> None:
         """Compute what depends on the data and is fixed from then on. views: of some batches."""
 
-    def schedule(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+    def schedule(self, optimizer: torch.optim.Optimizer, step: float) -> None:
         """Set the learning rates, and whatever else depends on the step; group 0 has the rate that is logged."""
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(self.config.optimization, step)

@@ -51,6 +51,10 @@ class Progress:
                 print(line, file=sys.stderr, flush=True)
                 progress.printed()
 
+    def set_end(self, num_steps: int) -> None:
+        """Set the number of steps of the run."""
+        self._steps = self._task.total = num_steps
+
     def _line(self, left: float) -> str:
         return f"step {self._task.done}/{self._steps}  {self._task.note}  left {terminal.format_duration(left)}"
 

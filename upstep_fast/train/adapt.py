@@ -35,6 +35,7 @@ from upstep_fast.runtime.atomic_file import write_atomic
 from upstep_fast.runtime.device import Compute
 from upstep_fast.runtime.machine import num_workers
 from upstep_fast.runtime.progress import track
+from upstep_fast.train import budget
 from upstep_fast.train.cost import log_cost
 from upstep_fast.train.intensity import as_recorded, with_intensity
 from upstep_fast.train.loop import needs_base, start, train
@@ -74,7 +75,9 @@ def run(config: AdaptConfig) -> AdaptResult:
 
 def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
     config = as_recorded(config)
-    config, source, held_out = hold_out(config, open_configured(config.data, "train"))
+    images = open_configured(config.data, "train")
+    config, limit = budget.plan(config, compute, len(images))
+    config, source, held_out = hold_out(config, images)
     if distributed.is_first():  # before weights are fetched
         output.check(config)
     backbone = backbones.load_from(config.model)
@@ -99,13 +102,13 @@ def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
             identity, state = start(config, compute, source, backbone, out)
             log_cost(config, compute, len(source), backbone, num_weights, state)
         if distributed.is_first():
-            output.begin(config, anew=state.step == 0, goes_on=state.step < config.optimization.num_steps)
+            output.begin(config, anew=state.step == 0, goes_on=state.step < state.end(config.optimization.num_steps))
             stack.enter_context(html_report.written_after(out))
             stack.enter_context(train_log(out / "train.log", messages))
             with output.writing(out):
                 for name, text in files.items():
                     write_atomic(out / name, text)
-        result = train(config, compute, source, held_out, identity, state, base, out)
+        result = train(config, compute, source, held_out, identity, state, base, out, limit)
         if config.output.report_images and distributed.is_first():
             with torch.random.fork_rng(devices=[]):  # the caller's generator stays as it is
                 pictures.collect(config, compute, source, out, backbone=base)

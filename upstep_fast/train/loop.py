@@ -27,11 +27,12 @@ from upstep_fast.runtime.signals import StopRequests, signals
 from upstep_fast.train import resume, verdict
 from upstep_fast.train.adapter_check import check_adapter
 from upstep_fast.train.batches import initial_views, make_loader
+from upstep_fast.train.budget import Budget
 from upstep_fast.train.identity import Identity, agree, identify
 from upstep_fast.train.replay_check import ReplayCheck
 from upstep_fast.train.run_whitening import write_whitening
 from upstep_fast.train.run_writer import RunWriter
-from upstep_fast.train.state import AdaptResult, RunState, fresh_state
+from upstep_fast.train.state import AdaptResult, Plan, RunState, fresh_state
 from upstep_fast.train.step import computes_nothing, step
 from upstep_fast.train.strength import at_strength, choose_strength
 from upstep_fast.train.validator import NoValidator, Validator
@@ -48,14 +49,17 @@ def train(
     state: RunState,
     base: Backbone | None,
     out: Path,
+    limit: Budget | None = None,
 ) -> AdaptResult:
     """Train from `state` on the images of `source` and write the run's files to `out`. Collective.
 
     held_out: images to validate on and for the verdict, None without. identity, state: of `start`. base: the base
-    model, where it is needed (`needs_base`). Raises UpstepError.
+    model, where it is needed (`needs_base`). limit: time left for a run with --budget. Raises UpstepError.
     """
     # lizard forgives: one screen, from the batch to the checkpoint in the order in which they happen
     began, first_step, num_steps, rule = time.monotonic(), state.step, config.optimization.num_steps, gate_rule(config)
+    if limit is not None and state.plan is None:
+        state.plan = Plan.of(num_steps, state.step)
     every_steps, every_seconds = parse_interval(config.checkpoints.every)
     validator: Validator | NoValidator = NoValidator()
     if config.validation.every and held_out and base:
@@ -70,12 +74,15 @@ def train(
         with writer.saves_on_exit():
             if state.step == 0 and state.method.needs_init:
                 _initialize(config, compute, source, state)
-            while state.step < num_steps and not validator.should_stop(state.step):
+            while state.step < state.end(num_steps) and not validator.should_stop(state.step):
                 began_step = time.monotonic()
                 batch = loader.take(with_views=not computes_nothing(state, rule))
                 row = step(state, batch.views, rule, config, compute, requests)
                 validator.after_step(state)
-                is_last = state.step == num_steps or validator.should_stop(state.step)
+                if limit is not None and state.plan is not None:
+                    state.plan = limit.replan(state.plan, state.step, row)
+                    writer.set_end(state.plan.end)
+                is_last = state.step >= state.end(num_steps) or validator.should_stop(state.step)
                 stop, save = requests.poll()  # once a step: a signal during the save waits for the next one
                 save = save or stop or is_last or bool(every_steps and state.step % every_steps == 0)
                 replay.after_step(row, state, is_last=is_last)
@@ -86,7 +93,7 @@ def train(
                     resume.broadcast_tuned()
                 if stop and not is_last:
                     raise Interrupted(
-                        f"stopped after {state.step} of {num_steps} steps, all saved; "
+                        f"stopped after {state.step} of {state.end(num_steps)} steps, all saved; "
                         "continue with the same command and --resume"
                     )
         try:

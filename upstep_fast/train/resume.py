@@ -30,7 +30,7 @@ from upstep_fast.runtime import checkpoint as checkpoints
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime.checkpoint import Checkpoint
 from upstep_fast.train.identity import Identity, check_same, manifest_entries
-from upstep_fast.train.state import RunState
+from upstep_fast.train.state import Plan, RunState
 from upstep_fast.train.strength import at_given_strength
 
 log = logging.getLogger("upstep_fast")
@@ -64,7 +64,8 @@ def resume_from(state: RunState, folder: Path, identity: Identity) -> None:
     """
     if (newest := find_checkpoint(folder)) is not None:
         restore(state, newest, identity)
-        log.info("resume: continuing after step %d of %d, from %s", newest.step, identity.config["steps"], newest.path)
+        end = state.end(identity.config["steps"])
+        log.info("resume: continuing after step %d of %d, from %s", newest.step, end, newest.path)
         planned = newest.manifest["config"].get("steps")
         if planned not in (None, identity.config["steps"]):
             log.info(
@@ -112,6 +113,7 @@ def _numbers(state: RunState) -> dict[str, Any]:
         "accumulated": state.accumulated,
         "passes": state.method.num_microbatches,
         "collapsed": state.collapsed,
+        **({} if state.plan is None else {"plan": dataclasses.astuple(state.plan)}),
     }
 
 
@@ -141,6 +143,8 @@ def restore(state: RunState, checkpoint: Checkpoint, identity: Identity) -> None
         _autotune.set_tuned(saved.tuned)
     state.gate, state.step, state.loss, state.bad = saved.gate, checkpoint.step, saved.loss, saved.bad
     state.accumulated, state.collapsed = saved.accumulated, saved.collapsed
+    if saved.plan is not None and saved.plan.planned == identity.config["steps"]:
+        state.plan = saved.plan  # else the run has another length now
     state.method.num_microbatches = saved.num_microbatches
     state.skipped.update(saved.skipped)
 
@@ -159,6 +163,7 @@ class _Saved:
     collapsed: int
     skipped: dict[str, str]
     tuned: dict[str, str]
+    plan: Plan | None
 
 
 def _read(checkpoint: Checkpoint) -> _Saved:
@@ -175,6 +180,7 @@ def _read(checkpoint: Checkpoint) -> _Saved:
             collapsed=_count(values, "collapsed", 0),
             skipped={str(name): str(reason) for name, reason in loader["skipped"].items()},
             tuned={str(name): str(choice) for name, choice in checkpoint.manifest["pins"].items()},
+            plan=_plan(values.get("plan")),
         )
         if loader["step"] != checkpoint.step or saved.gate.step != checkpoint.step:
             raise ValueError("its parts are of different steps")
@@ -189,6 +195,16 @@ def _finite(name: str, value: Any) -> float:
     if isinstance(value, bool) or not math.isfinite(value):
         raise ValueError(f"{name} is {str(value)[:40]!r}")
     return value
+
+
+def _plan(values: Any) -> Plan | None:
+    """Return the plan of --budget that a manifest holds, None if it holds none."""
+    if values is None:
+        return None
+    planned, step, position, end = values
+    counts = {"planned": planned, "step": step, "end": end}
+    planned, step, end = (_count(counts, name, 0) for name in counts)
+    return Plan(planned, step, float(_finite("position", position)), end)
 
 
 def _count(values: dict[str, Any], name: str, low: int) -> int:

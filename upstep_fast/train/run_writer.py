@@ -85,6 +85,11 @@ class RunWriter:
             if wait:
                 self.wait()
 
+    def set_end(self, num_steps: int) -> None:
+        """Show the progress of a run of so many steps."""
+        if self._metrics:
+            self._progress.set_end(num_steps)
+
     def _write(self, row: dict[str, Any]) -> None:
         row["other_s"] = max(0.0, row["other_s"] - row["forward_s"] - row["backward_s"])
         if self._metrics:

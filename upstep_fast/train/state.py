@@ -38,6 +38,29 @@ class PendingStep:
     marks: list[Any]  # of the device's clock: begin, gate, end
 
 
+@dataclass(frozen=True)
+class Plan:
+    """Where the schedule of `planned` steps is: at `position` in step `step`, and at its end in step `end`."""
+
+    planned: int
+    step: int
+    position: float
+    end: int
+
+    @classmethod
+    def of(cls, num_steps: int, step: int) -> Plan:
+        """Return the plan of a run of so many steps that has taken `step` of them."""
+        return cls(num_steps, step, float(step), num_steps)
+
+    def at(self, step: int) -> float:
+        """Return the position of a step."""
+        return self.position + (step - self.step) * (self.planned - self.position) / max(1, self.end - self.step)
+
+    def ending(self, step: int, end: int) -> Plan:
+        """Return the plan that goes on from `step` and ends at `end`."""
+        return Plan(self.planned, step, min(float(self.planned), self.at(step)), end)
+
+
 @dataclass
 class RunState:
     """Everything that changes from step to step. Nothing else may carry over from one step to the next."""
@@ -54,7 +77,17 @@ class RunState:
     gradients: dict[str, Tensor] = field(default_factory=dict)  # accumulated, by parameter
     accumulated: int = 0  # update steps in `gradients`
     collapsed: int = 0  # steps in a row with collapsed features
+    plan: Plan | None = None  # of --budget
     pending: PendingStep | None = None  # the previous step; None where a checkpoint is made
+
+    @property
+    def position(self) -> float:
+        """The step of the configuration's schedule that comes next: the number of steps, unless --budget moved it."""
+        return self.step if self.plan is None else self.plan.at(self.step)
+
+    def end(self, num_steps: int) -> int:
+        """Return the number of steps at which the run ends. num_steps: of its configuration."""
+        return num_steps if self.plan is None else self.plan.end
 
 
 @dataclass(frozen=True)

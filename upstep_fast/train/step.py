@@ -51,7 +51,7 @@ def step(
     changes no weight, moment or running statistic on any rank. If memory runs out, the step is repeated in smaller
     micro-batches with --auto-batch; otherwise RunFailedError is raised.
     """
-    state.method.schedule(state.optimizer, state.step)
+    state.method.schedule(state.optimizer, state.position)
     if computes_nothing(state, rule):
         return _empty_step(state, rule, config, compute, requests)
     while (attempt := _attempt(state, views, rule, config, compute, requests)) is None:

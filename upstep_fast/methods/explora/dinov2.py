@@ -103,7 +103,7 @@ class ExploraDinov2(Method):
             p.requires_grad_(False)
         log.info("engine: the fully trained blocks (%s) run as plain modules", self.config.explora.unfreeze)
 
-    def schedule(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+    def schedule(self, optimizer: torch.optim.Optimizer, step: float) -> None:
         """Set learning rate, weight decay, the teacher's temperature and its momentum."""
         c, run = self.config.dinov2, self.config.optimization
         lr = learning_rate(run, step)

@@ -94,7 +94,7 @@ class ExtendedUpStep(UpStep):
         if self.queue is not None:
             self._push(z := torch.cat(list(batches), 1), z.isfinite().all())
 
-    def schedule(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+    def schedule(self, optimizer: torch.optim.Optimizer, step: float) -> None:
         """Set the learning rate of the step, and the base model's share in its targets."""
         super().schedule(optimizer, step)
         steps, base_targets = self.config.optimization.num_steps, self.config.experimental.base_targets
