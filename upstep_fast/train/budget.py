@@ -33,7 +33,7 @@ from upstep_fast.runtime import distributed, started
 from upstep_fast.runtime.device import Compute
 from upstep_fast.runtime.terminal import counted, format_duration
 from upstep_fast.train import run_whitening, verdict
-from upstep_fast.train.memory.measure import one_step
+from upstep_fast.train.memory.measure import CPU_IMAGES, one_step
 from upstep_fast.train.state import Plan
 from upstep_fast.train.validator import num_held_out
 
@@ -42,7 +42,6 @@ log = logging.getLogger("upstep_fast")
 clock = time.monotonic
 FEW, FEWEST = 80, 10  # steps: below which fewer blocks are trained, and below which there is no run
 END = 2.0  # seconds of writing adapter and report
-CPU_IMAGES = 32  # of a measured step
 TOLERANCE = 0.02
 RECENT = 20  # steps
 EVERY = 10  # steps between two exchanges of the end under torchrun
