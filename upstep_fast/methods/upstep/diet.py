@@ -3,7 +3,7 @@
     z = f / |f|,  f = vit(view)                    L = cross-entropy of z W^T with the image's number, smoothed
 
 DIET (Balestriero 2023, arXiv 2302.10260) trains whole networks from scratch; DIET-CP (Rodas et al. 2025, arXiv
-2509.06990) pretrained ones, and the code of its authors has the features' unit length, no bias and a smoothing of 0.3.
+2509.06990) pretrained ones, and the code of one of its authors has the features' unit length, no bias and a smoothing of 0.3.
 LoRA, the gate on the mean of z and the chunks of the loss are ours. The classifier is discarded after training.
 """
 
@@ -40,7 +40,7 @@ class Diet(UpStep):
     config: DietConfig
 
     def _make_prototypes(self, config: AdaptConfig) -> None:
-        # torch.nn.Linear's initialization, as in both papers' code
+        # torch.nn.Linear's initialization, as in DIET-CP's code
         bound, generator = self.embedding_dim**-0.5, torch.Generator().manual_seed(config.runtime.seed)
         rows = torch.empty(config.objective.prototypes, self.embedding_dim)
         self.prototypes = nn.Parameter(rows.uniform_(-bound, bound, generator=generator))
