@@ -3,8 +3,8 @@
     z = f / |f|,  f = vit(view)                    L = cross-entropy of z W^T with the image's number, smoothed
 
 DIET (Balestriero 2023, arXiv 2302.10260) trains whole networks from scratch; DIET-CP (Rodas et al. 2025, arXiv
-2509.06990) pretrained ones, and the code of one of its authors has the features' unit length, no bias and a smoothing of 0.3.
-LoRA, the gate on the mean of z and the chunks of the loss are ours. The classifier is discarded after training.
+2509.06990) pretrained ones, and the code of one of its authors has features of unit length, no bias and a smoothing
+of 0.3. LoRA, the gate on the mean of z and the chunks of the loss are ours. The classifier is discarded afterwards.
 """
 
 from __future__ import annotations
