@@ -47,7 +47,7 @@ from sass import Instruction, parse  # noqa: E402
 from sass_executed import executed  # noqa: E402
 from static_cases import WORK, Work  # noqa: E402
 
-LATENCY = 8.0  # fitted to the one measurement there is of these kernels: see `docs/performance.md`
+LATENCY = 8.0  # from a review's estimates, compared with one measurement: docs/performance.md
 LAUNCH_US = 2.0  # from one kernel's end to the next one's start
 WORSE = 1.1
 SAMPLES = 16  # programs whose instructions are counted, fewer where they are ENOUGH
