@@ -438,3 +438,11 @@ def test_backward_gives_the_same_bits_each_time(name):
     out, lse = (t.contiguous() for t in _FORWARD[name](qkv, 0.125))
     first, *others = (_BACKWARD[name](grad, qkv, out, lse, 0.125) for _ in range(5))
     assert all(torch.equal(first, other) for other in others)
+
+
+def test_devices_tell_the_shared_memory_that_whole_heads_need():
+    # no GPU here, and the type stub lacks it: the class itself
+    properties = getattr(torch._C, "_CudaDeviceProperties", None)
+    if properties is None:
+        pytest.skip("torch was built without CUDA")
+    assert hasattr(properties, "shared_memory_per_block_optin")
