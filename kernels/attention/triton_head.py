@@ -60,6 +60,7 @@ def head_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST_DOT: tl.constexpr,
 ):  # fmt: skip
     """Compute dq, dk and dv of one head."""
+    # lizard forgives: long, as the keys and the sums of their gradients stay in one program over all queries
     head = tl.program_id(0).to(tl.int64)
     b, h = head // H, head % H
     stride_t, stride_o = 3 * H * D, H * D

@@ -64,6 +64,7 @@ def layer_norm_backward(
         if t is not None and (t.shape != shape or t.device != grad.device):
             want, got = f"{list(shape)} on {grad.device}", f"{list(t.shape)} on {t.device}"
             raise ValueError(f"layer_norm_backward: {name} must be {want} to fit grad, got {got}")
-    grad, x_hat, rstd, grad_h = (None if t is None else t.detach() for t in (grad, x_hat, rstd, grad_h))
+    grad, x_hat, rstd = (t.detach() for t in (grad, x_hat, rstd))
+    grad_h = None if grad_h is None else grad_h.detach()
     dx, _, _, q, scale = call(_backward_op, _gradients, grad, x_hat, rstd, rstd, None, grad_h, False, fp8)
     return (dx, q.view(E4M3), scale) if fp8 else (dx, None, None)

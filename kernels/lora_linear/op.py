@@ -287,7 +287,6 @@ def lora_linear(
     if is_trained or is_transformed("lora_linear", x, weight, bias, lora_a, lora_b):
         lora = LoraArgs(lora_a, lora_b, scale, dropout, seed_, flat(rows))
         return _with_trained_weight(x, weight, bias, lora, strategy)
-    save_s = torch.is_grad_enabled() and lora_b.requires_grad
-    x_MK, scale, dropout = x.reshape(-1, x.shape[-1]), float(scale), float(dropout)
-    y, _ = _op(x_MK, weight, bias, lora_a, lora_b, scale, dropout, seed_, flat(rows), save_s, strategy or "")
-    return y.view(*x.shape[:-1], weight.shape[0])
+    save_s, x_MK = torch.is_grad_enabled() and lora_b.requires_grad, x.reshape(-1, x.shape[-1])
+    settings = float(scale), float(dropout), seed_, flat(rows), save_s, strategy or ""
+    return _op(x_MK, weight, bias, lora_a, lora_b, *settings)[0].view(*x.shape[:-1], weight.shape[0])

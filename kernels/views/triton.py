@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ def views_triton(
 
 def _blur(
     room: Tensor, factors: Tensor, mean: Tensor, std: Tensor, out: Tensor,
-    shape: tuple[int, int, int], halves: tuple[int, int], tiles: dict[str, int], options: dict[str, object],
+    shape: tuple[int, int, int], halves: tuple[int, int], tiles: dict[str, int], options: Mapping[str, int],
 ) -> None:  # fmt: skip
     """Blur the colored views in `room` along columns, then along rows."""
     (channels, height, width), scratch = shape, torch.empty_like(room)

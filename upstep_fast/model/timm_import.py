@@ -29,7 +29,7 @@ def is_compile_supported(device_type: Any) -> bool:
 def disable(fn: Any = None, recursive: bool = True, *, reason: str | None = None, **options: Any) -> Any:
     """Return `fn` marked as torch._dynamo.disable does: by torch's own decorator, which does so at the first call."""
     if fn is not None and reason is None and not options:
-        return torch._disable_dynamo(fn, recursive)
+        return torch._disable_dynamo(fn, recursive)  # type: ignore[attr-defined]
     leave()
     return import_module(DYNAMO).disable(fn, recursive, reason=reason, **options)
 
