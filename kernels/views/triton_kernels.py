@@ -105,8 +105,8 @@ def _resized(
 ):  # fmt: skip
     """Resize a plane of bytes: results (i, j) of the upright view, i in [begin, end), in 0..1.
 
-    Along rows tap by tap, BLOCK_K source rows at a time; then one product with the weights of columns on tensor cores,
-    each factor a sum of two fp16 numbers."""
+    Along rows tap by tap, BLOCK_K source rows at a time; then a product of sums of two fp16 numbers on tensor cores.
+    """
     RADIUS: tl.constexpr = 2.0 if CUBIC else 1.0
     center_x, narrow_x, reach_x = _axis(j, columns, W, RADIUS)
     center_y, narrow_y, reach_y = _axis(i, rows, H, RADIUS)
