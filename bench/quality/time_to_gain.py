@@ -118,7 +118,6 @@ def _scores(options: argparse.Namespace, adapter: Path, data: Path) -> dict[str,
     file = adapter.with_name("scores.json")
     k = "5" if "omniglot" in data.stem else "20"  # which has 20 images a class
     command = ["eval", "--model", options.model, "--data", str(data), "--adapter", str(adapter), "--k", k]
-    command += ["--measures", "knn"]
     command += ["--measures", "knn", "--source", str(options.source), "--json", str(file)]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-m", "upstep_fast", *command], check=True, capture_output=True, env=env)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-KINDS = (("adapted", "knn"), ("ensemble", "knn"), ("adapted", "knn_whitened"), ("ensemble", "knn_whitened"))
+KINDS = ("adapted", "ensemble", "adapted whitened", "ensemble whitened")
 
 
 def main() -> None:
@@ -26,11 +26,6 @@ def main() -> None:
     options = parser.parse_args()
     rows = [json.loads(line) for line in options.rows.read_text().splitlines()]
     print("\n".join([*gains_table([row for row in rows if "scores" in row]), "", *time_table(rows, options.share)]))
-
-
-def gains(row: Row) -> list[float]:
-    """Return the gains of a run over the plain base features in points of k-NN, in the order of KINDS."""
-    return [row["scores"][model][measure] - row["scores"]["base"]["knn"] for model, measure in KINDS]
 
 
 def forgetting(row: Row) -> list[float]:
@@ -51,10 +46,10 @@ def gains_table(rows: list[Row]) -> list[str]:
         "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for (data, arm, steps), group in sorted(groups.items()):
-        white = statistics.mean(row["scores"]["base"]["knn_whitened"] - row["scores"]["base"]["knn"] for row in group)
-        means = [statistics.mean(values) for values in zip(*(gains(r) + forgetting(r) for r in group), strict=True)]
+        found = [[row["gains"][kind] for kind in ("base whitened", *KINDS)] + forgetting(row) for row in group]
+        means = [statistics.mean(values) for values in zip(*found, strict=True)]
         seconds = statistics.mean(row["process"] for row in group)
-        cells = " | ".join(f"{value:+.1f}" for value in (white, *means))
+        cells = " | ".join(f"{value:+.1f}" for value in means)
         lines.append(f"| {data} | {arm} | {steps} | {len(group)} | {seconds:.0f} | {cells} |")
     return lines
 
@@ -76,8 +71,8 @@ def time_table(rows: list[Row], share: float) -> list[str]:
     for row in rows:
         if "scores" in row:
             arm, data, seed, steps = row["key"]
-            for (model, measure), gain in zip(KINDS, gains(row), strict=True):
-                curves[data, seed, f"{model} {measure}", arm].append((row["process"], gain, steps))
+            for kind in KINDS:
+                curves[data, seed, kind, arm].append((row["process"], row["gains"][kind], steps))
     lines = [
         f"| set | seed | features | {share:.0%} of the script's gain | script s | arm | s | script / arm |",
         "|---|--:|---|--:|--:|---|--:|--:|",
