@@ -5,8 +5,8 @@ interprets the integer instructions of lane 0 of warp 0; the results of all othe
 unknown condition falls through, as waits (for a barrier or a copy) do that have ended; one around a call is taken, as
 calls are the slow paths of divisions. An instruction of a diverged warp counts once.
 
-The end of a loop that depends on data is unknown too: such a loop is taken `repeats` times. The number of unknown
-branches is part of the result.
+The end of a loop that depends on data is unknown too: such a loop is taken `repeats` times, one around another loop
+`outer_repeats` times. The number of unknown branches is part of the result.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ _JUMPS = ("BRA", "EXIT", "CALL", "RET", "BRX")
 
 
 def executed(
-    code: Mapping[int, Instruction], constants: Mapping[int, int], special: Mapping[str, int], repeats: int = 1
-) -> tuple[Counter[str], int]:
+    code: Mapping[int, Instruction], constants: Mapping[int, int], special: Mapping[str, int], repeats: int = 1,
+    outer_repeats: int = 1,
+) -> tuple[Counter[str], int]:  # fmt: skip
     """Return (executions by the full name of an instruction, number of branches that were unknown).
 
     Raises RuntimeError after `LIMIT` instructions.
@@ -47,7 +48,7 @@ def executed(
         conditions = [holds, *(lane.test(o) for o in instruction.operands if o.kind == "p")]
         if None in conditions and False not in conditions:
             unknown[at] += 1
-            conditions = [_guess(code, after, at, unknown[at], repeats)]
+            conditions = [_guess(code, after, at, unknown[at], (repeats, outer_repeats))]
         at = _target(lane, instruction) if all(conditions) else after[at]
         if at == END:
             break
@@ -59,18 +60,33 @@ def executed(
     return counts, len(unknown)
 
 
-def _guess(code: Mapping[int, Instruction], after: Mapping[int, int], at: int, visits: int, repeats: int) -> bool:
-    """Return whether an unknown branch is taken: loops run `repeats` times, and calls, which are slow paths, never."""
-    target = int(code[at].operands[-1].key) if code[at].name == "BRA" else END
+def _guess(
+    code: Mapping[int, Instruction], after: Mapping[int, int], at: int, visits: int, repeats: tuple[int, int]
+) -> bool:
+    """Return whether an unknown branch is taken: loops run as often as told, and calls, which are slow paths, never.
+
+    repeats: of a loop, of a loop around another one.
+    """
+    target = _goal(code[at])
     if END < target < at:
-        return visits % repeats != 0
-    inside = [code[address] for address in code if at < address < target]
-    if any(other.name == "BRA" and int(other.operands[-1].key) <= at for other in inside):
-        return visits % repeats == 0  # out of a loop that jumps back behind this branch
+        return visits % repeats[_has_loop(code, target, at)] != 0
+    ends = [address for address in code if at < address < target and END < _goal(code[address]) <= at]
+    if ends:  # out of a loop that jumps back behind this branch
+        return visits % repeats[_has_loop(code, _goal(code[ends[-1]]), ends[-1])] == 0
     ahead = after[at]
     while code[ahead].name not in _JUMPS:
         ahead = after[ahead]
     return code[ahead].name == "CALL" or visits % PATIENCE == 0
+
+
+def _goal(instruction: Instruction) -> int:
+    """Return where a branch leads; END: no branch."""
+    return int(instruction.operands[-1].key) if instruction.name == "BRA" else END
+
+
+def _has_loop(code: Mapping[int, Instruction], start: int, end: int) -> bool:
+    """Return whether the loop from `start` to its branch at `end` has a loop inside; two ways back are one loop."""
+    return any(start < _goal(code[address]) < address for address in code if start < address < end)
 
 
 def _target(lane: Lane, instruction: Instruction) -> int:

@@ -124,7 +124,7 @@ def _launch(launch: Launch, work: Work, gpu: Gpu) -> dict[str, Any]:
     warps, programs = kernel.metadata.num_warps, math.prod(launch.grid)
     fit = _resident(used["REG"], kernel.metadata.shared, warps, gpu)
     resident = min(fit, math.ceil(programs / gpu.processors))
-    counts, unknown = _instructions(code, constants, launch, work.repeats)
+    counts, unknown = _instructions(code, constants, launch, work)
     per_warp, moved = sum(counts.values()), _bytes(launch)
     of_scheduler = resident * warps / 4
     rate = min(1.0, of_scheduler / LATENCY)
@@ -187,7 +187,7 @@ def _values(launch: Launch) -> list[int | None]:
 
 
 def _instructions(
-    code: dict[int, Instruction], constants: dict[int, int], launch: Launch, repeats: int
+    code: dict[int, Instruction], constants: dict[int, int], launch: Launch, work: Work
 ) -> tuple[Counter[str], int]:
     """Return the executions of each instruction by a warp, the mean over programs spread over the grid."""
     programs = math.prod(launch.grid)
@@ -199,7 +199,7 @@ def _instructions(
             break
         x, rest = program % launch.grid[0], program // launch.grid[0]
         place = {"SR_CTAID.X": x, "SR_CTAID.Y": rest % launch.grid[1], "SR_CTAID.Z": rest // launch.grid[1]}
-        counts, guesses = executed(code, constants, place, repeats)
+        counts, guesses = executed(code, constants, place, work.repeats, work.outer_repeats)
         total.update(counts)
         unknown, done = max(unknown, guesses), done + 1
     return Counter({name: number / done for name, number in total.items()}), unknown

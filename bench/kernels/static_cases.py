@@ -25,6 +25,7 @@ class Work(NamedTuple):
     bytes: float
     flops: float = 0
     repeats: int = 1  # of a loop whose length depends on data
+    outer_repeats: int = 1  # of such a loop around another loop
 
 
 def empty(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
@@ -42,11 +43,11 @@ def native(capability: tuple[int, int]) -> bool:
     return capability >= (8, 9)
 
 
-def _attention(backward: bool) -> Callable[[tuple[int, int]], object]:
+def _attention(form: str) -> Callable[[tuple[int, int]], object]:
     def run(_: tuple[int, int]) -> object:
         triton, qkv = op("attention.triton"), empty(VIEWS, TOKENS, 3, HEADS, WIDTH // HEADS)
         out, lse = triton.outputs(qkv)
-        return triton.backward(out, qkv, out, lse, 0.125) if backward else triton.forward(qkv, 0.125)
+        return triton.forward(qkv, 0.125) if form == "forward" else getattr(triton, form)(out, qkv, out, lse, 0.125)
 
     return run
 
@@ -129,8 +130,9 @@ PRODUCT = 2 * VIEWS * TOKENS * TOKENS * WIDTH  # flops of q k^T of all heads
 GEMM = 2 * M * WIDTH * 3 * WIDTH
 VIEW = VIEWS * 3 * (500 * 375 // 2 + 2 * 224 * 224)  # of half an image, to 16 bit
 WORK: dict[str, Work] = {
-    "attention forward": Work(_attention(False), 8 * M * WIDTH + 4 * M * HEADS, 2 * PRODUCT),
-    "attention backward": Work(_attention(True), 16 * M * WIDTH + 4 * M * HEADS, 5 * PRODUCT),
+    "attention forward": Work(_attention("forward"), 8 * M * WIDTH + 4 * M * HEADS, 2 * PRODUCT),
+    "attention backward": Work(_attention("backward"), 16 * M * WIDTH + 4 * M * HEADS, 5 * PRODUCT),
+    "attention backward by heads": Work(_attention("backward_by_heads"), 16 * M * WIDTH + 4 * M * HEADS, 5 * PRODUCT),
     "gelu forward": Work(lambda c: _gelu(c), 5 * M * HIDDEN),
     "gelu forward only": Work(lambda c: _gelu(c, keep=False), 4 * M * HIDDEN),
     "gelu forward to fp8": Work(lambda c: _gelu(c, fp8=True), 4 * M * HIDDEN),
@@ -145,8 +147,10 @@ WORK: dict[str, Work] = {
     "lora_linear sweep x": Work(_lora("sweep x"), 2 * M * WIDTH),
     "low_rank_mixer forward": Work(_mixer(False), 8 * M * WIDTH),
     "low_rank_mixer backward": Work(_mixer(True), 8 * M * WIDTH),
-    "views bilinear": Work(_views("bilinear", 1), VIEW, repeats=4),
-    "views bicubic, blur": Work(_views("bicubic", 23), VIEW, repeats=7),
+    # a view of half an image, 265 x 354 pixels to 224 x 224: its filters' taps are the inner loops, and 32 result rows
+    # with the filter's reach take 41 or 45 source rows, 32 at a time
+    "views bilinear": Work(_views("bilinear", 1), VIEW, repeats=4, outer_repeats=2),
+    "views bicubic, blur": Work(_views("bicubic", 23), VIEW, repeats=7, outer_repeats=2),
     "patchify": Work(_patchify, VIEWS * 3 * 224 * 224 * 6),
     "sinkhorn 2x256x300": Work(_sinkhorn(2, 256, 300), 8 * 2 * 256 * 300),
     "sinkhorn 2048x3000": Work(_sinkhorn(2048, 3000), 8 * 2048 * 3000),

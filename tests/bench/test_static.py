@@ -15,9 +15,10 @@ def static(bench):
     return bench("static")
 
 
-def run(bench, lines, constants=None, repeats=1):
+def run(bench, lines, constants=None, repeats=1, outer_repeats=1):
     text = "".join(f"        /*{16 * i:04x}*/   {line} ;  /* 0x0 */\n" for i, line in enumerate(lines))
-    return bench("sass_executed").executed(bench("sass").parse(text), constants or {}, {"SR_CTAID.X": 7}, repeats)
+    code = bench("sass").parse(text)
+    return bench("sass_executed").executed(code, constants or {}, {"SR_CTAID.X": 7}, repeats, outer_repeats)
 
 
 def test_loop_runs_as_often_as_its_argument_says(bench):
@@ -102,6 +103,19 @@ def test_data_dependent_loop_runs_as_told_and_slow_path_does_not(bench):
     left_at_its_top = ["LDG.E R2, [R4.64]", "ISETP.NE.AND P0, PT, R2, RZ, PT", "@P0 BRA 0x50", "IADD3 R3, R3, 0x1, RZ",
                        "BRA 0x10", "EXIT"]  # fmt: skip
     assert run(bench, left_at_its_top, repeats=5)[0]["ISETP.NE.AND"] == 5
+
+
+def test_loop_around_a_loop_has_a_number_of_its_own(bench):
+    load = ["LDG.E R2, [R4.64]", "ISETP.NE.AND P0, PT, R2, RZ, PT"]
+    body = ["FADD R3, R3, R2", "MUFU.EX2 R3, R3", "@P0 BRA 0x30", "FMUL R3, R3, R2"]
+    ends_below = [*load, "FADD R5, R5, R5", *body, "@P0 BRA 0x20", "EXIT"]
+    counts, _ = run(bench, ends_below, repeats=5, outer_repeats=3)
+    assert (counts["MUFU.EX2"], counts["FMUL"]) == (15, 3)
+    ends_at_its_top = [*load, "@!P0 BRA 0x80", *body, "BRA 0x20", "EXIT"]
+    counts, _ = run(bench, ends_at_its_top, repeats=5, outer_repeats=3)
+    assert (counts["MUFU.EX2"], counts["FMUL"]) == (10, 2)  # left at the third visit of its top
+    two_ways_back = [*load, "FADD R3, R3, R2", "@P0 BRA 0x20", "FMUL R3, R3, R2", "@P0 BRA 0x20", "EXIT"]
+    assert run(bench, two_ways_back, repeats=5, outer_repeats=3)[0]["FMUL"] == 5
 
 
 def test_formula(static):
