@@ -85,8 +85,8 @@ def run_task(task: Task, journal: Journal, deadline: float) -> str:
     tail: list[str] = []
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith(FACT):
-            journal.write(task, json.loads(line.removeprefix(FACT)))
+        if (fact := _fact(line)) is not None:
+            journal.write(task, fact)
         else:
             tail = [*tail[-40:], line]
     code = process.wait()
@@ -103,6 +103,15 @@ def run_task(task: Task, journal: Journal, deadline: float) -> str:
         row |= {"expected": expected, "output": "".join(tail)[-3000:]}
     journal.write(task, row)
     return status
+
+
+def _fact(line: str) -> dict[str, Any] | None:
+    """Return the fact that a line is; None: other output, or a fact cut off by the end of its process."""
+    if line.startswith(FACT):
+        with contextlib.suppress(ValueError):
+            fact = json.loads(line.removeprefix(FACT))
+            return fact if isinstance(fact, dict) else None
+    return None
 
 
 def run(tasks: Sequence[Task], journal: Journal, limit_s: float, workers: int) -> None:

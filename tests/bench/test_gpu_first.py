@@ -45,22 +45,23 @@ def test_planted_failures_cost_one_task_each(first, bench, tmp_path, monkeypatch
         python(first, "wrong", f"{FACT}\nraise SystemExit(1)"),
         python(first, "package", "import no_such_package.part"),
         python(first, "known", "raise SystemExit(1)"),
+        python(first, "cut off", "import os; os.write(1, b'FACT {\"op\": \"ge'); os.abort()"),
         python(first, "right", FACT, part="speed"),
     ]
     monkeypatch.setitem(first.EXPECTED, "known", "its known reason")
     rows, ends = run(first, tmp_path, planted)
     assert {name: row["status"] for name, row in ends.items()} == {
         "hang": "timeout", "crash": "crashed: SIGABRT", "wrong": "wrong", "package": "missing: no_such_package",
-        "known": "wrong", "right": "right",
+        "known": "wrong", "cut off": "crashed: SIGABRT", "right": "right",
     }  # fmt: skip
     assert [row["task"] for row in rows if row.get("op") == "gelu" and row["task"] == "hang"] == ["hang"]
     page = tmp_path / "page.md"
     bench("summary").write_page(page, rows)
     text = page.read_text()
-    assert "1 of 6 right" in text
+    assert "1 of 7 right" in text
     assert "**known**: wrong after 0 s (expected: its known reason)" in text
-    assert all(f"**{name}**" in text for name in ("hang", "crash", "wrong", "package"))
-    assert text.count("(NEW)") == 4
+    assert all(f"**{name}**" in text for name in ("hang", "crash", "wrong", "package", "cut off"))
+    assert text.count("(NEW)") == 5
 
 
 def test_process_left_behind_is_killed(first, tmp_path):
