@@ -45,7 +45,7 @@ def test_planted_failures_cost_one_task_each(first, bench, tmp_path, monkeypatch
         python(first, "wrong", f"{FACT}\nraise SystemExit(1)"),
         python(first, "package", "import no_such_package.part"),
         python(first, "known", "raise SystemExit(1)"),
-        python(first, "cut off", "import os; os.write(1, b'FACT {\"op\": \"ge'); os.abort()"),
+        python(first, "cut off", 'import os; os.write(1, b\'FACT {"op": "ge\'); os.abort()'),
         python(first, "right", FACT, part="speed"),
     ]
     monkeypatch.setitem(first.EXPECTED, "known", "its known reason")
