@@ -55,14 +55,14 @@ def launch(kernel: Any, programs: int, args: Sequence[Any], **constants: Any) ->
     """Launch kernel[(programs,)](*args, **constants), from the second time on without Triton's own lookup of 15 us.
 
     args: all that are not constexpr. The key has what Triton compiles for, and more: dtype and alignment of tensors,
-    numbers themselves.
+    numbers themselves with their types (1 == 1.0 == True), names of constants.
     """
-    key: list[Any] = [id(kernel), args[0].get_device(), *constants.values()]
+    key: list[Any] = [id(kernel), args[0].get_device(), *constants, *constants.values()]
     for value in args:
         if isinstance(value, Tensor):
             key += (value.dtype, value.data_ptr() & 15)
         else:
-            key.append(value)
+            key += (type(value), value)
     found = _compiled.get(tuple(key))
     if found is not None:
         compiled, rest = found

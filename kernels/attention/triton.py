@@ -91,9 +91,9 @@ def backward_by_heads(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale
     beyond = MAX_BEYOND if keys < T else 0
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     ds_beyond = qkv.new_empty(B, H, T, beyond) if beyond else delta
-    with torch.cuda.device_of(qkv):
-        head_kernel[(B * H,)](
-            qkv, out, lse, grad, delta, ds_beyond, dqkv, T, scale, scale * _LOG2_E,
+    with on_device_of(qkv):
+        launch(
+            head_kernel, B * H, (qkv, out, lse, grad, delta, ds_beyond, dqkv, T, scale, scale * _LOG2_E),
             H=H, ROWS=8 * tiles["num_warps"], KEYS=keys, BLOCK_S=beyond, MASKED=keys > T, D=D, BLOCK_D=_width(qkv),
             UPCAST_DOT=INTERPRET, **tiles, enable_fp_fusion=True,
         )  # fmt: skip

@@ -207,9 +207,9 @@ def _normalize(
     """Validate the arguments of `op` and run it; results in the shape of x, of size 0 where not requested."""
     if reason := unsupported_reason(x, residual, weight, bias, lora_a, eps, fp8):
         raise ValueError(f"{op}: {reason}")
-    save_y = save_y or (torch.is_grad_enabled() and x.requires_grad)
-    args = x, residual, weight, bias, lora_a, float(eps), save_y, fp8
-    results = _op(*args) if _needs_gradient(*args[:5]) else call(_forward_op, _forward, *args)
+    needs_gradient = _needs_gradient(x, residual, weight, bias, lora_a)  # which is computed from y
+    args = x, residual, weight, bias, lora_a, float(eps), save_y or needs_gradient, fp8
+    results = _op(*args) if needs_gradient else call(_forward_op, _forward, *args)
     y, h, mean, rstd, s, q, scale = results
     return y, x if residual is None else h, mean, rstd, s, q, scale
 

@@ -149,7 +149,8 @@ def lora_linear_sweep(
         if PROJECT:
             part = scale * _dot(b_g, b_b, tl.zeros((BLOCK_M, BLOCK_R), tl.float32), UPCAST_DOT)
             m = row + tl.arange(0, BLOCK_M)
-            p_at = p + tl.program_id(1) * stride_pj + m.to(tl.int64)[:, None] * stride_pm + r[None, :] * stride_pr
+            p_at = p + tl.program_id(1).to(tl.int64) * stride_pj + r[None, :] * stride_pr
+            p_at += m.to(tl.int64)[:, None] * stride_pm
             tl.store(p_at, part.to(p.dtype.element_ty), mask=(m < M)[:, None] & (r < R)[None, :])
     if OUTER:
         q_at = q + (i * N + n).to(tl.int64)[:, None] * R + r[None, :]

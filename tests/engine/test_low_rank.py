@@ -199,3 +199,21 @@ def test_frozen_adapters_are_merged_once():
     with Operators() as seen:
         built.merge_adapters()
     assert seen.names["baddbmm_"]
+
+
+def test_adapters_frozen_after_training_are_merged_as_they_were_trained_last():
+    vit, images = model()
+    run = engine.build(vit, torch.float32).features
+    run(images)
+    for adapter in lora.find(vit).values():
+        adapter.lora_b.data.mul_(2)  # moves no version counter, as fused optimizers do not
+        adapter.requires_grad_(False)
+    with torch.no_grad():
+        assert relative(run(images), vit(images)) < 1e-5
+
+
+def test_one_adapter_for_all_of_qkv_and_one_for_q_are_of_two_groups():
+    (vit, images), (other, _) = model(targets=("qkv",)), model(targets=("q",))
+    vit.blocks[1] = other.blocks[1]
+    with torch.no_grad():
+        assert relative(engine.build(vit, torch.float32).features(images), vit(images)) < 1e-5

@@ -59,11 +59,19 @@ def test_the_second_launch_skips_the_lookup_and_passes_what_the_signature_wants(
         (torch.empty(8), 9, {}),
         (torch.empty(8), 8, {"BLOCK": 128}),
         (torch.empty(8), 8, {"num_warps": 8}),
+        (torch.empty(8), 8.0, {}),  # equal to 8, and another type
+        (torch.empty(8), 8, {"num_stages": 2}),
     ],
 )
 def test_what_triton_would_compile_anew_goes_back_to_it(kernel, x, n, constants):
     launch(kernel, 1, (torch.empty(8), torch.empty(8), 8, 1e-6), **CONSTANTS)
     launch(kernel, 1, (x, torch.empty(8), n, 1e-6), **CONSTANTS | constants)
+    assert len(kernel.compiled) == 2 and not kernel.launched
+
+
+def test_constants_of_equal_values_and_other_names_are_others(kernel):
+    for name in ("maxnreg", "num_stages"):
+        launch(kernel, 1, (torch.empty(8), torch.empty(8), 8, 1e-6), **CONSTANTS, **{name: 2})
     assert len(kernel.compiled) == 2 and not kernel.launched
 
 

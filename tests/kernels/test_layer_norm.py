@@ -167,6 +167,18 @@ def test_gradcheck_of_what_is_used(used):
     assert torch.autograd.gradcheck(f, leaves, eps=1e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize("trained", ["residual", "a"])
+def test_gradients_without_a_request_for_y(trained):
+    g = torch.Generator().manual_seed(0)
+    t = {name: torch.randn(shape, generator=g, dtype=torch.float64) for name, shape in
+         (("x", (3, 8)), ("residual", (3, 8)), ("a", (2, 8)))}  # fmt: skip
+    leaf = t[trained].requires_grad_()
+    layer_norm_forward(t["x"], residual=t["residual"], lora_a=t["a"], save_y=False).s.square().sum().backward()
+    y = torch.nn.functional.layer_norm(t["x"] + t["residual"], (8,), eps=1e-6)
+    (expected,) = torch.autograd.grad((y @ t["a"].T).square().sum(), leaf)
+    torch.testing.assert_close(leaf.grad, expected)
+
+
 def test_references_gradient():
     t = tensors(3, 5, torch.float64)
     leaves = [t[k].requires_grad_() for k in ("x", "weight", "bias", "residual")]

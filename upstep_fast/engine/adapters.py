@@ -77,7 +77,9 @@ def group_adapters(blocks: Mapping[int, FoldedBlock]) -> list[AdapterGroup]:
                 is_wide = block.fused or linear.bias.is_cuda
                 absent = linear.norm is None, linear.layer_scale is None
                 ranks = tuple(adapter.r for adapter in linear.adapters)
-                key = name, is_wide, absent, ranks, linear.parts, linear.adapters[0].lora_a.shape, linear.bias.shape
+                first = linear.adapters[0]
+                shapes = first.lora_a.shape, first.lora_b.shape, linear.bias.shape
+                key = name, is_wide, absent, ranks, linear.parts, shapes
                 groups.setdefault(key, []).append((index, name, linear))
     return [_group(rows, key[1]) for key, rows in groups.items()]
 

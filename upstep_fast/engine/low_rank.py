@@ -9,7 +9,7 @@ Each of the T parts adds to its own n of the N output columns, so s B is block-d
                                 times as long
     wide        [1, span, T r]  one product, zeros and all: for T = 3, dy is read by two products instead of by six
 
-The gradient has the layout of s B. What stands outside its diagonal is meaningless; `adapters.wide` drops it.
+The gradient has the layout of s B. What stands outside its diagonal is meaningless; `AdapterGroup.layout` drops it.
 """
 
 from __future__ import annotations

@@ -78,7 +78,8 @@ def make_merger(blocks: Sequence[FoldedBlock | nn.Module]) -> Callable[[], dict[
         versions, is_trained = [p._version for p in parameters], any(p.requires_grad for p in parameters)
         if not is_trained and versions == merged_versions:
             return merged
-        merged_versions, has_grad = versions, is_trained and torch.is_grad_enabled()
+        merged_versions = None if is_trained else versions  # once frozen, they are merged as they were trained last
+        has_grad = is_trained and torch.is_grad_enabled()
         entries = {place: tensors for group in groups for place, tensors in _update(group, has_grad).items()}
         if not has_grad:
             return merged
