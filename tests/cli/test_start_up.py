@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import threading
 from importlib.metadata import version
 
 import pytest
@@ -60,6 +61,8 @@ def test_a_stand_in_gives_way_to_the_real_module(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(timm_import, "STAND_INS", {"colorsys": {"given": int}})
     monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    threads = [threading.current_thread(), threading.Thread(name="upstep-progress")]
+    monkeypatch.setattr(threading, "enumerate", lambda: threads)  # pytest has some of its own
     with timm_import.standing_in():
         import colorsys
 
@@ -71,6 +74,10 @@ def test_a_stand_in_gives_way_to_the_real_module(monkeypatch: pytest.MonkeyPatch
         with pytest.raises(AttributeError):
             getattr(colorsys, "missing")  # noqa: B009
     monkeypatch.delitem(sys.modules, "colorsys")
+    threads.append(threading.Thread())
+    with timm_import.standing_in():  # the other thread might import a submodule, which a stand-in has not
+        assert "colorsys" not in sys.modules
+    threads.pop()
     with timm_import.standing_in():
         pass
     assert "colorsys" not in sys.modules

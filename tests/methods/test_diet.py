@@ -23,6 +23,7 @@ from upstep_fast.methods.losses.diet import diet_loss
 from upstep_fast.model import backbone as backbones
 from upstep_fast.runtime.device import Compute
 from upstep_fast.train.memory.count import count
+from upstep_fast.train.memory.measure import one_step
 
 
 def by_numpy(z, w, y, e):
@@ -163,6 +164,13 @@ def test_views_carry_the_numbers_of_their_images_whatever_is_cut_from_them(optio
 def test_what_has_no_effect_is_refused(options, extra):
     with pytest.raises(ConfigError, match=rf"^{next(iter(extra))}: .*(leave it out with|choose another|below 1)"):
         upstep_fast.adapt(**options | extra)
+
+
+def test_a_measured_step_has_no_more_classes_than_the_classifier(options):
+    config = config_of(options, prototypes=3)  # of 12 images: `plan` sees no images that would set the number
+    take_step, seconds = one_step(replace_flat(config, memory="fast"), Compute(torch.device("cpu"), "fp32"))
+    take_step()
+    assert len(seconds) == 2
 
 
 def test_plan_counts_the_classifier_its_gradient_and_its_moments(options):

@@ -8,6 +8,7 @@ outcome. Instead of a list: {"command": [...], "fault": {...}}, a command line t
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -30,9 +31,9 @@ from upstep_fast.errors import UpstepError
 from upstep_fast.evaluation import features
 from upstep_fast.methods import gate
 from upstep_fast.methods.upstep.upstep import UpStep
-from upstep_fast.runtime import distributed, exit_signals
+from upstep_fast.runtime import distributed, exit_signals, started
 from upstep_fast.runtime.device import resolve
-from upstep_fast.train import verdict
+from upstep_fast.train import budget, verdict
 
 
 def counted(real, at, act):
@@ -76,6 +77,17 @@ def repeated(number):
     threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
     signal.raise_signal(number)
     time.sleep(100)
+
+
+@contextlib.contextmanager
+def clocks(seconds):
+    """Let --budget's clock go on by seconds[rank] each time it is looked at; None: leave it as it is."""
+    if seconds is None:
+        yield
+        return
+    ticks = itertools.count(0.0, seconds[distributed.rank()])
+    with mock.patch.object(budget, "clock", lambda: next(ticks)), mock.patch.object(started, "began", lambda: 0.0):
+        yield
 
 
 def planted(fault):
@@ -157,7 +169,7 @@ def main(path):
     job = json.loads(path.read_text())
     if isinstance(job, dict):
         changes = job.get("per_rank", [[]] * 99)[distributed.rank()]
-        with planted(job.get("fault")):
+        with planted(job.get("fault")), clocks(job.get("clocks")):
             exit_signals.install()  # as the program does
             cli.main([*job["command"], *changes])
     lines = []

@@ -15,7 +15,7 @@ from upstep_fast.cli.commands import main
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.flat import from_flat
 from upstep_fast.config.training import parse_seconds
-from upstep_fast.errors import ConfigError, Interrupted
+from upstep_fast.errors import ConfigError, Interrupted, UpstepError
 from upstep_fast.methods.schedules import learning_rate
 from upstep_fast.report.run_record import read_config
 from upstep_fast.runtime import started
@@ -79,6 +79,12 @@ def test_a_time_has_a_unit(text, seconds):
 @pytest.mark.parametrize("text", ["", "10", "0s", "-5min", "nan s", "inf h", "infh", "ten min", "5 d"])
 def test_another_time_is_refused(text):
     with pytest.raises(ConfigError, match=r"^budget: got .*, must be a time with its unit, above 0: 90s, 10min or 2h$"):
+        from_flat(AdaptConfig, **GIVEN, budget=text)
+
+
+@pytest.mark.parametrize("text", ["1e308s", "8761h", "1e9h"])
+def test_more_than_a_year_is_refused(text):
+    with pytest.raises(ConfigError, match=r"^budget: got .*, must be at most a year, 8760h$"):
         from_flat(AdaptConfig, **GIVEN, budget=text)
 
 
@@ -171,6 +177,31 @@ def test_few_steps_train_the_last_blocks_and_too_few_are_refused(options, monkey
     with pytest.raises(ConfigError, match=r"^budget: 12 s leave time for \d steps? of .* give at least"):
         upstep_fast.adapt(**options | {"out": tmp_path / "none", "budget": "12s"})
     assert not (tmp_path / "none").exists()
+
+
+def test_a_reduced_batch_is_still_said_and_another_number_of_blocks_is_refused(options, monkeypatch, tmp_path, caplog):
+    machine = Machine(monkeypatch, seconds=24.0)
+    run = options | {"out": tmp_path / "run", "batch_size": 64, "budget": "600s", "lora_blocks": 1}
+    with caplog.at_level("INFO", "upstep_fast"):
+        upstep_fast.adapt(**run)
+    assert any("batch_size" in r.getMessage() and "64" in r.getMessage() for r in caplog.records)
+    assert "INFO budget: 10 min: " in (tmp_path / "run" / "train.log").read_text()
+    machine.now = 0.0
+    with pytest.raises(UpstepError, match="lora_blocks"):
+        upstep_fast.adapt(**run | {"resume": True, "lora_blocks": 2})
+
+
+def test_what_does_not_fit_into_memory_is_one_line_and_a_used_folder_is_refused_before(options, monkeypatch, tmp_path):
+    def no_memory(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(budget, "one_step", lambda *_: (no_memory, []))
+    with pytest.raises(ConfigError, match=r"^budget: no memory for a step of \d+ images; lower --batch-size$"):
+        upstep_fast.adapt(**options | {"out": tmp_path / "none"})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("x")
+    with pytest.raises(ConfigError, match=r"^out: "):
+        upstep_fast.adapt(**options | {"out": tmp_path / "other"})
 
 
 def test_a_preset_and_the_file_of_a_run_leave_their_steps_to_the_budget(options, monkeypatch, tmp_path):

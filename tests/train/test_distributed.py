@@ -24,6 +24,7 @@ from upstep_fast.config.evaluate import EmbedConfig
 from upstep_fast.config.flat import from_flat
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.evaluation import features
+from upstep_fast.report.run_record import read_config, read_record
 from upstep_fast.runtime import distributed
 from upstep_fast.runtime.device import resolve
 
@@ -538,6 +539,21 @@ def test_ctrl_c_during_the_verdict_ends_all_ranks_at_once(base, tmp_path):
     assert len(said) == 1 and "stopped after all 2 steps, before the verdict; the adapter is written" in said[0]
     assert not (tmp_path / "out" / "run.lock").exists()
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_budget_is_the_first_ranks_clock(base, tmp_path):
+    out = tmp_path / "out"
+    options = {k: v for k, v in base.items() if k != "steps"} | {"out": str(out), "debug": False}
+    options |= {"budget": "60s", "verdict": "off", "whitening": "off"}
+    # by the second rank's clock half as many steps fit, and it would try fewer blocks
+    done, _ = launch(tmp_path, {"command": ["adapt", *flags(options)], "clocks": [1.0, 2.0]})
+    assert done.returncode == 0, done.stderr[-3000:]
+    planned = read_config(out)["steps"]
+    assert 80 <= planned <= 120 and "lora_blocks" not in read_config(out)  # a measured step is half a second
+    taken = len((out / "metrics.jsonl").read_text().splitlines())
+    assert 45 <= taken <= 60  # one of the run is a whole one
+    assert read_record(out).steps == taken
+    assert "finished" in (out / "report.html").read_text() and "not finished" not in (out / "report.html").read_text()
 
 
 @pytest.mark.long

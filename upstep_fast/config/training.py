@@ -200,6 +200,7 @@ class ValidationConfig:
 
 
 _UNITS = {"min": 60.0, "s": 1.0, "h": 3600.0}
+_YEAR = 8760 * 3600.0
 
 
 def parse_seconds(value: str) -> float:
@@ -212,6 +213,8 @@ def parse_seconds(value: str) -> float:
         seconds = 0.0
     if not 0 < seconds < math.inf:
         raise ConfigError(f"budget: got {value!r}, must be a time with its unit, above 0: 90s, 10min or 2h")
+    if seconds > _YEAR:
+        raise ConfigError(f"budget: got {value!r}, must be at most a year, 8760h")
     return seconds
 
 

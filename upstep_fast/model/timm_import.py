@@ -3,13 +3,15 @@
 torchvision and timm import torch._dynamo, a second of processor time, to ask one function of it and to mark methods of
 one kind of model; timm.utils imports wandb, if it is installed, to log there when told to. During timm's import a
 stand-in takes the place of each: it has what they ask for, which imports the real module once it is called. Whatever
-else is asked of a stand-in comes from the real module.
+else is asked of a stand-in comes from the real module. A stand-in has no submodules that could be imported, so none is
+used while another thread of the program, such as one that compiles a model, may import them.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
@@ -66,8 +68,13 @@ def leave() -> None:
 
 @contextmanager
 def standing_in() -> Iterator[None]:
-    """Put stand-ins in the places of modules that are not imported yet, within this context."""
-    names = [name for name in STAND_INS if name not in sys.modules]
+    """Put stand-ins in the places of modules that are not imported yet, within this context.
+
+    With threads besides this one and our own (progress), nothing is changed.
+    """
+    own = threading.current_thread()
+    is_alone = all(thread is own or thread.name.startswith("upstep-") for thread in threading.enumerate())
+    names = [name for name in STAND_INS if is_alone and name not in sys.modules]
     if DYNAMO in sys.modules:
         names = [name for name in names if not name.startswith(DYNAMO)]
     if "wandb" in names and importlib.util.find_spec("wandb") is None:

@@ -43,14 +43,17 @@ class Record:
     skipped: list[tuple[str, str]]  # name, reason
     scores: dict[str, Any] | None  # eval.json
     environment: dict[str, Any]  # versions and device, from the newest checkpoint
+    plan: tuple[int, int] | None  # of --budget, from there too: steps of the configuration, and those of the run
     messages: list[str]  # train.log's warnings and errors
     panels: ImagePanels | None = None  # pictures.json
     verdicts: dict[str, str] = field(default_factory=dict)  # verdict.json: "verdict", "measured" -> sentence
 
     @property
     def steps(self) -> int | None:
-        """The number of steps that the run is configured for."""
+        """The number of steps that the run is configured for, or at which its --budget ends."""
         value = self.config.get("steps")
+        if self.plan is not None and self.plan[0] == value:  # else it was resumed with another number
+            return self.plan[1]
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
     def column(self, name: str) -> list[float | None]:
@@ -68,14 +71,15 @@ def read_record(folder: Path) -> Record:
     config = read_config(folder)
     lines = _lines(folder / "metrics.jsonl", MAX_METRICS_BYTES)
     rows = [row for line in lines if isinstance(row := _json(line), dict)]
-    scores = _json("\n".join(_lines(folder / "eval.json")))
+    scores, manifest = _json("\n".join(_lines(folder / "eval.json"))), _manifest(folder / CHECKPOINTS)
     return Record(
         folder=folder,
         config=config,
         rows=[row for row in rows if number(row.get("step")) is not None],
         skipped=_skipped(folder / "skipped.csv"),
         scores=scores if isinstance(scores, dict) else None,
-        environment=_environment(folder / CHECKPOINTS),
+        environment=manifest.get("environment", {}),
+        plan=_plan(manifest),
         panels=read_panels(folder),
         verdicts=_verdicts(folder),
         messages=[line for line in _lines(folder / "train.log") if _MESSAGE.match(line)],
@@ -162,12 +166,22 @@ def _skipped(path: Path) -> list[tuple[str, str]]:
         return []
 
 
-def _environment(checkpoints: Path) -> dict[str, Any]:
+def _manifest(checkpoints: Path) -> dict[str, Any]:
+    """Return the manifest of the newest checkpoint that can be read, {} if there is none."""
     for folder in sorted(checkpoints.glob("step-*"), reverse=True):
         manifest = _json("\n".join(_lines(folder / MANIFEST)))
         if isinstance(manifest, dict) and isinstance(manifest.get("environment"), dict):
-            return manifest["environment"]
+            return manifest
     return {}
+
+
+def _plan(manifest: dict[str, Any]) -> tuple[int, int] | None:
+    """Return the steps that --budget planned and those at which it ends, None without them."""
+    state = manifest.get("state")
+    match state.get("plan") if isinstance(state, dict) else None:
+        case [int(planned), _, _, int(end)] if end > 0:
+            return planned, end
+    return None
 
 
 def _lines(path: Path, limit: int = input_files.MAX_TEXT_BYTES) -> list[str]:

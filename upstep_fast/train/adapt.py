@@ -70,16 +70,16 @@ def run(config: AdaptConfig) -> AdaptResult:
     """Run one adaptation. Raises UpstepError, with the exit code of the command line."""
     compute = device.resolve(config.runtime.device, config.runtime.precision, config.runtime.implementation)
     with distributed.joined(compute.device), track("adapt"):
-        return _run(config, compute)
+        return _run(as_recorded(config), compute)
 
 
 def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
-    config = as_recorded(config)
     images = open_configured(config.data, "train")
-    config, limit = budget.plan(config, compute, len(images))
-    config, source, held_out = hold_out(config, images)
-    if distributed.is_first():  # before weights are fetched
+    if distributed.is_first():  # before steps are measured and weights are fetched
         output.check(config)
+    with held_messages() as planned:
+        config, limit = budget.plan(config, compute, len(images))
+    config, source, held_out = hold_out(config, images)
     backbone = backbones.load_from(config.model)
     config, source = with_intensity(config, source, len(backbone.mean))
     held_out = None if held_out is None else replace(held_out, reading=source.reading)
@@ -104,7 +104,7 @@ def _run(config: AdaptConfig, compute: Compute) -> AdaptResult:
         if distributed.is_first():
             output.begin(config, anew=state.step == 0, goes_on=state.step < state.end(config.optimization.num_steps))
             stack.enter_context(html_report.written_after(out))
-            stack.enter_context(train_log(out / "train.log", messages))
+            stack.enter_context(train_log(out / "train.log", [*planned, *messages]))
             with output.writing(out):
                 for name, text in files.items():
                     write_atomic(out / name, text)

@@ -33,7 +33,9 @@ from upstep_fast.runtime import distributed, started
 from upstep_fast.runtime.device import Compute
 from upstep_fast.runtime.terminal import counted, format_duration
 from upstep_fast.train import run_whitening, verdict
+from upstep_fast.train.memory.fit import settle
 from upstep_fast.train.memory.measure import CPU_IMAGES, one_step
+from upstep_fast.train.out_of_memory import is_out_of_memory
 from upstep_fast.train.state import Plan
 from upstep_fast.train.validator import num_held_out
 
@@ -130,27 +132,26 @@ def plan(config: AdaptConfig, compute: Compute, num_images: int) -> tuple[AdaptC
     """
     if config.optimization.budget is None:
         return config, None
-    seconds, began = parse_seconds(config.optimization.budget), started.began()
-    if config.output.resume and (recorded := _recorded(Path(config.output.out))):
+    if config.output.resume and (recorded := _recorded(Path(config.output.out), config)):
         return replace_flat(config, budget=None, **recorded), None
-    config = resolve(replace_flat(config, budget=None, steps=1), num_images, distributed.size()).config
-    cost, left = _measure(config, compute, num_images, seconds - clock() + began)
-    if cost.steps(left) < FEW and (third := _third(config)):
+    seconds, config = parse_seconds(config.optimization.budget), replace_flat(config, budget=None)
+    began = started.began()
+    cost, steps = _measure(config, compute, num_images, began + seconds)
+    if steps < FEW and (third := _third(config)):
         config = replace_flat(config, lora_blocks=third)
-        cost, left = _measure(config, compute, num_images, seconds - clock() + began)
-    config, cost, left = distributed.gather((config, cost, left))[0]
-    steps, batch = cost.steps(left), config.optimization.batch_size
+        cost, steps = _measure(config, compute, num_images, began + seconds)
     if steps < FEWEST:
-        need = seconds - left + cost.end(FEWEST) + FEWEST * cost.step
+        need = clock() - began + cost.end(FEWEST) + FEWEST * cost.step
         raise ConfigError(
-            f"budget: {format_duration(seconds)} leave time for {counted(steps, 'step')} of {batch} images: one takes "
-            f"{cost.step:.2g} s here; give at least {format_duration(1.2 * need)}, or a smaller --batch-size or model"
+            f"budget: {format_duration(seconds)} leave time for {counted(steps, 'step')} of {cost.after.batch} images: "
+            f"one takes {cost.step:.2g} s here; give at least {format_duration(1.2 * need)}, or a smaller --batch-size "
+            "or model"
         )
     where = "all blocks" if config.lora.blocks is None else counted(config.lora.blocks, "block")
     log.info("budget: %s: %s with adapters in %s", format_duration(seconds), counted(steps, "step"), where)
-    if (passes := steps * batch / num_images) > MAX_PASSES:
+    if (passes := steps * cost.after.batch / num_images) > MAX_PASSES:
         log.warning("budget: %.0f passes over %d images; a shorter run may be as good", passes, num_images)
-    return replace_flat(config, steps=steps), Budget(clock() + left, cost, steps)
+    return replace_flat(config, steps=steps), Budget(began + seconds, cost, steps)
 
 
 def _third(config: AdaptConfig) -> int | None:
@@ -160,22 +161,33 @@ def _third(config: AdaptConfig) -> int | None:
     return -(-len(backbones.load_from(config.model, pretrained=False).blocks) // 3)
 
 
-def _measure(config: AdaptConfig, compute: Compute, num_images: int, left: float) -> tuple[Cost, float]:
-    """Return the cost of this run's steps, from two after a first one, and of `left` seconds those left after it."""
-    batch, start = config.optimization.batch_size // distributed.size(), clock()
-    images = max(2, min(batch, CPU_IMAGES) if compute.device.type == "cpu" else batch)
-    level = "fast" if config.memory.level == "auto" else config.memory.level
-    take_step, seconds = one_step(replace_flat(config, batch_size=images, memory=level), compute)
-    began = start
-    for number in range(3):
-        began = clock() if number == 1 else began
+def _measure(config: AdaptConfig, compute: Compute, num_images: int, ends: float) -> tuple[Cost, int]:
+    """Return the cost of this run's steps, from two after a first one, and the steps that fit until `ends`.
+
+    Both are the first rank's. Collective, as the steps are. Raises ConfigError where they do not fit into memory.
+    """
+    config = resolve(replace_flat(config, steps=1), num_images, distributed.size()).config
+    batch = config.optimization.batch_size // distributed.size()
+    on_cpu = compute.device.type == "cpu"
+    images = max(2, min(batch, CPU_IMAGES)) if on_cpu else batch
+    if not on_cpu:  # where a whole batch may need another level than fast
+        config = settle(config, compute)
+    elif config.memory.level == "auto":
+        config = replace_flat(config, memory="fast")
+    take_step, seconds = one_step(replace_flat(config, batch_size=images), compute)
+    try:
         take_step()
-    cost = Cost(
-        (clock() - began) / 2 * batch / images,
-        statistics.mean(seconds[2::2]) * batch / images,
-        _after(config, num_images),
-    )
-    return cost, left - (clock() - start)
+        start = clock()
+        take_step()
+        take_step()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ConfigError(f"budget: no memory for a step of {images} images; lower --batch-size") from error
+    step, forward = clock() - start, sum(seconds[2::2])
+    step, forward = distributed.gather([each / 2 * batch / images for each in (step, forward)])[0]
+    cost = Cost(step, forward, _after(config, num_images))
+    return cost, distributed.gather(cost.steps(ends - clock()))[0]
 
 
 def _after(config: AdaptConfig, num_images: int) -> After:
@@ -189,10 +201,11 @@ def _after(config: AdaptConfig, num_images: int) -> After:
     )
 
 
-def _recorded(out: Path) -> dict[str, Any] | None:
-    """Return steps and blocks of the run in `out`; None if there is none."""
+def _recorded(out: Path, config: AdaptConfig) -> dict[str, Any] | None:
+    """Return the steps of the run in `out`, and its blocks if the user has chosen none; None if there is no run."""
     try:
         recorded = read_config(out)
     except ConfigError:
         return None
-    return {"steps": recorded.get("steps"), "lora_blocks": recorded.get("lora_blocks")}
+    chosen = config.lora.blocks
+    return {"steps": recorded.get("steps"), "lora_blocks": recorded.get("lora_blocks") if chosen is None else chosen}

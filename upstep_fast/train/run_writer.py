@@ -170,7 +170,7 @@ class RunWriter:
         method = self._state.method
         files = at_given_strength(method.result_files(), self._config, len(method.vit.blocks))
         peft_format.write_files(self._out / "adapter", files)
-        name, planned = self._config.model.name, self._config.optimization.num_steps
+        name, planned = self._config.model.name, self._state.end(self._config.optimization.num_steps)
         card = model_card.adapter_card(
             name, images=len(self._source), steps=self._state.step, verdicts=(), planned=planned
         )

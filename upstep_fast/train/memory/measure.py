@@ -65,7 +65,8 @@ def one_step(config: AdaptConfig, compute: Compute) -> tuple[Callable[[], None],
     backbone = backbones.load_from(config.model, pretrained=False)
     state = fresh_state(config, compute, backbone)
     image = torch.randint(256, (len(backbone.mean), *backbone.img_size), dtype=torch.uint8)
-    batch = Batch([image] * config.optimization.batch_size, torch.arange(config.optimization.batch_size), 0, 0)
+    numbers = torch.arange(config.optimization.batch_size) % config.objective.prototypes  # classes, for DIET
+    batch = Batch([image] * len(numbers), numbers, 0, 0)
     seconds: list[float] = []
 
     def take_step() -> None:
