@@ -37,11 +37,12 @@ struct Passes {
 Passes chosen() {
 #ifdef UPSTEP_X86
   const char* said = std::getenv("ATEN_CPU_CAPABILITY");
-  const bool is_free = said == nullptr || std::strcmp(said, "avx512") == 0;
+  const bool is_avx2 = said != nullptr && std::strcmp(said, "avx2") == 0;
+  const bool is_free = !is_avx2 && (said == nullptr || std::strcmp(said, "default") != 0);  // as torch reads it
   if (is_free && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
     return UPSTEP_PASSES(avx512);
-  if ((is_free || std::strcmp(said, "avx2") == 0) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+  if ((is_free || is_avx2) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     return UPSTEP_PASSES(avx2);
 #endif
   return UPSTEP_PASSES(baseline);

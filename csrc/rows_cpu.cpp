@@ -24,9 +24,8 @@ template <class T> void norm_rows(const NormCall& a, int64_t begin, int64_t end)
     const float mean = sum(sums) / a.k;
     Vec squares{};
     each(a.k, [&](int64_t i, int n) {
-      // lanes behind the row hold the mean, in fp32: they add nothing
       Vec v = take(total + i, n) - mean;
-      for (int lane = n; lane < kLanes; ++lane) v[lane] = 0;
+      for (int lane = n; lane < kLanes; ++lane) v[lane] = 0;  // lanes behind the row
       squares += v * v;
     });
     const float rstd = 1 / std::sqrt(sum(squares) / a.k + a.eps);

@@ -54,10 +54,10 @@ inline void store(uint8_t* p, Vec v) {
   std::memcpy(p, &b, sizeof b);
 }
 
-// the first `count` lanes; `rest` in the others
-template <class T> inline Vec load(const T* p, int count, float rest = 0) {
+// the first `count` lanes; 0 in the others
+template <class T> inline Vec load(const T* p, int count) {
   T lanes[kLanes];
-  for (int i = 0; i < kLanes; ++i) lanes[i] = i < count ? p[i] : static_cast<T>(rest);
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i < count ? p[i] : static_cast<T>(0);
   return load(lanes);
 }
 

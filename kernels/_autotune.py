@@ -9,6 +9,7 @@ first candidate runs there.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -17,7 +18,7 @@ import os
 import statistics
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -83,7 +84,7 @@ def autotune(problem: str, device: torch.device, candidates: Mapping[str, Callab
             return default, "the default: no candidate could be measured"
         choices[problem] = min(milliseconds, key=lambda name: milliseconds[name])
         if not lacked_memory:  # with more memory free, another candidate may be the fastest
-            _write(machine, problem, choices[problem])
+            choices[problem] = _kept(machine, problem, choices[problem], candidates)
     timings = ", ".join(f"{name} {ms:.3f} ms" for name, ms in milliseconds.items())
     _log.info("%s: %s (measured: %s)", problem, choices[problem], timings)
     return choices[problem], "measured"
@@ -158,16 +159,30 @@ def _read() -> dict[str, dict[str, str]]:
         return {}
 
 
-def _write(machine: str, problem: str, choice: str) -> None:
-    """Add one choice to the file, which is replaced atomically; rows of other processes stay."""
+def _kept(machine: str, problem: str, choice: str, candidates: Collection[str]) -> str:
+    """Put one choice into the file and return it, or the one of `candidates` that another process put there first.
+
+    So processes that measure at the same time agree. The file is replaced atomically; rows of other processes stay.
+    """
     path = _path()
-    content = _read()
-    content.setdefault(machine, {})[problem] = choice
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            complete = Path(folder) / path.name
-            complete.write_text(json.dumps(content, indent=1, sort_keys=True))
-            os.replace(complete, path)
+        with contextlib.ExitStack() as lock:
+            with contextlib.suppress(OSError, ImportError):  # file systems without locks, Windows
+                import fcntl
+
+                folder = os.open(path.parent, os.O_RDONLY)
+                lock.callback(os.close, folder)
+                fcntl.flock(folder, fcntl.LOCK_EX)
+            content = _read()
+            rows = content.setdefault(machine, {})
+            if rows.get(problem) in candidates:
+                return rows[problem]
+            rows[problem] = choice
+            with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+                complete = Path(temporary) / path.name
+                complete.write_text(json.dumps(content, indent=1, sort_keys=True))
+                os.replace(complete, path)
     except OSError as error:
         _log.warning("the measurement is not saved: %s cannot be written (%s)", path, error)
+    return choice

@@ -1,8 +1,9 @@
 """On a CPU: the form of an op to run, the compiled one or the library's, measured once per machine.
 
-As `autotune` on a GPU, with two differences. Problems below MIN_MS are not measured: their choice would be one of
-noise. And the default runs unless another form is faster by MARGIN, so that two near equals do not take turns: bits of
-the result depend on the choice. Names of problems begin with "cpu ".
+As `autotune` on a GPU, with two differences. Problems below MIN_MS take the default: a choice would be one of noise.
+And the default runs unless another form is faster by MARGIN. Bits of the result depend on the choice, so all of them
+are kept, those of small problems too: a later process on this machine, with as many threads, makes the same ones. Names
+of problems begin with "cpu ".
 """
 
 from __future__ import annotations
@@ -23,10 +24,8 @@ from ._dispatch import record
 MIN_MS = 0.1
 MARGIN = 1.03
 ROUNDS = 7
-_SMALL = "the default: too small to measure"
 
 _log = logging.getLogger(__name__)
-_small: set[str] = set()  # problems that this process found too small
 
 
 def fastest_on_cpu(problem: str, candidates: Mapping[str, Callable[[], object]]) -> str:
@@ -43,31 +42,37 @@ def _choice(problem: str, candidates: Mapping[str, Callable[[], object]]) -> tup
     default = next(iter(candidates))
     if len(candidates) == 1:
         return default, "the only one that can run"
-    if problem in _small and problem not in _autotune._pinned:
-        return default, _SMALL
     for choices, reason in ((_autotune._pinned, "pinned"), (_autotune.known(machine()), "measured")):
         if choices.get(problem) in candidates:
             return choices[problem], reason
     with _autotune._lock:
-        if (_milliseconds(candidates[default]), _milliseconds(candidates[default]))[1] < MIN_MS:
-            _small.add(problem)
-            return default, _SMALL
-        times: dict[str, list[float]] = {name: [] for name in candidates}
-        for _ in range(ROUNDS):  # in turns, so that other work on the machine affects all candidates equally
-            for name, call in candidates.items():
-                times[name].append(_milliseconds(call))
-        medians = {name: statistics.median(values[1:]) for name, values in times.items()}
-        best = min(medians, key=lambda name: medians[name] * (1 if name == default else MARGIN))
-        _autotune.known(machine())[problem] = best
-        _autotune._write(machine(), problem, best)
-    timings = ", ".join(f"{name} {ms:.3f} ms" for name, ms in medians.items())
-    _log.debug("%s: %s (measured: %s)", problem, best, timings)
+        best = _fastest(problem, candidates)
+        _autotune.known(machine())[problem] = best = _autotune._kept(machine(), problem, best, candidates)
     return best, "measured"
 
 
-@functools.cache
+def _fastest(problem: str, candidates: Mapping[str, Callable[[], object]]) -> str:
+    default = next(iter(candidates))
+    if (_milliseconds(candidates[default]), _milliseconds(candidates[default]))[1] < MIN_MS:
+        return default
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(ROUNDS):  # in turns, so that other work on the machine affects all candidates equally
+        for name, call in candidates.items():
+            times[name].append(_milliseconds(call))
+    medians = {name: statistics.median(values[1:]) for name, values in times.items()}
+    best = min(medians, key=lambda name: medians[name] * (1 if name == default else MARGIN))
+    timings = ", ".join(f"{name} {ms:.3f} ms" for name, ms in medians.items())
+    _log.debug("%s: %s (measured: %s)", problem, best, timings)
+    return best
+
+
 def machine() -> str:
-    """Return the name under which this machine's choices are kept."""
+    """Return the name under which this machine's choices are kept, for the number of threads of this moment."""
+    return _machine(torch.get_num_threads())
+
+
+@functools.cache
+def _machine(threads: int) -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -75,7 +80,6 @@ def machine() -> str:
         names = []
     processor = names[0] if names else platform.processor() or platform.machine()
     capability = torch.backends.cpu.get_cpu_capability()
-    threads = torch.get_num_threads()
     return f"{processor} {capability} {threads} threads | torch {torch.__version__} | {_autotune._fingerprint()}"
 
 
