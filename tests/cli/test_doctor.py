@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -34,8 +35,10 @@ def of(outcomes, op):
 
 def test_every_file_with_an_op_has_a_check():
     # an op's name is registered under the namespace of its copy of the folder
-    files = [path for path in KERNELS.rglob("[a-z]*.py") if '(f"{NAMESPACE}::' in path.read_text()]
-    modules = {".".join(path.relative_to(KERNELS).with_suffix("").parts).removesuffix(".op") for path in files}
+    defines = re.compile(r'\(f"{NAMESPACE}::|^from ..?_define import|library.define\(', re.M)
+    files = [path for path in KERNELS.rglob("[a-z]*.py") if defines.search(path.read_text())]
+    names = (".".join(path.relative_to(KERNELS).with_suffix("").parts) for path in files)
+    modules = {re.sub(r"[.](op|bare)$", "", name) for name in names}
     assert modules == {MODULES.get(name, name) for name in SAMPLE_INPUTS}
 
 
@@ -159,7 +162,7 @@ def test_a_model_that_the_engine_leaves_to_timm(planted, capsys, quick, monkeypa
     from timm.models import save_for_hf
 
     attn = {} if planted else {"attn_layer": "diff"}
-    args = {"img_size": 32, "embed_dim": 48, "num_heads": 2, "depth": 1, "num_classes": 0, **attn}
+    args = {"img_size": 32, "embed_dim": 48, "num_heads": 2, "depth": 2, "num_classes": 0, **attn}
     save_for_hf(timm.create_model("vit_tiny_patch16_224", **args), tmp_path, model_args=args)
     if planted:
         attend = blocks.attend

@@ -11,6 +11,7 @@ from upstep_fast.engine import vit as engine
 from upstep_fast.engine.adapters import group_adapters
 from upstep_fast.engine.block import run_block
 from upstep_fast.engine.low_rank import LowRank
+from upstep_fast.kernels._dispatch import forced
 from upstep_fast.model import lora
 
 M, N_PART, PARTS, K, R = 23, 6, 3, 10, 2
@@ -179,7 +180,8 @@ def test_forward_only_gelu_is_the_kernels_where_the_engine_is_fused():
         built = engine.build(vit, torch.bfloat16, fused=fused)
         merged = built.merge_adapters()
         x = built.embed(images)
-        with torch.no_grad(), Operators() as seen:
+        # by name: on a CPU a compiled pass may be measured as faster than torch's GELU
+        with torch.no_grad(), forced("reference"), Operators() as seen:
             found[fused] = run_block(x, None, merged[0])[1]
         assert (seen.names["gelu"] > 0) == (not fused) and (seen.names["gelu_forward"] > 0) == fused
     assert relative(found[True].float(), found[False].float()) < 1e-2

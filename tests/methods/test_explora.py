@@ -405,14 +405,14 @@ def test_a_resumed_run_equals_the_uninterrupted_one(options, monkeypatch, tmp_pa
     upstep_fast.adapt(**options | {"out": tmp_path / "whole"})
     method = ExploraMae if objective == "mae" else ExploraDinov2
     with monkeypatch.context() as patch:
-        real, count = method.update_running_stats, iter(range(100))
+        real, count = method.schedule, iter(range(100))  # in each step, skipped or not
 
-        def update_running_stats(self, embedded):
+        def schedule(self, optimizer, index):
             if next(count) == 3:
                 signal.raise_signal(signal.SIGTERM)
-            real(self, embedded)
+            real(self, optimizer, index)
 
-        patch.setattr(method, "update_running_stats", update_running_stats)
+        patch.setattr(method, "schedule", schedule)
         with pytest.raises(Interrupted, match=r"after 4 of 6 steps"):
             upstep_fast.adapt(**options)
     upstep_fast.adapt(**options, resume=True)

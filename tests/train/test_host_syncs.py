@@ -81,7 +81,7 @@ def build(model, **changes):
 def test_a_step_waits_once(model, layout, rule, cvr):
     config, compute, state = build(model, layout=layout, gate=rule, cvr=cvr, clip=1.0)
     images = Views.of(torch.randn(2, 8, 3, 32, 32))
-    for _ in range(4):
+    for _ in range(5):  # the last one updates, by `alternate` too
         assert waits(lambda: step(state, images, trainer.gate_rule(config), config, compute)) == ["tolist"]
     assert state.gate.num_updates and state.pending is not None
     assert waits(lambda: flush(state)) == ["tolist"] and state.pending is None
