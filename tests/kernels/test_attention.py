@@ -410,6 +410,7 @@ def test_backward_on_a_gpu_is_chosen_among_deterministic_forms(monkeypatch):
         ((2, 273, 3, 4, 64), torch.bfloat16, 232_448, False),
         ((2, 257, 3, 4, 80), torch.bfloat16, 232_448, False),
         ((2, 257, 3, 4, 64), torch.float32, 232_448, False),
+        ((2, 257, 3, 4, 64), torch.bfloat16, 166_912, False),  # sm_80
         ((2, 257, 3, 4, 64), torch.bfloat16, 101_376, False),  # sm_89
     ],
 )
