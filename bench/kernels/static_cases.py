@@ -47,7 +47,9 @@ def _attention(form: str) -> Callable[[tuple[int, int]], object]:
     def run(_: tuple[int, int]) -> object:
         triton, qkv = op("attention.triton"), empty(VIEWS, TOKENS, 3, HEADS, WIDTH // HEADS)
         out, lse = triton.outputs(qkv)
-        return triton.forward(qkv, 0.125) if form == "forward" else getattr(triton, form)(out, qkv, out, lse, 0.125)
+        if form == "forward":
+            return triton.forward(qkv, 0.125)
+        return getattr(triton, form)(out.new_empty(out.shape), qkv, out, lse, 0.125)
 
     return run
 
