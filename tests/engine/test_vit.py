@@ -19,6 +19,7 @@ from upstep_fast.data.views.types import Views
 from upstep_fast.engine import block as engine_block
 from upstep_fast.engine import fold
 from upstep_fast.engine import vit as engine
+from upstep_fast.kernels import _dispatch, block_passes
 from upstep_fast.kernels.patchify import patchify
 from upstep_fast.model import lora
 from upstep_fast.model.pooling import features
@@ -429,3 +430,16 @@ def test_a_gpu_multiplies_patches_of_588_values_as_592():
         without_bytes(vit)
         engine.patch_embed(vit, torch.empty(2, 3, 70, 70))
     assert shapes == [[(50, 592), (128,), (592, 128)]]
+
+
+@pytest.mark.skipif(
+    (reason := block_passes.unsupported_reason(torch.zeros(1))) is not None, reason=f"no compiled passes: {reason}"
+)
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+def test_compiled_passes_run_every_block_where_they_are_asked_for(memory):
+    vit, images = model("class token", depth=2)
+    with _dispatch.forced("cpp"):
+        same_as_timm(vit, images, memory)
+        with torch.no_grad():
+            ours = engine.build(vit, torch.float32).features(images)
+    assert relative(ours, features(vit, images)) < 1e-5

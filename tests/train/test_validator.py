@@ -196,13 +196,15 @@ def test_wrong_settings_are_one_line(options):
 
 
 def test_a_run_that_wrecks_the_model_is_refused(options, tmp_path):
-    # ten times wilder, predictions differ from one processor to the next; here they lie near -27
+    # such a run amplifies last bits: of seed 9 the predictions lie from -23 to -40 with AVX2 and AVX512, one thread
+    # and two, compiled passes and the library's; of seed 0 from -27 to -14
     wild = {
         "lr": 10.0,
         "clip": 0.0,
         "warmup": 0.0,
         "lora_targets": ("q", "k", "v", "proj", "fc1", "fc2"),
         "judge_every": 4,
+        "seed": 9,
     }
     with pytest.raises(CheckFailedError, match="refused"):
         upstep_fast.adapt(**options | wild)

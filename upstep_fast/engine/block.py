@@ -161,7 +161,7 @@ def _forward(
     else:
         o, lse = attend_first(z, block.heads, first), z.new_empty(0)
     p = scale_branch(proj.product(_inner_norm(o, block)[0]), drop_scale[0])
-    h2, middle, rstd2, rows = norm(stream[:, :first], p, block.eps[1], block.fused, block.fp8, block.rms)
+    h2, middle, rstd2, rows = norm(stream[:, :first].contiguous(), p, block.eps[1], block.fused, block.fp8, block.rms)
     rows = _affine(rows, merged, 1)
     g: Tensor | Quantized
     if saved is None:
