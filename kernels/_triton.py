@@ -33,10 +33,17 @@ except ImportError as error:
 # constexpr and widen the operands to fp32 when it is set.
 INTERPRET = MISSING is None and os.environ.get("TRITON_INTERPRET") == "1"
 
-
 MAX_COMPILED = 4096  # launches that `launch` remembers: one for each shape
 _NOTHING = contextlib.nullcontext()
 _compiled: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
+
+
+@triton.jit
+def dot(left, right, acc, UPCAST_DOT: tl.constexpr):
+    """Compute acc + left right in fp32, in a kernel; fp32 operands are not rounded to tf32."""
+    if UPCAST_DOT:
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, acc, input_precision="ieee")
 
 
 def cdiv(a: int, b: int) -> int:

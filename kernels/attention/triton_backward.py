@@ -6,8 +6,8 @@ so a run repeats bit for bit. The first T mod BLOCK tokens make a small block, a
 
 from __future__ import annotations
 
-from .._triton import tl, triton
-from .triton_kernels import dot, load, scores, store
+from .._triton import dot, tl, triton
+from .triton_kernels import load, scores, store
 
 
 @triton.jit

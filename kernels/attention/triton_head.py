@@ -14,8 +14,8 @@ leaves dS [T, BLOCK_S].
 
 from __future__ import annotations
 
-from .._triton import tl, triton
-from .triton_kernels import dot, load, store
+from .._triton import dot, tl, triton
+from .triton_kernels import load, store
 
 
 @triton.jit

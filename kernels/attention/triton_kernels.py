@@ -9,7 +9,7 @@ their own.
 
 from __future__ import annotations
 
-from .._triton import tl, triton
+from .._triton import dot, tl, triton
 
 
 @triton.jit
@@ -35,14 +35,6 @@ def store(
     if SMALL:
         mask = mask & (t < limit)[:, None]
     tl.store(base + t.to(tl.int64)[:, None] * stride + c[None, :], value.to(base.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def dot(left, right, acc, UPCAST_DOT: tl.constexpr):
-    """Compute acc + left right, in fp32 where operands are."""
-    if UPCAST_DOT:
-        left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, right, acc, input_precision="ieee")
 
 
 @triton.jit

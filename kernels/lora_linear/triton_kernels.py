@@ -6,7 +6,7 @@ lora_linear_sweep     P = scale * G B  and  Q = G^T S   one pass over G [M, N]
 
 from __future__ import annotations
 
-from .._triton import tl, triton
+from .._triton import dot, tl, triton
 
 
 @triton.jit
@@ -23,13 +23,6 @@ def _load_tile(
         at = source + i.to(tl.int64) * stride_row + j.to(tl.int64) * stride_col
         block = tl.load(at, mask=(i < num_rows) & (j < num_cols), other=0.0)
     return block
-
-
-@triton.jit
-def _dot(left, right, acc, UPCAST_DOT: tl.constexpr):
-    if UPCAST_DOT:
-        left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, right, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -83,12 +76,12 @@ def lora_linear_kernel(
                 b_w = _load_tile(w, k, col, K, N, stride_wk, stride_wn, BLOCK_K, BLOCK_N, TMA)
             else:
                 b_w = _load_tile(w, col, k, N, K, stride_wn, stride_wk, BLOCK_N, BLOCK_K, TMA).T
-            acc = _dot(b_x, b_w, acc, UPCAST_DOT)
+            acc = dot(b_x, b_w, acc, UPCAST_DOT)
             if LORA == "make":
                 b_a = _load_tile(a, 0, k, R, K, stride_ar, stride_ak, BLOCK_R, BLOCK_K, False).T
                 if DROPOUT:
                     b_x = tl.where(_is_kept(row, k, seed, drop_threshold, BLOCK_M, BLOCK_K), b_x, 0.0)
-                acc_s = _dot(b_x, b_a, acc_s, UPCAST_DOT)
+                acc_s = dot(b_x, b_a, acc_s, UPCAST_DOT)
 
         if SCALED:
             x_factor = tl.load(x_scale + m, mask=m_mask, other=0.0)
@@ -98,7 +91,7 @@ def lora_linear_kernel(
             # scaled before the one rounding, so that the product goes straight into the accumulator
             b_s = (scale * acc_s).to(y.dtype.element_ty)
             b_b = _load_tile(b, col, 0, N, R, stride_bn, stride_br, BLOCK_N, BLOCK_R, False).T
-            acc = _dot(b_s, b_b, acc, UPCAST_DOT)
+            acc = dot(b_s, b_b, acc, UPCAST_DOT)
             if STORE_S and col == 0:
                 s_at = s + m.to(tl.int64)[:, None] * stride_sm + r[None, :] * stride_sr
                 tl.store(s_at, acc_s.to(s.dtype.element_ty), mask=m_mask[:, None] & (r < R)[None, :])
@@ -107,7 +100,7 @@ def lora_linear_kernel(
             for r0 in tl.range(0, R, BLOCK_R):
                 b_s = _load_tile(s, row, r0, M, R, stride_sm, stride_sr, BLOCK_M, BLOCK_R, False)
                 b_b = _load_tile(b, col, r0, N, R, stride_bn, stride_br, BLOCK_N, BLOCK_R, False).T
-                update = _dot(b_s, b_b, update, UPCAST_DOT)
+                update = dot(b_s, b_b, update, UPCAST_DOT)
             if DROPOUT:
                 is_kept = _is_kept(row, col, seed, drop_threshold, BLOCK_M, BLOCK_N)
                 acc += tl.where(is_kept, update * drop_scale, 0.0)
@@ -145,9 +138,9 @@ def lora_linear_sweep(
             b_g = tl.where(_is_kept(row, col, seed, drop_threshold, BLOCK_M, BLOCK_N), b_g, 0.0)
         if OUTER:
             b_s = _load_tile(s, row, 0, M, R, stride_sm, stride_sr, BLOCK_M, BLOCK_R, False)
-            outer = _dot(b_g.T, b_s, outer, UPCAST_DOT)
+            outer = dot(b_g.T, b_s, outer, UPCAST_DOT)
         if PROJECT:
-            part = scale * _dot(b_g, b_b, tl.zeros((BLOCK_M, BLOCK_R), tl.float32), UPCAST_DOT)
+            part = scale * dot(b_g, b_b, tl.zeros((BLOCK_M, BLOCK_R), tl.float32), UPCAST_DOT)
             m = row + tl.arange(0, BLOCK_M)
             p_at = p + tl.program_id(1).to(tl.int64) * stride_pj + r[None, :] * stride_pr
             p_at += m.to(tl.int64)[:, None] * stride_pm

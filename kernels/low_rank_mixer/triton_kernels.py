@@ -14,7 +14,7 @@ all N tokens. p: image. Ranks are padded to 16 at least.
 
 from __future__ import annotations
 
-from .._triton import tl, triton
+from .._triton import dot, tl, triton
 
 MAX_RANK = 32  # beyond it the backward kernels spill registers
 
@@ -23,14 +23,6 @@ MAX_RANK = 32  # beyond it the backward kernels spill registers
 def normal_share(x):
     """Compute P(X < x) of a standard normal X."""
     return 0.5 + 0.5 * tl.erf(0.7071067811865476 * x)
-
-
-@triton.jit
-def dot(left, right, acc, UPCAST_DOT: tl.constexpr):
-    """Compute acc + left right in fp32."""
-    if UPCAST_DOT:
-        left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, right, acc, input_precision="ieee")
 
 
 @triton.jit

@@ -17,8 +17,8 @@ some of the images), and the shares are added in their order: no atomics.
 
 from __future__ import annotations
 
-from .._triton import tl, triton
-from .triton_kernels import dot, merged_moments, normal_share, product, rstd_of, thin, vector
+from .._triton import dot, tl, triton
+from .triton_kernels import merged_moments, normal_share, product, rstd_of, thin, vector
 
 
 @triton.jit
