@@ -4,56 +4,26 @@
 #include <cmath>
 #include <limits>
 #include <utility>
-#include <vector>
 
 #include "block_cpu.h"
-#include "simd.h"
+#include "scratch.h"
+#include "tile.h"
 
 namespace upstep::UPSTEP_CAPABILITY {
 namespace {
 
 constexpr int kWide = 2 * kLanes;                 // columns of a panel
-constexpr int kRows = UPSTEP_LANES >= 16 ? 12 : 6;  // rows of a tile: 12 or 24 sums in registers
+constexpr int kRows = kManyRegisters ? 12 : 6;  // rows of a tile: 12 or 24 sums in registers
 constexpr int64_t kChunk = 8 * kRows;             // rows of scores at once
 
-int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
-
-// c[m, n] (+)= a[m, k] b[k, n]: a by strides, b in panels of kWide columns (the last may be of kLanes), c in rows of `ldc`
-template <int kM, int kN> void tile(int64_t k, const float* a, int64_t row, int64_t step, const float* b, float* c,
-                                    int64_t ldc, bool add) {
-  Vec sums[kM][kN];
-#pragma GCC unroll 12
-  for (int i = 0; i < kM; ++i)
-#pragma GCC unroll 2
-    for (int j = 0; j < kN; ++j) sums[i][j] = add ? load(c + i * ldc + j * kLanes) : Vec{};
-  for (int64_t p = 0; p < k; ++p, a += step, b += kN * kLanes) {
-    Vec columns[kN];
-#pragma GCC unroll 2
-    for (int j = 0; j < kN; ++j) columns[j] = load(b + j * kLanes);
-#pragma GCC unroll 12
-    for (int i = 0; i < kM; ++i)
-#pragma GCC unroll 2
-      for (int j = 0; j < kN; ++j) sums[i][j] += a[i * row] * columns[j];
-  }
-#pragma GCC unroll 12
-  for (int i = 0; i < kM; ++i)
-#pragma GCC unroll 2
-    for (int j = 0; j < kN; ++j) store(c + i * ldc + j * kLanes, sums[i][j]);
-}
-
-template <int kM, int kN> void rows_of_tile(int64_t m, int64_t k, const float* a, int64_t row, int64_t step,
-                                            const float* b, float* c, int64_t ldc, bool add) {
-  if (m == kM) tile<kM, kN>(k, a, row, step, b, c, ldc, add);
-  else if constexpr (kM > 1) rows_of_tile<kM - 1, kN>(m, k, a, row, step, b, c, ldc, add);
-}
-
+// b in panels of kWide columns (the last may be of kLanes)
 void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t row, int64_t step, const float* b, float* c,
              int64_t ldc, bool add = false) {
   for (int64_t j = 0; j < n; j += kWide, b += kWide * k)
     for (int64_t i = 0; i < m; i += kRows) {
       const int64_t height = std::min<int64_t>(kRows, m - i);
-      if (n - j > kLanes) rows_of_tile<kRows, 2>(height, k, a + i * row, row, step, b, c + i * ldc + j, ldc, add);
-      else rows_of_tile<kRows, 1>(height, k, a + i * row, row, step, b, c + i * ldc + j, ldc, add);
+      if (n - j > kLanes) rows_of_tile<kRows, 2>(height, k, a + i * row, row, step, b, kWide, c + i * ldc + j, ldc, add);
+      else rows_of_tile<kRows, 1>(height, k, a + i * row, row, step, b, kLanes, c + i * ldc + j, ldc, add);
     }
 }
 
@@ -109,21 +79,6 @@ template <class T> Head<T> head_of(void* values, const AttentionCall& a, int64_t
   const int64_t image = pair / a.heads, head = pair % a.heads, across = a.heads * a.width;
   return {static_cast<T*>(values) + image * a.tokens * across + head * a.width, across, a.tokens, a.width};
 }
-
-// memory of a thread, cut in pieces aligned to a vector
-struct Scratch {
-  std::vector<float> memory;
-  int64_t used = 0;
-
-  explicit Scratch(int64_t size) : memory(size + 64) {
-    used = (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64 / sizeof(float);
-  }
-  float* take(int64_t size) {
-    float* piece = memory.data() + used;
-    used += size + (16 - size % 16) % 16;
-    return piece;
-  }
-};
 
 // scores -> exp(scores - their maximum), not yet divided by their sum; returns maximum and sum
 std::pair<float, float> exponentials(float* row, int64_t tokens) {

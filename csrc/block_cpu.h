@@ -1,5 +1,5 @@
 // The passes of a block between its products, on a CPU, as plain pointers: the interface of block_ops.cpp to
-// rows_cpu.cpp and attention_cpu.cpp, which are compiled once per capability. No torch here.
+// rows_cpu.cpp, attention_cpu.cpp and adapter_cpu.cpp, which are compiled once per capability. No torch here.
 #pragma once
 
 #include <cstdint>
@@ -57,7 +57,16 @@ struct AttentionCall {
   void *grad, *dqkv;  // of backward
 };
 
-// for the items [begin, end): rows, values, pairs of an image and a head
+// gradients of an adapter of P parts, [n, r] each; partial: [chunks, d_a | d_shift | d_b], R = P r
+struct AdapterCall {
+  Real real;
+  int64_t rows, width, k, parts, n, r, chunks;
+  const void *dy, *x, *a, *shift, *b;  // [rows, width], [rows, k], [R, k], [R], [P, n, r]
+  const int64_t* first;                // first column of dy of each part
+  float* partial;
+};
+
+// for the items [begin, end): rows, values, chunks, pairs of an image and a head
 #define UPSTEP_PASSES(capability)                                      \
   namespace capability {                                               \
   void norm(const NormCall&, int64_t begin, int64_t end);              \
@@ -65,6 +74,7 @@ struct AttentionCall {
   void gelu(const GeluCall&, int64_t begin, int64_t end);              \
   void gelu_backward(const GeluBackwardCall&, int64_t, int64_t);       \
   void attention(const AttentionCall&, int64_t begin, int64_t end);    \
+  void adapter(const AdapterCall&, int64_t begin, int64_t end);        \
   void attention_backward(const AttentionCall&, int64_t, int64_t);     \
   }
 UPSTEP_PASSES(baseline)

@@ -25,12 +25,14 @@ struct Passes {
   void (*gelu_backward)(const upstep::GeluBackwardCall&, int64_t, int64_t);
   void (*attention)(const upstep::AttentionCall&, int64_t, int64_t);
   void (*attention_backward)(const upstep::AttentionCall&, int64_t, int64_t);
+  void (*adapter)(const upstep::AdapterCall&, int64_t, int64_t);
 };
 
-#define UPSTEP_PASSES(capability)                                                                       \
-  Passes {                                                                                              \
-    upstep::capability::norm, upstep::capability::norm_backward, upstep::capability::gelu,              \
-        upstep::capability::gelu_backward, upstep::capability::attention, upstep::capability::attention_backward \
+#define UPSTEP_PASSES(capability)                                                                            \
+  Passes {                                                                                                   \
+    upstep::capability::norm, upstep::capability::norm_backward, upstep::capability::gelu,                   \
+        upstep::capability::gelu_backward, upstep::capability::attention, upstep::capability::attention_backward, \
+        upstep::capability::adapter                                                                          \
   }
 
 // as wide as the processor has them, or as torch is told by ATEN_CPU_CAPABILITY (default, avx2, avx512)
@@ -155,6 +157,29 @@ void attention_backward(const Tensor& grad, const Tensor& qkv, const Tensor& out
   run(passes().attention_backward, call, call.batch * call.heads, 1);
 }
 
+// d_a [R, K] and d_shift [R] and d_b [P, n, r] of each chunk of rows, then all added in order into row 0 of `partial`
+void adapter_gradients(const Tensor& dy, const Tensor& x, const Tensor& a, const Tensor& shift, const Tensor& b,
+                       const Tensor& first, const Tensor& partial) {
+  STD_TORCH_CHECK(dy.dim() == 2 && x.dim() == 2 && a.dim() == 2 && b.dim() == 3 && partial.dim() == 2,
+                  "upstep_ops: wrong number of dimensions");
+  const ScalarType type = dy.scalar_type();
+  upstep::AdapterCall call{};
+  call.real = real_of(dy), call.rows = dy.size(0), call.width = dy.size(1), call.k = x.size(1);
+  call.parts = b.size(0), call.n = b.size(1), call.r = b.size(2), call.chunks = partial.size(0);
+  STD_TORCH_CHECK(call.chunks >= 1, "upstep_ops: no chunk");
+  const int64_t ranks = call.parts * call.r, size = ranks * (call.k + 1) + b.numel();
+  call.dy = cells(dy, type, dy.numel(), "dy"), call.x = cells(x, type, call.rows * call.k, "x");
+  call.a = cells(a, type, ranks * call.k, "a"), call.shift = cells(shift, type, ranks, "shift");
+  call.b = cells(b, type, b.numel(), "b");
+  call.first = static_cast<const int64_t*>(cells(first, ScalarType::Long, call.parts, "first"));
+  for (int64_t part = 0; part < call.parts; ++part)
+    STD_TORCH_CHECK(call.first[part] >= 0 && call.first[part] + call.n <= call.width, "upstep_ops: a part outside of dy");
+  call.partial = floats(partial, call.chunks * size, "partial");
+  run(passes().adapter, call, call.chunks, 1);
+  for (int64_t chunk = 1; chunk < call.chunks; ++chunk)
+    for (int64_t i = 0; i < size; ++i) call.partial[i] += call.partial[chunk * size + i];
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(upstep_ops, m) {
@@ -165,6 +190,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(upstep_ops, m) {
   m.def("block_gelu_backward(Tensor dg, Tensor derivative, Tensor(a!) du) -> ()");
   m.def("block_attention(Tensor qkv, float scale, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def("block_attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, float scale, Tensor(a!) dqkv) -> ()");
+  m.def("block_adapter_gradients(Tensor dy, Tensor x, Tensor a, Tensor shift, Tensor b, Tensor first, "
+        "Tensor(a!) partial) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(upstep_ops, CPU, m) {
@@ -174,4 +201,5 @@ STABLE_TORCH_LIBRARY_IMPL(upstep_ops, CPU, m) {
   m.impl("block_gelu_backward", TORCH_BOX(&gelu_backward));
   m.impl("block_attention", TORCH_BOX(&attention));
   m.impl("block_attention_backward", TORCH_BOX(&attention_backward));
+  m.impl("block_adapter_gradients", TORCH_BOX(&adapter_gradients));
 }

@@ -59,8 +59,8 @@ def gelu(u: Tensor, approximate: str, derivative: bool) -> Tensor | None:
     return _gelu_cpp(u, approximate, u if derivative else None)
 
 
-def unsupported_reason(*tensors: Tensor | None) -> str | None:
-    """Return why the compiled passes cannot take these tensors, or None."""
+def unsupported_reason(*tensors: Tensor | None, op: str = "block_norm") -> str | None:
+    """Return why the compiled pass `op` cannot take these tensors, or None."""
     present = [t for t in tensors if t is not None]
     first = present[0]
     if any(type(t) is not Tensor for t in present):
@@ -69,25 +69,32 @@ def unsupported_reason(*tensors: Tensor | None) -> str | None:
         return f"no form for {first.dtype}"
     if not all(t.is_contiguous() for t in present):
         return "needs contiguous tensors"
-    return native_unsupported_reason("cpp", first.device, "block_norm")
+    return native_unsupported_reason("cpp", first.device, op)
 
 
-def _form(op: str, forms: dict[str, Callable[[], object]], *tensors: Tensor | None) -> str:
-    """Return the name of the form to run: the requested one, or the one measured as faster; nothing is kept."""
-    first = tensors[0]
-    assert first is not None
-    if first.device.type != "cpu" or not first.numel() or torch.compiler.is_compiling():
+def form_of(op: str, forms: Mapping[str, Callable[[], object]], reason: str | None, rows: Tensor) -> str:
+    """Return the name of the form to run: the requested one, or the one measured as faster; nothing is kept.
+
+    forms: "cpp" and "reference". reason: why "cpp" cannot run, or None. rows: [..., K], the largest input.
+    """
+    if rows.device.type != "cpu" or not rows.numel() or torch.compiler.is_compiling():
         return "reference"
-    name = choose(op, first.device, {"cpp": unsupported_reason(*tensors), "reference": None})
+    name = choose(op, rows.device, {"cpp": reason, "reference": None})
     if name == "reference" or requested() == "cpp":
         return name
-    kind = str(first.dtype).removeprefix("torch.")
-    problem = f"cpu {op} {kind} M{power_class(first.numel() // first.shape[-1])} K{first.shape[-1]}"
+    kind = str(rows.dtype).removeprefix("torch.")
+    problem = f"cpu {op} {kind} M{power_class(rows.numel() // rows.shape[-1])} K{rows.shape[-1]}"
     return fastest_on_cpu(problem, forms)
 
 
+def _form(op: str, forms: Mapping[str, Callable[[], object]], *tensors: Tensor | None) -> str:
+    first = tensors[0]
+    assert first is not None
+    return form_of(op, forms, unsupported_reason(*tensors), first)
+
+
 def _run(op: str, forms: Mapping[str, Callable[[], Out]], *tensors: Tensor | None) -> Out:
-    return forms[_form(op, dict(forms), *tensors)]()
+    return forms[_form(op, forms, *tensors)]()
 
 
 def _norm_cpp(x: Tensor, delta: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from upstep_fast.kernels import block_passes
+from upstep_fast.kernels import adapter_gradients, block_passes
 from upstep_fast.kernels.attention import cpp
 from upstep_fast.kernels.attention.op import _backward_sdpa, _forward_sdpa
 from upstep_fast.kernels.layer_norm import eager
@@ -52,6 +52,14 @@ def cases(batch: int, tokens: int, heads: int, dtype: torch.dtype) -> Iterator[C
         return dg * slope
 
     yield "GELU, both directions", library_gelu, our_gelu
+    r = 8
+    a, shift, b = (0.1 * torch.randn(size).to(dtype) for size in ((3 * r, width), (3 * r,), (3, width, r)))
+    adapter = torch.randn(batch * tokens, 3 * width).to(dtype), x, a, shift, b, (0, width, 2 * width)
+    yield (
+        "adapter gradients of q, k, v",
+        lambda: adapter_gradients.library(*adapter)[0],
+        lambda: adapter_gradients._cpp(*adapter)[0],
+    )
     qkv, grad = torch.randn(batch, tokens, 3, heads, 64).to(dtype), torch.randn(batch, tokens, heads, 64).to(dtype)
     out, lse = cpp.forward(qkv, scale)
     yield "attention", lambda: _forward_sdpa(qkv, scale)[0], lambda: cpp.forward(qkv, scale)[0]

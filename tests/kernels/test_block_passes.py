@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from upstep_fast.kernels import _autotune, _fastest_on_cpu, block_passes
+from upstep_fast.kernels import _autotune, _fastest_on_cpu, adapter_gradients, block_passes
 from upstep_fast.kernels._dispatch import NAMESPACE, forced
 from upstep_fast.kernels.attention import cpp
 
@@ -101,16 +101,55 @@ def test_attention_keeps_a_nan_in_its_sequence_and_head():
     assert out.isnan().sum() == 16 and lse.isnan().sum() == 1
 
 
+ADAPTERS = {  # rows, columns of dy, columns of a part, first columns, K, r
+    "one row": (1, 5, 5, (0,), 3, 1),
+    "nothing fills a vector": (50, 33, 11, (0, 22), 45, 5),
+    "q, k and v": (521, 96, 32, (0, 32, 64), 64, 8),
+    "v before q": (97, 48, 16, (32, 0), 32, 8),
+    "many chunks": (4200, 24, 24, (0,), 96, 24),
+    "rank above a tile": (60, 40, 40, (0,), 129, 33),
+}
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_gradients_of_an_adapter(case, dtype):
+    M, N, n, first, K, r = ADAPTERS[case]
+    torch.manual_seed(0)
+    parts = len(first)
+    dy, x = torch.randn(M, N).to(dtype), torch.randn(M, K).to(dtype)
+    a, shift, b = (torch.randn(size).to(dtype) for size in ((parts * r, K), (parts * r,), (parts, n, r)))
+    with forced("cpp"):
+        got = adapter_gradients.adapter_gradients(dy, x, a, shift, b, first)
+    assert [t.dtype for t in got] == [dtype, torch.float32, dtype]
+    leaves = [t.double().requires_grad_() for t in (a, shift, b)]
+    low = x.double() @ leaves[0].T + leaves[1]
+    y = [low[:, i * r : (i + 1) * r] @ leaves[2][i].T for i in range(parts)]
+    total = sum((y[i] * dy[:, start : start + n].double()).sum() for i, start in enumerate(first))
+    for ours, theirs in zip(got, torch.autograd.grad(total, leaves), strict=True):
+        near(ours, theirs, BOUNDS[dtype])
+
+
+def test_a_part_outside_of_dy_is_refused():
+    dy, x = torch.randn(4, 8), torch.randn(4, 6)
+    a, shift, b = torch.randn(2, 6), torch.randn(2), torch.randn(1, 5, 2)
+    for first in ((4,), (-1,)):
+        with forced("cpp"), pytest.raises(RuntimeError, match="outside of dy"):
+            adapter_gradients.adapter_gradients(dy, x, a, shift, b, first)
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_bits_do_not_depend_on_the_number_of_threads(count):
     qkv, x = torch.randn(5, 21, 3, 3, 32), torch.randn(700, 96)
+    a, shift, b = torch.randn(16, 96), torch.randn(16), torch.randn(2, 48, 8)
     before = torch.get_num_threads()
     results = []
     try:
         for threads in (1, count):
             torch.set_num_threads(threads)
             with forced("cpp"):
-                results.append([*cpp.forward(qkv, 0.2), *block_passes.norm(x, x, 1e-5)])
+                of_adapter = adapter_gradients.adapter_gradients(x, x, a, shift, b, (0, 48))
+                results.append([*cpp.forward(qkv, 0.2), *block_passes.norm(x, x, 1e-5), *of_adapter])
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -17,9 +17,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from upstep_fast.kernels.adapter_gradients import adapter_gradients, d_low_of
 
 
 @dataclass(frozen=True)
@@ -43,20 +44,12 @@ class LowRank:
 
     def add_input_gradient(self, dx: Tensor, dy: Tensor) -> None:
         """Add the gradient of the input, from dy [M, N], to dx [M, K], in place."""
-        dx.addmm_(self._d_low(dy), self.a)
+        dx.addmm_(d_low_of(dy, self.b, self.first), self.a)
 
     def gradients(self, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of A and s B in the compute type and of A beta in fp32; dy: [..., N], x: [..., K]."""
         dy, x = dy.flatten(0, -2), x.flatten(0, -2)
-        low, d_low = self.low(x), self._d_low(dy)
-        d_b = [dy[:, columns].T @ low[:, ranks] for columns, ranks, _ in self._blocks()]
-        stacked = d_b[0][None] if len(d_b) == 1 else torch.stack(d_b)
-        return d_low.T @ x, d_low.sum(0, dtype=torch.float32), stacked
-
-    def _d_low(self, dy: Tensor) -> Tensor:
-        """Compute the gradient of low [M, T r] from dy [M, N]."""
-        products = [dy[:, columns] @ b for columns, _, b in self._blocks()]
-        return products[0] if len(products) == 1 else torch.cat(products, -1)
+        return adapter_gradients(dy, x, self.a, self.shift, self.b, self.first)
 
     def _blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
         """Yield the columns of y, the columns of low and the matrix [n, r] of each block of b."""
