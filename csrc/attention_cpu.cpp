@@ -6,79 +6,13 @@
 #include <utility>
 
 #include "block_cpu.h"
+#include "heads.h"
 #include "scratch.h"
-#include "tile.h"
 
 namespace upstep::UPSTEP_CAPABILITY {
 namespace {
 
-constexpr int kWide = 2 * kLanes;                 // columns of a panel
-constexpr int kRows = kManyRegisters ? 12 : 6;  // rows of a tile: 12 or 24 sums in registers
-constexpr int64_t kChunk = 8 * kRows;             // rows of scores at once
-
-// b in panels of kWide columns (the last may be of kLanes)
-void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t row, int64_t step, const float* b, float* c,
-             int64_t ldc, bool add = false) {
-  for (int64_t j = 0; j < n; j += kWide, b += kWide * k)
-    for (int64_t i = 0; i < m; i += kRows) {
-      const int64_t height = std::min<int64_t>(kRows, m - i);
-      if (n - j > kLanes) rows_of_tile<kRows, 2>(height, k, a + i * row, row, step, b, kWide, c + i * ldc + j, ldc, add);
-      else rows_of_tile<kRows, 1>(height, k, a + i * row, row, step, b, kLanes, c + i * ldc + j, ldc, add);
-    }
-}
-
-// rows of one head: `count` rows of `width` values, `stride` apart
-template <class T> struct Head {
-  T* at;
-  int64_t stride, count, width;
-
-  // times `scale`, as rows of width values
-  void rows(float scale, float* to) const {
-    for (int64_t t = 0; t < count; ++t)
-      each(width, [&](int64_t i, int n) { put(to + t * width + i, scale * take(at + t * stride + i, n), n); });
-  }
-
-  // as the b of a product: [count, width] in panels
-  void panels(float* to) const {
-    for (int64_t j = 0; j < width; j += kWide) {
-      const int64_t wide = width - j > kLanes ? kWide : kLanes;
-      for (int64_t t = 0; t < count; ++t)
-        for (int64_t i = j; i < j + wide; i += kLanes, to += kLanes)
-          store(to, i + kLanes <= width ? load(at + t * stride + i)
-                                        : load(at + t * stride + i, static_cast<int>(std::max<int64_t>(width - i, 0))));
-    }
-  }
-
-  // the transpose as the b of a product: [width, count] in panels
-  void transposed_panels(float* to) const {
-    for (int64_t j = 0; j < count; j += kWide) {
-      const int64_t wide = count - j > kLanes ? kWide : kLanes, real = std::min(wide, count - j);
-      for (int64_t t = 0; t < real; ++t)
-        for (int64_t i = 0; i < width; ++i) to[i * wide + t] = static_cast<float>(at[(j + t) * stride + i]);
-      for (int64_t t = real; t < wide; ++t)
-        for (int64_t i = 0; i < width; ++i) to[i * wide + t] = 0;
-      to += wide * width;
-    }
-  }
-
-  Head part(int64_t first, int64_t number) const { return {at + first * stride, stride, number, width}; }
-};
-
-template <class T> struct Inputs {
-  Head<T> q, k, v;
-
-  Inputs(const AttentionCall& a, int64_t pair) {
-    const int64_t image = pair / a.heads, head = pair % a.heads, across = a.heads * a.width;
-    T* at = static_cast<T*>(a.qkv) + image * a.tokens * 3 * across + head * a.width;
-    q = {at, 3 * across, a.tokens, a.width}, k = {at + across, 3 * across, a.tokens, a.width};
-    v = {at + 2 * across, 3 * across, a.tokens, a.width};
-  }
-};
-
-template <class T> Head<T> head_of(void* values, const AttentionCall& a, int64_t pair) {
-  const int64_t image = pair / a.heads, head = pair % a.heads, across = a.heads * a.width;
-  return {static_cast<T*>(values) + image * a.tokens * across + head * a.width, across, a.tokens, a.width};
-}
+constexpr int64_t kChunk = 8 * kRows;  // rows of scores at once
 
 // scores -> exp(scores - their maximum), not yet divided by their sum; returns maximum and sum
 std::pair<float, float> exponentials(float* row, int64_t tokens) {
@@ -105,31 +39,25 @@ template <class T> void forward(const AttentionCall& a, int64_t begin, int64_t e
   for (int64_t pair = begin; pair < end; ++pair) {
     const Inputs<T> in(a, pair);
     const Head<T> to = head_of<T>(a.out, a, pair);
+    if (pair + 1 < end) prefetch_inputs<T>(a, pair + 1);
     in.k.transposed_panels(keys), in.v.panels(values);
     for (int64_t t = 0; t < T_; t += chunk) {
       const int64_t rows = std::min(chunk, T_ - t);
       in.q.part(t, rows).rows(a.scale, q);
-      product(rows, wide_t, d, q, d, 1, keys, scores, wide_t);
+      product_of_panels(rows, wide_t, d, q, d, 1, keys, scores, wide_t);
       float sums[kChunk];
       for (int64_t i = 0; i < rows; ++i) {
         const auto [most, total] = exponentials(scores + i * wide_t, T_);
         sums[i] = total;
         a.lse[pair * T_ + t + i] = most + std::log(total);
       }
-      product(rows, wide_d, T_, scores, wide_t, 1, values, out, wide_d);
+      product_of_panels(rows, wide_d, T_, scores, wide_t, 1, values, out, wide_d);
       for (int64_t i = 0; i < rows; ++i)
         each(d, [&](int64_t j, int n) {
           put(to.at + (t + i) * to.stride + j, load(out + i * wide_d + j) / sums[i], n);
         });
     }
   }
-}
-
-template <class T> void write(const Head<T>& to, int64_t first, int64_t rows, const float* from, int64_t wide) {
-  for (int64_t i = 0; i < rows; ++i)
-    each(to.width, [&](int64_t j, int n) {
-      put(to.at + (first + i) * to.stride + j, load(from + i * wide + j), n);
-    });
 }
 
 template <class T> void backward(const AttentionCall& a, int64_t begin, int64_t end) {
@@ -145,13 +73,17 @@ template <class T> void backward(const AttentionCall& a, int64_t begin, int64_t 
   for (int64_t pair = begin; pair < end; ++pair) {
     const Inputs<T> in(a, pair), out(to, pair);
     const Head<T> grad = head_of<T>(a.grad, a, pair), o = head_of<T>(a.out, a, pair);
+    if (pair + 1 < end) {
+      prefetch_inputs<T>(a, pair + 1), prefetch_inputs<T>(to, pair + 1);
+      head_of<T>(a.grad, a, pair + 1).prefetch(), head_of<T>(a.out, a, pair + 1).prefetch();
+    }
     in.k.transposed_panels(keys_t), in.v.transposed_panels(values_t), in.k.panels(keys);
     for (int64_t t = 0; t < T_; t += chunk) {
       const int64_t rows = std::min(chunk, T_ - t);
       in.q.part(t, rows).rows(a.scale, q), grad.part(t, rows).rows(1, g);
       in.q.part(t, rows).panels(q_panels), grad.part(t, rows).panels(g_panels);
-      product(rows, wide_t, d, q, d, 1, keys_t, p, wide_t);
-      product(rows, wide_t, d, g, d, 1, values_t, ds, wide_t);
+      product_of_panels(rows, wide_t, d, q, d, 1, keys_t, p, wide_t);
+      product_of_panels(rows, wide_t, d, g, d, 1, values_t, ds, wide_t);
       for (int64_t i = 0; i < rows; ++i) {
         Vec along{};
         each(d, [&](int64_t j, int n) { along += take(g + i * d + j, n) * take(o.at + (t + i) * o.stride + j, n); });
@@ -163,9 +95,9 @@ template <class T> void backward(const AttentionCall& a, int64_t begin, int64_t 
           store(row_ds + j, a.scale * share * (load(row_ds + j) - delta));
         }
       }
-      product(rows, wide_d, T_, ds, wide_t, 1, keys, dq, wide_d);
-      product(T_, wide_d, rows, ds, 1, wide_t, q_panels, dk, wide_d, t > 0);
-      product(T_, wide_d, rows, p, 1, wide_t, g_panels, dv, wide_d, t > 0);
+      product_of_panels(rows, wide_d, T_, ds, wide_t, 1, keys, dq, wide_d);
+      product_of_panels(T_, wide_d, rows, ds, 1, wide_t, q_panels, dk, wide_d, t > 0);
+      product_of_panels(T_, wide_d, rows, p, 1, wide_t, g_panels, dv, wide_d, t > 0);
       write(out.q, t, rows, dq, wide_d);
     }
     write(out.k, 0, T_, dk, wide_d), write(out.v, 0, T_, dv, wide_d);
@@ -175,10 +107,16 @@ template <class T> void backward(const AttentionCall& a, int64_t begin, int64_t 
 }  // namespace
 
 void attention(const AttentionCall& a, int64_t begin, int64_t end) {
+#ifdef __AVX512BF16__
+  if (a.real == Real::kBFloat16 && a.width % 2 == 0) return attention_of_pairs(a, begin, end);
+#endif
   a.real == Real::kFloat ? forward<float>(a, begin, end) : forward<BFloat16>(a, begin, end);
 }
 
 void attention_backward(const AttentionCall& a, int64_t begin, int64_t end) {
+#ifdef __AVX512BF16__
+  if (a.real == Real::kBFloat16 && a.width % 2 == 0) return attention_of_pairs_backward(a, begin, end);
+#endif
   a.real == Real::kFloat ? backward<float>(a, begin, end) : backward<BFloat16>(a, begin, end);
 }
 

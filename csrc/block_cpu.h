@@ -80,6 +80,7 @@ struct AdapterCall {
 UPSTEP_PASSES(baseline)
 UPSTEP_PASSES(avx2)
 UPSTEP_PASSES(avx512)
+UPSTEP_PASSES(avx512_bf16)
 #undef UPSTEP_PASSES
 
 }  // namespace upstep

@@ -42,8 +42,12 @@ Passes chosen() {
   const bool is_avx2 = said != nullptr && std::strcmp(said, "avx2") == 0;
   const bool is_free = !is_avx2 && (said == nullptr || std::strcmp(said, "default") != 0);  // as torch reads it
   if (is_free && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+#ifdef UPSTEP_AVX512_BF16
+    if (__builtin_cpu_supports("avx512bf16")) return UPSTEP_PASSES(avx512_bf16);
+#endif
     return UPSTEP_PASSES(avx512);
+  }
   if ((is_free || is_avx2) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     return UPSTEP_PASSES(avx2);
 #endif

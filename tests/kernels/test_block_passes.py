@@ -93,12 +93,38 @@ def test_attention_and_its_backward(T, d, dtype):
     near(cpp.backward(grad, qkv, out, lse, d**-0.5), wide.grad, 2 * BOUNDS[dtype])
 
 
-def test_attention_keeps_a_nan_in_its_sequence_and_head():
-    qkv = torch.randn(2, 9, 3, 2, 16)
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_attention_keeps_a_nan_in_its_sequence_and_head(dtype):
+    qkv = torch.randn(2, 9, 3, 2, 16).to(dtype)
     qkv[0, 4, 0, 1] = float("nan")
     out, lse = cpp.forward(qkv, 0.25)
     assert out[0, 4, 1].isnan().all() and lse[0, 1, 4].isnan()
     assert out.isnan().sum() == 16 and lse.isnan().sum() == 1
+    dqkv = cpp.backward(torch.ones_like(out), qkv, out, lse, 0.25)
+    assert dqkv[0, 4, 0, 1].isnan().all() and dqkv[0, :, 1:, 1].isnan().all()
+    assert dqkv[0, :, :, 0].isfinite().all() and dqkv[1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_attention_of_scores_far_from_zero(sign, dtype):
+    # what stands behind the last token has a score of 0, and must not count
+    torch.manual_seed(0)
+    qkv = torch.randn(1, 5, 3, 2, 16)
+    qkv[:, :, 0], qkv[:, :, 1] = sign * (30 + 0.1 * qkv[:, :, 0]), 30 + 0.1 * qkv[:, :, 1]
+    qkv = qkv.to(dtype)
+    out, lse = cpp.forward(qkv, 0.25)
+    wide = qkv.double().requires_grad_()
+    q, k, v = wide.permute(2, 0, 3, 1, 4)
+    scores = (q @ k.mT) * 0.25
+    expected = (scores.softmax(-1) @ v).transpose(1, 2)
+    # a score near 3600 in fp32 is exact to 2e-4, and so are the shares
+    near(out, expected.detach(), BOUNDS[dtype] + 1e-3)
+    near(lse, scores.logsumexp(-1).detach(), 2e-6)
+    expected.sum().backward()
+    dqkv = cpp.backward(torch.ones_like(out), qkv, out, lse, 0.25)
+    near(dqkv[:, :, 2], wide.grad[:, :, 2], 2 * BOUNDS[dtype] + 1e-3)
+    assert dqkv.isfinite().all()
 
 
 ADAPTERS = {  # rows, columns of dy, columns of a part, first columns, K, r
