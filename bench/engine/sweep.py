@@ -26,6 +26,7 @@ from torch import nn
 from upstep_fast.cli import benchmark
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.flat import from_flat
+from upstep_fast.config.presets import PRESETS
 from upstep_fast.config.tools import BenchConfig
 from upstep_fast.data.views.types import Views
 from upstep_fast.model import backbone
@@ -94,7 +95,7 @@ def step_rows(options: dict[str, Any], skipped: float, compute: Compute, runs: i
     for name, implementation in (("reference", "reference"), ("engine", "auto")):
         config = from_flat(
             AdaptConfig,
-            **options | {"batch_size": options["batch_size"] // 2},
+            **PRESETS["upstep"] | options | {"batch_size": options["batch_size"] // 2},
             data=("none",),
             out="none",
             steps=10**6,

@@ -3,7 +3,7 @@
 python bench/gpu/facts.py machine DEVICE
 python bench/gpu/facts.py check OP DEVICE [IMPLEMENTATION]
 python bench/gpu/facts.py tests OUT PYTEST-ARGUMENTS...
-python bench/gpu/facts.py bench FILE SHAPE OUT
+python bench/gpu/facts.py bench FILE SHAPE
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pytest
 from first import FACT
 
 
@@ -84,24 +85,35 @@ def tests(out: str, *arguments: str) -> int:
     return 0 if code in (0, 5) else 1  # 5: no test was selected
 
 
-def bench(file: str, shape: str, out: str) -> int:
-    """Run the benchmarks of one op at one shape; emit medians [ms a call], with the copy of as many bytes as floor."""
-    report = Path(out, f".bench-{Path(file).stem}.json")
-    command = [sys.executable, "-m", "pytest", "-q", file, "-k", shape, "--benchmark-only", "-p", "no:cacheprovider"]
-    result = subprocess.run([*command, f"--benchmark-json={report}"], stdout=sys.stdout, stderr=subprocess.STDOUT)
-    if report.exists() and report.stat().st_size:
-        for row in json.loads(report.read_text())["benchmarks"]:
-            info = row["extra_info"]
+class Benchmarks:
+    """A plugin of pytest: emit each benchmark as it ends, so that a kill leaves those before it.
+
+    Medians in ms a call, beside the bytes that a call must move.
+    """
+
+    def pytest_runtest_logfinish(self) -> None:
+        for done in self.benchmarks[self.emitted :]:
+            print()  # after pytest's dot
+            info, calls = done.extra_info, done.extra_info.get("calls", 1)
             emit(
-                group=row["group"],
-                variant=str((row.get("params") or {}).get("name", row["name"])),
-                median_ms=1e3 * row["stats"]["median"] / info.get("calls", 1),
-                iqr_ms=1e3 * row["stats"]["iqr"] / info.get("calls", 1),
+                group=done.group,
+                variant=str((done.params or {}).get("name", done.name)),
+                median_ms=1e3 * done.stats.median / calls,
+                iqr_ms=1e3 * done.stats.iqr / calls,
                 bytes=info.get("bytes"),
                 ran=info.get("ran"),
             )
-        report.unlink()
-    return int(result.returncode not in (0, 5))
+        self.emitted = len(self.benchmarks)
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.benchmarks: list[Any] = session.config._benchmarksession.benchmarks  # type: ignore[attr-defined]
+        self.emitted = 0
+
+
+def bench(file: str, shape: str) -> int:
+    """Run the benchmarks of one op at one shape and emit each of them."""
+    arguments = ["-q", "-s", file, "-k", shape, "--benchmark-only", "-p", "no:cacheprovider"]
+    return int(pytest.main(arguments, plugins=[Benchmarks()]) not in (0, 5))  # 5: none at this shape
 
 
 KINDS: dict[str, Callable[..., int]] = {"machine": machine, "check": check, "tests": tests, "bench": bench}

@@ -36,7 +36,7 @@ def make_tasks(device: str, out: Path) -> list[Task]:
         _tests(device, out),
         *_sanitize(device),
         *(_step(precision, form, device) for precision, form in steps[:2]),
-        *(_bench(path, device, out) for path in sorted(KERNEL_BENCHES.glob("bench_*.py"))),
+        *(_bench(path, device) for path in sorted(KERNEL_BENCHES.glob("bench_*.py"))),
         *(_step(precision, form, device) for precision, form in steps[2:]),
         Task("profile", "speed", (PYTHON, STEP, "--device", device, "--profile", "25"), 60),
     ]
@@ -114,10 +114,10 @@ def _sanitize(device: str) -> list[Task]:
     ]
 
 
-def _bench(path: Path, device: str, out: Path) -> Task:
+def _bench(path: Path, device: str) -> Task:
     name = path.stem.removeprefix("bench_")
     shape = "" if name in NO_MODEL else SHAPE[device]
-    return Task(f"bench {name}", "speed", (PYTHON, READ, "bench", str(path), shape, str(out)), 45)
+    return Task(f"bench {name}", "speed", (PYTHON, READ, "bench", str(path), shape), 45)
 
 
 def _step(precision: str, form: str, device: str) -> Task:

@@ -152,7 +152,7 @@ def measure(job: Job, split: str, work: Path) -> dict[str, Any]:
         began, cpu = time.monotonic(), time.process_time()
         looks = {} if "steps" not in job.options else looked_at(job.options["steps"])
         # all images are trained on, and no adapter is refused
-        options = {"verdict": "off", "log_every": 1000} | looks | job.options
+        options = {"preset": "upstep", "verdict": "off", "log_every": 1000} | looks | job.options
         adapt(model=job.model, data=str(chosen_on), out=folder, seed=job.seed, **options)
         taken = {"seconds": round(time.monotonic() - began, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
         taken["trained"] = commit()

@@ -37,8 +37,8 @@ DIET = ("--method", "diet", "--lora-blocks", "3", "--lr", "1e-3")
 ARMS: dict[str, tuple[str, tuple[str, ...], tuple[int, ...]]] = {
     "plain": ("script", RECIPE, (40, 80, 160)),
     "old": ("old", (*RECIPE, "--gate", "none", "--cvr", "off"), (40, 80, 160)),
-    "engine": ("adapt", (*RECIPE, *PLAIN), (40, 80, 160)),
-    "fast": ("adapt", (*RECIPE, *PLAIN, *FAST), (20, 40, 80, 160)),
+    "engine": ("adapt", (*RECIPE, *PLAIN, "--objective", "clustering"), (40, 80, 160)),
+    "fast": ("adapt", (*RECIPE, *PLAIN, *FAST), (20, 40, 80, 160, 320)),
     # rivals on the same adapters; a step of diet has one view of each image, and half the work
     "diet": ("adapt", (*RECIPE, *PLAIN, *DIET), (160,)),
     "simclr": ("script", (*RECIPE, "--objective", "simclr", "--blocks", "3", "--lr", "6e-3"), (80,)),

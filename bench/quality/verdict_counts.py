@@ -1,7 +1,8 @@
 """How often the label-free verdict of `adapt` was right, counted over the stored runs of the study.
 
     cd bench/results
-    python ../quality/verdict_counts.py study_cpu2.jsonl study_cpu3.jsonl --out verdict.json --page verdict.md
+    python ../quality/verdict_counts.py study_cpu2.jsonl study_cpu3.jsonl --recipe time_to_gain_cpu.jsonl \
+        --out verdict.json --page verdict.md
 
 A run as trained is one row of split "select" at strength 1; the other strengths of an adapter are no independent runs
 and are counted apart. gained: k-NN accuracy of the adapted features above the base model's; lost: by more than WORSE
@@ -11,6 +12,9 @@ data sets.
 By word: the rows hold the sum of the changes d of N images, not their squares, which the interval needs. As d is 0,
 -+1/2 or -+1, sum(d^2) >= |sum(d)| / 2: with that smallest interval "better" counts every run that the word may have
 been said of, and "no measurable change" those of which it was certainly said.
+
+--recipe: rows of time_to_gain.py, whose runs by VICReg kept their verdict: scores are those that `adapt` gave, the
+truth is k-NN accuracy on the test part. The bound of 0 was not fitted to them.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from study_predictor import TRAINED, WORSE, Point, leave_one_out, points
+from study_predictor import TRAINED, WORSE, Point, leave_one_out, points, rank_correlation
 from study_scores import JUDGED
 
 from upstep_fast.evaluation.intervals import accuracy_interval, change_interval
@@ -48,6 +52,16 @@ features on labeled images. Gained: any gain; lost: more than half a point. In b
   without the run's own data set.
 - No run as trained had a score below -15. The adapters with one are such runs at 2 or 4 times their strength.
 - The verdict compares the adapted features with the base model's, both without whitening.
+
+## The default recipe
+
+Runs by VICReg on the same sets (`time_to_gain_cpu.jsonl`, among them runs at too large a learning rate), each on 64 to
+256 images that were not trained on. "Better" is a score above 0. Rank correlation of score and gain (Spearman):
+{rank:+.2f}.
+
+| verdict | runs | gained | lost |
+|---|--:|--:|--:|
+{recipe}
 """
 
 
@@ -76,7 +90,7 @@ def word_counts(scored: Iterable[tuple[float, Point]]) -> dict[str, dict[str, An
         change = point.scores["view_agreement"]  # mean(d)
         drift = 100 * change - score
         low, _ = change_interval(change * JUDGED, abs(change) * JUDGED / 2, JUDGED)
-        words[score_outcome(score, low - drift)].append(point.gain)
+        words[score_outcome(score, low - drift, JUDGED)].append(point.gain)
     return {word: _counts(gains) for word, gains in words.items()}
 
 
@@ -89,7 +103,28 @@ def page(counted: dict[str, Any]) -> str:
     for title, key in (("above 0", "above_0"), ("-15 to 0", "between")):
         rows.append((f"score {title}, runs", counted["runs"][key]))
     lines = [_row(title, of) for title, of in rows]
-    return PAGE.format(table="\n".join(lines), sets=", ".join(counted["data_sets"]), n=_total(counted["words"]))
+    recipe = [_row(word, of) for word, of in counted["vicreg"]["words"].items() if of["n"]]
+    return PAGE.format(
+        recipe="\n".join(recipe),
+        rank=counted["vicreg"]["rank"],
+        table="\n".join(lines),
+        sets=", ".join(counted["data_sets"]),
+        n=_total(counted["words"]),
+    )
+
+
+def recipe_counts(path: Path) -> dict[str, Any]:
+    """Return by word what `group_counts` returns by group of scores, and the rank correlation, of runs by VICReg."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    words: dict[str, list[float]] = {"better": [], "no measurable change": [], "worse": []}
+    scores, gains = [], []
+    for row in rows:
+        if "verdict" in row and row["key"][0].startswith("fast"):
+            said, gain = row["verdict"]["verdict"], row["gains"]["adapted"]
+            words[score_outcome(said["gain"], said["low"], said["images"], "vicreg")].append(gain)
+            scores.append(said["gain"])
+            gains.append(gain)
+    return {"words": {word: _counts(found) for word, found in words.items()}, "rank": rank_correlation(scores, gains)}
 
 
 def _total(groups: dict[str, dict[str, Any]]) -> int:
@@ -128,10 +163,11 @@ def main() -> None:
     """Count and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("--recipe", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--page", type=Path, help="the same as Markdown")
     args = parser.parse_args()
-    counted = counts(args.files)
+    counted = counts(args.files) | {"vicreg": recipe_counts(args.recipe)}
     args.out.write_text(json.dumps(counted, indent=2) + "\n")
     if args.page is not None:
         args.page.write_text(page(counted))

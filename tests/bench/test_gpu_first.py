@@ -204,3 +204,17 @@ def test_page_compares_with_floor_and_rival(bench, tmp_path):
     text = (tmp_path / "page.md").read_text()
     assert "| gelu forward | 3.000 | 3.00x | compiled 2.000 | 1.50 |" in text
     assert "gelu forward: compiled is 1.50x as fast as ours" in text
+
+
+def test_a_benchmark_that_is_killed_keeps_the_facts_before_it(tmp_path):
+    file = tmp_path / "bench_x.py"
+    file.write_text(
+        "import os\n"
+        "def test_one(benchmark):\n    benchmark.group = 'x'\n    benchmark.pedantic(abs, (1,), rounds=3)\n"
+        "def test_two(benchmark):\n    os._exit(9)\n"
+    )
+    command = [sys.executable, str(ROOT / "bench/gpu/facts.py"), "bench", str(file), ""]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    facts = [json.loads(line[5:]) for line in done.stdout.splitlines() if line.startswith("FACT ")]
+    assert done.returncode == 9 and [(fact["group"], fact["variant"]) for fact in facts] == [("x", "test_one")]
+    assert facts[0]["median_ms"] > 0

@@ -9,10 +9,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from adapt_configs import upstep_config
 from PIL import Image
 from scipy.stats import spearmanr
 
-from upstep_fast.config.flat import from_flat
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.evaluation import whitening
 
@@ -226,7 +226,6 @@ def test_what_has_no_row_is_named(bench, grid):
 
 @pytest.mark.parametrize("name", ["study.toml", "study_cpu2.toml"])
 def test_the_grids_that_are_shipped_are_valid(bench, shared, name, monkeypatch):
-    from upstep_fast.config.adapt import AdaptConfig
 
     monkeypatch.chdir(BENCH.parent)
     if not Path("../shared/data/gtsrb_32.tar").is_file():
@@ -234,7 +233,7 @@ def test_the_grids_that_are_shipped_are_valid(bench, shared, name, monkeypatch):
     jobs = bench("study").read_grid(BENCH / "quality" / name)
     for job in jobs:
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in job.options.items()}
-        from_flat(AdaptConfig, model=job.model, data=(job.data,), out="", seed=job.seed, **options)
+        upstep_config(model=job.model, data=(job.data,), out="", seed=job.seed, **options)
     assert len({job.key for job in jobs}) == len(jobs)
 
 

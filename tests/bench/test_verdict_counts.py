@@ -9,11 +9,13 @@ RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 
 
 def test_the_counts_are_those_of_the_stored_runs(bench):
-    counts = bench("verdict_counts").counts([RESULTS / f"study_cpu{i}.jsonl" for i in (2, 3)])
+    tool = bench("verdict_counts")
+    counts = tool.counts([RESULTS / f"study_cpu{i}.jsonl" for i in (2, 3)])
+    counts["vicreg"] = tool.recipe_counts(RESULTS / "time_to_gain_cpu.jsonl")
     assert counts == json.loads((RESULTS / "verdict.json").read_text())
     assert sum(group["n"] for group in counts["runs"].values()) == 40
     assert sum(group["n"] for group in counts["words"].values()) == 40
-    assert bench("verdict_counts").page(counts) == (RESULTS / "verdict.md").read_text()
+    assert tool.page(counts) == (RESULTS / "verdict.md").read_text()
 
 
 def test_shares_have_scipys_interval():

@@ -5,6 +5,7 @@ import tomllib
 
 import numpy as np
 import pytest
+from adapt_configs import upstep_config
 
 from upstep_fast.cli.parse import parse
 from upstep_fast.config.adapt import AdaptConfig
@@ -54,7 +55,7 @@ BASE = dict(model="m", data=("d",), out="o")
 )
 def test_a_bad_value_is_refused_by_its_name(field, value):
     with pytest.raises(ConfigError, match=rf"^{field}: .*") as error:
-        from_flat(AdaptConfig, **{**BASE, field: value})
+        upstep_config(**{**BASE, field: value})
     assert "\n" not in str(error.value)
 
 
@@ -74,7 +75,7 @@ def test_a_bad_value_is_refused_by_its_name(field, value):
 )
 def test_what_no_run_could_use_is_refused_on_every_way_in(field, value, message, tmp_path):
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
-        from_flat(AdaptConfig, **{**BASE, field: value})
+        upstep_config(**{**BASE, field: value})
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         from_options(AdaptConfig, {**BASE, field: value}, "adapt")
     values = value if isinstance(value, tuple) else (value,)
@@ -92,25 +93,25 @@ def test_limits_are_of_flags_that_there_are():
 
 def test_odd_texts_survive_toml_and_texts_that_cannot_are_refused():
     odd = 'a\x7fb\x1b\t\n"\\\u2028é\U0001f600'
-    config = from_flat(AdaptConfig, **{**BASE, "out": odd})
+    config = upstep_config(**{**BASE, "out": odd})
     assert tomllib.loads(to_toml(config))["output"]["out"] == odd
     with pytest.raises(ConfigError, match=r"^out: 'a\\udcff' is not UTF-8, so config\.toml cannot hold it; rename it$"):
-        to_toml(from_flat(AdaptConfig, **{**BASE, "out": "a\udcff"}))
+        to_toml(upstep_config(**{**BASE, "out": "a\udcff"}))
 
 
 def test_fields_that_exclude_one_another():
     with pytest.raises(ConfigError, match="steps and epochs"):
-        from_flat(AdaptConfig, **BASE, steps=5, epochs=1.0)
+        upstep_config(**BASE, steps=5, epochs=1.0)
     with pytest.raises(ConfigError, match="views"):
-        from_flat(AdaptConfig, **BASE, layout="asymmetric", gate="views")
+        upstep_config(**BASE, layout="asymmetric", gate="views")
     with pytest.raises(ConfigError, match="crop_min"):
-        from_flat(AdaptConfig, **BASE, crop_min=0.9, crop_max=0.5)
+        upstep_config(**BASE, crop_min=0.9, crop_max=0.5)
     with pytest.raises(ConfigError, match="ensemble"):
         from_flat(EmbedConfig, model="m", data=("d",), out="f.npy", ensemble=True)
 
 
 def test_toml_round_trip(tmp_path):
-    config = from_flat(AdaptConfig, **BASE, steps=7, lora_targets=("q", "v"), cvr="off", overwrite=True, crop_min=0.1)
+    config = upstep_config(**BASE, steps=7, lora_targets=("q", "v"), cvr="off", overwrite=True, crop_min=0.1)
     (tmp_path / "c.toml").write_text(to_toml(config))
     again = parse(AdaptConfig, ["--config", str(tmp_path / "c.toml")], "upstep-fast adapt")
     assert again == config
@@ -247,7 +248,7 @@ def test_help_lists_common_options_and_help_all_every_option(capsys):
 
 
 def test_a_resolved_configuration_has_its_steps_and_names_what_was_reduced():
-    config = from_flat(AdaptConfig, **BASE, batch_size=64, prototypes=300)
+    config = upstep_config(**BASE, batch_size=64, prototypes=300)
     with pytest.raises(ValueError, match="not resolved"):
         _ = config.optimization.num_steps
     resolved = resolve(config, 24)
@@ -262,11 +263,11 @@ def test_a_resolved_configuration_has_its_steps_and_names_what_was_reduced():
 )
 def test_the_default_number_of_steps(num_images, steps):
     """max(10 N / B, min(400, 30 N / B)) for batches of B = 256; what is given is kept."""
-    resolved = resolve(from_flat(AdaptConfig, **BASE), num_images)
+    resolved = resolve(upstep_config(**BASE), num_images)
     assert resolved.config.optimization.num_steps == steps
     assert resolved.has_few_images == (steps < 400)
     assert steps * 256 / num_images <= 30
-    given = resolve(from_flat(AdaptConfig, **BASE, steps=5000), num_images)
+    given = resolve(upstep_config(**BASE, steps=5000), num_images)
     assert given.config.optimization.num_steps == 5000 and not given.has_few_images
 
 

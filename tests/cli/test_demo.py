@@ -4,13 +4,12 @@ import json
 import re
 
 import pytest
+from adapt_configs import upstep_config
 
 from upstep_fast import evaluate
 from upstep_fast.cli import demo
 from upstep_fast.cli.commands import main
-from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.files import to_toml
-from upstep_fast.config.flat import from_flat
 from upstep_fast.config.tools import DemoConfig
 from upstep_fast.train.adapt import adapt
 
@@ -76,7 +75,7 @@ def left(folder, finished, **changed):
     """The folder as a demo leaves it, of the recipe with changes."""
     options = {"model": "demo", "data": (DATA,), "seed": 0, **demo.RECIPE, **changed}
     folder.mkdir()
-    (folder / "config.toml").write_text(to_toml(from_flat(AdaptConfig, out=str(folder), **options)))
+    (folder / "config.toml").write_text(to_toml(upstep_config(out=str(folder), **options)))
     if finished:
         (folder / "eval.json").write_text("{}")
 

@@ -69,8 +69,7 @@ def test_the_short_help_tells_choices_and_defaults(capsys):
     assert method.split(None, 2)[2] == "upstep, explora, diet: adaptation method (upstep)"
     (batch,) = [line for line in lines if line.startswith("  --batch-size")]
     assert (
-        batch.endswith("(256)")
-        and from_flat(AdaptConfig, model="m", data=("d",), out="o").optimization.batch_size == 256
+        batch.endswith("(64)") and from_flat(AdaptConfig, model="m", data=("d",), out="o").optimization.batch_size == 64
     )
     (model,) = [line for line in lines if line.startswith("  --model")]
     assert model.endswith("(required)")

@@ -8,13 +8,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from adapt_configs import upstep_config
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 from view_checks import needs, torchvision_view
 
 from upstep_fast.cli.parse import parse
 from upstep_fast.config.adapt import AdaptConfig
-from upstep_fast.config.flat import from_flat
 from upstep_fast.data.keyed_random import uniform, uniform_array
 from upstep_fast.data.views import color, make_views
 from upstep_fast.data.views import view_params as draws
@@ -438,7 +438,7 @@ def test_presets_fit_their_kind_of_image():
     assert PRESETS["document"].flip == PRESETS["document"].vertical_flip == PRESETS["document"].rotate90 == 0
     for field, value in (("hue", 0.6), ("crop_ratio", (2, 1)), ("brightness", -1), ("solarize", 2), ("rotate90", -1)):
         with pytest.raises(ConfigError, match=field):
-            from_flat(AdaptConfig, model="m", data=("d",), out="o", **{field: value})
+            upstep_config(model="m", data=("d",), out="o", **{field: value})
 
 
 @pytest.mark.parametrize("blur", [0.0, 0.5])

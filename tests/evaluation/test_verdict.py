@@ -115,13 +115,32 @@ def test_the_texts_promise_what_was_counted():
     counted = json.loads((RESULTS / "verdict.json").read_text())
     words = counted["words"] | {"worse": counted["adapters"]["clearly_worse"]}
     for word, counts in words.items():
-        assert verdict.STORED[word] == (counts["gained"], counts["lost"], counts["n"])
+        assert verdict.STORED["clustering"][word] == (counts["gained"], counts["lost"], counts["n"])
+    recipe = {word: counts for word, counts in counted["vicreg"]["words"].items() if counts["n"]}
+    assert verdict.STORED["vicreg"] == {
+        word: (counts["gained"], counts["lost"], counts["n"]) for word, counts in recipe.items()
+    }
     # "better" alone is for a word that is right nearly always
     low, _ = counted["words"]["better"]["share_gained_95"]
     views = random_views(200, noise=1.2)
     given = verdict.label_free_verdict(views, 0.2 * views + 0.8 * torch.stack([views.mean(0)] * 2))
     assert low < 95 and given.outcome == "better" and given.text.startswith("probably better: label-free score +")
     assert given.text.endswith("an estimate: of 14 stored runs like this, 11 gained k-NN accuracy and 0 lost")
+
+
+@pytest.mark.parametrize(
+    ("score", "low", "images", "objective", "outcome"),
+    [
+        (0.5, -3.0, 64, "vicreg", "better"),
+        (0.5, -3.0, 63, "vicreg", "no measurable change"),
+        (0.5, -3.0, 64, "clustering", "no measurable change"),
+        (4.0, 0.5, 16, "clustering", "better"),
+        (0.0, -3.0, 64, "vicreg", "no measurable change"),
+        (-15.1, -20.0, 64, "vicreg", "worse"),
+    ],
+)
+def test_words_of_a_score(score, low, images, objective, outcome):
+    assert verdict.score_outcome(score, low, images, objective) == outcome
 
 
 def test_views_are_found_both_ways():

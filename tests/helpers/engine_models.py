@@ -4,10 +4,9 @@ from pathlib import Path
 
 import timm
 import torch
+from adapt_configs import upstep_config
 
 import upstep_fast
-from upstep_fast.config.adapt import AdaptConfig
-from upstep_fast.config.flat import from_flat
 from upstep_fast.data.views.types import Views
 from upstep_fast.engine import vit as engine
 from upstep_fast.model import backbone, lora
@@ -114,8 +113,7 @@ def kept_bytes(memory, dtype, depth, fused, variant="class token", frozen=0):
 def run_state(steps, implementation, precision="fp32", device="cpu", **options):
     """The start of a run of the real small model."""
     assets = Path(upstep_fast.__file__).parent / "assets"
-    config = from_flat(
-        AdaptConfig,
+    config = upstep_config(
         model=f"local-dir:{assets / 'base_tiny'}",
         data=("none",),
         out="none",

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from adapt_configs import upstep_config
 from safetensors.torch import load_file
 
 import upstep_fast
-from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.explora import Dinov2Config
 from upstep_fast.config.flat import from_flat
 from upstep_fast.data.sources.source import open_source
@@ -89,14 +89,14 @@ def test_steps_that_are_not_applied_do_not_count(options, monkeypatch, tmp_path)
 
 def test_validator_evaluates_the_saved_weights(options, tmp_path, monkeypatch, photos):
     held_out = open_source(photos)
-    config = from_flat(AdaptConfig, **{**options, "data": ("",), "out": "", "adapter_ema": 0.9})
+    config = upstep_config(**{**options, "data": ("",), "out": "", "adapter_ema": 0.9})
     compute = resolve("cpu", "fp32")
     judge = validator.Validator(config, held_out, backbone.load(options["model"]), compute, tmp_path)
     looked = []
     monkeypatch.setattr(validator, "judge", lambda base, adapted: looked.append(adapted) or {})
     monkeypatch.setattr(validator, "predicted_gain", lambda scores: 1.0)
     state = fresh_state(
-        from_flat(AdaptConfig, **{**options, "data": ("",), "out": "", "adapter_ema": 0.9, "memory": "fast"}),
+        upstep_config(**{**options, "data": ("",), "out": "", "adapter_ema": 0.9, "memory": "fast"}),
         compute,
         backbone.load(options["model"]),
     )

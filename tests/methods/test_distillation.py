@@ -5,10 +5,9 @@ import math
 
 import pytest
 import torch
+from adapt_configs import upstep_config
 
 import upstep_fast
-from upstep_fast.config.adapt import AdaptConfig
-from upstep_fast.config.flat import from_flat
 from upstep_fast.data.views.types import Views
 from upstep_fast.errors import ConfigError
 from upstep_fast.methods import build
@@ -79,7 +78,7 @@ def options(options):
 
 @pytest.mark.parametrize("form", ["feature", "relational"])
 def test_loss_contains_the_distance_from_the_base_model(options, form):
-    config = from_flat(AdaptConfig, **{**options, "data": ("",), "out": ""}, distil=form, distil_weight=0.7)
+    config = upstep_config(**{**options, "data": ("",), "out": ""}, distil=form, distil_weight=0.7)
     method = build(backbone.load(options["model"]), config)
     method.accelerate(torch.float32)
     pixels = torch.randn(2, 6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -90,7 +89,7 @@ def test_loss_contains_the_distance_from_the_base_model(options, form):
     base = pooling.features(backbone.load(options["model"]).vit, pixels.flatten(0, 1))
     learning = method.embed(Views.of(pixels))
     with_penalty = method.loss(learning)
-    method.config = from_flat(AdaptConfig, **{**options, "data": ("",), "out": ""})
+    method.config = upstep_config(**{**options, "data": ("",), "out": ""})
     expected = 0.7 * distillation_loss(form, adapted, base, 0.1)
     assert expected.item() > 0.01
     assert (with_penalty - method.loss(learning)).item() == pytest.approx(expected.item(), rel=1e-3)

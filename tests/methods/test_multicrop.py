@@ -6,9 +6,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from adapt_configs import upstep_config
 
 import upstep_fast
-from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.explora import MaeConfig
 from upstep_fast.config.flat import from_flat
 from upstep_fast.data.loading.loader import Batch
@@ -26,7 +26,7 @@ def options(options):
 
 def build(options, **changes):
     """A method whose adapters are far from the base model, and the views of a batch of six images."""
-    config = from_flat(AdaptConfig, **{**options, "data": ("",), "out": "", **changes})
+    config = upstep_config(**{**options, "data": ("",), "out": "", **changes})
     method = ExtendedUpStep(backbone.load(options["model"]), config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -131,6 +131,6 @@ def test_unsupported_options_raise():
         ({"local_views": 1, "cuda_graphs": True}, "cuda_graphs and local_views"),
     ):
         with pytest.raises(ConfigError, match=named):
-            from_flat(AdaptConfig, model="m", data=("d",), out="o", **options)
+            upstep_config(model="m", data=("d",), out="o", **options)
     with pytest.raises(ConfigError, match="local_views: --objective mae"):
         from_flat(MaeConfig, model="m", data=("d",), out="o", local_views=2)

@@ -5,11 +5,10 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from adapt_configs import upstep_config
 from references.upstep import sinkhorn
 
 import upstep_fast
-from upstep_fast.config.adapt import AdaptConfig
-from upstep_fast.config.flat import from_flat
 from upstep_fast.data.views.types import Views
 from upstep_fast.errors import ConfigError
 from upstep_fast.kernels.sinkhorn import sinkhorn as sinkhorn_op
@@ -31,7 +30,7 @@ def options(options):
 
 def build(options, **changes):
     """A method whose adapters are far from the base model."""
-    config = from_flat(AdaptConfig, **{**options, "data": ("",), "out": "", **changes})
+    config = upstep_config(**{**options, "data": ("",), "out": "", **changes})
     method = build_method(backbone.load(options["model"]), config)
     with torch.no_grad():
         for adapter in method.adapters.values():
@@ -91,9 +90,7 @@ def test_targets_are_balanced_over_the_queue_and_the_loss_is_the_batchs(options)
 
 @pytest.mark.parametrize("layout", ["symmetric", "asymmetric"])
 def test_queue_starts_full_and_takes_embeddings_of_update_steps(options, layout):
-    config = from_flat(
-        AdaptConfig, **{**options, "data": ("",), "out": "", "layout": layout, "queue": 10, "gate": "alternate"}
-    )
+    config = upstep_config(**{**options, "data": ("",), "out": "", "layout": layout, "queue": 10, "gate": "alternate"})
     state = fresh_state(config, compute := resolve("cpu", "fp32"), backbone.load(options["model"]))
     method, views = state.method, 2 if layout == "symmetric" else 1
     assert method.needs_init

@@ -5,12 +5,12 @@ import json
 import pytest
 import timm
 import torch
+from adapt_configs import upstep_config
 from safetensors.torch import load_file
 
 import upstep_fast
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.files import from_options, read_toml, to_toml
-from upstep_fast.config.flat import from_flat
 from upstep_fast.errors import ConfigError
 from upstep_fast.model import backbone, peft_format, pooling
 
@@ -74,7 +74,7 @@ def test_adapters_on_the_last_blocks_alone(options, model, tmp_path):
 )
 def test_full_tuning_refuses_what_needs_adapters(wrong):
     with pytest.raises(ConfigError, match=f"{next(iter(wrong))}: needs --tune lora"):
-        from_flat(AdaptConfig, model="m", data=("d",), out="o", tune="full", **wrong)
+        upstep_config(model="m", data=("d",), out="o", tune="full", **wrong)
 
 
 def test_tune_is_an_option_of_upstep(options):
@@ -83,6 +83,6 @@ def test_tune_is_an_option_of_upstep(options):
 
 
 def test_configuration_round_trips_through_toml(tmp_path):
-    config = from_flat(AdaptConfig, model="m", data=("d",), out="o", tune="full")
+    config = upstep_config(model="m", data=("d",), out="o", tune="full")
     (tmp_path / "config.toml").write_text(to_toml(config))
     assert from_options(AdaptConfig, read_toml(tmp_path / "config.toml", AdaptConfig), "adapt") == config

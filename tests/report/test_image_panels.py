@@ -12,13 +12,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from adapt_configs import upstep_config
 from markupsafe import escape
 from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 
 import upstep_fast
-from upstep_fast.config.flat import from_flat
 from upstep_fast.data.loading.skipped_images import write_skipped
 from upstep_fast.report import charts, image_panels, neighbors, pca_plot, run_record
 from upstep_fast.report import page as report_page
@@ -170,7 +170,7 @@ def test_image_panels_are_deterministic(finished, monkeypatch):
     from upstep_fast.runtime.device import resolve
 
     values = read_toml(finished / "out" / "config.toml", AdaptConfig)
-    config = from_flat(AdaptConfig, **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    config = upstep_config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     source, compute = open_source(config.data.paths), resolve("cpu", "fp32")
     looks = [image_panels.compute_panels(config, compute, source, finished / "out") for _ in range(2)]
     assert looks[0] == looks[1] and looks[0].odd == image_panels.read_panels(finished / "out").odd

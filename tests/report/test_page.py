@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 import pytest
 import timm
 import torch
+from adapt_configs import upstep_config
 from PIL import Image
 
 import upstep_fast
@@ -21,7 +22,7 @@ from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.evaluate import EmbedConfig, EvalConfig
 from upstep_fast.config.explore import ExploreConfig
 from upstep_fast.config.files import to_toml
-from upstep_fast.config.flat import flat, from_flat
+from upstep_fast.config.flat import flat
 from upstep_fast.config.search import SearchConfig
 from upstep_fast.config.tools import ExportConfig, ReportConfig
 from upstep_fast.data.loading.skipped_images import write_skipped
@@ -115,7 +116,7 @@ def row(step, **changes):
 def make_run(folder, rows, *, skipped=(), scores=None, log="", **options):
     folder.mkdir(parents=True, exist_ok=True)
     config = dict(model="vit_base_patch16_224", data=("photos",), out=str(folder), steps=len(rows) or 5, batch_size=10)
-    (folder / "config.toml").write_text(to_toml(from_flat(AdaptConfig, **config | options)))
+    (folder / "config.toml").write_text(to_toml(upstep_config(**config | options)))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     write_skipped(folder / "skipped.csv", skipped)
     if scores is not None:
@@ -414,7 +415,7 @@ def test_missing_tensorboard_is_reported_before_the_run(monkeypatch):
 
     monkeypatch.setattr(config.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"tensorboard.*pip install"):
-        from_flat(AdaptConfig, model="m", data=("d",), out="o", tensorboard=True)
+        upstep_config(model="m", data=("d",), out="o", tensorboard=True)
 
 
 def test_reduced_lines_keep_mean_and_range():
@@ -493,9 +494,9 @@ def test_a_run_has_its_report_and_its_log(options, monkeypatch):
     assert "batch_size: reduced from 64 to the 10 images there are" in page.text
     log = (out / "train.log").read_text()
     assert "INFO upstep-fast" in log and "INFO step 2/4" in log and "INFO step 4/4" in log and "ERROR" not in log
-    line = embed_command(flat(from_flat(AdaptConfig, **options | {"data": ("hf:x",), "image_column": "left"})), out)
+    line = embed_command(flat(upstep_config(**options | {"data": ("hf:x",), "image_column": "left"})), out)
     assert f" embed {shlex.quote(str(out))} --data hf:x --image-column left --out " in line
-    line = embed_command(flat(from_flat(AdaptConfig, **options | {"data": ("a b",)})), out)
+    line = embed_command(flat(upstep_config(**options | {"data": ("a b",)})), out)
     command = parse.parse(EmbedConfig, ["--adapter", *shlex.split(line)[2:]], prog="embed")
     assert command.data.paths == ("a b",)
     assert command.model.name == options["model"] and command.adapter == str(out / "adapter")

@@ -9,12 +9,11 @@ from typing import ClassVar
 
 import pytest
 import torch
+from adapt_configs import upstep_config
 from photos import save_photos
 from PIL import Image
 
 from upstep_fast import adapt, finetune
-from upstep_fast.config.adapt import AdaptConfig
-from upstep_fast.config.flat import from_flat
 from upstep_fast.errors import ConfigError, Interrupted
 from upstep_fast.methods.gate import GateState
 from upstep_fast.report import trackers
@@ -239,7 +238,7 @@ def test_finetune_sends_its_rows_and_results(recorders, model, tmp_path):
 
 
 def test_a_second_rank_has_no_tracker(recorders, options, monkeypatch, tmp_path):
-    config = from_flat(AdaptConfig, **{**options, "data": ("d",), "out": "o", "log_to": ("mlflow",)})
+    config = upstep_config(**{**options, "data": ("d",), "out": "o", "log_to": ("mlflow",)})
     state = SimpleNamespace(step=0, method=SimpleNamespace(vit=torch.nn.Linear(1, 1)), gate=GateState())
     for is_first in (False, True):
         monkeypatch.setattr(distributed, "is_first", lambda first=is_first: first)
@@ -310,7 +309,7 @@ def test_a_damaged_id_begins_a_new_run(content, tmp_path):
 
 
 def config(**flags):
-    return from_flat(AdaptConfig, model="m", data=("d",), out="o", **flags).output.trackers
+    return upstep_config(model="m", data=("d",), out="o", **flags).output.trackers
 
 
 def test_names_of_trackers(monkeypatch):

@@ -8,6 +8,7 @@ import contextlib
 
 import pytest
 import torch
+from adapt_configs import upstep_config
 from torch.optim import optimizer as optimizers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -140,7 +141,7 @@ def test_what_an_apple_gpu_lacks_is_refused(monkeypatch, options, short_run, mod
     monkeypatch.setattr(devices.distributed, "launched", lambda: True)
     with pytest.raises(ConfigError, match="device: mps runs in one process"):
         resolve("mps", "auto")
-    config = from_flat(AdaptConfig, **settings(short_run, model, adapter_ema=0.9))
+    config = upstep_config(**settings(short_run, model, adapter_ema=0.9))
     with pytest.raises(ConfigError, match="adapter_ema: counts in float64"):
         states.fresh_state(config, Compute(torch.device("mps"), "fp32"), backbones.load_from(config.model))
 

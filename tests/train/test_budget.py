@@ -9,11 +9,10 @@ import time
 
 import pytest
 import torch
+from adapt_configs import upstep_config
 
 import upstep_fast
 from upstep_fast.cli.commands import main
-from upstep_fast.config.adapt import AdaptConfig
-from upstep_fast.config.flat import from_flat
 from upstep_fast.config.training import parse_seconds
 from upstep_fast.errors import ConfigError, Interrupted, UpstepError
 from upstep_fast.methods.schedules import learning_rate
@@ -54,7 +53,7 @@ def test_the_time_is_kept_within_a_tenth_and_the_schedule_ends(monkeypatch: pyte
     assert 180 <= total <= 220
     assert positions[0] == 0 and all(a < b for a, b in itertools.pairwise(positions))
     assert positions[-1] <= planned and plan.at(step) == pytest.approx(planned, rel=0.02)
-    run = from_flat(AdaptConfig, **GIVEN, steps=planned).optimization
+    run = upstep_config(**GIVEN, steps=planned).optimization
     assert learning_rate(run, positions[-1]) < 0.01 * run.lr  # of cosine's end
 
 
@@ -79,13 +78,13 @@ def test_a_time_has_a_unit(text, seconds):
 @pytest.mark.parametrize("text", ["", "10", "0s", "-5min", "nan s", "inf h", "infh", "ten min", "5 d"])
 def test_another_time_is_refused(text):
     with pytest.raises(ConfigError, match=r"^budget: got .*, must be a time with its unit, above 0: 90s, 10min or 2h$"):
-        from_flat(AdaptConfig, **GIVEN, budget=text)
+        upstep_config(**GIVEN, budget=text)
 
 
 @pytest.mark.parametrize("text", ["1e308s", "8761h", "1e9h"])
 def test_more_than_a_year_is_refused(text):
     with pytest.raises(ConfigError, match=r"^budget: got .*, must be at most a year, 8760h$"):
-        from_flat(AdaptConfig, **GIVEN, budget=text)
+        upstep_config(**GIVEN, budget=text)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +92,7 @@ def test_more_than_a_year_is_refused(text):
 )
 def test_what_a_budget_excludes_is_named(other):
     with pytest.raises(ConfigError, match=f"budget and {next(iter(other))}|{next(iter(other))} and budget"):
-        from_flat(AdaptConfig, **GIVEN, budget="1min", **other)
+        upstep_config(**GIVEN, budget="1min", **other)
 
 
 class Machine:
@@ -162,7 +161,7 @@ def test_a_run_is_planned_and_its_resume_keeps_the_plan(options, monkeypatch, tm
     resumed = upstep_fast.adapt(**stopped | {"resume": True})
     assert resumed.steps == plan[3]
     kept = Plan(*plan)
-    run = from_flat(AdaptConfig, **GIVEN, steps=plan[0], lr=options.get("lr", 1e-3)).optimization
+    run = upstep_config(**GIVEN, steps=plan[0], lr=options.get("lr", 1e-3)).optimization
     for row in rows(tmp_path / "stopped")[10:]:
         assert row["lr"] == pytest.approx(learning_rate(run, kept.at(row["step"])), rel=1e-6)
     again = [rows(tmp_path / name)[:10] for name in ("whole", "stopped")]

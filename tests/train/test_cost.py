@@ -5,11 +5,10 @@ import shutil
 
 import pytest
 import torch
+from adapt_configs import upstep_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from upstep_fast import adapt, embed, evaluate, finetune
-from upstep_fast.config.adapt import AdaptConfig
-from upstep_fast.config.flat import from_flat
 from upstep_fast.model import backbone as backbones
 from upstep_fast.runtime import duration
 from upstep_fast.train import cost
@@ -20,7 +19,7 @@ def test_flops_of_a_step(model, blocks, factor):
     """Against PyTorch's counter: a forward pass of both views, and a backward pass that costs as much per block."""
     backbone = backbones.load(model)
     assert len(backbone.blocks) == 2
-    config = from_flat(AdaptConfig, model=model, data=("x",), out="y", batch_size=5, lora_blocks=blocks)
+    config = upstep_config(model=model, data=("x",), out="y", batch_size=5, lora_blocks=blocks)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         backbone.vit.forward_features(torch.zeros(10, 3, *backbone.img_size))
     weights = sum(p.numel() for p in backbone.vit.parameters())

@@ -92,7 +92,7 @@ FORMS = {
     "loss": {"gate_statistic": "loss", "gate": "prev", "queue": 12},
     "features, local": {"cvr": "sq", "cvr_on": "features", "local_views": 2},
     "disagreement": {"gate_statistic": "disagreement", "update_when": "high"},
-    "vicreg": {"objective": "vicreg", "gate": "ema"},
+    "vicreg": {"objective": "vicreg", "gate": "ema", "cvr": "sq", "lr": 1e-3},
     "diet": {"method": "diet", "gate": "ema", "lr": 1e-2},
 }
 

@@ -14,11 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapt_configs import upstep_config
 from tally import tally
 
 import upstep_fast
-from upstep_fast.config.adapt import AdaptConfig
-from upstep_fast.config.flat import from_flat
 from upstep_fast.errors import ConfigError, Interrupted, RunFailedError
 from upstep_fast.methods.upstep.upstep import UpStep
 from upstep_fast.runtime import checkpoint
@@ -262,7 +261,7 @@ def test_the_lock_of_a_dead_process_is_taken_over(options, tmp_path, caplog, con
     out = tmp_path / "out"
     out.mkdir()
     (out / "run.lock").write_text(content)
-    config = from_flat(AdaptConfig, **options | {"data": ("d",)})
+    config = upstep_config(**options | {"data": ("d",)})
     with caplog.at_level("WARNING", logger="upstep_fast"), output.lock_run_folder(config):
         assert json.loads((out / "run.lock").read_text())["pid"] == os.getpid()
     assert ("taken over" in caplog.text) == bool(content)

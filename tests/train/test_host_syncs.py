@@ -3,11 +3,10 @@
 import pytest
 import timm
 import torch
+from adapt_configs import upstep_config
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from upstep_fast.config.adapt import AdaptConfig
-from upstep_fast.config.flat import from_flat
 from upstep_fast.data.views.types import Views
 from upstep_fast.engine import vit as engine
 from upstep_fast.model import backbone, lora
@@ -70,7 +69,7 @@ def waits(work):
 
 def build(model, **changes):
     sizes = dict(batch_size=8, prototypes=8, head_hidden=32, head_dim=16, lora_r=2, memory="fast")
-    config = from_flat(AdaptConfig, **{"model": model, "data": ("d",), "out": "o", "steps": 9, **sizes, **changes})
+    config = upstep_config(**{"model": model, "data": ("d",), "out": "o", "steps": 9, **sizes, **changes})
     compute = resolve("cpu", "fp32")
     return config, compute, fresh_state(config, compute, backbone.load(model))
 

@@ -6,10 +6,9 @@ import signal
 
 import pytest
 import torch
+from adapt_configs import upstep_config
 
 import upstep_fast
-from upstep_fast.config.adapt import AdaptConfig
-from upstep_fast.config.flat import from_flat
 from upstep_fast.config.resolve import resolve as resolve_length
 from upstep_fast.data.views.types import Views
 from upstep_fast.errors import CheckFailedError, ConfigError, Interrupted, RunFailedError
@@ -99,7 +98,7 @@ def test_every_gate_runs(options, tmp_path, rule):
 
 
 def build(options, **extra):
-    config = from_flat(AdaptConfig, **{**options, "data": ("d",), "out": "o", **extra})
+    config = upstep_config(**{**options, "data": ("d",), "out": "o", **extra})
     method = UpStep(backbone.load(options["model"]), config)
     return config, method
 
@@ -299,10 +298,10 @@ def test_overwrite_replaces_an_earlier_run(options, tmp_path):
 
 
 def test_length_by_epochs_and_by_default(options):
-    config = from_flat(AdaptConfig, **{**options, "data": ("d",), "out": "o", "steps": None})
+    config = upstep_config(**{**options, "data": ("d",), "out": "o", "steps": None})
     assert resolve_length(config, 24).config.optimization.steps == 90
     assert resolve_length(config, 8000).config.optimization.steps == 10_000
-    by_epochs = from_flat(AdaptConfig, **{**options, "data": ("d",), "out": "o", "steps": None, "epochs": 2.5})
+    by_epochs = upstep_config(**{**options, "data": ("d",), "out": "o", "steps": None, "epochs": 2.5})
     assert resolve_length(by_epochs, 80).config.optimization.steps == 25
 
 

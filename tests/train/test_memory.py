@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from adapt_configs import upstep_config
 
 from upstep_fast.cli import plan
 from upstep_fast.cli.commands import main
 from upstep_fast.cli.parse import parse
-from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.flat import from_flat, replace_flat
 from upstep_fast.config.plan import PlanConfig, to_bytes
 from upstep_fast.engine import vit as engine
@@ -64,7 +64,7 @@ CONFIGURATIONS = [
 def config_of(options, **more):
     given = dict(data=("unused",), out="unused", steps=10) | options | more
     precision = given.pop("precision", "fp32")
-    return from_flat(AdaptConfig, **given), replace(CPU, precision=precision)
+    return upstep_config(**given), replace(CPU, precision=precision)
 
 
 @pytest.mark.parametrize("options", CONFIGURATIONS, ids=lambda o: "-".join(map(str, o.values())))

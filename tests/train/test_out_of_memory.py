@@ -4,11 +4,10 @@ import json
 
 import pytest
 import torch
+from adapt_configs import upstep_config
 from torch import nn
 
 import upstep_fast
-from upstep_fast.config.adapt import AdaptConfig
-from upstep_fast.config.flat import from_flat
 from upstep_fast.data.views.types import Views
 from upstep_fast.errors import Interrupted, RunFailedError
 from upstep_fast.methods import gate
@@ -167,7 +166,7 @@ def test_the_hosts_memory_counts_too():
 
 
 def build(options, **changes):
-    config = from_flat(AdaptConfig, **options | changes | {"data": (options["data"],)})
+    config = upstep_config(**options | changes | {"data": (options["data"],)})
     compute = resolve("cpu", "fp32")
     return config, compute, fresh_state(config, compute, backbone.load(config.model.name))
 

@@ -11,13 +11,12 @@ import signal
 import pytest
 import timm
 import torch
+from adapt_configs import upstep_config
 from photos import save_photos
 from safetensors.torch import load, save
 from tally import tally
 
 import upstep_fast
-from upstep_fast.config.adapt import AdaptConfig
-from upstep_fast.config.flat import from_flat
 from upstep_fast.data.loading.loader import permutation
 from upstep_fast.errors import ConfigError, Interrupted, RunFailedError
 from upstep_fast.methods.upstep.upstep import UpStep
@@ -502,7 +501,7 @@ def test_a_checkpoint_can_be_due_by_the_clock(options, monkeypatch):
 @pytest.mark.parametrize("value", ["", "0", "-5", "0min", "tenmin", "5 hours", "infmin", "nanmin"])
 def test_nonsense_between_checkpoints_is_refused(value):
     with pytest.raises(ConfigError, match=r"checkpoint_every: got .* steps \(200\) or minutes \(10min\)"):
-        from_flat(AdaptConfig, model="m", data=("d",), out="o", checkpoint_every=value)
+        upstep_config(model="m", data=("d",), out="o", checkpoint_every=value)
 
 
 CONSTANT = {"lr_schedule": "constant", "warmup": 3}

@@ -4,11 +4,10 @@ import json
 
 import pytest
 import torch
+from adapt_configs import upstep_config
 from photos import save_photos
 
 import upstep_fast
-from upstep_fast.config.adapt import AdaptConfig
-from upstep_fast.config.flat import from_flat
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import CheckFailedError, ConfigError, DataError, Interrupted
 from upstep_fast.evaluation import label_free as judgement
@@ -45,12 +44,12 @@ def b_matrices(adapter):
 
 def test_what_is_held_out_is_a_tenth_that_training_never_sees(many, options):
     source = open_source(many)
-    config = from_flat(AdaptConfig, **{**options, "data": ("",), "out": ""})
+    config = upstep_config(**{**options, "data": ("",), "out": ""})
     rest, held_out = validator.hold_out(source, config)
     names = [{part.name(i) for i in range(len(part))} for part in (rest, held_out)]
     assert len(names[1]) == 16 and len(names[0]) == 64 and not names[0] & names[1]
     assert validator.hold_out(source, config)[1].fingerprint() == held_out.fingerprint()
-    other = from_flat(AdaptConfig, **{**options, "data": ("",), "out": "", "seed": 1})
+    other = upstep_config(**{**options, "data": ("",), "out": "", "seed": 1})
     assert validator.hold_out(source, other)[1].fingerprint() != held_out.fingerprint()
 
 
@@ -172,7 +171,7 @@ def test_auto_takes_the_first_blocks_strength_after_the_last_ones(options, monke
 
 
 def test_the_base_judged_against_itself_has_gained_nothing(options):
-    config = from_flat(AdaptConfig, **{**options, "data": ("",), "out": ""})
+    config = upstep_config(**{**options, "data": ("",), "out": ""})
     from upstep_fast.runtime.device import resolve
 
     _, held_out = validator.hold_out(open_source(options["data"]), config)

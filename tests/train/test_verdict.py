@@ -5,11 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from adapt_configs import upstep_config
 from photos import save_photos
 
 import upstep_fast
-from upstep_fast.config.adapt import AdaptConfig
-from upstep_fast.config.flat import from_flat
 from upstep_fast.data.sources.source import open_source
 from upstep_fast.errors import CheckFailedError, ConfigError, DataError
 from upstep_fast.evaluation.verdict import Verdict
@@ -121,7 +120,7 @@ def test_measured_changes_go_before_the_score(options, many, tmp_path, monkeypat
 
 
 def held_out(images, **options):
-    config = from_flat(AdaptConfig, **{"model": "m", "data": ("d",), "out": "", "batch_size": 64} | options)
+    config = upstep_config(**{"model": "m", "data": ("d",), "out": "", "batch_size": 64} | options)
     return verdict.with_held_out(config, images, 1).validation.verdict
 
 
@@ -136,7 +135,7 @@ def test_the_number_of_images_is_bounded_by_the_run():
 
 def test_held_out_images_are_not_trained_on(many):
     source = open_source(many)
-    config = from_flat(AdaptConfig, model="m", data=("d",), out="", verdict=20)
+    config = upstep_config(model="m", data=("d",), out="", verdict=20)
     parts = validator.hold_out(source, config)
     names = [{part.name(i) for i in range(len(part))} for part in parts]
     assert [len(n) for n in names] == [60, 20] and not names[0] & names[1]

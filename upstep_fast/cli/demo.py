@@ -9,7 +9,7 @@ from typing import Any
 
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.base import DEMO
-from upstep_fast.config.flat import from_flat
+from upstep_fast.config.flat import defaults, from_flat
 from upstep_fast.config.presets import PRESETS
 from upstep_fast.config.tools import DemoConfig
 from upstep_fast.evaluation.labeled import evaluate
@@ -26,7 +26,8 @@ from upstep_fast.train import adapt
 SCORES = "eval.json"  # written last: a demo with it is finished
 
 # three seeds of it, and of the recipe before: docs/results.md
-RECIPE: dict[str, Any] = {"preset": "fast", **PRESETS["fast"]}
+RECIPE: dict[str, Any] = {name: defaults(AdaptConfig)[name] for name in PRESETS["upstep"]}  # of the default recipe
+RECIPE |= {"preset": "fast", **PRESETS["fast"]}
 
 
 def assets() -> tuple[str, str]:

@@ -41,13 +41,14 @@ def parse(config_class: type, args: Sequence[str], prog: str, positional: Sequen
     kinds = field_kinds(config_class)
     from_file = {name: _from_toml(name, value, kinds[name], f"config {file}: ") for name, value in values.items()}
     own = _from_flags(args, kinds)
-    flags = with_preset(from_file)
+    flags = with_adapter(from_file | own, config_class)
+    if "preset" in kinds:
+        flags = with_preset(flags)
     if "preset" in own:  # the user's own goes before the file
-        flags |= with_preset({"preset": own["preset"]})
+        flags |= with_preset({"preset": own["preset"]}) | own
     for name, other in itertools.permutations(("steps", "epochs", "budget"), 2):  # config.toml and presets hold steps
         if name in own and other not in own:
             flags.pop(other, None)
-    flags = with_adapter(flags | own, config_class)
     required = [name for name in paths(config_class) if name not in defaults(config_class)]
     if missing := [f"--{dashed(name)}" for name in required if name not in flags]:
         raise ConfigError(f"{prog.split()[-1]}: {_joined(missing)} must be given; {prog} --help shows an example")

@@ -203,7 +203,7 @@ def complete(flags: Mapping[str, Any], keeps_base: bool = False) -> dict[str, An
 
 
 def _complete_start(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the flags of adapt --from: model and LoRA are those of the run unless they are given.
+    """Return the flags of adapt --from: model, LoRA and objective are those of the run unless they are given.
 
     Raises ConfigError if the folder holds no adapter or names no model.
     """
@@ -211,7 +211,8 @@ def _complete_start(flags: Mapping[str, Any]) -> dict[str, Any]:
     if flags.get("resume") and "model" in flags and not source.exists():
         return dict(flags)  # a run that has begun needs it no longer
     folder = adapter_folder(source, "from")
-    recorded = model_flags(folder, groups=("model", "lora"))
+    of_upstep = ("objective",) if flags.get("method", "upstep") == "upstep" else ()
+    recorded = model_flags(folder, groups=("model", "lora"), flags=of_upstep)
     if flags.get("model") is None:
         _require_model(recorded.get("model"), folder)
         flags = {name: value for name, value in flags.items() if name != "model"}
@@ -222,17 +223,17 @@ def _complete_start(flags: Mapping[str, Any]) -> dict[str, Any]:
     return {**recorded, **flags, "from_": str(folder)}
 
 
-def model_flags(folder: Path, groups: Sequence[str] = ("model",)) -> dict[str, Any]:
+def model_flags(folder: Path, groups: Sequence[str] = ("model",), flags: Sequence[str] = ()) -> dict[str, Any]:
     """Return {flag: value} of the model that the adapter in `folder` was trained on, as far as it tells.
 
-    groups: of the run's configuration; others than the model's come from its config.toml. Raises ConfigError for
+    groups, flags: of the run's configuration; others than the model's come from its config.toml. Raises ConfigError for
     damaged files and values of wrong types.
     """
     values = input_files.read_json(folder / CONFIG, "adapter")
     name = values.get("base_model_name_or_path") if isinstance(values, dict) else None
     found: dict[str, Any] = {} if name is None else {"model": name}
     for run in list(folder.absolute().parents)[:2]:
-        found = _of_run(run / RUN_CONFIG, name, groups) | found
+        found = _of_run(run / RUN_CONFIG, name, groups, flags) | found
     found |= {
         flag: value for flag, value in _metadata(folder).items() if flag in paths(BackboneConfig).keys() - {"model"}
     }
@@ -240,19 +241,21 @@ def model_flags(folder: Path, groups: Sequence[str] = ("model",)) -> dict[str, A
     return {flag: tuple(value) if isinstance(value, list) else value for flag, value in found.items()}
 
 
-def _of_run(path: Path, model: object, groups: Sequence[str]) -> dict[str, Any]:
-    """Return the flags of `groups` in a run's config.toml; {} if it is not the run that trained on `model`."""
+def _of_run(path: Path, model: object, groups: Sequence[str], flags: Sequence[str] = ()) -> dict[str, Any]:
+    """Return `flags` and those of `groups` in a run's config.toml; {} if it is not the run that trained on `model`."""
     if model is None or not path.is_file():
         return {}
     values, found = input_files.read_toml(path, "config"), dict[str, Any]()
     for flag, (group, *field) in paths(AdaptConfig).items():
-        if group not in groups or flag in _OF_A_RUN:
+        if (group not in groups and flag not in flags) or flag in _OF_A_RUN:
             continue
         table = values.get(group)
         if isinstance(table, dict) and field[0] in table:
             found[flag] = table[field[0]]
         elif flag in values and not isinstance(values[flag], dict):  # earlier versions wrote no tables
             found[flag] = values[flag]
+    if "objective" in flags and values.get("method", "upstep") == "upstep":
+        found.setdefault("objective", "clustering")  # the only one of earlier versions
     return found if found.get("model") == model else {}
 
 

@@ -9,6 +9,7 @@ from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.flat import paths
 from upstep_fast.config.objective import ExperimentalConfig, GateConfig, ObjectiveConfig
 from upstep_fast.config.training import OptimizationConfig
+from upstep_fast.config.views import ViewsConfig
 from upstep_fast.errors import ConfigError
 
 _SHARED = ("layout", "prototypes")  # of ObjectiveConfig; `config.resolve` sets one class for each image
@@ -42,4 +43,5 @@ class DietConfig(AdaptConfig):
     # prototypes: classes that `plan` counts, which sees no images
     objective: ObjectiveConfig = ObjectiveConfig(head="none", cvr="off", prototype_init="learned", prototypes=1000)
     gate: GateConfig = GateConfig(rule="none")
+    views: ViewsConfig = ViewsConfig()
     diet: DietLossConfig = DietLossConfig()

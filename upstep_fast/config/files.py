@@ -14,6 +14,7 @@ from upstep_fast import input_files
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.adapter_folder import with_adapter
 from upstep_fast.config.flat import defaults, flat, from_flat, groups, paths, undashed
+from upstep_fast.config.presets import with_preset
 from upstep_fast.config.value_types import check_types
 from upstep_fast.errors import ConfigError
 
@@ -83,6 +84,7 @@ def from_options(config_class: type, options: Mapping[str, Any], where: str) -> 
     """
     options = {known_flag(name, config_class, where): value for name, value in options.items()}
     options = with_adapter(options, config_class)
+    options = with_preset(options) if "preset" in paths(config_class) else options
     required = [name for name in ("model", "data", "out") if name in paths(config_class)]
     required = [name for name in required if name not in defaults(config_class)]
     if missing := [name for name in required if name not in options]:

@@ -71,8 +71,9 @@ class GateConfig:
     """The rule that decides which steps update the adapter."""
 
     rule: Rule = field(default="quantile", metadata=flag("gate"))
-    """Rule that decides which steps do a backward pass: none (all), quantile (a fraction --gate-rate of them), ema,
-    random or alternate. Experimental: prev, median, views."""
+    """Rule that decides which steps do a backward pass: none (all), or, known ahead so that a skipped step costs
+    nothing, random or alternate. Experimental, as none has beaten random: quantile (UpStep's), ema, prev, median,
+    views."""
     update_when: Literal["low", "high"] = "low"
     """Train on steps whose center length is lower (or higher) than the gate's reference."""
     rate: float = field(default=0.5, metadata=flag("gate_rate"))

@@ -49,7 +49,7 @@ class AdaptOptions(SharedOptions, total=False):
     report_images: bool
     whitening: Literal["auto", "off"]
     method: Literal["upstep", "explora", "diet"]
-    preset: Literal["gentle", "balanced", "strong", "fast"] | None
+    preset: Literal["upstep", "gentle", "balanced", "strong", "fast"] | None
     steps: int | None
     epochs: float | None
     budget: str | None

@@ -22,27 +22,40 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from upstep_fast.config.adapt import CLUSTERING
 from upstep_fast.errors import ConfigError
 
-_PLAIN = {"gate": "none", "cvr": "off"}
+_UPSTEP = {"objective": "clustering", "cvr": "sq", "gate": "quantile", "batch_size": 256, "lr": 1e-3, "crop_min": None}
+_PLAIN = _UPSTEP | {"gate": "none", "cvr": "off"}
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "gentle": {"lr": 3e-3, "cvr": "off", "crop_min": 0.5, "strength": 0.5},
-    "balanced": _PLAIN | {"lr": 1e-3, "strength": 0.75},
+    "upstep": _UPSTEP,
+    "gentle": _UPSTEP | {"lr": 3e-3, "cvr": "off", "crop_min": 0.5, "strength": 0.5},
+    "balanced": _PLAIN | {"strength": 0.75},
     "strong": _PLAIN | {"lr": 3e-3},
-    "fast": _PLAIN
-    | {"objective": "vicreg", "lora_blocks": 3, "steps": 80, "batch_size": 64, "lr": 6e-3, "crop_min": 0.5},
+    "fast": {"steps": 80},
 }
+_OTHERS = {"batch_size": 256}  # of ExPLoRA and DIET, for `plan`, whose own defaults are those of UpStep
 
 
 def with_preset(options: Mapping[str, Any]) -> dict[str, Any]:
-    """`options` over the values of the preset they name, if they name one. Raises ConfigError for an unknown name."""
+    """`options` over the values of the preset they name, or of upstep if they name none and ask for clustering.
+
+    Raises ConfigError for an unknown name.
+    """
     name = options.get("preset")
+    if options.get("method", "upstep") != "upstep":
+        return _OTHERS | dict(options)
     if name is None:
-        return dict(options)
+        return (_UPSTEP if _asks_for_clustering(options) else {}) | dict(options)
     if name not in PRESETS:
         raise ConfigError(f"preset: got {name!r}, choose from {', '.join(PRESETS)}")
     values = dict(PRESETS[name])
     if options.get("epochs") is not None or options.get("budget") is not None:
         values.pop("steps", None)
     return values | dict(options)
+
+
+def _asks_for_clustering(options: Mapping[str, Any]) -> bool:
+    objective = options.get("objective")
+    return objective == "clustering" or (objective is None and any(name in options for name in CLUSTERING))

@@ -117,7 +117,7 @@ class AdaptLoraConfig(LoraConfig):
     """Low-rank adapters, or full training in their place."""
 
     blocks: int | None = field(default=None, metadata=flag("lora_blocks"))
-    """Number of last blocks with adapters. Default: all blocks."""
+    """Number of last blocks with adapters. Default: the last third with --objective vicreg, else all blocks."""
     tune: Literal["lora", "full"] = "lora"
     """lora: train adapters, the model is frozen. full: train every weight, no adapters (for comparison)."""
     start: str | None = field(default=None, metadata=flag("from_"))

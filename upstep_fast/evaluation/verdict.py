@@ -6,7 +6,8 @@
                  m -+ z sqrt(sum(d^2) + 1 - (N + 2) m^2) / (N + 2)                   as `intervals.gain_interval`
     measured     k-NN accuracy by the images' own classes, each image against the others; `intervals.gain_interval`
 
-    better, worse             the interval lies above, below 0; label-free, worse is only a score below CLEARLY_WORSE
+    better, worse             the interval lies above, below 0; label-free, worse is only a score below CLEARLY_WORSE,
+                              and with VICReg, on MANY images, better is a score above 0
     no measurable change      neither
 
 "worse" of a run means that its adapter is refused and the base model kept. A measured change goes before the score.
@@ -32,8 +33,12 @@ from upstep_fast.evaluation.classifiers import knn_right_among
 from upstep_fast.evaluation.intervals import change_interval, gain_interval
 from upstep_fast.evaluation.label_free import CLEARLY_WORSE, DRIFT, linear_cka, views_found
 
-# outcome: (gained k-NN accuracy, lost more than half a point, all) of the study's stored adapters
-STORED = {"better": (11, 0, 14), "no measurable change": (12, 10, 26), "worse": (0, 21, 21)}
+# by objective, outcome: (gained k-NN accuracy, lost more than half a point, all) of stored adapters
+STORED = {
+    "clustering": {"better": (11, 0, 14), "no measurable change": (12, 10, 26), "worse": (0, 21, 21)},
+    "vicreg": {"better": (7, 0, 7), "no measurable change": (1, 4, 5)},
+}
+MANY = 64  # images; the runs of STORED had as many at least
 NEIGHBORS = 10  # of the measured verdict
 FEWEST = 16  # images of a measured verdict
 FILE = "verdict.json"  # in the folder of the run
@@ -57,10 +62,11 @@ class Verdict:
     images: int  # that it was computed on
 
 
-def label_free_verdict(base: Tensor, adapted: Tensor) -> Verdict:
+def label_free_verdict(base: Tensor, adapted: Tensor, objective: str = "clustering") -> Verdict:
     """Return the label-free verdict. base, adapted: [2, N, D], features of the same two views of N >= 8 images.
 
-    Adapted features that are not finite have the lowest score there is.
+    objective: that the adapter was trained by, a key of STORED; others count as clustering. Adapted features that are
+    not finite have the lowest score there is.
     """
     if not adapted.isfinite().all():
         lowest, text = -100 - DRIFT, "worse: the adapted model's features of held-out images are not finite"
@@ -70,16 +76,20 @@ def label_free_verdict(base: Tensor, adapted: Tensor) -> Verdict:
     n, drift = len(d), DRIFT * (1 - linear_cka(before[0], after[0]))
     low, high = (value - drift for value in change_interval(float(d.sum()), float(d.square().sum()), n))
     gain = 100 * float(d.mean()) - drift
-    outcome = score_outcome(gain, low)
+    kind = objective if objective in STORED else "clustering"
+    outcome = score_outcome(gain, low, n, kind)
     interval = f"95 % interval {_signed(low)} to {_signed(high)}"
     word = f"probably {outcome}" if outcome == "better" else outcome
-    text = f"{word}: label-free score {_signed(gain)} ({interval}) on {n} held-out images; {_sureness(outcome)}"
+    text = f"{word}: label-free score {_signed(gain)} ({interval}) on {n} held-out images; {_sureness(outcome, kind)}"
     return Verdict(text, gain, low, high, "label-free", outcome, n)
 
 
-def score_outcome(score: float, low: float) -> Outcome:
+def score_outcome(score: float, low: float, images: int, objective: str = "clustering") -> Outcome:
     """Return the outcome of a label-free score with the lower end of its interval."""
-    return "worse" if score < CLEARLY_WORSE else "better" if low > 0 else "no measurable change"
+    if score < CLEARLY_WORSE:
+        return "worse"
+    enough = score if objective == "vicreg" and images >= MANY else low
+    return "better" if enough > 0 else "no measurable change"
 
 
 def measured_verdict(
@@ -141,8 +151,8 @@ def to_json(label_free: Verdict, measured: Verdict | None) -> bytes:
     return (json.dumps(entries, indent=2) + "\n").encode()
 
 
-def _sureness(outcome: Outcome) -> str:
-    gained, lost, of = STORED[outcome]
+def _sureness(outcome: Outcome, objective: str) -> str:
+    gained, lost, of = STORED[objective].get(outcome) or STORED["clustering"][outcome]
     if outcome == "worse":
         return f"{lost} of {of} stored adapters with a score below {CLEARLY_WORSE:g} lost k-NN accuracy"
     return f"an estimate: of {of} stored runs like this, {gained} gained k-NN accuracy and {lost} lost"

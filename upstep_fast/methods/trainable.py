@@ -23,8 +23,7 @@ def prepare(vit: nn.Module, config: AdaptConfig) -> dict[str, LoraLinear]:
             getattr(vit, name, nn.Identity()).requires_grad_(False)
         return {}
     depth = len(vit.blocks)  # type: ignore[arg-type]
-    num = depth if config.lora.blocks is None else config.lora.blocks
-    if num > depth:
+    if (num := config.num_adapted(depth)) > depth:
         raise ConfigError(f"lora_blocks: got {num}, but {config.model.name} has {depth} blocks")
     return lora.inject(vit, LoraSpec.from_config(config.lora), leave_out=range(depth - num))
 

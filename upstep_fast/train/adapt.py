@@ -17,7 +17,6 @@ from upstep_fast.config.explora import Dinov2Config, MaeConfig
 from upstep_fast.config.files import from_options, of_method
 from upstep_fast.config.flat import replace_flat
 from upstep_fast.config.options import AdaptOptions
-from upstep_fast.config.presets import with_preset
 from upstep_fast.config.resolve import MAX_PASSES, resolve
 from upstep_fast.config.signatures import with_keywords
 from upstep_fast.data.curation.survey import survey
@@ -57,11 +56,11 @@ def adapt(
 ) -> AdaptResult:
     """Adapt `model` to the images in `data` and write the adapter to the folder `out`.
 
-    Keywords are the flags of `upstep-fast adapt --help-all`. The defaults shown are UpStep's; method="explora"
+    Keywords are the flags of `upstep-fast adapt --help-all`. The defaults shown are those of method="upstep"; "explora"
     and "diet" have their own. model may be the folder of a run or adapter, which is then trained further
     (`from_`, with None as the model). Raises UpstepError.
     """
-    options = with_preset({"model": model, "data": data, "out": out, **keywords})
+    options = {"model": model, "data": data, "out": out, **keywords}
     config_class = of_method(AdaptConfig, options.get("method"), options.get("objective"))
     return run(from_options(config_class, options, "adapt"))
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.adapt import AdaptConfig, third
 from upstep_fast.config.flat import replace_flat
 from upstep_fast.config.resolve import MAX_PASSES, resolve
 from upstep_fast.config.training import parse_seconds
@@ -137,8 +137,8 @@ def plan(config: AdaptConfig, compute: Compute, num_images: int) -> tuple[AdaptC
     seconds, config = parse_seconds(config.optimization.budget), replace_flat(config, budget=None)
     began = started.began()
     cost, steps = _measure(config, compute, num_images, began + seconds)
-    if steps < FEW and (third := _third(config)):
-        config = replace_flat(config, lora_blocks=third)
+    if steps < FEW and (blocks := _third(config)):
+        config = replace_flat(config, lora_blocks=blocks)
         cost, steps = _measure(config, compute, num_images, began + seconds)
     if steps < FEWEST:
         need = clock() - began + cost.end(FEWEST) + FEWEST * cost.step
@@ -147,7 +147,7 @@ def plan(config: AdaptConfig, compute: Compute, num_images: int) -> tuple[AdaptC
             f"one takes {cost.step:.2g} s here; give at least {format_duration(1.2 * need)}, or a smaller --batch-size "
             "or model"
         )
-    where = "all blocks" if config.lora.blocks is None else counted(config.lora.blocks, "block")
+    where = counted(config.num_adapted(_depth(config)), "block")
     log.info("budget: %s: %s with adapters in %s", format_duration(seconds), counted(steps, "step"), where)
     if (passes := steps * cost.after.batch / num_images) > MAX_PASSES:
         log.warning("budget: %.0f passes over %d images; a shorter run may be as good", passes, num_images)
@@ -155,10 +155,15 @@ def plan(config: AdaptConfig, compute: Compute, num_images: int) -> tuple[AdaptC
 
 
 def _third(config: AdaptConfig) -> int | None:
-    """Return a third of the model's blocks; None if the user has chosen, or adapters are not what is trained."""
+    """Return a third of the model's blocks; None if it has no more, the user has chosen, or no adapters are trained."""
     if config.method != "upstep" or config.lora.tune != "lora" or config.lora.blocks is not None:
         return None
-    return -(-len(backbones.load_from(config.model, pretrained=False).blocks) // 3)
+    depth = _depth(config)
+    return third(depth) if config.num_adapted(depth) > third(depth) else None
+
+
+def _depth(config: AdaptConfig) -> int:
+    return len(backbones.load_from(config.model, pretrained=False).blocks)
 
 
 def _measure(config: AdaptConfig, compute: Compute, num_images: int, ends: float) -> tuple[Cost, int]:

@@ -42,6 +42,10 @@ def log_cost(
         *(_images(num_images, backbone.img_size), f"{run.num_steps:,}", run.batch_size, passes),
         *(trained / 1e6, num_weights / 1e6),
     )
+    if config.method == "upstep" and config.lora.tune == "lora":
+        depth = len(backbone.blocks)
+        objective, blocks = config.objective.loss, f"the last {config.num_adapted(depth)} of {depth} blocks"
+        log.info("adapt: objective %s, gate %s, adapters in %s", objective, config.gate.rule, blocks)
     flops = (run.num_steps - state.step) * step_flops(config, backbone, num_weights)
     log_estimate(flops, compute, lambda seconds: _shorter(config, seconds))
 
@@ -83,7 +87,7 @@ def step_flops(config: AdaptConfig, backbone: Backbone, num_weights: int) -> flo
     patch = math.prod(backbone.vit.patch_embed.patch_size)
     pixels = sum(math.prod(_pair(views.size)) * count for views, count in view_configs(config, backbone))
     blocks = len(backbone.blocks)
-    adapted = min(blocks, config.lora.blocks or blocks)
+    adapted = min(blocks, config.num_adapted(blocks))
     return 2 * num_weights * pixels / patch * config.optimization.batch_size * (1 + adapted / blocks)
 
 
@@ -96,7 +100,7 @@ def _shorter(config: AdaptConfig, seconds: float) -> str:
     options = ["--model demo (small, included)"]
     steps = int(config.optimization.num_steps * HOUR / 2 / seconds)
     options.append(f"--steps {steps} (half an hour)" if steps >= 20 else "fewer --steps and a smaller --batch-size")
-    if config.method != "explora" and config.lora.blocks is None:
+    if config.method != "explora" and config.num_adapted(1000) == 1000:
         options.append("--lora-blocks 3 (the last blocks)")
     return f"{', '.join(options)}, or whitening without training: upstep-fast embed --fit-whitening FILE"
 

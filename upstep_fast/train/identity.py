@@ -21,6 +21,7 @@ from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.files import renamed
 from upstep_fast.config.finetune import FinetuneConfig
 from upstep_fast.config.flat import defaults, flat
+from upstep_fast.config.presets import PRESETS
 from upstep_fast.data.decode import gpu_jpeg
 from upstep_fast.data.decode.fingerprint import decoder_fingerprint
 from upstep_fast.data.sources.source import Source
@@ -70,6 +71,7 @@ def manifest_entries(identity: Identity) -> dict[str, Any]:
 def identify(config: AdaptConfig | FinetuneConfig, compute: Compute, source: Source, backbone: Backbone) -> Identity:
     """Return the identity of this run. backbone: the base model without adapters."""
     device, flags = compute.device, flat(config)
+    earlier = PRESETS["upstep"] if type(config) is AdaptConfig else {}  # the defaults of earlier versions
     return Identity(
         config=json.loads(json.dumps(flags)),
         backbone={"name": config.model.name} | model_identity(backbone),
@@ -88,7 +90,7 @@ def identify(config: AdaptConfig | FinetuneConfig, compute: Compute, source: Sou
             "views": made_by(device),
             **(_cpu() if device.type == "cpu" else {}),
         },
-        defaults=json.loads(json.dumps(defaults(type(config)))) | {"intensity": "full"},
+        defaults=json.loads(json.dumps(defaults(type(config)))) | {"intensity": "full"} | earlier,
     )
 
 

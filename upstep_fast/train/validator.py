@@ -140,7 +140,7 @@ class Validator:
                 f"judge: step {state.step}: features of the adapted model are not finite, the run has diverged; lower "
                 f"--lr{before}"
             )
-        self._verdict = label_free_verdict(self._base_features, features)  # of the newest validation
+        self._verdict = label_free_verdict(self._base_features, features, self._config.learns_by)  # newest
         scores = distributed.gather(judge(self._base_features, features))[0]
         row = {"step": state.step, "predicted_gain": predicted_gain(scores), **scores}
         best = self.best()

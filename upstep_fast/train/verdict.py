@@ -150,7 +150,7 @@ def _compare(
     adapted = base.copy().vit
     peft_format.attach(adapted, out / "adapter", any_base=True)
     lora.merge(adapted).to(compute.device)
-    label_free, measured = label_free_verdict(*judge.features_by(adapted)), None
+    label_free, measured = label_free_verdict(*judge.features_by(adapted), config.learns_by), None
     if held_out.labels is not None:
         models = (base.copy().vit.to(compute.device), adapted)
         workers = config.data.num_workers
