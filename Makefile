@@ -90,7 +90,7 @@ gpu-rehearsal: install  ## the same commands on the CPU, small shapes, and four 
 	$(BIN)/python bench/gpu/first.py --out build/gpu-rehearsal --device cpu --plant --limit 1800 --patience 3
 
 NATIVE_BUILD = build/sanitize
-OPS = attention gelu layer_norm lora_linear lora_linear_fp8 low_rank_mixer patchify quantize scored_sinkhorn sinkhorn swapped_loss views
+OPS = attention gelu layer_norm lora_linear lora_linear_fp8 patchify quantize scored_sinkhorn sinkhorn swapped_loss views
 sanitize:        ## compute-sanitizer's four tools on the CUDA kernels, two on the Triton kernels (needs a GPU)
 	cmake -S . -B $(NATIVE_BUILD) -G Ninja -DUPSTEP_FAST_CUDA=ON \
 	  -DTORCH_FOLDER=$$($(PYTHON) -c "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])") \

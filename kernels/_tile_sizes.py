@@ -55,11 +55,6 @@ TILES: dict[str, dict[tuple[int, int] | None, Tile]] = {
     "quantize": {None: {"CELLS": 4096, "WARP_CELLS": 1024}},
     "gelu": {None: {"CELLS": 2048, "WARP_CELLS": 512}},
     "layer_norm": {None: {"CELLS": 4096, "WARP_CELLS": 1024}},
-    # tokens and channels of a tile; `wide`: a rank above 16; not measured yet
-    "low_rank_mixer": {None: {"BLOCK_N": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2}},
-    "low_rank_mixer_backward": {None: {"BLOCK_N": 32, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}},
-    "low_rank_mixer_wide": {None: {"BLOCK_N": 16, "BLOCK_D": 32, "num_warps": 4, "num_stages": 1}},
-    "low_rank_mixer_fp32": {None: {"BLOCK_N": 16, "BLOCK_D": 16, "num_warps": 4, "num_stages": 2}},
     # query rows and keys; RIDERS: tokens of a small block that may ride (attention/triton_kernels.py); not measured yet
     "attention": {
         None: {"BLOCK": 64, "BLOCK_N": 32, "RIDERS": 0, "num_warps": 4, "num_stages": 3},

@@ -69,19 +69,6 @@ def _norm(capability: tuple[int, int], backward: bool = False) -> object:
     return triton.forward(x, empty(M, WIDTH), None, None, None, 1e-6, True, False, native(capability))
 
 
-def _mixer(backward: bool) -> Callable[[tuple[int, int]], object]:
-    def run(_: tuple[int, int]) -> object:
-        triton, args, b = op("low_rank_mixer.triton"), op("low_rank_mixer.args"), empty(VIEWS, TOKENS, WIDTH)
-        sizes = [shape for n in (WIDTH, TOKENS) for shape in ((RANK, n), (RANK,), (n, RANK), (n,))]
-        mixer = args.MixerArgs(("channel", "token"), "sum", 1, None, None, [empty(*s, dtype=FP32) for s in sizes])
-        if not backward:
-            return triton.forward(b, empty(VIEWS, TOKENS, WIDTH), mixer)
-        lows = [empty(VIEWS, TOKENS, RANK), empty(VIEWS, RANK, WIDTH)]
-        return triton.backward(b, empty(VIEWS, TOKENS, WIDTH), empty(VIEWS, TOKENS, WIDTH), lows, mixer, True)
-
-    return run
-
-
 def _lora(kind: str) -> Callable[[tuple[int, int]], object]:
     def run(capability: tuple[int, int]) -> object:
         triton, k, n, tma = op("lora_linear.triton"), WIDTH, 3 * WIDTH, capability >= (9, 0)
@@ -147,8 +134,6 @@ WORK: dict[str, Work] = {
     "lora_linear dX qkv": Work(_lora("dx"), 2 * (4 * M * WIDTH + 3 * WIDTH * WIDTH), GEMM),
     "lora_linear sweep dY": Work(_lora("sweep dY"), 6 * M * WIDTH),
     "lora_linear sweep x": Work(_lora("sweep x"), 2 * M * WIDTH),
-    "low_rank_mixer forward": Work(_mixer(False), 8 * M * WIDTH),
-    "low_rank_mixer backward": Work(_mixer(True), 8 * M * WIDTH),
     # a view of half an image, 265 x 354 pixels to 224 x 224: its filters' taps are the inner loops, and 32 result rows
     # with the filter's reach take 41 or 45 source rows, 32 at a time
     "views bilinear": Work(_views("bilinear", 1), VIEW, repeats=4, outer_repeats=2),

@@ -1,4 +1,4 @@
-"""Eager form of `low_rank_mixer`, by library products: for CPUs, for clips and for what Triton does not take.
+"""Eager form of `low_rank_mixer`, by library products.
 
 Of the tensors that are D wide only u is saved; backward computes the rest again: two thin products and a norm a mixer.
 """

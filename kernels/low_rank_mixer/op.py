@@ -17,41 +17,27 @@ Backward, with g the gradient of out and d_i that of c_i, from the last mixer to
 Saved for backward: u, 2 D bytes a token in 16 bit (gated: b - a too), and low_i: r values a token along channels,
 s D / N along tokens. b gets no gradient.
 
-Bytes moved, in passes over [P, N, D] (thin reads of low and of the factors left out; channel, then token; combine sum):
-
-              the library      Triton (channel; or channel, token)
-    forward   20, 12 launches   6,  2 launches: rows: b, a in, u out; columns: u, a in, out
-    backward  26, 25 launches   6, 15 launches: a product: g in; rows: g, u in, da out; columns: g, u in; thin sums
-
-A change c_i is a product of two thin matrices, so the kernels make it again where they need it and never store it: a
-rows kernel owns some tokens with all D (norms, the sums over channels), a columns kernel some channels with all tokens.
-Arithmetic at ranks r, s: forward 8 r + 4 s, backward 18 r + 12 s operations a value: backward 40 a byte at r = s = 16
-in 16 bit, far below what a GPU's tensor cores sustain (some 300 on an H100); 80 at 32, so the gain shrinks as the rank
-grows. fp32 has no tensor cores (20 operations a byte are its limit there), so the library's products are preferred.
-No GPU has timed it yet. Estimated from the machine code (bench/kernels/static.py, ViT-L/14, 128 views, H200) the
-Triton form is bound by instructions, at 350 us forward, about the library's, and 2 ms backward, some three times the
-library's: so in 16 bit the faster form by measurement runs, for each direction, and the library's until then.
+Bytes moved, in passes over [P, N, D] (thin reads of low and of the factors left out; channel, then token; combine
+sum): forward 20 passes in 12 launches, backward 26 in 25. All are the library's thin products and elementwise ops, with
+the norms by the kernels of layer_norm on a GPU in 16 bit. A fused Triton form with 6 passes each way was removed before
+any GPU timed it. Estimated from its machine code (bench/kernels/static.py, ViT-L/14, 128 views, H200) it was bound by
+instructions: 347 us forward, where 20 passes and 12 launches are 340 us, and 1,973 us backward, some three times the
+library's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._autotune import autotune, power_class
-from .._dispatch import NAMESPACE, choose, record, requested, triton_unsupported_reason
+from .._dispatch import NAMESPACE, choose
 from .._transforms import is_transformed, refuse_second_derivative
-from . import eager, triton
+from . import eager
 from .args import EPS, MixerArgs, fours, validate
-
-_FUSED = (("channel",), ("channel", "token"))  # axes of the Triton form
-_FORWARD = {"reference": eager.forward, "triton": triton.forward}
-_BACKWARD = {"reference": eager.backward, "triton": triton.backward}
 
 
 def low_rank_mixer_reference(
@@ -81,31 +67,6 @@ def low_rank_mixer_reference(
     return ((b_ if combine == "replace" else a_) + delta).to(b.dtype)
 
 
-def _unsupported_reason(x: Tensor, args: MixerArgs) -> str | None:
-    """Return why the kernels cannot take x and this adaptor, or None."""
-    ranks = [len(down) for down in args.factors[::4]]
-    if x.dtype == torch.float64:
-        return "no float64 form"
-    if tuple(args.axes) not in _FUSED:
-        return f"forms for channel and for channel, token; got {', '.join(args.axes)}"
-    if max(ranks) > triton.MAX_RANK or min(ranks) == 0:
-        return f"ranks from 1 to {triton.MAX_RANK}, got {', '.join(map(str, ranks))}"
-    return triton_unsupported_reason(x)
-
-
-def _form(op: str, x: Tensor, args: MixerArgs, forms: dict[str, Any], call: tuple[Any, ...]) -> Any:
-    """Return the form of `op` to run: the requested one, or in 16 bit the one measured as fastest on `call`."""
-    no_triton = _unsupported_reason(x, args)
-    # without tensor cores the products decide, and the library's are the better ones
-    if not x.numel() or no_triton or requested() in forms or x.dtype == torch.float32:
-        return forms[choose(op, x.device, {"reference": None, "triton": no_triton})]
-    kind, shape = str(x.dtype).removeprefix("torch."), f"P{power_class(x.shape[0])} N{x.shape[1]} D{x.shape[2]}"
-    ranks = " ".join(f"{axis} {len(down)}" for axis, down in zip(args.axes, args.factors[::4], strict=True))
-    problem = f"{op} {kind} {shape} {args.combine} {ranks}"
-    name, reason = autotune(problem, x.device, {name: partial(forms[name], *call) for name in ("reference", "triton")})
-    return forms[record(problem, x.device, name, reason)]
-
-
 def _forward(
     b: Tensor, a: Tensor, axes: str, combine: str, frames: int, gate: Tensor | None, scale: Tensor | None,
     factors: list[Tensor],
@@ -113,7 +74,8 @@ def _forward(
     """Return (out, u, b - a or empty, each mixer's low); axes: names between spaces."""
     args = MixerArgs(axes.split(), combine, frames, gate, scale, factors)
     with torch.autocast(b.device.type, enabled=False):
-        return _form("low_rank_mixer", b, args, _FORWARD, (b, a, args))(b, a, args)
+        choose("low_rank_mixer", b.device, {"reference": None})
+        return eager.forward(b, a, args)
 
 
 _op = torch.library.custom_op(f"{NAMESPACE}::low_rank_mixer", _forward, mutates_args=())
@@ -139,9 +101,9 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """Return the gradients of a, gate and scale (empty where there is none) and of the factors."""
     args = MixerArgs(axes.split(), combine, frames, gate, scale, factors)
-    call = (grad, u, difference, lows, args, needs_da)
     with torch.autocast(u.device.type, enabled=False):
-        *narrow, d_factors = _form("low_rank_mixer_backward", u, args, _BACKWARD, call)(*call)
+        choose("low_rank_mixer_backward", u.device, {"reference": None})
+        *narrow, d_factors = eager.backward(grad, u, difference, lows, args, needs_da)
     da, d_gate, d_scale = (u.new_empty(0) if d is None else d for d in narrow)
     return da, d_gate, d_scale, d_factors
 

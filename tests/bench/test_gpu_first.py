@@ -101,7 +101,19 @@ def test_sanitizer_covers_every_op_with_a_triton_kernel():
     from upstep_fast.kernels._sample_inputs import SAMPLE_INPUTS
 
     (listed,) = re.findall(r"^OPS = (.*)$", (ROOT / "Makefile").read_text(), re.M)
-    assert set(listed.split()) == SAMPLE_INPUTS.keys() - {"center_vector"}  # which is C++ and CUDA
+    # center_vector is C++ and CUDA, low_rank_mixer the library's products
+    assert set(listed.split()) == SAMPLE_INPUTS.keys() - {"center_vector", "low_rank_mixer"}
+
+
+def test_folder_named_as_a_marker_skips_no_test(tmp_path):
+    folder = tmp_path / "gpu" / "interp"
+    folder.mkdir(parents=True)
+    (folder / "conftest.py").write_text((ROOT / "tests/conftest.py").read_text())
+    (folder / "test_x.py").write_text("def test_x(): pass\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(folder)]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout[-2000:]
 
 
 def test_planted_fault_that_is_not_noticed_is_new(first, tmp_path):

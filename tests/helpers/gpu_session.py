@@ -18,7 +18,7 @@ def pytest_exception_interact(node: pytest.Item | pytest.Collector) -> None:
     Every later call of CUDA in this process would fail, in tests that are right. The failure has been reported before.
     """
     torch = sys.modules.get("torch")
-    if torch is None or "PYTEST_XDIST_WORKER" not in os.environ or "gpu" not in node.keywords:
+    if torch is None or "PYTEST_XDIST_WORKER" not in os.environ or not node.get_closest_marker("gpu"):
         return
     try:
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""low_rank_mixer: value and every gradient against fp64, by the library's products and by the kernels; bytes kept."""
+"""low_rank_mixer: value and every gradient against fp64, by the library's products; bytes kept."""
 
 from __future__ import annotations
 
@@ -8,19 +8,15 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from kernel_checks import assert_matches, guarded_outputs, interpreting, sizes, surrounded
+from kernel_checks import assert_matches, guarded_outputs, surrounded
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from upstep_fast.kernels import _dispatch
-from upstep_fast.kernels.low_rank_mixer import low_rank_mixer, low_rank_mixer_reference, op
+from upstep_fast.kernels.low_rank_mixer import low_rank_mixer, low_rank_mixer_reference
 from upstep_fast.kernels.low_rank_mixer.op import _backward_op, _op
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ORDERS = (("channel",), ("token",), ("channel", "token"), ("token", "channel"))
-FUSED = (("channel",), ("channel", "token"))  # what the kernels take
 CLIPS = (("channel", "space", "time"), ("time", "channel"))
 # combine, whether there is a scale
 FORMS = (("sum", False), ("sum", True), ("replace", True), ("gated", False), ("gated", True))
@@ -93,11 +89,10 @@ def check(t: Problem) -> None:
     for name, wanted in oracle.items():
         if t.b.dtype == torch.float32 and wanted.dim() == 3:
             assert_matches(got[name], wanted, plain[name], name=name)
-        # beside eager only, which rounds u, low and d_low in 16 bit as this does; a truncating interpreter costs one
-        # step more at each, and a scalar's sum may cancel
+        # beside eager only, which rounds u, low and d_low in 16 bit as this does; a scalar's sum may cancel
         error, of_eager = ((r[name].double() - wanted).norm() / wanted.norm() for r in (got, plain))
         assert got[name].dtype == t.b.dtype and got[name].shape == wanted.shape
-        slack = 4 if wanted.dim() and not (interpreting() and t.b.dtype == torch.bfloat16) else 16
+        slack = 4 if wanted.dim() else 16
         assert error <= 2 * of_eager + slack * eps, f"{name}: {error:.1e}, eager {of_eager:.1e}"
 
 
@@ -275,107 +270,25 @@ def test_bad_input(bad, message):
         bad()
 
 
-@pytest.mark.parametrize(
-    ("axes", "dtype", "ranks", "message"),
-    [
-        (("channel",), torch.float64, (3, 2), "no float64 form"),
-        (("channel", "token"), torch.float32, (33, 2), "ranks from 1 to 32, got 33, 2"),
-        (("token", "channel"), torch.float32, (3, 2), "forms for channel and for channel, token; got token, channel"),
-        (("channel", "space", "time"), torch.float32, (3, 2), "forms for channel .* got channel, space, time"),
-    ],
-)
-def test_the_kernels_say_what_they_do_not_take(axes, dtype, ranks, message):
-    with _dispatch.forced("triton"), pytest.raises(RuntimeError, match=message):
-        run(low_rank_mixer, problem(axes, dtype=dtype, ranks=ranks, frames=3))
-
-
-@pytest.mark.skipif(interpreting(), reason="the interpreter runs Triton on a CPU")
-def test_forced_on_a_cpu_it_says_what_is_missing():
-    with _dispatch.forced("triton"), pytest.raises(RuntimeError, match="needs CUDA tensors, got cpu"):
-        call()
-
-
-@pytest.mark.parametrize("forms", [op._FORWARD, op._BACKWARD], ids=["forward", "backward"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_on_a_gpu_16_bit_is_measured_and_the_library_is_the_default(monkeypatch, dtype, forms):
-    # no GPU here: fake tensors of one, and the choice itself caught
-    offered = []
-
-    def caught(problem, device, candidates):
-        offered.append(list(candidates))
-        return "reference", "caught"
-
-    monkeypatch.setattr(op, "autotune", caught)
-    monkeypatch.setattr(op, "triton_unsupported_reason", lambda *_: None)
-    with FakeTensorMode():
-        u = torch.empty(4, 33, 64, dtype=dtype, device="cuda")
-        args = op.MixerArgs(["channel"], "sum", 1, None, None, [torch.empty(4, 64), *[torch.empty(4)] * 3])
-        assert op._form("low_rank_mixer", u, args, forms, (u, u, args)) is forms["reference"]
-    assert offered == ([["reference", "triton"]] if dtype == torch.bfloat16 else [])
-
-
-def row_of_report():
-    return next(row for row in _dispatch.report() if row.op == "low_rank_mixer")
-
-
-@pytest.mark.interp
-class TestInterpreted:
-    @pytest.fixture(autouse=True)
-    def chosen(self, triton):
-        yield
-        assert row_of_report().implementation == "triton"
-
-    @pytest.mark.parametrize("form", FORMS)
-    @pytest.mark.parametrize("axes", FUSED)
-    def test_matches_fp64(self, axes, form):
-        check(problem(axes, form, P=4, N=19, D=35))
-
-    @pytest.mark.parametrize(("axes", "dtype"), list(zip(FUSED, (torch.float16, torch.bfloat16), strict=True)))
-    def test_matches_fp64_in_16_bit(self, axes, dtype):
-        check(problem(axes, ("gated", True), dtype, P=2, N=35, D=70))
-
-    @pytest.mark.parametrize("ranks", [(1, 32), (32, 1), (17, 16)])
-    def test_any_rank(self, ranks):
-        check(problem(("channel", "token"), P=2, N=17, D=33, ranks=ranks))
-
-    @settings(max_examples=4, deadline=None, derandomize=True)
-    @given(sizes(4), sizes(33), sizes(33, low=2), st.sampled_from(FUSED), st.sampled_from(FORMS))
-    def test_any_shape(self, P, N, D, axes, form):
-        t = problem(axes, form, P=P, N=N, D=D)
-        got, wanted = run(low_rank_mixer, t), run(low_rank_mixer_reference, t.to(Tensor.double))
-        for name in wanted:
-            torch.testing.assert_close(got[name].double(), wanted[name], rtol=1e-3, atol=1e-3, msg=name)
-
-    def test_subsets_of_gradients(self):
-        test_subsets_of_gradients(("channel", "token"), P=2)
-
-    def test_constant_rows_are_finite(self):
-        test_constant_rows_are_finite()
-
-    def test_nan_stays_where_the_formula_leaves_it(self):
-        test_nan_stays_where_the_formula_leaves_it()
+@pytest.mark.parametrize("request_", [None, "reference", "triton", "cuda"])
+def test_the_one_form_is_in_the_report_whatever_is_requested(request_):
+    _dispatch.forget()
+    with _dispatch.forced(request_):
+        run(low_rank_mixer, problem(("channel", "token")))
+    rows = {row.op: row.implementation for row in _dispatch.report() if row.op.startswith("low_rank_mixer")}
+    assert rows == dict.fromkeys(("low_rank_mixer", "low_rank_mixer_backward"), "reference")
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("triton")
 class TestGpu:
     @pytest.mark.parametrize(("N", "D", "ranks"), [(197, 768, (16, 16)), (65, 192, (1, 32)), (257, 1001, (32, 8))])
     @pytest.mark.parametrize("form", FORMS)
-    @pytest.mark.parametrize("axes", FUSED)
+    @pytest.mark.parametrize("axes", ORDERS)
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_matches_fp64(self, dtype, axes, form, N, D, ranks):
         check(problem(axes, form, dtype, P=9, N=N, D=D, ranks=ranks, device="cuda"))
 
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    def test_is_measured_in_16_bit_and_not_chosen_in_fp32(self, dtype):
-        with _dispatch.forced(None):
-            _dispatch.forget()
-            run(low_rank_mixer, problem(("channel", "token"), dtype=dtype, device="cuda"))
-            assert {row.reason for row in _dispatch.report() if row.op.startswith("low_rank_mixer")} == {"measured"}
-            run(low_rank_mixer, problem(("channel", "token"), dtype=torch.float32, device="cuda"))
-            assert row_of_report().implementation == "reference"
-
-    @pytest.mark.parametrize("axes", FUSED)
+    @pytest.mark.parametrize("axes", ORDERS)
     def test_a_hundred_runs_give_one_answer(self, axes):
         t = problem(axes, ("gated", True), torch.bfloat16, 32, 197, 768, (16, 16), device="cuda")
         first = run(low_rank_mixer, t)
