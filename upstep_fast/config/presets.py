@@ -1,20 +1,25 @@
-"""Points on the line of gain against forgetting, by --preset; single flags override them.
+"""Recipes of `adapt`, by --preset; single flags override them. Without one: the recipe that gained most.
 
 Change of 20-NN in points, adapted / ensemble, and on the model's own domain, adapted / ensemble; "w." with whitened
 features beside the others (whitening.py):
 
+    none       VICReg, last third of the blocks, 320 steps  +8.9 / +7.3    -3.7 / +0.1
+               w.                                           +12.9 / +11.3
+    fast       the same in 80 steps                         +5.3 / +3.6    -1.3 / +1.2
+               w.                                           +9.0 / +7.5
+    upstep     clustering as in METHODS, all blocks         +6.5 / +4.9    -0.1 (ensemble, w.)
+               w.                                           +11.1 / +10.3
     gentle     half the steps, written at half strength     +2.8 / +2.6    +0.4 / +0.7
                w.                                           +9.5 / +8.4    -0.1 / +0.3
     balanced   plain, written at 3/4 strength               +5.0 / +4.2    -2.7 / +0.1
     strong     plain, three times the learning rate         +7.1 / +6.5    -12.4 / -0.9
-    fast       VICReg, last three blocks, 80 steps of 64    +5.3 / +3.6    -1.3 / +1.2
-               w.                                           +9.0 / +7.5
 
-gentle: five sets, the held-out third, 300 steps of 128 images, one seed (the test part too is in
-bench/results/quality_five_sets.md; without training w. has +6.7, +0.2).
+none: five sets, test part, three seeds, 244 s of one thread (bench/results/gain_and_time.md).
+fast: two sets (hand signs, cartoons), three seeds, in 73 s of one thread each (bench/results/preset_fast.json).
+upstep: five sets, test part, 300 gated steps of 128 images, one seed; gentle: the same on the held-out third
+(bench/results/quality_five_sets.md; without training w. has +6.7, +0.2).
 balanced, strong: METHODS section 6, eight sets, 400 ungated steps of 256 images, one seed; not measured w. They are not
 gated, since the rows are not, and no gate has beaten skipping at random yet.
-fast: two sets (hand signs, cartoons), three seeds, in 73 s of one thread each (bench/results/preset_fast.json).
 """
 
 from __future__ import annotations
