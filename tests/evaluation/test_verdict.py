@@ -143,6 +143,15 @@ def test_words_of_a_score(score, low, images, objective, outcome):
     assert verdict.score_outcome(score, low, images, objective) == outcome
 
 
+@pytest.mark.parametrize("images", [63, 64])
+def test_few_images_of_a_run_by_vicreg_promise_nothing(images):
+    views = random_views(images, noise=1.2)
+    given = verdict.label_free_verdict(views, 0.2 * views + 0.8 * torch.stack([views.mean(0)] * 2), "vicreg")
+    assert given.outcome == "better"
+    assert given.text.endswith("; too few images for an estimate, which takes 64") == (images < 64)
+    assert ("stored runs like this" in given.text) == (images == 64)
+
+
 def test_views_are_found_both_ways():
     x, y = random_views(30)
     x, y = F.normalize(x, dim=-1), F.normalize(y, dim=-1)

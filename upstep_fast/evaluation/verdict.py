@@ -80,7 +80,9 @@ def label_free_verdict(base: Tensor, adapted: Tensor, objective: str = "clusteri
     outcome = score_outcome(gain, low, n, kind)
     interval = f"95 % interval {_signed(low)} to {_signed(high)}"
     word = f"probably {outcome}" if outcome == "better" else outcome
-    text = f"{word}: label-free score {_signed(gain)} ({interval}) on {n} held-out images; {_sureness(outcome, kind)}"
+    text = (
+        f"{word}: label-free score {_signed(gain)} ({interval}) on {n} held-out images; {_sureness(outcome, n, kind)}"
+    )
     return Verdict(text, gain, low, high, "label-free", outcome, n)
 
 
@@ -151,10 +153,12 @@ def to_json(label_free: Verdict, measured: Verdict | None) -> bytes:
     return (json.dumps(entries, indent=2) + "\n").encode()
 
 
-def _sureness(outcome: Outcome, objective: str) -> str:
+def _sureness(outcome: Outcome, images: int, objective: str) -> str:
     gained, lost, of = STORED[objective].get(outcome) or STORED["clustering"][outcome]
     if outcome == "worse":
         return f"{lost} of {of} stored adapters with a score below {CLEARLY_WORSE:g} lost k-NN accuracy"
+    if objective == "vicreg" and images < MANY:
+        return f"too few images for an estimate, which takes {MANY}"
     return f"an estimate: of {of} stored runs like this, {gained} gained k-NN accuracy and {lost} lost"
 
 
