@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from upstep_fast.config.base import ModelConfig
 from upstep_fast.config.flat import defaults, flat, paths
@@ -130,6 +131,11 @@ class AdaptConfig(ModelConfig):
             )
         if unit == "image" and (layout != "asymmetric" or rule not in ("quantile", "random")):
             raise ConfigError("gate_unit: image needs --layout asymmetric and --gate quantile or random")
+
+
+def is_upstep(options: Mapping[str, Any]) -> bool:
+    """Return whether options are of the method that is the default."""
+    return bool(options.get("method", "upstep") == "upstep")
 
 
 def third(depth: int) -> int:

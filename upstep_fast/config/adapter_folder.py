@@ -18,7 +18,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from upstep_fast import input_files
-from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.adapt import AdaptConfig, is_upstep
 from upstep_fast.config.base import DEMO, BackboneConfig
 from upstep_fast.config.flat import dashed, paths
 from upstep_fast.config.reading import READING, merged
@@ -211,8 +211,7 @@ def _complete_start(flags: Mapping[str, Any]) -> dict[str, Any]:
     if flags.get("resume") and "model" in flags and not source.exists():
         return dict(flags)  # a run that has begun needs it no longer
     folder = adapter_folder(source, "from")
-    of_upstep = ("objective",) if flags.get("method", "upstep") == "upstep" else ()
-    recorded = model_flags(folder, groups=("model", "lora"), flags=of_upstep)
+    recorded = model_flags(folder, ("model", "lora"), ("objective",) if is_upstep(flags) else ())
     if flags.get("model") is None:
         _require_model(recorded.get("model"), folder)
         flags = {name: value for name, value in flags.items() if name != "model"}
@@ -226,8 +225,7 @@ def _complete_start(flags: Mapping[str, Any]) -> dict[str, Any]:
 def model_flags(folder: Path, groups: Sequence[str] = ("model",), flags: Sequence[str] = ()) -> dict[str, Any]:
     """Return {flag: value} of the model that the adapter in `folder` was trained on, as far as it tells.
 
-    groups, flags: of the run's configuration; others than the model's come from its config.toml. Raises ConfigError for
-    damaged files and values of wrong types.
+    groups, flags: of the run's configuration; all but the model's come from its config.toml. Raises ConfigError.
     """
     values = input_files.read_json(folder / CONFIG, "adapter")
     name = values.get("base_model_name_or_path") if isinstance(values, dict) else None
@@ -254,7 +252,7 @@ def _of_run(path: Path, model: object, groups: Sequence[str], flags: Sequence[st
             found[flag] = table[field[0]]
         elif flag in values and not isinstance(values[flag], dict):  # earlier versions wrote no tables
             found[flag] = values[flag]
-    if "objective" in flags and values.get("method", "upstep") == "upstep":
+    if "objective" in flags and is_upstep(values):
         found.setdefault("objective", "clustering")  # the only one of earlier versions
     return found if found.get("model") == model else {}
 

@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from upstep_fast.config.adapt import CLUSTERING
+from upstep_fast.config.adapt import CLUSTERING, is_upstep
 from upstep_fast.errors import ConfigError
 
 _UPSTEP = {"objective": "clustering", "cvr": "sq", "gate": "quantile", "batch_size": 256, "lr": 1e-3, "crop_min": None}
@@ -49,7 +49,7 @@ def with_preset(options: Mapping[str, Any]) -> dict[str, Any]:
     Raises ConfigError for an unknown name.
     """
     name = options.get("preset")
-    if options.get("method", "upstep") != "upstep":
+    if not is_upstep(options):
         return _OTHERS | dict(options)
     if name is None:
         return (_UPSTEP if _asks_for_clustering(options) else {}) | dict(options)
