@@ -1,5 +1,6 @@
 """Adapters' products, gradients and merging: right in both layouts, in few launches and bytes."""
 
+import copy
 from collections import Counter
 
 import pytest
@@ -12,7 +13,7 @@ from upstep_fast.engine.adapters import group_adapters
 from upstep_fast.engine.block import run_block
 from upstep_fast.engine.low_rank import LowRank
 from upstep_fast.kernels._dispatch import forced
-from upstep_fast.model import lora
+from upstep_fast.model import lora, pooling
 
 M, N_PART, PARTS, K, R = 23, 6, 3, 10, 2
 VIEWS = {
@@ -221,3 +222,29 @@ def test_one_adapter_for_all_of_qkv_and_one_for_q_are_of_two_groups():
     vit.blocks[1] = other.blocks[1]
     with torch.no_grad():
         assert relative(engine.build(vit, torch.float32).features(images), vit(images)) < 1e-5
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_adapters_of_any_type_are_merged_in_fp32(dtype, fused):
+    vit, images = model(targets=["q", "v", "proj", "fc1"])
+    adapters = [(name, p) for name, p in vit.named_parameters() if "lora_" in name]
+    for _, p in adapters:
+        p.data = p.data.to(dtype)
+    wide = copy.deepcopy(vit).double()
+    got = engine.build(vit, torch.float32, fused=fused).features(images)
+    wanted = pooling.features(wide, images.double())
+    assert got.dtype == torch.float32 and relative(got, wanted) < 1e-6
+    got.double().square().sum().backward()
+    wanted.square().sum().backward()
+    # the fused form keeps GELU's derivative as one byte, and a gradient is rounded to its adapter's type
+    limit = 5e-3 if fused or dtype == torch.bfloat16 else 2e-6
+    for name, p in adapters:
+        assert p.grad.dtype == dtype and relative(p.grad.double(), wide.get_parameter(name).grad) < limit, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_of_other_weights_than_fp32_is_refused_in_one_line(dtype):
+    vit, _ = model()
+    with pytest.raises(ValueError, match=r"^engine: cannot fold this model: its weights are in \w+, not float32: .*$"):
+        engine.build(vit.to(dtype), torch.float32)

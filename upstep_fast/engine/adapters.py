@@ -39,8 +39,8 @@ class AdapterGroup:
         modules, r = [m for linear in self.linears for m in linear.adapters], self.rank
         size = (len(self.linears), len(self.parts))
         # separate adapters of q, k and v may differ in rank: pad with zeros
-        a = torch.cat([F.pad(m.lora_a, (0, 0, 0, r - m.r)) if m.r < r else m.lora_a for m in modules])
-        b = torch.cat([F.pad(m.lora_b, (0, r - m.r)) if m.r < r else m.lora_b for m in modules])
+        a = torch.cat([F.pad(m.lora_a, (0, 0, 0, r - m.r)) if m.r < r else m.lora_a for m in modules]).float()
+        b = torch.cat([F.pad(m.lora_b, (0, r - m.r)) if m.r < r else m.lora_b for m in modules]).float()
         a, b = a.unflatten(0, size), (b * self.scale).unflatten(0, size)
         shift = a.new_zeros(a.shape[:-1])
         if self.norm is not None:

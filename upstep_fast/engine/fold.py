@@ -114,6 +114,10 @@ def unsupported_reason(vit: nn.Module) -> str | None:
         return f"its rotary positions are a {type(vit.rope).__name__}"
     if isinstance(vit, Eva) and vit.patch_drop is not None:
         return "it drops patches while training"
+    # adapters may have any type: they are merged in fp32; all else is rounded by the engine itself, or computed in fp32
+    types = {p.dtype for name, p in vit.named_parameters() if ".lora_" not in name}
+    if odd := sorted(str(t).removeprefix("torch.") for t in types - {torch.float32}):
+        return f"its weights are in {', '.join(odd)}, not float32: call .float() on it; the engine rounds by itself"
     reasons = [block_unsupported_reason(block) for block in vit.blocks]
     if not reasons or None in reasons:
         return None
