@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "heads.h"
+#include "pairs.h"
 #include "scratch.h"
 
 namespace upstep::UPSTEP_CAPABILITY {
@@ -16,25 +17,6 @@ namespace {
 
 using Rows = Head<BFloat16>;
 constexpr int64_t kChunk = 8 * kRows;  // rows of scores at once; even
-
-inline const Pair* pairs_of(const BFloat16* p) { return reinterpret_cast<const Pair*>(p); }
-
-Words halves(const BFloat16* p, int count) {
-  BFloat16 lanes[kLanes];
-  if (count < kLanes) {
-    for (int i = 0; i < kLanes; ++i) lanes[i] = i < count ? p[i] : BFloat16(0, BFloat16::from_bits());
-    p = lanes;
-  }
-  Halves h;
-  std::memcpy(&h, p, sizeof h);
-  return __builtin_convertvector(h, Words);
-}
-
-Words rounded(Vec v) {
-  Halves h;
-  store(reinterpret_cast<BFloat16*>(&h), v);
-  return __builtin_convertvector(h, Words);
-}
 
 // as the b of a product over columns: the transpose [width / 2, count] of pairs in panels
 void transposed_pairs(const Rows& from, Pair* to) {
@@ -51,9 +33,7 @@ void pairs_of_rows(const Rows& from, Pair* to) {
       for (int64_t i = j; i < j + wide; i += kLanes, to += kLanes) {
         const int count = static_cast<int>(std::min<int64_t>(kLanes, std::max<int64_t>(from.width - i, 0)));
         const BFloat16* at = from.at + t * from.stride + i;
-        const Words first = halves(at, count), second = t + 1 < from.count ? halves(at + from.stride, count) : Words{};
-        const Words both = first | second << 16;
-        std::memcpy(to, &both, sizeof both);
+        store(to, paired(halves(at, count), t + 1 < from.count ? halves(at + from.stride, count) : Words{}));
       }
   }
 }
@@ -145,16 +125,6 @@ struct Backward {
     }
     if (T % 2) ds[i * wide_t + T] = BFloat16(0, BFloat16::from_bits());
   }
-
-  // rows of fp32 as pairs of rows; 0 behind the last one
-  void pair_rows(const float* from, int64_t rows, Pair* to) const {
-    for (int64_t i = 0; i < rows; i += 2)
-      for (int64_t j = 0; j < wide_t; j += kLanes, to += kLanes) {
-        const float* at = from + i * wide_t + j;
-        const Words both = rounded(load(at)) | (i + 1 < rows ? rounded(load(at + wide_t)) : Words{}) << 16;
-        std::memcpy(to, &both, sizeof both);
-      }
-  }
 };
 
 }  // namespace
@@ -183,7 +153,7 @@ void attention_of_pairs_backward(const AttentionCall& a, int64_t begin, int64_t 
         each(d, [&](int64_t j, int n) { along += take(g.at + i * g.stride + j, n) * take(o.at + (t + i) * o.stride + j, n); });
         m.gradients_of_scores(a, i, sum(along), a.lse[pair * T + t + i]);
       }
-      m.pair_rows(m.scores, rows, m.p_pairs), m.pair_rows(m.d_shares, rows, m.ds_pairs);
+      pairs_of_rows(m.scores, rows, wide_t, m.p_pairs), pairs_of_rows(m.d_shares, rows, wide_t, m.ds_pairs);
       product_of_panels(rows, wide_d, m.pairs_t, pairs_of(m.ds), wide_t / 2, 1, m.keys, m.dq, wide_d);
       product_of_panels(T, wide_d, pairs, m.ds_pairs, 1, wide_t, m.q, m.dk, wide_d, t > 0);
       product_of_panels(T, wide_d, pairs, m.p_pairs, 1, wide_t, m.grad, m.dv, wide_d, t > 0);

@@ -49,15 +49,15 @@ template <int kM, int kN, class A> void rows_of_tile(int64_t m, int64_t k, const
   else if constexpr (kM > 1) rows_of_tile<kM - 1, kN>(m, k, a, row, step, b, ldb, c, ldc, add);
 }
 
-template <int kM, int kN> void columns_of_product(int64_t m, int64_t k, const float* a, int64_t row, int64_t step,
-                                                  const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+template <int kM, int kN, class A> void columns_of_product(int64_t m, int64_t k, const A* a, int64_t row, int64_t step,
+                                                           const A* b, int64_t ldb, float* c, int64_t ldc, bool add) {
   for (int64_t i = 0; i < m; i += kM)
     rows_of_tile<kM, kN>(std::min<int64_t>(kM, m - i), k, a + i * row, row, step, b, ldb, c + i * ldc, ldc, add);
 }
 
 // b in rows of `ldb` values; n is rounded up to whole vectors, which b and c must have
-inline void product_of_rows(int64_t m, int64_t n, int64_t k, const float* a, int64_t row, int64_t step, const float* b,
-                            int64_t ldb, float* c, int64_t ldc, bool add) {
+template <class A> void product_of_rows(int64_t m, int64_t n, int64_t k, const A* a, int64_t row, int64_t step,
+                                        const A* b, int64_t ldb, float* c, int64_t ldc, bool add) {
   for (int64_t j = 0; j < n; j += 3 * kLanes, b += 3 * kLanes, c += 3 * kLanes) {
     if (n - j > 2 * kLanes) columns_of_product<kManyRegisters ? 8 : 4, 3>(m, k, a, row, step, b, ldb, c, ldc, add);
     else if (n - j > kLanes) columns_of_product<kManyRegisters ? 12 : 6, 2>(m, k, a, row, step, b, ldb, c, ldc, add);

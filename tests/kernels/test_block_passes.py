@@ -164,10 +164,11 @@ def test_a_part_outside_of_dy_is_refused():
             adapter_gradients.adapter_gradients(dy, x, a, shift, b, first)
 
 
+@pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("count", [2, 3])
-def test_bits_do_not_depend_on_the_number_of_threads(count):
-    qkv, x = torch.randn(5, 21, 3, 3, 32), torch.randn(700, 96)
-    a, shift, b = torch.randn(16, 96), torch.randn(16), torch.randn(2, 48, 8)
+def test_bits_do_not_depend_on_the_number_of_threads(count, dtype):
+    sizes = (5, 21, 3, 3, 32), (700, 96), (16, 96), (16,), (2, 48, 8)
+    qkv, x, a, shift, b = (torch.randn(size).to(dtype) for size in sizes)
     before = torch.get_num_threads()
     results = []
     try:
