@@ -404,7 +404,7 @@ SWITCHES = {
 
 
 def from_flags(flags: str, size: int = 20) -> ViewConfig:
-    config = parse(AdaptConfig, f"--model m --data d --out o {flags}".split(), "upstep-fast adapt")
+    config = parse(AdaptConfig, f"--model m --data d --out o --preset upstep {flags}".split(), "upstep-fast adapt")
     return view_config(
         config.views.preset, size=(size, size), mean=(0.0,) * 3, std=(1.0,) * 3, **config.views.overrides()
     )

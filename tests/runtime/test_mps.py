@@ -5,6 +5,7 @@ with the types and shapes that the device would have.
 """
 
 import contextlib
+import functools
 
 import pytest
 import torch
@@ -79,7 +80,8 @@ def settings(short_run, model, **flags):
 )
 def test_no_step_makes_float64_on_the_device(config_class, flags, short_run, model, monkeypatch, fused_on_meta):
     known = {name: value for name, value in short_run.items() if name not in getattr(config_class, "unused", ())}
-    config = from_flat(config_class, **settings(known, model, **flags))
+    make = upstep_config if config_class is AdaptConfig else functools.partial(from_flat, config_class)
+    config = make(**settings(known, model, **flags))
     monkeypatch.setattr(embeddings, "WITHOUT_FLOAT64", ("meta",))
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # not there for meta tensors
     backbone = backbones.load_from(config.model)
