@@ -9,6 +9,8 @@ from adapt_configs import upstep_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from upstep_fast import adapt, embed, evaluate, finetune
+from upstep_fast.config.adapt import AdaptConfig
+from upstep_fast.config.flat import from_flat
 from upstep_fast.model import backbone as backbones
 from upstep_fast.runtime import duration
 from upstep_fast.train import cost
@@ -24,6 +26,12 @@ def test_flops_of_a_step(model, blocks, factor):
         backbone.vit.forward_features(torch.zeros(10, 3, *backbone.img_size))
     weights = sum(p.numel() for p in backbone.vit.parameters())
     assert cost.step_flops(config, backbone, weights) == pytest.approx(factor * counter.get_total_flops(), rel=0.25)
+
+
+@pytest.mark.parametrize(("tune", "adapted"), [("lora", 3), ("full", 9)])
+def test_backward_runs_through_the_blocks_that_train(tune, adapted):
+    """In the default recipe: the last third of them, but all with --tune full."""
+    assert from_flat(AdaptConfig, model="m", data=("d",), out="o", tune=tune).num_adapted(9) == adapted
 
 
 def test_a_run_says_what_it_takes(options, monkeypatch, caplog):

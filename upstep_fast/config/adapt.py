@@ -107,10 +107,10 @@ class AdaptConfig(ModelConfig):
                 raise ConfigError(f"{name}: needs --objective clustering; leave it out with vicreg")
 
     def num_adapted(self, depth: int) -> int:
-        """Return the number of last blocks with adapters, of `depth` blocks."""
+        """Return the number of last blocks with adapters, of `depth` blocks; with --tune full all train."""
         if self.lora.blocks is not None:
             return self.lora.blocks
-        return third(depth) if self.learns_by == "vicreg" else depth
+        return third(depth) if self.learns_by == "vicreg" and self.lora.tune == "lora" else depth
 
     @property
     def learns_by(self) -> str:

@@ -147,7 +147,8 @@ def plan(config: AdaptConfig, compute: Compute, num_images: int) -> tuple[AdaptC
             f"one takes {cost.step:.2g} s here; give at least {format_duration(1.2 * need)}, or a smaller --batch-size "
             "or model"
         )
-    where = counted(config.num_adapted(_depth(config)), "block")
+    default = "the last third of the blocks" if config.learns_by == "vicreg" else "all blocks"
+    where = default if config.lora.blocks is None else counted(config.lora.blocks, "block")
     log.info("budget: %s: %s with adapters in %s", format_duration(seconds), counted(steps, "step"), where)
     if (passes := steps * cost.after.batch / num_images) > MAX_PASSES:
         log.warning("budget: %.0f passes over %d images; a shorter run may be as good", passes, num_images)
@@ -156,14 +157,9 @@ def plan(config: AdaptConfig, compute: Compute, num_images: int) -> tuple[AdaptC
 
 def _third(config: AdaptConfig) -> int | None:
     """Return a third of the model's blocks; None if it has no more, the user has chosen, or no adapters are trained."""
-    if config.method != "upstep" or config.lora.tune != "lora" or config.lora.blocks is not None:
+    if config.learns_by != "clustering" or config.lora.tune != "lora" or config.lora.blocks is not None:
         return None
-    depth = _depth(config)
-    return third(depth) if config.num_adapted(depth) > third(depth) else None
-
-
-def _depth(config: AdaptConfig) -> int:
-    return len(backbones.load_from(config.model, pretrained=False).blocks)
+    return third(len(backbones.load_from(config.model, pretrained=False).blocks))
 
 
 def _measure(config: AdaptConfig, compute: Compute, num_images: int, ends: float) -> tuple[Cost, int]:

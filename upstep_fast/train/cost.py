@@ -100,7 +100,7 @@ def _shorter(config: AdaptConfig, seconds: float) -> str:
     options = ["--model demo (small, included)"]
     steps = int(config.optimization.num_steps * HOUR / 2 / seconds)
     options.append(f"--steps {steps} (half an hour)" if steps >= 20 else "fewer --steps and a smaller --batch-size")
-    if config.method != "explora" and config.num_adapted(1000) == 1000:
+    if config.method != "explora" and config.lora.blocks is None and config.learns_by != "vicreg":
         options.append("--lora-blocks 3 (the last blocks)")
     return f"{', '.join(options)}, or whitening without training: upstep-fast embed --fit-whitening FILE"
 
