@@ -6,8 +6,8 @@
 Forms: `cpp` on a CPU (csrc/adapter_cpu.cpp: dy and x read once, by blocks that stay in the cache; sums in fp32, in an
 order that does not depend on the threads) and the library's products, in the dtype of dy. On a CPU the one measured as
 faster runs (_fastest_on_cpu.py). `cpp` against the library, one thread of an AMD EPYC (Zen 4), torch 2.14, processor
-time, at [2080, 576] and [2080, 192] with r = 8 for q, k and v: 3.7 times as fast in fp32; in bf16 9 times with AVX2,
-1.2 times with AVX512-BF16, whose instruction takes pairs of terms.
+time, at [2080, 576] and [2080, 192] with r = 8 for q, k and v: 3.6 to 3.9 times as fast in fp32; in bf16 9 times with
+AVX2, 1.4 with AVX512-BF16, whose instruction takes pairs of terms (bench/results/cpu_passes_*.json).
 """
 
 from __future__ import annotations

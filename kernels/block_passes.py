@@ -6,8 +6,8 @@
 
 Forms: `cpp` (csrc/rows_cpu.cpp, one pass over the memory with sums in fp32) and the library's ops; the one measured as
 faster runs (_fastest_on_cpu.py). `cpp` against the library, [2080, 192] and [2080, 768] for GELU, one thread of an AMD
-EPYC (Zen 4), torch 2.14, processor time: norm 1.2 to 2.7 times as fast in fp32 and 1.3 in bf16 with AVX512-BF16, its
-backward 1.9 to 3.1; GELU with backward 1.4 in fp32, 1.7 in bf16 with AVX512-BF16 and 2.4 with AVX2.
+EPYC (Zen 4), torch 2.14, processor time: norm 1.2 times as fast in fp32 and 1.3 in bf16 with AVX512-BF16, its
+backward 1.6 to 2.9; GELU with backward 1.2 to 1.3 in fp32, 2.0 in bf16 with AVX512-BF16 and 2.5 with AVX2.
 """
 
 from __future__ import annotations
