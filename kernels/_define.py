@@ -6,6 +6,7 @@ on the host for ops of several tensors. These ops have none of that: called unde
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,14 +19,26 @@ from ._dispatch import NAMESPACE
 def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Define the op of `schema`, "name(Tensor x, ...) -> ...", for all devices. Returns its default overload.
 
-    run: computes it; its results are new tensors. fake: returns empty results of the same shapes.
+    run: computes it; its results are new tensors, or None where not requested, which the op gives as tensors of size 0.
+    fake: returns empty results of the same shapes.
     """
     name = schema.split("(")[0]
     torch.library.define(f"{NAMESPACE}::{name}", schema.removeprefix(name))
-    torch.library.impl(f"{NAMESPACE}::{name}", "default", run)
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
+    torch.library.impl(f"{NAMESPACE}::{name}", "default", filled(run))
+    torch.library.register_fake(f"{NAMESPACE}::{name}", filled(fake))
     op: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), name).default
     return op
+
+
+def filled(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `run` with a tensor of size 0 for each None among its results: an op has tensors alone."""
+
+    @functools.wraps(run)
+    def with_tensors(x: Tensor, *rest: Any) -> Any:
+        results = run(x, *rest)
+        return results if isinstance(results, Tensor) else tuple(x.new_empty(0) if t is None else t for t in results)
+
+    return with_tensors
 
 
 def call(op: Callable[..., Any], run: Callable[..., Any], x: Tensor, *rest: Any) -> Any:

@@ -29,16 +29,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._define import call, define
+from ._define import call, define, filled
 from ._dispatch import NAMESPACE, choose, triton_unsupported_reason
 from ._tile_sizes import Tile, row_tile
 from ._transforms import is_transformed, refuse_second_derivative
-from ._triton import cdiv, launch, on_device_of, tl, triton
+from ._triton import cdiv, launch, on_device_of, pointers, tl, triton
 from .quantize import E4M3, e4m3_codes, native_fp8, quantize_reference, row_scales, row_unsupported_reason
 
 APPROXIMATIONS = ("none", "tanh", "quick")
 FLAT = 1024  # cells of a "row" where rows do not matter
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+Outputs = tuple[Tensor, Tensor | None, Tensor | None]  # y, derivative, row scales; None: not requested
 
 
 def gelu_reference(x: Tensor, approximate: str = "none") -> Tensor:
@@ -141,30 +142,28 @@ def _gelu_bwd_kernel(
     _store(b_g * b_d, dx, scale, m, at, mask, M, FP8, NATIVE_FP8)
 
 
-def _gelu_fwd_triton(
-    x: Tensor, approximate: str, save_derivative: bool, fp8: bool, native: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _gelu_fwd_triton(x: Tensor, approximate: str, save_derivative: bool, fp8: bool, native: bool) -> Outputs:
     x = x.contiguous()
     y, derivative, scale = _outputs(x, save_derivative, fp8)
     M, K, tiles = _rows(x, fp8)
     with on_device_of(x):
         launch(
             _gelu_fwd_kernel, cdiv(M, tiles["BLOCK_M"]),
-            (x, y.view(torch.uint8) if fp8 else y, derivative, scale, x.numel(), M, K),
+            (x, y.view(torch.uint8) if fp8 else y, *pointers(x, derivative, scale), x.numel(), M, K),
             APPROXIMATE=approximate, EXACT=x.dtype == torch.float32, STORE_DERIVATIVE=save_derivative,
             FP8=fp8, NATIVE_FP8=native, **tiles, enable_fp_fusion=True,
         )  # fmt: skip
     return y, derivative, scale
 
 
-def _gelu_bwd_triton(grad: Tensor, derivative: Tensor, fp8: bool, native: bool) -> tuple[Tensor, Tensor]:
+def _gelu_bwd_triton(grad: Tensor, derivative: Tensor, fp8: bool, native: bool) -> tuple[Tensor, Tensor | None]:
     grad, derivative = grad.contiguous(), derivative.contiguous()
     dx, _, scale = _outputs(grad, False, fp8)
     M, K, tiles = _rows(grad, fp8)
     with on_device_of(grad):
         launch(
             _gelu_bwd_kernel, cdiv(M, tiles["BLOCK_M"]),
-            (grad, derivative, dx.view(torch.uint8) if fp8 else dx, scale, grad.numel(), M, K),
+            (grad, derivative, dx.view(torch.uint8) if fp8 else dx, *pointers(grad, scale), grad.numel(), M, K),
             FP8=fp8, NATIVE_FP8=native, **tiles, enable_fp_fusion=True,
         )  # fmt: skip
     return dx, scale
@@ -175,12 +174,12 @@ def _rows(x: Tensor, fp8: bool) -> tuple[int, int, Tile]:
     return cdiv(x.numel(), K), K, row_tile("gelu", x.device, K)
 
 
-def _outputs(x: Tensor, save_derivative: bool, fp8: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return empty value, derivative and row scales, the last two of size 0 where not requested."""
+def _outputs(x: Tensor, save_derivative: bool, fp8: bool) -> Outputs:
+    """Return empty outputs of the op `gelu`."""
     return (
         x.new_empty(x.shape, dtype=E4M3 if fp8 else x.dtype),
-        x.new_empty(x.shape if save_derivative else 0, dtype=torch.uint8),
-        x.new_empty((*x.shape[:-1], 1) if fp8 else 0, dtype=torch.float32),
+        x.new_empty(x.shape, dtype=torch.uint8) if save_derivative else None,
+        x.new_empty(*x.shape[:-1], 1, dtype=torch.float32) if fp8 else None,
     )
 
 
@@ -190,43 +189,40 @@ def _takes_triton(op: str, x: Tensor, fp8: bool) -> bool:
     return x.numel() > 0 and choose(op, x.device, {"triton": reason, "reference": None}) == "triton"
 
 
-def _quantized(value: Tensor, fp8: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return quantize_reference(value) if fp8 else (value.to(dtype), value.new_empty(0, dtype=torch.float32))
+def _quantized(value: Tensor, fp8: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    return quantize_reference(value) if fp8 else (value.to(dtype), None)
 
 
-def _forward(x: Tensor, approximate: str, save_derivative: bool, fp8: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (y, derivative, scale): the byte is empty unless `save_derivative`, the row scales unless `fp8`."""
+def _forward(x: Tensor, approximate: str, save_derivative: bool, fp8: bool) -> Outputs:
     if _takes_triton("gelu", x, fp8):
         return _gelu_fwd_triton(x, approximate, save_derivative, fp8, native_fp8(x.device))
     x = x.contiguous()
     y, scale = _quantized(gelu_reference(x.float() if fp8 else x, approximate), fp8, x.dtype)
-    byte = derivative_reference(x, approximate) if save_derivative else x.new_empty(0, dtype=torch.uint8)
+    byte = derivative_reference(x, approximate) if save_derivative else None
     return y, byte, scale
 
 
-def _fake_forward(x: Tensor, approximate: str, save_derivative: bool, fp8: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_forward(x: Tensor, approximate: str, save_derivative: bool, fp8: bool) -> Outputs:
     return _outputs(x, save_derivative, fp8)
 
 
-def _gelu_backward(grad: Tensor, derivative: Tensor, fp8: bool) -> tuple[Tensor, Tensor]:
-    """Return (dx, scale): the row scales are empty unless `fp8`."""
+def _gelu_backward(grad: Tensor, derivative: Tensor, fp8: bool) -> tuple[Tensor, Tensor | None]:
+    """Return (dx, row scales, None unless `fp8`)."""
     if _takes_triton("gelu_backward", grad, fp8):
         return _gelu_bwd_triton(grad, derivative, fp8, native_fp8(grad.device))
     grad, derivative = grad.contiguous(), derivative.contiguous()
     return _quantized(gelu_backward_reference(grad.float() if fp8 else grad, derivative), fp8, grad.dtype)
 
 
-def _fake_backward(grad: Tensor, derivative: Tensor, fp8: bool) -> tuple[Tensor, Tensor]:
+def _fake_backward(grad: Tensor, derivative: Tensor, fp8: bool) -> tuple[Tensor, Tensor | None]:
     dx, _, scale = _outputs(grad, False, fp8)
     return dx, scale
 
 
-_gelu_op = torch.library.custom_op(f"{NAMESPACE}::gelu", _forward, mutates_args=())
-_gelu_op.register_fake(_fake_forward)
-_gelu_forward_op = define(
-    "gelu_forward(Tensor x, str approximate, bool save_derivative, bool fp8) -> (Tensor, Tensor, Tensor)",
-    _forward, _fake_forward,
-)  # fmt: skip
+_SCHEMA = "(Tensor x, str approximate, bool save_derivative, bool fp8) -> (Tensor, Tensor, Tensor)"
+_gelu_op = torch.library.custom_op(f"{NAMESPACE}::gelu", filled(_forward), mutates_args=(), schema=_SCHEMA)
+_gelu_op.register_fake(filled(_fake_forward))
+_gelu_forward_op = define(f"gelu_forward{_SCHEMA}", _forward, _fake_forward)
 _gelu_backward_op = define(
     "gelu_backward(Tensor grad, Tensor derivative, bool fp8) -> (Tensor, Tensor)", _gelu_backward, _fake_backward
 )

@@ -44,7 +44,8 @@ def layer_norm_forward(
     y, h, mean, rstd, s, q, scale = _normalize(
         "layer_norm_forward", x, residual, None, None, lora_a, eps, save_y=save_y, fp8=fp8
     )
-    codes, scales = (q.view(E4M3), scale) if fp8 else (None, None)
+    assert h is not None
+    codes, scales = (q.view(E4M3), scale) if fp8 and q is not None else (None, None)
     return Normalized(y if save_y else None, h, mean, rstd, None if lora_a is None else s, codes, scales)
 
 

@@ -26,13 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._autocast import without_autocast
-from .._define import call, define
+from .._define import call, define, filled
 from .._dispatch import NAMESPACE, choose
 from .._transforms import is_transformed, refuse_second_derivative
 from ..quantize import native_fp8, quantize_reference, row_unsupported_reason
 from . import triton
 from .args import rows_of, unsupported_reason
-from .triton import Outputs, outputs, wide_dtype
+from .triton import Gradients, Outputs, empty_codes, outputs, wide_dtype
 
 
 def layer_norm_reference(
@@ -67,8 +67,7 @@ def _takes_triton(op: str, x: Tensor) -> bool:
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, lora_a: Tensor | None,
     eps: float, save_y: bool, fp8: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return (y, h, mean, rstd, s, q, scale), of size 0 where not requested; q as bytes."""
+) -> Outputs:  # fmt: skip
     if _takes_triton("layer_norm", x):
         return triton.forward(x, residual, weight, bias, lora_a, eps, save_y, fp8, native_fp8(x.device))
     y, h, mean, rstd, s, q, scale = outputs(x, residual, lora_a, save_y, fp8)
@@ -77,11 +76,11 @@ def _forward(
         wide = total.to(wide_dtype(x))
         mean.copy_(wide.mean(-1))
         rstd.copy_((wide.var(-1, correction=0) + eps).rsqrt())
-        if save_y:
+        if y is not None:
             y.copy_(value)
-        if residual is not None:
+        if h is not None:
             h.copy_(total)
-        if lora_a is not None:
+        if s is not None and lora_a is not None:
             s.copy_(value @ lora_a.T)
         if fp8:
             exact = layer_norm_reference(total.float(), weight, bias, eps)[0]
@@ -93,24 +92,24 @@ def _forward(
 def _fake_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, lora_a: Tensor | None,
     eps: float, save_y: bool, fp8: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> Outputs:  # fmt: skip
     return outputs(x, residual, lora_a, save_y, fp8)
 
 
-_op = torch.library.custom_op(f"{NAMESPACE}::layer_norm", _forward, mutates_args=())
-_op.register_fake(_fake_forward)
-_forward_op = define(
-    "layer_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? lora_a, float eps, "
-    "bool save_y, bool fp8) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _forward, _fake_forward,
-)  # fmt: skip
+_SCHEMA = (
+    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? lora_a, float eps, bool save_y, bool fp8) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_op = torch.library.custom_op(f"{NAMESPACE}::layer_norm", filled(_forward), mutates_args=(), schema=_SCHEMA)
+_op.register_fake(filled(_fake_forward))
+_forward_op = define(f"layer_norm_forward{_SCHEMA}", _forward, _fake_forward)
 
 
 def _gradients(
     grad: Tensor, saved: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, grad_h: Tensor | None,
     sums: bool, fp8: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return (dx, dweight, dbias, q, scale): the sums, in fp32, are empty unless `sums`; q and scale unless `fp8`."""
+) -> Gradients:  # fmt: skip
+    """Return (dx, dweight, dbias, q, scale): the sums, in fp32, are None unless `sums`; q and scale unless `fp8`."""
     if _takes_triton("layer_norm_backward", grad):
         device = grad.device
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
@@ -118,7 +117,7 @@ def _gradients(
     dx, dweight, dbias, q, scale = _fake_gradients(grad, saved, mean, rstd, weight, grad_h, sums, fp8)
     x_hat = saved if weight is None else (saved.to(wide_dtype(grad)) - mean[..., None]) * rstd[..., None]
     dx.copy_(layer_norm_backward_reference(grad, x_hat, rstd, weight, grad_h))
-    if sums:
+    if dweight is not None and dbias is not None:
         rows = list(range(grad.dim() - 1))
         torch.sum(grad.to(wide_dtype(grad)) * x_hat, rows, out=dweight)
         torch.sum(grad.to(wide_dtype(grad)), rows, out=dbias)
@@ -132,16 +131,10 @@ def _gradients(
 def _fake_gradients(
     grad: Tensor, saved: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, grad_h: Tensor | None,
     sums: bool, fp8: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> Gradients:  # fmt: skip
     """Return empty outputs."""
-    K = grad.shape[-1]
-    return (
-        grad.new_empty(grad.shape),
-        grad.new_empty(K if sums else 0, dtype=wide_dtype(grad)),
-        grad.new_empty(K if sums else 0, dtype=wide_dtype(grad)),
-        grad.new_empty(grad.shape if fp8 else 0, dtype=torch.uint8),
-        grad.new_empty((*grad.shape[:-1], 1) if fp8 else 0, dtype=torch.float32),
-    )
+    of_weight, of_bias = (grad.new_empty(grad.shape[-1], dtype=wide_dtype(grad)) if sums else None for _ in range(2))
+    return grad.new_empty(grad.shape), of_weight, of_bias, *(empty_codes(grad) if fp8 else (None, None))
 
 
 _backward_op = define(
@@ -204,7 +197,7 @@ def _normalize(
     save_y: bool = True,
     fp8: bool = False,
 ) -> Outputs:
-    """Validate the arguments of `op` and run it; results in the shape of x, of size 0 where not requested."""
+    """Validate the arguments of `op` and run it; not requested: None, or of size 0 where autograd records it."""
     if reason := unsupported_reason(x, residual, weight, bias, lora_a, eps, fp8):
         raise ValueError(f"{op}: {reason}")
     needs_gradient = _needs_gradient(x, residual, weight, bias, lora_a)  # which is computed from y
@@ -235,7 +228,9 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     """
     if is_transformed("layer_norm", x, weight, bias):
         return layer_norm_reference(*_checked("layer_norm", x, None, weight, bias, eps))[0]
-    return _normalize("layer_norm", x, None, weight, bias, None, eps)[0]
+    y = _normalize("layer_norm", x, None, weight, bias, None, eps)[0]
+    assert y is not None
+    return y
 
 
 def add_layer_norm(
@@ -245,4 +240,5 @@ def add_layer_norm(
     if is_transformed("add_layer_norm", x, residual, weight, bias):
         return layer_norm_reference(*_checked("add_layer_norm", x, residual, weight, bias, eps))
     y, h, *_ = _normalize("add_layer_norm", x, residual, weight, bias, None, eps)
+    assert y is not None and h is not None
     return y, h

@@ -110,7 +110,9 @@ def _layer_norm_bwd_kernel(
         tl.store(dbias + at, sum_b, mask=k < K)
 
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # y, h, mean, rstd, s, q, scale
+# y, h, mean, rstd, s, q (bytes: autograd cannot add fp8) and scale; None: not requested
+Outputs = tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+Gradients = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # dx, dweight, dbias, q, scale
 
 
 def forward(
@@ -131,19 +133,20 @@ def forward(
     x = x.contiguous()
     y, h, mean, rstd, s, q, scale = outputs(x, residual, lora_a, save_y or (R > 0 and not is_fused), fp8)
     residual_, weight_, bias_, a = (t.contiguous() for t in pointers(x, residual, weight, bias, lora_a))
+    y_, h_, s_, q_, scale_ = pointers(x, y, h, s, q, scale)
     tiles = row_tile("layer_norm", x.device, K, fewest=16 if is_fused else 1)
     with on_device_of(x):
         launch(
             _layer_norm_fwd_kernel, cdiv(M, tiles["BLOCK_M"]),
-            (x, residual_, weight_, bias_, a if is_fused else x, y, h, mean, rstd, s, q, scale, M, K, R, eps),
+            (x, residual_, weight_, bias_, a if is_fused else x, y_, h_, mean, rstd, s_, q_, scale_, M, K, R, eps),
             HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, LORA=is_fused,
-            STORE_Y=y.numel() > 0, FP8=fp8, NATIVE_FP8=native, UPCAST_DOT=INTERPRET,
+            STORE_Y=y is not None, FP8=fp8, NATIVE_FP8=native, UPCAST_DOT=INTERPRET,
             BLOCK_R=max(16, 1 << max(R - 1, 0).bit_length()) if is_fused else 16, CHUNK=64, **tiles,
             enable_fp_fusion=True,
         )  # fmt: skip
-    if R and not is_fused:
+    if y is not None and s is not None and not is_fused:
         torch.mm(y.view(M, K), a.T, out=s.view(M, R))
-    return y if save_y else x.new_empty(0), h, mean, rstd, s, q, scale
+    return y if save_y else None, h, mean, rstd, s, q, scale
 
 
 def backward(
@@ -157,7 +160,7 @@ def backward(
     fp8: bool,
     native: bool,
     processors: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Gradients:
     """Return the outputs of the op `layer_norm_backward`; processors: of the GPU."""
     K = grad.shape[-1]
     M, tiles = grad.numel() // K, row_tile("layer_norm", grad.device, K)
@@ -165,32 +168,36 @@ def backward(
     weight_, grad_h_ = (t.contiguous() for t in pointers(grad, weight, grad_h))
     blocks = cdiv(M, tiles["BLOCK_M"])
     programs = min(blocks, 4 * processors) if sums else blocks
-    dx, q = torch.empty_like(grad), grad.new_empty(grad.shape if fp8 else 0, dtype=torch.uint8)
-    scale = grad.new_empty((*grad.shape[:-1], 1) if fp8 else 0, dtype=torch.float32)
-    shares = grad.new_empty((2, programs, K) if sums else (2, 0), dtype=torch.float32)
+    dx, (q, scale) = torch.empty_like(grad), empty_codes(grad) if fp8 else (None, None)
+    shares = grad.new_empty((2, programs, K), dtype=torch.float32) if sums else (None, None)
+    of_weight, of_bias, q_, scale_ = pointers(grad, *shares, q, scale)
     with on_device_of(grad):
         launch(
             _layer_norm_bwd_kernel, programs,
-            (grad, saved, mean, rstd, weight_, grad_h_, dx, shares[0], shares[1], q, scale, M, K),
+            (grad, saved, mean, rstd, weight_, grad_h_, dx, of_weight, of_bias, q_, scale_, M, K),
             BARE=weight is None, HAS_GRAD_H=grad_h is not None, SUMS=sums, FP8=fp8, NATIVE_FP8=native, **tiles,
             enable_fp_fusion=True,
         )  # fmt: skip
-    dweight, dbias = shares.sum(1) if sums else (grad.new_empty(0, dtype=torch.float32) for _ in range(2))
+    dweight, dbias = shares.sum(1) if isinstance(shares, Tensor) else shares
     return dx, dweight, dbias, q, scale
 
 
 def outputs(x: Tensor, residual: Tensor | None, lora_a: Tensor | None, save_y: bool, fp8: bool) -> Outputs:
-    """Return empty y, h, mean, rstd, s, q (bytes: autograd cannot add fp8) and scale; size 0 where not requested."""
+    """Return the outputs of the op `layer_norm`, empty."""
     lead, wide = x.shape[:-1], wide_dtype(x)
     return (
-        x.new_empty(x.shape if save_y else 0),
-        x.new_empty(0 if residual is None else x.shape),
+        x.new_empty(x.shape) if save_y else None,
+        None if residual is None else x.new_empty(x.shape),
         x.new_empty(lead, dtype=wide),
         x.new_empty(lead, dtype=wide),
-        x.new_empty(0 if lora_a is None else (*lead, lora_a.shape[0])),
-        x.new_empty(x.shape if fp8 else 0, dtype=torch.uint8),
-        x.new_empty((*lead, 1) if fp8 else 0, dtype=torch.float32),
+        None if lora_a is None else x.new_empty(*lead, lora_a.shape[0]),
+        *(empty_codes(x) if fp8 else (None, None)),
     )
+
+
+def empty_codes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return empty bytes for x in e4m3, and its row scales."""
+    return x.new_empty(x.shape, dtype=torch.uint8), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
