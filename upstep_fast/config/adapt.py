@@ -53,7 +53,7 @@ class AdaptConfig(ModelConfig):
     lora: AdaptLoraConfig = AdaptLoraConfig()
     objective: ObjectiveConfig = ObjectiveConfig(loss="vicreg", cvr="off")
     gate: GateConfig = GateConfig(rule="none")
-    views: ViewsConfig = ViewsConfig(crop_min=0.5)
+    views: ViewsConfig = ViewsConfig(crop_min=0.5, bank=4)
     validation: ValidationConfig = ValidationConfig()
     memory: MemoryConfig = MemoryConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
@@ -68,6 +68,8 @@ class AdaptConfig(ModelConfig):
                 raise ConfigError(f"{name.rstrip('_')}: belongs to --method upstep; leave it out with {self.method}")
         if self.data.mean_std == "auto" and (self.model.mean or self.model.std):
             raise ConfigError("mean_std: auto measures mean and std; do not give --mean or --std as well")
+        if self.views.bank and self.views.local_views:
+            raise ConfigError("view_bank and local_views: give one of them, not both")
         self._check_memory()
         self._check_gate()
         self._check_objective()

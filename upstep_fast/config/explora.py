@@ -45,8 +45,19 @@ class ExploraConfig(AdaptConfig):
     """Adapt a pretrained ViT to unlabeled images with ExPLoRA: some blocks and all norms, LoRA on the rest."""
 
     unused: ClassVar[tuple[str, ...]] = (
-        *("preset", "head", "layout", "cvr", "cvr_weight", "prototype_init", "epsilon", "sharpen", "distil"),
-        *("strength", "tune", "lora_blocks", "from_", *paths(ExperimentalConfig)),
+        *(
+            "preset",
+            "view_bank",
+            "head",
+            "layout",
+            "cvr",
+            "cvr_weight",
+            "prototype_init",
+            "epsilon",
+            "sharpen",
+            "distil",
+        ),
+        *("strength", "tune", "lora_blocks", "from_", "view_bank", *paths(ExperimentalConfig)),
     )
 
     method: Literal["upstep", "explora", "diet"] = "explora"

@@ -56,7 +56,7 @@ def make_forward_only(
     weights = _static(weights) if compiled else weights
 
     def forward(images: Tensor, merged: dict[int, MergedBlock], tables: Ropes, count: int | None) -> Tensor:
-        return head(_through(embed(images), blocks, merged, tables, count))
+        return head(through(embed(images), blocks, merged, tables, count))
 
     mode = "reduce-overhead" if device.type == "cuda" else None
     call = torch.compile(forward, mode=mode) if compiled else forward
@@ -68,7 +68,7 @@ def make_forward_only(
 
     @torch.no_grad()
     def of_tokens(x: Tensor, tables: Ropes) -> Tensor:
-        return head(_through(x, blocks, weights(), tables, first()))
+        return head(through(x, blocks, weights(), tables, first()))
 
     return ForwardOnly(features, of_tokens)
 
@@ -89,12 +89,12 @@ def _static(merge_adapters: Callable[[], dict[int, MergedBlock]]) -> Callable[[]
     return weights
 
 
-def _through(
+def through(
     x: Tensor,
     blocks: Sequence[FoldedBlock | nn.Module],
     merged: dict[int, MergedBlock],
-    tables: Ropes,
-    count: int | None,
+    tables: Ropes = None,
+    count: int | None = None,
 ) -> Tensor:
     """Run the blocks on tokens [B, N, D]. Returns the first `count` of each image, None: all."""
 

@@ -185,15 +185,18 @@ def make_features(
     graphs: bool = False,
     pool: Pool = pooled,
     frozen: bool = False,
+    take: Callable[[EngineViT], EngineViT] = lambda whole: whole,
 ) -> tuple[Callable[[Tensor], Tensor], int]:
     """Return a function that gives features, and the side P of the patches it takes instead of images (0: images only).
 
     It is the engine's if the engine can run `vit` and agrees with it (self_check.py), else `fallback`, compiled on a
     GPU; the reason is logged. graphs: replay as CUDA graphs (cuda_graphs.py). pool, frozen: as for `build`; `fallback`
-    must pool so too. Raises ConfigError if `graphs` is set and the engine cannot run the model.
+    must pool so too. take: gives the part of the engine whose features are wanted (split.py). Raises ConfigError if
+    `graphs` is set and the engine cannot run the model.
     """
     built = try_build(vit, dtype, memory, fp8=fp8, pool=pool, frozen=frozen)
     if isinstance(built, EngineViT):
+        built = take(built)
         features = graphed(vit, built.features, built.check_unchanged) if graphs else built.features
         return features, patch_side(vit)
     if graphs:

@@ -17,6 +17,7 @@ from upstep_fast.kernels.patchify import unpatchify_reference
 from upstep_fast.methods import trainable
 from upstep_fast.methods.embeddings import Embeddings
 from upstep_fast.methods.schedules import learning_rate
+from upstep_fast.methods.view_bank import TokenBank
 from upstep_fast.model import lora
 from upstep_fast.model.lora import LoraLinear
 
@@ -39,6 +40,7 @@ class Method(nn.Module, ABC):
     adapters: dict[str, LoraLinear]  # by module name
     embedding_dim: int  # d of `Embeddings.z`
     num_microbatches: int  # of a batch's forward pass; more need less memory, with equal results (microbatch.py)
+    bank: TokenBank | None = None  # None: `views` are images or patches, not tokens
     base_record: str | None = None  # `model.adapter_base.record` of the base model, for the adapter's files
     model_record: str | None = None  # `model.adapter_base.model_record`, for the adapter's files
     names_on_disk: ClassVar[dict[str, str]] = {}  # tensors of a checkpoint whose attribute has another name
@@ -79,6 +81,10 @@ class Method(nn.Module, ABC):
         if not views.is_patches:
             return views.pixels[0]
         return unpatchify_reference(views.pixels[0], self.patch_size, views.height, views.width, torch.float32)
+
+    def pictures(self, batch: Batch, device: torch.device) -> Tensor:
+        """Return a view of each image, as an image, [B, C, H, W] in fp32."""
+        return self.first_view(self.views(batch, device))
 
     @abstractmethod
     def embed(self, views: Views) -> Embeddings[Any]:

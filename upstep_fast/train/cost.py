@@ -1,6 +1,6 @@
 """What a run takes, logged before its first step; on a CPU with a rough time (runtime/duration.py).
 
-    adapt:    steps x 2 P T B (1 + b / L)
+    adapt:    steps x 2 P T B (1 + b / L); with a bank of views the L - b blocks see each of them once
     finetune: 2 P T (epochs x (N x passes + M) + test images); with a cache 2 P T (N + M + test images)
 
 FLOPs: a forward pass takes 2 per weight and token, the backward pass through frozen weights as many again, and the
@@ -17,8 +17,10 @@ from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.config.finetune import FinetuneConfig
 from upstep_fast.methods.crops import view_configs
 from upstep_fast.model.backbone import Backbone
+from upstep_fast.runtime import distributed
 from upstep_fast.runtime.device import Compute
 from upstep_fast.runtime.duration import HOUR, log_estimate
+from upstep_fast.runtime.machine import format_bytes
 from upstep_fast.runtime.terminal import counted
 from upstep_fast.train.state import RunState
 
@@ -46,7 +48,9 @@ def log_cost(
         depth = len(backbone.blocks)
         objective, blocks = config.objective.loss, f"the last {config.num_adapted(depth)} of {depth} blocks"
         log.info("adapt: objective %s, gate %s, adapters in %s", objective, config.gate.rule, blocks)
-    flops = (run.num_steps - state.step) * step_flops(config, backbone, num_weights)
+    if state.method.bank is not None:
+        _log_bank(config, num_images, backbone, state)
+    flops = (run.num_steps - state.step) * step_flops(config, backbone, num_weights, num_images)
     log_estimate(flops, compute, lambda seconds: _shorter(config, seconds))
 
 
@@ -82,13 +86,42 @@ def _images(count: int, size: tuple[int, int]) -> str:
     return f"{count:,} images at {size[0]} x {size[1]} px"
 
 
-def step_flops(config: AdaptConfig, backbone: Backbone, num_weights: int) -> float:
-    """Return the FLOPs of an update step, roughly: matrix products with the model's weights only."""
+def _log_bank(config: AdaptConfig, num_images: int, backbone: Backbone, state: RunState) -> None:
+    """Log the bytes of the tokens that will be kept."""
+    vit, bank = backbone.vit, state.method.bank
+    assert bank is not None
+    values = (vit.patch_embed.num_patches + vit.num_prefix_tokens) * backbone.width
+    size = views_made(config, num_images) * values * state.method.view_dtype.itemsize
+    log.info(
+        "adapt: %d views of each image in all, kept behind the first %d blocks: %s",
+        *(config.views.bank, bank.frozen, format_bytes(min(size, bank.limit))),
+    )
+
+
+def views_made(config: AdaptConfig, num_images: int) -> int:
+    """Return how many different views a run of UpStep has: two an image and step, but no more than its bank holds."""
+    seen = views_seen(config)
+    return min(seen, config.views.bank * num_images) if config.views.bank else seen
+
+
+def views_seen(config: AdaptConfig) -> int:
+    """Return how many views the steps of a run of UpStep compare."""
+    return 2 * config.optimization.num_steps * config.optimization.batch_size
+
+
+def step_flops(config: AdaptConfig, backbone: Backbone, num_weights: int, num_images: int | None = None) -> float:
+    """Return the FLOPs of an update step, roughly: matrix products with the model's weights only.
+
+    num_images: of the data; with a bank of views, the mean over the steps then.
+    """
     patch = math.prod(backbone.vit.patch_embed.patch_size)
     pixels = sum(math.prod(_pair(views.size)) * count for views, count in view_configs(config, backbone))
     blocks = len(backbone.blocks)
     adapted = min(blocks, config.num_adapted(blocks))
-    return 2 * num_weights * pixels / patch * config.optimization.batch_size * (1 + adapted / blocks)
+    passes = 1 + adapted / blocks
+    if config.views.bank and num_images is not None and distributed.size() == 1:
+        passes -= (1 - adapted / blocks) * (1 - views_made(config, num_images) / views_seen(config))
+    return 2 * num_weights * pixels / patch * config.optimization.batch_size * passes
 
 
 def _pair(size: tuple[int, int] | int) -> tuple[int, int]:

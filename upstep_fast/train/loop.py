@@ -28,6 +28,7 @@ from upstep_fast.train import resume, verdict
 from upstep_fast.train.adapter_check import check_adapter
 from upstep_fast.train.batches import initial_views, make_loader
 from upstep_fast.train.budget import Budget
+from upstep_fast.train.cost import views_made, views_seen
 from upstep_fast.train.identity import Identity, agree, identify
 from upstep_fast.train.replay_check import ReplayCheck
 from upstep_fast.train.run_whitening import write_whitening
@@ -145,6 +146,8 @@ def start(
         pass
     if config.output.resume:
         resume.resume_from(state, out / output.CHECKPOINTS, identity)
+    if state.method.bank is not None and views_made(config, len(source)) == views_seen(config):
+        state.method.bank.limit = 0  # no view comes twice
     if config.lora.start is not None and state.step == 0:
         _start_from(config, state, Path(config.lora.start))
     return identity, state
@@ -176,7 +179,8 @@ def _finish(
     """Check the adapter, and write it or the best one at its strength. Raises CheckFailedError, RunFailedError."""
     distributed.limit_wait(distributed.START_SECONDS)
     with writer.adapter_on_failure(), state.method.weights_to_save():
-        check_adapter(state, state.method.first_view(next(loader).views), compute, out)
+        pictures = state.method.pictures(loader.take(with_views=False), compute.device)
+        check_adapter(state, pictures, compute, out)
     with output.writing(out):
         files = validator.settle(state.method.result_files())
         files = at_strength(files, *choose_strength(config, validator.gain), len(state.method.vit.blocks))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,6 +62,7 @@ def random_views(
     epoch: int,
     indices: Tensor | Sequence[int],
     views: int = 2,
+    first: int = 0,
     device: torch.device | str = "cpu",
     patch: int = 0,
     dtype: torch.dtype = torch.float32,
@@ -68,11 +70,11 @@ def random_views(
     """Compute random views of each image, normalized: [views, B, C, H, W] in `dtype` on `device`.
 
     images: B of uint8 [C, H, W], on the CPU or on `device`, of any sizes. seed, epoch, indices [B]: key of the random
-    numbers. patch: P; 0: images; else the views are patches as `kernels.patchify` lays them out,
-    [views, B, (H / P) (W / P), C P P]. Raises ValueError as `multi_crop`, which computes views of several sizes.
+    numbers. first: number of the first view. patch: P; 0: images; else the views are patches as `kernels.patchify`
+    lays them out, [views, B, (H / P) (W / P), C P P]. Raises ValueError as `multi_crop`, for views of several sizes.
     """
-    key = {"seed": seed, "epoch": epoch, "indices": indices, "device": device, "patch": patch, "dtype": dtype}
-    return multi_crop(images, [(config, views)], **key)[0]  # type: ignore[arg-type]
+    layout: dict[str, Any] = {"device": device, "patch": patch, "dtype": dtype}
+    return multi_crop(images, [(config, views)], seed=seed, epoch=epoch, indices=indices, first=first, **layout)[0]
 
 
 def multi_crop(
@@ -82,6 +84,7 @@ def multi_crop(
     seed: int,
     epoch: int,
     indices: Tensor | Sequence[int],
+    first: int = 0,
     device: torch.device | str = "cpu",
     patch: int = 0,
     dtype: torch.dtype = torch.float32,
@@ -100,7 +103,7 @@ def multi_crop(
     on = torch.device("cpu") if device.type == "mps" else device
     heights, widths = (np.array([image.shape[axis] for image in images]) for axis in (1, 2))
     packed = None if on.type == "cpu" else pack(images, on)
-    of_crops, first = [], 0
+    of_crops = []
     for config, views in crops:
         key = {"seed": seed, "epoch": epoch, "indices": np.asarray(indices, np.int64), "views": views, "first": first}
         params = draw_params(config, heights, widths, **key)  # type: ignore[arg-type]

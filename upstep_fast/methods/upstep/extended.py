@@ -62,6 +62,7 @@ class Extras:
 class ExtendedUpStep(UpStep):
     """UpStep with what `has_additions` names."""
 
+    takes_tokens = False
     queue: Tensor | None  # [V, N, d], embeddings that made targets in earlier steps, the newest first
 
     def __init__(self, backbone: Backbone, config: AdaptConfig):

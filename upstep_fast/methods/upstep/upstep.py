@@ -12,6 +12,7 @@ losses/clustering.py. What we added to the algorithm is in extended.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -22,10 +23,12 @@ from torch import Tensor, nn
 
 from upstep_fast.config.adapt import AdaptConfig
 from upstep_fast.data.loading.loader import Batch
-from upstep_fast.data.views.make_views import multi_crop
+from upstep_fast.data.views.make_views import multi_crop, random_views
 from upstep_fast.data.views.types import Views
 from upstep_fast.engine import vit as engine
 from upstep_fast.engine.block import Memory
+from upstep_fast.engine.split import split
+from upstep_fast.engine.vit import EngineViT
 from upstep_fast.kernels.sinkhorn import sinkhorn
 from upstep_fast.methods import crops, trainable
 from upstep_fast.methods.embeddings import Embeddings, unit_embeddings
@@ -34,10 +37,13 @@ from upstep_fast.methods.losses.distillation import sharpen
 from upstep_fast.methods.method import Method
 from upstep_fast.methods.microbatch import in_microbatches
 from upstep_fast.methods.upstep.head import make_head, make_prototypes
+from upstep_fast.methods.view_bank import TokenBank, pair
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.model.pooling import features
 from upstep_fast.runtime import distributed
+from upstep_fast.runtime.machine import free_bytes
 
+BANK_SHARE = 0.25  # of the free main memory, for tokens of a bank of views
 COLLAPSED = 0.999  # center length of unit embeddings that means collapse (METHODS 1.2)
 
 
@@ -49,6 +55,7 @@ class UpStep(Method):
     base_center: Tensor  # [d], of the base model's embeddings
     running_magnitude: Tensor  # []
     seen: Tensor  # [] bool, True once the running values hold anything
+    takes_tokens: ClassVar[bool] = True  # `embed` needs no more of the views than the tokens of a bank
     names_on_disk: ClassVar = {"running_center": "running_centre", "base_center": "base_centre"}
 
     def __init__(self, backbone: Backbone, config: AdaptConfig):
@@ -79,10 +86,22 @@ class UpStep(Method):
 
         To be called once the module is on its device, since the frozen weights are folded into copies.
         """
+        graphs = self.config.memory.cuda_graphs
         self.features, self.patch_size = engine.make_features(
-            self.vit, dtype, memory, fallback=self.features, fp8=fp8, graphs=self.config.memory.cuda_graphs
+            self.vit, dtype, memory, fallback=self.features, fp8=fp8, graphs=graphs, take=self._behind_bank
         )
         self.view_dtype = dtype
+
+    def _behind_bank(self, whole: EngineViT) -> EngineViT:
+        """Return the blocks with adapters alone, and keep what the others make of the bank's views."""
+        # with several ranks an image is another rank's in each epoch
+        if not self.config.views.bank or not self.takes_tokens or distributed.size() > 1:
+            return whole
+        if (parts := split(whole)) is None:
+            return whole
+        free = free_bytes(torch.device("cpu"))
+        self.bank = TokenBank(parts.tokens, parts.frozen, math.inf if free is None else BANK_SHARE * free)
+        return parts.rest
 
     @property
     def needs_init(self) -> bool:
@@ -106,7 +125,11 @@ class UpStep(Method):
             self.prototypes.copy_(clustering.spherical_kmeans(z, num, generator))
 
     def views(self, batch: Batch, device: torch.device) -> Views:
-        """Return two random views of each image, as images or as patches for the engine's first product."""
+        """Return two random views of each image: as images, patches for the engine's first product, or tokens."""
+        config, _ = self.view_configs[0]
+        if num_views := self.config.views.bank:
+            of_bank = [self._view_of_bank(batch, number, device) for number in pair(batch.epoch, num_views)]
+            return Views(torch.stack(of_bank), config.height, config.width)
         pixels = multi_crop(
             batch.images,
             self.view_configs,
@@ -117,8 +140,31 @@ class UpStep(Method):
             patch=self.patch_size,
             dtype=self.view_dtype if self.patch_size else torch.float32,
         )
-        config, _ = self.view_configs[0]
         return Views(pixels[0], config.height, config.width, *pixels[1:])
+
+    def _view_of_bank(self, batch: Batch, number: int, device: torch.device) -> Tensor:
+        """Return one of the views that each image has in all."""
+
+        def make(positions: list[int]) -> Tensor:
+            dtype = self.view_dtype if self.patch_size else torch.float32
+            return self._numbered_view(batch, positions, number, device, patch=self.patch_size, dtype=dtype)
+
+        if self.bank is None:
+            return make([*range(len(batch.images))])
+        return self.bank.tokens(number, batch.indices.tolist(), make, device)
+
+    def _numbered_view(
+        self, batch: Batch, positions: list[int], number: int, device: torch.device, **layout: Any
+    ) -> Tensor:
+        images, indices = [batch.images[at] for at in positions], batch.indices[positions]
+        key: dict[str, Any] = {"seed": self.config.runtime.seed, "epoch": 0, "indices": indices}
+        return random_views(images, self.view_configs[0][0], **key, views=1, first=number, device=device, **layout)[0]
+
+    def pictures(self, batch: Batch, device: torch.device) -> Tensor:
+        """Return the first view of each image, as an image, [B, C, H, W] in fp32."""
+        if not self.config.views.bank:
+            return super().pictures(batch, device)
+        return self._numbered_view(batch, [*range(len(batch.images))], 0, device)
 
     def embed(self, views: Views) -> Embeddings[Any]:
         """Embed all views, in one batch of V B images."""
