@@ -48,7 +48,10 @@ def test_tokens_are_computed_once_and_again_beyond_the_limit():
     assert tokens(bank, 1, [2, 9, 4, 8]).tolist() == [102, 109, 104, 108] and computed == [2, 2]
     assert tokens(bank, 1, [8, 9]).tolist() == [108, 109] and computed == [2, 2]
     assert tokens(bank, 3, [9]).tolist() == [309] and bank.size == 5 * 4
-    bank.limit = bank.size
+    bank._spare = lambda: 3
+    assert [tokens(bank, 2, [5]).item() for _ in range(2)] == [205, 205] and computed[3:] == [1, 1]
+    del computed[3:]
+    bank._spare, bank.limit = lambda: 4, bank.size
     assert [tokens(bank, 0, [1]).item() for _ in range(2)] == [1, 1] and computed == [2, 2, 1, 1, 1]
 
 

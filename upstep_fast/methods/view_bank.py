@@ -10,6 +10,7 @@ The idea and its measurement are ours: docs/results.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -28,12 +29,19 @@ class TokenBank:
     """Tokens of views behind the frozen blocks, each computed once while there is room.
 
     compute: views, as images or patches -> tokens [B, N, D]. frozen: number of blocks that they pass. limit: bytes to
-    keep, in main memory; the tokens of further views are computed each time.
+    keep, in main memory; spare: gives those that there are now. The tokens of further views are computed each time,
+    with the same bits.
     """
 
-    def __init__(self, compute: Callable[[Tensor], Tensor], frozen: int, limit: float) -> None:
+    def __init__(
+        self,
+        compute: Callable[[Tensor], Tensor],
+        frozen: int,
+        limit: float,
+        spare: Callable[[], float] = lambda: math.inf,
+    ) -> None:
         self.frozen, self.limit, self.size = frozen, limit, 0
-        self._compute = compute
+        self._compute, self._spare = compute, spare
         self._kept: dict[tuple[int, int], Tensor] = {}
 
     def tokens(
@@ -59,6 +67,6 @@ class TokenBank:
         return both
 
     def _keep(self, view: int, images: Sequence[int], tokens: Tensor) -> None:
-        if self.size + tokens.nbytes <= self.limit:
+        if self.size + tokens.nbytes <= self.limit and tokens.nbytes <= self._spare():
             self.size += tokens.nbytes
             self._kept |= {(view, image): row for image, row in zip(images, tokens.cpu(), strict=True)}

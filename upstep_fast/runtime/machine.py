@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import platform
 import sys
@@ -45,6 +46,16 @@ def free_bytes(device: torch.device) -> int | None:
         with contextlib.suppress(OSError, ValueError):
             candidates.append(int((CGROUP / limit).read_text()) - int((CGROUP / usage).read_text()))
     return min((value for value in candidates if value is not None), default=None)
+
+
+def spare_bytes() -> float:
+    """Return the free main memory beyond what this process takes again when it is at its peak; inf if unknown."""
+    free = free_bytes(torch.device("cpu"))
+    try:
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return math.inf
+    return math.inf if free is None else free - max(0, peak_bytes(torch.device("cpu")) - resident)
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -40,8 +40,7 @@ from upstep_fast.methods.upstep.head import make_head, make_prototypes
 from upstep_fast.methods.view_bank import TokenBank, pair
 from upstep_fast.model.backbone import Backbone
 from upstep_fast.model.pooling import features
-from upstep_fast.runtime import distributed
-from upstep_fast.runtime.machine import free_bytes
+from upstep_fast.runtime import distributed, machine
 
 BANK_SHARE = 0.25  # of the free main memory, for tokens of a bank of views
 COLLAPSED = 0.999  # center length of unit embeddings that means collapse (METHODS 1.2)
@@ -99,8 +98,9 @@ class UpStep(Method):
             return whole
         if (parts := split(whole)) is None:
             return whole
-        free = free_bytes(torch.device("cpu"))
-        self.bank = TokenBank(parts.tokens, parts.frozen, math.inf if free is None else BANK_SHARE * free)
+        free = machine.free_bytes(torch.device("cpu"))
+        limit = math.inf if free is None else BANK_SHARE * free
+        self.bank = TokenBank(parts.tokens, parts.frozen, limit, machine.spare_bytes)
         return parts.rest
 
     @property
