@@ -3,8 +3,9 @@
     python bench/engine/launches.py [--model vit_large_patch14_dinov2] [--views 128] [--json FILE]
 
 An operator is one launch or more (attention's backward is two); views and empty tensors are none. Bytes: what the
-operators that are no matrix products or attention read and write, which is what their time goes to on a GPU. The engine
-is counted in the form it has there, PEFT and the reference eager with autocast.
+operators that are no matrix products or attention read and write, which is what their time goes to on a GPU; their
+estimated milliseconds are those of the bytes and of a launch each, on an H200. The engine is counted in the form it has
+there, PEFT and the reference eager with autocast.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import dataclasses
 import json
 import platform
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,8 @@ NO_LAUNCH = {
     "_unsafe_view",
     "lift_fresh",
 }
+# of an H200, as bench/kernels/static.py has them: 4.3 TB/s, and 2 us from one kernel's end to the next one's start
+GIGABYTES_PER_S, LAUNCH_S = 4300, 2e-6
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_addmm_activation", "scaled_dot_product", "attention", "convolution")
 
 
@@ -92,14 +96,20 @@ def count(model: str, views: int, rank: int, variant: str) -> dict[str, Any]:
         half: {
             "operators": sum(c.operators.values()),
             "gigabytes": c.bytes / 1e9,
+            "estimated_ms": 1e3 * (c.bytes / 1e9 / GIGABYTES_PER_S + LAUNCH_S * beside_products(c.operators)),
             "by_name": dict(c.operators.most_common()),
         }
         for half, c in (("forward", forward), ("backward", backward))
     }
 
 
+def beside_products(operators: Mapping[str, int]) -> int:
+    """Return how many operators are no matrix products or attention."""
+    return sum(count for name, count in operators.items() if not any(part in name for part in PRODUCTS))
+
+
 def main() -> None:
-    """Count, prints a table, writes JSON if asked."""
+    """Count, print a table, write JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_large_patch14_dinov2")
     parser.add_argument("--views", type=int, default=128)
@@ -107,11 +117,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     found = {variant: count(args.model, args.views, args.rank, variant) for variant in ("peft", "reference", "engine")}
-    print("| | operators, forward | backward | GB beside products, forward | backward |\n|---|--:|--:|--:|--:|")
+    print(
+        "| | operators, forward | backward | GB beside products, forward | backward | their ms, forward | backward |"
+    )
+    print("|---|--:|--:|--:|--:|--:|--:|")
     for variant, halves in found.items():
         operators = " | ".join(f"{halves[half]['operators']:,}" for half in ("forward", "backward"))
         moved = " | ".join(f"{halves[half]['gigabytes']:.1f}" for half in ("forward", "backward"))
-        print(f"| {variant} | {operators} | {moved} |")
+        times = " | ".join(f"{halves[half]['estimated_ms']:.1f}" for half in ("forward", "backward"))
+        print(f"| {variant} | {operators} | {moved} | {times} |")
     if args.json:
         card = {"torch": torch.__version__, "timm": timm.__version__, "machine": platform.machine(), "device": "none"}
         args.json.write_text(

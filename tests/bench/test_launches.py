@@ -17,6 +17,7 @@ def test_operators_and_bytes_beside_products(launches):
         torch.empty(5)
     assert dict(count.operators) == {"mm": 1, "exp": 1, "sum": 1}
     assert count.bytes == 4 * (12 + 12 + 12 + 1)
+    assert launches.beside_products(count.operators) == 2
 
 
 def test_every_block_adds_as_many_and_the_engine_moves_less(launches):
@@ -25,6 +26,9 @@ def test_every_block_adds_as_many_and_the_engine_moves_less(launches):
     }
     for half in ("forward", "backward"):
         assert 2 * found["engine"][half]["gigabytes"] < found["peft"][half]["gigabytes"]
+        gigabytes, by_name = (found["engine"][half][key] for key in ("gigabytes", "by_name"))
+        launched = sum(n for name, n in by_name.items() if "mm" not in name and "attention" not in name)
+        assert found["engine"][half]["estimated_ms"] == pytest.approx(1e3 * gigabytes / 4300 + 2e-3 * launched)
         name = "attention_forward" if half == "forward" else "attention_backward"
         assert found["engine"][half]["by_name"][name] == 12  # as on a GPU, where the last block takes all tokens
         assert found["peft"][half]["by_name"]["gelu" if half == "forward" else "gelu_backward"] == 12
