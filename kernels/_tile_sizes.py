@@ -44,8 +44,12 @@ TILES: dict[str, dict[tuple[int, int] | None, Tile]] = {
     # each BLOCK_N columns write a share of P in fp32: at rank 16 an eighth of the bytes of 256 columns in 16 bit
     "lora_linear_sweep": {None: {"BLOCK_M": 64, "BLOCK_N": 256, "num_warps": 4, "num_stages": 2}},
     "lora_linear_sweep_fp32": {None: {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}},
-    # not measured yet: scores a program holds, at most and in small problems
-    "sinkhorn": {None: {"BLOCK": 8192, "SMALL_BLOCK": 2048}},
+    # not measured yet: scores a program holds, at most and in small problems, and scores of a warp
+    "sinkhorn": {
+        None: {"BLOCK": 8192, "SMALL_BLOCK": 2048, "WARP_CELLS": 512},
+        # larger ones spill with Triton 3.6
+        (8, 0): {"BLOCK": 4096, "SMALL_BLOCK": 2048, "WARP_CELLS": 256},
+    },
     # of its product: rows of a tile in batches of less than MANY_ROWS, and else; not measured yet
     "scored_sinkhorn": {None: {"FEW_ROWS": 16, "MANY_ROWS": 1024, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 32}},
     # a deeper tile spills three registers with Triton 3.6 on sm_90
@@ -63,7 +67,11 @@ TILES: dict[str, dict[tuple[int, int] | None, Tile]] = {
     },
     "attention_wide": {None: {"BLOCK": 32, "BLOCK_N": 32, "RIDERS": 0, "num_warps": 8, "num_stages": 2}},
     "attention_fp32": {None: {"BLOCK": 16, "BLOCK_N": 16, "RIDERS": 0, "num_warps": 4, "num_stages": 2}},
-    "attention_backward": {None: {"BLOCK": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3}},
+    "attention_backward": {
+        None: {"BLOCK": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3},
+        # 32 keys spill with Triton 3.6 where the width of a head is no power of two
+        (8, 0): {"BLOCK": 64, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3},
+    },
     # 4 warps spill (sm_90, sm_100)
     "attention_backward_wide": {None: {"BLOCK": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}},
     # 4 warps spill with Triton 3.6 where heads are wider than 64

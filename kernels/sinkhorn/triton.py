@@ -102,7 +102,7 @@ def partition(scores: Tensor, *, tiles: int = 1, fewest_warps: int = 1) -> Parti
     # a small problem is cut finer, so that more processors have a share of it; 16 scores a thread
     size = min(max(B * block_k // max(resident, 1) * 16, cells["SMALL_BLOCK"]), cells["BLOCK"])
     block_b = min(max(1, triton.next_power_of_2(size // block_k + 1) // 2), triton.next_power_of_2(B))
-    num_warps = min(max(block_b * block_k // 512, fewest_warps), 16)
+    num_warps = min(max(block_b * block_k // cells["WARP_CELLS"], fewest_warps), 16)
     most = resident // num_warps
     return Partition(block_b, block_k, num_warps, min(max(cdiv(B, block_b), tiles), max(most, 1)), most > 0)
 
