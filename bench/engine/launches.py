@@ -117,9 +117,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     found = {variant: count(args.model, args.views, args.rank, variant) for variant in ("peft", "reference", "engine")}
-    print(
-        "| | operators, forward | backward | GB beside products, forward | backward | their ms, forward | backward |"
-    )
+    print("| | operators, forward | backward | GB beside products, forward | backward | their ms, forward | backward |")
     print("|---|--:|--:|--:|--:|--:|--:|")
     for variant, halves in found.items():
         operators = " | ".join(f"{halves[half]['operators']:,}" for half in ("forward", "backward"))

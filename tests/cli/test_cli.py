@@ -173,6 +173,14 @@ def test_a_few_bad_files_are_skipped_and_listed(capsys, model, photos, tmp_path)
     assert code == 0 and len(listed) == 2 and "0.jpg" in listed[1]
 
 
+@pytest.mark.parametrize(
+    ("command", "flag"), [("adapt", "out"), ("embed", "out"), ("explore", "device"), ("curate", "out")]
+)
+def test_an_empty_value_is_refused_before_it_means_the_current_folder(capsys, photos, command, flag):
+    code, _, err = call(capsys, command, "--data", photos, f"--{flag}", "")
+    assert code == 2 and f"{flag}: got '', must not be empty" in last_line(err)
+
+
 def test_a_non_empty_out(capsys, model, photos, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep")

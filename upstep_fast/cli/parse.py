@@ -41,6 +41,10 @@ def parse(config_class: type, args: Sequence[str], prog: str, positional: Sequen
     kinds = field_kinds(config_class)
     from_file = {name: _from_toml(name, value, kinds[name], f"config {file}: ") for name, value in values.items()}
     own = _from_flags(args, kinds)
+    for name, value in own.items():
+        if value == "" or (isinstance(value, tuple) and "" in value):
+            # a variable of the shell that is not set; --out "" would be the current folder
+            raise ConfigError(f"{name}: got '', must not be empty; leave the option out for its default")
     flags = with_adapter(from_file | own, config_class)
     if "preset" in kinds:
         flags = with_preset(flags)

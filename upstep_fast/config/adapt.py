@@ -68,11 +68,11 @@ class AdaptConfig(ModelConfig):
                 raise ConfigError(f"{name.rstrip('_')}: belongs to --method upstep; leave it out with {self.method}")
         if self.data.mean_std == "auto" and (self.model.mean or self.model.std):
             raise ConfigError("mean_std: auto measures mean and std; do not give --mean or --std as well")
-        if self.views.bank and self.views.local_views:
-            raise ConfigError("view_bank and local_views: give one of them, not both")
         self._check_memory()
         self._check_gate()
         self._check_objective()
+        if self.views.bank and self.views.local_views:
+            raise ConfigError("view_bank and local_views: give one of them, not both")
         if self.experimental.cvr_on == "features" and self.objective.cvr not in ("sq", "norm"):
             raise ConfigError(f"cvr_on: features needs --cvr sq or norm, got {self.objective.cvr}")
         if self.lora.tune == "full" and self.method != "explora":
