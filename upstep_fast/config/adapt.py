@@ -53,7 +53,7 @@ class AdaptConfig(ModelConfig):
     lora: AdaptLoraConfig = AdaptLoraConfig()
     objective: ObjectiveConfig = ObjectiveConfig(loss="vicreg", cvr="off")
     gate: GateConfig = GateConfig(rule="none")
-    views: ViewsConfig = ViewsConfig(crop_min=0.5, bank=4)
+    views: ViewsConfig = ViewsConfig(crop_min=0.5)
     validation: ValidationConfig = ValidationConfig()
     memory: MemoryConfig = MemoryConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
@@ -71,8 +71,8 @@ class AdaptConfig(ModelConfig):
         self._check_memory()
         self._check_gate()
         self._check_objective()
-        if self.views.bank and self.views.local_views:
-            raise ConfigError("view_bank and local_views: give one of them, not both")
+        if self.views.uses > 1 and self.views.local_views:
+            raise ConfigError("view_uses and local_views: give one of them, not both")
         if self.experimental.cvr_on == "features" and self.objective.cvr not in ("sq", "norm"):
             raise ConfigError(f"cvr_on: features needs --cvr sq or norm, got {self.objective.cvr}")
         if self.lora.tune == "full" and self.method != "explora":

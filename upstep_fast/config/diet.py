@@ -33,7 +33,7 @@ class DietConfig(AdaptConfig):
     """Adapt a pretrained ViT to unlabeled images with DIET: LoRA learns to tell every image from all others."""
 
     unused: ClassVar[tuple[str, ...]] = (
-        *("preset", "view_bank", "local_views", "local_size", *paths(ExperimentalConfig)),
+        *("preset", "view_uses", "local_views", "local_size", *paths(ExperimentalConfig)),
         *(name for name, path in paths(AdaptConfig).items() if path[0] == "objective" and name not in _SHARED),
     )
 

@@ -47,7 +47,7 @@ class ExploraConfig(AdaptConfig):
     unused: ClassVar[tuple[str, ...]] = (
         *(
             "preset",
-            "view_bank",
+            "view_uses",
             "head",
             "layout",
             "cvr",
@@ -57,7 +57,7 @@ class ExploraConfig(AdaptConfig):
             "sharpen",
             "distil",
         ),
-        *("strength", "tune", "lora_blocks", "from_", "view_bank", *paths(ExperimentalConfig)),
+        *("strength", "tune", "lora_blocks", "from_", "view_uses", *paths(ExperimentalConfig)),
     )
 
     method: Literal["upstep", "explora", "diet"] = "explora"

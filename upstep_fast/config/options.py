@@ -101,7 +101,7 @@ class AdaptOptions(SharedOptions, total=False):
     saturation: float | None
     hue: float | None
     solarize: float | None
-    view_bank: int
+    view_uses: int
     local_views: int
     local_size: int | None
     judge_every: int

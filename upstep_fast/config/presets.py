@@ -30,8 +30,7 @@ from typing import Any
 from upstep_fast.config.adapt import CLUSTERING, is_upstep
 from upstep_fast.errors import ConfigError
 
-_UPSTEP = {"objective": "clustering", "cvr": "sq", "gate": "quantile", "batch_size": 256, "lr": 1e-3, "crop_min": None,
-           "view_bank": 0}  # fmt: skip
+_UPSTEP = {"objective": "clustering", "cvr": "sq", "gate": "quantile", "batch_size": 256, "lr": 1e-3, "crop_min": None}
 _PLAIN = _UPSTEP | {"gate": "none", "cvr": "off"}
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -41,7 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "strong": _PLAIN | {"lr": 3e-3},
     "fast": {"steps": 80},
 }
-_OTHERS = {"batch_size": 256, "view_bank": 0}  # of ExPLoRA and DIET, for `plan`, whose own defaults are those of UpStep
+_OTHERS = {"batch_size": 256}  # of ExPLoRA and DIET, for `plan`, whose own defaults are those of UpStep
 
 
 def with_preset(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from upstep_fast.config.base import at_least, fraction, positive
 from upstep_fast.config.flat import flag
 from upstep_fast.errors import ConfigError
 
-_NOT_OVERRIDES = ("preset", "bank", "local_views", "local_size")
+_NOT_OVERRIDES = ("preset", "uses", "local_views", "local_size")
 LORA_TARGETS = ("q", "k", "v", "qkv", "proj", "fc1", "fc2")
 
 
@@ -67,9 +67,9 @@ class ViewsConfig(BasicViewsConfig):
     """Largest shift of the hue as a fraction of the color circle, 0 to 0.5. Default: the preset's."""
     solarize: float | None = None
     """Probability of solarization (inverts the bright half of the levels). Default: the preset's."""
-    bank: int = field(default=0, metadata=flag("view_bank"))
-    """Number of random views that an image has in all, even; blocks without adapters then see each view once.
-    0: new views in every epoch."""
+    uses: int = field(default=1, metadata=flag("view_uses"))
+    """Epochs in which each random view of an image serves, 1 or an even number; blocks without adapters see it once.
+    1: new views in every epoch."""
     local_views: int = 0
     """Number of extra small crops; they learn from the two large crops' targets. With --method upstep: experimental."""
     local_size: int | None = None
@@ -80,12 +80,10 @@ class ViewsConfig(BasicViewsConfig):
         super().__post_init__()
         for name in ("vertical_flip", "rotate90", "solarize"):
             fraction(self, name)
-        for name in ("brightness", "contrast", "saturation", "hue", "bank", "local_views"):
+        for name in ("brightness", "contrast", "saturation", "hue", "local_views"):
             at_least(self, name, 0)
-        if self.bank % 2:
-            raise ConfigError(
-                f"view_bank: got {self.bank}, must be even: an epoch compares each image's views in pairs"
-            )
+        if self.uses != 1 and (self.uses < 1 or self.uses % 2):
+            raise ConfigError(f"view_uses: got {self.uses}, must be 1 or an even number above 0")
         positive(self, "local_size")
         if self.hue is not None and self.hue > 0.5:
             raise ConfigError(f"hue: got {self.hue}, must lie in 0 to 0.5")

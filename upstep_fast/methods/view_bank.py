@@ -1,11 +1,11 @@
-"""A bank of views: an image has a fixed number of random views in all, and frozen blocks see each of them once.
+"""Views that serve in several epochs, and what frozen blocks make of them, kept for as long.
 
-    epoch e compares views (a, b) of all images: all pairs in turn, in the order of a round-robin tournament,
-    so that each view comes once in V / 2 epochs
+    epoch e compares views (a, a + 1 + e mod d) of every image,  a = floor(e / d),  d = uses / 2
 
-A view is a function of (seed, image, number), so a resumed run makes the views that it needs again. Their tokens behind
-the frozen blocks are kept in main memory, in the compute type: V N D values an image, for N tokens of width D.
-The idea and its measurement are ours: docs/results.md.
+so that a view is compared in 2 d epochs, each time with another one, and every d epochs bring one new view of an image,
+where new views in each epoch are two. A view is a function of (seed, image, number), so a resumed run makes the views
+that it needs again. Tokens behind the frozen blocks are kept in main memory, in the compute type: (d + 1) N D values an
+image, for N tokens of width D. The idea and its measurement are ours: docs/results.md.
 """
 
 from __future__ import annotations
@@ -17,12 +17,10 @@ import torch
 from torch import Tensor
 
 
-def pair(epoch: int, num_views: int) -> tuple[int, int]:
-    """Return the two of `num_views` views, an even number, that an epoch compares."""
-    day, match = divmod(epoch, num_views // 2)
-    others = num_views - 1  # the last view stays in its place, the others move in a circle
-    day %= others
-    return (day, others) if match == 0 else ((day + match) % others, (day - match) % others)
+def pair(epoch: int, uses: int) -> tuple[int, int]:
+    """Return the numbers of the two views of an image that an epoch compares; each serves in `uses` epochs, even."""
+    first, step = divmod(epoch, uses // 2)
+    return first, first + 1 + step
 
 
 class TokenBank:
@@ -43,6 +41,7 @@ class TokenBank:
         self.frozen, self.limit, self.size = frozen, limit, 0
         self._compute, self._spare = compute, spare
         self._kept: dict[tuple[int, int], Tensor] = {}
+        self._oldest = 0
 
     def tokens(
         self, view: int, images: Sequence[int], make: Callable[[list[int]], Tensor], device: torch.device
@@ -65,6 +64,13 @@ class TokenBank:
         both = new.new_empty(len(images), *new.shape[1:])
         both[missing], both[known] = new, old
         return both
+
+    def forget_before(self, view: int) -> None:
+        """Drop the tokens of views of smaller numbers, which no later epoch compares."""
+        if view > self._oldest:
+            for key in [key for key in self._kept if key[0] < view]:
+                self.size -= self._kept.pop(key).nbytes
+            self._oldest = view
 
     def _keep(self, view: int, images: Sequence[int], tokens: Tensor) -> None:
         if self.size + tokens.nbytes <= self.limit and tokens.nbytes <= self._spare():

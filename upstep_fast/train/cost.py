@@ -1,6 +1,6 @@
 """What a run takes, logged before its first step; on a CPU with a rough time (runtime/duration.py).
 
-    adapt:    steps x 2 P T B (1 + b / L); with a bank of views the L - b blocks see each of them once
+    adapt:    steps x 2 P T B (1 + b / L); the L - b blocks see a view that serves in several epochs once
     finetune: 2 P T (epochs x (N x passes + M) + test images); with a cache 2 P T (N + M + test images)
 
 FLOPs: a forward pass takes 2 per weight and token, the backward pass through frozen weights as many again, and the
@@ -88,20 +88,20 @@ def _images(count: int, size: tuple[int, int]) -> str:
 
 def _log_bank(config: AdaptConfig, num_images: int, backbone: Backbone, state: RunState) -> None:
     """Log the bytes of the tokens that will be kept."""
-    vit, bank = backbone.vit, state.method.bank
+    vit, bank, uses = backbone.vit, state.method.bank, config.views.uses
     assert bank is not None
     values = (vit.patch_embed.num_patches + vit.num_prefix_tokens) * backbone.width
-    size = views_made(config, num_images) * values * state.method.view_dtype.itemsize
+    size = (uses // 2 + 1) * num_images * values * state.method.view_dtype.itemsize
     log.info(
-        "adapt: %d views of each image in all, kept behind the first %d blocks: %s",
-        *(config.views.bank, bank.frozen, format_bytes(min(size, bank.limit))),
+        "adapt: each view serves in %d epochs; what the first %d blocks make of it is kept, %s",
+        *(uses, bank.frozen, format_bytes(min(size, bank.limit))),
     )
 
 
 def views_made(config: AdaptConfig, num_images: int) -> int:
-    """Return how many different views a run of UpStep has: two an image and step, but no more than its bank holds."""
-    seen = views_seen(config)
-    return min(seen, config.views.bank * num_images) if config.views.bank else seen
+    """Return about how many different views a run of UpStep has (methods/view_bank.py)."""
+    seen, uses = views_seen(config), config.views.uses
+    return min(seen, int(seen / uses + num_images)) if uses > 1 else seen
 
 
 def views_seen(config: AdaptConfig) -> int:
@@ -112,14 +112,14 @@ def views_seen(config: AdaptConfig) -> int:
 def step_flops(config: AdaptConfig, backbone: Backbone, num_weights: int, num_images: int | None = None) -> float:
     """Return the FLOPs of an update step, roughly: matrix products with the model's weights only.
 
-    num_images: of the data; with a bank of views, the mean over the steps then.
+    num_images: of the data; with views that serve in several epochs, the mean over the steps then.
     """
     patch = math.prod(backbone.vit.patch_embed.patch_size)
     pixels = sum(math.prod(_pair(views.size)) * count for views, count in view_configs(config, backbone))
     blocks = len(backbone.blocks)
     adapted = min(blocks, config.num_adapted(blocks))
     passes = 1 + adapted / blocks
-    if config.views.bank and num_images is not None and distributed.size() == 1:
+    if config.views.uses > 1 and num_images is not None and distributed.size() == 1:
         passes -= (1 - adapted / blocks) * (1 - views_made(config, num_images) / views_seen(config))
     return 2 * num_weights * pixels / patch * config.optimization.batch_size * passes
 

@@ -94,7 +94,7 @@ class UpStep(Method):
     def _behind_bank(self, whole: EngineViT) -> EngineViT:
         """Return the blocks with adapters alone, and keep what the others make of the bank's views."""
         # with several ranks an image is another rank's in each epoch
-        if not self.config.views.bank or not self.takes_tokens or distributed.size() > 1:
+        if self.config.views.uses == 1 or not self.takes_tokens or distributed.size() > 1:
             return whole
         if (parts := split(whole)) is None:
             return whole
@@ -127,9 +127,12 @@ class UpStep(Method):
     def views(self, batch: Batch, device: torch.device) -> Views:
         """Return two random views of each image: as images, patches for the engine's first product, or tokens."""
         config, _ = self.view_configs[0]
-        if num_views := self.config.views.bank:
-            of_bank = [self._view_of_bank(batch, number, device) for number in pair(batch.epoch, num_views)]
-            return Views(torch.stack(of_bank), config.height, config.width)
+        if (uses := self.config.views.uses) > 1:
+            numbers = pair(batch.epoch, uses)
+            if self.bank is not None:
+                self.bank.forget_before(numbers[0])
+            pixels = torch.stack([self._reused_view(batch, number, device) for number in numbers])
+            return Views(pixels, config.height, config.width)
         pixels = multi_crop(
             batch.images,
             self.view_configs,
@@ -142,8 +145,8 @@ class UpStep(Method):
         )
         return Views(pixels[0], config.height, config.width, *pixels[1:])
 
-    def _view_of_bank(self, batch: Batch, number: int, device: torch.device) -> Tensor:
-        """Return one of the views that each image has in all."""
+    def _reused_view(self, batch: Batch, number: int, device: torch.device) -> Tensor:
+        """Return the view of a number, as `views` returns it."""
 
         def make(positions: list[int]) -> Tensor:
             dtype = self.view_dtype if self.patch_size else torch.float32
@@ -162,7 +165,7 @@ class UpStep(Method):
 
     def pictures(self, batch: Batch, device: torch.device) -> Tensor:
         """Return the first view of each image, as an image, [B, C, H, W] in fp32."""
-        if not self.config.views.bank:
+        if self.config.views.uses == 1:
             return super().pictures(batch, device)
         return self._numbered_view(batch, [*range(len(batch.images))], 0, device)
 

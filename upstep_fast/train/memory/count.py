@@ -69,8 +69,8 @@ def count(config: AdaptConfig, compute: Compute, *, on: str | None = None, flops
     on: "cuda", "mps" or "cpu", the device of the counted step; None: compute.device. flops: count FLOPs too, which
     takes longer. Raises ConfigError for an unknown model.
     """
-    # graphs hold what a step holds; of a bank's views the frozen blocks are counted in the step, an upper bound
-    on, config = on or compute.device.type, replace_flat(config, cuda_graphs=False, view_bank=0)
+    # graphs hold what a step holds; frozen blocks are counted in the step where their tokens are kept, an upper bound
+    on, config = on or compute.device.type, replace_flat(config, cuda_graphs=False, view_uses=1)
     # autograd cannot run backward for a device that is absent: a CPU stands in
     stands_in = on == "mps" or (on == "cuda" and not torch.cuda.is_available())
     device = torch.device("cpu" if stands_in else on)

@@ -61,7 +61,7 @@ def one_step(config: AdaptConfig, compute: Compute) -> tuple[Callable[[], None],
 
     Each call appends two times: forward with the loss, and backward with the update. Weights and images are random.
     """
-    config = replace_flat(config, accumulate=1, view_bank=0)  # each step updates, and makes its views
+    config = replace_flat(config, accumulate=1, view_uses=1)  # each step updates, and makes its views
     backbone = backbones.load_from(config.model, pretrained=False)
     state = fresh_state(config, compute, backbone)
     image = torch.randint(256, (len(backbone.mean), *backbone.img_size), dtype=torch.uint8)
