@@ -120,8 +120,8 @@ FORMS = [
     {"local_views": 2, "gate": "alternate", "cvr_on": "features"},
     {"objective": "vicreg", "gate": "ema"},
     {"objective": "vicreg", "layout": "asymmetric", "gate": "random"},
-    {"objective": "vicreg", "lora_blocks": 1, "view_bank": 4},
-    {"objective": "vicreg", "lora_blocks": 1, "view_bank": 4, "precision": "bf16", "num_workers": 2},
+    {"objective": "vicreg", "lora_blocks": 1, "view_uses": 4},
+    {"objective": "vicreg", "lora_blocks": 1, "view_uses": 2, "precision": "bf16", "num_workers": 2},
     {"method": "diet", "gate": "ema"},
     {"method": "diet", "gate": "random", "layout": "asymmetric"},
 ]
