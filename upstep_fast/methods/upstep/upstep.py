@@ -92,7 +92,7 @@ class UpStep(Method):
         self.view_dtype = dtype
 
     def _behind_bank(self, whole: EngineViT) -> EngineViT:
-        """Return the blocks with adapters alone, and keep what the others make of views that serve in several epochs."""
+        """Return the blocks with adapters alone, where what the others make of a view is kept."""
         # with several ranks an image is another rank's in each epoch; a GPU would wait for copies, which none has timed
         is_alone_on_cpu = distributed.size() == 1 and next(self.vit.parameters()).device.type == "cpu"
         if self.config.views.uses == 1 or not self.takes_tokens or not is_alone_on_cpu:
