@@ -132,8 +132,8 @@ class UpStep(Method):
             numbers = pair(batch.epoch, uses)
             if self.bank is not None:
                 self.bank.forget_before(numbers[0])
-            pixels = torch.stack([self._reused_view(batch, number, device) for number in numbers])
-            return Views(pixels, config.height, config.width)
+            reused = torch.stack([self._reused_view(batch, number, device) for number in numbers])
+            return Views(reused, config.height, config.width)
         pixels = multi_crop(
             batch.images,
             self.view_configs,
