@@ -48,7 +48,7 @@ def log_cost(
         depth = len(backbone.blocks)
         objective, blocks = config.objective.loss, f"the last {config.num_adapted(depth)} of {depth} blocks"
         log.info("adapt: objective %s, gate %s, adapters in %s", objective, config.gate.rule, blocks)
-    if state.method.bank is not None:
+    if state.method.bank is not None and state.method.bank.limit:
         _log_bank(config, num_images, backbone, state)
     flops = (run.num_steps - state.step) * step_flops(config, backbone, num_weights, num_images)
     log_estimate(flops, compute, lambda seconds: _shorter(config, seconds))

@@ -19,7 +19,8 @@ class Views:
     views of some. A pytree whose leaves are its tensors.
     """
 
-    pixels: Tensor  # normalized: [V, B, C, H, W], or patches [V, B, N, C P P] (kernels.patchify)
+    # normalized: [V, B, C, H, W], patches [V, B, N, C P P] (kernels.patchify), or tokens [V, B, N, D] (view_bank.py)
+    pixels: Tensor
     height: int  # H, pixels of a global view
     width: int  # W
     local: Tensor | None = None  # [n, B, C, h, w]
@@ -37,7 +38,7 @@ class Views:
 
     @property
     def is_patches(self) -> bool:
-        """Layout of `pixels`: patches instead of images."""
+        """Layout of `pixels`: patches or tokens instead of images."""
         return self.pixels.dim() == 4
 
     def __len__(self) -> int:
