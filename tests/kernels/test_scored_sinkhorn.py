@@ -127,7 +127,7 @@ def test_interpreted_at_any_shape(B, K, D, seed):
     z, c = (surrounded(t) for t in embeddings(B, K, D, seed=seed))
     with pytest.MonkeyPatch.context() as patch, _dispatch.forced("triton"), guarded_outputs():
         # 64 scores a block, and few programs: several tiles, blocks and parts to each
-        patch.setitem(_tile_sizes.TILES, "sinkhorn", {None: {"BLOCK": 64, "SMALL_BLOCK": 64}})
+        patch.setitem(_tile_sizes.TILES, "sinkhorn", {None: {"BLOCK": 64, "SMALL_BLOCK": 64, "WARP_CELLS": 512}})
         patch.setattr(fused, "_resident_warps", lambda device: 8)
         got = scored_sinkhorn(z, c, 0.05, 3)
     check(z, c, 0.05, got=got)
@@ -137,7 +137,7 @@ def test_interpreted_at_any_shape(B, K, D, seed):
 @pytest.mark.parametrize("shape", [(9, 13, 5), (20, 70, 40)])
 def test_interpreted_in_one_launch(shape, monkeypatch):
     # one program, which meets nobody at the barriers
-    monkeypatch.setitem(_tile_sizes.TILES, "sinkhorn", {None: {"BLOCK": 64, "SMALL_BLOCK": 64}})
+    monkeypatch.setitem(_tile_sizes.TILES, "sinkhorn", {None: {"BLOCK": 64, "SMALL_BLOCK": 64, "WARP_CELLS": 512}})
     monkeypatch.setattr(fused, "_resident_warps", lambda device: 4)
     z, c = embeddings(*shape)
     with pytest.MonkeyPatch.context() as patch, guarded_outputs():

@@ -91,7 +91,7 @@ def over_ranks(parts: list[Tensor], epsilon: float, iterations: int) -> Tensor:
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 64 scores, so that small shapes have many blocks, programs and chunks."""
-    monkeypatch.setitem(_tile_sizes.TILES, "sinkhorn", {None: {"BLOCK": 64, "SMALL_BLOCK": 64}})
+    monkeypatch.setitem(_tile_sizes.TILES, "sinkhorn", {None: {"BLOCK": 64, "SMALL_BLOCK": 64, "WARP_CELLS": 512}})
 
 
 @pytest.mark.parametrize("epsilon", [0.05, 0.03, 0.01])
@@ -282,7 +282,7 @@ def test_interpreted_at_any_shape(B, K, epsilon, seed):
     scores = surrounded(cosines(B, K, seed))
     with pytest.MonkeyPatch.context() as patch, _dispatch.forced("triton"), guarded_outputs():
         # 64 scores a block: one chunk of centers or several, one block of rows or several to a program
-        patch.setitem(_tile_sizes.TILES, "sinkhorn", {None: {"BLOCK": 64, "SMALL_BLOCK": 64}})
+        patch.setitem(_tile_sizes.TILES, "sinkhorn", {None: {"BLOCK": 64, "SMALL_BLOCK": 64, "WARP_CELLS": 512}})
         patch.setattr(fused, "_resident_warps", lambda device: 4)
         q = sinkhorn(scores, epsilon, 2)
     check(scores, epsilon, 2, got=q)
