@@ -45,18 +45,7 @@ class ExploraConfig(AdaptConfig):
     """Adapt a pretrained ViT to unlabeled images with ExPLoRA: some blocks and all norms, LoRA on the rest."""
 
     unused: ClassVar[tuple[str, ...]] = (
-        *(
-            "preset",
-            "view_uses",
-            "head",
-            "layout",
-            "cvr",
-            "cvr_weight",
-            "prototype_init",
-            "epsilon",
-            "sharpen",
-            "distil",
-        ),
+        *("preset", "head", "layout", "cvr", "cvr_weight", "prototype_init", "epsilon", "sharpen", "distil"),
         *("strength", "tune", "lora_blocks", "from_", "view_uses", *paths(ExperimentalConfig)),
     )
 
